@@ -1,0 +1,42 @@
+# `make quickstart` and `make test` do all of their own set-up, in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help quickstart test lint clean
+
+help:
+	@echo "make quickstart   train and evaluate Coconut on chained arithmetic: two ranks, CPU, about 10 minutes"
+	@echo "make test         the tests"
+	@echo "make lint         ruff"
+	@echo "make clean        remove what quickstart made (the checkpoints too)"
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+data/arithmetic_train.json data/arithmetic_valid.json data/arithmetic_test.json &: preprocessing/arithmetic.py | .venv/installed
+	$(BIN)/python preprocessing/arithmetic.py
+
+data/tiny_arithmetic/config.json: data/arithmetic_train.json preprocessing/tiny_model.py
+	$(BIN)/python preprocessing/tiny_model.py data/arithmetic_train.json --tokenizer char --shape llama --out data/tiny_arithmetic
+
+quickstart: data/tiny_arithmetic/config.json data/arithmetic_test.json
+	$(BIN)/torchrun --nproc_per_node 2 run.py args/quickstart.yaml
+	$(BIN)/python run.py args/quickstart_eval.yaml
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf checkpoints/quickstart data/arithmetic_*.json data/tiny_arithmetic

@@ -1,0 +1,211 @@
+"""Coconut: a causal language model that reasons in its hidden states (Hao et al. 2024, Section 3).
+
+Legend: B rows, T columns of a batch, D hidden size, V vocabulary, N new tokens.
+
+A sequence is processed in spans, through one key-value cache: the columns before the first latent in one pass; then,
+one pass each, the spans that begin at a latent column, because the embedding there is made from the hidden state of
+the column before. The span of the last latent reaches to the end of the sequence. Every token is processed once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+
+from thoughts import make_thought
+from utils import IGNORE
+
+
+class CoconutOutput(NamedTuple):
+    loss: torch.Tensor | None  # scalar
+    inputs_embeds: torch.Tensor  # (B, T, D), with the thoughts filled in
+    logits: torch.Tensor | None  # (B, T, V), only where no labels were given
+
+
+class Coconut(nn.Module):
+    """Wraps a Hugging Face causal LM, whose parameters keep their names under the prefix `base_causallm.`.
+
+    Args:
+        base_causallm: any decoder-only model that takes `inputs_embeds` and a key-value cache.
+        latent_token_id: the token whose embedding is replaced by a thought; None for methods without latents.
+        start_latent_id, end_latent_id: the markers around the latents, ordinary tokens to the model.
+        eos_token_id: ends a generation.
+        thought: what is fed back, a name of thoughts.REGISTRY.
+    """
+
+    def __init__(
+        self,
+        base_causallm: PreTrainedModel,
+        latent_token_id: int | None,
+        start_latent_id: int | None,
+        end_latent_id: int | None,
+        eos_token_id: int,
+        thought: str = "last",
+    ):
+        super().__init__()
+        self.base_causallm = base_causallm
+        self.latent_token_id = latent_token_id
+        self.start_latent_id = start_latent_id
+        self.end_latent_id = end_latent_id
+        self.eos_token_id = eos_token_id
+        self.thought = make_thought(thought)
+        accepted = inspect.signature(type(base_causallm.get_decoder()).forward).parameters
+        # transformers renames the argument during 5.x
+        self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
+        self._takes_position_ids = "position_ids" in accepted  # models with ALiBi have none
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> CoconutOutput:
+        """Runs the latent passes and the mean cross-entropy of the supervised tokens.
+
+        Args:
+            input_ids: (B, T) int64. Rows may hold different numbers of latents, in any columns but the first; rows
+                whose first latents stand in one column, as `dataset.collate` puts them, share passes.
+            attention_mask: (B, T), 0 at padding; default all ones.
+            labels: (B, T) int64, IGNORE where nothing is supervised; labels[t] is predicted from position t - 1.
+            position_ids: (B, T) int64; default counts the attended tokens from 0.
+
+        Gradients flow through the thoughts and the cache: the whole chain is trained. The LM head runs on the
+        supervised positions only; without labels it runs on all, and the logits are returned instead of a loss.
+        """
+        attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
+        hidden, embeds, _ = self._run(input_ids, attention_mask, position_ids)
+        if labels is None:
+            return CoconutOutput(None, embeds, self._logits(hidden))
+        return CoconutOutput(self._loss(hidden, labels), embeds, None)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        max_new_tokens: int = 16,
+        position_ids: torch.Tensor | None = None,
+        **generation_options,
+    ) -> torch.Tensor:
+        """Greedy decoding of a batch of prompts, padded on the left; returns the new tokens only.
+
+        Args:
+            input_ids, attention_mask, position_ids: (B, T) as in `forward`.
+            max_new_tokens: N at most; decoding stops earlier once every row has said EOS.
+            generation_options: for anything but greedy decoding, options of Hugging Face's `generate` (do_sample,
+                temperature, num_beams, ...), which then continues from the embeddings with the thoughts filled in.
+
+        Returns: (B, N) int64; each row ends with EOS, where it came to say it, and is filled up with EOS.
+        """
+        attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
+        if generation_options:
+            _, embeds, _ = self._run(input_ids, attention_mask, position_ids)
+            return self.base_causallm.generate(
+                inputs_embeds=embeds,
+                attention_mask=attention_mask,
+                max_new_tokens=max_new_tokens,
+                **{"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id, **generation_options},
+            )
+        hidden, _, cache = self._run(input_ids, attention_mask, position_ids, keep_cache=True)
+        position = position_ids[:, -1:]  # (B, 1)
+        hidden = hidden[:, -1:]  # (B, 1, D)
+        finished = torch.zeros_like(position, dtype=torch.bool)  # (B, 1)
+        tokens = []
+        for _ in range(max_new_tokens):
+            token = self._logits(hidden).argmax(-1).masked_fill(finished, self.eos_token_id)  # (B, 1)
+            tokens.append(token)
+            finished = finished | (token == self.eos_token_id)
+            if len(tokens) == max_new_tokens or finished.all():
+                break
+            position = position + 1
+            attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
+            hidden = self._span(self._embed(token), attention_mask, position, cache)
+        return torch.cat(tokens, dim=1) if tokens else input_ids[:, :0]
+
+    def _run(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, keep_cache: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
+        """All spans of a batch: last hidden states (B, T, D), filled input embeddings (B, T, D), the cache."""
+        embeds = self._embed(input_ids)  # (B, T, D)
+        is_latent = input_ids == self.latent_token_id if self.latent_token_id is not None else None  # (B, T)
+        columns = self._latent_columns(is_latent)
+        cache = DynamicCache(config=self.base_causallm.config) if columns or keep_cache else None
+        bounds = [0, *columns, input_ids.shape[1]]
+        hidden_spans, embed_spans = [], []
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            span = embeds[:, begin:end]
+            if begin > 0:
+                thought = self.thought(hidden_spans[-1][:, -1:])  # (B, 1, D)
+                # rows with an ordinary token in this column keep its embedding
+                first = torch.where(is_latent[:, begin, None, None], thought.to(span.dtype), span[:, :1])
+                span = torch.cat([first, span[:, 1:]], dim=1)
+            embed_spans.append(span)
+            hidden_spans.append(self._span(span, attention_mask[:, :end], position_ids[:, begin:end], cache))
+        if not columns:
+            return hidden_spans[0], embeds, cache
+        return torch.cat(hidden_spans, dim=1), torch.cat(embed_spans, dim=1), cache
+
+    def _latent_columns(self, is_latent: torch.Tensor | None) -> list[int]:
+        """The columns in which at least one row waits for a thought."""
+        if is_latent is None or not self.thought.sequential:
+            return []
+        columns = is_latent.any(dim=0).nonzero().flatten().tolist()  # one synchronisation with the device a batch
+        if columns and columns[0] == 0:
+            raise ValueError("a latent token has no position before it: a sequence must begin with another token")
+        return columns
+
+    def _span(
+        self, embeds: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Cache | None
+    ) -> torch.Tensor:
+        """Last hidden states (B, t, D) of t new columns after those in the cache, which then holds them too.
+
+        attention_mask is (B, columns so far with these), position_ids (B, t). The decoder's output is taken after
+        its final norm, as in the reference.
+        """
+        arguments = {self._cache_argument: cache, "use_cache": cache is not None}
+        if self._takes_position_ids:
+            arguments["position_ids"] = position_ids
+        decoder = self.base_causallm.get_decoder()
+        return decoder(inputs_embeds=embeds, attention_mask=attention_mask, **arguments).last_hidden_state
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.base_causallm.get_input_embeddings()(input_ids)
+
+    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy over the supervised tokens; the LM head sees only the positions that predict them."""
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE
+        hidden, targets = hidden[:, :-1][supervised], targets[supervised]  # (S, D), (S,)
+        head = self.base_causallm.get_output_embeddings()
+        if hasattr(F, "linear_cross_entropy") and self._softcap() is None:
+            return F.linear_cross_entropy(hidden * self._logit_scale(), head.weight, targets, linear_bias=head.bias)
+        return F.cross_entropy(self._logits(hidden), targets)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., V), with what some families do to their logits after the head."""
+        logits = self.base_causallm.get_output_embeddings()(hidden) * self._logit_scale()
+        softcap = self._softcap()
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def _softcap(self) -> float | None:  # Gemma
+        return getattr(self.base_causallm.config, "final_logit_softcapping", None)
+
+    def _logit_scale(self) -> float:  # Cohere multiplies, Granite divides
+        config = self.base_causallm.config
+        return getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+
+
+def _masks(input_ids, attention_mask, position_ids):
+    """Fills in the defaults of `forward` and `generate`."""
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if position_ids is None:
+        position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0) * attention_mask.long()
+    return attention_mask, position_ids

@@ -1,0 +1,338 @@
+"""From examples to batches: tokens, the sequence of a stage, padding, this rank's share.
+
+Legend: Q question, S_i written step i, A answer, n number of written steps; B rows of a batch, T columns.
+
+Tokens are kept once, in flat memory-mapped arrays that all ranks share. The sequence of a stage is built when it is
+asked for, so that an epoch starts at once whatever the size of the data. Everything random here is a function of
+(seed, epoch, example): no number of ranks, workers or restarts changes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from utils import IGNORE, Config, UserError
+
+
+START, END, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"
+CACHE_VERSION = 1  # raise it when `tokenize` changes
+
+
+class Markers(NamedTuple):
+    """Token ids. The first three are None for methods whose sequences hold no latents."""
+
+    start: int | None
+    latent: int | None
+    end: int | None
+    eos: int
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The curriculum and the sequences (paper, Section 3 and Figure 2)
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def stage_of(config: Config, epoch: int) -> int:
+    """The scheduled stage of an epoch (both from 0); at most config.last_stage, in which every written step is gone."""
+    if config.method in ("cot", "no_cot"):
+        return 0
+    if config.curriculum == "none":
+        return config.last_stage
+    if isinstance(config.epochs_per_stage, int):
+        return min(epoch // config.epochs_per_stage, config.last_stage)
+    ends = np.cumsum(config.epochs_per_stage)
+    return min(int(np.searchsorted(ends, epoch, side="right")), len(ends) - 1)
+
+
+def stage_of_example(config: Config, stage: int, epoch: int, index: int, n_steps: int) -> int:
+    """The stage at which training example `index` is seen: the scheduled one, or with uniform_prob one of 0..n."""
+    if config.uniform_prob > 0:
+        random = np.random.default_rng((config.seed, epoch, index))
+        if random.random() < config.uniform_prob:
+            return int(random.integers(n_steps + 1))
+    return stage
+
+
+def thoughts_and_dropped(n_steps: int, stage: int, config: Config) -> tuple[int, int]:
+    """(latent positions, written steps left out) of an example with n_steps steps at a stage."""
+    if config.method == "cot":
+        return 0, 0
+    if config.method == "no_cot":
+        return 0, n_steps
+    if stage > config.max_latent_stage:
+        replaced = config.max_latent_stage if config.pad_latent_to_max else min(n_steps, config.max_latent_stage)
+        dropped = n_steps
+    else:
+        replaced, dropped = stage, min(stage, n_steps)
+    return (0 if config.method == "no_thoughts" else replaced * config.c_thought), dropped
+
+
+def _prefix(question: Sequence[int], n_latents: int, config: Config, markers: Markers) -> list[int]:
+    if config.method != "coconut":
+        return list(question)
+    return [*question, markers.start, *[markers.latent] * n_latents, markers.end]
+
+
+def prompt(
+    question: Sequence[int], steps: Sequence[Sequence[int]], stage: int, config: Config, markers: Markers
+) -> list[int]:
+    """The token ids that generation starts from: what `training_sequence` puts before the supervised tokens.
+
+    With config.eval_latents_from_steps and no padding to max_latent_stage, at most n steps of thought: the
+    reference's rule, which tells the model how many steps the gold solution has.
+    """
+    n_latents, _ = thoughts_and_dropped(len(steps), stage, config)
+    if config.eval_latents_from_steps and not config.pad_latent_to_max:
+        n_latents = min(n_latents, len(steps) * config.c_thought)
+    return _prefix(question, n_latents, config, markers)
+
+
+def training_sequence(
+    question: Sequence[int],
+    steps: Sequence[Sequence[int]],
+    answer: Sequence[int],
+    stage: int,
+    config: Config,
+    markers: Markers,
+) -> tuple[list[int], list[int]]:
+    """One example at one stage as (input_ids, labels), equally long; labels are IGNORE up to the end of the prompt.
+
+    Q S_1..S_n A for cot, Q A for no_cot, and for coconut Q start latent* end S_{s+1}..S_n A; no_thoughts is coconut
+    without markers and latents. A ends with EOS; it is added where `answer` has none yet.
+    """
+    n_latents, dropped = thoughts_and_dropped(len(steps), stage, config)
+    before = _prefix(question, n_latents, config, markers)
+    after = [token for step in steps[dropped:] for token in step] + list(answer)
+    if after[-1:] != [markers.eos]:
+        after.append(markers.eos)
+    return before + after, [IGNORE] * len(before) + after
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Examples and their tokens
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load_examples(path: str | Path, limit: int | None = None) -> list[dict]:
+    """Reads a JSON list of {question: str, answer: str, steps: list of str}; other fields are kept.
+
+    Raises UserError that names the file, and the record and field where one is wrong.
+    """
+    try:
+        examples = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: byte {error.start} cannot be decoded") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    if not isinstance(examples, list) or not examples:
+        raise UserError(f"{path} must hold a JSON list of at least one example")
+    for number, example in enumerate(examples):
+        problem = _record_problem(example)
+        if problem:
+            raise UserError(f"{path}: record {number} (counted from 0) {problem}")
+    return examples[:limit]
+
+
+def _record_problem(example) -> str | None:
+    if not isinstance(example, dict):
+        return "is no object"
+    for field in ("question", "answer", "steps"):
+        if field not in example:
+            return f"lacks {field!r}"
+    for field in ("question", "answer"):
+        if not isinstance(example[field], str):
+            return f"has a {field!r} that is no text"
+    steps = example["steps"]
+    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
+        return "has 'steps' that are no list of texts"
+    return None
+
+
+class Tokens:
+    """The token ids of a data file: `tokens[i]` is (Q, [S_1..S_n], A) of example i, as lists of int.
+
+    Three flat arrays, memory-mapped: `ids` (int32) holds all texts end to end; text j is ids[texts[j]:texts[j + 1]];
+    example i owns the texts examples[i] to examples[i + 1] - 1: its question, its steps, its answer.
+    """
+
+    NAMES = ("ids", "texts", "examples")
+
+    def __init__(self, ids: np.ndarray, texts: np.ndarray, examples: np.ndarray):
+        self.ids, self.texts, self.examples = ids, texts, examples
+
+    def __len__(self) -> int:
+        return len(self.examples) - 1
+
+    def __getitem__(self, index: int) -> tuple[list[int], list[list[int]], list[int]]:
+        bounds = self.texts[self.examples[index] : self.examples[index + 1] + 1].tolist()
+        ids = self.ids[bounds[0] : bounds[-1]].tolist()
+        question, *steps, answer = (
+            ids[begin - bounds[0] : end - bounds[0]] for begin, end in zip(bounds, bounds[1:], strict=False)
+        )
+        return question, steps, answer
+
+    @classmethod
+    def open(cls, folder: Path) -> Tokens:
+        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls.NAMES))
+
+    def save(self, folder: Path) -> None:
+        for name in self.NAMES:
+            np.save(folder / f"{name}.npy", getattr(self, name))
+
+
+def tokenize(examples: list[dict], tokenizer, show_progress: bool = False) -> Tokens:
+    """Q = question + newline, with the special tokens that the tokenizer adds by itself; S = step + newline and
+    A = "### " + answer without them. A's EOS is added by `training_sequence`."""
+    from tqdm import tqdm
+
+    ids: list[np.ndarray] = []
+    text_lengths: list[int] = []
+    chunk = 1000
+    for begin in tqdm(range(0, len(examples), chunk), "tokenizing", unit="k examples", disable=not show_progress):
+        part = examples[begin : begin + chunk]
+        questions = tokenizer([e["question"] + "\n" for e in part])["input_ids"]
+        others = [text for e in part for text in (*(step + "\n" for step in e["steps"]), "### " + e["answer"])]
+        rest = iter(tokenizer(others, add_special_tokens=False)["input_ids"])
+        for example, question in zip(part, questions, strict=True):
+            for text in (question, *(next(rest) for _ in range(len(example["steps"]) + 1))):
+                ids.append(np.asarray(text, dtype=np.int32))
+                text_lengths.append(len(text))
+    texts_per_example = [len(example["steps"]) + 2 for example in examples]
+    return Tokens(
+        np.concatenate(ids),
+        np.concatenate([[0], np.cumsum(text_lengths)]).astype(np.int64),
+        np.concatenate([[0], np.cumsum(texts_per_example)]).astype(np.int64),
+    )
+
+
+def cache_tokens(path: str, tokenizer, folder: Path, limit: int | None = None, show_progress: bool = True) -> Path:
+    """Tokenizes the data file `path` into a folder under `folder`, unless it is there already; returns that folder.
+
+    Its name is a digest of the file's bytes, the tokenizer and the limit. It appears whole or not at all.
+    """
+    try:
+        digest = hashlib.sha256(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
+    digest.update(json.dumps([type(tokenizer).__name__, backend, limit, CACHE_VERSION]).encode())
+    target = folder / digest.hexdigest()[:32]
+    if not target.exists():
+        tokens = tokenize(load_examples(path, limit), tokenizer, show_progress)
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+        tokens.save(aside)
+        os.chmod(aside, 0o755)  # mkdtemp's folders are private, but a data cache is for the whole group
+        try:
+            aside.rename(target)
+        except OSError:  # another job was faster
+            shutil.rmtree(aside)
+    return target
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class StageDataset(torch.utils.data.Dataset):
+    """Training sequences of all examples at a stage: item i is (input_ids, labels), lists of int.
+
+    With an epoch, stages are mixed as uniform_prob says (training); without one they never are (validation).
+    """
+
+    def __init__(self, tokens: Tokens, config: Config, markers: Markers, stage: int, epoch: int | None = None):
+        self.tokens, self.config, self.markers, self.stage, self.epoch = tokens, config, markers, stage, epoch
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
+        question, steps, answer = self.tokens[index]
+        stage = self.stage
+        if self.epoch is not None:
+            stage = stage_of_example(self.config, stage, self.epoch, int(index), len(steps))
+        return training_sequence(question, steps, answer, stage, self.config, self.markers)
+
+
+def _padded(rows: list[Sequence[int]], lefts: list[int], fill: int) -> torch.Tensor:
+    """Rows of int, each after lefts[i] paddings, as one (B, T) int64 tensor."""
+    width = max(left + len(row) for row, left in zip(rows, lefts, strict=True))
+    result = np.full((len(rows), width), fill, dtype=np.int64)
+    for line, row, left in zip(result, rows, lefts, strict=True):
+        line[left : left + len(row)] = row
+    return torch.from_numpy(result)
+
+
+def _batch(rows: list[Sequence[int]], lefts: list[int], pad_token_id: int) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": _padded(rows, lefts, pad_token_id),
+        "attention_mask": _padded([[1] * len(row) for row in rows], lefts, 0),
+        "position_ids": _padded([range(len(row)) for row in rows], lefts, 0),
+    }
+
+
+def collate(rows: list[tuple[list[int], list[int]]], pad_token_id: int, latent_token_id: int | None) -> dict:
+    """(input_ids, labels) pairs -> input_ids, attention_mask, position_ids, labels, each (B, T) int64.
+
+    Rows are padded on the left so that the first latent of each stands in one column, which is what lets rows share
+    the latent passes, and on the right to one width. Pads have attention 0, position 0 and label IGNORE.
+    """
+    first = [ids.index(latent_token_id) if latent_token_id in ids else None for ids, _ in rows]
+    column = max((place for place in first if place is not None), default=0)
+    lefts = [0 if place is None else column - place for place in first]
+    batch = _batch([ids for ids, _ in rows], lefts, pad_token_id)
+    batch["labels"] = _padded([labels for _, labels in rows], lefts, IGNORE)
+    return batch
+
+
+def collate_prompts(prompts: list[Sequence[int]], pad_token_id: int) -> dict:
+    """Prompts -> input_ids, attention_mask, position_ids, each (B, T) int64, padded on the left: generation
+    continues every row in the same column."""
+    width = max(len(row) for row in prompts)
+    return _batch(prompts, [width - len(row) for row in prompts], pad_token_id)
+
+
+class MicroBatch(NamedTuple):
+    """One forward pass of one rank: the examples, and the factor of its mean loss in the step's loss."""
+
+    indices: list[int]
+    weight: float
+
+
+def epoch_plan(n_examples: int, config: Config, epoch: int, rank: int, world_size: int) -> list[list[MicroBatch]]:
+    """What one rank does in one epoch: for each optimizer step its micro-batches.
+
+    The order is a permutation drawn from (seed, epoch). Each step takes the next global batch of it, cut into
+    micro-batches that the ranks take in turn: the cuts, and so the gradients, are the same for every world size with
+    the same global batch. The last step may be short: its loss is divided by its own number of examples, and a rank
+    that would have none runs one of its examples with weight 0, because every rank has to join the passes.
+
+    Weights: gradients are averaged over ranks and summed over a rank's micro-batches, so that
+    weight = world_size x (examples in the micro-batch) / (examples in the step).
+    """
+    size = config.batch_size_training
+    per_step = config.accumulation(world_size) * world_size * size
+    order = np.random.default_rng((config.seed, epoch)).permutation(n_examples).tolist()
+    plan = []
+    for begin in range(0, n_examples, per_step):
+        step = order[begin : begin + per_step]
+        rounds = -(-len(step) // (size * world_size))
+        mine = []
+        for place in range(rank, rounds * world_size, world_size):
+            part = step[place * size : (place + 1) * size]
+            mine.append(MicroBatch(part or step[:1], world_size * len(part) / len(step)))
+        plan.append(mine)
+    return plan

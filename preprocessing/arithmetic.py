@@ -1,0 +1,88 @@
+"""Writes the quickstart's data: chained arithmetic, written the way iCoT writes GSM8K.
+
+An example computes from left to right, modulo a small base:
+
+    {"question": "3+4*2-5", "steps": ["<<3+4=2>>", "<<2*2=4>>", "<<4-5=4>>"], "answer": "4"}       (base 5)
+
+    python preprocessing/arithmetic.py                    # data/arithmetic_{train,valid,test}.json
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+
+
+def make_example(rng: random.Random, n_steps: int, base: int) -> dict:
+    """One example with n_steps operations on numbers 0..base-1, uniform in numbers and operations."""
+    value = rng.randrange(base)
+    question, steps = str(value), []
+    for _ in range(n_steps):
+        operation, operand = rng.choice("+-*"), rng.randrange(base)
+        result = OPERATIONS[operation](value, operand) % base
+        question += f"{operation}{operand}"
+        steps.append(f"<<{value}{operation}{operand}={result}>>")
+        value = result
+    return {"question": question, "steps": steps, "answer": str(value)}
+
+
+def make_splits(
+    sizes: dict[str, int], min_steps: int = 2, max_steps: int = 4, base: int = 10, seed: int = 0
+) -> dict[str, list[dict]]:
+    """Splits of the given sizes, name -> examples; no question occurs twice, within a split or across them.
+
+    Raises ValueError where there are not enough questions.
+    """
+    possible = sum(base ** (n + 1) * 3**n for n in range(min_steps, max_steps + 1))
+    if sum(sizes.values()) > possible // 2:
+        raise ValueError(
+            f"{sum(sizes.values())} examples are more than half of the {possible} questions that base {base} and "
+            f"{min_steps} to {max_steps} steps allow: ask for fewer, or for more steps"
+        )
+    rng = random.Random(seed)
+    counts = list(range(min_steps, max_steps + 1))
+    # in proportion to the fourth root of how many there are: short questions are few, and all splits need all lengths
+    weights = [(base ** (n + 1) * 3**n) ** 0.25 for n in counts]
+    seen, splits = set(), {}
+    for name in sorted(sizes, key=sizes.get):  # the small ones first: the short questions are used up by the large
+        examples = []
+        while len(examples) < sizes[name]:
+            example = make_example(rng, rng.choices(counts, weights)[0], base)
+            if example["question"] not in seen:
+                seen.add(example["question"])
+                examples.append(example)
+        splits[name] = examples
+    return {name: splits[name] for name in sizes}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("data"), help="folder for the files (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=60000, help="training examples (default: %(default)s)")
+    parser.add_argument("--valid", type=int, default=300, help="validation examples (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=1000, help="test examples (default: %(default)s)")
+    parser.add_argument("--base", type=int, default=10, help="numbers are 0..BASE-1 (default: %(default)s)")
+    parser.add_argument("--min-steps", type=int, default=2, help="fewest operations (default: %(default)s)")
+    parser.add_argument("--max-steps", type=int, default=4, help="most operations (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    sizes = {"train": options.train, "valid": options.valid, "test": options.test}
+    if not 2 <= options.base <= 10 or not 1 <= options.min_steps <= options.max_steps or min(sizes.values()) < 1:
+        parser.error("base must be 2 to 10, 1 <= min-steps <= max-steps, and every split needs an example")
+    try:
+        splits = make_splits(sizes, options.min_steps, options.max_steps, options.base, options.seed)
+    except ValueError as error:
+        parser.error(str(error))
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, examples in splits.items():
+        path = options.out / f"arithmetic_{name}.json"
+        path.write_text(json.dumps(examples), encoding="utf-8")
+        print(f"{path}: {len(examples)} examples, first: {examples[0]['question']} -> {examples[0]['answer']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,398 @@
+"""Trains and evaluates Coconut, and the methods it is compared with, as one YAML file says.
+
+    torchrun --nproc_per_node 4 run.py args/gsm_coconut.yaml
+    python run.py args/quickstart.yaml num_epochs=1               # one process; any key can be set like this
+
+A run continues from the newest checkpoint in its folder, save_path/name, where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils import (
+    Config, RunLogger, UserError, World, cleanup_distributed, on_main_rank, seed_everything, setup_distributed,
+    write_config,
+)
+
+if TYPE_CHECKING:  # --help and configuration errors come without waiting for torch, which main() imports
+    import torch
+
+    from checkpoint import Progress
+    from coconut import Coconut
+    from dataset import Markers, Tokens
+
+DEBUG_EXAMPLES = {"train": 5000, "val": 32}
+
+
+@dataclass
+class Data:
+    """What is trained or evaluated on: tokens of either file, and the examples themselves for the evaluation."""
+
+    val_examples: list[dict]
+    val: Tokens
+    train: Tokens | None = None
+
+
+@dataclass
+class Run:
+    """All that the steps of a run share."""
+
+    config: Config
+    world: World
+    model: Coconut
+    tokenizer: object
+    markers: Markers
+    data: Data
+    logger: RunLogger
+    progress: Progress
+    wrapped: torch.nn.Module | None = None  # the model as it is called in training: DDP's, or the model itself
+    optimizer: torch.optim.Optimizer | None = None
+    losses: list[torch.Tensor] = field(default_factory=list)  # of the steps since the last write to the log
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        config = Config.from_file(options.config, options.overrides)
+        world = setup_distributed()
+        if config.only_eval:
+            evaluate_only(config, world)
+        else:
+            train(config, world)
+    except UserError as error:
+        return report(error)
+    finally:
+        if "torch" in sys.modules:
+            cleanup_distributed()
+    return 0
+
+
+def train(config: Config, world: World) -> None:
+    """The whole curriculum: train an epoch, validate, save; from the newest checkpoint where there is one."""
+    from checkpoint import load_optimizer, load_random_state
+    from dataset import stage_of
+
+    checkpoint = find_checkpoint(config, world)
+    run = prepare(config, world, checkpoint)
+    wrap(run)
+    seed_everything(config.seed, world.rank)  # ranks draw different dropout
+    if checkpoint is not None:
+        run.optimizer = make_optimizer(run)
+        load_optimizer(checkpoint, run.model, run.optimizer)
+        load_random_state(checkpoint, world)
+    elif config.resume:
+        run.progress.epoch = config.resume
+    announce(run, checkpoint)
+    for epoch in range(run.progress.epoch, config.num_epochs):
+        stage = stage_of(config, epoch)
+        if run.optimizer is None or optimizer_is_reset(config, epoch):
+            run.optimizer = make_optimizer(run)
+        trained = train_epoch(run, epoch, stage)
+        metrics, predictions = validate(run, epoch, stage, trained)
+        save_if_due(run, epoch, stage, metrics, predictions)
+    finish(run)
+
+
+def evaluate_only(config: Config, world: World) -> None:
+    """Evaluates load_model_path on val_path; results go to save_path/name/eval."""
+    from checkpoint import read_description, resolve
+    from evaluate import as_files, evaluate
+
+    source = on_main_rank(world, lambda: resolve(config.load_model_path))
+    run = prepare(config, world, source)
+    description = read_description(source) or {}
+    stage = stage_to_evaluate(config, description, run.logger)
+    run.logger.say(f"evaluating {source} at stage {stage} on {config.val_path} ({len(run.data.val)} examples)")
+    metrics, predictions = evaluate(
+        run.model, run.tokenizer, run.data.val_examples, run.data.val, stage, config, run.markers, world, "evaluating"
+    )
+    metrics |= {"stage": stage, "checkpoint": str(source), "file": config.val_path}
+    if world.is_main:
+        for name, text in as_files(metrics, predictions).items():
+            (config.run_dir / "eval" / name).write_text(text, encoding="utf-8")
+    run.logger.log("eval", **metrics)
+    finish(run)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"keys and their defaults:\n{Config.describe()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="a YAML file, such as those in args/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key of the file from here")
+    return parser.parse_intermixed_args(arguments)
+
+
+def report(error: UserError) -> int:
+    """Says what is wrong, on one rank."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)  # torchrun stops every rank when one exits: rank 0 must have had its say
+    return 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Before the first step
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(config: Config, world: World) -> Path | None:
+    """The newest whole checkpoint of this run, which wins over load_model_path; all ranks get the same."""
+    from checkpoint import checkpoints
+
+    return on_main_rank(world, lambda: next(reversed(checkpoints(config.run_dir)), None))
+
+
+def prepare(config: Config, world: World, checkpoint: Path | None) -> Run:
+    """Model, data and log of a run. The run's folder is touched only when all else has succeeded."""
+    from transformers.utils import logging
+
+    from checkpoint import Progress, load_model, read_progress, resolve
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    source = checkpoint
+    if source is None and config.load_model_path is not None:
+        source = on_main_rank(world, lambda: resolve(config.load_model_path))
+    seed_everything(config.seed)  # every rank makes the same new weights
+    model, tokenizer, markers = load_model(config, source)
+    model.to(world.device)
+    data = load_data(config, world, tokenizer)
+    progress = read_progress(checkpoint) if checkpoint is not None and not config.only_eval else Progress()
+    folder = config.run_dir / "eval" if config.only_eval else config.run_dir
+    if world.is_main:
+        write_config(config, folder, world.size)
+    logger = RunLogger(config, world, folder, progress.wandb_id)
+    progress.wandb_id = logger.wandb_id
+    return Run(config, world, model, tokenizer, markers, data, logger, progress)
+
+
+def load_data(config: Config, world: World, tokenizer) -> Data:
+    """Rank 0 tokenizes, or finds the tokens of an earlier run; all ranks map the same files into memory."""
+    from dataset import Tokens, cache_tokens, load_examples
+
+    cache = Path(config.save_path) / ".tokens"
+    limits = {"train": config.max_train_examples, "val": config.max_eval_examples}
+    if config.debug:
+        limits = {name: min(limit or DEBUG_EXAMPLES[name], DEBUG_EXAMPLES[name]) for name, limit in limits.items()}
+    val_examples = load_examples(config.val_path, limits["val"])
+
+    def open_tokens(path: str, limit: int | None) -> Tokens:
+        return Tokens.open(on_main_rank(world, lambda: cache_tokens(path, tokenizer, cache, limit)))
+
+    val = open_tokens(config.val_path, limits["val"])
+    return Data(val_examples, val, None if config.only_eval else open_tokens(config.train_path, limits["train"]))
+
+
+def wrap(run: Run) -> None:
+    """Puts the model under DDP where there are several ranks."""
+    import torch
+
+    run.wrapped = run.model
+    if run.world.size > 1:
+        gpus = [run.world.local_rank] if run.world.device.type == "cuda" else None
+        run.wrapped = torch.nn.parallel.DistributedDataParallel(run.model, device_ids=gpus)
+
+
+def make_optimizer(run: Run) -> torch.optim.Optimizer:
+    """AdamW with decay on every parameter, as in the reference."""
+    import torch
+
+    config = run.config
+    fused = run.world.device.type == "cuda"
+    return torch.optim.AdamW(run.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+
+
+def optimizer_is_reset(config: Config, epoch: int) -> bool:
+    """Whether AdamW is made anew before this epoch."""
+    from dataset import stage_of
+
+    if config.reset_optimizer == "stage":
+        return epoch > 0 and stage_of(config, epoch) != stage_of(config, epoch - 1)
+    return config.reset_optimizer == "epoch"
+
+
+def stage_to_evaluate(config: Config, description: dict, logger: RunLogger) -> int:
+    """The checkpoint's own stage, unless `resume` names an epoch."""
+    from dataset import stage_of
+
+    recorded = description.get("stage")
+    scheduled = stage_of(config, config.resume)
+    if recorded is None or (config.resume and recorded != scheduled):
+        if recorded is not None:
+            logger.say(f"warning: the checkpoint is of stage {recorded}, but resume {config.resume} asks for {scheduled}")
+        return scheduled
+    return recorded
+
+
+def announce(run: Run, checkpoint: Path | None) -> None:
+    """Says what is about to happen."""
+    from dataset import epoch_plan, stage_of
+
+    config, world, progress = run.config, run.world, run.progress
+    accumulation = config.accumulation(world.size)
+    n_steps = len(epoch_plan(len(run.data.train), config, 0, 0, world.size))
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    say = run.logger.say
+    say(f"{config.name}: {config.method}, {parameters:,} parameters, on {world.size} x {world.device.type}")
+    say(
+        f"global batch {accumulation * world.size * config.batch_size_training} = {world.size} ranks x "
+        f"{config.batch_size_training} examples x {accumulation} passes; {n_steps} steps an epoch, "
+        f"{len(run.data.train)} training and {len(run.data.val)} validation examples"
+    )
+    if checkpoint is not None:
+        say(f"continuing from {checkpoint}, after {progress.epoch} of {config.num_epochs} epochs")
+        if config.load_model_path is not None:
+            say("(load_model_path is where the run began; its own checkpoint is newer)")
+    elif progress.epoch:
+        say(f"starting with epoch {progress.epoch}, stage {stage_of(config, progress.epoch)}, as resume says")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def train_epoch(run: Run, epoch: int, stage: int) -> dict:
+    """One pass over the training set at one stage: returns train_loss, the mean of its steps, and train_seconds."""
+    from functools import partial
+
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    from dataset import StageDataset, collate, epoch_plan
+
+    import torch
+
+    config, world, markers = run.config, run.world, run.markers
+    plan = epoch_plan(len(run.data.train), config, epoch, world.rank, world.size)
+    loader = DataLoader(
+        StageDataset(run.data.train, config, markers, stage, epoch),
+        batch_sampler=[micro.indices for step in plan for micro in step],
+        collate_fn=partial(collate, pad_token_id=markers.eos, latent_token_id=markers.latent),
+        num_workers=config.num_workers,
+        pin_memory=world.device.type == "cuda",
+        generator=torch.Generator(),  # the loader draws its workers' seeds: not from the stream that dropout uses
+    )
+    batches = iter(loader)
+    begin, total = time.perf_counter(), 0.0
+    run.wrapped.train()
+    bar = tqdm(plan, f"epoch {epoch} stage {stage}", unit="step", leave=False, disable=not world.is_main)
+    for number, micro_batches in enumerate(bar):
+        train_step(run, micro_batches, batches, total_steps=config.num_epochs * len(plan))
+        if run.progress.step % config.log_every_steps == 0 or number + 1 == len(plan):
+            losses = log_steps(run, epoch, stage)
+            total += sum(losses)
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+    return {"train_loss": total / len(plan), "train_seconds": time.perf_counter() - begin}
+
+
+def train_step(run: Run, micro_batches: list, batches, total_steps: int) -> None:
+    """Forward and backward of each micro-batch, then one optimizer step. Gradients meet at the last backward."""
+    import torch
+
+    from evaluate import autocast
+
+    config, world = run.config, run.world
+    for group in run.optimizer.param_groups:
+        group["lr"] = config.lr * lr_factor(config, run.progress.step, total_steps)
+    step_loss = torch.zeros((), device=world.device)
+    for number, micro in enumerate(micro_batches):
+        batch = {name: tensor.to(world.device, non_blocking=True) for name, tensor in next(batches).items()}
+        last = number + 1 == len(micro_batches)
+        with nullcontext() if last or world.size == 1 else run.wrapped.no_sync():
+            with autocast(config, world):
+                loss = run.wrapped(**batch).loss * micro.weight
+            loss.backward()  # all ranks, where it is the last: DDP averages the gradients
+        step_loss += loss.detach()
+    if config.max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.losses.append(step_loss)
+    run.progress.step += 1
+
+
+def lr_factor(config: Config, step: int, total_steps: int) -> float:
+    """The learning rate of a step as a share of config.lr: linear warm-up, then constant, linear or cosine to 0."""
+    import math
+
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.lr_scheduler]
+
+
+def log_steps(run: Run, epoch: int, stage: int) -> list[float]:
+    """Writes the losses since the last call, each the mean over the step's examples on all ranks; returns them."""
+    import torch
+    import torch.distributed as dist
+
+    losses = torch.stack(run.losses)
+    dist.all_reduce(losses)  # all ranks: each holds its share of every step's loss
+    losses = (losses / run.world.size).tolist()
+    first = run.progress.step - len(losses)
+    for number, loss in enumerate(losses, start=1):
+        lr = run.optimizer.param_groups[0]["lr"]
+        run.logger.log("step", step=first + number, epoch=epoch, stage=stage, loss=loss, lr=lr)
+    run.losses.clear()
+    return losses
+
+
+def validate(run: Run, epoch: int, stage: int, trained: dict) -> tuple[dict, list[dict]]:
+    """Evaluates after an epoch, and says and logs the result together with the epoch's training."""
+    from evaluate import evaluate
+
+    metrics, predictions = evaluate(
+        run.model, run.tokenizer, run.data.val_examples, run.data.val, stage, run.config, run.markers, run.world
+    )
+    metrics = {"epoch": epoch, "stage": stage, **trained, **metrics}
+    run.logger.log("epoch", step=run.progress.step, **metrics)
+    run.logger.say(
+        f"epoch {epoch:3} stage {stage}: train loss {metrics['train_loss']:.4f}, validation loss {metrics['loss']:.4f}, "
+        f"accuracy {metrics['accuracy']:.1%}, tokens {metrics['generated_tokens']:.1f}, "
+        f"{metrics['train_seconds']:.0f} s + {metrics['seconds']:.0f} s"
+    )
+    return metrics, predictions
+
+
+def save_if_due(run: Run, epoch: int, stage: int, metrics: dict, predictions: list[dict]) -> None:
+    """Saves after every epoch; with save_only_improve, when accuracy is the best of its stage so far."""
+    from checkpoint import save
+    from evaluate import as_files
+
+    progress = run.progress
+    progress.epoch = epoch + 1
+    improved = metrics["accuracy"] > progress.best.get(stage, -1.0)
+    if improved:
+        progress.best[stage] = metrics["accuracy"]
+    if run.config.debug or (run.config.save_only_improve and not improved):
+        return
+    save(
+        run.config, run.world, progress, run.model, run.tokenizer, run.markers, stage, run.optimizer,
+        as_files(metrics, predictions),
+    )
+
+
+def finish(run: Run) -> None:
+    """Closes the log and prints the run's table."""
+    from evaluate import summary
+
+    run.logger.close()
+    if run.world.is_main:
+        print(summary(run.config.run_dir), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

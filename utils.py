@@ -1,0 +1,529 @@
+"""What every other module stands on: the configuration, the ranks, the seeds, the run logger.
+
+torch and wandb are imported inside the functions that need them: `run.py --help` and every complaint about a
+configuration must come at once, and importing torch takes seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import netrc
+import os
+import re
+import subprocess
+import sys
+import time
+import types
+import typing
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import yaml
+
+IGNORE = -100  # the label of a position that is not supervised, torch's default ignore_index
+METHODS = ("coconut", "cot", "no_cot", "no_thoughts")
+THOUGHTS = ("last", "pause")  # thoughts.py defines them; named here so that a configuration is checked without torch
+PLACEHOLDER = re.compile(r"YOUR_\w+")
+
+
+class UserError(ValueError):
+    """Something a user can put right. `run.py` prints its text once, without a traceback, and exits with 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _key(default, text: str, *, choices: tuple = (), low: float | None = None, high: float | None = None):
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high})
+
+
+@dataclass
+class Config:
+    """One run. Every field is a key of the YAML files in args/ and of `run.py FILE key=value ...`.
+
+    The keys that the reference implementation knows keep its names and meanings; the others default to what it does.
+    """
+
+    # the run
+    project: str = _key("coconut", "wandb project")
+    name: str = _key("run", "name of the run; its folder is save_path/name (default: the YAML file's name)")
+    save_path: str = _key("checkpoints", "folder that holds the runs")
+    only_eval: bool = _key(False, "evaluate load_model_path on val_path and stop")
+    seed: int = _key(0, "seeds the weights that are made anew, the data order, dropout and stage mixing", low=0)
+    debug: bool = _key(False, "quick look: 5000 training and 32 validation examples, no checkpoints, no wandb")
+    wandb: str = _key(
+        "online",
+        "online | offline | disabled; online becomes offline where nobody is logged in; "
+        "the variable WANDB_MODE wins over this key",
+        choices=("online", "offline", "disabled"),
+    )
+    log_every_steps: int = _key(10, "optimizer steps between two writes to metrics.jsonl and wandb", low=1)
+
+    # the method
+    method: str = _key("coconut", " | ".join(METHODS) + "; the reference's four booleans are read too", choices=METHODS)
+    thought: str = _key("last", "what a latent position is fed: " + " | ".join(THOUGHTS), choices=THOUGHTS)
+    c_thought: int = _key(1, "latent thoughts that replace one written step", low=0)
+    max_latent_stage: int = _key(6, "stage after which no more thoughts are added and all steps are dropped", low=0)
+    epochs_per_stage: int | list[int] = _key(
+        5, "epochs of each stage; or a list with one entry a stage, the last stage going on to num_epochs", low=1
+    )
+    curriculum: str = _key(
+        "staged", "staged | none (the last stage from the first epoch on)", choices=("staged", "none")
+    )
+    pad_latent_to_max: bool = _key(
+        True, "in the last stage, max_latent_stage thoughts also where an example has fewer steps"
+    )
+    uniform_prob: float = _key(0.0, "probability that an example trains at a stage drawn from 0..n", low=0, high=1)
+    eval_latents_from_steps: bool = _key(
+        False, "with pad_latent_to_max off, evaluate with at most as many steps of thought as the example has (reference)"
+    )
+
+    # the model
+    model_id: str = _key("openai-community/gpt2", "Hugging Face id or local folder of the causal language model")
+    from_scratch: bool = _key(False, "take only the shape of model_id; initialise its weights from seed")
+    load_model_path: str | None = _key(
+        None, "weights to start from or to evaluate: a checkpoint folder, a run's folder (its newest checkpoint), "
+        "a Hugging Face folder, or a file of the reference"
+    )
+    resume: int = _key(0, "epoch to start from with load_model_path; in an eval-only run the epoch whose stage is used", low=0)
+
+    # the data
+    train_path: str | None = _key(None, "JSON list of {question, answer, steps}")
+    val_path: str | None = _key(None, "the same, for validation and for eval-only runs")
+    max_train_examples: int | None = _key(None, "train on the first so many examples", low=1)
+    max_eval_examples: int | None = _key(None, "validate on the first so many examples", low=1)
+    num_workers: int = _key(1, "loader processes for each rank", low=0)
+
+    # the optimisation
+    num_epochs: int = _key(50, "epochs in all, counted from epoch 0 of the curriculum", low=1)
+    batch_size_training: int = _key(32, "examples of one forward pass on one rank", low=1)
+    gradient_accumulation_steps: int = _key(1, "forward passes of one optimizer step on one rank", low=1)
+    global_batch_size: int | None = _key(
+        None, "examples of one optimizer step over all ranks; gradient_accumulation_steps is derived from it", low=1
+    )
+    lr: float = _key(1e-4, "AdamW's learning rate", low=0)
+    weight_decay: float = _key(0.01, "AdamW's weight decay, on every parameter", low=0)
+    lr_scheduler: str = _key("constant", "constant | linear | cosine", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = _key(0, "optimizer steps over which lr rises from 0", low=0)
+    max_grad_norm: float | None = _key(None, "clip the gradient's norm to this", low=0)
+    reset_optimizer: bool | str = _key(
+        "stage", "never | stage | epoch: make AdamW anew when the stage changes or at every epoch; "
+        "True = epoch and False = never, as the reference's code does", choices=("never", "stage", "epoch"),
+    )
+
+    # the machine
+    strategy: str = _key("auto", "auto | ddp", choices=("auto", "ddp"))
+    bf16: bool = _key(False, "mixed precision: bfloat16 arithmetic, float32 weights and optimizer")
+    bf16_weights: bool = _key(False, "weights and optimizer in bfloat16 too (what the reference's bf16 does)")
+
+    # evaluation and checkpoints
+    eval_batch_size: int = _key(32, "prompts generated from at once on one rank", low=1)
+    max_new_tokens: int = _key(128, "longest generation", low=1)
+    save_only_improve: bool = _key(False, "save only when validation accuracy is the best of its stage so far")
+    keep_checkpoints: int | None = _key(None, "keep the newest so many, and the best (default: all)", low=1)
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+        """Reads a YAML file, the files that it extends, and `key=value` overrides.
+
+        Raises UserError that lists everything that is wrong, after all of it has been looked for.
+        """
+        problems: list[str] = []
+        layers = _yaml_layers(Path(path), problems) + _override_layer(overrides, problems)
+        values: dict = {"name": Path(path).stem}
+        for origin, layer in layers:
+            _merge(values, layer, origin, problems)
+        values = _checked(cls, values, problems)
+        config = cls(**values)
+        if not problems:
+            problems += config.problems(world_size=int(os.environ.get("WORLD_SIZE", 1)))
+        if problems:
+            head = f"{path}: "
+            raise UserError(head + (problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems])))
+        return config
+
+    def __post_init__(self):
+        if isinstance(self.reset_optimizer, bool):
+            self.reset_optimizer = "epoch" if self.reset_optimizer else "never"
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.save_path) / self.name
+
+    @property
+    def last_stage(self) -> int:
+        """The stage in which every written step is gone: one past max_latent_stage (paper, Section 4.1)."""
+        return self.max_latent_stage + 1
+
+    def accumulation(self, world_size: int) -> int:
+        """Forward passes a rank runs for one optimizer step. Raises UserError where the global batch does not divide."""
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        accumulation, rest = divmod(self.global_batch_size, world_size * self.batch_size_training)
+        if rest or not accumulation:
+            raise UserError(
+                f"global_batch_size {self.global_batch_size} is no multiple of {world_size} ranks x "
+                f"batch_size_training {self.batch_size_training}"
+            )
+        return accumulation
+
+    def problems(self, world_size: int = 1) -> list[str]:
+        """What is impossible about this configuration on this machine, a sentence each."""
+        found = []
+        for name, value in vars(self).items():
+            if isinstance(value, str) and PLACEHOLDER.search(value):
+                found.append(f"{name} is still the placeholder {value!r}: set it to your own path")
+        data = {"val_path": self.val_path} if self.only_eval else {"train_path": self.train_path, "val_path": self.val_path}
+        for name, value in {**data, "load_model_path": self.load_model_path}.items():
+            if value is None and name != "load_model_path":
+                found.append(f"{name} is missing: set it to a JSON list of question, answer and steps")
+            elif value is not None and not PLACEHOLDER.search(value):
+                if not Path(value).exists():
+                    found.append(f"{name} {value!r} does not exist{_preparation_hint(value)}")
+                elif name != "load_model_path" and not Path(value).is_file():
+                    found.append(f"{name} {value!r} is no file")
+        if self.only_eval and self.load_model_path is None:
+            found.append("only_eval needs load_model_path: the checkpoint to evaluate")
+        if re.search(r"[/\\]|^\.*$", self.name):
+            found.append(f"name {self.name!r} must be a plain folder name")
+        if isinstance(self.epochs_per_stage, list) and len(self.epochs_per_stage) > self.last_stage + 1:
+            found.append(
+                f"epochs_per_stage has {len(self.epochs_per_stage)} entries, but there are only {self.last_stage + 1} "
+                f"stages: 0 to max_latent_stage + 1"
+            )
+        if self.from_scratch and self.load_model_path is not None:
+            found.append("from_scratch and load_model_path exclude each other")
+        if self.bf16 and self.bf16_weights:
+            found.append("bf16 (mixed precision) and bf16_weights (everything in bfloat16) exclude each other")
+        try:
+            self.accumulation(world_size)
+        except UserError as error:
+            found.append(str(error))
+        return found
+
+    @classmethod
+    def describe(cls) -> str:
+        """Every key with its default and its meaning, for --help."""
+        lines = []
+        for field in dataclasses.fields(cls):
+            lines.append(f"  {field.name} = {json.dumps(field.default)}\n      {field.metadata['help']}")
+        return "\n".join(lines)
+
+
+def _preparation_hint(path: str) -> str:
+    hints = {"prosqa": "python preprocessing/prosqa.py", "arithmetic": "python preprocessing/arithmetic.py"}
+    return next((f" (make it with: {how})" for word, how in hints.items() if Path(path).name.startswith(word)), "")
+
+
+def _yaml_layers(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
+    """The files that `path` extends, outermost first, then `path` itself."""
+    if path.resolve() in seen:
+        problems.append(f"{path} extends itself")
+        return []
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        problems.append(f"cannot read {path}: {error.strerror}")
+        return []
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problems.append(f"{path} is not valid YAML: {' '.join(str(error).split())}")
+        return []
+    if loaded is not None and not isinstance(loaded, dict):
+        problems.append(f"{path} must hold `key: value` lines")
+        return []
+    layer = dict(loaded or {})
+    parent = layer.pop("extends", None)
+    parents = _yaml_layers(path.parent / str(parent), problems, (*seen, path.resolve())) if parent else []
+    return [*parents, (str(path), layer)]
+
+
+def _override_layer(overrides, problems: list[str]) -> list[tuple[str, dict]]:
+    layer = {}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals:
+            problems.append(f"{text!r} on the command line is not key=value")
+            continue
+        try:
+            layer[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            problems.append(f"{text!r} on the command line has no valid value")
+    return [("the command line", layer)] if layer else []
+
+
+def _merge(values: dict, layer: dict, origin: str, problems: list[str]) -> None:
+    """Lays one file, or the command line, over `values`; the four method booleans become `method` on the way."""
+    known = {field.name for field in dataclasses.fields(Config)}
+    booleans = {}
+    for name, value in layer.items():
+        if name in ("coconut", "cot", "no_thoughts", "no_cot"):
+            if not isinstance(value, bool):
+                problems.append(f"{name} must be true or false, not {value!r}")
+            booleans[name] = value is True
+        elif name in known:
+            values[name] = value
+        else:
+            close = difflib.get_close_matches(str(name), [*known, "coconut", "cot", "no_thoughts", "no_cot", "extends"], 1)
+            hint = f": did you mean {close[0]!r}?" if close else " (run.py --help lists the keys)"
+            problems.append(f"unknown key {name!r} in {origin}{hint}")
+    chosen = {name for name, on in booleans.items() if on}
+    if {"coconut", "no_thoughts"} <= chosen:  # as in the reference, "without thoughts" is a switch on top of coconut
+        chosen.remove("coconut")
+    if "method" in layer:
+        chosen.add(layer["method"])
+    if len(chosen) > 1:
+        problems.append(f"two methods at once in {origin}: {' and '.join(sorted(map(str, chosen)))}")
+    elif chosen:
+        values["method"] = chosen.pop()
+    elif booleans and values.get("method") in (None, *booleans):
+        problems.append(f"no method in {origin}: set method to one of {', '.join(METHODS)}")
+
+
+def _checked(cls, values: dict, problems: list[str]) -> dict:
+    """Converts each value to its field's type; what does not convert is reported and left out."""
+    annotations = typing.get_type_hints(cls)
+    result = {}
+    for field in dataclasses.fields(cls):
+        if field.name not in values:
+            continue
+        value = values[field.name]
+        try:
+            value = _converted(value, annotations[field.name])
+            _check_range(value, field.metadata)
+        except ValueError as error:
+            problems.append(f"{field.name} {error}, not {values[field.name]!r}")
+            continue
+        result[field.name] = value
+    return result
+
+
+def _converted(value, annotation):
+    """`value` as the annotated type. Raises ValueError with what was expected."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if value is None or value == "None":  # the reference writes the string None where YAML has null
+        if type(None) in options:
+            return None
+        raise ValueError("must be set")
+    for option in options:
+        if option is bool and isinstance(value, bool):
+            return value
+        if option is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if option is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)  # YAML reads 1e-4 as text
+            except ValueError:
+                pass
+        if option is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+        if option == list[int] and isinstance(value, list) and value:
+            if all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value):
+                return value
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list[int]: "a list of whole numbers"}
+    raise ValueError("must be " + " or ".join(names[option] for option in options if option in names))
+
+
+def _check_range(value, metadata) -> None:
+    if metadata["choices"] and isinstance(value, str) and value not in metadata["choices"]:
+        raise ValueError("must be one of " + ", ".join(metadata["choices"]))
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            if metadata["low"] is not None and not number >= metadata["low"]:
+                raise ValueError(f"must be at least {metadata['low']}")
+            if metadata["high"] is not None and not number <= metadata["high"]:
+                raise ValueError(f"must be at most {metadata['high']}")
+
+
+def write_config(config: Config, folder: Path, world_size: int) -> None:
+    """Writes the resolved configuration, the commit and the library versions to folder/config.yaml.
+
+    The file is itself a configuration: `python run.py FOLDER/config.yaml` repeats the run.
+    """
+    comments = [f"git commit: {_git_commit()}", f"python: {sys.version.split()[0]}", f"world size: {world_size}"]
+    for package in ("torch", "transformers", "numpy", "wandb"):
+        try:
+            comments.append(f"{package}: {version(package)}")
+        except PackageNotFoundError:
+            comments.append(f"{package}: not installed")
+    text = "".join(f"# {line}\n" for line in comments) + yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+
+
+def _git_commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + (" with uncommitted changes" if changed else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ranks and seeds
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others. Made by `setup_distributed`."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: typing.Any  # torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def setup_distributed() -> World:
+    """Joins the ranks that torchrun started; without torchrun, a world of one. Undone by `cleanup_distributed`.
+
+    The device comes from LOCAL_RANK: the global rank says nothing about a node's GPUs. A process group is made for a
+    world of one too, so that no collective needs an `if`.
+    """
+    import torch
+    import torch.distributed as dist
+
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}; "
+                f"lower --nproc_per_node"
+            )
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return World(rank, local_rank, size, device)
+
+
+def cleanup_distributed() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_main_rank(world: World, action: typing.Callable):
+    """Runs `action` on rank 0 while the others wait, and gives its result to all.
+
+    Collective: every rank must call it. A UserError of rank 0 is raised on every rank, so that none waits for ever.
+    """
+    import torch.distributed as dist
+
+    outcome = [None, None]
+    if world.is_main:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)  # all ranks
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def seed_everything(*entropy: int) -> None:
+    """Seeds python, numpy and torch (CPU and GPU) from the given numbers, say (seed, rank)."""
+    import random
+
+    import numpy as np
+    import torch
+
+    words = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run logger
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class RunLogger:
+    """metrics.jsonl always, wandb where it is wanted; silent on every rank but 0.
+
+    Args:
+        folder: where metrics.jsonl and wandb/ go; made if it is not there.
+        wandb_id: of the run that is being continued, so that its curves go on.
+    """
+
+    def __init__(self, config: Config, world: World, folder: Path, wandb_id: str | None = None):
+        self.world = world
+        self.wandb = None
+        self.wandb_id = wandb_id
+        self.started = time.time()
+        if not world.is_main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        mode = "disabled" if config.debug else wandb_mode(config.wandb)
+        if mode != "disabled":
+            self._start_wandb(config, folder, mode)
+
+    def _start_wandb(self, config: Config, folder: Path, mode: str) -> None:
+        import wandb
+
+        # the configuration and the numbers are all that is sent: no code, no console, no machine metadata
+        settings = {"init_timeout": 30, "silent": True, "console": "off", "save_code": False, "x_disable_meta": True}
+        arguments = {
+            "project": config.project, "name": config.name, "config": dataclasses.asdict(config), "dir": str(folder),
+            "id": self.wandb_id, "resume": "allow" if self.wandb_id else None,
+        }
+        try:
+            self.wandb = wandb.init(mode=mode, settings=wandb.Settings(**settings), **arguments)
+        except Exception as error:  # whatever a tracker's server does, training goes on
+            self.say(f"wandb did not start ({' '.join(str(error).split())[:200]}); logging to metrics.jsonl and wandb offline")
+            self.wandb = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
+        self.wandb_id = self.wandb.id
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches, above the progress bars."""
+        if self.world.is_main:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stderr)
+
+    def log(self, event: str, **values) -> None:
+        """One line of metrics.jsonl: {"event", "time" (seconds since the run started), ...values}."""
+        if not self.world.is_main:
+            return
+        record = {"event": event, "time": round(time.time() - self.started, 3), **values}
+        self.file.write(json.dumps(record) + "\n")
+        if self.wandb is not None:
+            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
+            self.wandb.log({f"{event}/{k}": v for k, v in numbers.items()}, step=values.get("step"))
+
+    def close(self) -> None:
+        if self.world.is_main:
+            self.file.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+
+def wandb_mode(wanted: str) -> str:
+    """online | offline | disabled: what is wanted, but never a login prompt."""
+    mode = os.environ.get("WANDB_MODE", wanted)
+    if mode != "online" or os.environ.get("WANDB_API_KEY"):
+        return mode
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
+    try:
+        return "online" if netrc.netrc(os.environ.get("NETRC")).authenticators(host) else "offline"
+    except (OSError, netrc.NetrcParseError):
+        return "offline"
