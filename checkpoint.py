@@ -112,12 +112,13 @@ def load_model(config: Config, source: Path | None) -> tuple[Coconut, object, Ma
         if isinstance(error, UserError):
             raise
         raise _not_loadable("load_model_path" if folder else "model_id", folder or config.model_id, error) from None
-    n_markers = len({START, END, LATENT} - set(tokenizer.get_vocab()))
+    has_marker_rows = False
     if source is not None and folder is None:
-        _load_reference_file(base, source, rows_with_markers=len(tokenizer) + n_markers)
+        n_markers = len({START, END, LATENT} - set(tokenizer.get_vocab()))
+        has_marker_rows = _load_reference_file(base, source, rows_with_markers=len(tokenizer) + n_markers)
     markers = Markers(None, None, None, tokenizer.eos_token_id)
     if config.method == "coconut":
-        markers = add_markers(tokenizer, base)
+        markers = add_markers(tokenizer, base, initialise=not has_marker_rows)
     base.config.use_cache = True
     model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
     return model, tokenizer, markers
@@ -163,16 +164,17 @@ def _check_names(source, missing, unexpected, mismatched=()) -> None:
     for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)):
         if names:
             names = sorted(names)
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            problems.append(f"{title}: {', '.join(names[:8])}{more}")
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            problems.append(f"{title}: {', '.join(names[:4])}{more}")
     if problems:
         raise UserError(f"{source} does not fit the model: weights {'; '.join(problems)}")
 
 
-def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: int) -> None:
+def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: int) -> bool:
     """Loads what the reference saved with torch.save: a state dict of the bare model or of its Coconut wrapper.
 
-    The bare model has the vocabulary's rows, the wrapped one `rows_with_markers`; the model is resized to the file.
+    Its embeddings have the vocabulary's rows or, trained with latents, `rows_with_markers`, to which the model is then
+    resized. Returns whether the file held the markers' rows.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -181,7 +183,8 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
     if not isinstance(saved, dict) or not saved or not all(isinstance(value, torch.Tensor) for value in saved.values()):
         raise UserError(f"{path} is no state dict: it must map names to tensors")
     saved = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in saved.items()}
-    if any(name.startswith("base_causallm.") for name in saved):
+    wrapped = any(name.startswith("base_causallm.") for name in saved)
+    if wrapped:
         # the reference's wrapper also registers the input embedding, as `embedding.weight`: the same tensor again
         saved.pop("embedding.weight", None)
         saved = {name.removeprefix("base_causallm."): value for name, value in saved.items()}
@@ -193,7 +196,8 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
     }
     embedding = base.get_input_embeddings()
     row_name = next(name for name, module in base.named_modules() if module is embedding) + ".weight"
-    if row_name in saved and len(saved[row_name]) == rows_with_markers != embedding.weight.shape[0]:
+    resized = row_name in saved and len(saved[row_name]) == rows_with_markers != embedding.weight.shape[0]
+    if resized:
         base.resize_token_embeddings(rows_with_markers, mean_resizing=False)
     own = base.state_dict()
     given = {own[name].data_ptr() for name in saved if name in own}
@@ -204,22 +208,22 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
     ]
     _check_names(path, missing, [name for name in saved if name not in own], mismatched)
     base.load_state_dict(saved, strict=False)
+    return resized or wrapped
 
 
 @torch.no_grad()
-def add_markers(tokenizer, base: PreTrainedModel) -> Markers:
+def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True) -> Markers:
     """Adds the markers that tokenizer and model lack; the order of the rows is the reference's.
 
     A new row, of the input and of the output embedding, tied or not, starts as that of "<<" where the tokenizer has
-    it as one token, else as the mean row.
+    it as one token, else as the mean row; unless `initialise` is off, because the rows have been loaded.
     """
     known = len(tokenizer)
-    rows_before = base.get_input_embeddings().weight.shape[0]
     missing = [marker for marker in (START, END, LATENT) if marker not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing)
-    if len(tokenizer) > rows_before:
+    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    if missing and not rows_before == len(tokenizer):  # such a file brought the markers' rows along
+    if missing and initialise:
         like = tokenizer.convert_tokens_to_ids("<<")
         one_token = like is not None and like != tokenizer.unk_token_id
         new = tokenizer.convert_tokens_to_ids(missing)
@@ -316,6 +320,7 @@ def read_progress(folder: Path) -> Progress:
 
 def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restores the optimizer of a checkpoint, on any number of ranks. Collective: every rank must call it."""
+    optimizer.zero_grad()  # where gradients wait for a step, torch makes no state to load into, and says nothing
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.load(state, checkpoint_id=folder / "trainer" / "optimizer")
     set_optimizer_state_dict(model, optimizer, optim_state_dict=state["optimizer"])

@@ -59,6 +59,10 @@ class Coconut(nn.Module):
         # transformers renames the argument during 5.x
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
         self._takes_position_ids = "position_ids" in accepted  # models with ALiBi have none
+        config = base_causallm.config
+        # what some families do around the LM head: Cohere multiplies and Granite divides, Gemma caps
+        self._logit_scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self._softcap = getattr(config, "final_logit_softcapping", None)
 
     def forward(
         self,
@@ -183,23 +187,18 @@ class Coconut(nn.Module):
         targets = labels[:, 1:]
         supervised = targets != IGNORE
         hidden, targets = hidden[:, :-1][supervised], targets[supervised]  # (S, D), (S,)
-        head = self.base_causallm.get_output_embeddings()
-        if hasattr(F, "linear_cross_entropy") and self._softcap() is None:
-            return F.linear_cross_entropy(hidden * self._logit_scale(), head.weight, targets, linear_bias=head.bias)
+        if hasattr(F, "linear_cross_entropy") and self._softcap is None:
+            head = self.base_causallm.get_output_embeddings()
+            return F.linear_cross_entropy(self._scaled(hidden), head.weight, targets, linear_bias=head.bias)
         return F.cross_entropy(self._logits(hidden), targets)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., V), with what some families do to their logits after the head."""
-        logits = self.base_causallm.get_output_embeddings()(hidden) * self._logit_scale()
-        softcap = self._softcap()
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        """(..., D) -> (..., V), as the model's own forward makes them."""
+        logits = self.base_causallm.get_output_embeddings()(self._scaled(hidden))
+        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
-    def _softcap(self) -> float | None:  # Gemma
-        return getattr(self.base_causallm.config, "final_logit_softcapping", None)
-
-    def _logit_scale(self) -> float:  # Cohere multiplies, Granite divides
-        config = self.base_causallm.config
-        return getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    def _scaled(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if self._logit_scale == 1 else hidden * self._logit_scale
 
 
 def _masks(input_ids, attention_mask, position_ids):

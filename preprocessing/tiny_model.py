@@ -46,7 +46,8 @@ def make_config(shape: str, vocab_size: int, width: int, layers: int, heads: int
     """The configuration of a model of that shape, with EOS as token 0."""
     common = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
     if shape == "gpt2":
-        return GPT2Config(n_embd=width, n_layer=layers, n_head=heads, n_positions=positions, **common)
+        no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # small models underfit as it is
+        return GPT2Config(n_embd=width, n_layer=layers, n_head=heads, n_positions=positions, **no_dropout, **common)
     family = {"llama": LlamaConfig, "qwen2": Qwen2Config}[shape]
     return family(
         hidden_size=width,

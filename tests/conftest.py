@@ -1,0 +1,51 @@
+"""Small real models, built in the tests: nothing is downloaded."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "preprocessing"))
+
+# in-process tests leave the two cores to the ranks that other tests start
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+VOCABULARY = 40
+
+
+def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float64):
+    """A randomly initialised two-layer model without dropout."""
+    common = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    if family == "gpt2":
+        config = GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **common
+        )
+    else:
+        config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=64, tie_word_embeddings=tied, **common,
+        )
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():  # the usual initialisation is so small that everything is nearly linear
+        for parameter in base.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5.0)
+    for name, module in list(base.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):  # transformers' own rounds to float32, whatever the model's dtype
+            parent, _, attribute = name.rpartition(".")
+            norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=dtype)
+            setattr(base.get_submodule(parent), attribute, norm)
+    return base
+
+
+@pytest.fixture(params=["gpt2", "llama", "qwen2"])
+def family(request) -> str:
+    return request.param

@@ -1,0 +1,287 @@
+"""The sequences of every method and stage, written out; batches; shares of the ranks; the token cache."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny_model
+from dataset import (
+    IGNORE,
+    Markers,
+    StageDataset,
+    Tokens,
+    cache_tokens,
+    collate,
+    collate_prompts,
+    epoch_plan,
+    load_examples,
+    prompt,
+    stage_of,
+    stage_of_example,
+    tokenize,
+    training_sequence,
+)
+from utils import Config, UserError
+
+M = Markers(start=90, latent=91, end=92, eos=99)
+Q, S, A = [1, 2, 3], [[10, 11], [20], [30, 31, 32]], [40, 41]
+B, T, E = M.start, M.latent, M.end  # begin, thought, end
+
+
+def sequence(stage: int, **keys) -> tuple[list[int], list[int]]:
+    return training_sequence(Q, S, A, stage, Config(**keys), M)
+
+
+def supervised_after(before: list[int], after: list[int]) -> tuple[list[int], list[int]]:
+    return before + after, [-100] * len(before) + after
+
+
+ALL = [10, 11, 20, 30, 31, 32, 40, 41, 99]
+
+# method, other keys, stage, unsupervised part, supervised part
+LITERAL = [
+    ("cot", {}, 0, [1, 2, 3], ALL),
+    ("no_cot", {}, 0, [1, 2, 3], [40, 41, 99]),
+    ("coconut", {}, 0, [1, 2, 3, B, E], ALL),
+    ("coconut", {}, 1, [1, 2, 3, B, T, E], [20, 30, 31, 32, 40, 41, 99]),
+    ("coconut", {}, 2, [1, 2, 3, B, T, T, E], [30, 31, 32, 40, 41, 99]),
+    ("coconut", {}, 3, [1, 2, 3, B, T, T, T, E], [40, 41, 99]),
+    ("coconut", {}, 4, [1, 2, 3, B, T, T, T, T, E], [40, 41, 99]),
+    ("coconut", {"c_thought": 2}, 1, [1, 2, 3, B, T, T, E], [20, 30, 31, 32, 40, 41, 99]),
+    ("coconut", {"c_thought": 2}, 2, [1, 2, 3, B, T, T, T, T, E], [30, 31, 32, 40, 41, 99]),
+    ("coconut", {"max_latent_stage": 2}, 3, [1, 2, 3, B, T, T, E], [40, 41, 99]),
+    ("coconut", {"max_latent_stage": 2, "c_thought": 2}, 3, [1, 2, 3, B, T, T, T, T, E], [40, 41, 99]),
+    ("coconut", {"max_latent_stage": 4}, 5, [1, 2, 3, B, T, T, T, T, E], [40, 41, 99]),
+    ("coconut", {"max_latent_stage": 4, "pad_latent_to_max": False}, 4, [1, 2, 3, B, T, T, T, T, E], [40, 41, 99]),
+    ("coconut", {"max_latent_stage": 4, "pad_latent_to_max": False}, 5, [1, 2, 3, B, T, T, T, E], [40, 41, 99]),
+    ("no_thoughts", {}, 0, [1, 2, 3], ALL),
+    ("no_thoughts", {"c_thought": 2}, 1, [1, 2, 3], [20, 30, 31, 32, 40, 41, 99]),
+    ("no_thoughts", {}, 2, [1, 2, 3], [30, 31, 32, 40, 41, 99]),
+    ("no_thoughts", {"max_latent_stage": 2}, 3, [1, 2, 3], [40, 41, 99]),
+]
+
+
+@pytest.mark.parametrize(("method", "keys", "stage", "before", "after"), LITERAL)
+def test_sequences(method, keys, stage, before, after):
+    assert sequence(stage, method=method, **keys) == supervised_after(before, after)
+    assert prompt(Q, S, stage, Config(method=method, **keys), M) == before
+
+
+def test_eos_is_added_once():
+    assert training_sequence(Q, S, [*A, M.eos], 1, Config(), M) == sequence(1)
+
+
+def test_the_references_rule_for_evaluation_needs_a_switch():
+    keys = {"max_latent_stage": 6, "pad_latent_to_max": False}
+    assert prompt(Q, S, 5, Config(**keys), M).count(T) == 5
+    assert prompt(Q, S, 5, Config(**keys, eval_latents_from_steps=True), M).count(T) == 3
+    assert sequence(5, **keys, eval_latents_from_steps=True)[0].count(T) == 5
+
+
+@given(
+    n_steps=st.integers(0, 7), stage=st.integers(0, 9), c_thought=st.integers(0, 3), last=st.integers(0, 7),
+    padded=st.booleans(), method=st.sampled_from(["coconut", "cot", "no_cot", "no_thoughts"]),
+)
+def test_training_and_evaluation_agree(n_steps, stage, c_thought, last, padded, method):
+    """What is generated from is what was trained on, up to the first supervised token."""
+    config = Config(method=method, c_thought=c_thought, max_latent_stage=last, pad_latent_to_max=padded)
+    steps = [[10 + number] for number in range(n_steps)]
+    input_ids, labels = training_sequence(Q, steps, A, stage, config, M)
+    before = prompt(Q, steps, stage, config, M)
+    assert input_ids[: len(before)] == before
+    assert labels == [IGNORE] * len(before) + input_ids[len(before) :]
+    assert input_ids[-3:] == [*A, M.eos]
+    assert not {B, T, E} & set(input_ids[len(before) :])
+
+
+@pytest.mark.parametrize(
+    ("keys", "stages"),
+    [
+        ({"epochs_per_stage": 2, "max_latent_stage": 2}, [0, 0, 1, 1, 2, 2, 3, 3, 3, 3]),
+        ({"epochs_per_stage": [3, 1, 2], "max_latent_stage": 2}, [0, 0, 0, 1, 2, 2, 2, 2, 2, 2]),
+        ({"epochs_per_stage": 2, "max_latent_stage": 2, "curriculum": "none"}, [3] * 10),
+        ({"epochs_per_stage": 2, "method": "cot"}, [0] * 10),
+        ({"epochs_per_stage": 2, "method": "no_thoughts", "max_latent_stage": 1}, [0, 0, 1, 1, 2, 2, 2, 2, 2, 2]),
+    ],
+)
+def test_stage_of(keys, stages):
+    assert [stage_of(Config(**keys), epoch) for epoch in range(10)] == stages
+
+
+def test_mixing_depends_on_seed_epoch_and_example_only():
+    config = Config(uniform_prob=0.5, seed=3)
+    draws = [stage_of_example(config, 9, 4, index, 3) for index in range(400)]
+    assert draws == [stage_of_example(config, 9, 4, index, 3) for index in range(400)]
+    assert draws != [stage_of_example(config, 9, 5, index, 3) for index in range(400)]
+    assert set(draws) == {0, 1, 2, 3, 9}
+    assert 150 < draws.count(9) < 250
+    assert {stage_of_example(Config(), 9, 4, index, 3) for index in range(50)} == {9}
+
+
+# ---- batches ----
+
+
+def make_tokens(n: int = 30) -> Tokens:
+    random = np.random.default_rng(0)
+
+    class Words:
+        """A stand-in for a tokenizer: one token a character."""
+
+        def __call__(self, texts, **options):
+            return {"input_ids": [[ord(letter) % 80 for letter in text] for text in texts]}
+
+    examples = [
+        {"question": "q" * int(random.integers(1, 20)), "steps": ["s" * 3] * int(random.integers(0, 4)), "answer": "a"}
+        for _ in range(n)
+    ]
+    return tokenize(examples, Words())
+
+
+@settings(max_examples=50, deadline=None)
+@given(stage=st.integers(0, 7), c_thought=st.integers(0, 2), mixed=st.booleans(), seed=st.integers(0, 5))
+def test_batches_align_their_first_latents_and_supervise_text_only(stage, c_thought, mixed, seed):
+    config = Config(c_thought=c_thought, max_latent_stage=3, uniform_prob=0.5 if mixed else 0.0, seed=seed)
+    dataset = StageDataset(make_tokens(8), config, M, stage, epoch=0)
+    rows = [dataset[index] for index in range(8)]
+    batch = collate(rows, pad_token_id=M.eos, latent_token_id=M.latent)
+    assert {tensor.shape for tensor in batch.values()} == {batch["input_ids"].shape}
+    starts = set()
+    for number, (input_ids, labels) in enumerate(rows):
+        real = batch["attention_mask"][number].bool()
+        assert batch["input_ids"][number][real].tolist() == input_ids
+        assert batch["labels"][number][real].tolist() == labels
+        assert batch["position_ids"][number][real].tolist() == list(range(len(input_ids)))
+        assert set(batch["labels"][number][~real].tolist()) <= {IGNORE}
+        assert set(batch["position_ids"][number][~real].tolist()) <= {0}
+        if M.latent in input_ids:
+            starts.add(batch["input_ids"][number].tolist().index(M.latent))
+    assert len(starts) <= 1
+    assert not batch["labels"].eq(M.latent).any()
+
+
+def test_prompts_end_in_one_column():
+    batch = collate_prompts([[1, 2, 3], [4]], pad_token_id=0)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [0, 0, 4]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
+
+
+# ---- shares ----
+
+
+def flat(plan):
+    return [micro for step in plan for micro in step]
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize("n_examples", [1, 7, 32, 61, 64])
+def test_every_example_once_and_the_same_steps_for_every_world(world_size, accumulation, n_examples):
+    config = Config(batch_size_training=8, gradient_accumulation_steps=accumulation, seed=5)
+    plans = [epoch_plan(n_examples, config, 2, rank, world_size) for rank in range(world_size)]
+    seen = [index for plan in plans for micro in flat(plan) if micro.weight for index in micro.indices]
+    assert sorted(seen) == list(range(n_examples))
+    one = epoch_plan(n_examples, Config(batch_size_training=8, gradient_accumulation_steps=4, seed=5), 2, 0, 1)
+    assert {len(plan) for plan in plans} == {len(one)}
+    for number, step in enumerate(one):
+        alone = sorted(tuple(micro.indices) for micro in step)
+        together = sorted(tuple(m.indices) for plan in plans for m in plan[number] if m.weight)
+        assert alone == together
+        assert len({len(plan[number]) for plan in plans}) == 1  # as many passes on each rank
+        weights = sum(m.weight for plan in plans for m in plan[number]) / world_size
+        assert weights == pytest.approx(1.0)
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    def order(seed, epoch):
+        return [i for m in flat(epoch_plan(50, Config(seed=seed), epoch, 0, 1)) for i in m.indices]
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+
+
+# ---- files ----
+
+EXAMPLES = [
+    {"question": "1+2", "steps": ["<<1+2=3>>"], "answer": "3", "extra": [1]},
+    {"question": "2*3+1", "steps": ["<<2*3=6>>", "<<6+1=7>>"], "answer": "7"},
+    {"question": "5", "steps": [], "answer": "5"},
+]
+
+
+@pytest.fixture
+def data_file(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(EXAMPLES))
+    return path
+
+
+def character_tokenizer():
+    texts = [json.dumps(EXAMPLES), "### ", "\n"]
+    return tiny_model.make_tokenizer(texts, "char")
+
+
+def test_tokens_are_the_texts_and_survive_the_disk(data_file, tmp_path):
+    tokenizer = character_tokenizer()
+    folder = cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False)
+    tokens = Tokens.open(folder)
+    assert isinstance(tokens.ids, np.memmap)
+    assert len(tokens) == 3
+    for index, example in enumerate(EXAMPLES):
+        question, steps, answer = tokens[index]
+        assert tokenizer.decode(question) == example["question"] + "\n"
+        assert [tokenizer.decode(step) for step in steps] == [step + "\n" for step in example["steps"]]
+        assert tokenizer.decode(answer) == "### " + example["answer"]
+    stamp = (folder / "ids.npy").stat().st_mtime_ns
+    assert cache_tokens(str(data_file), tokenizer, tmp_path / "cache") == folder
+    assert (folder / "ids.npy").stat().st_mtime_ns == stamp
+    data_file.write_text(json.dumps(EXAMPLES[:2]))
+    assert cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False) != folder
+
+
+def test_special_tokens_of_the_tokenizer_go_to_the_question_once():
+    from tokenizers import processors
+
+    tokenizer = character_tokenizer()
+    eos = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{eos} $A", special_tokens=[(eos, tokenizer.eos_token_id)]
+    )
+    question, steps, answer = tokenize(EXAMPLES, tokenizer)[1]
+    assert question[0] == tokenizer.eos_token_id
+    assert question.count(tokenizer.eos_token_id) == 1
+    assert all(tokenizer.eos_token_id not in text for text in [*steps, answer])
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"[", "is not valid JSON: line 1"),
+        (b"[]", "at least one example"),
+        (b'{"question": "a"}', "must hold a JSON list"),
+        (b'[{"question": "a", "answer": "b", "steps": []}, {"question": "a", "answer": "b"}]', "record 1.*lacks 'steps'"),
+        (b'[{"question": "a", "answer": 3, "steps": []}]', "record 0.*'answer' that is no text"),
+        (b'[{"question": "a", "answer": "3", "steps": "x"}]', "record 0.*no list of texts"),
+        (b'["\xff"]', "is not UTF-8"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, content, complaint):
+    path = tmp_path / "bad.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as error:
+        load_examples(path)
+    assert "bad.json" in str(error.value)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(UserError, match="cannot read"):
+            load_examples(path)
+
+
+def test_collated_batches_are_int64():
+    assert {t.dtype for t in collate([([1, 2], [-100, 2])], 0, None).values()} == {torch.int64}

@@ -1,0 +1,99 @@
+"""Scores: what is taken for the answer, what is counted, and the summary of a run."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_base
+
+import tiny_model
+from coconut import Coconut
+from dataset import Markers, StageDataset, collate, tokenize
+from evaluate import as_files, evaluate, extract_answer, extract_steps, main, summary, validation_loss
+from utils import Config, UserError, cleanup_distributed, setup_distributed
+
+
+@pytest.fixture
+def world():
+    yield setup_distributed()
+    cleanup_distributed()
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "steps"),
+    [
+        ("<<3+4=7>>\n### 7", "7", "<<3+4=7>>"),
+        ("### 1,234,567", "1234567", ""),
+        ("a\nb\n### Tom is a lempus.", "Tom is a lempus.", "a\nb"),
+        ("no mark", "no mark", "no mark"),
+        ("### 1\n### 2 ", "2", ""),
+    ],
+)
+def test_extraction(text, answer, steps):
+    assert extract_answer(text) == answer
+    assert extract_steps(text) == steps
+
+
+EXAMPLES = [
+    {"question": "1+2", "steps": ["<<1+2=3>>"], "answer": "3"},
+    {"question": "2*3+1", "steps": ["<<2*3=6>>", "<<6+1=7>>"], "answer": "1,007"},
+    {"question": "5", "steps": [], "answer": "5"},
+    {"question": "5-1-1-1", "steps": ["<<5-1=4>>", "<<4-1=3>>", "<<3-1=2>>"], "answer": "2"},
+]
+
+
+class Scripted(Coconut):
+    """Says what it is told for each question."""
+
+    def generate(self, input_ids, attention_mask, **options):
+        rows = []
+        for row, mask in zip(input_ids, attention_mask, strict=True):
+            question = self.tokenizer.decode(row[mask.bool()]).split("\n")[0]
+            rows.append(self.tokenizer(self.script[question])["input_ids"] + [0])
+        width = max(map(len, rows))
+        return torch.tensor([row + [0] * (width - len(row)) for row in rows])
+
+
+def test_scores(world):
+    tokenizer = tiny_model.make_tokenizer([json.dumps(EXAMPLES), "### ", "\n"], "char")
+    vocabulary = len(tokenizer)
+    tokenizer.add_tokens(["<|start-latent|>", "<|end-latent|>", "<|latent|>"])
+    markers = Markers(vocabulary, vocabulary + 2, vocabulary + 1, 0)
+    base = tiny_base("gpt2", dtype=torch.float32)
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model = Scripted(base, markers.latent, markers.start, markers.end, 0)
+    model.tokenizer = tokenizer
+    model.script = {"1+2": "### 3", "2*3+1": "<<6+1=7>>\n### 1007", "5": "### 6", "5-1-1-1": "<<4-1=3>>\n### 2"}
+    config = Config(eval_batch_size=2, batch_size_training=3)
+    tokens = tokenize(EXAMPLES, tokenizer)
+    metrics, predictions = evaluate(model, tokenizer, EXAMPLES, tokens, 1, config, markers, world)
+    assert [p["correct"] for p in predictions] == [True, True, False, True]
+    assert [p["cot_correct"] for p in predictions] == [True, True, True, False]
+    assert predictions[0]["generated_tokens"] == 3 + 1  # "###", " ", "3", and one latent thought
+    assert metrics["accuracy"] == 0.75
+    assert metrics["cot_match"] == 0.75
+    assert metrics["examples"] == 4
+    # the loss is the mean over the tokens of the whole set, whatever the batches
+    rows = [StageDataset(tokens, config, markers, 1)[index] for index in range(4)]
+    with torch.no_grad():
+        whole = model(**collate(rows, 0, markers.latent)).loss.item()
+    assert metrics["loss"] == pytest.approx(whole, rel=1e-5)
+    assert validation_loss(model, StageDataset(tokens, config, markers, 1), config, world) == metrics["loss"]
+    files = as_files(metrics, predictions)
+    assert json.loads(files["predictions.jsonl"].splitlines()[1])["gold"] == "1007"
+
+
+def test_the_summary_takes_what_was_written_last(tmp_path, capsys):
+    records = [
+        {"event": "epoch", "epoch": epoch, "stage": stage, "train_seconds": 5.0, "seconds": 1.0, "accuracy": accuracy,
+         "generated_tokens": 9.0, "loss": 1.0}
+        for epoch, stage, accuracy in ((0, 0, 0.1), (1, 0, 0.2), (1, 0, 0.3), (2, 1, 0.4))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert main([str(tmp_path)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[1].split() == ["validation,", "stage", "0", "2", "30.0%", "9.0", "1.000", "12"]
+    assert table[2].split() == ["validation,", "stage", "1", "1", "40.0%", "9.0", "1.000", "6"]
+    with pytest.raises(UserError, match="neither a finished epoch nor an evaluation"):
+        summary(tmp_path / "none")
+    assert main([str(tmp_path / "none")]) == 2

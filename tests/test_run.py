@@ -1,0 +1,239 @@
+"""run.py itself, as its users start it: alone and under torchrun with two ranks."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import arithmetic
+import tiny_model
+
+PROSQA = ROOT.parent / "shared" / "data" / "prosqa_valid.json"
+
+
+def start(*arguments: str, ranks: int = 0, timeout: float = 120) -> subprocess.CompletedProcess:
+    """Runs run.py; ranks 0 is plain python."""
+    launcher = [sys.executable]
+    if ranks:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run(
+        [*launcher, str(ROOT / "run.py"), *map(str, arguments)],
+        capture_output=True, text=True, timeout=timeout, env=environment, check=False,
+    )
+
+
+def succeed(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess:
+    done = start(*arguments, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def epochs(run: Path) -> list[dict]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["event"] == "epoch"]
+
+
+def digest(folder: Path) -> str:
+    contents = [(str(p), p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()]
+    return hashlib.sha256(repr(contents).encode()).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """Data, two tiny models of different width, and the configuration of a short run."""
+    folder = tmp_path_factory.mktemp("place")
+    for name, examples in arithmetic.make_splits({"train": 150, "valid": 30}, base=5).items():
+        (folder / f"{name}.json").write_text(json.dumps(examples))
+    for name, width in (("model", 32), ("other_model", 64)):
+        tiny_model.write_model([folder / "train.json"], folder / name, "char", "gpt2", width, 1, 2, 128)
+    config = {
+        "save_path": str(folder / "runs"), "name": "run", "model_id": str(folder / "model"), "coconut": True,
+        "c_thought": 1, "epochs_per_stage": 1, "max_latent_stage": 2, "uniform_prob": 0.3, "num_epochs": 3, "seed": 1,
+        "train_path": str(folder / "train.json"), "val_path": str(folder / "valid.json"), "lr": 1e-3,
+        "batch_size_training": 8, "max_new_tokens": 40, "reset_optimizer": False, "num_workers": 0,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(place) -> tuple[Path, str]:
+    """A run of three epochs on two ranks: its folder, and what it printed."""
+    done = succeed(place / "run.yaml", "num_workers=1", ranks=2)
+    return place / "runs" / "run", done.stderr + done.stdout
+
+
+def test_two_ranks_train_every_stage_and_leave_hugging_face_folders(trained):
+    run, printed = trained
+    assert [record["stage"] for record in epochs(run)] == [0, 1, 2]
+    assert [record["generated_tokens"] >= record["stage"] for record in epochs(run)] == [True] * 3
+    assert epochs(run)[-1]["train_loss"] < epochs(run)[0]["train_loss"]
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in steps if record["event"] == "step"] == list(range(1, 31))
+    assert "global batch 16 = 2 ranks x 8 examples x 1 passes; 10 steps an epoch" in printed
+    assert "validation, stage 2" in printed
+    last = run / "checkpoint_3"
+    assert AutoModelForCausalLM.from_pretrained(last).config.vocab_size == len(AutoTokenizer.from_pretrained(last))
+    description = json.loads((last / "coconut.json").read_text())
+    assert (description["method"], description["stage"]) == ("coconut", 2)
+    predictions = [json.loads(line) for line in (last / "predictions.jsonl").read_text().splitlines()]
+    assert [prediction["index"] for prediction in predictions] == list(range(30))
+    accuracy = sum(prediction["correct"] for prediction in predictions) / 30
+    assert accuracy == pytest.approx(epochs(run)[-1]["accuracy"])
+
+
+def test_an_eval_only_run_agrees_with_training(place, trained):
+    run, _ = trained
+    for ranks, name in ((0, "eval-1"), (2, "eval-2")):
+        succeed(place / "run.yaml", "only_eval=true", f"load_model_path={run}", f"name={name}", ranks=ranks)
+        found = json.loads((place / "runs" / name / "eval" / "metrics.json").read_text())
+        wanted = json.loads((run / "checkpoint_3" / "metrics.json").read_text())
+        assert found["stage"] == 2
+        for key in ("accuracy", "cot_match", "generated_tokens", "examples"):
+            assert found[key] == wanted[key]
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+        lines = [(folder / "predictions.jsonl").read_text() for folder in
+                 (place / "runs" / name / "eval", run / "checkpoint_3")]
+        assert lines[0] == lines[1]
+
+
+def test_one_rank_with_doubled_accumulation_gives_the_same_weights(place, trained):
+    run, _ = trained
+    succeed(place / "run.yaml", "name=alone", "gradient_accumulation_steps=2")
+    alone, together = weights(place / "runs" / "alone" / "checkpoint_3"), weights(run / "checkpoint_3")
+    assert max((alone[name] - together[name]).abs().max() for name in together) < 1e-6
+    # and they have moved much further than that from where they began
+    begin = weights(place / "model")
+    assert max((alone[name] - begin[name]).abs().max() for name in begin if alone[name].shape == begin[name].shape) > 1e-2
+
+
+def test_a_continued_run_is_bitwise_an_undisturbed_one(place, trained):
+    run, _ = trained
+    # dropout makes the random state matter, and AdamW is never reset: its state matters too
+    arguments = (place / "run.yaml", f"model_id={with_dropout(place)}")
+    succeed(*arguments, "name=whole", ranks=2)
+    succeed(*arguments, "name=parts", "num_epochs=1", ranks=2)
+    stranger = place / "runs" / "parts" / "checkpoint_9"
+    stranger.mkdir()  # half a checkpoint, or somebody's notes: not to be taken for one
+    done = succeed(*arguments, "name=parts", ranks=2)
+    assert "checkpoint_1, after 1 of 3 epochs" in done.stderr
+    assert not any(stranger.iterdir())
+    whole, parts = (weights(place / "runs" / name / "checkpoint_3") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert not torch.equal(whole["transformer.wte.weight"], weights(run / "checkpoint_3")["transformer.wte.weight"])
+
+
+def with_dropout(place: Path) -> Path:
+    folder = place / "with_dropout"
+    model = AutoModelForCausalLM.from_pretrained(place / "model", resid_pdrop=0.2, embd_pdrop=0.2)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(place / "model").save_pretrained(folder)
+    return folder
+
+
+def test_a_finished_run_is_left_as_it_is(place, trained):
+    run, _ = trained
+    before = weights(run / "checkpoint_3")
+    done = succeed(place / "run.yaml")
+    assert "after 3 of 3 epochs" in done.stderr
+    after = weights(run / "checkpoint_3")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert len(epochs(run)) == 3
+
+
+@pytest.mark.parametrize("method", ["cot", "no_cot", "no_thoughts"])
+def test_the_other_methods_run(place, method):
+    name = f"method-{method}"
+    succeed(place / "run.yaml", f"method={method}", f"name={name}", "num_epochs=2", "save_only_improve=true",
+            "keep_checkpoints=1", "warmup_steps=5", "lr_scheduler=cosine", "max_grad_norm=1", "bf16=true")
+    run = place / "runs" / name
+    assert len(epochs(run)) == 2
+    assert epochs(run)[-1]["loss"] < 3
+    saved = list(run.glob("checkpoint_*"))
+    assert len(saved) == 1
+    assert "<|latent|>" not in AutoTokenizer.from_pretrained(saved[0]).get_vocab()
+
+
+def test_coconut_starts_from_a_cot_run(place):
+    succeed(place / "run.yaml", "method=cot", "name=words", "num_epochs=1")
+    done = succeed(place / "run.yaml", f"load_model_path={place / 'runs' / 'words'}", "resume=1", "name=from-words")
+    assert "starting with epoch 1, stage 1" in done.stderr
+    assert [record["epoch"] for record in epochs(place / "runs" / "from-words")] == [1, 2]
+
+
+def test_help_is_quick_and_names_the_keys():
+    begin = time.perf_counter()
+    done = succeed("--help")
+    assert time.perf_counter() - begin < 5
+    assert "global_batch_size" in done.stdout
+    assert "torchrun" in done.stdout
+
+
+BAD = {
+    "missing data": (["train_path=none.json"], "train_path 'none.json' does not exist"),
+    "no steps": (["train_path={place}/no_steps.json"], "record 1 .*lacks 'steps'"),
+    "mistyped key": (["num_epoch=3"], "unknown key 'num_epoch'.*did you mean 'num_epochs'"),
+    "two methods": (["coconut=true", "cot=true"], "two methods at once"),
+    "nothing to evaluate": (["only_eval=true"], "only_eval needs load_model_path"),
+    "placeholder": (["load_model_path=YOUR_PATH_TO_COCONUT_CKPT"], "still the placeholder"),
+    "checkpoint of another model": (
+        ["only_eval=true", "load_model_path={place}/other_model"], "a checkpoint of another model: .*hidden_size 64"
+    ),
+    "weights of another model": (["load_model_path={place}/other.bin", "name=new"], "of another shape: lm_head.weight"),
+    "no weights": (["load_model_path={place}/run.yaml", "name=new"], "is no file of weights"),
+    "no model": (["model_id={place}/none", "name=new"], "model_id .*/none' cannot be loaded"),
+}
+
+
+AFTER_THE_RANKS_MET = ("no steps", "checkpoint of another model")
+
+
+@pytest.mark.parametrize(
+    ("case", "ranks"), [(case, 0) for case in BAD] + [(case, 2) for case in ("mistyped key", *AFTER_THE_RANKS_MET)]
+)
+def test_bad_input_gets_one_sentence_and_spoils_nothing(place, trained, case, ranks):
+    run, _ = trained
+    (place / "no_steps.json").write_text(json.dumps([{"question": "1", "answer": "1", "steps": []},
+                                                     {"question": "1", "answer": "1"}]))
+    torch.save(AutoModelForCausalLM.from_pretrained(place / "other_model").state_dict(), place / "other.bin")
+    before = digest(run)
+    begin = time.perf_counter()
+    arguments, sentence = BAD[case]
+    done = start(place / "run.yaml", *(argument.format(place=place) for argument in arguments), ranks=ranks)
+    assert time.perf_counter() - begin < 15
+    assert done.returncode != 0
+    complaints = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(complaints) == 1, done.stderr
+    assert re.search(sentence, complaints[0]), complaints[0]
+    assert ("Traceback" in done.stderr) == bool(ranks)  # torchrun's own, where it started the ranks
+    assert digest(run) == before
+
+
+@pytest.mark.skipif(not PROSQA.exists(), reason="the authors' ProsQA validation file is not here")
+def test_the_authors_prosqa_rows(tmp_path):
+    tiny_model.write_model([PROSQA], tmp_path / "model", "word", "gpt2", 64, 2, 4, 1024)
+    done = succeed(
+        ROOT / "args" / "prosqa_mini.yaml", f"model_id={tmp_path / 'model'}", f"train_path={PROSQA}",
+        f"val_path={PROSQA}", f"save_path={tmp_path}", "max_train_examples=96", "max_eval_examples=16",
+        "epochs_per_stage=1", "num_epochs=3", "max_new_tokens=60", ranks=2,
+    )
+    records = epochs(tmp_path / "prosqa_mini")
+    assert [record["stage"] for record in records] == [0, 1, 2]
+    assert records[-1]["train_loss"] < records[0]["train_loss"]
+    assert "validation, stage 2" in done.stdout
