@@ -4,10 +4,12 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart quickstart-no-cot prosqa-mini test lint clean
 
 help:
 	@echo "make quickstart   train and evaluate Coconut on chained arithmetic: two ranks, CPU, about 10 minutes"
+	@echo "make quickstart-no-cot  the same without reasoning, to compare"
+	@echo "make prosqa-mini  the whole program on ProsQA with a tiny model, a few minutes"
 	@echo "make test         the tests"
 	@echo "make lint         ruff"
 	@echo "make clean        remove what quickstart made (the checkpoints too)"
@@ -25,11 +27,25 @@ data/arithmetic_train.json data/arithmetic_valid.json data/arithmetic_test.json 
 	$(BIN)/python preprocessing/arithmetic.py
 
 data/tiny_arithmetic/config.json: data/arithmetic_train.json preprocessing/tiny_model.py
-	$(BIN)/python preprocessing/tiny_model.py data/arithmetic_train.json --tokenizer char --shape llama --out data/tiny_arithmetic
+	$(BIN)/python preprocessing/tiny_model.py data/arithmetic_train.json --out data/tiny_arithmetic \
+		--tokenizer char --shape llama --width 64
 
 quickstart: data/tiny_arithmetic/config.json data/arithmetic_test.json
 	$(BIN)/torchrun --nproc_per_node 2 run.py args/quickstart.yaml
 	$(BIN)/python run.py args/quickstart_eval.yaml
+
+quickstart-no-cot: data/tiny_arithmetic/config.json data/arithmetic_test.json
+	$(BIN)/torchrun --nproc_per_node 2 run.py args/quickstart_no_cot.yaml
+	$(BIN)/python run.py args/quickstart_no_cot_eval.yaml
+
+data/prosqa_mini_train.json: preprocessing/prosqa.py | .venv/installed
+	$(BIN)/python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100
+
+data/tiny_prosqa/config.json: data/prosqa_mini_train.json preprocessing/tiny_model.py
+	$(BIN)/python preprocessing/tiny_model.py data/prosqa_mini_train.json --out data/tiny_prosqa
+
+prosqa-mini: data/tiny_prosqa/config.json
+	$(BIN)/torchrun --nproc_per_node 2 run.py args/prosqa_mini.yaml
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
@@ -39,4 +55,4 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf checkpoints/quickstart data/arithmetic_*.json data/tiny_arithmetic
+	rm -rf checkpoints/quickstart* checkpoints/prosqa_mini data/arithmetic_* data/tiny_* data/prosqa_mini_*

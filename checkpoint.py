@@ -125,7 +125,9 @@ def load_model(config: Config, source: Path | None) -> tuple[Coconut, object, Ma
 
 
 def _load_tokenizer(config: Config, folder: Path | None):
-    has_one = folder is not None and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+    has_one = folder is not None and any(
+        (folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
+    )
     source = folder if has_one else config.model_id
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -156,7 +158,9 @@ def _check_same_shape(model_id: str, folder: Path) -> None:
     if differ:
         have = ", ".join(f"{name} {getattr(found, name, None)}" for name in differ)
         want = ", ".join(f"{name} {getattr(wanted, name, None)}" for name in differ)
-        raise UserError(f"{folder} is a checkpoint of another model: it has {have}, but model_id {model_id!r} has {want}")
+        raise UserError(
+            f"{folder} is a checkpoint of another model: it has {have}, but model_id {model_id!r} has {want}"
+        )
 
 
 def _check_names(source, missing, unexpected, mismatched=()) -> None:
@@ -179,7 +183,9 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises whatever the unpickler meets
-        raise UserError(f"{path} is no file of weights: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
+        raise UserError(
+            f"{path} is no file of weights: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        ) from None
     if not isinstance(saved, dict) or not saved or not all(isinstance(value, torch.Tensor) for value in saved.values()):
         raise UserError(f"{path} is no state dict: it must map names to tensors")
     saved = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in saved.items()}
@@ -191,7 +197,8 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
     ignored = base._keys_to_ignore_on_load_unexpected or ()  # buffers of older releases, such as GPT-2's causal mask
     names = list(base.state_dict())
     saved = {
-        name: value for name, value in saved.items()
+        name: value
+        for name, value in saved.items()
         if name in names or not any(re.search(pattern, name) for pattern in [*ignored, r"\.masked_bias$", r"inv_freq$"])
     }
     embedding = base.get_input_embeddings()
@@ -201,10 +208,13 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
         base.resize_token_embeddings(rows_with_markers, mean_resizing=False)
     own = base.state_dict()
     given = {own[name].data_ptr() for name in saved if name in own}
-    missing = [name for name, value in own.items() if name not in saved and value.data_ptr() not in given]  # less the tied
+    missing = [
+        name for name, value in own.items() if name not in saved and value.data_ptr() not in given
+    ]  # less the tied
     mismatched = [
         f"{name} {list(value.shape)} instead of {list(own[name].shape)}"
-        for name, value in saved.items() if name in own and value.shape != own[name].shape
+        for name, value in saved.items()
+        if name in own and value.shape != own[name].shape
     ]
     _check_names(path, missing, [name for name in saved if name not in own], mismatched)
     base.load_state_dict(saved, strict=False)
@@ -241,8 +251,15 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True) -> Ma
 
 
 def save(
-    config: Config, world: World, progress: Progress, model: Coconut, tokenizer, markers: Markers, stage: int,
-    optimizer: torch.optim.Optimizer, files: dict[str, str],
+    config: Config,
+    world: World,
+    progress: Progress,
+    model: Coconut,
+    tokenizer,
+    markers: Markers,
+    stage: int,
+    optimizer: torch.optim.Optimizer,
+    files: dict[str, str],
 ) -> Path:
     """Writes run_dir/checkpoint_<finished epochs>. Collective: every rank must call it.
 
@@ -262,9 +279,14 @@ def save(
         for name, text in files.items():
             (aside / name).write_text(text, encoding="utf-8")
         description = {
-            "format": FORMAT, "method": config.method, "stage": stage, "c_thought": config.c_thought,
-            "max_latent_stage": config.max_latent_stage, "pad_latent_to_max": config.pad_latent_to_max,
-            "thought": config.thought, "markers": markers._asdict(),
+            "format": FORMAT,
+            "method": config.method,
+            "stage": stage,
+            "c_thought": config.c_thought,
+            "max_latent_stage": config.max_latent_stage,
+            "pad_latent_to_max": config.pad_latent_to_max,
+            "thought": config.thought,
+            "markers": markers._asdict(),
         }
         _write_json(aside / "coconut.json", description)
         _write_json(aside / "trainer" / "state.json", {"format": FORMAT, "world_size": world.size, **asdict(progress)})

@@ -10,13 +10,13 @@ the column before. The span of the last latent reaches to the end of the sequenc
 from __future__ import annotations
 
 import inspect
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
-
 
 from thoughts import make_thought
 from utils import IGNORE
@@ -134,7 +134,11 @@ class Coconut(nn.Module):
         return torch.cat(tokens, dim=1) if tokens else input_ids[:, :0]
 
     def _run(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, keep_cache: bool = False
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        keep_cache: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
         """All spans of a batch: last hidden states (B, T, D), filled input embeddings (B, T, D), the cache."""
         embeds = self._embed(input_ids)  # (B, T, D)
@@ -143,7 +147,7 @@ class Coconut(nn.Module):
         cache = DynamicCache(config=self.base_causallm.config) if columns or keep_cache else None
         bounds = [0, *columns, input_ids.shape[1]]
         hidden_spans, embed_spans = [], []
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in pairwise(bounds):
             span = embeds[:, begin:end]
             if begin > 0:
                 thought = self.thought(hidden_spans[-1][:, -1:])  # (B, 1, D)

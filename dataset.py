@@ -5,6 +5,8 @@ Legend: Q question, S_i written step i, A answer, n number of written steps; B r
 Tokens are kept once, in flat memory-mapped arrays that all ranks share. The sequence of a stage is built when it is
 asked for, so that an epoch starts at once whatever the size of the data. Everything random here is a function of
 (seed, epoch, example): no number of ranks, workers or restarts changes it.
+
+All is numpy until the last moment, when `_padded` makes tensors: a plan can be made without waiting for torch.
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
-from utils import IGNORE, Config, UserError
+from utils import IGNORE, Config, UserError, progress_bar
 
+if TYPE_CHECKING:
+    import torch
 
 START, END, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"
 CACHE_VERSION = 1  # raise it when `tokenize` changes
@@ -178,9 +182,7 @@ class Tokens:
     def __getitem__(self, index: int) -> tuple[list[int], list[list[int]], list[int]]:
         bounds = self.texts[self.examples[index] : self.examples[index + 1] + 1].tolist()
         ids = self.ids[bounds[0] : bounds[-1]].tolist()
-        question, *steps, answer = (
-            ids[begin - bounds[0] : end - bounds[0]] for begin, end in zip(bounds, bounds[1:], strict=False)
-        )
+        question, *steps, answer = (ids[begin - bounds[0] : end - bounds[0]] for begin, end in pairwise(bounds))
         return question, steps, answer
 
     @classmethod
@@ -195,12 +197,10 @@ class Tokens:
 def tokenize(examples: list[dict], tokenizer, show_progress: bool = False) -> Tokens:
     """Q = question + newline, with the special tokens that the tokenizer adds by itself; S = step + newline and
     A = "### " + answer without them. A's EOS is added by `training_sequence`."""
-    from tqdm import tqdm
-
     ids: list[np.ndarray] = []
     text_lengths: list[int] = []
     chunk = 1000
-    for begin in tqdm(range(0, len(examples), chunk), "tokenizing", unit="k examples", disable=not show_progress):
+    for begin in progress_bar(range(0, len(examples), chunk), "tokenizing", "k examples", show_progress):
         part = examples[begin : begin + chunk]
         questions = tokenizer([e["question"] + "\n" for e in part])["input_ids"]
         others = [text for e in part for text in (*(step + "\n" for step in e["steps"]), "### " + e["answer"])]
@@ -247,7 +247,7 @@ def cache_tokens(path: str, tokenizer, folder: Path, limit: int | None = None, s
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class StageDataset(torch.utils.data.Dataset):
+class StageDataset:
     """Training sequences of all examples at a stage: item i is (input_ids, labels), lists of int.
 
     With an epoch, stages are mixed as uniform_prob says (training); without one they never are (validation).
@@ -269,6 +269,8 @@ class StageDataset(torch.utils.data.Dataset):
 
 def _padded(rows: list[Sequence[int]], lefts: list[int], fill: int) -> torch.Tensor:
     """Rows of int, each after lefts[i] paddings, as one (B, T) int64 tensor."""
+    import torch
+
     width = max(left + len(row) for row, left in zip(rows, lefts, strict=True))
     result = np.full((len(rows), width), fill, dtype=np.int64)
     for line, row, left in zip(result, rows, lefts, strict=True):

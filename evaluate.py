@@ -1,6 +1,6 @@
 """How good a model is: validation loss, accuracy, CoT match, token counts; predictions on disk; a run's summary.
 
-    python evaluate.py checkpoints/quickstart         # prints the table of a run again
+python evaluate.py checkpoints/quickstart         # prints the table of a run again
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from coconut import Coconut
 from dataset import Markers, StageDataset, Tokens, collate, collate_prompts, prompt, thoughts_and_dropped
-from utils import IGNORE, Config, UserError, World
+from utils import IGNORE, Config, UserError, World, progress_bar
 
 
 def extract_answer(text: str) -> str:
@@ -33,8 +32,15 @@ def extract_steps(text: str) -> str:
 
 
 def evaluate(
-    model: Coconut, tokenizer, examples: list[dict], tokens: Tokens, stage: int, config: Config, markers: Markers,
-    world: World, title: str = "validating",
+    model: Coconut,
+    tokenizer,
+    examples: list[dict],
+    tokens: Tokens,
+    stage: int,
+    config: Config,
+    markers: Markers,
+    world: World,
+    title: str = "validating",
 ) -> tuple[dict, list[dict]]:
     """Scores every example exactly once, whatever the world size. Collective: every rank must call it.
 
@@ -54,15 +60,15 @@ def evaluate(
     shares: list = [None] * world.size
     dist.all_gather_object(shares, mine)  # all ranks
     outputs = {index: output for share in shares for index, output in share.items()}
-    predictions = [
-        _scored(index, example, *outputs[index], stage, config) for index, example in enumerate(examples)
-    ]
+    predictions = [_scored(index, example, *outputs[index], stage, config) for index, example in enumerate(examples)]
     metrics = {
         "loss": loss,
         **{
             name: float(np.mean([prediction[key] for prediction in predictions]))
             for name, key in (
-                ("accuracy", "correct"), ("cot_match", "cot_correct"), ("generated_tokens", "generated_tokens")
+                ("accuracy", "correct"),
+                ("cot_match", "cot_correct"),
+                ("generated_tokens", "generated_tokens"),
             )
         },
         "examples": len(examples),
@@ -106,10 +112,8 @@ def _generate_share(
     # as many batches for every rank as there is work for, however few examples there are
     size = min(config.eval_batch_size, -(-len(prompts) // world.size))
     outputs = {}
-    for indices in tqdm(
-        _batches_of_rank([len(ids) for ids in prompts], size, world), title, unit="batch", leave=False,
-        disable=not world.is_main,
-    ):
+    batches = _batches_of_rank([len(ids) for ids in prompts], size, world)
+    for indices in progress_bar(batches, title, "batch", shown=world.is_main):
         batch = collate_prompts([prompts[index] for index in indices], markers.eos)
         batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
         with autocast(config, world):
@@ -158,7 +162,7 @@ def summary(run_dir: Path) -> str:
     lines = metrics_file.read_text(encoding="utf-8").splitlines() if metrics_file.exists() else []
     # a restarted run repeats the epochs that it had lost: what was written last counts
     epochs = {record["epoch"]: record for record in map(json.loads, lines) if record["event"] == "epoch"}
-    for epoch, record in sorted(epochs.items()):
+    for _, record in sorted(epochs.items()):
         seconds = stages.get(record["stage"], (0, 0.0))
         stages[record["stage"]] = (seconds[0] + 1, seconds[1] + record["train_seconds"] + record["seconds"])
         last_of_stage[record["stage"]] = record

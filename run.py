@@ -6,28 +6,62 @@
 A run continues from the newest checkpoint in its folder, save_path/name, where there is one.
 """
 
-from __future__ import annotations
-
-import argparse
-import os
 import sys
+
+from utils import configure
+
+if __name__ == "__main__":
+    CONFIG = configure(__doc__)  # --help and mistakes are answered before the imports below, which take seconds
+
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from transformers.utils import logging
+
+from checkpoint import (
+    Progress,
+    checkpoints,
+    load_model,
+    load_optimizer,
+    load_random_state,
+    read_description,
+    read_progress,
+    resolve,
+    save,
+)
+from coconut import Coconut
+from dataset import (
+    Markers,
+    StageDataset,
+    Tokens,
+    cache_tokens,
+    collate,
+    epoch_plan,
+    load_examples,
+    stage_of,
+)
+from evaluate import as_files, autocast, evaluate, summary
 from utils import (
-    Config, RunLogger, UserError, World, cleanup_distributed, on_main_rank, seed_everything, setup_distributed,
+    Config,
+    RunLogger,
+    UserError,
+    World,
+    cleanup_distributed,
+    on_main_rank,
+    progress_bar,
+    report,
+    seed_everything,
+    setup_distributed,
     write_config,
 )
-
-if TYPE_CHECKING:  # --help and configuration errors come without waiting for torch, which main() imports
-    import torch
-
-    from checkpoint import Progress
-    from coconut import Coconut
-    from dataset import Markers, Tokens
 
 DEBUG_EXAMPLES = {"train": 5000, "val": 32}
 
@@ -58,10 +92,9 @@ class Run:
     losses: list[torch.Tensor] = field(default_factory=list)  # of the steps since the last write to the log
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+def main(config: Config) -> int:
+    """Trains, or evaluates only; returns the exit code."""
     try:
-        config = Config.from_file(options.config, options.overrides)
         world = setup_distributed()
         if config.only_eval:
             evaluate_only(config, world)
@@ -70,26 +103,18 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return report(error)
     finally:
-        if "torch" in sys.modules:
-            cleanup_distributed()
+        cleanup_distributed()
     return 0
 
 
 def train(config: Config, world: World) -> None:
     """The whole curriculum: train an epoch, validate, save; from the newest checkpoint where there is one."""
-    from checkpoint import load_optimizer, load_random_state
-    from dataset import stage_of
-
     checkpoint = find_checkpoint(config, world)
-    run = prepare(config, world, checkpoint)
+    progress = read_progress(checkpoint) if checkpoint is not None else Progress()
+    run = prepare(config, world, checkpoint or find_weights(config, world), progress)
     wrap(run)
     seed_everything(config.seed, world.rank)  # ranks draw different dropout
-    if checkpoint is not None:
-        run.optimizer = make_optimizer(run)
-        load_optimizer(checkpoint, run.model, run.optimizer)
-        load_random_state(checkpoint, world)
-    elif config.resume:
-        run.progress.epoch = config.resume
+    restore(run, checkpoint)
     announce(run, checkpoint)
     for epoch in range(run.progress.epoch, config.num_epochs):
         stage = stage_of(config, epoch)
@@ -103,11 +128,8 @@ def train(config: Config, world: World) -> None:
 
 def evaluate_only(config: Config, world: World) -> None:
     """Evaluates load_model_path on val_path; results go to save_path/name/eval."""
-    from checkpoint import read_description, resolve
-    from evaluate import as_files, evaluate
-
-    source = on_main_rank(world, lambda: resolve(config.load_model_path))
-    run = prepare(config, world, source)
+    source = find_weights(config, world)
+    run = prepare(config, world, source, Progress())
     description = read_description(source) or {}
     stage = stage_to_evaluate(config, description, run.logger)
     run.logger.say(f"evaluating {source} at stage {stage} on {config.val_path} ({len(run.data.val)} examples)")
@@ -122,26 +144,6 @@ def evaluate_only(config: Config, world: World) -> None:
     finish(run)
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"keys and their defaults:\n{Config.describe()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="a YAML file, such as those in args/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key of the file from here")
-    return parser.parse_intermixed_args(arguments)
-
-
-def report(error: UserError) -> int:
-    """Says what is wrong, on one rank."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)  # torchrun stops every rank when one exits: rank 0 must have had its say
-    return 2
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Before the first step
 # ---------------------------------------------------------------------------------------------------------------
@@ -149,27 +151,22 @@ def report(error: UserError) -> int:
 
 def find_checkpoint(config: Config, world: World) -> Path | None:
     """The newest whole checkpoint of this run, which wins over load_model_path; all ranks get the same."""
-    from checkpoint import checkpoints
-
     return on_main_rank(world, lambda: next(reversed(checkpoints(config.run_dir)), None))
 
 
-def prepare(config: Config, world: World, checkpoint: Path | None) -> Run:
+def find_weights(config: Config, world: World) -> Path | None:
+    """What load_model_path points to, if it is set; all ranks get the same."""
+    return on_main_rank(world, lambda: config.load_model_path and resolve(config.load_model_path))
+
+
+def prepare(config: Config, world: World, source: Path | None, progress: Progress) -> Run:
     """Model, data and log of a run. The run's folder is touched only when all else has succeeded."""
-    from transformers.utils import logging
-
-    from checkpoint import Progress, load_model, read_progress, resolve
-
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    source = checkpoint
-    if source is None and config.load_model_path is not None:
-        source = on_main_rank(world, lambda: resolve(config.load_model_path))
     seed_everything(config.seed)  # every rank makes the same new weights
     model, tokenizer, markers = load_model(config, source)
     model.to(world.device)
     data = load_data(config, world, tokenizer)
-    progress = read_progress(checkpoint) if checkpoint is not None and not config.only_eval else Progress()
     folder = config.run_dir / "eval" if config.only_eval else config.run_dir
     if world.is_main:
         write_config(config, folder, world.size)
@@ -180,8 +177,6 @@ def prepare(config: Config, world: World, checkpoint: Path | None) -> Run:
 
 def load_data(config: Config, world: World, tokenizer) -> Data:
     """Rank 0 tokenizes, or finds the tokens of an earlier run; all ranks map the same files into memory."""
-    from dataset import Tokens, cache_tokens, load_examples
-
     cache = Path(config.save_path) / ".tokens"
     limits = {"train": config.max_train_examples, "val": config.max_eval_examples}
     if config.debug:
@@ -197,18 +192,14 @@ def load_data(config: Config, world: World, tokenizer) -> Data:
 
 def wrap(run: Run) -> None:
     """Puts the model under DDP where there are several ranks."""
-    import torch
-
     run.wrapped = run.model
     if run.world.size > 1:
         gpus = [run.world.local_rank] if run.world.device.type == "cuda" else None
-        run.wrapped = torch.nn.parallel.DistributedDataParallel(run.model, device_ids=gpus)
+        run.wrapped = DistributedDataParallel(run.model, device_ids=gpus)
 
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
     """AdamW with decay on every parameter, as in the reference."""
-    import torch
-
     config = run.config
     fused = run.world.device.type == "cuda"
     return torch.optim.AdamW(run.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
@@ -216,8 +207,6 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
 
 def optimizer_is_reset(config: Config, epoch: int) -> bool:
     """Whether AdamW is made anew before this epoch."""
-    from dataset import stage_of
-
     if config.reset_optimizer == "stage":
         return epoch > 0 and stage_of(config, epoch) != stage_of(config, epoch - 1)
     return config.reset_optimizer == "epoch"
@@ -225,21 +214,31 @@ def optimizer_is_reset(config: Config, epoch: int) -> bool:
 
 def stage_to_evaluate(config: Config, description: dict, logger: RunLogger) -> int:
     """The checkpoint's own stage, unless `resume` names an epoch."""
-    from dataset import stage_of
-
     recorded = description.get("stage")
     scheduled = stage_of(config, config.resume)
     if recorded is None or (config.resume and recorded != scheduled):
         if recorded is not None:
-            logger.say(f"warning: the checkpoint is of stage {recorded}, but resume {config.resume} asks for {scheduled}")
+            logger.say(
+                f"warning: the checkpoint is of stage {recorded}, but resume {config.resume} asks for {scheduled}"
+            )
         return scheduled
     return recorded
 
 
+def restore(run: Run, checkpoint: Path | None) -> None:
+    """Where the run goes on: optimizer and random state of its checkpoint, or the epoch that `resume` names."""
+    if checkpoint is not None:
+        run.optimizer = make_optimizer(run)
+        load_optimizer(checkpoint, run.model, run.optimizer)
+        load_random_state(checkpoint, run.world)
+    elif run.config.resume:
+        n_steps = len(epoch_plan(len(run.data.train), run.config, 0, 0, run.world.size))
+        run.progress.epoch = run.config.resume
+        run.progress.step = run.config.resume * n_steps  # so that curves and schedules are those of the whole run
+
+
 def announce(run: Run, checkpoint: Path | None) -> None:
     """Says what is about to happen."""
-    from dataset import epoch_plan, stage_of
-
     config, world, progress = run.config, run.world, run.progress
     accumulation = config.accumulation(world.size)
     n_steps = len(epoch_plan(len(run.data.train), config, 0, 0, world.size))
@@ -266,15 +265,6 @@ def announce(run: Run, checkpoint: Path | None) -> None:
 
 def train_epoch(run: Run, epoch: int, stage: int) -> dict:
     """One pass over the training set at one stage: returns train_loss, the mean of its steps, and train_seconds."""
-    from functools import partial
-
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
-
-    from dataset import StageDataset, collate, epoch_plan
-
-    import torch
-
     config, world, markers = run.config, run.world, run.markers
     plan = epoch_plan(len(run.data.train), config, epoch, world.rank, world.size)
     loader = DataLoader(
@@ -288,22 +278,18 @@ def train_epoch(run: Run, epoch: int, stage: int) -> dict:
     batches = iter(loader)
     begin, total = time.perf_counter(), 0.0
     run.wrapped.train()
-    bar = tqdm(plan, f"epoch {epoch} stage {stage}", unit="step", leave=False, disable=not world.is_main)
+    bar = progress_bar(plan, f"epoch {epoch} stage {stage}", "step", shown=world.is_main)
     for number, micro_batches in enumerate(bar):
         train_step(run, micro_batches, batches, total_steps=config.num_epochs * len(plan))
         if run.progress.step % config.log_every_steps == 0 or number + 1 == len(plan):
             losses = log_steps(run, epoch, stage)
             total += sum(losses)
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
     return {"train_loss": total / len(plan), "train_seconds": time.perf_counter() - begin}
 
 
 def train_step(run: Run, micro_batches: list, batches, total_steps: int) -> None:
     """Forward and backward of each micro-batch, then one optimizer step. Gradients meet at the last backward."""
-    import torch
-
-    from evaluate import autocast
-
     config, world = run.config, run.world
     for group in run.optimizer.param_groups:
         group["lr"] = config.lr * lr_factor(config, run.progress.step, total_steps)
@@ -326,8 +312,6 @@ def train_step(run: Run, micro_batches: list, batches, total_steps: int) -> None
 
 def lr_factor(config: Config, step: int, total_steps: int) -> float:
     """The learning rate of a step as a share of config.lr: linear warm-up, then constant, linear or cosine to 0."""
-    import math
-
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
@@ -336,9 +320,6 @@ def lr_factor(config: Config, step: int, total_steps: int) -> float:
 
 def log_steps(run: Run, epoch: int, stage: int) -> list[float]:
     """Writes the losses since the last call, each the mean over the step's examples on all ranks; returns them."""
-    import torch
-    import torch.distributed as dist
-
     losses = torch.stack(run.losses)
     dist.all_reduce(losses)  # all ranks: each holds its share of every step's loss
     losses = (losses / run.world.size).tolist()
@@ -352,26 +333,21 @@ def log_steps(run: Run, epoch: int, stage: int) -> list[float]:
 
 def validate(run: Run, epoch: int, stage: int, trained: dict) -> tuple[dict, list[dict]]:
     """Evaluates after an epoch, and says and logs the result together with the epoch's training."""
-    from evaluate import evaluate
-
     metrics, predictions = evaluate(
         run.model, run.tokenizer, run.data.val_examples, run.data.val, stage, run.config, run.markers, run.world
     )
     metrics = {"epoch": epoch, "stage": stage, **trained, **metrics}
     run.logger.log("epoch", step=run.progress.step, **metrics)
     run.logger.say(
-        f"epoch {epoch:3} stage {stage}: train loss {metrics['train_loss']:.4f}, validation loss {metrics['loss']:.4f}, "
-        f"accuracy {metrics['accuracy']:.1%}, tokens {metrics['generated_tokens']:.1f}, "
-        f"{metrics['train_seconds']:.0f} s + {metrics['seconds']:.0f} s"
+        f"epoch {epoch:3} stage {stage}: train loss {metrics['train_loss']:.4f}, "
+        f"validation loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.1%}, "
+        f"tokens {metrics['generated_tokens']:.1f}, {metrics['train_seconds']:.0f} s + {metrics['seconds']:.0f} s"
     )
     return metrics, predictions
 
 
 def save_if_due(run: Run, epoch: int, stage: int, metrics: dict, predictions: list[dict]) -> None:
     """Saves after every epoch; with save_only_improve, when accuracy is the best of its stage so far."""
-    from checkpoint import save
-    from evaluate import as_files
-
     progress = run.progress
     progress.epoch = epoch + 1
     improved = metrics["accuracy"] > progress.best.get(stage, -1.0)
@@ -380,19 +356,24 @@ def save_if_due(run: Run, epoch: int, stage: int, metrics: dict, predictions: li
     if run.config.debug or (run.config.save_only_improve and not improved):
         return
     save(
-        run.config, run.world, progress, run.model, run.tokenizer, run.markers, stage, run.optimizer,
+        run.config,
+        run.world,
+        progress,
+        run.model,
+        run.tokenizer,
+        run.markers,
+        stage,
+        run.optimizer,
         as_files(metrics, predictions),
     )
 
 
 def finish(run: Run) -> None:
     """Closes the log and prints the run's table."""
-    from evaluate import summary
-
     run.logger.close()
     if run.world.is_main:
         print(summary(run.config.run_dir), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(CONFIG))

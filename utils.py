@@ -6,6 +6,7 @@ configuration must come at once, and importing torch takes seconds.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -80,17 +81,21 @@ class Config:
     )
     uniform_prob: float = _key(0.0, "probability that an example trains at a stage drawn from 0..n", low=0, high=1)
     eval_latents_from_steps: bool = _key(
-        False, "with pad_latent_to_max off, evaluate with at most as many steps of thought as the example has (reference)"
+        False,
+        "with pad_latent_to_max off, evaluate with at most as many steps of thought as the example has (reference)",
     )
 
     # the model
     model_id: str = _key("openai-community/gpt2", "Hugging Face id or local folder of the causal language model")
     from_scratch: bool = _key(False, "take only the shape of model_id; initialise its weights from seed")
     load_model_path: str | None = _key(
-        None, "weights to start from or to evaluate: a checkpoint folder, a run's folder (its newest checkpoint), "
-        "a Hugging Face folder, or a file of the reference"
+        None,
+        "weights to start from or to evaluate: a checkpoint folder, a run's folder (its newest checkpoint), "
+        "a Hugging Face folder, or a file of the reference",
     )
-    resume: int = _key(0, "epoch to start from with load_model_path; in an eval-only run the epoch whose stage is used", low=0)
+    resume: int = _key(
+        0, "epoch to start from with load_model_path; in an eval-only run the epoch whose stage is used", low=0
+    )
 
     # the data
     train_path: str | None = _key(None, "JSON list of {question, answer, steps}")
@@ -112,8 +117,10 @@ class Config:
     warmup_steps: int = _key(0, "optimizer steps over which lr rises from 0", low=0)
     max_grad_norm: float | None = _key(None, "clip the gradient's norm to this", low=0)
     reset_optimizer: bool | str = _key(
-        "stage", "never | stage | epoch: make AdamW anew when the stage changes or at every epoch; "
-        "True = epoch and False = never, as the reference's code does", choices=("never", "stage", "epoch"),
+        "stage",
+        "never | stage | epoch: make AdamW anew when the stage changes or at every epoch; "
+        "True = epoch and False = never, as the reference's code does",
+        choices=("never", "stage", "epoch"),
     )
 
     # the machine
@@ -161,7 +168,7 @@ class Config:
         return self.max_latent_stage + 1
 
     def accumulation(self, world_size: int) -> int:
-        """Forward passes a rank runs for one optimizer step. Raises UserError where the global batch does not divide."""
+        """Forward passes of a rank for one optimizer step. Raises UserError where the global batch does not divide."""
         if self.global_batch_size is None:
             return self.gradient_accumulation_steps
         accumulation, rest = divmod(self.global_batch_size, world_size * self.batch_size_training)
@@ -178,7 +185,11 @@ class Config:
         for name, value in vars(self).items():
             if isinstance(value, str) and PLACEHOLDER.search(value):
                 found.append(f"{name} is still the placeholder {value!r}: set it to your own path")
-        data = {"val_path": self.val_path} if self.only_eval else {"train_path": self.train_path, "val_path": self.val_path}
+        data = (
+            {"val_path": self.val_path}
+            if self.only_eval
+            else {"train_path": self.train_path, "val_path": self.val_path}
+        )
         for name, value in {**data, "load_model_path": self.load_model_path}.items():
             if value is None and name != "load_model_path":
                 found.append(f"{name} is missing: set it to a JSON list of question, answer and steps")
@@ -268,7 +279,9 @@ def _merge(values: dict, layer: dict, origin: str, problems: list[str]) -> None:
         elif name in known:
             values[name] = value
         else:
-            close = difflib.get_close_matches(str(name), [*known, "coconut", "cot", "no_thoughts", "no_cot", "extends"], 1)
+            close = difflib.get_close_matches(
+                str(name), [*known, "coconut", "cot", "no_thoughts", "no_cot", "extends"], 1
+            )
             hint = f": did you mean {close[0]!r}?" if close else " (run.py --help lists the keys)"
             problems.append(f"unknown key {name!r} in {origin}{hint}")
     chosen = {name for name, on in booleans.items() if on}
@@ -321,10 +334,15 @@ def _converted(value, annotation):
                 pass
         if option is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
-        if option == list[int] and isinstance(value, list) and value:
-            if all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value):
-                return value
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list[int]: "a list of whole numbers"}
+        if option == list[int] and isinstance(value, list) and value and all(type(entry) is int for entry in value):
+            return value
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        list[int]: "a list of whole numbers",
+    }
     raise ValueError("must be " + " or ".join(names[option] for option in options if option in names))
 
 
@@ -332,11 +350,37 @@ def _check_range(value, metadata) -> None:
     if metadata["choices"] and isinstance(value, str) and value not in metadata["choices"]:
         raise ValueError("must be one of " + ", ".join(metadata["choices"]))
     for number in value if isinstance(value, list) else [value]:
-        if isinstance(number, (int, float)) and not isinstance(number, bool):
-            if metadata["low"] is not None and not number >= metadata["low"]:
-                raise ValueError(f"must be at least {metadata['low']}")
-            if metadata["high"] is not None and not number <= metadata["high"]:
-                raise ValueError(f"must be at most {metadata['high']}")
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            continue
+        if metadata["low"] is not None and not number >= metadata["low"]:
+            raise ValueError(f"must be at least {metadata['low']}")
+        if metadata["high"] is not None and not number <= metadata["high"]:
+            raise ValueError(f"must be at most {metadata['high']}")
+
+
+def configure(description: str) -> Config:
+    """The configuration that the command line asks for. Ends the program where there is a mistake in it."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"keys and their defaults:\n{Config.describe()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="a YAML file, such as those in args/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key of the file from here")
+    options = parser.parse_intermixed_args()
+    try:
+        return Config.from_file(options.config, options.overrides)
+    except UserError as error:
+        sys.exit(report(error))
+
+
+def report(error: UserError) -> int:
+    """Says what is wrong, on one rank; returns the exit code."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)  # torchrun stops every rank when one exits: rank 0 must have had its say
+    return 2
 
 
 def write_config(config: Config, folder: Path, world_size: int) -> None:
@@ -359,7 +403,9 @@ def _git_commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + (" with uncommitted changes" if changed else "")
@@ -456,6 +502,14 @@ def seed_everything(*entropy: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def progress_bar(iterable, title: str, unit: str, shown: bool):
+    """tqdm, on one rank; in a log file it writes a line now and then instead of many a second."""
+    from tqdm import tqdm
+
+    interval = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(iterable, title, unit=unit, leave=False, disable=not shown, mininterval=interval, dynamic_ncols=True)
+
+
 class RunLogger:
     """metrics.jsonl always, wandb where it is wanted; silent on every rank but 0.
 
@@ -483,13 +537,17 @@ class RunLogger:
         # the configuration and the numbers are all that is sent: no code, no console, no machine metadata
         settings = {"init_timeout": 30, "silent": True, "console": "off", "save_code": False, "x_disable_meta": True}
         arguments = {
-            "project": config.project, "name": config.name, "config": dataclasses.asdict(config), "dir": str(folder),
-            "id": self.wandb_id, "resume": "allow" if self.wandb_id else None,
+            "project": config.project,
+            "name": config.name,
+            "config": dataclasses.asdict(config),
+            "dir": str(folder),
+            "id": self.wandb_id,
+            "resume": "allow" if self.wandb_id else None,
         }
         try:
             self.wandb = wandb.init(mode=mode, settings=wandb.Settings(**settings), **arguments)
         except Exception as error:  # whatever a tracker's server does, training goes on
-            self.say(f"wandb did not start ({' '.join(str(error).split())[:200]}); logging to metrics.jsonl and wandb offline")
+            self.say(f"wandb did not start, logging offline: {' '.join(str(error).split())[:200]}")
             self.wandb = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
         self.wandb_id = self.wandb.id
 

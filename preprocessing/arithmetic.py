@@ -30,7 +30,7 @@ def make_example(rng: random.Random, n_steps: int, base: int) -> dict:
 
 
 def make_splits(
-    sizes: dict[str, int], min_steps: int = 2, max_steps: int = 4, base: int = 10, seed: int = 0
+    sizes: dict[str, int], min_steps: int = 2, max_steps: int = 4, base: int = 5, seed: int = 0
 ) -> dict[str, list[dict]]:
     """Splits of the given sizes, name -> examples; no question occurs twice, within a split or across them.
 
@@ -61,10 +61,10 @@ def make_splits(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder for the files (default: %(default)s)")
-    parser.add_argument("--train", type=int, default=60000, help="training examples (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=40000, help="training examples (default: %(default)s)")
     parser.add_argument("--valid", type=int, default=300, help="validation examples (default: %(default)s)")
     parser.add_argument("--test", type=int, default=1000, help="test examples (default: %(default)s)")
-    parser.add_argument("--base", type=int, default=10, help="numbers are 0..BASE-1 (default: %(default)s)")
+    parser.add_argument("--base", type=int, default=5, help="numbers are 0..BASE-1 (default: %(default)s)")
     parser.add_argument("--min-steps", type=int, default=2, help="fewest operations (default: %(default)s)")
     parser.add_argument("--max-steps", type=int, default=4, help="most operations (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")

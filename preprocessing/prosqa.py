@@ -14,17 +14,71 @@ import json
 import sys
 from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-NAMES = "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split()
-CONCEPTS = (
-    "bompus boompus brimpus chorpus dumpus felpus fompus gerpus gorpus grimpus gwompus hilpus impus jelpus jompus "
-    "kerpus lempus lorpus numpus quimpus rempus rompus rorpus scrompus shumpus sterpus storpus terpus timpus tumpus "
-    "vumpus worpus wumpus yerpus yimpus yumpus zhorpus zumpus"
-).split()
+NAMES = [
+    "Alex",
+    "Bob",
+    "Carol",
+    "Davis",
+    "Eva",
+    "Fae",
+    "Gabriel",
+    "Jack",
+    "Max",
+    "Oliver",
+    "Polly",
+    "Rex",
+    "Sally",
+    "Sam",
+    "Stella",
+    "Tom",
+    "Wren",
+]
+CONCEPTS = [
+    "bompus",
+    "boompus",
+    "brimpus",
+    "chorpus",
+    "dumpus",
+    "felpus",
+    "fompus",
+    "gerpus",
+    "gorpus",
+    "grimpus",
+    "gwompus",
+    "hilpus",
+    "impus",
+    "jelpus",
+    "jompus",
+    "kerpus",
+    "lempus",
+    "lorpus",
+    "numpus",
+    "quimpus",
+    "rempus",
+    "rompus",
+    "rorpus",
+    "scrompus",
+    "shumpus",
+    "sterpus",
+    "storpus",
+    "terpus",
+    "timpus",
+    "tumpus",
+    "vumpus",
+    "worpus",
+    "wumpus",
+    "yerpus",
+    "yimpus",
+    "yumpus",
+    "zhorpus",
+    "zumpus",
+]
 ROOTS = (0, 1)
 BIT = {0: 1, 1: 2}  # a node's label: which roots it descends from; 3 for both, 0 for neither
 
@@ -149,7 +203,7 @@ def make_example(rng: np.random.Generator, settings: Settings) -> dict | None:
     return {
         "question": " ".join([*facts, f"Is {symbols[root]} a {symbols[first]} or {symbols[second]}?"]),
         "answer": f"{symbols[root]} is a {symbols[target]}.",
-        "steps": [sentence(edge) for edge in zip(path, path[1:], strict=False)],
+        "steps": [sentence(edge) for edge in pairwise(path)],
         "idx_to_symbol": symbols,
         "edges": [list(edge) for edge in edges],
         "root": root,
@@ -205,7 +259,10 @@ def main(arguments: list[str] | None = None) -> int:
     if min(sizes.values()) < 1 or options.nodes < 4 or not 1 <= options.min_hops <= options.max_hops:
         parser.error("every split needs an example, --nodes must be at least 4, and 1 <= min-hops <= max-hops")
     settings = Settings(
-        options.nodes, options.min_hops, options.max_hops, tuple(dict.fromkeys(options.names)),
+        options.nodes,
+        options.min_hops,
+        options.max_hops,
+        tuple(dict.fromkeys(options.names)),
         tuple(dict.fromkeys(options.concepts)),
     )
     try:

@@ -17,8 +17,8 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dataset import load_examples  # noqa: E402
-from utils import UserError  # noqa: E402
+from dataset import load_examples
+from utils import UserError
 
 EOS, UNKNOWN = "<|endoftext|>", "<|unknown|>"
 # char: one character, or a mark of the data format; word: with the space before it, as in GPT-2's vocabulary
@@ -62,8 +62,16 @@ def make_config(shape: str, vocab_size: int, width: int, layers: int, heads: int
 
 
 def write_model(
-    data: list[Path], out: Path, kind: str = "word", shape: str = "gpt2", width: int = 128, layers: int = 2,
-    heads: int = 4, positions: int = 1024, tied: bool = False, seed: int = 0,
+    data: list[Path],
+    out: Path,
+    kind: str = "word",
+    shape: str = "gpt2",
+    width: int = 128,
+    layers: int = 2,
+    heads: int = 4,
+    positions: int = 1024,
+    tied: bool = False,
+    seed: int = 0,
 ) -> tuple[int, int]:
     """Writes the folder; returns (vocabulary size, number of parameters). Deterministic in its arguments."""
     texts = ["### ", "\n"]
@@ -96,8 +104,16 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--width {options.width} is no multiple of --heads {options.heads}")
     try:
         vocabulary, parameters = write_model(
-            options.data, options.out, options.tokenizer, options.shape, options.width, options.layers,
-            options.heads, options.positions, options.tied, options.seed,
+            options.data,
+            options.out,
+            options.tokenizer,
+            options.shape,
+            options.width,
+            options.layers,
+            options.heads,
+            options.positions,
+            options.tied,
+            options.seed,
         )
     except UserError as error:
         parser.error(str(error))

@@ -29,8 +29,14 @@ def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype 
         )
     else:
         config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=64, tie_word_embeddings=tied, **common,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=tied,
+            **common,
         )
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -3,11 +3,11 @@
 import json
 
 import pytest
+import tiny_model
 import torch
 from transformers import AutoModelForCausalLM
 
 import checkpoint
-import tiny_model
 from checkpoint import Progress, add_markers, load_model, resolve
 from dataset import END, LATENT, START
 from utils import Config, UserError, cleanup_distributed, setup_distributed
@@ -111,7 +111,10 @@ def test_our_checkpoint_becomes_a_file_of_the_reference(tiny, tmp_path):
     [
         (lambda s: s.pop("transformer.ln_f.weight"), "missing: transformer.ln_f.weight"),
         (lambda s: s.update(surprise=torch.ones(1)), "unexpected: surprise"),
-        (lambda s: s.update({"transformer.ln_f.weight": torch.ones(7)}), r"of another shape: transformer.ln_f.weight \[7\]"),
+        (
+            lambda s: s.update({"transformer.ln_f.weight": torch.ones(7)}),
+            r"of another shape: transformer.ln_f.weight \[7\]",
+        ),
         (lambda s: s.update(epoch=3), "must map names to tensors"),
     ],
 )

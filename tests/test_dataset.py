@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import tiny_model
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tiny_model
 from dataset import (
     IGNORE,
     Markers,
@@ -83,8 +83,12 @@ def test_the_references_rule_for_evaluation_needs_a_switch():
 
 
 @given(
-    n_steps=st.integers(0, 7), stage=st.integers(0, 9), c_thought=st.integers(0, 3), last=st.integers(0, 7),
-    padded=st.booleans(), method=st.sampled_from(["coconut", "cot", "no_cot", "no_thoughts"]),
+    n_steps=st.integers(0, 7),
+    stage=st.integers(0, 9),
+    c_thought=st.integers(0, 3),
+    last=st.integers(0, 7),
+    padded=st.booleans(),
+    method=st.sampled_from(["coconut", "cot", "no_cot", "no_thoughts"]),
 )
 def test_training_and_evaluation_agree(n_steps, stage, c_thought, last, padded, method):
     """What is generated from is what was trained on, up to the first supervised token."""
@@ -263,7 +267,10 @@ def test_special_tokens_of_the_tokenizer_go_to_the_question_once():
         (b"[", "is not valid JSON: line 1"),
         (b"[]", "at least one example"),
         (b'{"question": "a"}', "must hold a JSON list"),
-        (b'[{"question": "a", "answer": "b", "steps": []}, {"question": "a", "answer": "b"}]', "record 1.*lacks 'steps'"),
+        (
+            b'[{"question": "a", "answer": "b", "steps": []}, {"question": "a", "answer": "b"}]',
+            "record 1.*lacks 'steps'",
+        ),
         (b'[{"question": "a", "answer": 3, "steps": []}]', "record 0.*'answer' that is no text"),
         (b'[{"question": "a", "answer": "3", "steps": "x"}]', "record 0.*no list of texts"),
         (b'["\xff"]', "is not UTF-8"),

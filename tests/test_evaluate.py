@@ -3,10 +3,10 @@
 import json
 
 import pytest
+import tiny_model
 import torch
 from conftest import tiny_base
 
-import tiny_model
 from coconut import Coconut
 from dataset import Markers, StageDataset, collate, tokenize
 from evaluate import as_files, evaluate, extract_answer, extract_steps, main, summary, validation_loss
@@ -85,8 +85,16 @@ def test_scores(world):
 
 def test_the_summary_takes_what_was_written_last(tmp_path, capsys):
     records = [
-        {"event": "epoch", "epoch": epoch, "stage": stage, "train_seconds": 5.0, "seconds": 1.0, "accuracy": accuracy,
-         "generated_tokens": 9.0, "loss": 1.0}
+        {
+            "event": "epoch",
+            "epoch": epoch,
+            "stage": stage,
+            "train_seconds": 5.0,
+            "seconds": 1.0,
+            "accuracy": accuracy,
+            "generated_tokens": 9.0,
+            "loss": 1.0,
+        }
         for epoch, stage, accuracy in ((0, 0, 0.1), (1, 0, 0.2), (1, 0, 0.3), (2, 1, 0.4))
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -3,12 +3,12 @@
 import json
 import re
 
-import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 import arithmetic
 import prosqa
+import pytest
 import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from dataset import load_examples
 
 # ---- arithmetic ----
@@ -31,7 +31,9 @@ def test_arithmetic_is_right_and_disjoint():
 
 def test_arithmetic_is_deterministic_in_its_seed(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        arithmetic.main(["--out", str(tmp_path / name), "--train", "50", "--valid", "5", "--test", "5", "--seed", str(seed)])
+        arithmetic.main(
+            ["--out", str(tmp_path / name), "--train", "50", "--valid", "5", "--test", "5", "--seed", str(seed)]
+        )
     a, b, c = ((tmp_path / name / "arithmetic_train.json").read_bytes() for name in "abc")
     assert a == b
     assert a != c
@@ -91,7 +93,9 @@ def test_prosqa_reads_like_the_authors_data(splits):
         *facts, question = re.findall(r"[^.?]+[.?]", example["question"])
         facts = [fact.strip() for fact in facts]
         wanted = {
-            f"{symbols[a]} is a {symbols[b]}." if symbols[a] in prosqa.NAMES else f"Every {symbols[a]} is a {symbols[b]}."
+            f"{symbols[a]} is a {symbols[b]}."
+            if symbols[a] in prosqa.NAMES
+            else f"Every {symbols[a]} is a {symbols[b]}."
             for a, b in example["edges"]
         }
         assert set(facts) == wanted
@@ -115,8 +119,24 @@ def test_prosqa_repeats_nothing_and_is_deterministic(splits):
 
 
 def test_prosqa_of_another_size(tmp_path):
-    arguments = ["--out", str(tmp_path), "--train", "20", "--valid", "5", "--test", "5", "--nodes", "12",
-                 "--min-hops", "2", "--max-hops", "3", "--prefix", "small"]
+    arguments = [
+        "--out",
+        str(tmp_path),
+        "--train",
+        "20",
+        "--valid",
+        "5",
+        "--test",
+        "5",
+        "--nodes",
+        "12",
+        "--min-hops",
+        "2",
+        "--max-hops",
+        "3",
+        "--prefix",
+        "small",
+    ]
     assert prosqa.main(arguments) == 0
     examples = load_examples(tmp_path / "small_train.json")
     assert {len(example["steps"]) for example in examples} <= {2, 3}
@@ -145,8 +165,24 @@ def test_tokenizers_are_lossless(kind):
 def test_tiny_models_are_hugging_face_folders(tmp_path, shape, capsys):
     data = tmp_path / "data.json"
     data.write_text(json.dumps([{"question": "1+2", "steps": ["<<1+2=3>>"], "answer": "3"}]))
-    assert tiny_model.main([str(data), "--out", str(tmp_path / "model"), "--tokenizer", "char", "--shape", shape,
-                            "--width", "16", "--heads", "2"]) == 0
+    assert (
+        tiny_model.main(
+            [
+                str(data),
+                "--out",
+                str(tmp_path / "model"),
+                "--tokenizer",
+                "char",
+                "--shape",
+                shape,
+                "--width",
+                "16",
+                "--heads",
+                "2",
+            ]
+        )
+        == 0
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.config.model_type == shape
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "model"))

@@ -9,15 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import arithmetic
 import pytest
+import tiny_model
 import torch
 import yaml
 from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import arithmetic
-import tiny_model
 
 PROSQA = ROOT.parent / "shared" / "data" / "prosqa_valid.json"
 
@@ -30,7 +29,11 @@ def start(*arguments: str, ranks: int = 0, timeout: float = 120) -> subprocess.C
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.run(
         [*launcher, str(ROOT / "run.py"), *map(str, arguments)],
-        capture_output=True, text=True, timeout=timeout, env=environment, check=False,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        check=False,
     )
 
 
@@ -63,10 +66,23 @@ def place(tmp_path_factory) -> Path:
     for name, width in (("model", 32), ("other_model", 64)):
         tiny_model.write_model([folder / "train.json"], folder / name, "char", "gpt2", width, 1, 2, 128)
     config = {
-        "save_path": str(folder / "runs"), "name": "run", "model_id": str(folder / "model"), "coconut": True,
-        "c_thought": 1, "epochs_per_stage": 1, "max_latent_stage": 2, "uniform_prob": 0.3, "num_epochs": 3, "seed": 1,
-        "train_path": str(folder / "train.json"), "val_path": str(folder / "valid.json"), "lr": 1e-3,
-        "batch_size_training": 8, "max_new_tokens": 40, "reset_optimizer": False, "num_workers": 0,
+        "save_path": str(folder / "runs"),
+        "name": "run",
+        "model_id": str(folder / "model"),
+        "coconut": True,
+        "c_thought": 1,
+        "epochs_per_stage": 1,
+        "max_latent_stage": 2,
+        "uniform_prob": 0.3,
+        "num_epochs": 3,
+        "seed": 1,
+        "train_path": str(folder / "train.json"),
+        "val_path": str(folder / "valid.json"),
+        "lr": 1e-3,
+        "batch_size_training": 8,
+        "max_new_tokens": 40,
+        "reset_optimizer": False,
+        "num_workers": 0,
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder
@@ -108,8 +124,10 @@ def test_an_eval_only_run_agrees_with_training(place, trained):
         for key in ("accuracy", "cot_match", "generated_tokens", "examples"):
             assert found[key] == wanted[key]
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
-        lines = [(folder / "predictions.jsonl").read_text() for folder in
-                 (place / "runs" / name / "eval", run / "checkpoint_3")]
+        lines = [
+            (folder / "predictions.jsonl").read_text()
+            for folder in (place / "runs" / name / "eval", run / "checkpoint_3")
+        ]
         assert lines[0] == lines[1]
 
 
@@ -120,7 +138,9 @@ def test_one_rank_with_doubled_accumulation_gives_the_same_weights(place, traine
     assert max((alone[name] - together[name]).abs().max() for name in together) < 1e-6
     # and they have moved much further than that from where they began
     begin = weights(place / "model")
-    assert max((alone[name] - begin[name]).abs().max() for name in begin if alone[name].shape == begin[name].shape) > 1e-2
+    assert (
+        max((alone[name] - begin[name]).abs().max() for name in begin if alone[name].shape == begin[name].shape) > 1e-2
+    )
 
 
 def test_a_continued_run_is_bitwise_an_undisturbed_one(place, trained):
@@ -160,8 +180,18 @@ def test_a_finished_run_is_left_as_it_is(place, trained):
 @pytest.mark.parametrize("method", ["cot", "no_cot", "no_thoughts"])
 def test_the_other_methods_run(place, method):
     name = f"method-{method}"
-    succeed(place / "run.yaml", f"method={method}", f"name={name}", "num_epochs=2", "save_only_improve=true",
-            "keep_checkpoints=1", "warmup_steps=5", "lr_scheduler=cosine", "max_grad_norm=1", "bf16=true")
+    succeed(
+        place / "run.yaml",
+        f"method={method}",
+        f"name={name}",
+        "num_epochs=2",
+        "save_only_improve=true",
+        "keep_checkpoints=1",
+        "warmup_steps=5",
+        "lr_scheduler=cosine",
+        "max_grad_norm=1",
+        "bf16=true",
+    )
     run = place / "runs" / name
     assert len(epochs(run)) == 2
     assert epochs(run)[-1]["loss"] < 3
@@ -193,7 +223,8 @@ BAD = {
     "nothing to evaluate": (["only_eval=true"], "only_eval needs load_model_path"),
     "placeholder": (["load_model_path=YOUR_PATH_TO_COCONUT_CKPT"], "still the placeholder"),
     "checkpoint of another model": (
-        ["only_eval=true", "load_model_path={place}/other_model"], "a checkpoint of another model: .*hidden_size 64"
+        ["only_eval=true", "load_model_path={place}/other_model"],
+        "a checkpoint of another model: .*hidden_size 64",
     ),
     "weights of another model": (["load_model_path={place}/other.bin", "name=new"], "of another shape: lm_head.weight"),
     "no weights": (["load_model_path={place}/run.yaml", "name=new"], "is no file of weights"),
@@ -209,8 +240,9 @@ AFTER_THE_RANKS_MET = ("no steps", "checkpoint of another model")
 )
 def test_bad_input_gets_one_sentence_and_spoils_nothing(place, trained, case, ranks):
     run, _ = trained
-    (place / "no_steps.json").write_text(json.dumps([{"question": "1", "answer": "1", "steps": []},
-                                                     {"question": "1", "answer": "1"}]))
+    (place / "no_steps.json").write_text(
+        json.dumps([{"question": "1", "answer": "1", "steps": []}, {"question": "1", "answer": "1"}])
+    )
     torch.save(AutoModelForCausalLM.from_pretrained(place / "other_model").state_dict(), place / "other.bin")
     before = digest(run)
     begin = time.perf_counter()
@@ -229,9 +261,17 @@ def test_bad_input_gets_one_sentence_and_spoils_nothing(place, trained, case, ra
 def test_the_authors_prosqa_rows(tmp_path):
     tiny_model.write_model([PROSQA], tmp_path / "model", "word", "gpt2", 64, 2, 4, 1024)
     done = succeed(
-        ROOT / "args" / "prosqa_mini.yaml", f"model_id={tmp_path / 'model'}", f"train_path={PROSQA}",
-        f"val_path={PROSQA}", f"save_path={tmp_path}", "max_train_examples=96", "max_eval_examples=16",
-        "epochs_per_stage=1", "num_epochs=3", "max_new_tokens=60", ranks=2,
+        ROOT / "args" / "prosqa_mini.yaml",
+        f"model_id={tmp_path / 'model'}",
+        f"train_path={PROSQA}",
+        f"val_path={PROSQA}",
+        f"save_path={tmp_path}",
+        "max_train_examples=96",
+        "max_eval_examples=16",
+        "epochs_per_stage=1",
+        "num_epochs=3",
+        "max_new_tokens=60",
+        ranks=2,
     )
     records = epochs(tmp_path / "prosqa_mini")
     assert [record["stage"] for record in records] == [0, 1, 2]
