@@ -28,6 +28,7 @@ from utils import IGNORE, Config, UserError, progress_bar
 if TYPE_CHECKING:
     import torch
 
+NO_REASONING = 1 << 30  # a stage of iCoT that leaves no token of any reasoning
 START, END, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"
 CACHE_VERSION = 1  # raise it when `tokenize` changes
 
@@ -47,9 +48,15 @@ class Markers(NamedTuple):
 
 
 def stage_of(config: Config, epoch: int) -> int:
-    """The scheduled stage of an epoch (both from 0); at most config.last_stage, in which every written step is gone."""
+    """The scheduled stage of an epoch (both from 0); at most config.last_stage, in which every written step is gone.
+
+    For icot the stage is the number of removed tokens, which grows within an epoch (see `stage_of_step`): here what it
+    has come to in the last step of the epoch.
+    """
     if config.method in ("cot", "no_cot"):
         return 0
+    if config.method == "icot":
+        return stage_of_step(config, epoch, config.icot_tokens_per_epoch - 1, config.icot_tokens_per_epoch)
     if config.curriculum == "none":
         return config.last_stage
     if isinstance(config.epochs_per_stage, int):
@@ -58,8 +65,27 @@ def stage_of(config: Config, epoch: int) -> int:
     return min(int(np.searchsorted(ends, epoch, side="right")), len(ends) - 1)
 
 
+def stage_of_step(config: Config, epoch: int, step: int, steps_per_epoch: int) -> int:
+    """The stage of one optimizer step (from 0 in its epoch): that of its epoch, but for icot it grows by one token
+    every 1/icot_tokens_per_epoch of an epoch (arXiv 2405.14838)."""
+    if config.method != "icot":
+        return stage_of(config, epoch)
+    steps_per_token = max(1, round(steps_per_epoch / config.icot_tokens_per_epoch))
+    removed = (epoch * steps_per_epoch + step) // steps_per_token
+    everything = config.icot_remove_all_after is not None and removed >= config.icot_remove_all_after
+    return NO_REASONING if everything else removed
+
+
 def stage_of_example(config: Config, stage: int, epoch: int, index: int, n_steps: int) -> int:
-    """The stage at which training example `index` is seen: the scheduled one, or with uniform_prob one of 0..n."""
+    """The stage at which training example `index` is seen: the scheduled one, or with uniform_prob one of 0..n.
+
+    icot's removal smoothing: o more tokens, with P(o) = (1 - e^-l) e^(-l o) and l = icot_smoothing.
+    """
+    if config.method == "icot":
+        if not config.icot_smoothing:
+            return stage
+        random = np.random.default_rng((config.seed, epoch, index))
+        return stage + int(random.geometric(1 - np.exp(-config.icot_smoothing))) - 1
     if config.uniform_prob > 0:
         random = np.random.default_rng((config.seed, epoch, index))
         if random.random() < config.uniform_prob:
@@ -69,7 +95,7 @@ def stage_of_example(config: Config, stage: int, epoch: int, index: int, n_steps
 
 def thoughts_and_dropped(n_steps: int, stage: int, config: Config) -> tuple[int, int]:
     """(latent positions, written steps left out) of an example with n_steps steps at a stage."""
-    if config.method == "cot":
+    if config.method in ("cot", "icot"):  # icot leaves out tokens, not steps: see `kept_reasoning`
         return 0, 0
     if config.method == "no_cot":
         return 0, n_steps
@@ -79,6 +105,13 @@ def thoughts_and_dropped(n_steps: int, stage: int, config: Config) -> tuple[int,
     else:
         replaced, dropped = stage, min(stage, n_steps)
     return (0 if config.method == "no_thoughts" else replaced * config.c_thought), dropped
+
+
+def kept_reasoning(steps: Sequence[Sequence[int]], stage: int, config: Config) -> list[int]:
+    """The tokens of the written reasoning that a stage leaves: the last steps, or for icot the last tokens."""
+    _, dropped = thoughts_and_dropped(len(steps), stage, config)
+    tokens = [token for step in steps[dropped:] for token in step]
+    return tokens[stage:] if config.method == "icot" else tokens
 
 
 def _prefix(question: Sequence[int], n_latents: int, config: Config, markers: Markers) -> list[int]:
@@ -112,11 +145,12 @@ def training_sequence(
     """One example at one stage as (input_ids, labels), equally long; labels are IGNORE up to the end of the prompt.
 
     Q S_1..S_n A for cot, Q A for no_cot, and for coconut Q start latent* end S_{s+1}..S_n A; no_thoughts is coconut
-    without markers and latents. A ends with EOS; it is added where `answer` has none yet.
+    without markers and latents; icot is cot without the first `stage` tokens of the steps. A ends with EOS; it is added
+    where `answer` has none yet.
     """
-    n_latents, dropped = thoughts_and_dropped(len(steps), stage, config)
+    n_latents, _ = thoughts_and_dropped(len(steps), stage, config)
     before = _prefix(question, n_latents, config, markers)
-    after = [token for step in steps[dropped:] for token in step] + list(answer)
+    after = kept_reasoning(steps, stage, config) + list(answer)
     if after[-1:] != [markers.eos]:
         after.append(markers.eos)
     return before + after, [IGNORE] * len(before) + after
@@ -175,11 +209,19 @@ class Tokens:
 
     def __init__(self, ids: np.ndarray, texts: np.ndarray, examples: np.ndarray):
         self.ids, self.texts, self.examples = ids, texts, examples
+        self.chosen: np.ndarray | None = None  # where examples are left out, the numbers of the others
 
     def __len__(self) -> int:
-        return len(self.examples) - 1
+        return len(self.examples) - 1 if self.chosen is None else len(self.chosen)
+
+    def leave_out_longer_than(self, length: int) -> None:
+        """Leaves out the examples with more tokens than that: question, all steps, answer and EOS."""
+        lengths = np.diff(self.texts[self.examples]) + 1
+        self.chosen = np.flatnonzero(lengths <= length)
 
     def __getitem__(self, index: int) -> tuple[list[int], list[list[int]], list[int]]:
+        if self.chosen is not None:
+            index = self.chosen[index]
         bounds = self.texts[self.examples[index] : self.examples[index + 1] + 1].tolist()
         ids = self.ids[bounds[0] : bounds[-1]].tolist()
         question, *steps, answer = (ids[begin - bounds[0] : end - bounds[0]] for begin, end in pairwise(bounds))
@@ -248,22 +290,20 @@ def cache_tokens(path: str, tokenizer, folder: Path, limit: int | None = None, s
 
 
 class StageDataset:
-    """Training sequences of all examples at a stage: item i is (input_ids, labels), lists of int.
+    """Training sequences: item (i, s) is example i at the scheduled stage s, as (input_ids, labels), lists of int.
 
-    With an epoch, stages are mixed as uniform_prob says (training); without one they never are (validation).
+    With an epoch, single examples depart from that stage as `stage_of_example` says (training); without one they never
+    do (validation).
     """
 
-    def __init__(self, tokens: Tokens, config: Config, markers: Markers, stage: int, epoch: int | None = None):
-        self.tokens, self.config, self.markers, self.stage, self.epoch = tokens, config, markers, stage, epoch
+    def __init__(self, tokens: Tokens, config: Config, markers: Markers, epoch: int | None = None):
+        self.tokens, self.config, self.markers, self.epoch = tokens, config, markers, epoch
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[int], list[int]]:
+        index, stage = key
         question, steps, answer = self.tokens[index]
-        stage = self.stage
         if self.epoch is not None:
-            stage = stage_of_example(self.config, stage, self.epoch, int(index), len(steps))
+            stage = stage_of_example(self.config, stage, self.epoch, index, len(steps))
         return training_sequence(question, steps, answer, stage, self.config, self.markers)
 
 
@@ -314,23 +354,27 @@ class MicroBatch(NamedTuple):
     weight: float
 
 
+def examples_of_steps(n_examples: int, config: Config, epoch: int, world_size: int) -> list[list[int]]:
+    """The examples of each optimizer step of an epoch, over all ranks: a permutation drawn from (seed, epoch), cut."""
+    per_step = config.accumulation(world_size) * world_size * config.batch_size_training
+    order = np.random.default_rng((config.seed, epoch)).permutation(n_examples).tolist()
+    return [order[begin : begin + per_step] for begin in range(0, n_examples, per_step)]
+
+
 def epoch_plan(n_examples: int, config: Config, epoch: int, rank: int, world_size: int) -> list[list[MicroBatch]]:
     """What one rank does in one epoch: for each optimizer step its micro-batches.
 
-    The order is a permutation drawn from (seed, epoch). Each step takes the next global batch of it, cut into
-    micro-batches that the ranks take in turn: the cuts, and so the gradients, are the same for every world size with
-    the same global batch. The last step may be short: its loss is divided by its own number of examples, and a rank
-    that would have none runs one of its examples with weight 0, because every rank has to join the passes.
+    The examples of each step are cut into micro-batches that the ranks take in turn: the cuts, and so the gradients,
+    are the same for every world size with the same global batch. The last step may be short: its loss is divided by its
+    own number of examples, and a rank that would have none runs one of its examples with weight 0, because every rank
+    has to join the passes.
 
     Weights: gradients are averaged over ranks and summed over a rank's micro-batches, so that
     weight = world_size x (examples in the micro-batch) / (examples in the step).
     """
     size = config.batch_size_training
-    per_step = config.accumulation(world_size) * world_size * size
-    order = np.random.default_rng((config.seed, epoch)).permutation(n_examples).tolist()
     plan = []
-    for begin in range(0, n_examples, per_step):
-        step = order[begin : begin + per_step]
+    for step in examples_of_steps(n_examples, config, epoch, world_size):
         rounds = -(-len(step) // (size * world_size))
         mine = []
         for place in range(rank, rounds * world_size, world_size):
@@ -338,3 +382,30 @@ def epoch_plan(n_examples: int, config: Config, epoch: int, rank: int, world_siz
             mine.append(MicroBatch(part or step[:1], world_size * len(part) / len(step)))
         plan.append(mine)
     return plan
+
+
+def schedule(config: Config, world_size: int) -> str:
+    """The whole plan as a table, a line an epoch: what `run.py FILE --schedule` prints."""
+    batch = config.accumulation(world_size) * world_size * config.batch_size_training
+    lines = [f"{'epoch':>5} {'stage':>5} {'latents':>8} {'written reasoning':>20} {'optimizer':>10} {'batch':>6}"]
+    for epoch in range(config.resume, config.num_epochs):
+        stage = stage_of(config, epoch)
+        fresh = epoch == config.resume or optimizer_is_reset(config, epoch)
+        latents, dropped = thoughts_and_dropped(config.max_latent_stage, stage, config)
+        if config.method == "icot":
+            kept = "none" if stage == NO_REASONING else f"all but {stage} tokens"
+        elif config.method == "no_cot" or (config.method != "cot" and stage > config.max_latent_stage):
+            kept = "none"
+        else:
+            kept = f"all but {dropped} steps" if dropped else "all"
+        stage = "-" if stage == NO_REASONING else stage
+        optimizer = "new" if fresh else "kept"
+        lines.append(f"{epoch:>5} {stage:>5} {latents:>8} {kept:>20} {optimizer:>10} {batch:>6}")
+    return "\n".join(lines)
+
+
+def optimizer_is_reset(config: Config, epoch: int) -> bool:
+    """Whether AdamW is made anew before this epoch. icot resets it within an epoch too."""
+    if config.reset_optimizer == "stage":
+        return epoch > 0 and stage_of(config, epoch) != stage_of(config, epoch - 1)
+    return config.reset_optimizer == "epoch"

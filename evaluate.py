@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from coconut import Coconut
-from dataset import Markers, StageDataset, Tokens, collate, collate_prompts, prompt, thoughts_and_dropped
+from dataset import Markers, StageDataset, Tokens, collate, collate_prompts, kept_reasoning, prompt
 from utils import IGNORE, Config, UserError, World, progress_bar
 
 
@@ -47,12 +46,12 @@ def evaluate(
     Returns, on every rank, the metrics and, in the order of the data, the predictions:
         loss: mean cross-entropy of the supervised tokens of the stage, over all tokens of the set
         accuracy: share of answers that equal the gold answer, both without commas
-        cot_match: share of generations whose written steps are exactly the steps that the stage leaves
+        cot_match: share of generations whose written reasoning is exactly what the stage leaves of it
         generated_tokens: mean number of new tokens without EOS, plus latent thoughts, as Table 1 counts them
         seconds, seconds_per_example: of generation, by the clock of the slowest rank
     """
     model.eval()
-    loss = validation_loss(model, StageDataset(tokens, config, markers, stage), config, world)
+    loss = validation_loss(model, tokens, stage, config, markers, world)
     begin = time.perf_counter()
     mine = _generate_share(model, tokenizer, tokens, stage, config, markers, world, title)
     seconds = torch.tensor(time.perf_counter() - begin)
@@ -60,7 +59,10 @@ def evaluate(
     shares: list = [None] * world.size
     dist.all_gather_object(shares, mine)  # all ranks
     outputs = {index: output for share in shares for index, output in share.items()}
-    predictions = [_scored(index, example, *outputs[index], stage, config) for index, example in enumerate(examples)]
+    predictions = []
+    for index, example in enumerate(examples):
+        kept = tokenizer.decode(kept_reasoning(tokens[index][1], stage, config)).strip()
+        predictions.append({"index": index, **_scored(example, kept, *outputs[index])})
     metrics = {
         "loss": loss,
         **{
@@ -78,18 +80,16 @@ def evaluate(
     return metrics, predictions
 
 
-def _scored(index: int, example: dict, text: str, n_tokens: int, n_latents: int, stage: int, config: Config) -> dict:
+def _scored(example: dict, kept_reasoning: str, text: str, n_tokens: int, n_latents: int) -> dict:
     gold = example["answer"].replace(",", "").strip()
     answer = extract_answer(text)
-    _, dropped = thoughts_and_dropped(len(example["steps"]), stage, config)
     return {
-        "index": index,
         "question": example["question"],
         "gold": gold,
         "output": text,
         "answer": answer,
         "correct": answer == gold,
-        "cot_correct": extract_steps(text) == "\n".join(example["steps"][dropped:]),
+        "cot_correct": extract_steps(text) == kept_reasoning,
         "generated_tokens": n_tokens + n_latents,
     }
 
@@ -126,13 +126,16 @@ def _generate_share(
 
 
 @torch.no_grad()
-def validation_loss(model: Coconut, dataset: StageDataset, config: Config, world: World) -> float:
+def validation_loss(
+    model: Coconut, tokens: Tokens, stage: int, config: Config, markers: Markers, world: World
+) -> float:
     """Mean cross-entropy over all supervised tokens of the set. Collective: every rank must call it."""
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of tokens
-    lengths = [len(dataset[index][0]) for index in range(len(dataset))]
-    pad = partial(collate, pad_token_id=dataset.markers.eos, latent_token_id=dataset.markers.latent)
+    dataset = StageDataset(tokens, config, markers)
+    rows = [dataset[index, stage] for index in range(len(tokens))]
+    lengths = [len(input_ids) for input_ids, _ in rows]
     for indices in _batches_of_rank(lengths, config.batch_size_training, world):
-        batch = pad([dataset[index] for index in indices])
+        batch = collate([rows[index] for index in indices], markers.eos, markers.latent)
         count = int((batch["labels"][:, 1:] != IGNORE).sum())
         batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
         with autocast(config, world):

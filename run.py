@@ -8,10 +8,11 @@ A run continues from the newest checkpoint in its folder, save_path/name, where 
 
 import sys
 
+from dataset import schedule
 from utils import configure
 
 if __name__ == "__main__":
-    CONFIG = configure(__doc__)  # --help and mistakes are answered before the imports below, which take seconds
+    CONFIG = configure(__doc__, schedule)  # --help and mistakes are answered before the slow imports below
 
 import math
 import time
@@ -45,8 +46,13 @@ from dataset import (
     cache_tokens,
     collate,
     epoch_plan,
+    examples_of_steps,
+    kept_reasoning,
     load_examples,
+    optimizer_is_reset,
     stage_of,
+    stage_of_example,
+    stage_of_step,
 )
 from evaluate import as_files, autocast, evaluate, summary
 from utils import (
@@ -117,10 +123,7 @@ def train(config: Config, world: World) -> None:
     restore(run, checkpoint)
     announce(run, checkpoint)
     for epoch in range(run.progress.epoch, config.num_epochs):
-        stage = stage_of(config, epoch)
-        if run.optimizer is None or optimizer_is_reset(config, epoch):
-            run.optimizer = make_optimizer(run)
-        trained = train_epoch(run, epoch, stage)
+        stage, trained = train_epoch(run, epoch)
         metrics, predictions = validate(run, epoch, stage, trained)
         save_if_due(run, epoch, stage, metrics, predictions)
     finish(run)
@@ -186,8 +189,14 @@ def load_data(config: Config, world: World, tokenizer) -> Data:
     def open_tokens(path: str, limit: int | None) -> Tokens:
         return Tokens.open(on_main_rank(world, lambda: cache_tokens(path, tokenizer, cache, limit)))
 
-    val = open_tokens(config.val_path, limits["val"])
-    return Data(val_examples, val, None if config.only_eval else open_tokens(config.train_path, limits["train"]))
+    data = Data(val_examples, open_tokens(config.val_path, limits["val"]))
+    if not config.only_eval:
+        data.train = open_tokens(config.train_path, limits["train"])
+        if config.max_train_tokens is not None:
+            data.train.leave_out_longer_than(config.max_train_tokens)
+            if len(data.train) == 0:
+                raise UserError(f"max_train_tokens {config.max_train_tokens} leaves no example of {config.train_path}")
+    return data
 
 
 def wrap(run: Run) -> None:
@@ -205,13 +214,6 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
     return torch.optim.AdamW(run.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
-def optimizer_is_reset(config: Config, epoch: int) -> bool:
-    """Whether AdamW is made anew before this epoch."""
-    if config.reset_optimizer == "stage":
-        return epoch > 0 and stage_of(config, epoch) != stage_of(config, epoch - 1)
-    return config.reset_optimizer == "epoch"
-
-
 def stage_to_evaluate(config: Config, description: dict, logger: RunLogger) -> int:
     """The checkpoint's own stage, unless `resume` names an epoch."""
     recorded = description.get("stage")
@@ -227,8 +229,8 @@ def stage_to_evaluate(config: Config, description: dict, logger: RunLogger) -> i
 
 def restore(run: Run, checkpoint: Path | None) -> None:
     """Where the run goes on: optimizer and random state of its checkpoint, or the epoch that `resume` names."""
+    run.optimizer = make_optimizer(run)
     if checkpoint is not None:
-        run.optimizer = make_optimizer(run)
         load_optimizer(checkpoint, run.model, run.optimizer)
         load_random_state(checkpoint, run.world)
     elif run.config.resume:
@@ -263,13 +265,19 @@ def announce(run: Run, checkpoint: Path | None) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def train_epoch(run: Run, epoch: int, stage: int) -> dict:
-    """One pass over the training set at one stage: returns train_loss, the mean of its steps, and train_seconds."""
+def train_epoch(run: Run, epoch: int) -> tuple[int, dict]:
+    """One pass over the training set. Returns the stage that it ended with, and train_loss, the mean of its steps,
+    and train_seconds."""
     config, world, markers = run.config, run.world, run.markers
     plan = epoch_plan(len(run.data.train), config, epoch, world.rank, world.size)
+    stages = [stage_of_step(config, epoch, step, len(plan)) for step in range(len(plan))]
     loader = DataLoader(
-        StageDataset(run.data.train, config, markers, stage, epoch),
-        batch_sampler=[micro.indices for step in plan for micro in step],
+        StageDataset(run.data.train, config, markers, epoch),
+        batch_sampler=[
+            [(index, stage) for index in micro.indices]
+            for stage, micro_batches in zip(stages, plan, strict=True)
+            for micro in micro_batches
+        ],
         collate_fn=partial(collate, pad_token_id=markers.eos, latent_token_id=markers.latent),
         num_workers=config.num_workers,
         pin_memory=world.device.type == "cuda",
@@ -278,14 +286,38 @@ def train_epoch(run: Run, epoch: int, stage: int) -> dict:
     batches = iter(loader)
     begin, total = time.perf_counter(), 0.0
     run.wrapped.train()
-    bar = progress_bar(plan, f"epoch {epoch} stage {stage}", "step", shown=world.is_main)
-    for number, micro_batches in enumerate(bar):
+    bar = progress_bar(plan, f"epoch {epoch} stage {stages[-1]}", "step", shown=world.is_main)
+    for step, micro_batches in enumerate(bar):
+        if optimizer_is_due(run, epoch, step, len(plan)):
+            run.optimizer = make_optimizer(run)
         train_step(run, micro_batches, batches, total_steps=config.num_epochs * len(plan))
-        if run.progress.step % config.log_every_steps == 0 or number + 1 == len(plan):
-            losses = log_steps(run, epoch, stage)
+        if run.progress.step % config.log_every_steps == 0 or step + 1 == len(plan):
+            losses = log_steps(run, epoch, stages[step])
             total += sum(losses)
             bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
-    return {"train_loss": total / len(plan), "train_seconds": time.perf_counter() - begin}
+    return stages[-1], {"train_loss": total / len(plan), "train_seconds": time.perf_counter() - begin}
+
+
+def optimizer_is_due(run: Run, epoch: int, step: int, n_steps: int) -> bool:
+    """Whether AdamW is made anew before this step: with the epoch or the stage, as reset_optimizer says.
+
+    icot's stage grows within an epoch; there it is made anew as long as the step before had reasoning tokens left.
+    """
+    config, train = run.config, run.data.train
+    if config.method != "icot" or config.reset_optimizer != "stage":
+        return step == 0 and optimizer_is_reset(config, epoch)
+    last_epoch, last_step = (epoch, step - 1) if step else (epoch - 1, n_steps - 1)
+    if last_epoch < 0:
+        return False
+    last_stage = stage_of_step(config, last_epoch, last_step, n_steps)
+    if stage_of_step(config, epoch, step, n_steps) == last_stage:
+        return False
+    for index in examples_of_steps(len(train), config, last_epoch, run.world.size)[last_step]:
+        steps = train[index][1]
+        stage = stage_of_example(config, last_stage, last_epoch, index, len(steps))
+        if kept_reasoning(steps, stage, config):
+            return True
+    return False
 
 
 def train_step(run: Run, micro_batches: list, batches, total_steps: int) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 import yaml
 
 IGNORE = -100  # the label of a position that is not supervised, torch's default ignore_index
-METHODS = ("coconut", "cot", "no_cot", "no_thoughts")
+METHODS = ("coconut", "cot", "no_cot", "no_thoughts", "icot")
 THOUGHTS = ("last", "pause")  # thoughts.py defines them; named here so that a configuration is checked without torch
 PLACEHOLDER = re.compile(r"YOUR_\w+")
 
@@ -85,6 +85,10 @@ class Config:
         "with pad_latent_to_max off, evaluate with at most as many steps of thought as the example has (reference)",
     )
 
+    icot_tokens_per_epoch: int = _key(8, "icot: reasoning tokens removed more with each epoch", low=1)
+    icot_remove_all_after: int | None = _key(None, "icot: remove everything once so many tokens are removed", low=1)
+    icot_smoothing: float | None = _key(4.0, "icot: o more tokens are removed with probability ~ exp(-this * o)", low=0)
+
     # the model
     model_id: str = _key("openai-community/gpt2", "Hugging Face id or local folder of the causal language model")
     from_scratch: bool = _key(False, "take only the shape of model_id; initialise its weights from seed")
@@ -101,6 +105,9 @@ class Config:
     train_path: str | None = _key(None, "JSON list of {question, answer, steps}")
     val_path: str | None = _key(None, "the same, for validation and for eval-only runs")
     max_train_examples: int | None = _key(None, "train on the first so many examples", low=1)
+    max_train_tokens: int | None = _key(
+        None, "leave out training examples that are longer than this with all steps written", low=1
+    )
     max_eval_examples: int | None = _key(None, "validate on the first so many examples", low=1)
     num_workers: int = _key(1, "loader processes for each rank", low=0)
 
@@ -135,9 +142,12 @@ class Config:
     keep_checkpoints: int | None = _key(None, "keep the newest so many, and the best (default: all)", low=1)
 
     @classmethod
-    def from_file(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    def from_file(
+        cls, path: str | Path, overrides: list[str] | tuple[str, ...] = (), needs_files: bool = True
+    ) -> Config:
         """Reads a YAML file, the files that it extends, and `key=value` overrides.
 
+        Without needs_files, paths may be missing: for looking at a plan before there is data.
         Raises UserError that lists everything that is wrong, after all of it has been looked for.
         """
         problems: list[str] = []
@@ -148,7 +158,7 @@ class Config:
         values = _checked(cls, values, problems)
         config = cls(**values)
         if not problems:
-            problems += config.problems(world_size=int(os.environ.get("WORLD_SIZE", 1)))
+            problems += config.problems(int(os.environ.get("WORLD_SIZE", 1)), needs_files)
         if problems:
             head = f"{path}: "
             raise UserError(head + (problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems])))
@@ -179,25 +189,9 @@ class Config:
             )
         return accumulation
 
-    def problems(self, world_size: int = 1) -> list[str]:
+    def problems(self, world_size: int = 1, needs_files: bool = True) -> list[str]:
         """What is impossible about this configuration on this machine, a sentence each."""
-        found = []
-        for name, value in vars(self).items():
-            if isinstance(value, str) and PLACEHOLDER.search(value):
-                found.append(f"{name} is still the placeholder {value!r}: set it to your own path")
-        data = (
-            {"val_path": self.val_path}
-            if self.only_eval
-            else {"train_path": self.train_path, "val_path": self.val_path}
-        )
-        for name, value in {**data, "load_model_path": self.load_model_path}.items():
-            if value is None and name != "load_model_path":
-                found.append(f"{name} is missing: set it to a JSON list of question, answer and steps")
-            elif value is not None and not PLACEHOLDER.search(value):
-                if not Path(value).exists():
-                    found.append(f"{name} {value!r} does not exist{_preparation_hint(value)}")
-                elif name != "load_model_path" and not Path(value).is_file():
-                    found.append(f"{name} {value!r} is no file")
+        found = self._path_problems() if needs_files else []
         if self.only_eval and self.load_model_path is None:
             found.append("only_eval needs load_model_path: the checkpoint to evaluate")
         if re.search(r"[/\\]|^\.*$", self.name):
@@ -207,6 +201,8 @@ class Config:
                 f"epochs_per_stage has {len(self.epochs_per_stage)} entries, but there are only {self.last_stage + 1} "
                 f"stages: 0 to max_latent_stage + 1"
             )
+        if self.method == "icot" and self.uniform_prob > 0:
+            found.append("uniform_prob mixes stages of whole steps, but method icot removes single tokens")
         if self.from_scratch and self.load_model_path is not None:
             found.append("from_scratch and load_model_path exclude each other")
         if self.bf16 and self.bf16_weights:
@@ -215,6 +211,25 @@ class Config:
             self.accumulation(world_size)
         except UserError as error:
             found.append(str(error))
+        return found
+
+    def _path_problems(self) -> list[str]:
+        found = []
+        for name, value in vars(self).items():
+            if isinstance(value, str) and PLACEHOLDER.search(value):
+                found.append(f"{name} is still the placeholder {value!r}: set it to your own path")
+        for name in ("train_path", "val_path", "load_model_path"):
+            value = getattr(self, name)
+            if name == "train_path" and self.only_eval:
+                continue
+            if value is None:
+                if name != "load_model_path":
+                    found.append(f"{name} is missing: set it to a JSON list of question, answer and steps")
+            elif not PLACEHOLDER.search(value):
+                if not Path(value).exists():
+                    found.append(f"{name} {value!r} does not exist{_preparation_hint(value)}")
+                elif name != "load_model_path" and not Path(value).is_file():
+                    found.append(f"{name} {value!r} is no file")
         return found
 
     @classmethod
@@ -358,8 +373,11 @@ def _check_range(value, metadata) -> None:
             raise ValueError(f"must be at most {metadata['high']}")
 
 
-def configure(description: str) -> Config:
-    """The configuration that the command line asks for. Ends the program where there is a mistake in it."""
+def configure(description: str, schedule: typing.Callable[[Config, int], str]) -> Config:
+    """The configuration that the command line asks for.
+
+    Ends the program where there is a mistake in it, and after --help or --schedule, whose text `schedule` makes.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         epilog=f"keys and their defaults:\n{Config.describe()}",
@@ -367,11 +385,16 @@ def configure(description: str) -> Config:
     )
     parser.add_argument("config", help="a YAML file, such as those in args/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key of the file from here")
+    parser.add_argument("--schedule", action="store_true", help="print what each epoch will do, and stop")
     options = parser.parse_intermixed_args()
     try:
-        return Config.from_file(options.config, options.overrides)
+        config = Config.from_file(options.config, options.overrides, needs_files=not options.schedule)
     except UserError as error:
         sys.exit(report(error))
+    if options.schedule:
+        print(schedule(config, int(os.environ.get("WORLD_SIZE", 1))))
+        sys.exit()
+    return config
 
 
 def report(error: UserError) -> int:

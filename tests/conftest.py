@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    Qwen2Config,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "preprocessing"))
@@ -28,7 +36,18 @@ def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype 
             n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **common
         )
     else:
-        config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](
+        if family in ("gemma2", "mistral"):
+            common["sliding_window"] = 6  # shorter than the sequences, so that it matters
+        if family == "gemma2":
+            common |= {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0}
+        configs = {
+            "llama": LlamaConfig,
+            "qwen2": Qwen2Config,
+            "gemma2": Gemma2Config,
+            "phi": PhiConfig,
+            "mistral": MistralConfig,
+        }
+        config = configs[family](
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
@@ -47,7 +66,9 @@ def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype 
     for name, module in list(base.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):  # transformers' own rounds to float32, whatever the model's dtype
             parent, _, attribute = name.rpartition(".")
-            norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=dtype)
+            norm = torch.nn.RMSNorm(
+                module.weight.shape, eps=getattr(module, "variance_epsilon", None) or module.eps, dtype=dtype
+            )
             setattr(base.get_submodule(parent), attribute, norm)
     return base
 

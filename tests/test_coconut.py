@@ -12,8 +12,8 @@ from thoughts import Last
 EOS, START, LATENT, END = 0, 1, 2, 3
 
 
-def make_model(family: str, tied: bool = True, thought: str = "last") -> Coconut:
-    return Coconut(tiny_base(family, tied), LATENT, START, END, EOS, thought=thought).eval()
+def make_model(family: str, tied: bool = True, thought: str = "last", dtype: torch.dtype = torch.float64) -> Coconut:
+    return Coconut(tiny_base(family, tied, dtype=dtype), LATENT, START, END, EOS, thought=thought).eval()
 
 
 def make_rows(n_latents: list[int], seed: int = 0) -> list[tuple[list[int], list[int]]]:
@@ -69,6 +69,23 @@ def test_forward_is_the_plain_definition(family, tied, n_latents):
     loss_difference, gradient_difference = largest_difference(model, rows, loss)
     assert loss_difference < 1e-9
     assert gradient_difference < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("other", "dtype", "tolerance"),
+    # Gemma 2 has eager attention only, which computes in float32 whatever the model's dtype
+    [("phi", torch.float64, 1e-9), ("mistral", torch.float64, 1e-9), ("gemma2", torch.float32, 2e-4)],
+)
+def test_forward_is_the_plain_definition_for_other_families_too(other, dtype, tolerance):
+    """A head with bias; sliding windows; soft-capped logits and embeddings that the model scales."""
+    model, rows = make_model(other, dtype=dtype), make_rows([2, 0, 4])
+    loss = model(**collate(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss
+    assert max(largest_difference(model, rows, loss)) < tolerance
+    batch = collate_prompts(prompts([3, 1]), EOS)
+    together = model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=8)
+    for row, found in zip(prompts([3, 1]), together, strict=True):
+        alone = model.generate(torch.tensor([row]), max_new_tokens=8)[0]
+        assert found[: len(alone)].tolist() == alone.tolist()
 
 
 @pytest.mark.parametrize("broken", ["dropped", "detached"])
@@ -174,6 +191,14 @@ def test_generation_is_the_plain_definition(family):
         if wanted[-1] == EOS:
             break
     assert found == wanted
+
+
+def test_generation_is_greedy_whatever_the_model_says(family):
+    model = make_model(family)
+    row = torch.tensor(prompts([3])[:1])
+    before = model.generate(row, max_new_tokens=8)
+    model.base_causallm.generation_config.update(do_sample=True, temperature=9.0, max_new_tokens=2, num_beams=2)
+    assert torch.equal(model.generate(row, max_new_tokens=8), before)
 
 
 def test_generation_stops_at_eos_even_as_first_token(family):

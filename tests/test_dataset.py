@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import tiny_model
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset import (
     IGNORE,
+    NO_REASONING,
     Markers,
     StageDataset,
     Tokens,
@@ -20,8 +22,10 @@ from dataset import (
     epoch_plan,
     load_examples,
     prompt,
+    schedule,
     stage_of,
     stage_of_example,
+    stage_of_step,
     tokenize,
     training_sequence,
 )
@@ -62,6 +66,22 @@ LITERAL = [
     ("no_thoughts", {"c_thought": 2}, 1, [1, 2, 3], [20, 30, 31, 32, 40, 41, 99]),
     ("no_thoughts", {}, 2, [1, 2, 3], [30, 31, 32, 40, 41, 99]),
     ("no_thoughts", {"max_latent_stage": 2}, 3, [1, 2, 3], [40, 41, 99]),
+    # w/o curriculum, pause token and pause as thought differ from coconut in the schedule and the model, not here
+    ("coconut", {"curriculum": "none", "max_latent_stage": 3}, 4, [1, 2, 3, B, T, T, T, E], [40, 41, 99]),
+    (
+        "coconut",
+        {"curriculum": "none", "max_latent_stage": 3, "thought": "pause"},
+        4,
+        [1, 2, 3, B, T, T, T, E],
+        [40, 41, 99],
+    ),
+    ("coconut", {"thought": "pause"}, 2, [1, 2, 3, B, T, T, E], [30, 31, 32, 40, 41, 99]),
+    # icot counts removed tokens, from the left
+    ("icot", {}, 0, [1, 2, 3], ALL),
+    ("icot", {}, 1, [1, 2, 3], [11, 20, 30, 31, 32, 40, 41, 99]),
+    ("icot", {}, 4, [1, 2, 3], [31, 32, 40, 41, 99]),
+    ("icot", {}, 6, [1, 2, 3], [40, 41, 99]),
+    ("icot", {}, NO_REASONING, [1, 2, 3], [40, 41, 99]),
 ]
 
 
@@ -88,7 +108,7 @@ def test_the_references_rule_for_evaluation_needs_a_switch():
     c_thought=st.integers(0, 3),
     last=st.integers(0, 7),
     padded=st.booleans(),
-    method=st.sampled_from(["coconut", "cot", "no_cot", "no_thoughts"]),
+    method=st.sampled_from(["coconut", "cot", "no_cot", "no_thoughts", "icot"]),
 )
 def test_training_and_evaluation_agree(n_steps, stage, c_thought, last, padded, method):
     """What is generated from is what was trained on, up to the first supervised token."""
@@ -114,6 +134,43 @@ def test_training_and_evaluation_agree(n_steps, stage, c_thought, last, padded, 
 )
 def test_stage_of(keys, stages):
     assert [stage_of(Config(**keys), epoch) for epoch in range(10)] == stages
+
+
+def test_icot_removes_a_token_every_eighth_of_an_epoch():
+    config = Config(method="icot", icot_remove_all_after=20)
+    stages = [stage_of_step(config, epoch, step, 80) for epoch in range(3) for step in range(80)]
+    assert stages == [min(step // 10, NO_REASONING) if step < 200 else NO_REASONING for step in range(240)]
+    assert [stage_of(config, epoch) for epoch in range(3)] == [
+        stage_of_step(config, epoch, 79, 80) for epoch in range(3)
+    ]
+    assert stage_of_step(Config(method="icot"), 100, 0, 80) == 800
+    assert {stage_of_step(Config(method="coconut"), 7, step, 80) for step in range(80)} == {stage_of(Config(), 7)}
+
+
+def test_icot_smoothing_removes_a_few_more_tokens():
+    config = Config(method="icot", icot_smoothing=1.0)
+    draws = [stage_of_example(config, 5, 2, index, 3) - 5 for index in range(4000)]
+    for more in range(3):
+        assert draws.count(more) / 4000 == pytest.approx((1 - np.exp(-1)) * np.exp(-more), abs=0.03)
+    assert draws == [stage_of_example(config, 5, 2, index, 3) - 5 for index in range(4000)]
+    assert {stage_of_example(Config(method="icot", icot_smoothing=None), 5, 2, i, 3) for i in range(99)} == {5}
+
+
+def test_the_schedule_of_gsm8k():
+    lines = schedule(Config.from_file(ROOT / "args" / "gsm_coconut.yaml", needs_files=False), 4).splitlines()
+    assert len(lines) == 1 + 22  # epoch 0 to 2, the CoT model's, are skipped
+    assert lines[1].split() == ["3", "1", "2", "all", "but", "1", "steps", "new", "128"]
+    assert lines[10].split() == ["12", "4", "6", "none", "new", "128"]
+
+
+def test_long_examples_can_be_left_out():
+    tokens = make_tokens(30)
+    lengths = [len(q) + sum(map(len, steps)) + len(a) + 1 for q, steps, a in (tokens[i] for i in range(30))]
+    limit = sorted(lengths)[10]
+    kept = [tokens[index] for index in range(30) if lengths[index] <= limit]
+    tokens.leave_out_longer_than(limit)
+    assert [tokens[index] for index in range(len(tokens))] == kept
+    assert 10 < len(kept) < 30
 
 
 def test_mixing_depends_on_seed_epoch_and_example_only():
@@ -149,8 +206,8 @@ def make_tokens(n: int = 30) -> Tokens:
 @given(stage=st.integers(0, 7), c_thought=st.integers(0, 2), mixed=st.booleans(), seed=st.integers(0, 5))
 def test_batches_align_their_first_latents_and_supervise_text_only(stage, c_thought, mixed, seed):
     config = Config(c_thought=c_thought, max_latent_stage=3, uniform_prob=0.5 if mixed else 0.0, seed=seed)
-    dataset = StageDataset(make_tokens(8), config, M, stage, epoch=0)
-    rows = [dataset[index] for index in range(8)]
+    dataset = StageDataset(make_tokens(8), config, M, epoch=0)
+    rows = [dataset[index, stage] for index in range(8)]
     batch = collate(rows, pad_token_id=M.eos, latent_token_id=M.latent)
     assert {tensor.shape for tensor in batch.values()} == {batch["input_ids"].shape}
     starts = set()

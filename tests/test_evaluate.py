@@ -74,11 +74,11 @@ def test_scores(world):
     assert metrics["cot_match"] == 0.75
     assert metrics["examples"] == 4
     # the loss is the mean over the tokens of the whole set, whatever the batches
-    rows = [StageDataset(tokens, config, markers, 1)[index] for index in range(4)]
+    rows = [StageDataset(tokens, config, markers)[index, 1] for index in range(4)]
     with torch.no_grad():
         whole = model(**collate(rows, 0, markers.latent)).loss.item()
     assert metrics["loss"] == pytest.approx(whole, rel=1e-5)
-    assert validation_loss(model, StageDataset(tokens, config, markers, 1), config, world) == metrics["loss"]
+    assert validation_loss(model, tokens, 1, config, markers, world) == metrics["loss"]
     files = as_files(metrics, predictions)
     assert json.loads(files["predictions.jsonl"].splitlines()[1])["gold"] == "1007"
 

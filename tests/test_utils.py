@@ -118,6 +118,7 @@ def test_overrides_win_and_extends_is_read(write, tmp_path):
         ("seed: 1.5", "seed must be a whole number"),
         ("bf16: 1", "bf16 must be true or false"),
         ("lr: fast", "lr must be a number"),
+        ("method: icot\nuniform_prob: 0.5", "icot removes single tokens"),
         ("uniform_prob: 2", "uniform_prob must be at most 1"),
         ("batch_size_training: 0", "batch_size_training must be at least 1"),
         ("seed: null", "seed must be set"),

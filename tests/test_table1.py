@@ -1,0 +1,124 @@
+"""Every row of the paper's Table 1 on every data set, through run.py's main, with a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_model
+import torch
+from conftest import ROOT
+
+import run
+from dataset import schedule, stage_of, stage_of_step
+from utils import Config
+
+DATA_SETS = ("gsm", "prontoqa", "prosqa")
+ROWS = ("cot", "no_cot", "icot", "pause", "coconut", "no_curriculum", "no_thought", "pause_as_thought")
+
+EXAMPLES = {
+    "gsm": {"question": "3 apples and 4?", "steps": ["<<3+4=7>>", "<<7*2=14>>"], "answer": "14"},
+    "prontoqa": {
+        "question": "Max is a cat. True or false?",
+        "steps": ["Max is a cat.", "Max is red."],
+        "answer": "True",
+    },
+    "prosqa": {"question": "Is Tom a bompus or grimpus?", "steps": ["Tom is a bompus."], "answer": "Tom is a bompus."},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("table1")
+    for name, example in EXAMPLES.items():
+        examples = [{**example, "question": f"{number}: {example['question']}"} for number in range(12)]
+        (folder / f"{name}.json").write_text(json.dumps(examples))
+        tiny_model.write_model([folder / f"{name}.json"], folder / name, "char", "gpt2", 16, 1, 2, 128)
+    return folder
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("data_set", DATA_SETS)
+def test_the_row_trains_and_is_evaluated(place, data_set, row):
+    first = 3 if data_set == "gsm" and row in ("coconut", "no_thought", "pause_as_thought") else 0
+    shared = [
+        f"save_path={place / 'runs'}",
+        f"model_id={place / data_set}",
+        f"val_path={place / data_set}.json",
+        "max_new_tokens=30",
+        "num_workers=0",
+    ]
+    config = Config.from_file(
+        ROOT / "args" / f"{data_set}_{row}.yaml",
+        [*shared, f"train_path={place / data_set}.json", f"num_epochs={first + 1}", "load_model_path=null"],
+    )
+    assert config.resume == first
+    assert run.main(config) == 0
+    saved = config.run_dir / f"checkpoint_{first + 1}"
+    description = json.loads((saved / "coconut.json").read_text())
+    assert description["stage"] == stage_of_step(config, first, step=0, steps_per_epoch=1)
+    assert description["thought"] == ("pause" if row.startswith("pause") else "last")
+
+    evaluation = Config.from_file(
+        ROOT / "args" / f"{data_set}_{row}_eval.yaml", [*shared, f"load_model_path={config.run_dir}"]
+    )
+    assert run.main(evaluation) == 0
+    metrics = json.loads((evaluation.run_dir / "eval" / "metrics.json").read_text())
+    assert metrics["examples"] == 12
+    expected = stage_of(evaluation, evaluation.resume) if evaluation.resume else description["stage"]
+    assert metrics["stage"] == expected
+    assert metrics["generated_tokens"] >= (0 if row in ("cot", "no_cot", "icot", "no_thought") else expected > 0)
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("data_set", DATA_SETS)
+def test_the_row_has_the_papers_values(data_set, row):
+    config = Config.from_file(ROOT / "args" / f"{data_set}_{row}.yaml", needs_files=False)
+    icot = row == "icot"
+    assert config.model_id == "openai-community/gpt2"
+    assert config.lr == (5e-5 if icot else 1e-4)
+    assert config.weight_decay == 0.01
+    for world_size in (1, 2, 4):
+        passes = config.accumulation(world_size)
+        assert passes * world_size * config.batch_size_training == (32 if icot else 128)
+    assert config.num_epochs == {(True, "gsm"): 80, (True, "prosqa"): 200, (True, "prontoqa"): 200}.get(
+        (icot, data_set), 25 if data_set == "gsm" else 50
+    )
+    if config.method == "coconut":
+        assert (config.c_thought, config.max_latent_stage) == ((2, 3) if data_set == "gsm" else (1, 6))
+    assert len(schedule(config, 1).splitlines()) == config.num_epochs - config.resume + 1
+
+
+def test_icot_makes_the_optimizer_anew_while_reasoning_is_left(place, monkeypatch):
+    """12 examples in batches of 1, 12 steps an epoch, so that a token goes every second step (round(12 / 8))."""
+    made = []
+    original = run.make_optimizer
+    monkeypatch.setattr(run, "make_optimizer", lambda r: made.append(r.progress.step) or original(r))
+    config = Config.from_file(
+        ROOT / "args" / "gsm_icot.yaml",
+        [
+            f"save_path={place / 'runs'}",
+            "name=resets",
+            f"model_id={place / 'gsm'}",
+            f"train_path={place / 'gsm.json'}",
+            f"val_path={place / 'gsm.json'}",
+            "num_epochs=5",
+            "global_batch_size=1",
+            "batch_size_training=1",
+            "icot_smoothing=null",
+            "num_workers=0",
+            "max_new_tokens=4",
+            "icot_remove_all_after=null",
+        ],
+    )
+    assert run.main(config) == 0
+    n_tokens = len("[3+4=7]n[7*2=14]n")  # a mark such as << is one token here
+    assert made == [0, *range(2, 2 * n_tokens + 1, 2)]
+
+
+def test_pause_gets_no_feedback(place):
+    config = Config.from_file(ROOT / "args" / "prosqa_pause.yaml", [f"model_id={place / 'prosqa'}"], needs_files=False)
+    model, _, markers = run.load_model(config, None)
+    spans = []
+    model._span = lambda *arguments, span=model._span: spans.append(1) or span(*arguments)
+    model(torch.tensor([[5, markers.start, markers.latent, markers.latent, markers.end, 6]]))
+    assert len(spans) == 1
