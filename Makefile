@@ -4,13 +4,14 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart quickstart-no-cot prosqa-mini test lint clean
+.PHONY: help quickstart quickstart-no-cot prosqa-mini test test-real lint clean
 
 help:
 	@echo "make quickstart   train and evaluate Coconut on chained arithmetic: two ranks, CPU, about 10 minutes"
 	@echo "make quickstart-no-cot  the same without reasoning, to compare"
 	@echo "make prosqa-mini  the whole program on ProsQA with a tiny model, a few minutes"
 	@echo "make test         the tests"
+	@echo "make test-real    a pretrained model on real GSM8K rows, a few minutes"
 	@echo "make lint         ruff"
 	@echo "make clean        remove what quickstart made (the checkpoints too)"
 
@@ -49,6 +50,13 @@ prosqa-mini: data/tiny_prosqa/config.json
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+.venv/installed-real: requirements-real.txt .venv/installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-real.txt
+	touch $@
+
+test-real: .venv/installed-real
+	$(BIN)/python -m pytest -m real tests/test_real.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import json
 import re
 
 import arithmetic
+import gsm_icot
 import prosqa
 import pytest
 import tiny_model
@@ -188,3 +189,46 @@ def test_tiny_models_are_hugging_face_folders(tmp_path, shape, capsys):
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "model"))
     assert model.config.eos_token_id == 0
     assert f"{model.num_parameters():,} parameters" in capsys.readouterr().out
+
+
+# ---- GSM8K ----
+
+
+@pytest.mark.parametrize(
+    ("line", "example"),
+    [
+        ("a?||<<1+2=3>> <<3*2=6>> #### 6", {"question": "a?", "steps": ["<<1+2=3>>", "<<3*2=6>>"], "answer": "6"}),
+        ("ticket #3?||#### 1,000", {"question": "ticket #3?", "steps": [], "answer": "1,000"}),
+        ("é  b?|| <<.5*2=1>> #### -1 ", {"question": "é  b?", "steps": ["<<.5*2=1>>"], "answer": "-1"}),
+    ],
+)
+def test_gsm_lines(line, example):
+    assert gsm_icot.parse_line(line) == example
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"a||b #### 1\nno bars #### 2\n", r"line 2 has no '\|\|'"),
+        (b"a||b 1\n", "line 1 has no '####'"),
+        (b"a||b||c #### 1\n", r"line 1 has more than one '\|\|'"),
+        (b"a||b ####\n", "line 1 has an empty question, or no answer"),
+        (b"", "line 1 has no"),
+        (b"a||b #### 1\n\xff||b #### 1\n", "line 2 is not UTF-8"),
+    ],
+)
+def test_gsm_lines_that_cannot_be_read_are_named(tmp_path, content, complaint, capsys):
+    (tmp_path / "in.txt").write_bytes(content)
+    (tmp_path / "out.json").write_text("before")
+    assert gsm_icot.main([str(tmp_path / "in.txt"), str(tmp_path / "out.json")]) == 2
+    assert re.search(f"error: .*in.txt: {complaint}", capsys.readouterr().err)
+    assert (tmp_path / "out.json").read_text() == "before"
+
+
+def test_gsm_files(tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("a||<<1+1=2>> #### 2\r\nb||#### 3\n", encoding="utf-8")
+    assert gsm_icot.main([str(tmp_path / "in.txt"), str(tmp_path / "new" / "out.json")]) == 0
+    assert "2 examples, 1 of them without steps" in capsys.readouterr().out
+    assert [example["answer"] for example in load_examples(tmp_path / "new" / "out.json")] == ["2", "3"]
+    assert gsm_icot.main([str(tmp_path), str(tmp_path / "out.json")]) == 2
+    assert "cannot read" in capsys.readouterr().err

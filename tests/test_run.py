@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import arithmetic
@@ -207,12 +206,20 @@ def test_coconut_starts_from_a_cot_run(place):
     assert [record["epoch"] for record in epochs(place / "runs" / "from-words")] == [1, 2]
 
 
-def test_help_is_quick_and_names_the_keys():
-    begin = time.perf_counter()
+def test_help_names_the_keys():
     done = succeed("--help")
-    assert time.perf_counter() - begin < 5
     assert "global_batch_size" in done.stdout
     assert "torchrun" in done.stdout
+
+
+def test_what_needs_no_model_does_not_wait_for_torch(place, tmp_path, monkeypatch):
+    """Importing torch takes seconds. Here it fails, and nobody notices."""
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert "torch was imported" in start(place / "run.yaml").stderr
+    assert "global_batch_size" in succeed("--help").stdout
+    assert len(succeed(ROOT / "args" / "gsm_coconut.yaml", "--schedule").stdout.splitlines()) == 23
+    assert start(place / "run.yaml", "num_epoch=1").stderr.startswith("error: ")
 
 
 BAD = {
@@ -245,10 +252,8 @@ def test_bad_input_gets_one_sentence_and_spoils_nothing(place, trained, case, ra
     )
     torch.save(AutoModelForCausalLM.from_pretrained(place / "other_model").state_dict(), place / "other.bin")
     before = digest(run)
-    begin = time.perf_counter()
     arguments, sentence = BAD[case]
     done = start(place / "run.yaml", *(argument.format(place=place) for argument in arguments), ranks=ranks)
-    assert time.perf_counter() - begin < 15
     assert done.returncode != 0
     complaints = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(complaints) == 1, done.stderr
