@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
+from kv_cache import make_cache
 from thoughts import make_thought
 from utils import IGNORE
 
@@ -117,7 +118,7 @@ class Coconut(nn.Module):
                 max_new_tokens=max_new_tokens,
                 **{"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id, **generation_options},
             )
-        hidden, _, cache = self._run(input_ids, attention_mask, position_ids, keep_cache=True)
+        hidden, _, cache = self._run(input_ids, attention_mask, position_ids, new_columns=max_new_tokens)
         position = position_ids[:, -1:]  # (B, 1)
         hidden = hidden[:, -1:]  # (B, 1, D)
         finished = torch.zeros_like(position, dtype=torch.bool)  # (B, 1)
@@ -138,13 +139,16 @@ class Coconut(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        keep_cache: bool = False,
+        new_columns: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
-        """All spans of a batch: last hidden states (B, T, D), filled input embeddings (B, T, D), the cache."""
+        """All spans of a batch: last hidden states (B, T, D), filled input embeddings (B, T, D), and the cache, where
+        there are latents or new columns are to follow."""
         embeds = self._embed(input_ids)  # (B, T, D)
         is_latent = input_ids == self.latent_token_id if self.latent_token_id is not None else None  # (B, T)
         columns = self._latent_columns(is_latent)
-        cache = DynamicCache(config=self.base_causallm.config) if columns or keep_cache else None
+        cache = None
+        if columns or new_columns:
+            cache = make_cache(self.base_causallm.config, input_ids.shape[1] + new_columns)
         bounds = [0, *columns, input_ids.shape[1]]
         hidden_spans, embed_spans = [], []
         for begin, end in pairwise(bounds):

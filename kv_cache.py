@@ -1,0 +1,101 @@
+"""A key-value cache that grows without copying what it holds, and lets gradients through.
+
+transformers' DynamicCache concatenates: each latent pass copies all keys and values so far, keeps the copy for the
+backward pass, and adds up as many gradients of that size. Here the states are written once into buffers that are as
+long as the sequence, every pass attends to a view of them, and the gradients of all passes meet in one buffer.
+
+Legend: B rows, H key-value heads, T columns in all, t columns of a pass, d head size.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def make_cache(config: PretrainedConfig, capacity: int) -> Cache:
+    """A cache for up to `capacity` columns; for models whose layers keep other states than keys and values,
+    transformers' own."""
+    config = config.get_text_config(decoder=True)
+    if not set(getattr(config, "layer_types", None) or PLAIN_LAYERS) <= PLAIN_LAYERS:
+        return DynamicCache(config=config)
+    return Cache(layer_class_to_replicate=partial(GrowingLayer, capacity))
+
+
+class GrowingLayer(DynamicLayer):
+    """The keys and values of one layer, (B, H, columns so far, d) each. Sliding windows are left to the mask."""
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.key_buffer = Buffer(key_states, self.capacity)
+        self.value_buffer = Buffer(value_states, self.capacity)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends (B, H, t, d) states; returns all so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self.key_buffer.append(key_states)
+        self.values = self.value_buffer.append(value_states)
+        return self.keys, self.values
+
+
+class Buffer:
+    """Room for (B, H, T, d) states, and for their gradients once there are any."""
+
+    def __init__(self, like: torch.Tensor, capacity: int):
+        self.states = like.detach().new_empty((*like.shape[:-2], capacity, like.shape[-1]))
+        self.gradient: torch.Tensor | None = None
+        self.length = 0
+        self.link = torch.zeros((), device=like.device)  # see _Append
+
+    def append(self, states: torch.Tensor) -> torch.Tensor:
+        if self.length + states.shape[-2] > self.states.shape[-2]:
+            raise ValueError(f"a cache for {self.states.shape[-2]} columns cannot hold more")
+        whole, self.link = _Append.apply(states, self.link, self)
+        return whole
+
+
+class _Append(torch.autograd.Function):
+    """Writes states behind those of the earlier passes and returns the whole as a view.
+
+    Writing into memory that autograd has saved is sound here, because a pass only writes columns that no earlier pass
+    has seen; `.data` keeps it from the version counters that would object.
+
+    Each pass's backward adds its gradient of the whole to the buffer and hands on the columns that it wrote. That is
+    right only once the passes after it have added theirs: the scalar `link`, from each pass to the next, is the edge
+    of the graph that makes them come first.
+    """
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, link: torch.Tensor, buffer: Buffer):
+        ctx.set_materialize_grads(False)
+        ctx.buffer, ctx.begin, ctx.end = buffer, buffer.length, buffer.length + states.shape[-2]
+        data = buffer.states.data
+        data[..., ctx.begin : ctx.end, :] = states
+        buffer.length = ctx.end
+        return data[..., : ctx.end, :], torch.zeros_like(link)
+
+    @staticmethod
+    def backward(ctx, grad_whole: torch.Tensor | None, grad_link: torch.Tensor | None):
+        buffer = ctx.buffer
+        if grad_whole is not None:
+            if buffer.gradient is None:
+                buffer.gradient = torch.empty_like(buffer.states)
+                buffer.gradient[..., : ctx.end, :] = grad_whole
+                buffer.gradient[..., ctx.end :, :] = 0
+            else:
+                buffer.gradient[..., : ctx.end, :] += grad_whole
+        if buffer.gradient is None:
+            return None, None, None
+        return buffer.gradient[..., ctx.begin : ctx.end, :], None, None
