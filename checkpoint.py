@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -83,6 +84,16 @@ def read_description(folder: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def differences(config: Config, folder: Path) -> dict[str, str]:
+    """Where a configuration departs from the one that a checkpoint was trained with: key -> "key 1, not 2"."""
+    description = read_description(folder) or {}
+    return {
+        name: f"{name} {description[name]}, not {getattr(config, name)}"
+        for name in ("method", "thought", "c_thought", "max_latent_stage", "pad_latent_to_max")
+        if name in description and description[name] != getattr(config, name)
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Loading a model
 # ---------------------------------------------------------------------------------------------------------------
@@ -98,7 +109,7 @@ def load_model(config: Config, source: Path | None) -> tuple[Coconut, object, Ma
     tokenizer = _load_tokenizer(config, folder)
     dtype = torch.bfloat16 if config.bf16_weights else torch.float32
     try:
-        if config.from_scratch:
+        if config.from_scratch and source is None:
             shape = AutoConfig.from_pretrained(config.model_id)
             base = AutoModelForCausalLM.from_config(shape, dtype=dtype)
         else:
@@ -108,9 +119,9 @@ def load_model(config: Config, source: Path | None) -> tuple[Coconut, object, Ma
                 folder or config.model_id, dtype=dtype, output_loading_info=True
             )
             _check_names(folder or config.model_id, report["missing_keys"], report["unexpected_keys"] if folder else ())
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
         raise _not_loadable("load_model_path" if folder else "model_id", folder or config.model_id, error) from None
     has_marker_rows = False
     if source is not None and folder is None:
@@ -141,8 +152,8 @@ def _load_tokenizer(config: Config, folder: Path | None):
 def _not_loadable(key: str, source, error: Exception) -> UserError:
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return UserError(
-        f"{key} {str(source)!r} cannot be loaded: it is neither a local Hugging Face folder nor to be had from the "
-        f"hub ({first_line})"
+        f"{key} {str(source)!r} cannot be loaded: it is neither a whole local Hugging Face folder nor to be had from "
+        f"the hub ({first_line})"
     )
 
 
@@ -322,14 +333,16 @@ def _sync(path: Path) -> None:
 
 
 def _prune(config: Config, progress: Progress) -> None:
-    """Removes the oldest checkpoints beyond keep_checkpoints, but never the best of the latest stage."""
+    """Removes the oldest checkpoints beyond keep_checkpoints, but never the first with the best of the latest stage."""
     if config.keep_checkpoints is None:
         return
     everything = checkpoints(config.run_dir)
     best = max(progress.best.items(), default=None)  # of the latest stage
     for path in everything[: -config.keep_checkpoints]:
         accuracy = json.loads((path / "metrics.json").read_text(encoding="utf-8"))["accuracy"]
-        if best is None or (read_description(path)["stage"], accuracy) != best:
+        if (read_description(path)["stage"], accuracy) == best:
+            best = None
+        else:
             shutil.rmtree(path)
 
 

@@ -61,6 +61,7 @@ class Coconut(nn.Module):
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
         self._takes_position_ids = "position_ids" in accepted  # models with ALiBi have none
         config = base_causallm.config
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)  # longest sequence
         # what some families do around the LM head: Cohere multiplies and Granite divides, Gemma caps
         self._logit_scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         self._softcap = getattr(config, "final_logit_softcapping", None)

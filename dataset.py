@@ -65,6 +65,11 @@ def stage_of(config: Config, epoch: int) -> int:
     return min(int(np.searchsorted(ends, epoch, side="right")), len(ends) - 1)
 
 
+def stage_name(stage: int) -> str:
+    """A stage as people read it."""
+    return "all" if stage == NO_REASONING else str(stage)
+
+
 def stage_of_step(config: Config, epoch: int, step: int, steps_per_epoch: int) -> int:
     """The stage of one optimizer step (from 0 in its epoch): that of its epoch, but for icot it grows by one token
     every 1/icot_tokens_per_epoch of an epoch (arXiv 2405.14838)."""
@@ -347,6 +352,21 @@ def collate_prompts(prompts: list[Sequence[int]], pad_token_id: int) -> dict:
     return _batch(prompts, [width - len(row) for row in prompts], pad_token_id)
 
 
+def longest_sequence(tokens: Tokens, config: Config) -> tuple[int, int]:
+    """(length, index in the file) of the longest training sequence of the first or the last stage."""
+    starts, ends = tokens.examples[:-1], tokens.examples[1:]
+    written = tokens.texts[ends] - tokens.texts[starts]
+    bare = tokens.texts[starts + 1] - tokens.texts[starts] + tokens.texts[ends] - tokens.texts[ends - 1]
+    markers = 2 if config.method == "coconut" else 0
+    latents = config.max_latent_stage * config.c_thought if config.method == "coconut" else 0
+    if config.method == "no_cot":
+        written = bare
+    lengths = np.maximum(written, bare + latents) + markers + 1  # EOS
+    if tokens.chosen is None:
+        return int(lengths.max()), int(lengths.argmax())
+    return int(lengths[tokens.chosen].max()), int(tokens.chosen[lengths[tokens.chosen].argmax()])
+
+
 class MicroBatch(NamedTuple):
     """One forward pass of one rank: the examples, and the factor of its mean loss in the step's loss."""
 
@@ -356,7 +376,8 @@ class MicroBatch(NamedTuple):
 
 def examples_of_steps(n_examples: int, config: Config, epoch: int, world_size: int) -> list[list[int]]:
     """The examples of each optimizer step of an epoch, over all ranks: a permutation drawn from (seed, epoch), cut."""
-    per_step = config.accumulation(world_size) * world_size * config.batch_size_training
+    accumulation, size = config.passes(world_size)
+    per_step = accumulation * world_size * size
     order = np.random.default_rng((config.seed, epoch)).permutation(n_examples).tolist()
     return [order[begin : begin + per_step] for begin in range(0, n_examples, per_step)]
 
@@ -365,14 +386,14 @@ def epoch_plan(n_examples: int, config: Config, epoch: int, rank: int, world_siz
     """What one rank does in one epoch: for each optimizer step its micro-batches.
 
     The examples of each step are cut into micro-batches that the ranks take in turn: the cuts, and so the gradients,
-    are the same for every world size with the same global batch. The last step may be short: its loss is divided by its
-    own number of examples, and a rank that would have none runs one of its examples with weight 0, because every rank
-    has to join the passes.
+    are the same for every world size with the same global batch and the same size of a pass. The last step may be
+    short: its loss is divided by its own number of examples, and a rank that would have none runs one of its examples
+    with weight 0, because every rank has to join the passes.
 
     Weights: gradients are averaged over ranks and summed over a rank's micro-batches, so that
     weight = world_size x (examples in the micro-batch) / (examples in the step).
     """
-    size = config.batch_size_training
+    _, size = config.passes(world_size)
     plan = []
     for step in examples_of_steps(n_examples, config, epoch, world_size):
         rounds = -(-len(step) // (size * world_size))
@@ -385,8 +406,12 @@ def epoch_plan(n_examples: int, config: Config, epoch: int, rank: int, world_siz
 
 
 def schedule(config: Config, world_size: int) -> str:
-    """The whole plan as a table, a line an epoch: what `run.py FILE --schedule` prints."""
-    batch = config.accumulation(world_size) * world_size * config.batch_size_training
+    """The whole plan as a table, a line an epoch: what `run.py FILE --schedule` prints.
+
+    For icot the removed tokens are those at the end of the epoch, to within the rounding of an epoch's steps.
+    """
+    accumulation, size = config.passes(world_size)
+    batch = accumulation * world_size * size
     lines = [f"{'epoch':>5} {'stage':>5} {'latents':>8} {'written reasoning':>20} {'optimizer':>10} {'batch':>6}"]
     for epoch in range(config.resume, config.num_epochs):
         stage = stage_of(config, epoch)
@@ -398,9 +423,8 @@ def schedule(config: Config, world_size: int) -> str:
             kept = "none"
         else:
             kept = f"all but {dropped} steps" if dropped else "all"
-        stage = "-" if stage == NO_REASONING else stage
         optimizer = "new" if fresh else "kept"
-        lines.append(f"{epoch:>5} {stage:>5} {latents:>8} {kept:>20} {optimizer:>10} {batch:>6}")
+        lines.append(f"{epoch:>5} {stage_name(stage):>5} {latents:>8} {kept:>20} {optimizer:>10} {batch:>6}")
     return "\n".join(lines)
 
 

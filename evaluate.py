@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from coconut import Coconut
-from dataset import Markers, StageDataset, Tokens, collate, collate_prompts, kept_reasoning, prompt
+from dataset import Markers, StageDataset, Tokens, collate, collate_prompts, kept_reasoning, prompt, stage_name
 from utils import IGNORE, Config, UserError, World, progress_bar
 
 
@@ -47,7 +48,8 @@ def evaluate(
         loss: mean cross-entropy of the supervised tokens of the stage, over all tokens of the set
         accuracy: share of answers that equal the gold answer, both without commas
         cot_match: share of generations whose written reasoning is exactly what the stage leaves of it
-        generated_tokens: mean number of new tokens without EOS, plus latent thoughts, as Table 1 counts them
+        generated_tokens: mean number of new tokens without EOS, plus latent thoughts, as Table 1 counts them; pause
+            tokens are not counted, since nothing is generated for them
         seconds, seconds_per_example: of generation, by the clock of the slowest rank
     """
     model.eval()
@@ -115,12 +117,13 @@ def _generate_share(
     batches = _batches_of_rank([len(ids) for ids in prompts], size, world)
     for indices in progress_bar(batches, title, "batch", shown=world.is_main):
         batch = collate_prompts([prompts[index] for index in indices], markers.eos)
+        room = (model.max_positions or math.inf) - batch["input_ids"].shape[1]
         batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
         with autocast(config, world):
-            rows = model.generate(**batch, max_new_tokens=config.max_new_tokens).tolist()
+            rows = model.generate(**batch, max_new_tokens=min(config.max_new_tokens, room)).tolist()
         for index, row in zip(indices, rows, strict=True):
             new = row[: row.index(markers.eos)] if markers.eos in row else row
-            n_latents = prompts[index].count(markers.latent) if markers.latent is not None else 0
+            n_latents = prompts[index].count(markers.latent) if model.thought.sequential else 0
             outputs[index] = (tokenizer.decode(new, skip_special_tokens=True), len(new), n_latents)
     return outputs
 
@@ -171,10 +174,17 @@ def summary(run_dir: Path) -> str:
         last_of_stage[record["stage"]] = record
     for stage, record in last_of_stage.items():
         n_epochs, seconds = stages[stage]
-        rows.append((f"validation, stage {stage}", n_epochs, record, f"{seconds:.0f}"))
+        rows.append((f"validation, stage {stage_name(stage)}", n_epochs, record, f"{seconds:.0f}"))
     if evaluation.exists():
         record = json.loads(evaluation.read_text(encoding="utf-8"))
-        rows.append((f"{Path(record['file']).stem}, stage {record['stage']}", "", record, f"{record['seconds']:.1f}"))
+        rows.append(
+            (
+                f"{Path(record['file']).stem}, stage {stage_name(record['stage'])}",
+                "",
+                record,
+                f"{record['seconds']:.1f}",
+            )
+        )
     if not rows:
         raise UserError(f"{run_dir} holds neither a finished epoch nor an evaluation")
     table = [f"{'':32}{'epochs':>7}{'accuracy':>10}{'tokens':>8}{'loss':>8}{'seconds':>9}"]

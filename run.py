@@ -30,6 +30,7 @@ from transformers.utils import logging
 from checkpoint import (
     Progress,
     checkpoints,
+    differences,
     load_model,
     load_optimizer,
     load_random_state,
@@ -41,6 +42,7 @@ from checkpoint import (
 from coconut import Coconut
 from dataset import (
     Markers,
+    MicroBatch,
     StageDataset,
     Tokens,
     cache_tokens,
@@ -49,7 +51,9 @@ from dataset import (
     examples_of_steps,
     kept_reasoning,
     load_examples,
+    longest_sequence,
     optimizer_is_reset,
+    stage_name,
     stage_of,
     stage_of_example,
     stage_of_step,
@@ -95,7 +99,8 @@ class Run:
     progress: Progress
     wrapped: torch.nn.Module | None = None  # the model as it is called in training: DDP's, or the model itself
     optimizer: torch.optim.Optimizer | None = None
-    losses: list[torch.Tensor] = field(default_factory=list)  # of the steps since the last write to the log
+    # (loss, lr, stage) of the steps since the last write to the log
+    unlogged: list[tuple[torch.Tensor, float, int]] = field(default_factory=list)
 
 
 def main(config: Config) -> int:
@@ -116,6 +121,8 @@ def main(config: Config) -> int:
 def train(config: Config, world: World) -> None:
     """The whole curriculum: train an epoch, validate, save; from the newest checkpoint where there is one."""
     checkpoint = find_checkpoint(config, world)
+    if checkpoint is not None and (others := differences(config, checkpoint)):
+        raise UserError(f"{checkpoint} is of another configuration ({'; '.join(others.values())}): choose another name")
     progress = read_progress(checkpoint) if checkpoint is not None else Progress()
     run = prepare(config, world, checkpoint or find_weights(config, world), progress)
     wrap(run)
@@ -132,7 +139,12 @@ def train(config: Config, world: World) -> None:
 def evaluate_only(config: Config, world: World) -> None:
     """Evaluates load_model_path on val_path; results go to save_path/name/eval."""
     source = find_weights(config, world)
+    others = differences(config, source)
+    if {"method", "thought"} & others.keys():
+        raise UserError(f"{source} is of another configuration ({'; '.join(others.values())})")
     run = prepare(config, world, source, Progress())
+    for text in others.values():
+        run.logger.say(f"warning: {source} is of another configuration: {text}")
     description = read_description(source) or {}
     stage = stage_to_evaluate(config, description, run.logger)
     run.logger.say(f"evaluating {source} at stage {stage} on {config.val_path} ({len(run.data.val)} examples)")
@@ -170,6 +182,7 @@ def prepare(config: Config, world: World, source: Path | None, progress: Progres
     model, tokenizer, markers = load_model(config, source)
     model.to(world.device)
     data = load_data(config, world, tokenizer)
+    check_lengths(config, model.max_positions, data)
     folder = config.run_dir / "eval" if config.only_eval else config.run_dir
     if world.is_main:
         write_config(config, folder, world.size)
@@ -197,6 +210,19 @@ def load_data(config: Config, world: World, tokenizer) -> Data:
             if len(data.train) == 0:
                 raise UserError(f"max_train_tokens {config.max_train_tokens} leaves no example of {config.train_path}")
     return data
+
+
+def check_lengths(config: Config, max_positions: int | None, data: Data) -> None:
+    """Raises UserError where an example does not fit the model: better now than in the middle of an epoch."""
+    for path, tokens in ((config.train_path, data.train), (config.val_path, data.val)):
+        if tokens is None or max_positions is None:
+            continue
+        length, index = longest_sequence(tokens, config)
+        if length > max_positions:
+            raise UserError(
+                f"{path}: record {index} (counted from 0) makes {length} tokens, but {config.model_id} has only "
+                f"{max_positions} positions" + ("; see max_train_tokens" if tokens is data.train else "")
+            )
 
 
 def wrap(run: Run) -> None:
@@ -242,14 +268,14 @@ def restore(run: Run, checkpoint: Path | None) -> None:
 def announce(run: Run, checkpoint: Path | None) -> None:
     """Says what is about to happen."""
     config, world, progress = run.config, run.world, run.progress
-    accumulation = config.accumulation(world.size)
+    accumulation, size = config.passes(world.size)
     n_steps = len(epoch_plan(len(run.data.train), config, 0, 0, world.size))
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     say = run.logger.say
     say(f"{config.name}: {config.method}, {parameters:,} parameters, on {world.size} x {world.device.type}")
     say(
-        f"global batch {accumulation * world.size * config.batch_size_training} = {world.size} ranks x "
-        f"{config.batch_size_training} examples x {accumulation} passes; {n_steps} steps an epoch, "
+        f"global batch {accumulation * world.size * size} = {world.size} ranks x "
+        f"{size} examples x {accumulation} passes; {n_steps} steps an epoch, "
         f"{len(run.data.train)} training and {len(run.data.val)} validation examples"
     )
     if checkpoint is not None:
@@ -257,6 +283,8 @@ def announce(run: Run, checkpoint: Path | None) -> None:
         if config.load_model_path is not None:
             say("(load_model_path is where the run began; its own checkpoint is newer)")
     elif progress.epoch:
+        if config.load_model_path is None:
+            say("warning: resume skips epochs, but there is no load_model_path with a model that has had them")
         say(f"starting with epoch {progress.epoch}, stage {stage_of(config, progress.epoch)}, as resume says")
 
 
@@ -286,13 +314,15 @@ def train_epoch(run: Run, epoch: int) -> tuple[int, dict]:
     batches = iter(loader)
     begin, total = time.perf_counter(), 0.0
     run.wrapped.train()
-    bar = progress_bar(plan, f"epoch {epoch} stage {stages[-1]}", "step", shown=world.is_main)
+    bar = progress_bar(plan, f"epoch {epoch} stage {stage_name(stages[-1])}", "step", shown=world.is_main)
     for step, micro_batches in enumerate(bar):
         if optimizer_is_due(run, epoch, step, len(plan)):
             run.optimizer = make_optimizer(run)
-        train_step(run, micro_batches, batches, total_steps=config.num_epochs * len(plan))
+        lr = config.lr * lr_factor(config, epoch, step, len(plan))
+        loss = train_step(run, micro_batches, batches, lr)
+        run.unlogged.append((loss, lr, stages[step]))
         if run.progress.step % config.log_every_steps == 0 or step + 1 == len(plan):
-            losses = log_steps(run, epoch, stages[step])
+            losses = log_steps(run, epoch)
             total += sum(losses)
             bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
     return stages[-1], {"train_loss": total / len(plan), "train_seconds": time.perf_counter() - begin}
@@ -320,11 +350,14 @@ def optimizer_is_due(run: Run, epoch: int, step: int, n_steps: int) -> bool:
     return False
 
 
-def train_step(run: Run, micro_batches: list, batches, total_steps: int) -> None:
-    """Forward and backward of each micro-batch, then one optimizer step. Gradients meet at the last backward."""
+def train_step(run: Run, micro_batches: list[MicroBatch], batches, lr: float) -> torch.Tensor:
+    """Forward and backward of each micro-batch, then one optimizer step. Gradients meet at the last backward.
+
+    Returns this rank's share of the step's loss, a scalar that is still on the device.
+    """
     config, world = run.config, run.world
     for group in run.optimizer.param_groups:
-        group["lr"] = config.lr * lr_factor(config, run.progress.step, total_steps)
+        group["lr"] = lr
     step_loss = torch.zeros((), device=world.device)
     for number, micro in enumerate(micro_batches):
         batch = {name: tensor.to(world.device, non_blocking=True) for name, tensor in next(batches).items()}
@@ -338,28 +371,30 @@ def train_step(run: Run, micro_batches: list, batches, total_steps: int) -> None
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    run.losses.append(step_loss)
     run.progress.step += 1
+    return step_loss
 
 
-def lr_factor(config: Config, step: int, total_steps: int) -> float:
-    """The learning rate of a step as a share of config.lr: linear warm-up, then constant, linear or cosine to 0."""
+def lr_factor(config: Config, epoch: int, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of a step of an epoch as a share of config.lr: linear warm-up from the first step that is
+    trained, then constant, linear or cosine to 0."""
+    step += (epoch - config.resume) * steps_per_epoch
+    total_steps = (config.num_epochs - config.resume) * steps_per_epoch
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.lr_scheduler]
 
 
-def log_steps(run: Run, epoch: int, stage: int) -> list[float]:
+def log_steps(run: Run, epoch: int) -> list[float]:
     """Writes the losses since the last call, each the mean over the step's examples on all ranks; returns them."""
-    losses = torch.stack(run.losses)
+    losses = torch.stack([loss for loss, _, _ in run.unlogged])
     dist.all_reduce(losses)  # all ranks: each holds its share of every step's loss
     losses = (losses / run.world.size).tolist()
-    first = run.progress.step - len(losses)
-    for number, loss in enumerate(losses, start=1):
-        lr = run.optimizer.param_groups[0]["lr"]
-        run.logger.log("step", step=first + number, epoch=epoch, stage=stage, loss=loss, lr=lr)
-    run.losses.clear()
+    first = run.progress.step - len(losses) + 1
+    for step, (loss, (_, lr, stage)) in enumerate(zip(losses, run.unlogged, strict=True), start=first):
+        run.logger.log("step", step=step, epoch=epoch, stage=stage, loss=loss, lr=lr)
+    run.unlogged.clear()
     return losses
 
 
@@ -371,7 +406,7 @@ def validate(run: Run, epoch: int, stage: int, trained: dict) -> tuple[dict, lis
     metrics = {"epoch": epoch, "stage": stage, **trained, **metrics}
     run.logger.log("epoch", step=run.progress.step, **metrics)
     run.logger.say(
-        f"epoch {epoch:3} stage {stage}: train loss {metrics['train_loss']:.4f}, "
+        f"epoch {epoch:3} stage {stage_name(stage)}: train loss {metrics['train_loss']:.4f}, "
         f"validation loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.1%}, "
         f"tokens {metrics['generated_tokens']:.1f}, {metrics['train_seconds']:.0f} s + {metrics['seconds']:.0f} s"
     )

@@ -52,11 +52,16 @@ class Config:
 
     # the run
     project: str = _key("coconut", "wandb project")
-    name: str = _key("run", "name of the run; its folder is save_path/name (default: the YAML file's name)")
+    name: str = _key(
+        "run",
+        "name of the run; its folder is save_path/name (default: the YAML file's name; never inherited by extends)",
+    )
     save_path: str = _key("checkpoints", "folder that holds the runs")
     only_eval: bool = _key(False, "evaluate load_model_path on val_path and stop")
     seed: int = _key(0, "seeds the weights that are made anew, the data order, dropout and stage mixing", low=0)
-    debug: bool = _key(False, "quick look: 5000 training and 32 validation examples, no checkpoints, no wandb")
+    debug: bool = _key(
+        False, "quick look in the folder NAME-debug: 5000 training and 32 validation examples, no checkpoints, no wandb"
+    )
     wandb: str = _key(
         "online",
         "online | offline | disabled; online becomes offline where nobody is logged in; "
@@ -158,7 +163,7 @@ class Config:
         values = _checked(cls, values, problems)
         config = cls(**values)
         if not problems:
-            problems += config.problems(int(os.environ.get("WORLD_SIZE", 1)), needs_files)
+            problems += config.problems(launched_ranks()[1], needs_files)
         if problems:
             head = f"{path}: "
             raise UserError(head + (problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems])))
@@ -170,28 +175,37 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.save_path) / self.name
+        return Path(self.save_path) / (f"{self.name}-debug" if self.debug else self.name)
 
     @property
     def last_stage(self) -> int:
         """The stage in which every written step is gone: one past max_latent_stage (paper, Section 4.1)."""
         return self.max_latent_stage + 1
 
-    def accumulation(self, world_size: int) -> int:
-        """Forward passes of a rank for one optimizer step. Raises UserError where the global batch does not divide."""
+    def passes(self, world_size: int) -> tuple[int, int]:
+        """(forward passes of a rank for one optimizer step, examples of a pass).
+
+        The second is batch_size_training, or less where that would be more than the global batch on so many ranks.
+        Raises UserError where the global batch does not divide.
+        """
         if self.global_batch_size is None:
-            return self.gradient_accumulation_steps
-        accumulation, rest = divmod(self.global_batch_size, world_size * self.batch_size_training)
-        if rest or not accumulation:
+            return self.gradient_accumulation_steps, self.batch_size_training
+        share, rest = divmod(self.global_batch_size, world_size)
+        size = min(share, self.batch_size_training)
+        if rest or not size or share % size:
             raise UserError(
                 f"global_batch_size {self.global_batch_size} is no multiple of {world_size} ranks x "
                 f"batch_size_training {self.batch_size_training}"
             )
-        return accumulation
+        return share // size, size
 
     def problems(self, world_size: int = 1, needs_files: bool = True) -> list[str]:
         """What is impossible about this configuration on this machine, a sentence each."""
         found = self._path_problems() if needs_files else []
+        if Path(self.save_path).is_file():
+            found.append(f"save_path {self.save_path!r} is a file, not a folder")
+        if self.resume >= self.num_epochs and not self.only_eval:
+            found.append(f"resume {self.resume} leaves nothing of num_epochs {self.num_epochs}")
         if self.only_eval and self.load_model_path is None:
             found.append("only_eval needs load_model_path: the checkpoint to evaluate")
         if re.search(r"[/\\]|^\.*$", self.name):
@@ -208,7 +222,7 @@ class Config:
         if self.bf16 and self.bf16_weights:
             found.append("bf16 (mixed precision) and bf16_weights (everything in bfloat16) exclude each other")
         try:
-            self.accumulation(world_size)
+            self.passes(world_size)
         except UserError as error:
             found.append(str(error))
         return found
@@ -230,6 +244,14 @@ class Config:
                     found.append(f"{name} {value!r} does not exist{_preparation_hint(value)}")
                 elif name != "load_model_path" and not Path(value).is_file():
                     found.append(f"{name} {value!r} is no file")
+        model = Path(self.model_id)
+        is_path = (
+            model.is_absolute()
+            or self.model_id.startswith(".")
+            or (len(model.parts) > 1 and model.parents[-2].is_dir())
+        )
+        if is_path and not PLACEHOLDER.search(self.model_id) and not model.is_dir():
+            found.append(f"model_id {self.model_id!r} does not exist{_preparation_hint(self.model_id)}")
         return found
 
     @classmethod
@@ -242,7 +264,13 @@ class Config:
 
 
 def _preparation_hint(path: str) -> str:
-    hints = {"prosqa": "python preprocessing/prosqa.py", "arithmetic": "python preprocessing/arithmetic.py"}
+    hints = {
+        "prosqa_mini": "python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100",
+        "prosqa": "python preprocessing/prosqa.py",
+        "arithmetic": "python preprocessing/arithmetic.py",
+        "tiny_arithmetic": "make data/tiny_arithmetic/config.json",
+        "tiny_prosqa": "make data/tiny_prosqa/config.json",
+    }
     return next((f" (make it with: {how})" for word, how in hints.items() if Path(path).name.startswith(word)), "")
 
 
@@ -265,6 +293,8 @@ def _yaml_layers(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -
     layer = dict(loaded or {})
     parent = layer.pop("extends", None)
     parents = _yaml_layers(path.parent / str(parent), problems, (*seen, path.resolve())) if parent else []
+    for _, inherited in parents:
+        inherited.pop("name", None)  # two files must not share a run's folder by accident
     return [*parents, (str(path), layer)]
 
 
@@ -303,7 +333,7 @@ def _merge(values: dict, layer: dict, origin: str, problems: list[str]) -> None:
     if {"coconut", "no_thoughts"} <= chosen:  # as in the reference, "without thoughts" is a switch on top of coconut
         chosen.remove("coconut")
     if "method" in layer:
-        chosen.add(layer["method"])
+        chosen.add(str(layer["method"]))
     if len(chosen) > 1:
         problems.append(f"two methods at once in {origin}: {' and '.join(sorted(map(str, chosen)))}")
     elif chosen:
@@ -378,6 +408,7 @@ def configure(description: str, schedule: typing.Callable[[Config, int], str]) -
 
     Ends the program where there is a mistake in it, and after --help or --schedule, whose text `schedule` makes.
     """
+    is_main = launched_ranks()[0] == 0
     parser = argparse.ArgumentParser(
         description=description,
         epilog=f"keys and their defaults:\n{Config.describe()}",
@@ -386,20 +417,24 @@ def configure(description: str, schedule: typing.Callable[[Config, int], str]) -
     parser.add_argument("config", help="a YAML file, such as those in args/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key of the file from here")
     parser.add_argument("--schedule", action="store_true", help="print what each epoch will do, and stop")
+    parser.print_usage = parser.print_help = parser.print_help if is_main else lambda *_: None
+    if not is_main:
+        parser.error = lambda message: sys.exit(report(UserError(message)))
     options = parser.parse_intermixed_args()
     try:
         config = Config.from_file(options.config, options.overrides, needs_files=not options.schedule)
     except UserError as error:
         sys.exit(report(error))
     if options.schedule:
-        print(schedule(config, int(os.environ.get("WORLD_SIZE", 1))))
+        if is_main:
+            print(schedule(config, launched_ranks()[1]))
         sys.exit()
     return config
 
 
 def report(error: UserError) -> int:
     """Says what is wrong, on one rank; returns the exit code."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if launched_ranks()[0] == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)  # torchrun stops every rank when one exits: rank 0 must have had its say
@@ -453,6 +488,13 @@ class World:
         return self.rank == 0
 
 
+def launched_ranks() -> tuple[int, int]:
+    """(rank, world size) as torchrun set them; (0, 1) without it."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
 def setup_distributed() -> World:
     """Joins the ranks that torchrun started; without torchrun, a world of one. Undone by `cleanup_distributed`.
 
@@ -462,12 +504,13 @@ def setup_distributed() -> World:
     import torch
     import torch.distributed as dist
 
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = launched_ranks()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if on_this_node > torch.cuda.device_count():
             raise UserError(
-                f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}; "
+                f"{on_this_node} ranks cannot have a GPU each: this node shows {torch.cuda.device_count()}; "
                 f"lower --nproc_per_node"
             )
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"

@@ -1,6 +1,7 @@
 """What is loaded, from the reference's files too; what is refused; what a folder holds."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny_model
@@ -160,6 +161,23 @@ def test_markers_of_a_checkpoint_are_kept(tiny, tmp_path):
     assert again.base_causallm.get_input_embeddings().weight[markers.latent].eq(7.0).all()
 
 
+def test_from_scratch_is_for_the_beginning_of_a_run(tiny):
+    """A restart must take the weights of its checkpoint."""
+    first, _, _ = load_model(coconut_config(tiny), None)
+    first.base_causallm.save_pretrained(f"{tiny}-checkpoint")
+    again, _, _ = load_model(coconut_config(tiny, from_scratch=True), Path(f"{tiny}-checkpoint"))
+    assert torch.equal(
+        again.base_causallm.transformer.h[0].mlp.c_fc.weight, first.base_causallm.transformer.h[0].mlp.c_fc.weight
+    )
+
+
+def test_a_damaged_file_is_named(tiny):
+    path = Path(tiny) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(coconut_config(tiny), None)
+
+
 def test_from_scratch_takes_the_shape_only(tiny):
     torch.manual_seed(1)
     model, _, _ = load_model(coconut_config(tiny, from_scratch=True), None)
@@ -206,9 +224,9 @@ def test_only_whole_checkpoints_are_found(tiny, tmp_path, world):
 def test_old_checkpoints_go_but_never_the_best(tiny, tmp_path, world):
     config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run", keep_checkpoints=1)
     parts = load_model(config, None)
-    for epoch, accuracy in ((1, 0.2), (2, 0.5), (3, 0.4), (4, 0.1)):
+    for epoch, accuracy in ((1, 0.2), (2, 0.5), (3, 0.4), (4, 0.5), (5, 0.1)):
         save(config, world, *parts, epoch, accuracy)
-    assert [path.name for path in checkpoint.checkpoints(config.run_dir)] == ["checkpoint_2", "checkpoint_4"]
+    assert [path.name for path in checkpoint.checkpoints(config.run_dir)] == ["checkpoint_2", "checkpoint_5"]
 
 
 def test_optimizer_and_random_state_come_back(tiny, tmp_path, world):

@@ -17,6 +17,9 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import run as run_module
+from utils import Config
+
 PROSQA = ROOT.parent / "shared" / "data" / "prosqa_valid.json"
 
 
@@ -166,6 +169,54 @@ def with_dropout(place: Path) -> Path:
     return folder
 
 
+def main(place: Path, *overrides: str) -> Path:
+    """run.py's main in this process; returns the run's folder."""
+    config = Config.from_file(place / "run.yaml", overrides)
+    assert run_module.main(config) == 0
+    return config.run_dir
+
+
+@pytest.mark.parametrize(
+    ("reset", "epochs_of_new"), [("never", [0]), ("stage", [0, 2]), ("epoch", [0, 1, 2, 3]), ("true", [0, 1, 2, 3])]
+)
+def test_the_optimizer_is_made_anew_when_it_should_be(place, monkeypatch, reset, epochs_of_new):
+    made = []
+    original = run_module.make_optimizer
+    monkeypatch.setattr(run_module, "make_optimizer", lambda r: made.append(r.progress.step) or original(r))
+    main(place, f"name=reset-{reset}", f"reset_optimizer={reset}", "epochs_per_stage=2", "num_epochs=4",
+         "max_train_examples=16", "max_new_tokens=2")  # fmt: skip
+    assert sorted(set(made)) == [2 * epoch for epoch in epochs_of_new]
+
+
+def test_learning_rates_and_clipping(place):
+    def lrs(name: str, *overrides: str) -> list[float]:
+        folder = main(place, f"name={name}", "max_train_examples=16", "max_new_tokens=2", "num_epochs=2", *overrides)
+        records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        return [round(record["lr"] / 1e-3, 6) for record in records if record["event"] == "step"]
+
+    assert lrs("lr-constant") == [1, 1, 1, 1]
+    assert lrs("lr-warm", "warmup_steps=2") == [0.5, 1, 1, 1]
+    assert lrs("lr-linear", "lr_scheduler=linear") == [1, 0.75, 0.5, 0.25]
+    assert lrs("lr-cosine", "lr_scheduler=cosine") == [1, 0.853553, 0.5, 0.146447]
+    # AdamW does not mind the scale of a gradient, but that it is as small as AdamW's epsilon
+    lrs("clipped", "max_grad_norm=1e-12")
+    start = weights(place / "model")["transformer.h.0.mlp.c_fc.weight"]
+    moved = {
+        name: (weights(place / "runs" / name / "checkpoint_2")["transformer.h.0.mlp.c_fc.weight"] - start).abs().max()
+        for name in ("clipped", "lr-constant")
+    }
+    assert moved["clipped"] < 0.1 * moved["lr-constant"]
+
+
+def test_a_debug_run_does_not_touch_the_real_one(place, trained):
+    run, _ = trained
+    before = digest(run)
+    folder = main(place, "debug=true", "num_epochs=1", "max_new_tokens=2")
+    assert folder.name == "run-debug"
+    assert not list(folder.glob("checkpoint_*"))
+    assert digest(run) == before
+
+
 def test_a_finished_run_is_left_as_it_is(place, trained):
     run, _ = trained
     before = weights(run / "checkpoint_3")
@@ -235,7 +286,13 @@ BAD = {
     ),
     "weights of another model": (["load_model_path={place}/other.bin", "name=new"], "of another shape: lm_head.weight"),
     "no weights": (["load_model_path={place}/run.yaml", "name=new"], "is no file of weights"),
-    "no model": (["model_id={place}/none", "name=new"], "model_id .*/none' cannot be loaded"),
+    "another configuration": (["c_thought=2"], "checkpoint_3 is of another configuration .c_thought 1, not 2"),
+    "another method": (
+        ["only_eval=true", "method=cot", "load_model_path={place}/runs/run"],
+        "configuration .method coconut, not cot",
+    ),
+    "too long": (["name=long", "c_thought=60", "max_latent_stage=3"], "makes .* tokens, but .* has only 128 positions"),
+    "no model": (["model_id={place}/none", "name=new"], "model_id .*/none' does not exist"),
 }
 
 

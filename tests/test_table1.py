@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 import run
-from dataset import schedule, stage_of, stage_of_step
+from dataset import schedule, stage_of, stage_of_step, thoughts_and_dropped
 from utils import Config
 
 DATA_SETS = ("gsm", "prontoqa", "prosqa")
@@ -66,7 +66,11 @@ def test_the_row_trains_and_is_evaluated(place, data_set, row):
     assert metrics["examples"] == 12
     expected = stage_of(evaluation, evaluation.resume) if evaluation.resume else description["stage"]
     assert metrics["stage"] == expected
-    assert metrics["generated_tokens"] >= (0 if row in ("cot", "no_cot", "icot", "no_thought") else expected > 0)
+    predictions = map(json.loads, (evaluation.run_dir / "eval" / "predictions.jsonl").read_text().splitlines())
+    n_latents, _ = thoughts_and_dropped(len(EXAMPLES[data_set]["steps"]), expected, config)
+    counted = 0 if row.startswith("pause") else n_latents  # as in Table 1
+    for prediction in predictions:
+        assert counted <= prediction["generated_tokens"] <= counted + 30
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -77,9 +81,9 @@ def test_the_row_has_the_papers_values(data_set, row):
     assert config.model_id == "openai-community/gpt2"
     assert config.lr == (5e-5 if icot else 1e-4)
     assert config.weight_decay == 0.01
-    for world_size in (1, 2, 4):
-        passes = config.accumulation(world_size)
-        assert passes * world_size * config.batch_size_training == (32 if icot else 128)
+    for world_size in (1, 2, 4, 8):
+        passes, size = config.passes(world_size)
+        assert passes * world_size * size == (32 if icot else 128)
     assert config.num_epochs == {(True, "gsm"): 80, (True, "prosqa"): 200, (True, "prontoqa"): 200}.get(
         (icot, data_set), 25 if data_set == "gsm" else 50
     )

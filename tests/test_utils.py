@@ -98,7 +98,7 @@ def test_the_booleans_become_one_method(write, text, method):
 
 
 def test_overrides_win_and_extends_is_read(write, tmp_path):
-    write("coconut: True\nlr: 1e-3\nseed: 1\nbatch_size_training: 8", "base.yaml")
+    write("coconut: True\nlr: 1e-3\nseed: 1\nname: parent", "base.yaml")
     child = tmp_path / "child.yaml"
     child.write_text("extends: base.yaml\nseed: 2\ncot: True")
     config = Config.from_file(child, ["seed=3", "epochs_per_stage=[1, 2]", "load_model_path=None"])
@@ -131,6 +131,10 @@ def test_overrides_win_and_extends_is_read(write, tmp_path):
         ("epochs_per_stage: [1, 1, 1, 1]\nmax_latent_stage: 1", "epochs_per_stage has 4 entries, but .* only 3 stages"),
         ("epochs_per_stage: [1, 0]", "epochs_per_stage must be at least 1"),
         ("global_batch_size: 100", "global_batch_size 100 is no multiple of 1 ranks x batch_size_training 32"),
+        ("method: [coconut]", "method must be one of"),
+        ("resume: 50", "resume 50 leaves nothing of num_epochs 50"),
+        ("model_id: ./no/such", "model_id './no/such' does not exist"),
+        ("save_path: run.yaml", None),
         ("reset_optimizer: sometimes", "reset_optimizer must be one of never, stage, epoch"),
         ("thought: nothing", "thought must be one of last, pause"),
         ("bf16: True\nbf16_weights: True", "exclude each other"),
@@ -164,10 +168,13 @@ def test_missing_data_is_named_with_the_command_that_makes_it(tmp_path):
 
 def test_accumulation_follows_the_world(monkeypatch, write):
     config = Config(global_batch_size=128, batch_size_training=32)
-    assert [config.accumulation(world_size) for world_size in (1, 2, 4)] == [4, 2, 1]
-    with pytest.raises(UserError, match="no multiple"):
-        config.accumulation(3)
+    assert [config.passes(world_size) for world_size in (1, 2, 4, 8)] == [(4, 32), (2, 32), (1, 32), (1, 16)]
+    assert Config(batch_size_training=32, gradient_accumulation_steps=3).passes(5) == (3, 32)
+    for world_size in (3, 256):
+        with pytest.raises(UserError, match="no multiple"):
+            config.passes(world_size)
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
     assert "3 ranks" in problem(write("global_batch_size: 128"))
 
 
