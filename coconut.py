@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from dataset import latent_columns as find_latent_columns
 from kv_cache import make_cache
 from thoughts import make_thought
 from utils import IGNORE
@@ -72,6 +73,8 @@ class Coconut(nn.Module):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        latent_columns: list[int] | None = None,
+        supervised: torch.Tensor | None = None,
     ) -> CoconutOutput:
         """Runs the latent passes and the mean cross-entropy of the supervised tokens.
 
@@ -81,15 +84,17 @@ class Coconut(nn.Module):
             attention_mask: (B, T), 0 at padding; default all ones.
             labels: (B, T) int64, IGNORE where nothing is supervised; labels[t] is predicted from position t - 1.
             position_ids: (B, T) int64; default counts the attended tokens from 0.
+            latent_columns, supervised: where the latents and the labels are, as `dataset.collate_for_device` gives
+                them; without them the model has to wait for the device to know.
 
         Gradients flow through the thoughts and the cache: the whole chain is trained. The LM head runs on the
         supervised positions only; without labels it runs on all, and the logits are returned instead of a loss.
         """
         attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
-        hidden, embeds, _ = self._run(input_ids, attention_mask, position_ids)
+        hidden, embeds, _ = self._run(input_ids, attention_mask, position_ids, latent_columns)
         if labels is None:
             return CoconutOutput(None, embeds, self._logits(hidden))
-        return CoconutOutput(self._loss(hidden, labels), embeds, None)
+        return CoconutOutput(self._loss(hidden, labels, supervised), embeds, None)
 
     @torch.no_grad()
     def generate(
@@ -140,39 +145,37 @@ class Coconut(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
+        columns: list[int] | None = None,
         new_columns: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
         """All spans of a batch: last hidden states (B, T, D), filled input embeddings (B, T, D), and the cache, where
         there are latents or new columns are to follow."""
         embeds = self._embed(input_ids)  # (B, T, D)
         is_latent = input_ids == self.latent_token_id if self.latent_token_id is not None else None  # (B, T)
-        columns = self._latent_columns(is_latent)
+        if columns is None:
+            columns = find_latent_columns(input_ids, self.latent_token_id)
+        if not self.thought.sequential:
+            columns = []
+        if columns and columns[0] == 0:
+            raise ValueError("a latent token has no position before it: a sequence must begin with another token")
         cache = None
         if columns or new_columns:
             cache = make_cache(self.base_causallm.config, input_ids.shape[1] + new_columns)
         bounds = [0, *columns, input_ids.shape[1]]
         hidden_spans, embed_spans = [], []
-        for begin, end in pairwise(bounds):
-            span = embeds[:, begin:end]
+        # one split, not a slice for each span: the backward of a slice fills a tensor of the size of the whole
+        spans = embeds.split([end - begin for begin, end in pairwise(bounds)], dim=1)
+        for span, (begin, end) in zip(spans, pairwise(bounds), strict=True):
             if begin > 0:
                 thought = self.thought(hidden_spans[-1][:, -1:])  # (B, 1, D)
                 # rows with an ordinary token in this column keep its embedding
                 first = torch.where(is_latent[:, begin, None, None], thought.to(span.dtype), span[:, :1])
-                span = torch.cat([first, span[:, 1:]], dim=1)
+                span = torch.cat([first, span[:, 1:]], dim=1) if end - begin > 1 else first
             embed_spans.append(span)
             hidden_spans.append(self._span(span, attention_mask[:, :end], position_ids[:, begin:end], cache))
         if not columns:
             return hidden_spans[0], embeds, cache
         return torch.cat(hidden_spans, dim=1), torch.cat(embed_spans, dim=1), cache
-
-    def _latent_columns(self, is_latent: torch.Tensor | None) -> list[int]:
-        """The columns in which at least one row waits for a thought."""
-        if is_latent is None or not self.thought.sequential:
-            return []
-        columns = is_latent.any(dim=0).nonzero().flatten().tolist()  # one synchronisation with the device a batch
-        if columns and columns[0] == 0:
-            raise ValueError("a latent token has no position before it: a sequence must begin with another token")
-        return columns
 
     def _span(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Cache | None
@@ -191,11 +194,12 @@ class Coconut(nn.Module):
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.base_causallm.get_input_embeddings()(input_ids)
 
-    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor, supervised: torch.Tensor | None) -> torch.Tensor:
         """Mean cross-entropy over the supervised tokens; the LM head sees only the positions that predict them."""
-        targets = labels[:, 1:]
-        supervised = targets != IGNORE
-        hidden, targets = hidden[:, :-1][supervised], targets[supervised]  # (S, D), (S,)
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()  # (B * T,): what each position predicts
+        if supervised is None:
+            supervised = (targets != IGNORE).nonzero().flatten()
+        hidden, targets = hidden.flatten(0, 1)[supervised], targets[supervised]  # (S, D), (S,)
         if hasattr(F, "linear_cross_entropy") and self._softcap is None:
             head = self.base_causallm.get_output_embeddings()
             return F.linear_cross_entropy(self._scaled(hidden), head.weight, targets, linear_bias=head.bias)

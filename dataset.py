@@ -345,6 +345,26 @@ def collate(rows: list[tuple[list[int], list[int]]], pad_token_id: int, latent_t
     return batch
 
 
+def collate_for_device(rows: list[tuple[list[int], list[int]]], pad_token_id: int, latent_token_id: int | None) -> dict:
+    """`collate`, with what the model would otherwise have to ask the device for, and wait: `latent_columns`, a list of
+    int, and `supervised`, (S,) int64, the positions in the flattened (B, T) that predict a supervised token."""
+    import torch
+
+    batch = collate(rows, pad_token_id, latent_token_id)
+    predicting = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    predicting[:, :-1] = batch["labels"][:, 1:] != IGNORE
+    batch["supervised"] = predicting.flatten().nonzero().flatten()
+    batch["latent_columns"] = latent_columns(batch["input_ids"], latent_token_id)
+    return batch
+
+
+def latent_columns(input_ids: torch.Tensor, latent_token_id: int | None) -> list[int]:
+    """The columns of (B, T) in which at least one row has a latent."""
+    if latent_token_id is None:
+        return []
+    return (input_ids == latent_token_id).any(dim=0).nonzero().flatten().tolist()
+
+
 def collate_prompts(prompts: list[Sequence[int]], pad_token_id: int) -> dict:
     """Prompts -> input_ids, attention_mask, position_ids, each (B, T) int64, padded on the left: generation
     continues every row in the same column."""

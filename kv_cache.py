@@ -89,6 +89,8 @@ class _Append(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_whole: torch.Tensor | None, grad_link: torch.Tensor | None):
         buffer = ctx.buffer
+        if ctx.end == buffer.length:
+            buffer.gradient = None  # the first of a backward: what an earlier backward of the same graph left
         if grad_whole is not None:
             if buffer.gradient is None:
                 buffer.gradient = torch.empty_like(buffer.states)

@@ -46,7 +46,7 @@ from dataset import (
     StageDataset,
     Tokens,
     cache_tokens,
-    collate,
+    collate_for_device,
     epoch_plan,
     examples_of_steps,
     kept_reasoning,
@@ -306,7 +306,7 @@ def train_epoch(run: Run, epoch: int) -> tuple[int, dict]:
             for stage, micro_batches in zip(stages, plan, strict=True)
             for micro in micro_batches
         ],
-        collate_fn=partial(collate, pad_token_id=markers.eos, latent_token_id=markers.latent),
+        collate_fn=partial(collate_for_device, pad_token_id=markers.eos, latent_token_id=markers.latent),
         num_workers=config.num_workers,
         pin_memory=world.device.type == "cuda",
         generator=torch.Generator(),  # the loader draws its workers' seeds: not from the stream that dropout uses
@@ -360,7 +360,10 @@ def train_step(run: Run, micro_batches: list[MicroBatch], batches, lr: float) ->
         group["lr"] = lr
     step_loss = torch.zeros((), device=world.device)
     for number, micro in enumerate(micro_batches):
-        batch = {name: tensor.to(world.device, non_blocking=True) for name, tensor in next(batches).items()}
+        batch = next(batches)
+        for name, value in batch.items():
+            if isinstance(value, torch.Tensor):
+                batch[name] = value.to(world.device, non_blocking=True)
         last = number + 1 == len(micro_batches)
         with nullcontext() if last or world.size == 1 else run.wrapped.no_sync():
             with autocast(config, world):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import VOCABULARY, tiny_base
 
 from coconut import Coconut
-from dataset import collate, collate_prompts
+from dataset import collate, collate_for_device, collate_prompts
 from thoughts import Last
 
 EOS, START, LATENT, END = 0, 1, 2, 3
@@ -65,7 +65,8 @@ def largest_difference(model: Coconut, rows, loss: torch.Tensor) -> tuple[float,
 @pytest.mark.parametrize("tied", [True, False])
 def test_forward_is_the_plain_definition(family, tied, n_latents):
     model, rows = make_model(family, tied), make_rows(n_latents)
-    loss = model(**collate(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss
+    loss = model(**collate_for_device(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss
+    assert torch.equal(loss, model(**collate(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss)
     loss_difference, gradient_difference = largest_difference(model, rows, loss)
     assert loss_difference < 1e-9
     assert gradient_difference < 1e-9
@@ -98,6 +99,14 @@ def test_the_comparison_notices_a_missing_feedback(family, broken, monkeypatch):
         monkeypatch.setattr(Last, "forward", lambda self, hidden: hidden.detach())
     loss = model(**collate(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss
     assert largest_difference(model, rows, loss)[1] > 1e-4
+
+
+def test_a_graph_may_be_gone_through_twice(family):
+    """The cache gathers gradients in a buffer of its own, which must not remember an earlier backward."""
+    model = make_model(family)
+    loss = model(**collate(make_rows([3, 3]), pad_token_id=EOS, latent_token_id=LATENT)).loss
+    first, second = (torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_rows_need_not_be_aligned(family):

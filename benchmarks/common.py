@@ -1,0 +1,126 @@
+"""What the benchmarks share: models and batches of ProsQA's lengths, alternate timing, tables, JSON.
+
+Machines are shared and noisy: the sides of a comparison take turns in one process, and medians are compared. On a CPU,
+seconds of the process's own time (all threads) stand beside the clock's: another job on a core makes the clock lie.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from coconut import Coconut
+from dataset import Markers, training_sequence
+from utils import Config
+
+GPT2_VOCABULARY = 50257
+MARKERS = Markers(GPT2_VOCABULARY, GPT2_VOCABULARY + 2, GPT2_VOCABULARY + 1, GPT2_VOCABULARY - 1)
+SIZES = {"tiny": (2, 256, 4), "small": (12, 768, 12)}  # layers, width, heads; small is GPT-2's
+
+
+def model_config(shape: str, size: str) -> PretrainedConfig:
+    """GPT-2, Llama or Qwen2 of a size, with GPT-2's vocabulary and the markers, without dropout."""
+    layers, width, heads = SIZES[size]
+    common = {"vocab_size": GPT2_VOCABULARY + 3, "bos_token_id": None, "eos_token_id": MARKERS.eos}
+    if shape == "gpt2":
+        no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return GPT2Config(n_layer=layers, n_embd=width, n_head=heads, **no_dropout, **common)
+    return {"llama": LlamaConfig, "qwen2": Qwen2Config}[shape](
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        tie_word_embeddings=True,
+        **common,
+    )
+
+
+def make_model(shape: str, size: str, device: torch.device, seed: int = 0) -> Coconut:
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_config(model_config(shape, size), dtype=torch.float32)
+    return Coconut(base, MARKERS.latent, MARKERS.start, MARKERS.end, MARKERS.eos).to(device)
+
+
+def prosqa_rows(n: int, stage: int, c_thought: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """Training rows of random tokens with the lengths that GPT-2's tokenizer gives ProsQA: questions of 390 to 470
+    tokens, 3 to 5 steps of about 11, answers of 9."""
+    random = np.random.default_rng(seed)
+
+    def words(count: int) -> list[int]:
+        return random.integers(0, GPT2_VOCABULARY - 1, count).tolist()
+
+    config = Config(c_thought=c_thought, max_latent_stage=6)
+    rows = []
+    for _ in range(n):
+        steps = [words(random.integers(9, 14)) for _ in range(random.integers(3, 6))]
+        rows.append(training_sequence(words(random.integers(390, 471)), steps, words(9), stage, config, MARKERS))
+    return rows
+
+
+def alternate(sides: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Runs the sides in turn, once to warm up and then `repeats` times: medians of clock and CPU seconds of each."""
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for number in range(repeats + 1):
+        for name, side in sides.items():
+            clock, cpu = time.perf_counter(), time.process_time()
+            side()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if number:
+                samples[name].append((time.perf_counter() - clock, time.process_time() - cpu))
+    return {
+        name: {
+            "seconds": statistics.median(clock for clock, _ in taken),
+            "cpu_seconds": statistics.median(cpu for _, cpu in taken),
+        }
+        for name, taken in samples.items()
+    }
+
+
+def machine(device: torch.device) -> dict:
+    """What the numbers were taken on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that this process has come to need: of the GPU's memory where there is one, else of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # getrusage would not do: its peak is inherited from the process that started this one
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
+
+
+def print_table(header: list[str], rows: list[list]) -> None:
+    """Right-aligned columns; numbers with three digits."""
+    cells = [header] + [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    for row in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)), flush=True)
+
+
+def write_json(path: Path | None, content: dict) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,145 @@
+"""A training step of Coconut against the floor: plain fine-tuning on the same batch, logits where they are supervised.
+
+    python benchmarks/step.py                       # tiny model, batch 16
+    python benchmarks/step.py --size small --batch 8 --repeats 3 --threads 1
+
+Sides, each forward + backward + AdamW:
+    floor        one pass over the sequence, latents taken as ordinary tokens, LM head on supervised positions
+    coconut      this project's step
+    all logits   as floor, with the LM head on every position, as an ordinary fine-tuning script has it
+    no cache     the plain definition: everything so far is computed anew for each thought (only with --all)
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import (
+    MARKERS,
+    alternate,
+    machine,
+    make_model,
+    peak_memory,
+    pick_device,
+    print_table,
+    prosqa_rows,
+    write_json,
+)
+
+from coconut import Coconut
+from dataset import collate_for_device
+
+SIDES = ("floor", "coconut", "all logits", "no cache")
+
+
+def floor_loss(model: Coconut, batch: dict) -> torch.Tensor:
+    hidden = model._span(model._embed(batch["input_ids"]), batch["attention_mask"], batch["position_ids"], None)
+    return model._loss(hidden, batch["labels"], batch["supervised"])
+
+
+def all_logits_loss(model: Coconut, batch: dict) -> torch.Tensor:
+    names = ("input_ids", "attention_mask", "position_ids")
+    logits = model.base_causallm(**{name: batch[name] for name in names}, use_cache=False).logits  # (B, T, V)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+def no_cache_loss(model: Coconut, batch: dict) -> torch.Tensor:
+    embeds = model._embed(batch["input_ids"])
+    mask, positions = batch["attention_mask"], batch["position_ids"]
+    for column in batch["latent_columns"]:
+        hidden = model._span(embeds[:, :column], mask[:, :column], positions[:, :column], None)
+        is_latent = batch["input_ids"][:, column, None, None] == MARKERS.latent
+        filled = torch.where(is_latent, hidden[:, -1:], embeds[:, column : column + 1])
+        embeds = torch.cat([embeds[:, :column], filled, embeds[:, column + 1 :]], dim=1)
+    return model._loss(model._span(embeds, mask, positions, None), batch["labels"], batch["supervised"])
+
+
+def make_sides(options: argparse.Namespace, stage: int, names: list[str]) -> dict[str, Callable[[], None]]:
+    """The sides as functions that make one step each, with one model and one optimizer."""
+    device = pick_device()
+    model = make_model(options.shape, options.size, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    rows = prosqa_rows(options.batch, stage, options.c_thought)
+    batch = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in collate_for_device(rows, MARKERS.eos, MARKERS.latent).items()
+    }
+    losses = {
+        "floor": lambda: floor_loss(model, batch),
+        "coconut": lambda: model(**batch).loss,
+        "all logits": lambda: all_logits_loss(model, batch),
+        "no cache": lambda: no_cache_loss(model, batch),
+    }
+
+    def step(loss: Callable[[], torch.Tensor]) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {name: lambda loss=losses[name]: step(loss) for name in names}
+
+
+def memory_of(arguments: list[str], stage: int, side: str) -> float:
+    """GiB of a process that makes two steps of one side and nothing else."""
+    command = [sys.executable, __file__, *arguments, "--stages", str(stage), "--memory-of", side]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def report_memory(options: argparse.Namespace) -> None:
+    (step,) = make_sides(options, options.stages[0], [options.memory_of]).values()
+    for _ in range(2):
+        step()
+    print(peak_memory(pick_device()))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["gpt2", "llama", "qwen2"], default="gpt2", help="(default: %(default)s)")
+    parser.add_argument("--size", choices=["tiny", "small"], default="tiny", help="(default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="rows (default: %(default)s)")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 3, 6], help="(default: 0 3 6)")
+    parser.add_argument("--c-thought", type=int, default=1, help="latents of a stage (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, help="measured steps of each side (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision")
+    parser.add_argument("--all", action="store_true", help="the side without a cache too")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory, in processes of its own")
+    parser.add_argument("--json", type=Path, default=None, help="write the numbers to this file")
+    parser.add_argument("--memory-of", choices=SIDES, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.memory_of:
+        report_memory(options)
+        return 0
+    names = list(SIDES if options.all else SIDES[:-1])
+    results = []
+    for stage in options.stages:
+        medians = alternate(make_sides(options, stage, names), options.repeats, pick_device())
+        for name in names:
+            memory = None if options.no_memory else memory_of(arguments, stage, name)
+            results.append({"stage": stage, "side": name, "peak_gib": memory, **medians[name]})
+    floors = {result["stage"]: result for result in results if result["side"] == "floor"}
+    rows = []
+    for result in results:
+        floor = floors[result["stage"]]
+        for name in ("seconds", "cpu_seconds", "peak_gib"):
+            result[f"{name}_ratio"] = None if result[name] is None else result[name] / floor[name]
+        columns = ("seconds", "seconds_ratio", "cpu_seconds", "cpu_seconds_ratio", "peak_gib", "peak_gib_ratio")
+        rows.append([result["stage"], result["side"], *("-" if result[c] is None else result[c] for c in columns)])
+    where = machine(pick_device())
+    print(f"{options.shape} {options.size}, batch {options.batch}, c_thought {options.c_thought}: {where}")
+    print_table(["stage", "side", "seconds", "ratio", "CPU s", "ratio", "peak GiB", "ratio"], rows)
+    chosen = {name: value for name, value in vars(options).items() if name not in ("json", "memory_of")}
+    write_json(options.json, {"options": chosen, "machine": where, "results": results})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
