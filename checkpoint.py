@@ -121,7 +121,7 @@ def load_model(config: Config, source: Path | None) -> tuple[Coconut, object, Ma
             _check_names(folder or config.model_id, report["missing_keys"], report["unexpected_keys"] if folder else ())
     except UserError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_loadable("load_model_path" if folder else "model_id", folder or config.model_id, error) from None
     has_marker_rows = False
     if source is not None and folder is None:

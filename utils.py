@@ -417,8 +417,8 @@ def configure(description: str, schedule: typing.Callable[[Config, int], str]) -
     parser.add_argument("config", help="a YAML file, such as those in args/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key of the file from here")
     parser.add_argument("--schedule", action="store_true", help="print what each epoch will do, and stop")
-    parser.print_usage = parser.print_help = parser.print_help if is_main else lambda *_: None
-    if not is_main:
+    if not is_main:  # one rank speaks
+        parser.print_help = lambda *_: None
         parser.error = lambda message: sys.exit(report(UserError(message)))
     options = parser.parse_intermixed_args()
     try:

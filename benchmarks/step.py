@@ -7,7 +7,7 @@ Sides, each forward + backward + AdamW:
     floor        one pass over the sequence, latents taken as ordinary tokens, LM head on supervised positions
     coconut      this project's step
     all logits   as floor, with the LM head on every position, as an ordinary fine-tuning script has it
-    no cache     the plain definition: everything so far is computed anew for each thought (only with --all)
+    no cache     the plain definition: everything so far is computed anew for each thought (only if asked for)
 """
 
 import argparse
@@ -108,7 +108,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=7, help="measured steps of each side (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision")
-    parser.add_argument("--all", action="store_true", help="the side without a cache too")
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=SIDES[:3], help="beside the floor (default: less no cache)"
+    )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory, in processes of its own")
     parser.add_argument("--json", type=Path, default=None, help="write the numbers to this file")
     parser.add_argument("--memory-of", choices=SIDES, default=None, help=argparse.SUPPRESS)
@@ -118,7 +120,7 @@ def main(arguments: list[str]) -> int:
     if options.memory_of:
         report_memory(options)
         return 0
-    names = list(SIDES if options.all else SIDES[:-1])
+    names = [name for name in SIDES if name == "floor" or name in options.sides]
     results = []
     for stage in options.stages:
         medians = alternate(make_sides(options, stage, names), options.repeats, pick_device())
