@@ -50,19 +50,32 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
 
-class Buffer:
+class Memory:
     """Room for (B, H, T, d) states, and for their gradients once there are any."""
 
     def __init__(self, like: torch.Tensor, capacity: int):
         self.states = like.detach().new_empty((*like.shape[:-2], capacity, like.shape[-1]))
         self.gradient: torch.Tensor | None = None
         self.length = 0
-        self.link = torch.zeros((), device=like.device)  # see _Append
+
+
+class Buffer:
+    """States that grow by `append`.
+
+    The graph of a backward pass holds the memory, and this holds a piece of the graph, `link` (see _Append). They are
+    two objects because a circle through the graph would never be freed.
+    """
+
+    def __init__(self, like: torch.Tensor, capacity: int):
+        self.memory = Memory(like, capacity)
+        self.link = torch.zeros((), device=like.device)
 
     def append(self, states: torch.Tensor) -> torch.Tensor:
-        if self.length + states.shape[-2] > self.states.shape[-2]:
-            raise ValueError(f"a cache for {self.states.shape[-2]} columns cannot hold more")
-        whole, self.link = _Append.apply(states, self.link, self)
+        """Adds (B, H, t, d) states; returns all so far, (B, H, length, d)."""
+        capacity = self.memory.states.shape[-2]
+        if self.memory.length + states.shape[-2] > capacity:
+            raise ValueError(f"a cache for {capacity} columns cannot hold more")
+        whole, self.link = _Append.apply(states, self.link, self.memory)
         return whole
 
 
@@ -78,26 +91,27 @@ class _Append(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, states: torch.Tensor, link: torch.Tensor, buffer: Buffer):
+    def forward(ctx, states: torch.Tensor, link: torch.Tensor, memory: Memory):
         ctx.set_materialize_grads(False)
-        ctx.buffer, ctx.begin, ctx.end = buffer, buffer.length, buffer.length + states.shape[-2]
-        data = buffer.states.data
+        ctx.memory, ctx.begin, ctx.end = memory, memory.length, memory.length + states.shape[-2]
+        data = memory.states.data
         data[..., ctx.begin : ctx.end, :] = states
-        buffer.length = ctx.end
+        memory.length = ctx.end
         return data[..., : ctx.end, :], torch.zeros_like(link)
 
     @staticmethod
     def backward(ctx, grad_whole: torch.Tensor | None, grad_link: torch.Tensor | None):
-        buffer = ctx.buffer
-        if ctx.end == buffer.length:
-            buffer.gradient = None  # the first of a backward: what an earlier backward of the same graph left
+        memory = ctx.memory
+        if ctx.end == memory.length:
+            memory.gradient = None  # the first of a backward: what an earlier backward of the same graph left
         if grad_whole is not None:
-            if buffer.gradient is None:
-                buffer.gradient = torch.empty_like(buffer.states)
-                buffer.gradient[..., : ctx.end, :] = grad_whole
-                buffer.gradient[..., ctx.end :, :] = 0
+            if memory.gradient is None:
+                memory.gradient = torch.empty_like(memory.states)
+                memory.gradient[..., : ctx.end, :] = grad_whole
+                memory.gradient[..., ctx.end :, :] = 0
             else:
-                buffer.gradient[..., : ctx.end, :] += grad_whole
-        if buffer.gradient is None:
-            return None, None, None
-        return buffer.gradient[..., ctx.begin : ctx.end, :], None, None
+                memory.gradient[..., : ctx.end, :] += grad_whole
+        gradient = memory.gradient
+        if ctx.begin == 0:
+            memory.gradient = None  # the last of a backward: nobody needs it any more
+        return None if gradient is None else gradient[..., ctx.begin : ctx.end, :], None, None

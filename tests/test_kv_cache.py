@@ -1,10 +1,15 @@
 """The growing cache against concatenation."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import tiny_base
 from transformers import DynamicCache
 
+import kv_cache
+from coconut import Coconut
 from kv_cache import Buffer, GrowingLayer, make_cache
 
 
@@ -40,7 +45,30 @@ def test_views_and_gradients_are_those_of_concatenation():
     assert torch.allclose(grown, plain, rtol=1e-12)
     for found, wanted in zip(torch.autograd.grad(grown, states), torch.autograd.grad(plain, states), strict=True):
         assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-14)
-    assert buffer.length == 10
+    assert buffer.memory.length == 10
+
+
+def test_the_memory_goes_with_the_graph(monkeypatch):
+    """A circle from the cache through autograd's graph and back once kept the states of every step for ever."""
+    made = []
+    original = kv_cache.Memory.__init__
+    monkeypatch.setattr(
+        kv_cache.Memory, "__init__", lambda self, *a: made.append(weakref.ref(self)) or original(self, *a)
+    )
+    model = Coconut(tiny_base("gpt2"), 2, 1, 3, 0)
+    input_ids = torch.tensor([[5, 6, 1, 2, 2, 3, 7, 0]])
+    gc.disable()  # what only the collector would find is not freed in time: it does not see a tensor's size
+    try:
+        for backward in (True, False):
+            loss = model(input_ids, labels=input_ids).loss
+            if backward:
+                loss.backward()
+            del loss
+            assert len(made) == 4
+            assert [memory() for memory in made] == [None] * 4
+            made.clear()
+    finally:
+        gc.enable()
 
 
 def test_nothing_is_copied():
