@@ -7,34 +7,57 @@
         coconut.json                       method, stage, c_thought, thought, markers
         trainer/                           what only a restart needs
         predictions.jsonl  metrics.json
+      checkpoint_12_step_3400/             within the 13th epoch: for a restart only, without the last two files
 
-A checkpoint is written aside and renamed when it is whole: whatever is called checkpoint_N and is a folder of ours is
-whole. This module also reads what the reference implementation (facebookresearch/coconut) saved.
+A checkpoint is written aside and renamed when it is whole: there is no moment at which a kill leaves something that a
+restart would take for one. A digest of every file tells whether a disk has damaged it since.
+
+This module also reads what the reference implementation (facebookresearch/coconut) saved.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import yaml
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from coconut import Coconut
 from dataset import END, LATENT, START, Markers
-from utils import Config, UserError, World
+from utils import Config, UserError, World, on_every_rank, on_main_rank
 
-FORMAT = 1  # of coconut.json and trainer/state.json
+FORMAT = 2  # of coconut.json and trainer/state.json
+MANIFEST = "trainer/manifest.json"  # file -> SHA-256
+PREFIX = "base_causallm."
+# keys that may change between a run and its continuation: none of them decides what the weights become
+FREE_KEYS = (
+    *("project", "name", "save_path", "only_eval", "debug", "wandb", "log_every_steps", "load_model_path"),
+    *(
+        "train_path",
+        "val_path",
+        "max_eval_examples",
+        "eval_batch_size",
+        "max_new_tokens",
+        "eval_latents_from_steps",
+        "num_workers",
+    ),
+    *("strategy", "compile", "gradient_checkpointing", "save_every_steps", "save_only_improve", "keep_checkpoints"),
+    *("skip_nonfinite", "continue_changed"),
+)
 
 
 @dataclass
@@ -43,8 +66,13 @@ class Progress:
 
     epoch: int = 0  # finished epochs, and so the next one to run
     step: int = 0  # finished optimizer steps
+    seen: int = 0  # examples of the unfinished epoch, in its order, that have been trained on
+    losses: float = 0.0  # sum of the losses of its steps
+    seconds: float = 0.0  # that it has taken
+    skipped: int = 0  # steps of the run that skip_nonfinite has skipped
     best: dict[int, float] = field(default_factory=dict)  # stage -> best validation accuracy
     wandb_id: str | None = None
+    data: str | None = None  # digest of the training data, as dataset.cache_tokens names it
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -53,13 +81,24 @@ class Progress:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first. Anything else in the folder is a stranger, and left alone."""
+    """The checkpoints of a run, oldest first, but for obviously damaged ones (see `damage`). Anything else in the
+    folder is a stranger, and left alone."""
+    needed = ("coconut.json", "trainer/state.json")
+    return [path for path in _ours(run_dir) if all((path / name).is_file() for name in needed)]
+
+
+def _ours(run_dir: Path) -> list[Path]:
+    """What this program has written under the name of a checkpoint, whole or not, oldest first."""
     found = []
     for path in run_dir.glob("checkpoint_*"):
-        number = re.fullmatch(r"checkpoint_(\d+)", path.name)
-        if number and (path / "coconut.json").is_file() and (path / "trainer" / "state.json").is_file():
-            found.append((int(number[1]), path))
-    return [path for _, path in sorted(found)]
+        numbers = re.fullmatch(r"checkpoint_(\d+)(?:_step_(\d+))?", path.name)
+        if numbers and ((path / "coconut.json").is_file() or (path / "trainer").is_dir()):
+            found.append((int(numbers[1]), int(numbers[2] or 0), path))
+    return [path for *_, path in sorted(found)]
+
+
+def _is_of_finished_epoch(path: Path) -> bool:
+    return "_step_" not in path.name
 
 
 def resolve(load_model_path: str) -> Path:
@@ -70,8 +109,8 @@ def resolve(load_model_path: str) -> Path:
     path = Path(load_model_path)
     if path.is_file() or (path / "config.json").is_file():
         return path
-    if checkpoints(path):
-        return checkpoints(path)[-1]
+    if found := checkpoints(path):
+        return next((folder for folder in reversed(found) if _is_of_finished_epoch(folder)), found[-1])
     raise UserError(
         f"load_model_path {load_model_path!r} is no checkpoint: neither a file, nor a folder with a config.json, nor "
         f"a run's folder with a whole checkpoint in it"
@@ -110,8 +149,7 @@ def load_model(config: Config, source: Path | None) -> tuple[Coconut, object, Ma
     dtype = torch.bfloat16 if config.bf16_weights else torch.float32
     try:
         if config.from_scratch and source is None:
-            shape = AutoConfig.from_pretrained(config.model_id)
-            base = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+            base = AutoModelForCausalLM.from_config(shape_of(config, source), dtype=dtype)
         else:
             if folder is not None:
                 _check_same_shape(config.model_id, folder)
@@ -133,6 +171,15 @@ def load_model(config: Config, source: Path | None) -> tuple[Coconut, object, Ma
     base.config.use_cache = True
     model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
     return model, tokenizer, markers
+
+
+def shape_of(config: Config, source: Path | None) -> PreTrainedConfig:
+    """The model's own configuration. Raises UserError where it is not to be had."""
+    where = source if source is not None and source.is_dir() else config.model_id
+    try:
+        return AutoConfig.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise _not_loadable("model_id", where, error) from None
 
 
 def _load_tokenizer(config: Config, folder: Path | None):
@@ -257,7 +304,7 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True) -> Ma
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Saving and resuming
+# Saving
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -266,47 +313,77 @@ def save(
     world: World,
     progress: Progress,
     model: Coconut,
+    weights: dict[str, torch.Tensor],
     tokenizer,
     markers: Markers,
     stage: int,
     optimizer: torch.optim.Optimizer,
-    files: dict[str, str],
+    files: dict[str, str] | None = None,
 ) -> Path:
-    """Writes run_dir/checkpoint_<finished epochs>. Collective: every rank must call it.
+    """Writes the checkpoint of this moment. Collective: every rank must call it.
 
-    Rank 0 writes the model and `files` (name -> text), each rank its random state, all together the optimizer.
+    Rank 0 writes the model's `weights` (see parallel.whole_weights) and `files` (name -> text), which are those of a
+    finished epoch: without them it is a checkpoint for a restart only, which goes when two newer ones are there. Each
+    rank writes its random state, all together the optimizer.
+
+    Raises UserError, on every rank, where it cannot be written; the earlier checkpoints are then as they were.
     """
-    target = config.run_dir / f"checkpoint_{progress.epoch}"
-    aside = config.run_dir / f".writing-{target.name}"
-    if world.is_main:
-        shutil.rmtree(aside, ignore_errors=True)  # of a job that was killed
+    name = f"checkpoint_{progress.epoch}" + (f"_step_{progress.step}" if files is None else "")
+    target, aside = config.run_dir / name, config.run_dir / f".writing-{name}"
+    description = {
+        "format": FORMAT,
+        "method": config.method,
+        "stage": stage,
+        "c_thought": config.c_thought,
+        "max_latent_stage": config.max_latent_stage,
+        "pad_latent_to_max": config.pad_latent_to_max,
+        "thought": config.thought,
+        "markers": markers._asdict(),
+    }
+
+    def make_room() -> None:
+        for path in [*config.run_dir.glob(".writing-*"), *config.run_dir.glob(".removing-*")]:
+            shutil.rmtree(path)  # of a job that was killed
         (aside / "trainer").mkdir(parents=True)
-    dist.barrier()  # all ranks: the folder is there
-    torch.save(_random_state(world), aside / "trainer" / f"random_{world.rank}.pt")
-    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=aside / "trainer" / "optimizer")
-    if world.is_main:
-        model.base_causallm.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        for name, text in files.items():
-            (aside / name).write_text(text, encoding="utf-8")
-        description = {
-            "format": FORMAT,
-            "method": config.method,
-            "stage": stage,
-            "c_thought": config.c_thought,
-            "max_latent_stage": config.max_latent_stage,
-            "pad_latent_to_max": config.pad_latent_to_max,
-            "thought": config.thought,
-            "markers": markers._asdict(),
-        }
-        _write_json(aside / "coconut.json", description)
-        _write_json(aside / "trainer" / "state.json", {"format": FORMAT, "world_size": world.size, **asdict(progress)})
-    dist.barrier()  # all ranks: everything is written
-    if world.is_main:
-        _publish(aside, target)
-        _prune(config, progress)
-    dist.barrier()  # all ranks: the checkpoint has its name
+
+    def write_mine() -> None:
+        torch.save(_random_state(world), aside / "trainer" / f"random_{world.rank}.pt")
+        if world.is_main:
+            own = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
+            model.base_causallm.save_pretrained(aside, state_dict=own)
+            tokenizer.save_pretrained(aside)
+            for file, text in (files or {}).items():
+                (aside / file).write_text(text, encoding="utf-8")
+            _write_json(aside / "coconut.json", description)
+            state = {"format": FORMAT, "world_size": world.size, **asdict(progress)}
+            _write_json(aside / "trainer" / "state.json", state)
+
+    def write_optimizer() -> None:
+        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.save(state, checkpoint_id=aside / "trainer" / "optimizer")
+
+    try:
+        on_main_rank(world, lambda: _writing(target, make_room))
+        on_every_rank(world, lambda: _writing(target, write_mine))
+        _writing(target, write_optimizer)  # all ranks; torch tells all of them when one fails
+        on_main_rank(world, lambda: _writing(target, lambda: _publish(aside, target)))
+    except UserError:
+        if world.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    on_main_rank(world, lambda: _prune(config, progress))
     return target
+
+
+def _writing(target: Path, action: Callable[[], None]) -> None:
+    """Turns what a full or broken disk makes libraries raise into a UserError."""
+    try:
+        action()
+    except (OSError, RuntimeError, SafetensorError, dcp.CheckpointException) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UserError(
+            f"{target} cannot be written: {lines[-1].strip()}; earlier checkpoints are untouched"
+        ) from error
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -314,7 +391,10 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _publish(aside: Path, target: Path) -> None:
-    """Gives a complete folder its name, after all of it has reached the disk."""
+    """Gives a complete folder its name, after all of it has reached the disk, with a digest of every file."""
+    paths = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+    digests = dict(zip((str(path.relative_to(aside)) for path in paths), _digests(paths), strict=True))
+    _write_json(aside / MANIFEST, digests)
     for path in [*aside.rglob("*"), aside]:
         _sync(path)
     if target.exists():  # a stranger, such as a file of the reference: nothing of it is lost
@@ -322,6 +402,17 @@ def _publish(aside: Path, target: Path) -> None:
         target.rename(target.with_name(f"{target.name}.replaced-{number}"))
     aside.rename(target)
     _sync(target.parent)
+
+
+def _digests(paths: list[Path]) -> list[str]:
+    """SHA-256 of each file."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(8) as pool:  # hashing leaves Python's lock
+        return list(pool.map(digest, paths))
 
 
 def _sync(path: Path) -> None:
@@ -333,24 +424,106 @@ def _sync(path: Path) -> None:
 
 
 def _prune(config: Config, progress: Progress) -> None:
-    """Removes the oldest checkpoints beyond keep_checkpoints, but never the first with the best of the latest stage."""
+    """Removes what is no longer needed: checkpoints for restarts, but for those among the newest two; and finished
+    epochs beyond keep_checkpoints, but never the first with the best accuracy of the latest stage."""
+    everything = checkpoints(config.run_dir)
+    for path in everything[:-2]:
+        if not _is_of_finished_epoch(path):
+            _remove(path)
     if config.keep_checkpoints is None:
         return
-    everything = checkpoints(config.run_dir)
     best = max(progress.best.items(), default=None)  # of the latest stage
-    for path in everything[: -config.keep_checkpoints]:
+    for path in [path for path in everything if _is_of_finished_epoch(path)][: -config.keep_checkpoints]:
         accuracy = json.loads((path / "metrics.json").read_text(encoding="utf-8"))["accuracy"]
         if (read_description(path)["stage"], accuracy) == best:
             best = None
         else:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def remove_restarts(run_dir: Path) -> None:
+    """Removes the checkpoints that only a restart needs: the run is done."""
+    for path in checkpoints(run_dir):
+        if not _is_of_finished_epoch(path):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A kill in the middle leaves nothing that is called a checkpoint."""
+    aside = path.with_name(f".removing-{path.name}")
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Resuming
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def newest_whole(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is as it was written; None where there has never been one.
+
+    Damaged ones are passed over with a warning. Raises UserError where all are damaged: starting from scratch would
+    lose what may still be saved.
+    """
+    damaged = []
+    for path in reversed(_ours(run_dir)):
+        problem = damage(path)
+        if problem is None:
+            return path
+        damaged.append(path)
+        warn(f"warning: {path} is damaged ({problem}) and passed over")
+    if damaged:
+        raise UserError(
+            f"{run_dir} holds damaged checkpoints only, {damaged[0].name} the newest: mend or remove them, or choose "
+            f"another name"
+        )
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None where nothing is."""
+    try:
+        if json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))["format"] == 1:
+            return None  # had no digests
+        digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found = _digests([folder / name for name in digests])
+    except OSError as error:
+        return f"{Path(error.filename).relative_to(folder)}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} or trainer/state.json is not readable"
+    for name, digest in zip(digests, found, strict=True):
+        if digests[name] != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+def changes(config: Config, run_dir: Path) -> dict[str, str]:
+    """Where a configuration departs from that of the run that the folder holds, in what decides the weights: key ->
+    "key 1, not 2"."""
+    try:
+        before = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return {}
+    free = set(FREE_KEYS)
+    if config.global_batch_size is not None:
+        free |= {"batch_size_training", "gradient_accumulation_steps"}
+    if config.lr_scheduler == "constant":
+        free.add("num_epochs")
+    return {
+        name: f"{name} {before[name]}, not {value}"
+        for name, value in asdict(config).items()
+        if name not in free and name in before and before[name] != value
+    }
 
 
 def read_progress(folder: Path) -> Progress:
     """How far the run was when it wrote this checkpoint."""
     state = json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
-    best = {int(stage): accuracy for stage, accuracy in state["best"].items()}
-    return Progress(state["epoch"], state["step"], best, state["wandb_id"])
+    known = {field.name for field in fields(Progress)}
+    progress = Progress(**{name: value for name, value in state.items() if name in known})
+    progress.best = {int(stage): accuracy for stage, accuracy in progress.best.items()}
+    return progress
 
 
 def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

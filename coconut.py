@@ -5,11 +5,15 @@ Legend: B rows, T columns of a batch, D hidden size, V vocabulary, N new tokens.
 A sequence is processed in spans, through one key-value cache: the columns before the first latent in one pass; then,
 one pass each, the spans that begin at a latent column, because the embedding there is made from the hidden state of
 the column before. The span of the last latent reaches to the end of the sequence. Every token is processed once.
+
+Nothing here waits for the device: where the latents and the labels are, and whether rows are padded on the left, comes
+from the collator.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -62,6 +66,9 @@ class Coconut(nn.Module):
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
         self._takes_position_ids = "position_ids" in accepted  # models with ALiBi have none
         config = base_causallm.config
+        self._makes_masks = self._takes_position_ids and _attends_plainly(config)
+        # called in the backward pass when nothing is left but the first span: what FSDP waits for
+        self.before_first_span: Callable[[], None] | None = None
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)  # longest sequence
         # what some families do around the LM head: Cohere multiplies and Granite divides, Gemma caps
         self._logit_scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
@@ -75,6 +82,7 @@ class Coconut(nn.Module):
         position_ids: torch.Tensor | None = None,
         latent_columns: list[int] | None = None,
         supervised: torch.Tensor | None = None,
+        left_padded: bool = True,
     ) -> CoconutOutput:
         """Runs the latent passes and the mean cross-entropy of the supervised tokens.
 
@@ -86,12 +94,14 @@ class Coconut(nn.Module):
             position_ids: (B, T) int64; default counts the attended tokens from 0.
             latent_columns, supervised: where the latents and the labels are, as `dataset.collate_for_device` gives
                 them; without them the model has to wait for the device to know.
+            left_padded: False promises that rows are padded on the right only, where no token sees it: attention
+                then needs no mask and takes its fastest kernel.
 
         Gradients flow through the thoughts and the cache: the whole chain is trained. The LM head runs on the
         supervised positions only; without labels it runs on all, and the logits are returned instead of a loss.
         """
         attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
-        hidden, embeds, _ = self._run(input_ids, attention_mask, position_ids, latent_columns)
+        hidden, embeds, _ = self._run(input_ids, attention_mask, position_ids, left_padded, latent_columns)
         if labels is None:
             return CoconutOutput(None, embeds, self._logits(hidden))
         return CoconutOutput(self._loss(hidden, labels, supervised), embeds, None)
@@ -116,15 +126,16 @@ class Coconut(nn.Module):
         Returns: (B, N) int64; each row ends with EOS, where it came to say it, and is filled up with EOS.
         """
         attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
+        padded = not bool(attention_mask.all())
         if generation_options:
-            _, embeds, _ = self._run(input_ids, attention_mask, position_ids)
+            _, embeds, _ = self._run(input_ids, attention_mask, position_ids, padded)
             return self.base_causallm.generate(
                 inputs_embeds=embeds,
                 attention_mask=attention_mask,
                 max_new_tokens=max_new_tokens,
                 **{"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id, **generation_options},
             )
-        hidden, _, cache = self._run(input_ids, attention_mask, position_ids, new_columns=max_new_tokens)
+        hidden, _, cache = self._run(input_ids, attention_mask, position_ids, padded, new_columns=max_new_tokens)
         position = position_ids[:, -1:]  # (B, 1)
         hidden = hidden[:, -1:]  # (B, 1, D)
         finished = torch.zeros_like(position, dtype=torch.bool)  # (B, 1)
@@ -137,7 +148,7 @@ class Coconut(nn.Module):
                 break
             position = position + 1
             attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
-            hidden = self._span(self._embed(token), attention_mask, position, cache)
+            hidden = self._span(self._embed(token), attention_mask, position, padded, cache)
         return torch.cat(tokens, dim=1) if tokens else input_ids[:, :0]
 
     def _run(
@@ -145,6 +156,7 @@ class Coconut(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
+        left_padded: bool,
         columns: list[int] | None = None,
         new_columns: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
@@ -158,9 +170,8 @@ class Coconut(nn.Module):
             columns = []
         if columns and columns[0] == 0:
             raise ValueError("a latent token has no position before it: a sequence must begin with another token")
-        cache = None
-        if columns or new_columns:
-            cache = make_cache(self.base_causallm.config, input_ids.shape[1] + new_columns)
+        keeps = bool(columns) or new_columns > 0
+        cache = make_cache(self.base_causallm.config, input_ids.shape[1] + new_columns, keeps)
         bounds = [0, *columns, input_ids.shape[1]]
         hidden_spans, embed_spans = [], []
         # one split, not a slice for each span: the backward of a slice fills a tensor of the size of the whole
@@ -172,13 +183,21 @@ class Coconut(nn.Module):
                 first = torch.where(is_latent[:, begin, None, None], thought.to(span.dtype), span[:, :1])
                 span = torch.cat([first, span[:, 1:]], dim=1) if end - begin > 1 else first
             embed_spans.append(span)
-            hidden_spans.append(self._span(span, attention_mask[:, :end], position_ids[:, begin:end], cache))
+            hidden = self._span(span, attention_mask[:, :end], position_ids[:, begin:end], left_padded, cache)
+            if begin == 0 and hidden.requires_grad and self.before_first_span is not None:
+                hidden.register_hook(lambda _, tell=self.before_first_span: tell())
+            hidden_spans.append(hidden)
         if not columns:
             return hidden_spans[0], embeds, cache
         return torch.cat(hidden_spans, dim=1), torch.cat(embed_spans, dim=1), cache
 
     def _span(
-        self, embeds: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, cache: Cache | None
+        self,
+        embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        left_padded: bool,
+        cache: Cache | None,
     ) -> torch.Tensor:
         """Last hidden states (B, t, D) of t new columns after those in the cache, which then holds them too.
 
@@ -188,8 +207,12 @@ class Coconut(nn.Module):
         arguments = {self._cache_argument: cache, "use_cache": cache is not None}
         if self._takes_position_ids:
             arguments["position_ids"] = position_ids
-        decoder = self.base_causallm.get_decoder()
-        return decoder(inputs_embeds=embeds, attention_mask=attention_mask, **arguments).last_hidden_state
+        mask = attention_mask
+        if self._makes_masks:
+            mask = _causal_mask(attention_mask, embeds.shape[1], left_padded)
+        return self.base_causallm.get_decoder()(
+            inputs_embeds=embeds, attention_mask=mask, **arguments
+        ).last_hidden_state
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.base_causallm.get_input_embeddings()(input_ids)
@@ -212,6 +235,29 @@ class Coconut(nn.Module):
 
     def _scaled(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden if self._logit_scale == 1 else hidden * self._logit_scale
+
+
+def _attends_plainly(config) -> bool:
+    """Whether every layer is causal attention over all columns, computed by torch's scaled_dot_product_attention."""
+    config = config.get_text_config(decoder=True)
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return config._attn_implementation == "sdpa" and layers == {"full_attention"} and window is None
+
+
+def _causal_mask(attention_mask: torch.Tensor, length: int, left_padded: bool) -> torch.Tensor | None:
+    """What the last `length` of the columns of attention_mask, (B, T), attend to: (B, 1, length, T) bool.
+
+    transformers would make the same mask, but it asks the device whether a row is padded. None leaves causality to the
+    attention kernel, which can do it for spans of the whole sequence and of one column. Padding attends to itself: a
+    softmax over nothing is no number.
+    """
+    end = attention_mask.shape[1]
+    if not left_padded and length in (1, end):
+        return None
+    key = torch.arange(end, device=attention_mask.device)
+    query = key[end - length :, None]
+    return (key <= query) & (attention_mask[:, None, None, :].bool() | (key == query))
 
 
 def _masks(input_ids, attention_mask, position_ids):

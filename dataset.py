@@ -347,7 +347,8 @@ def collate(rows: list[tuple[list[int], list[int]]], pad_token_id: int, latent_t
 
 def collate_for_device(rows: list[tuple[list[int], list[int]]], pad_token_id: int, latent_token_id: int | None) -> dict:
     """`collate`, with what the model would otherwise have to ask the device for, and wait: `latent_columns`, a list of
-    int, and `supervised`, (S,) int64, the positions in the flattened (B, T) that predict a supervised token."""
+    int; `supervised`, (S,) int64, the positions in the flattened (B, T) that predict a supervised token; and
+    `left_padded`, whether a row is padded on the left."""
     import torch
 
     batch = collate(rows, pad_token_id, latent_token_id)
@@ -355,6 +356,7 @@ def collate_for_device(rows: list[tuple[list[int], list[int]]], pad_token_id: in
     predicting[:, :-1] = batch["labels"][:, 1:] != IGNORE
     batch["supervised"] = predicting.flatten().nonzero().flatten()
     batch["latent_columns"] = latent_columns(batch["input_ids"], latent_token_id)
+    batch["left_padded"] = not bool(batch["attention_mask"][:, 0].all())
     return batch
 
 
@@ -372,19 +374,28 @@ def collate_prompts(prompts: list[Sequence[int]], pad_token_id: int) -> dict:
     return _batch(prompts, [width - len(row) for row in prompts], pad_token_id)
 
 
-def longest_sequence(tokens: Tokens, config: Config) -> tuple[int, int]:
-    """(length, index in the file) of the longest training sequence of the first or the last stage."""
+def sequence_lengths(tokens: Tokens, config: Config, stage: int) -> np.ndarray:
+    """(examples,) int64: how long the training sequence of each example is at a stage."""
     starts, ends = tokens.examples[:-1], tokens.examples[1:]
-    written = tokens.texts[ends] - tokens.texts[starts]
-    bare = tokens.texts[starts + 1] - tokens.texts[starts] + tokens.texts[ends] - tokens.texts[ends - 1]
-    markers = 2 if config.method == "coconut" else 0
-    latents = config.max_latent_stage * config.c_thought if config.method == "coconut" else 0
-    if config.method == "no_cot":
-        written = bare
-    lengths = np.maximum(written, bare + latents) + markers + 1  # EOS
-    if tokens.chosen is None:
-        return int(lengths.max()), int(lengths.argmax())
-    return int(lengths[tokens.chosen].max()), int(tokens.chosen[lengths[tokens.chosen].argmax()])
+    if tokens.chosen is not None:
+        starts, ends = starts[tokens.chosen], ends[tokens.chosen]
+    n_steps = ends - starts - 2
+    by_steps = np.array([thoughts_and_dropped(n, stage, config) for n in range(n_steps.max() + 1)])
+    latents, dropped = by_steps[n_steps].T
+    reasoning = tokens.texts[ends - 1] - tokens.texts[starts + 1 + dropped]
+    if config.method == "icot":
+        reasoning = np.maximum(reasoning - stage, 0)
+    question = tokens.texts[starts + 1] - tokens.texts[starts]
+    answer = tokens.texts[ends] - tokens.texts[ends - 1] + 1  # EOS
+    return question + (latents + 2 if config.method == "coconut" else 0) + reasoning + answer
+
+
+def longest_sequence(tokens: Tokens, config: Config) -> tuple[int, int]:
+    """(length, index in the file) of the longest training sequence of any stage."""
+    stages = range(config.last_stage + 1) if config.method in ("coconut", "no_thoughts") else [0]
+    lengths = np.max([sequence_lengths(tokens, config, stage) for stage in stages], axis=0)
+    index = int(lengths.argmax())
+    return int(lengths[index]), index if tokens.chosen is None else int(tokens.chosen[index])
 
 
 class MicroBatch(NamedTuple):
@@ -394,16 +405,52 @@ class MicroBatch(NamedTuple):
     weight: float
 
 
-def examples_of_steps(n_examples: int, config: Config, epoch: int, world_size: int) -> list[list[int]]:
-    """The examples of each optimizer step of an epoch, over all ranks: a permutation drawn from (seed, epoch), cut."""
+def example_order(n_examples: int, config: Config, epoch: int, lengths: np.ndarray | None = None) -> list[int]:
+    """The examples of an epoch as they are taken: a permutation drawn from (seed, epoch), the same for any number of
+    ranks.
+
+    With `lengths`, of all sequences, the permutation is cut into windows of 50 batches, each window is sorted by length
+    and cut into batches, and the batches of all windows are shuffled: what shares a step, and so a pass, is similarly
+    long, while which examples meet, and when, stays random.
+    """
+    random = np.random.default_rng((config.seed, epoch))
+    order = random.permutation(n_examples)
+    if lengths is None:
+        return order.tolist()
+    batch = config.global_batch_size or config.gradient_accumulation_steps * config.batch_size_training
+    batches = []
+    for begin in range(0, n_examples, 50 * batch):
+        window = order[begin : begin + 50 * batch]
+        window = window[np.argsort(lengths[window], kind="stable")]
+        batches += [window[begin : begin + batch] for begin in range(0, len(window), batch)]
+    # a short batch stays the last: before others it would shift their cuts
+    full = len(batches) - (len(batches[-1]) < batch)
+    return np.concatenate([batches[i] for i in (*random.permutation(full), *range(full, len(batches)))]).tolist()
+
+
+def examples_of_steps(order: list[int], config: Config, world_size: int, seen: int = 0) -> list[list[int]]:
+    """The examples of each optimizer step over all ranks: an epoch's order, cut; the first `seen` of it left out."""
     accumulation, size = config.passes(world_size)
     per_step = accumulation * world_size * size
-    order = np.random.default_rng((config.seed, epoch)).permutation(n_examples).tolist()
-    return [order[begin : begin + per_step] for begin in range(0, n_examples, per_step)]
+    return [order[begin : begin + per_step] for begin in range(seen, len(order), per_step)]
 
 
-def epoch_plan(n_examples: int, config: Config, epoch: int, rank: int, world_size: int) -> list[list[MicroBatch]]:
-    """What one rank does in one epoch: for each optimizer step its micro-batches.
+def steps_per_epoch(n_examples: int, config: Config, world_size: int) -> int:
+    """Optimizer steps of a whole epoch."""
+    accumulation, size = config.passes(world_size)
+    return -(-n_examples // (accumulation * world_size * size))
+
+
+class PlannedStep(NamedTuple):
+    """One optimizer step of one rank."""
+
+    micro_batches: list[MicroBatch]
+    n_examples: int  # over all ranks
+
+
+def epoch_plan(order: list[int], config: Config, rank: int, world_size: int, seen: int = 0) -> list[PlannedStep]:
+    """What one rank does in an epoch (see `example_order`), or in the rest of it once the first `seen` examples have
+    been trained on, by whatever number of ranks.
 
     The examples of each step are cut into micro-batches that the ranks take in turn: the cuts, and so the gradients,
     are the same for every world size with the same global batch and the same size of a pass. The last step may be
@@ -415,13 +462,13 @@ def epoch_plan(n_examples: int, config: Config, epoch: int, rank: int, world_siz
     """
     _, size = config.passes(world_size)
     plan = []
-    for step in examples_of_steps(n_examples, config, epoch, world_size):
+    for step in examples_of_steps(order, config, world_size, seen):
         rounds = -(-len(step) // (size * world_size))
         mine = []
         for place in range(rank, rounds * world_size, world_size):
             part = step[place * size : (place + 1) * size]
             mine.append(MicroBatch(part or step[:1], world_size * len(part) / len(step)))
-        plan.append(mine)
+        plan.append(PlannedStep(mine, len(step)))
     return plan
 
 

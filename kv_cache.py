@@ -9,22 +9,36 @@ Legend: B rows, H key-value heads, T columns in all, t columns of a pass, d head
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def make_cache(config: PretrainedConfig, capacity: int) -> Cache:
+def make_cache(config: PretrainedConfig, capacity: int, keeps: bool = True) -> Cache | None:
     """A cache for up to `capacity` columns; for models whose layers keep other states than keys and values,
-    transformers' own."""
+    transformers' own. Where nothing needs to be kept, because there is one pass only, nothing is."""
     config = config.get_text_config(decoder=True)
     if not set(getattr(config, "layer_types", None) or PLAIN_LAYERS) <= PLAIN_LAYERS:
-        return DynamicCache(config=config)
-    return Cache(layer_class_to_replicate=partial(GrowingLayer, capacity))
+        return DynamicCache(config=config) if keeps else None
+    return Cache(layer_class_to_replicate=partial(GrowingLayer, capacity) if keeps else PassingLayer)
+
+
+class PassingLayer(DynamicLayer):
+    """Keeps nothing. With a cache at hand, transformers does not search the positions for packed sequences, a search
+    that waits for the device."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return key_states, value_states
 
 
 class GrowingLayer(DynamicLayer):
@@ -39,6 +53,7 @@ class GrowingLayer(DynamicLayer):
         self.value_buffer = Buffer(value_states, self.capacity)
         self.is_initialized = True
 
+    @torch.compiler.disable  # what it does depends on how long the cache is: a graph of its own for each length
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,6 +63,50 @@ class GrowingLayer(DynamicLayer):
         self.keys = self.key_buffer.append(key_states)
         self.values = self.value_buffer.append(value_states)
         return self.keys, self.values
+
+    @contextmanager
+    def replayed_from(self, length: int) -> Iterator[None]:
+        """Lets a pass that began at `length` columns run again: it writes the same states to the same columns."""
+        buffers = (self.key_buffer, self.value_buffer)
+        now = [(buffer.memory.length, buffer.link) for buffer in buffers]
+        for buffer in buffers:
+            buffer.memory.length = length
+        try:
+            yield
+        finally:
+            for buffer, (length_now, link) in zip(buffers, now, strict=True):
+                buffer.memory.length, buffer.link = length_now, link
+
+
+def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Gradient checkpointing: the blocks keep their inputs only and run again in the backward pass.
+
+    transformers' own switches the cache off, and a latent pass without it would not see the columns before it.
+    """
+    for index, block in enumerate(blocks):
+        block.forward = partial(_checkpointed, block.forward, index)
+
+
+def _checkpointed(forward: Callable, index: int, *args, **kwargs):
+    """One block's forward; `index` is its layer in the cache."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+    begin = cache.get_seq_length(index) if cache is not None else 0
+    replays = False
+
+    def run(*args):
+        nonlocal replays
+        layer = cache.layers[index] if replays and cache is not None else None
+        replays = True
+        if isinstance(layer, GrowingLayer):
+            with layer.replayed_from(begin):
+                return forward(*args, **kwargs)
+        if layer is not None and not isinstance(layer, PassingLayer):
+            raise ValueError("gradient checkpointing needs a model whose layers keep keys and values only")
+        return forward(*args, **kwargs)
+
+    return checkpoint(run, *args, use_reentrant=False)
 
 
 class Memory:

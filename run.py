@@ -14,28 +14,32 @@ from utils import configure
 if __name__ == "__main__":
     CONFIG = configure(__doc__, schedule)  # --help and mistakes are answered before the slow imports below
 
+import json
 import math
+import os
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from checkpoint import (
     Progress,
-    checkpoints,
+    changes,
+    damage,
     differences,
-    load_model,
     load_optimizer,
     load_random_state,
+    newest_whole,
     read_description,
     read_progress,
+    remove_restarts,
     resolve,
     save,
 )
@@ -48,23 +52,30 @@ from dataset import (
     cache_tokens,
     collate_for_device,
     epoch_plan,
+    example_order,
     examples_of_steps,
     kept_reasoning,
     load_examples,
     longest_sequence,
     optimizer_is_reset,
+    sequence_lengths,
     stage_name,
     stage_of,
     stage_of_example,
     stage_of_step,
+    steps_per_epoch,
 )
 from evaluate import as_files, autocast, evaluate, summary
+from parallel import gather_weights, gradients_meet, is_sharded, load, whole_weights, wrap
+from throughput import FlopCounter, Throughput, peak_flops
 from utils import (
     Config,
+    Interruption,
     RunLogger,
     UserError,
     World,
     cleanup_distributed,
+    folder_of_one,
     on_main_rank,
     progress_bar,
     report,
@@ -74,6 +85,7 @@ from utils import (
 )
 
 DEBUG_EXAMPLES = {"train": 5000, "val": 32}
+INTERRUPTED_FILE = "INTERRUPTED_FILE"  # a run that a signal has stopped creates the file that this variable names
 
 
 @dataclass
@@ -83,6 +95,16 @@ class Data:
     val_examples: list[dict]
     val: Tokens
     train: Tokens | None = None
+    train_digest: str | None = None
+
+
+class Step(NamedTuple):
+    """A step that has not been written to the log: what is still on the device, and what it was made of."""
+
+    loss: torch.Tensor  # this rank's share, scalar
+    lr: float
+    stage: int
+    passes: list[tuple[list[int], torch.Tensor]]  # (examples, mean loss) of each of this rank's micro-batches
 
 
 @dataclass
@@ -97,12 +119,15 @@ class Run:
     data: Data
     logger: RunLogger
     progress: Progress
+    interruption: Interruption | None = None
+    throughput: Throughput | None = None
     wrapped: torch.nn.Module | None = None  # the model as it is called in training: DDP's, or the model itself
     optimizer: torch.optim.Optimizer | None = None
-    # (loss, lr, stage) of the steps since the last write to the log
-    unlogged: list[tuple[torch.Tensor, float, int]] = field(default_factory=list)
+    unlogged: list[Step] = field(default_factory=list)  # since the last write to the log
+    saved: Path | None = None  # the newest checkpoint
 
 
+@record
 def main(config: Config) -> int:
     """Trains, or evaluates only; returns the exit code."""
     try:
@@ -110,7 +135,8 @@ def main(config: Config) -> int:
         if config.only_eval:
             evaluate_only(config, world)
         else:
-            train(config, world)
+            with folder_of_one(world, config.run_dir), Interruption(world) as interruption:
+                train(config, world, interruption)
     except UserError as error:
         return report(error)
     finally:
@@ -118,20 +144,22 @@ def main(config: Config) -> int:
     return 0
 
 
-def train(config: Config, world: World) -> None:
+def train(config: Config, world: World, interruption: Interruption) -> None:
     """The whole curriculum: train an epoch, validate, save; from the newest checkpoint where there is one."""
     checkpoint = find_checkpoint(config, world)
-    if checkpoint is not None and (others := differences(config, checkpoint)):
-        raise UserError(f"{checkpoint} is of another configuration ({'; '.join(others.values())}): choose another name")
     progress = read_progress(checkpoint) if checkpoint is not None else Progress()
     run = prepare(config, world, checkpoint or find_weights(config, world), progress)
-    wrap(run)
-    seed_everything(config.seed, world.rank)  # ranks draw different dropout
+    run.interruption, run.saved = interruption, checkpoint
+    run.throughput = Throughput(FlopCounter.of(run.model), peak_flops(world.device))
+    run.wrapped = wrap(run.model, world)
     restore(run, checkpoint)
     announce(run, checkpoint)
     for epoch in range(run.progress.epoch, config.num_epochs):
-        stage, trained = train_epoch(run, epoch)
-        metrics, predictions = validate(run, epoch, stage, trained)
+        stage = train_epoch(run, epoch)
+        if interruption.settle():
+            stop(run, stage)
+            return
+        metrics, predictions = validate(run, epoch, stage)
         save_if_due(run, epoch, stage, metrics, predictions)
     finish(run)
 
@@ -148,6 +176,7 @@ def evaluate_only(config: Config, world: World) -> None:
     description = read_description(source) or {}
     stage = stage_to_evaluate(config, description, run.logger)
     run.logger.say(f"evaluating {source} at stage {stage} on {config.val_path} ({len(run.data.val)} examples)")
+    gather_weights(run.model)  # all ranks
     metrics, predictions = evaluate(
         run.model, run.tokenizer, run.data.val_examples, run.data.val, stage, config, run.markers, world, "evaluating"
     )
@@ -165,13 +194,38 @@ def evaluate_only(config: Config, world: World) -> None:
 
 
 def find_checkpoint(config: Config, world: World) -> Path | None:
-    """The newest whole checkpoint of this run, which wins over load_model_path; all ranks get the same."""
-    return on_main_rank(world, lambda: next(reversed(checkpoints(config.run_dir)), None))
+    """The newest whole checkpoint of this run, which wins over load_model_path; all ranks get the same.
+
+    Raises UserError where it is of a run with another configuration.
+    """
+
+    def find() -> Path | None:
+        checkpoint = newest_whole(config.run_dir, lambda text: print(text, file=sys.stderr, flush=True))
+        if checkpoint is None:
+            return None
+        others = differences(config, checkpoint)
+        if not config.continue_changed:
+            others = changes(config, config.run_dir) | others
+        if others:
+            hint = "" if differences(config, checkpoint) else ", or set continue_changed=true"
+            raise UserError(
+                f"{checkpoint} is of another configuration ({'; '.join(others.values())}): choose another name{hint}"
+            )
+        return checkpoint
+
+    return on_main_rank(world, find)
 
 
 def find_weights(config: Config, world: World) -> Path | None:
     """What load_model_path points to, if it is set; all ranks get the same."""
-    return on_main_rank(world, lambda: config.load_model_path and resolve(config.load_model_path))
+
+    def find() -> Path | None:
+        path = resolve(config.load_model_path) if config.load_model_path else None
+        if path is not None and (path / "trainer").is_dir() and (problem := damage(path)):
+            raise UserError(f"load_model_path {str(path)!r} is damaged: {problem}")
+        return path
+
+    return on_main_rank(world, find)
 
 
 def prepare(config: Config, world: World, source: Path | None, progress: Progress) -> Run:
@@ -179,10 +233,15 @@ def prepare(config: Config, world: World, source: Path | None, progress: Progres
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     seed_everything(config.seed)  # every rank makes the same new weights
-    model, tokenizer, markers = load_model(config, source)
-    model.to(world.device)
+    model, tokenizer, markers = load(config, world, source)
     data = load_data(config, world, tokenizer)
     check_lengths(config, model.max_positions, data)
+    if progress.data not in (None, data.train_digest) and not config.continue_changed:
+        raise UserError(
+            f"{source} was trained on other data than {config.train_path} now holds: choose another name, or set "
+            f"continue_changed=true"
+        )
+    progress.data = data.train_digest
     folder = config.run_dir / "eval" if config.only_eval else config.run_dir
     if world.is_main:
         write_config(config, folder, world.size)
@@ -199,12 +258,13 @@ def load_data(config: Config, world: World, tokenizer) -> Data:
         limits = {name: min(limit or DEBUG_EXAMPLES[name], DEBUG_EXAMPLES[name]) for name, limit in limits.items()}
     val_examples = load_examples(config.val_path, limits["val"])
 
-    def open_tokens(path: str, limit: int | None) -> Tokens:
-        return Tokens.open(on_main_rank(world, lambda: cache_tokens(path, tokenizer, cache, limit)))
+    def tokens_of(path: str, limit: int | None) -> Path:
+        return on_main_rank(world, lambda: cache_tokens(path, tokenizer, cache, limit))
 
-    data = Data(val_examples, open_tokens(config.val_path, limits["val"]))
+    data = Data(val_examples, Tokens.open(tokens_of(config.val_path, limits["val"])))
     if not config.only_eval:
-        data.train = open_tokens(config.train_path, limits["train"])
+        folder = tokens_of(config.train_path, limits["train"])
+        data.train, data.train_digest = Tokens.open(folder), folder.name
         if config.max_train_tokens is not None:
             data.train.leave_out_longer_than(config.max_train_tokens)
             if len(data.train) == 0:
@@ -223,14 +283,6 @@ def check_lengths(config: Config, max_positions: int | None, data: Data) -> None
                 f"{path}: record {index} (counted from 0) makes {length} tokens, but {config.model_id} has only "
                 f"{max_positions} positions" + ("; see max_train_tokens" if tokens is data.train else "")
             )
-
-
-def wrap(run: Run) -> None:
-    """Puts the model under DDP where there are several ranks."""
-    run.wrapped = run.model
-    if run.world.size > 1:
-        gpus = [run.world.local_rank] if run.world.device.type == "cuda" else None
-        run.wrapped = DistributedDataParallel(run.model, device_ids=gpus)
 
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
@@ -256,11 +308,13 @@ def stage_to_evaluate(config: Config, description: dict, logger: RunLogger) -> i
 def restore(run: Run, checkpoint: Path | None) -> None:
     """Where the run goes on: optimizer and random state of its checkpoint, or the epoch that `resume` names."""
     run.optimizer = make_optimizer(run)
+    # ranks draw different dropout, and other than before where a checkpoint has no random state for so many ranks
+    seed_everything(run.config.seed, run.world.rank, run.progress.step)
     if checkpoint is not None:
         load_optimizer(checkpoint, run.model, run.optimizer)
         load_random_state(checkpoint, run.world)
     elif run.config.resume:
-        n_steps = len(epoch_plan(len(run.data.train), run.config, 0, 0, run.world.size))
+        n_steps = steps_per_epoch(len(run.data.train), run.config, run.world.size)
         run.progress.epoch = run.config.resume
         run.progress.step = run.config.resume * n_steps  # so that curves and schedules are those of the whole run
 
@@ -269,17 +323,19 @@ def announce(run: Run, checkpoint: Path | None) -> None:
     """Says what is about to happen."""
     config, world, progress = run.config, run.world, run.progress
     accumulation, size = config.passes(world.size)
-    n_steps = len(epoch_plan(len(run.data.train), config, 0, 0, world.size))
+    n_steps = steps_per_epoch(len(run.data.train), config, world.size)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     say = run.logger.say
-    say(f"{config.name}: {config.method}, {parameters:,} parameters, on {world.size} x {world.device.type}")
+    how = "fsdp" if is_sharded(run.model) else "ddp" if world.size > 1 else "one process"
+    say(f"{config.name}: {config.method}, {parameters:,} parameters, on {world.size} x {world.device.type} ({how})")
     say(
         f"global batch {accumulation * world.size * size} = {world.size} ranks x "
         f"{size} examples x {accumulation} passes; {n_steps} steps an epoch, "
         f"{len(run.data.train)} training and {len(run.data.val)} validation examples"
     )
     if checkpoint is not None:
-        say(f"continuing from {checkpoint}, after {progress.epoch} of {config.num_epochs} epochs")
+        within = f" and {progress.seen} examples" if progress.seen else ""
+        say(f"continuing from {checkpoint}, after {progress.epoch} of {config.num_epochs} epochs{within}")
         if config.load_model_path is not None:
             say("(load_model_path is where the run began; its own checkpoint is newer)")
     elif progress.epoch:
@@ -293,18 +349,20 @@ def announce(run: Run, checkpoint: Path | None) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def train_epoch(run: Run, epoch: int) -> tuple[int, dict]:
-    """One pass over the training set. Returns the stage that it ended with, and train_loss, the mean of its steps,
-    and train_seconds."""
-    config, world, markers = run.config, run.world, run.markers
-    plan = epoch_plan(len(run.data.train), config, epoch, world.rank, world.size)
-    stages = [stage_of_step(config, epoch, step, len(plan)) for step in range(len(plan))]
+def train_epoch(run: Run, epoch: int) -> int:
+    """One pass over the training set, or over what an interrupted one has left of it. Returns the stage that it ended
+    with. It ends early where the ranks have agreed to stop (see Interruption)."""
+    config, world, markers, progress = run.config, run.world, run.markers, run.progress
+    n_steps = steps_per_epoch(len(run.data.train), config, world.size)
+    plan = epoch_plan(order_of_epoch(run, epoch), config, world.rank, world.size, progress.seen)
+    first = n_steps - len(plan)
+    stages = [stage_of_step(config, epoch, step, n_steps) for step in range(n_steps)]
     loader = DataLoader(
         StageDataset(run.data.train, config, markers, epoch),
         batch_sampler=[
             [(index, stage) for index in micro.indices]
-            for stage, micro_batches in zip(stages, plan, strict=True)
-            for micro in micro_batches
+            for stage, planned in zip(stages[first:], plan, strict=True)
+            for micro in planned.micro_batches
         ],
         collate_fn=partial(collate_for_device, pad_token_id=markers.eos, latent_token_id=markers.latent),
         num_workers=config.num_workers,
@@ -312,20 +370,39 @@ def train_epoch(run: Run, epoch: int) -> tuple[int, dict]:
         generator=torch.Generator(),  # the loader draws its workers' seeds: not from the stream that dropout uses
     )
     batches = iter(loader)
-    begin, total = time.perf_counter(), 0.0
+    begin, before = time.perf_counter(), progress.seconds
+    run.throughput.start()
     run.wrapped.train()
     bar = progress_bar(plan, f"epoch {epoch} stage {stage_name(stages[-1])}", "step", shown=world.is_main)
-    for step, micro_batches in enumerate(bar):
-        if optimizer_is_due(run, epoch, step, len(plan)):
+    for step, planned in enumerate(bar, start=first):
+        if optimizer_is_due(run, epoch, step, n_steps):
             run.optimizer = make_optimizer(run)
-        lr = config.lr * lr_factor(config, epoch, step, len(plan))
-        loss = train_step(run, micro_batches, batches, lr)
-        run.unlogged.append((loss, lr, stages[step]))
-        if run.progress.step % config.log_every_steps == 0 or step + 1 == len(plan):
+        lr = config.lr * lr_factor(config, epoch, step, n_steps)
+        loss, passes = train_step(run, planned.micro_batches, batches, lr)
+        run.unlogged.append(Step(loss, lr, stages[step], passes))
+        progress.seen += planned.n_examples
+        is_last = step + 1 == n_steps
+        save_now = not is_last and config.save_every_steps and progress.step % config.save_every_steps == 0
+        stop_now = run.interruption.asked()
+        if progress.step % config.log_every_steps == 0 or is_last or save_now or stop_now:
             losses = log_steps(run, epoch)
-            total += sum(losses)
+            progress.losses += sum(loss for loss in losses if math.isfinite(loss))
+            progress.seconds = before + time.perf_counter() - begin
             bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
-    return stages[-1], {"train_loss": total / len(plan), "train_seconds": time.perf_counter() - begin}
+        if stop_now:
+            break
+        if save_now:
+            save_checkpoint(run, stages[step])
+            run.throughput.start()
+    bar.close()
+    return stages[-1]
+
+
+def order_of_epoch(run: Run, epoch: int) -> list[int]:
+    """The training examples as an epoch takes them: in random order, or with group_by_length in random groups."""
+    config, train = run.config, run.data.train
+    lengths = sequence_lengths(train, config, stage_of(config, epoch)) if config.group_by_length else None
+    return example_order(len(train), config, epoch, lengths)
 
 
 def optimizer_is_due(run: Run, epoch: int, step: int, n_steps: int) -> bool:
@@ -342,7 +419,7 @@ def optimizer_is_due(run: Run, epoch: int, step: int, n_steps: int) -> bool:
     last_stage = stage_of_step(config, last_epoch, last_step, n_steps)
     if stage_of_step(config, epoch, step, n_steps) == last_stage:
         return False
-    for index in examples_of_steps(len(train), config, last_epoch, run.world.size)[last_step]:
+    for index in examples_of_steps(order_of_epoch(run, last_epoch), config, run.world.size)[last_step]:
         steps = train[index][1]
         stage = stage_of_example(config, last_stage, last_epoch, index, len(steps))
         if kept_reasoning(steps, stage, config):
@@ -350,32 +427,48 @@ def optimizer_is_due(run: Run, epoch: int, step: int, n_steps: int) -> bool:
     return False
 
 
-def train_step(run: Run, micro_batches: list[MicroBatch], batches, lr: float) -> torch.Tensor:
+def train_step(run: Run, micro_batches: list[MicroBatch], batches, lr: float) -> tuple[torch.Tensor, list]:
     """Forward and backward of each micro-batch, then one optimizer step. Gradients meet at the last backward.
 
-    Returns this rank's share of the step's loss, a scalar that is still on the device.
+    Returns this rank's share of the step's loss, and of each micro-batch its examples and its own loss: scalars that
+    are still on the device.
     """
     config, world = run.config, run.world
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    step_loss = torch.zeros((), device=world.device)
+    step_loss, passes = torch.zeros((), device=world.device), []
     for number, micro in enumerate(micro_batches):
+        begin = time.perf_counter()
         batch = next(batches)
+        run.throughput.waiting += time.perf_counter() - begin
+        run.throughput.add(batch["attention_mask"].sum(dim=1).tolist(), len(batch["supervised"]))
         for name, value in batch.items():
             if isinstance(value, torch.Tensor):
                 batch[name] = value.to(world.device, non_blocking=True)
-        last = number + 1 == len(micro_batches)
-        with nullcontext() if last or world.size == 1 else run.wrapped.no_sync():
+        with gradients_meet(run.wrapped, now=number + 1 == len(micro_batches)):
             with autocast(config, world):
-                loss = run.wrapped(**batch).loss * micro.weight
-            loss.backward()  # all ranks, where it is the last: DDP averages the gradients
-        step_loss += loss.detach()
-    if config.max_grad_norm is not None:
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm)
-    run.optimizer.step()
+                loss = run.wrapped(**batch).loss
+            (loss * micro.weight).backward()  # all ranks, where it is the last: gradients are averaged
+        passes.append((micro.indices, loss.detach()))
+        step_loss += loss.detach() * micro.weight
+    norm = None
+    if config.max_grad_norm is not None or config.skip_nonfinite:
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
+    if config.skip_nonfinite and not is_finite(norm, step_loss):
+        run.progress.skipped += 1
+    else:
+        run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.progress.step += 1
-    return step_loss
+    return step_loss, passes
+
+
+def is_finite(norm: torch.Tensor, loss: torch.Tensor) -> bool:
+    """Whether the gradient and all ranks' losses are. Collective, and it waits for the device."""
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # all ranks, where it is sharded
+    both = loss + norm
+    dist.all_reduce(both)  # all ranks
+    return bool(both.isfinite())
 
 
 def lr_factor(config: Config, epoch: int, step: int, steps_per_epoch: int) -> float:
@@ -390,19 +483,52 @@ def lr_factor(config: Config, epoch: int, step: int, steps_per_epoch: int) -> fl
 
 
 def log_steps(run: Run, epoch: int) -> list[float]:
-    """Writes the losses since the last call, each the mean over the step's examples on all ranks; returns them."""
-    losses = torch.stack([loss for loss, _, _ in run.unlogged])
+    """Writes the losses since the last call, each the mean over the step's examples on all ranks; returns them.
+
+    Raises UserError on every rank where one is not finite, unless skip_nonfinite is set.
+    """
+    losses = torch.stack([step.loss for step in run.unlogged])
     dist.all_reduce(losses)  # all ranks: each holds its share of every step's loss
     losses = (losses / run.world.size).tolist()
+    speed = run.throughput.report(run.world.size)  # all ranks
     first = run.progress.step - len(losses) + 1
-    for step, (loss, (_, lr, stage)) in enumerate(zip(losses, run.unlogged, strict=True), start=first):
-        run.logger.log("step", step=step, epoch=epoch, stage=stage, loss=loss, lr=lr)
+    for number, (loss, step) in enumerate(zip(losses, run.unlogged, strict=True), start=first):
+        if not math.isfinite(loss):
+            report_nonfinite(run, epoch, number, loss, step)
+        run.logger.log("step", step=number, epoch=epoch, stage=step.stage, loss=loss, lr=step.lr, **speed)
     run.unlogged.clear()
     return losses
 
 
-def validate(run: Run, epoch: int, stage: int, trained: dict) -> tuple[dict, list[dict]]:
+def report_nonfinite(run: Run, epoch: int, number: int, loss: float, step: Step) -> None:
+    """Writes down which examples made the loss of a step NaN or infinite, and stops the run, or not: skip_nonfinite.
+    Collective: every rank must call it."""
+    mine = [index for indices, value in step.passes if not value.isfinite() for index in indices]
+    shares: list = [None] * run.world.size
+    dist.all_gather_object(shares, mine)  # all ranks
+    examples = sorted(index for share in shares for index in share)
+    file = run.config.run_dir / "nonfinite.jsonl"
+    if run.world.is_main:
+        record = {"epoch": epoch, "step": number, "loss": str(loss), "examples": examples}
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record) + "\n")
+    if run.config.skip_nonfinite:
+        run.logger.say(f"warning: the loss of step {number} is {loss}: left out, its examples are in {file}")
+        return
+    raise UserError(
+        f"the loss of step {number}, in epoch {epoch}, is {loss}; the examples of its passes are in {file}; "
+        f"the last good checkpoint is {run.saved or 'none'}; try a lower lr, max_grad_norm, or skip_nonfinite=true"
+    )
+
+
+def validate(run: Run, epoch: int, stage: int) -> tuple[dict, list[dict]]:
     """Evaluates after an epoch, and says and logs the result together with the epoch's training."""
+    progress = run.progress
+    n_steps = steps_per_epoch(len(run.data.train), run.config, run.world.size)
+    trained = {"train_loss": progress.losses / n_steps, "train_seconds": progress.seconds}
+    if run.config.skip_nonfinite:
+        trained["skipped"] = progress.skipped
+    gather_weights(run.model)  # all ranks: what follows they do at their own pace
     metrics, predictions = evaluate(
         run.model, run.tokenizer, run.data.val_examples, run.data.val, stage, run.config, run.markers, run.world
     )
@@ -417,31 +543,43 @@ def validate(run: Run, epoch: int, stage: int, trained: dict) -> tuple[dict, lis
 
 
 def save_if_due(run: Run, epoch: int, stage: int, metrics: dict, predictions: list[dict]) -> None:
-    """Saves after every epoch; with save_only_improve, when accuracy is the best of its stage so far."""
+    """Saves after every epoch. With save_only_improve, an epoch whose accuracy is not the best of its stage so far
+    leaves a checkpoint for a restart only."""
     progress = run.progress
     progress.epoch = epoch + 1
+    progress.seen, progress.losses, progress.seconds = 0, 0.0, 0.0
     improved = metrics["accuracy"] > progress.best.get(stage, -1.0)
     if improved:
         progress.best[stage] = metrics["accuracy"]
-    if run.config.debug or (run.config.save_only_improve and not improved):
+    keep = improved or not run.config.save_only_improve
+    save_checkpoint(run, stage, as_files(metrics, predictions) if keep else None)
+
+
+def save_checkpoint(run: Run, stage: int, files: dict[str, str] | None = None) -> None:
+    """Saves this moment; with `files`, that of a finished epoch. Collective: every rank must call it."""
+    if run.config.debug:
         return
-    save(
-        run.config,
-        run.world,
-        progress,
-        run.model,
-        run.tokenizer,
-        run.markers,
-        stage,
-        run.optimizer,
-        as_files(metrics, predictions),
+    weights = whole_weights(run.model)  # all ranks
+    run.saved = save(
+        run.config, run.world, run.progress, run.model, weights, run.tokenizer, run.markers, stage, run.optimizer, files
     )
 
 
+def stop(run: Run, stage: int) -> None:
+    """Saves, because a signal has announced the end of this job; the next one goes on from here."""
+    save_checkpoint(run, stage)
+    run.logger.say(f"stopped by a signal; start the same command again to continue from {run.saved}")
+    run.logger.close()
+    if run.world.is_main and (file := os.environ.get(INTERRUPTED_FILE)):
+        Path(file).touch()
+
+
 def finish(run: Run) -> None:
-    """Closes the log and prints the run's table."""
+    """Closes the log, removes what only a restart would need, and prints the run's table."""
     run.logger.close()
     if run.world.is_main:
+        if not run.config.only_eval:
+            remove_restarts(run.config.run_dir)
         print(summary(run.config.run_dir), flush=True)
 
 

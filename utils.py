@@ -9,15 +9,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import fcntl
 import json
 import netrc
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 import typing
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -114,6 +119,9 @@ class Config:
         None, "leave out training examples that are longer than this with all steps written", low=1
     )
     max_eval_examples: int | None = _key(None, "validate on the first so many examples", low=1)
+    group_by_length: bool = _key(
+        False, "batches of similar lengths, in random order: less padding (the paper's order is random throughout)"
+    )
     num_workers: int = _key(1, "loader processes for each rank", low=0)
 
     # the optimisation
@@ -136,7 +144,16 @@ class Config:
     )
 
     # the machine
-    strategy: str = _key("auto", "auto | ddp", choices=("auto", "ddp"))
+    strategy: str = _key(
+        "auto",
+        "auto | ddp | fsdp; auto is ddp, which replicates the model, unless that would take more than 60 % of a GPU's "
+        "memory: then fsdp, which shards it",
+        choices=("auto", "ddp", "fsdp"),
+    )
+    compile: bool = _key(False, "compile the decoder blocks with torch.compile: minutes at first, faster steps on GPUs")
+    gradient_checkpointing: bool = _key(
+        False, "keep only the inputs of the decoder blocks and compute the rest again: less memory, slower"
+    )
     bf16: bool = _key(False, "mixed precision: bfloat16 arithmetic, float32 weights and optimizer")
     bf16_weights: bool = _key(False, "weights and optimizer in bfloat16 too (what the reference's bf16 does)")
 
@@ -144,7 +161,18 @@ class Config:
     eval_batch_size: int = _key(32, "prompts generated from at once on one rank", low=1)
     max_new_tokens: int = _key(128, "longest generation", low=1)
     save_only_improve: bool = _key(False, "save only when validation accuracy is the best of its stage so far")
-    keep_checkpoints: int | None = _key(None, "keep the newest so many, and the best (default: all)", low=1)
+    save_every_steps: int | None = _key(
+        None,
+        "save within epochs too, after every so many optimizer steps; only the newest two of these are kept",
+        low=1,
+    )
+    keep_checkpoints: int | None = _key(None, "keep the newest so many epochs, and the best (default: all)", low=1)
+    continue_changed: bool = _key(
+        False, "continue the run in save_path/name although this configuration would have led to other weights"
+    )
+    skip_nonfinite: bool = _key(
+        False, "leave out optimizer steps whose loss or gradient is not finite, and count them, instead of stopping"
+    )
 
     @classmethod
     def from_file(
@@ -221,6 +249,8 @@ class Config:
             found.append("from_scratch and load_model_path exclude each other")
         if self.bf16 and self.bf16_weights:
             found.append("bf16 (mixed precision) and bf16_weights (everything in bfloat16) exclude each other")
+        if self.compile and self.gradient_checkpointing:
+            found.append("compile and gradient_checkpointing exclude each other")
         try:
             self.passes(world_size)
         except UserError as error:
@@ -536,18 +566,112 @@ def on_main_rank(world: World, action: typing.Callable):
 
     Collective: every rank must call it. A UserError of rank 0 is raised on every rank, so that none waits for ever.
     """
+    return on_every_rank(world, action if world.is_main else lambda: None)[0]
+
+
+def on_every_rank(world: World, action: typing.Callable) -> list:
+    """Runs `action` on every rank and gives the results of all ranks to all. A UserError of any is raised on all."""
     import torch.distributed as dist
 
-    outcome = [None, None]
-    if world.is_main:
+    result, problem = None, None
+    try:
+        result = action()
+    except UserError as error:
+        problem = str(error)
+    outcomes: list = [None] * world.size
+    dist.all_gather_object(outcomes, (result, problem))  # all ranks
+    for _, text in outcomes:
+        if text is not None:
+            raise UserError(text)
+    return [result for result, _ in outcomes]
+
+
+@contextmanager
+def folder_of_one(world: World, folder: Path) -> typing.Iterator[None]:
+    """Holds a run's folder against other jobs until the end, or the death, of this one. Collective.
+
+    Raises UserError, on every rank, where another job holds it.
+    """
+    held = []
+
+    def hold() -> None:
         try:
-            outcome[0] = action()
-        except UserError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)  # all ranks
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / ".lock").open("a+", encoding="utf-8")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{folder} is in use by another job ({file.read().strip()}): choose another name") from None
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written to: {error.strerror}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        held.append(file)
+
+    on_main_rank(world, hold)
+    try:
+        yield
+    finally:
+        for file in held:
+            file.truncate(0)
+            file.close()
+
+
+class Interruption:
+    """SIGTERM and SIGUSR1, with which clusters announce that a job has to go: the ranks agree to stop at one step.
+
+    A second signal exits at once. One within a second of the first does not count as another: launchers hand on what
+    the cluster has sent to every process anyway. Used as a context; `asked` is collective.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, world: World):
+        self.world = world
+        self.received: float | None = None  # when
+        self.name = "a signal"
+        self._question = None  # (flag, work) of the last time that the ranks asked each other
+        self._before = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _) -> None:
+        if self.received is not None and time.monotonic() - self.received > 1:
+            os._exit(128 + number)
+        self.received = self.received or time.monotonic()
+        self.name = signal.Signals(number).name
+
+    def asked(self) -> bool:
+        """Whether a rank had been signalled when they last met here. The answer is that of the call before, so that no
+        step waits for it. Collective: every rank must call it, after every step."""
+        if self.world.size == 1:
+            return self.received is not None
+        answer = self.settle()
+        import torch
+        import torch.distributed as dist
+
+        flag = torch.tensor(int(self.received is not None))
+        self._question = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)  # all ranks
+        return answer
+
+    def settle(self) -> bool:
+        """The answer that is still out. Collective: at the end of the steps."""
+        if self.world.size == 1:
+            return self.received is not None
+        if self._question is None:
+            return False
+        flag, work = self._question
+        work.wait()
+        self._question = None
+        return bool(flag)
 
 
 def seed_everything(*entropy: int) -> None:

@@ -194,9 +194,10 @@ def world():
 
 def save(config, world, model, tokenizer, markers, epoch: int, accuracy: float = 0.5, stage: int = 0):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    progress = Progress(epoch, 10 * epoch, {stage: max(accuracy, 0.5)})
+    progress = Progress(epoch, 10 * epoch, best={stage: max(accuracy, 0.5)})
     files = {"metrics.json": json.dumps({"accuracy": accuracy}), "predictions.jsonl": ""}
-    return checkpoint.save(config, world, progress, model, tokenizer, markers, stage, optimizer, files)
+    weights = model.state_dict()
+    return checkpoint.save(config, world, progress, model, weights, tokenizer, markers, stage, optimizer, files)
 
 
 def test_only_whole_checkpoints_are_found(tiny, tmp_path, world):
@@ -211,7 +212,7 @@ def test_only_whole_checkpoints_are_found(tiny, tmp_path, world):
     (run / "checkpoint_best").mkdir()
     assert [path.name for path in checkpoint.checkpoints(run)] == ["checkpoint_2", "checkpoint_9", "checkpoint_10"]
     assert resolve(str(run)).name == "checkpoint_10"
-    assert checkpoint.read_progress(run / "checkpoint_9") == Progress(9, 90, {0: 0.5})
+    assert checkpoint.read_progress(run / "checkpoint_9") == Progress(9, 90, best={0: 0.5})
     save(config, world, *parts, 13)
     assert (run / "checkpoint_13.replaced-1").read_text() == "of the reference"
     assert not list(run.glob(".writing-checkpoint_13"))
@@ -235,7 +236,9 @@ def test_optimizer_and_random_state_come_back(tiny, tmp_path, world):
         model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
         optimizer.step()
     files = {"metrics.json": "{}", "predictions.jsonl": ""}
-    folder = checkpoint.save(config, world, Progress(1, 2), model, tokenizer, markers, 0, optimizer, files)
+    folder = checkpoint.save(
+        config, world, Progress(1, 2), model, model.state_dict(), tokenizer, markers, 0, optimizer, files
+    )
     wanted = torch.rand(3)
     other = torch.optim.AdamW(model.parameters(), lr=1e-3)
     checkpoint.load_optimizer(folder, model, other)

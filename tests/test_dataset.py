@@ -20,9 +20,13 @@ from dataset import (
     collate,
     collate_prompts,
     epoch_plan,
+    example_order,
+    examples_of_steps,
     load_examples,
+    longest_sequence,
     prompt,
     schedule,
+    sequence_lengths,
     stage_of,
     stage_of_example,
     stage_of_step,
@@ -235,34 +239,77 @@ def test_prompts_end_in_one_column():
 
 
 def flat(plan):
-    return [micro for step in plan for micro in step]
+    return [micro for step in plan for micro in step.micro_batches]
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 4), (2, 2), (4, 1)])
 @pytest.mark.parametrize("n_examples", [1, 7, 32, 61, 64])
 def test_every_example_once_and_the_same_steps_for_every_world(world_size, accumulation, n_examples):
     config = Config(batch_size_training=8, gradient_accumulation_steps=accumulation, seed=5)
-    plans = [epoch_plan(n_examples, config, 2, rank, world_size) for rank in range(world_size)]
+    order = example_order(n_examples, config, 2)
+    plans = [epoch_plan(order, config, rank, world_size) for rank in range(world_size)]
     seen = [index for plan in plans for micro in flat(plan) if micro.weight for index in micro.indices]
     assert sorted(seen) == list(range(n_examples))
-    one = epoch_plan(n_examples, Config(batch_size_training=8, gradient_accumulation_steps=4, seed=5), 2, 0, 1)
+    one = epoch_plan(order, Config(batch_size_training=8, gradient_accumulation_steps=4, seed=5), 0, 1)
     assert {len(plan) for plan in plans} == {len(one)}
     for number, step in enumerate(one):
-        alone = sorted(tuple(micro.indices) for micro in step)
-        together = sorted(tuple(m.indices) for plan in plans for m in plan[number] if m.weight)
-        assert alone == together
-        assert len({len(plan[number]) for plan in plans}) == 1  # as many passes on each rank
-        weights = sum(m.weight for plan in plans for m in plan[number]) / world_size
-        assert weights == pytest.approx(1.0)
+        steps = [plan[number] for plan in plans]
+        alone = sorted(tuple(micro.indices) for micro in step.micro_batches)
+        assert alone == sorted(tuple(m.indices) for m in flat(steps) if m.weight)
+        assert {other.n_examples for other in steps} == {sum(map(len, alone))}
+        assert len({len(other.micro_batches) for other in steps}) == 1  # as many passes on each rank
+        assert sum(m.weight for m in flat(steps)) / world_size == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("world_after", [1, 2, 4])
+def test_the_rest_of_an_epoch_neither_repeats_nor_skips(world_after):
+    config = Config(batch_size_training=8, seed=5)
+    order = example_order(61, config, 3)
+    before = [epoch_plan(order, config, rank, 2)[:2] for rank in range(2)]
+    seen = sum(step.n_examples for step in before[0])
+    after = [epoch_plan(order, config, rank, world_after, seen) for rank in range(world_after)]
+    indices = [i for plan in [*before, *after] for m in flat(plan) if m.weight for i in m.indices]
+    assert sorted(indices) == list(range(61))
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
-    def order(seed, epoch):
-        return [i for m in flat(epoch_plan(50, Config(seed=seed), epoch, 0, 1)) for i in m.indices]
+    for lengths in (None, np.arange(50) % 7):
+        orders = [
+            example_order(50, Config(seed=seed, batch_size_training=8), epoch, lengths)
+            for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))
+        ]
+        assert orders[0] == orders[1]
+        assert orders[0] != orders[2] != orders[3] != orders[0]
 
-    assert order(0, 0) == order(0, 0)
-    assert order(0, 0) != order(0, 1)
-    assert order(0, 0) != order(1, 0)
+
+def test_grouping_by_length_keeps_similar_lengths_together():
+    lengths = np.random.default_rng(0).integers(10, 500, 1003)
+    config = Config(batch_size_training=8, gradient_accumulation_steps=2)
+    order = example_order(1003, config, 0, lengths)
+    assert sorted(order) == list(range(1003))
+
+    def padding(order: list[int]) -> float:
+        steps = [lengths[step] for step in examples_of_steps(order, config, 1)]
+        return 1 - sum(map(sum, steps)) / sum(max(step) * len(step) for step in steps)
+
+    assert padding(order) < 0.05 < 0.4 < padding(example_order(1003, config, 0))
+    means = [lengths[step].mean() for step in examples_of_steps(order, config, 1)]
+    assert means != sorted(means)  # short and long batches come in random order
+
+
+@pytest.mark.parametrize("method", ["coconut", "cot", "no_cot", "no_thoughts", "icot"])
+@pytest.mark.parametrize("pad", [True, False])
+def test_lengths_are_those_of_the_sequences(data_file, tmp_path, method, pad):
+    config = Config(method=method, c_thought=2, max_latent_stage=2, pad_latent_to_max=pad)
+    tokens = Tokens.open(cache_tokens(str(data_file), character_tokenizer(), tmp_path, show_progress=False))
+    for stage in (0, 1, 2, 3, NO_REASONING):
+        wanted = [len(training_sequence(*tokens[i], stage, config, M)[0]) for i in range(3)]
+        assert sequence_lengths(tokens, config, stage).tolist() == wanted
+    tokens.leave_out_longer_than(20)
+    wanted = [len(training_sequence(*tokens[i], 0, config, M)[0]) for i in range(len(tokens))]
+    assert 0 < len(tokens) < 3
+    assert sequence_lengths(tokens, config, 0).tolist() == wanted
+    assert longest_sequence(tokens, config)[0] >= max(wanted)
 
 
 # ---- files ----

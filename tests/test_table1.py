@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 
 import run
+from checkpoint import load_model
 from dataset import schedule, stage_of, stage_of_step, thoughts_and_dropped
 from utils import Config
 
@@ -121,7 +122,7 @@ def test_icot_makes_the_optimizer_anew_while_reasoning_is_left(place, monkeypatc
 
 def test_pause_gets_no_feedback(place):
     config = Config.from_file(ROOT / "args" / "prosqa_pause.yaml", [f"model_id={place / 'prosqa'}"], needs_files=False)
-    model, _, markers = run.load_model(config, None)
+    model, _, markers = load_model(config, None)
     spans = []
     model._span = lambda *arguments, span=model._span: spans.append(1) or span(*arguments)
     model(torch.tensor([[5, markers.start, markers.latent, markers.latent, markers.end, 6]]))

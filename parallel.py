@@ -1,0 +1,173 @@
+"""How the ranks share one model: replicated (DDP) or sharded (FSDP2); compiled and checkpointed blocks.
+
+Under FSDP a rank owns a share of the weights, their gradients and the optimizer's state in float32, and gathers the
+whole weights, in the dtype of the arithmetic, for the passes of a step. They are gathered once a step, not once a
+latent pass, and the gradients of all passes are reduced once: a step sends what plain data parallelism sends, and ranks
+whose rows have different numbers of latents, or whose generations end at different steps, never wait for each other in
+between. What that costs is room for the whole weights and for one whole gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+
+from checkpoint import load_model, shape_of
+from coconut import Coconut
+from dataset import Markers
+from kv_cache import checkpoint_blocks
+from utils import Config, World, on_main_rank
+
+BYTES_PER_PARAMETER = 16  # float32 weights, gradients, and AdamW's two averages
+SHARE_OF_MEMORY = 0.6  # of a GPU that these may take under DDP; activations need the rest
+
+
+def load(config: Config, world: World, source: Path | None) -> tuple[Coconut, object, Markers]:
+    """(model, tokenizer, markers) of this rank, on its device: whole, or sharded where the strategy is fsdp.
+
+    Collective: every rank must call it. Raises UserError as `checkpoint.load_model` does.
+    """
+    if choose_strategy(config, world, source) != "fsdp":
+        model, tokenizer, markers = load_model(config, source)
+        _prepare_blocks(model, config)
+        return model.to(world.device), tokenizer, markers
+    # rank 0 reads the model, into its CPU's memory; the others learn what it looks like
+    whole: list = []
+    shape = on_main_rank(world, lambda: whole.append(load_model(config, source)) or _shape(*whole[0]))
+    base_config, tokenizer, markers = shape
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(base_config, dtype=base_config.dtype)
+        model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
+    _prepare_blocks(model, config)
+    _shard(model, config)
+    _fill(model, whole[0][0] if world.is_main else None, world)
+    return model, tokenizer, markers
+
+
+def choose_strategy(config: Config, world: World, source: Path | None) -> str:
+    """ddp or fsdp, also for a world of one. auto is ddp unless the model is too large for it."""
+    if config.strategy != "auto":
+        return config.strategy
+    if world.size == 1 or world.device.type != "cuda":
+        return "ddp"
+    with torch.device("meta"):
+        n_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape_of(config, source)).parameters())
+    room = SHARE_OF_MEMORY * torch.cuda.get_device_properties(world.device).total_memory
+    return "fsdp" if n_parameters * BYTES_PER_PARAMETER > room else "ddp"
+
+
+def blocks_of(model: Coconut) -> list[nn.Module]:
+    """The decoder blocks, which the model itself names."""
+    names = model.base_causallm._no_split_modules or ()
+    return [module for module in model.base_causallm.get_decoder().modules() if type(module).__name__ in names]
+
+
+def _prepare_blocks(model: Coconut, config: Config) -> None:
+    if config.gradient_checkpointing:
+        checkpoint_blocks(blocks_of(model))
+    if config.compile:
+        # a graph for each of: with and without gradients, with and without a mask, one column or several, one row or
+        # several; never one for a length
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for block in blocks_of(model):
+            block.compile(dynamic=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sharding
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def _shape(model: Coconut, tokenizer, markers: Markers) -> tuple:
+    """What another rank needs to make the same model without its weights."""
+    base_config = model.base_causallm.config
+    base_config.dtype = model.base_causallm.dtype
+    return base_config, tokenizer, markers
+
+
+def _shard(model: Coconut, config: Config) -> None:
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    options = {"reshard_after_forward": False, "mp_policy": bf16 if config.bf16 else MixedPrecisionPolicy()}
+    for block in blocks_of(model):
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    register_fsdp_forward_method(model, "generate")
+
+
+def _fill(model: Coconut, whole: Coconut | None, world: World) -> None:
+    """Materialises a model that was made on the meta device with the weights that rank 0 has. All ranks."""
+    model.to_empty(device=world.device)
+    model.base_causallm.tie_weights()  # materialising has made two of tied weights
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, whole.state_dict() if whole is not None else {}, options=options)
+    theirs = dict(whole.named_buffers()) if whole is not None else {}
+    for name, buffer in model.named_buffers():  # such as rotary frequencies, which no state dict holds
+        if world.is_main:
+            buffer.copy_(theirs[name])
+        dist.broadcast(buffer, src=0)
+
+
+def whole_weights(model: Coconut) -> dict[str, torch.Tensor]:
+    """The state dict of the whole model, on the CPU; empty on other ranks than 0 where it is sharded. Collective."""
+    if not is_sharded(model):
+        return model.state_dict()
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def gather_weights(model: Coconut) -> None:
+    """Gathers sharded weights for passes that not all ranks make: until the next training step, none of them
+    communicates. Collective: every rank must call it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def wrap(model: Coconut, world: World) -> nn.Module:
+    """The model as training calls it: under DDP where it is replicated over several ranks."""
+    if is_sharded(model) or world.size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+        forward_sync_buffers=False,  # no model has buffers that training changes
+        gradient_as_bucket_view=True,
+    )
+
+
+@contextmanager
+def gradients_meet(wrapped: nn.Module, now: bool) -> Iterator[None]:
+    """Around the forward and backward of a micro-batch: whether the ranks average their gradients at its end. Inside
+    accumulation they do not, and nothing is sent."""
+    if isinstance(wrapped, DistributedDataParallel) and not now:
+        with wrapped.no_sync():
+            yield
+        return
+    if isinstance(wrapped, FSDPModule):
+
+        def meet(yes: bool) -> None:
+            wrapped.set_requires_gradient_sync(yes)
+            wrapped.set_reshard_after_backward(yes)
+
+        # each pass over a block ends with its gradients: they wait until the backward pass has come to the first span
+        meet(False)
+        wrapped.set_is_last_backward(now)
+        wrapped.before_first_span = (lambda: meet(True)) if now else None
+    yield
