@@ -286,7 +286,7 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True) -> Ma
     A new row, of the input and of the output embedding, tied or not, starts as that of "<<" where the tokenizer has
     it as one token, else as the mean row; unless `initialise` is off, because the rows have been loaded.
     """
-    known = len(tokenizer)
+    known = min(len(tokenizer), base.get_input_embeddings().weight.shape[0])
     missing = [marker for marker in (START, END, LATENT) if marker not in tokenizer.get_vocab()]
     tokenizer.add_tokens(missing)
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:

@@ -124,7 +124,9 @@ def whole_weights(model: Coconut) -> dict[str, torch.Tensor]:
     """The state dict of the whole model, on the CPU; empty on other ranks than 0 where it is sharded. Collective."""
     if not is_sharded(model):
         return model.state_dict()
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # tied weights under one name
+    return {name: value for name, value in weights.items() if name in once}
 
 
 def gather_weights(model: Coconut) -> None:
