@@ -13,7 +13,7 @@ source "$here/download.bash"
 REPOSITORY=da03/Internalize_CoT_Step_by_Step
 MEDIA_URL=${MEDIA_URL:-https://media.githubusercontent.com/media/$REPOSITORY/main/data/gsm8k} # LFS objects
 RAW_URL=${RAW_URL:-https://raw.githubusercontent.com/$REPOSITORY/main/data/gsm8k}
-folder=${1:-$here/../data}
+folder=${1:-data}
 hashes=$folder/gsm_icot.sha256
 
 # get SPLIT BASE_URL EXAMPLES [BYTES]

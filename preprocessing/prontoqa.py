@@ -101,9 +101,10 @@ def add_split_options(parser: argparse.ArgumentParser) -> None:
 
 def publish_splits(splits: dict[str, list[dict]], folder: Path) -> None:
     """Writes folder/prontoqa_NAME.json for each split and says so."""
-    publish({folder / f"prontoqa_{name}.json": examples for name, examples in splits.items()})
-    for name, examples in splits.items():
-        print(f"{folder / f'prontoqa_{name}.json'}: {len(examples)} examples")
+    files = {folder / f"prontoqa_{name}.json": examples for name, examples in splits.items()}
+    publish(files)
+    for path, examples in files.items():
+        print(f"{path}: {len(examples)} examples")
 
 
 if __name__ == "__main__":

@@ -288,11 +288,12 @@ def main(arguments: list[str] | None = None) -> int:
 
             return check(options.check, load_examples, generate, measure, options.seed)
         splits = make_splits(sizes, settings, options.seed, progress=True)
-        publish({options.out / f"{options.prefix}_{name}.json": examples for name, examples in splits.items()})
+        files = {options.out / f"{options.prefix}_{name}.json": examples for name, examples in splits.items()}
+        publish(files)
     except UserError as error:
         return report(error)
-    for name, examples in splits.items():
-        print(f"{options.out / f'{options.prefix}_{name}.json'}: {len(examples)} examples")
+    for path, examples in files.items():
+        print(f"{path}: {len(examples)} examples")
     return 0
 
 

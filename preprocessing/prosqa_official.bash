@@ -8,7 +8,7 @@ set -euo pipefail
 source "$(dirname "$0")/download.bash"
 
 BASE_URL=${BASE_URL:-https://raw.githubusercontent.com/facebookresearch/coconut/main/data}
-folder=${1:-$(dirname "$0")/../data}
+folder=${1:-data}
 
 blob_of() {
     case $1 in
