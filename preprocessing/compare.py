@@ -101,12 +101,13 @@ def _permutation_p(features: list[np.ndarray], n_left: int, random: np.random.Ge
     varies = deviation > 1e-12
     stacked, owner = (stacked - stacked.mean(axis=0))[:, varies] / deviation[varies], owner[varies]
 
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))  # where the columns of each statistic that varies begin
+
     def distances(members: np.ndarray) -> np.ndarray:
         """(permutations, statistics); of standardised columns the right mean follows from the left one."""
-        squares = (members @ stacked) ** 2
         sums = np.zeros((len(members), len(features)))
-        for statistic in np.unique(owner):
-            sums[:, statistic] = squares[:, owner == statistic].sum(axis=1)
+        if len(starts):
+            sums[:, owner[starts]] = np.add.reduceat((members @ stacked) ** 2, starts, axis=1)
         return sums
 
     n = len(stacked)
