@@ -521,7 +521,7 @@ def length_table(tokens: Tokens, stage: int, config: Config, markers: Markers) -
     heads = ("mean", "min", "median", "99 %", "max", "example of max")
     lines = [f"{'':<24}" + "".join(f"{head:>9}" for head in heads[:-1]) + f"{heads[-1]:>16}"]
     for name, column in columns.items():
-        low, middle, high, top = np.percentile(column, (0, 50, 99, 100), method="lower")
+        low, middle, high, top = np.percentile(column, (0, 50, 99, 100), method="nearest")
         numbers = "".join(f"{value:>9}" for value in (low, middle, high, top))
         lines.append(f"{name:<24}{np.mean(column):>9.1f}{numbers}{int(np.argmax(column)):>16}")
     return lines

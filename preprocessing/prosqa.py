@@ -240,7 +240,7 @@ def make_splits(sizes: dict[str, int], settings: Settings, seed: int, progress: 
                     failures += 1
                     if failures > 1000 + 1000 * len(examples):
                         raise UserError(
-                            f"graphs of {settings.nodes} nodes with these words hardly ever have a question of "
+                            f"graphs of {settings.nodes} nodes with these words hardly ever have a new question of "
                             f"{settings.min_hops} to {settings.max_hops} hops"
                         )
                     continue
