@@ -142,10 +142,11 @@ def _summaries(left: list[list], right: list[list]) -> tuple[str, str]:
     return first, second
 
 
-def table(rows: list[Row], left: str, right: str, sizes: tuple[int, int]) -> str:
-    """The rows as text, and a last line that sums them up."""
+def table(rows: list[Row], left: str, right: str) -> str:
+    """The rows as text, under what the two sides are and above a line that sums up."""
     lines = [
-        f"left: {left}, {sizes[0]:,} examples; right: {right}, {sizes[1]:,} examples",
+        f"left: {left}",
+        f"right: {right}",
         "mean ± standard deviation; of words, the share of the one that differs most",
         "",
         f"{'statistic':<44} {'left':>20} {'right':>20} {'p':>7} {'Holm p':>7}  verdict",
@@ -174,5 +175,5 @@ def check(
         sides.append((f"generated with seed {seed}", generate(LIMIT)))
     left, right = (measure_all(examples, measure, origin, seed) for origin, examples in sides)
     rows = compare(left, right, seed)
-    print(table(rows, sides[0][0], sides[1][0], (len(left), len(right))))
+    print(table(rows, *(f"{origin}, {min(len(examples), LIMIT):,} of {len(examples):,}" for origin, examples in sides)))
     return int(any(row.verdict == "different" for row in rows))

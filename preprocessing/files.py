@@ -48,7 +48,7 @@ def publish(files: dict[Path, list[dict]]) -> None:
 
     Raises UserError that names what cannot be written.
     """
-    asides = {path: path.with_name(path.name + ".part") for path in files}
+    asides = {path: path.with_name(path.name + ".writing") for path in files}
     try:
         for path, examples in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)

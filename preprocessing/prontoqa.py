@@ -76,21 +76,6 @@ def split(examples: list[dict], sizes: dict[str, int], origin: Path) -> dict[str
     return {name: [next(rest) for _ in range(size)] for name, size in sizes.items()}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="5hop_0shot_random.json of the official generator")
-    add_split_options(parser)
-    options = parser.parse_args(arguments)
-    sizes = {"train": options.train, "valid": options.valid, "test": options.test}
-    if min(sizes.values()) < 1:
-        parser.error("every split needs an example")
-    try:
-        publish_splits(split(convert(options.source), sizes, options.source), options.out)
-    except UserError as error:
-        return report(error)
-    return 0
-
-
 def add_split_options(parser: argparse.ArgumentParser) -> None:
     """--out, --train, --valid and --test, which both ways to these files have."""
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder for the files (default: %(default)s)")
@@ -105,6 +90,21 @@ def publish_splits(splits: dict[str, list[dict]], folder: Path) -> None:
     publish(files)
     for path, examples in files.items():
         print(f"{path}: {len(examples)} examples")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="5hop_0shot_random.json of the official generator")
+    add_split_options(parser)
+    options = parser.parse_args(arguments)
+    sizes = {"train": options.train, "valid": options.valid, "test": options.test}
+    if min(sizes.values()) < 1:
+        parser.error("every split needs an example")
+    try:
+        publish_splits(split(convert(options.source), sizes, options.source), options.out)
+    except UserError as error:
+        return report(error)
+    return 0
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def make_example(rng: np.random.Generator) -> dict:
     }
 
 
-def make_splits(sizes: dict[str, int], seed: int, progress: bool = False) -> dict[str, list[dict]]:
+def make_splits(sizes: dict[str, int], seed: int | tuple[int, ...], progress: bool = False) -> dict[str, list[dict]]:
     """Splits of the given sizes; no question occurs twice, within a split or across them."""
     rng = np.random.default_rng(seed)
     seen, splits = set(), {}
@@ -124,7 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.check:
 
             def generate(size: int) -> list[dict]:
-                return make_splits({"check": size}, options.seed)["check"]
+                # not the stream that the files of this seed come from: FILE may be one of them
+                return make_splits({"check": size}, (options.seed, 1))["check"]
 
             return check(options.check, read_either, generate, measure, options.seed)
         publish_splits(make_splits(sizes, options.seed, progress=True), options.out)

@@ -222,7 +222,9 @@ def named_edges(example: dict) -> frozenset[tuple[str, str]]:
     return frozenset((symbols[tail], symbols[head]) for tail, head in example["edges"])
 
 
-def make_splits(sizes: dict[str, int], settings: Settings, seed: int, progress: bool = False) -> dict[str, list[dict]]:
+def make_splits(
+    sizes: dict[str, int], settings: Settings, seed: int | tuple[int, ...], progress: bool = False
+) -> dict[str, list[dict]]:
     """Splits of the given sizes; no graph, and so no question, occurs twice within a split or across them.
 
     Raises UserError where the settings hardly ever allow a question.
@@ -284,7 +286,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.check:
 
             def generate(size: int) -> list[dict]:
-                return make_splits({"check": size}, settings, options.seed)["check"]
+                # not the stream that the files of this seed come from: FILE may be one of them
+                return make_splits({"check": size}, settings, (options.seed, 1))["check"]
 
             return check(options.check, load_examples, generate, measure, options.seed)
         splits = make_splits(sizes, settings, options.seed, progress=True)
