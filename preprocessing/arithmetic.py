@@ -8,10 +8,11 @@ An example computes from left to right, modulo a small base:
 """
 
 import argparse
-import json
 import random
 import sys
 from pathlib import Path
+
+from files import UserError, publish, report
 
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
@@ -34,11 +35,11 @@ def make_splits(
 ) -> dict[str, list[dict]]:
     """Splits of the given sizes, name -> examples; no question occurs twice, within a split or across them.
 
-    Raises ValueError where there are not enough questions.
+    Raises UserError where there are not enough questions.
     """
     possible = sum(base ** (n + 1) * 3**n for n in range(min_steps, max_steps + 1))
     if sum(sizes.values()) > possible // 2:
-        raise ValueError(
+        raise UserError(
             f"{sum(sizes.values())} examples are more than half of the {possible} questions that base {base} and "
             f"{min_steps} to {max_steps} steps allow: ask for fewer, or for more steps"
         )
@@ -74,12 +75,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("base must be 2 to 10, 1 <= min-steps <= max-steps, and every split needs an example")
     try:
         splits = make_splits(sizes, options.min_steps, options.max_steps, options.base, options.seed)
-    except ValueError as error:
-        parser.error(str(error))
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name, examples in splits.items():
-        path = options.out / f"arithmetic_{name}.json"
-        path.write_text(json.dumps(examples), encoding="utf-8")
+        files = {options.out / f"arithmetic_{name}.json": examples for name, examples in splits.items()}
+        publish(files)
+    except UserError as error:
+        return report(error)
+    for path, examples in files.items():
         print(f"{path}: {len(examples)} examples, first: {examples[0]['question']} -> {examples[0]['answer']}")
     return 0
 

@@ -7,10 +7,11 @@ neg_target.
 
     python preprocessing/prosqa.py                        # data/prosqa_{train,valid,test}.json, 17,886/300/500
     python preprocessing/prosqa.py --train 2000 --nodes 14 --max-hops 4
+    python preprocessing/prosqa.py --check FILE           # is FILE like what this generator makes?
+    python preprocessing/prosqa.py --check FILE OTHER     # are the two alike? exit code 1 where they are not
 """
 
 import argparse
-import json
 import sys
 from collections import deque
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from compare import check
+from files import UserError, load_examples, publish, report
+from prosqa_statistics import measure
 from tqdm import tqdm
 
 NAMES = [
@@ -212,10 +216,18 @@ def make_example(rng: np.random.Generator, settings: Settings) -> dict | None:
     }
 
 
-def make_splits(sizes: dict[str, int], settings: Settings, seed: int, progress: bool = False) -> dict[str, list[dict]]:
+def named_edges(example: dict) -> frozenset[tuple[str, str]]:
+    """The graph whatever its nodes' numbers: two questions with different graphs are different."""
+    symbols = example["idx_to_symbol"]
+    return frozenset((symbols[tail], symbols[head]) for tail, head in example["edges"])
+
+
+def make_splits(
+    sizes: dict[str, int], settings: Settings, seed: int | tuple[int, ...], progress: bool = False
+) -> dict[str, list[dict]]:
     """Splits of the given sizes; no graph, and so no question, occurs twice within a split or across them.
 
-    Raises ValueError where the settings hardly ever allow a question.
+    Raises UserError where the settings hardly ever allow a question.
     """
     rng = np.random.default_rng(seed)
     seen, splits = set(), {}
@@ -225,12 +237,12 @@ def make_splits(sizes: dict[str, int], settings: Settings, seed: int, progress: 
         with tqdm(total=size, desc=name, unit="example", disable=not progress) as bar:
             while len(examples) < size:
                 example = make_example(rng, settings)
-                graph = example and (tuple(example["idx_to_symbol"]), tuple(map(tuple, example["edges"])))
+                graph = example and named_edges(example)
                 if example is None or graph in seen:
                     failures += 1
                     if failures > 1000 + 1000 * len(examples):
-                        raise ValueError(
-                            f"graphs of {settings.nodes} nodes with these words hardly ever have a question of "
+                        raise UserError(
+                            f"graphs of {settings.nodes} nodes with these words hardly ever have a new question of "
                             f"{settings.min_hops} to {settings.max_hops} hops"
                         )
                     continue
@@ -254,10 +266,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--concepts", nargs="+", default=CONCEPTS, metavar="CONCEPT", help="what they may be")
     parser.add_argument("--prefix", default="prosqa", help="of the file names (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
+    parser.add_argument(
+        "--check", type=Path, nargs="+", metavar="FILE", help="compare FILE with what would be made, or two files"
+    )
     options = parser.parse_args(arguments)
     sizes = {"train": options.train, "valid": options.valid, "test": options.test}
     if min(sizes.values()) < 1 or options.nodes < 4 or not 1 <= options.min_hops <= options.max_hops:
         parser.error("every split needs an example, --nodes must be at least 4, and 1 <= min-hops <= max-hops")
+    if options.check and len(options.check) > 2:
+        parser.error("--check takes one file or two")
     settings = Settings(
         options.nodes,
         options.min_hops,
@@ -266,13 +283,19 @@ def main(arguments: list[str] | None = None) -> int:
         tuple(dict.fromkeys(options.concepts)),
     )
     try:
+        if options.check:
+
+            def generate(size: int) -> list[dict]:
+                # not the stream that the files of this seed come from: FILE may be one of them
+                return make_splits({"check": size}, settings, (options.seed, 1))["check"]
+
+            return check(options.check, load_examples, generate, measure, options.seed)
         splits = make_splits(sizes, settings, options.seed, progress=True)
-    except ValueError as error:
-        parser.error(str(error))
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name, examples in splits.items():
-        path = options.out / f"{options.prefix}_{name}.json"
-        path.write_text(json.dumps(examples), encoding="utf-8")
+        files = {options.out / f"{options.prefix}_{name}.json": examples for name, examples in splits.items()}
+        publish(files)
+    except UserError as error:
+        return report(error)
+    for path, examples in files.items():
         print(f"{path}: {len(examples)} examples")
     return 0
 

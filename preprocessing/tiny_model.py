@@ -12,13 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
+from files import UserError, load_examples
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dataset import load_examples
-from utils import UserError
 
 EOS, UNKNOWN = "<|endoftext|>", "<|unknown|>"
 # char: one character, or a mark of the data format; word: with the space before it, as in GPT-2's vocabulary

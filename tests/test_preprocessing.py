@@ -4,13 +4,40 @@ import json
 import re
 
 import arithmetic
+import files
 import gsm_icot
+import prontoqa
+import prontoqa_generate
 import prosqa
 import pytest
 import tiny_model
+from conftest import ROOT
+from prontoqa_statistics import parse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dataset import load_examples
+from utils import UserError
+
+DATA = ROOT.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data with real examples is absent")
+
+# ---- files ----
+
+
+def test_files_appear_together_or_not_at_all(tmp_path):
+    (tmp_path / "b.json").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*b\.json: it is a folder"):
+        files.publish({tmp_path / "a.json": [{}], tmp_path / "b.json": [{}]})
+    assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
+
+
+@pytest.mark.parametrize("script", [arithmetic, prosqa, prontoqa_generate])
+def test_a_file_in_the_way_of_the_folder_is_named(script, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    arguments = ["--out", str(tmp_path / "file"), "--train", "2", "--valid", "1", "--test", "1"]
+    assert script.main(arguments) == 2
+    assert re.search("^error: cannot write .*file.*: ", capsys.readouterr().err.splitlines()[-1])
+
 
 # ---- arithmetic ----
 
@@ -119,6 +146,17 @@ def test_prosqa_repeats_nothing_and_is_deterministic(splits):
     assert prosqa.make_splits({"train": 150}, prosqa.Settings(), seed=2)["train"] != splits["train"]
 
 
+def test_prosqa_splits_share_no_graph():
+    """Graphs of four nodes and few words run out soon: what was drawn before must be drawn anew."""
+    settings = prosqa.Settings(4, 1, 2, ("Max", "Rex", "Sam"), ("wumpus", "impus", "jompus"))  # 18 graphs
+    splits = prosqa.make_splits({"train": 10, "test": 5}, settings, seed=0)
+    graphs = [prosqa.named_edges(example) for example in everything(splits)]
+    assert len(set(graphs)) == 15
+    example = splits["train"][0]
+    renumbered = {**example, "edges": [list(edge) for edge in reversed(example["edges"])]}
+    assert prosqa.named_edges(renumbered) == prosqa.named_edges(example)
+
+
 def test_prosqa_of_another_size(tmp_path):
     arguments = [
         "--out",
@@ -213,7 +251,9 @@ def test_gsm_lines(line, example):
         (b"a||b 1\n", "line 1 has no '####'"),
         (b"a||b||c #### 1\n", r"line 1 has more than one '\|\|'"),
         (b"a||b ####\n", "line 1 has an empty question, or no answer"),
-        (b"", "line 1 has no"),
+        (b"a||b #### 1\n\nc||d #### 2\n", r"line 2 has no '\|\|'"),
+        (b"", "is empty"),
+        ("a||b #### 1\n".encode("utf-16"), "line 1 is not UTF-8"),
         (b"a||b #### 1\n\xff||b #### 1\n", "line 2 is not UTF-8"),
     ],
 )
@@ -221,7 +261,7 @@ def test_gsm_lines_that_cannot_be_read_are_named(tmp_path, content, complaint, c
     (tmp_path / "in.txt").write_bytes(content)
     (tmp_path / "out.json").write_text("before")
     assert gsm_icot.main([str(tmp_path / "in.txt"), str(tmp_path / "out.json")]) == 2
-    assert re.search(f"error: .*in.txt: {complaint}", capsys.readouterr().err)
+    assert re.search(f"^error: .*in.txt:? {complaint}", capsys.readouterr().err)
     assert (tmp_path / "out.json").read_text() == "before"
 
 
@@ -232,3 +272,134 @@ def test_gsm_files(tmp_path, capsys):
     assert [example["answer"] for example in load_examples(tmp_path / "new" / "out.json")] == ["2", "3"]
     assert gsm_icot.main([str(tmp_path), str(tmp_path / "out.json")]) == 2
     assert "cannot read" in capsys.readouterr().err
+
+
+def test_gsm_files_of_another_length_are_refused(tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("a||#### 2\nb||#### 3\n")
+    assert gsm_icot.main([str(tmp_path / "in.txt"), str(tmp_path / "out.json"), "--expect", "3"]) == 2
+    assert "in.txt holds 2 examples, not 3" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("name", "count", "without", "commas"), [("gsm_valid", 500, 6, 4), ("gsm_train_orig6973", 6973, 89, None)]
+)
+def test_real_gsm_files_become_the_reference_s_format(name, count, without, commas):
+    examples = gsm_icot.convert(DATA / f"{name}.txt")
+    assert len(examples) == count
+    assert sum(not example["steps"] for example in examples) == without
+    assert commas in (None, sum("," in example["answer"] for example in examples))
+    lines = (DATA / f"{name}.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    for line, example in zip(lines, examples, strict=True):
+        question, rest = line.split("||")
+        steps = rest.split("##")[0].strip().split(" ")
+        assert example == {
+            "question": question,
+            "steps": [] if steps == [""] else steps,
+            "answer": rest.split("##")[-1].strip(),
+        }
+
+
+# ---- ProntoQA ----
+
+CHAIN = ["Max is a vumpus.", "Each vumpus is an impus.", "Max is an impus.", "Impuses are not red.", "Max is not red."]
+
+
+def official(**changes) -> dict:
+    example = {
+        "question": "Impuses are not red. Each vumpus is an impus. Max is a vumpus.",
+        "query": "True or false: Max is red.",
+        "chain_of_thought": CHAIN,
+        "answer": "False",
+    }
+    return {"test_example": {key: value for key, value in (example | changes).items() if value is not None}}
+
+
+def test_prontoqa_steps_are_pairs_of_sentences():
+    assert prontoqa.convert_example(official()) == {
+        "question": "Impuses are not red. Each vumpus is an impus. Max is a vumpus. True or false: Max is red.",
+        "steps": [
+            "Max is a vumpus. Each vumpus is an impus.",
+            "Max is an impus. Impuses are not red.",
+            "Max is not red.",
+        ],
+        "answer": "False",
+    }
+
+
+def test_prontoqa_is_split_in_order(tmp_path, capsys):
+    examples = {
+        f"example{number}": official(question=f"{number}. " + official()["test_example"]["question"])
+        for number in range(10)
+    }
+    (tmp_path / "in.json").write_text(json.dumps(examples))
+    sizes = ["--train", "7", "--valid", "1", "--test", "2"]
+    assert prontoqa.main([str(tmp_path / "in.json"), "--out", str(tmp_path / "new"), *sizes]) == 0
+    splits = [load_examples(tmp_path / "new" / f"prontoqa_{name}.json") for name in ("train", "valid", "test")]
+    numbers = [[example["question"][0] for example in examples] for examples in splits]
+    assert numbers == [list("0123456"), ["7"], ["8", "9"]]
+    assert prontoqa.main([str(tmp_path / "in.json"), "--out", str(tmp_path / "no")]) == 2
+    assert "in.json holds 10 examples, not the 10,000 of 9,000/200/800" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "does not exist .*how to make it"),
+        (b"", "is empty"),
+        (b"{", "is not valid JSON: line 1"),
+        (b"\xff\xfe{}", "line 1 is not UTF-8"),
+        ([], "is not the official generator's: it must hold a JSON object"),
+        ({"example1": []}, "'example1' has no 'test_example' object"),
+        ({"example1": official(), "example2": official(query=None)}, "'example2' lacks 'query'"),
+        ({"example1": official(question=3)}, "'example1' has a 'question' that is no text"),
+        ({"example1": official(chain_of_thought="Max.")}, "'example1' has a 'chain_of_thought' that is no list"),
+        ({"example1": official(answer="Yes")}, "'example1' has the answer 'Yes', which is neither"),
+        ({"example1": official(query="Is Max red?")}, "'example1' has a query that does not begin with 'True or false"),
+        ({"example1": official(answer="True")}, "'example1' has the answer True, but its chain ends with 'Max is not"),
+    ],
+)
+def test_malformed_prontoqa_files_are_named(tmp_path, content, complaint, capsys):
+    path = tmp_path / "in.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    assert prontoqa.main([str(path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"^error: .*in.json:? {complaint}", error)
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_generated_prontoqa_follows_from_its_facts():
+    splits = prontoqa_generate.make_splits({"train": 200, "test": 50}, seed=4)
+    examples = splits["train"] + splits["test"]
+    assert len({example["question"] for example in examples}) == 250
+    assert prontoqa_generate.make_splits({"train": 200, "test": 50}, seed=4) == splits
+    for example in examples:
+        text, _, query = example["question"].partition(" True or false: ")
+        facts = [parse(sentence) for sentence in re.findall(r"[^. ][^.]+\.", text)]
+        entity = parse(query).subject
+        member = {fact.noun for fact in facts if fact.subject == entity}
+        while more := {fact.noun for fact in facts if fact.noun and fact.subject in member} - member:
+            member |= more
+        said = {fact.negated for fact in facts if fact.property == parse(query).property and fact.subject in member}
+        assert len(said) == 1  # the contrary belongs to a concept that the entity is not
+        assert example["answer"] == str(said == {parse(query).negated})
+        for step in example["steps"][:-1]:
+            first, reason = re.findall(r"[^. ][^.]+\.", step)
+            assert reason in text
+            assert parse(first).noun == parse(reason).subject
+            assert parse(first).noun in member
+        assert (example["steps"][-1] == query) == (example["answer"] == "True")
+
+
+@needs_data
+def test_the_official_prontoqa_file_is_read_whole():
+    examples = prontoqa.convert(DATA / "5hop_0shot_random.json")
+    assert len(examples) == 300
+    assert {len(example["steps"]) for example in examples} == {6}
+    for example in examples:
+        query = example["question"].partition("True or false: ")[2]
+        assert (example["steps"][-1] == query) == (example["answer"] == "True")

@@ -1,0 +1,111 @@
+"""Converts what the official ProntoQA generator writes into this project's files, 9,000/200/800 as the paper does.
+
+The question is the facts and the query; a step is a fact and what follows from it (two sentences), the last step the
+conclusion about the property; the answer is True or False. To make 5hop_0shot_random.json, 10,000 examples of five
+hops (the paper's appendix; arXiv 2210.01240):
+
+    git clone https://github.com/asaparov/prontoqa && cd prontoqa
+    python run_experiment.py --model-name json --model-size dummy --ordering random --num-trials 10000 \\
+        --few-shot-examples 0 --ontology fictional --min-hops 5 --max-hops 5 --hops-skip 1
+
+    python preprocessing/prontoqa.py 5hop_0shot_random.json      # data/prontoqa_{train,valid,test}.json
+
+`preprocessing/prontoqa_generate.py` makes such data without that program.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from files import UserError, publish, read_json, report
+
+QUERY = "True or false: "
+HOW = "(how to make it: python preprocessing/prontoqa.py --help)"
+
+
+def convert_example(example) -> dict:
+    """One example of the official file. Raises ValueError with what is wrong with it."""
+    if not isinstance(example, dict) or not isinstance(example.get("test_example"), dict):
+        raise ValueError("has no 'test_example' object")
+    example = example["test_example"]
+    for field in ("question", "query", "chain_of_thought", "answer"):
+        if field not in example:
+            raise ValueError(f"lacks {field!r}")
+    for field in ("question", "query", "answer"):
+        if not isinstance(example[field], str) or not example[field].strip():
+            raise ValueError(f"has a {field!r} that is no text")
+    chain, query, answer = example["chain_of_thought"], example["query"], example["answer"]
+    if not isinstance(chain, list) or not chain or not all(isinstance(sentence, str) for sentence in chain):
+        raise ValueError("has a 'chain_of_thought' that is no list of texts")
+    if not query.startswith(QUERY):
+        raise ValueError(f"has a query that does not begin with {QUERY.strip()!r}")
+    if answer not in ("True", "False"):
+        raise ValueError(f"has the answer {answer!r}, which is neither True nor False")
+    if (chain[-1] == query.removeprefix(QUERY)) != (answer == "True"):
+        raise ValueError(f"has the answer {answer}, but its chain ends with {chain[-1]!r}")
+    steps = [" ".join(chain[begin : begin + 2]) for begin in range(0, len(chain), 2)]
+    return {"question": f"{example['question']} {query}", "steps": steps, "answer": answer}
+
+
+def convert(path: Path) -> list[dict]:
+    """All examples of an official file, in its order. Raises UserError that names the example that cannot be read."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist {HOW}")
+    loaded = read_json(path)
+    if not isinstance(loaded, dict) or not loaded:
+        raise UserError(f"{path} is not the official generator's: it must hold a JSON object of examples {HOW}")
+    examples = []
+    for name, example in loaded.items():
+        try:
+            examples.append(convert_example(example))
+        except ValueError as error:
+            raise UserError(f"{path}: {name!r} {error}") from None
+    return examples
+
+
+def split(examples: list[dict], sizes: dict[str, int], origin: Path) -> dict[str, list[dict]]:
+    """Consecutive parts of the given sizes. Raises UserError where the examples are not exactly so many."""
+    wanted = sum(sizes.values())
+    if len(examples) != wanted:
+        numbers = "/".join(f"{size:,}" for size in sizes.values())
+        raise UserError(
+            f"{origin} holds {len(examples):,} examples, not the {wanted:,} of {numbers}: "
+            "set --train, --valid and --test to other sizes"
+        )
+    rest = iter(examples)
+    return {name: [next(rest) for _ in range(size)] for name, size in sizes.items()}
+
+
+def add_split_options(parser: argparse.ArgumentParser) -> None:
+    """--out, --train, --valid and --test, which both ways to these files have."""
+    parser.add_argument("--out", type=Path, default=Path("data"), help="folder for the files (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=9000, help="training examples (default: %(default)s)")
+    parser.add_argument("--valid", type=int, default=200, help="validation examples (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=800, help="test examples (default: %(default)s)")
+
+
+def publish_splits(splits: dict[str, list[dict]], folder: Path) -> None:
+    """Writes folder/prontoqa_NAME.json for each split and says so."""
+    files = {folder / f"prontoqa_{name}.json": examples for name, examples in splits.items()}
+    publish(files)
+    for path, examples in files.items():
+        print(f"{path}: {len(examples)} examples")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="5hop_0shot_random.json of the official generator")
+    add_split_options(parser)
+    options = parser.parse_args(arguments)
+    sizes = {"train": options.train, "valid": options.valid, "test": options.test}
+    if min(sizes.values()) < 1:
+        parser.error("every split needs an example")
+    try:
+        publish_splits(split(convert(options.source), sizes, options.source), options.out)
+    except UserError as error:
+        return report(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

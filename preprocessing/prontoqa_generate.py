@@ -1,0 +1,138 @@
+"""Generates ProntoQA: "True or false: Max is not wooden." over a small made-up ontology (arXiv 2210.01240).
+
+An ontology as the official generator draws it for five hops, fictional words, distractors and random order:
+
+    entity -> C1 -> C2 -> C3 -> C4 -> C5 -> C6     the chain; the query is about C5's property
+    C1..C5 also lead to a concept each that is no part of the chain
+    entity -> D1 -> D2                             a second membership, which leads nowhere
+    X                                              a concept by itself, with the contrary of C5's property
+
+Every concept but C6, D2 has one property; no two properties are of one family (no two colours), but for X's. The
+sentences about concepts come in random order, each in one of three forms; the two about the entity come last.
+
+    python preprocessing/prontoqa_generate.py                        # data/prontoqa_{train,valid,test}.json
+    python preprocessing/prontoqa_generate.py --check FILE           # is FILE like what this makes?
+    python preprocessing/prontoqa_generate.py --check FILE OTHER     # are the two alike? exit code 1 if not
+
+FILE is the official 5hop_0shot_random.json or a converted one.
+"""
+
+import argparse
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from compare import check
+from files import UserError, load_examples, read_json, report
+from prontoqa import QUERY, add_split_options, convert, publish_splits
+from prontoqa_statistics import measure
+from prontoqa_words import CONCEPTS, FAMILIES, NAMES
+from tqdm import tqdm
+
+HOPS = 5
+NEGATED = 0.3  # of the properties; the queried one and its contrary are negated in half of the examples
+
+
+def article(noun: str) -> str:
+    return "an" if noun[0] in "aeiou" else "a"
+
+
+def fact(rng: np.random.Generator, subject: str, said: str, noun: bool, negated: bool = False) -> str:
+    """A sentence about every member of a concept: that they are of another one (noun), or have a property."""
+    no = "not " if negated else ""
+    if rng.random() < 0.5:
+        return f"{subject.capitalize()}es are {no}{said}{'es' if noun else ''}."
+    quantifier = "Each" if rng.random() < 0.5 else "Every"
+    return f"{quantifier} {subject} is {no}{f'{article(said)} {said}' if noun else said}."
+
+
+def make_example(rng: np.random.Generator) -> dict:
+    """One example: question, steps and answer."""
+    words = iter(rng.permutation(CONCEPTS).tolist())
+    chain = [next(words) for _ in range(HOPS + 1)]
+    aside = [next(words) for _ in range(HOPS)]
+    distractor, distractor_parent, alone = (next(words) for _ in range(3))
+    families = iter(rng.permutation(len(FAMILIES)).tolist())
+    bearers = [*chain[:HOPS], *aside, distractor]
+    properties = {concept: str(rng.choice(FAMILIES[next(families)])) for concept in bearers}
+    negations = {concept: bool(rng.random() < NEGATED) for concept in bearers}
+    queried = chain[HOPS - 1]
+    negations[queried] = bool(rng.random() < 0.5)
+    properties[alone], negations[alone] = properties[queried], not negations[queried]
+
+    memberships = [*pairwise(chain), *zip(chain, aside, strict=False)]
+    memberships.append((distractor, distractor_parent))
+    member = {pair: fact(rng, *pair, noun=True) for pair in memberships}
+    has = {concept: fact(rng, concept, said, False, negations[concept]) for concept, said in properties.items()}
+    facts = [*member.values(), *has.values()]
+    entity = str(rng.choice(NAMES))
+
+    def is_a(concept: str) -> str:
+        return f"{entity} is {article(concept)} {concept}."
+
+    def is_so(negated: bool) -> str:
+        return f"{entity} is {'not ' if negated else ''}{properties[queried]}."
+
+    about_entity = [is_a(concept) for concept in rng.permutation([chain[0], distractor]).tolist()]
+    asked = bool(rng.random() < 0.5)
+    reasons = [*(member[pair] for pair in pairwise(chain[:HOPS])), has[queried]]
+    steps = [f"{is_a(concept)} {reason}" for concept, reason in zip(chain[:HOPS], reasons, strict=True)]
+    return {
+        "question": " ".join([*(facts[i] for i in rng.permutation(len(facts))), *about_entity, QUERY + is_so(asked)]),
+        "steps": [*steps, is_so(negations[queried])],
+        "answer": str(asked == negations[queried]),
+    }
+
+
+def make_splits(sizes: dict[str, int], seed: int | tuple[int, ...], progress: bool = False) -> dict[str, list[dict]]:
+    """Splits of the given sizes; no question occurs twice, within a split or across them."""
+    rng = np.random.default_rng(seed)
+    seen, splits = set(), {}
+    for name, size in sizes.items():
+        examples: list[dict] = []
+        with tqdm(total=size, desc=name, unit="example", disable=not progress) as bar:
+            while len(examples) < size:
+                example = make_example(rng)
+                if example["question"] not in seen:
+                    seen.add(example["question"])
+                    examples.append(example)
+                    bar.update()
+        splits[name] = examples
+    return splits
+
+
+def read_either(path: Path) -> list[dict]:
+    """Examples of an official file or of a converted one."""
+    return convert(path) if isinstance(read_json(path), dict) else load_examples(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_split_options(parser)
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
+    parser.add_argument(
+        "--check", type=Path, nargs="+", metavar="FILE", help="compare FILE with what would be made, or two files"
+    )
+    options = parser.parse_args(arguments)
+    sizes = {"train": options.train, "valid": options.valid, "test": options.test}
+    if min(sizes.values()) < 1:
+        parser.error("every split needs an example")
+    if options.check and len(options.check) > 2:
+        parser.error("--check takes one file or two")
+    try:
+        if options.check:
+
+            def generate(size: int) -> list[dict]:
+                # not the stream that the files of this seed come from: FILE may be one of them
+                return make_splits({"check": size}, (options.seed, 1))["check"]
+
+            return check(options.check, read_either, generate, measure, options.seed)
+        publish_splits(make_splits(sizes, options.seed, progress=True), options.out)
+    except UserError as error:
+        return report(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

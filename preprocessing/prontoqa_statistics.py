@@ -1,0 +1,157 @@
+"""What `prontoqa_generate.py --check` looks at in one ProntoQA example: its ontology, its order and its words."""
+
+import re
+from collections import Counter
+from itertools import pairwise
+from typing import NamedTuple
+
+from prontoqa_words import FAMILIES
+
+FAMILY = {word: family[0] for family in FAMILIES for word in family}
+FORMS = {
+    "each": re.compile(r"Each (?P<subject>\w+) is (?P<no>not )?(?:an? (?P<noun>\w+)|(?P<property>\w+))\."),
+    "every": re.compile(r"Every (?P<subject>\w+) is (?P<no>not )?(?:an? (?P<noun>\w+)|(?P<property>\w+))\."),
+    "plural": re.compile(r"(?P<subject>\w+us)es are (?P<no>not )?(?:(?P<noun>\w+us)es|(?P<property>\w+))\."),
+    "entity": re.compile(r"(?P<subject>[A-Z]\w+) is (?P<no>not )?(?:an? (?P<noun>\w+)|(?P<property>\w+))\."),
+}
+
+
+class Sentence(NamedTuple):
+    """One of noun and property is None."""
+
+    form: str
+    subject: str
+    negated: bool
+    noun: str | None
+    property: str | None
+
+
+def parse(sentence: str) -> Sentence:
+    """Raises ValueError where the sentence has none of the known forms."""
+    for form, pattern in FORMS.items():
+        match = pattern.fullmatch(sentence)
+        if match:
+            subject = match["subject"] if form == "entity" else match["subject"].lower()
+            return Sentence(form, subject, match["no"] is not None, match["noun"], match["property"])
+    raise ValueError(f"{sentence!r} has no known form")
+
+
+def sentences(text: str) -> list[str]:
+    return re.findall(r"[^.]+\.", text.replace(". ", "."))
+
+
+def measure(example: dict) -> dict[str, list]:
+    """Statistic -> its numbers or words. Raises ValueError where the example cannot be understood."""
+    text, mark, query = example["question"].partition(" True or false: ")
+    if not mark:
+        raise ValueError("its question has no 'True or false:'")
+    written = sentences(text)
+    facts = [parse(sentence) for sentence in written]
+    walked = sentences(" ".join(example["steps"]))
+    places = [written.index(sentence) for sentence in walked if sentence in written]
+    chain = [sentence.noun for sentence in map(parse, walked) if sentence.form == "entity" and sentence.noun]
+    if not chain or len(places) < 2:
+        raise ValueError("its steps are not made of its facts")
+    asked = parse(query)
+    return {
+        **_order(facts, places, written),
+        **_ontology(facts, chain, asked),
+        **_negations(facts, chain, asked),
+        **_words(facts, chain, asked),
+        "steps": [len(example["steps"])],
+        "sentences of the steps": [len(walked)],
+        "answer": [example["answer"]],
+        "last step is the query": ["yes" if walked[-1] == query else "no"],
+        "words of the question": [len(example["question"].split())],
+        "characters of the question": [len(example["question"])],
+        "words of the steps": [len(" ".join(example["steps"]).split())],
+    }
+
+
+def _order(facts: list[Sentence], places: list[int], written: list[str]) -> dict[str, list]:
+    last = max(len(written) - 1, 1)
+    entity = [place for place, fact in enumerate(facts) if fact.form == "entity"]
+    start, *reasons = places
+    return {
+        "sentences": [len(written)],
+        "place of the sentences about the entity": [place / last for place in entity],
+        "which of them begins the chain": [entity.index(start)],
+        "place of the chain's sentences": [place / last for place in reasons],
+        "place of the queried property": [reasons[-1] / last],
+        "chain's sentences in order": ["yes" if a < b else "no" for a, b in pairwise(reasons)],
+        "distance between the chain's sentences": [abs(a - b) for a, b in pairwise(reasons)],
+        "place of the properties": [place / last for place, fact in enumerate(facts) if fact.property],
+        "neighbours about one concept": ["yes" if a.subject == b.subject else "no" for a, b in pairwise(facts)],
+    }
+
+
+def _ontology(facts: list[Sentence], chain: list[str], asked: Sentence) -> dict[str, list]:
+    general = [fact for fact in facts if fact.form != "entity"]
+    concepts = sorted({word for fact in facts for word in (fact.subject, fact.noun) if word and word != asked.subject})
+    up = Counter(fact.subject for fact in general if fact.noun)
+    down = Counter(fact.noun for fact in facts if fact.noun)
+    properties = Counter(fact.subject for fact in general if fact.property)
+    said = [fact.property for fact in facts if fact.property]
+    queried = _queried(facts, chain)
+    contrary = [fact for fact in general if fact.property == asked.property and fact.subject not in chain]
+    aside = [fact.noun for fact in general if fact.noun and fact.subject in chain and fact.noun not in chain]
+    return {
+        "hops": [len(chain)],
+        "concepts": [len(concepts)],
+        "distinct properties": [len(set(said))],
+        "families of properties": [len({FAMILY.get(word, word) for word in said})],
+        "memberships of a concept": [up[concept] for concept in concepts],
+        "members of a concept": [down[concept] for concept in concepts],
+        "properties of a concept": [properties[concept] for concept in concepts],
+        "memberships of a chain concept": [up[concept] for concept in chain],
+        "properties of a chain concept": [properties[concept] for concept in chain],
+        "concepts beside the chain": [len(aside)],
+        "properties of a concept beside the chain": [properties[concept] for concept in aside],
+        "memberships of a concept beside the chain": [up[concept] for concept in aside],
+        "sentences with the queried property": [said.count(asked.property)],
+        "its bearers beside the chain: memberships": [up[fact.subject] for fact in contrary],
+        "its bearers beside the chain: members": [down[fact.subject] for fact in contrary],
+        "its bearers beside the chain: contrary": [
+            "no" if fact.negated == queried.negated else "yes" for fact in contrary
+        ],
+    }
+
+
+def _queried(facts: list[Sentence], chain: list[str]) -> Sentence:
+    for fact in facts:
+        if fact.property and fact.subject == chain[-1]:
+            return fact
+    raise ValueError(f"the last concept of its steps, {chain[-1]}, has no property")
+
+
+def _negations(facts: list[Sentence], chain: list[str], asked: Sentence) -> dict[str, list]:
+    distractors = [fact for fact in facts if fact.property and fact.property != asked.property]
+
+    def share(kept: list[Sentence]) -> list[str]:
+        return ["negated" if fact.negated else "affirmed" for fact in kept]
+
+    general = [fact for fact in facts if fact.form != "entity"]
+    return {
+        "query": share([asked]),
+        "queried property": share([_queried(facts, chain)]),
+        "memberships": share([fact for fact in facts if fact.noun]),
+        "other properties: negated": [sum(fact.negated for fact in distractors)],
+        "other properties of the chain": share([fact for fact in distractors if fact.subject in chain]),
+        "other properties beside the chain": share([fact for fact in distractors if fact.subject not in chain]),
+        "form of a membership": [fact.form for fact in general if fact.noun],
+        "form of a property": [fact.form for fact in general if fact.property],
+        "form of a negated property": [fact.form for fact in general if fact.negated],
+        "form of the queried property": [_queried(facts, chain).form],
+        "plurals": [sum(fact.form == "plural" for fact in facts)],
+    }
+
+
+def _words(facts: list[Sentence], chain: list[str], asked: Sentence) -> dict[str, list]:
+    return {
+        "which entity": [asked.subject],
+        "which concepts": sorted({fact.noun for fact in facts if fact.noun}),
+        "which chain concepts": chain,
+        "which families": [FAMILY.get(fact.property, fact.property) for fact in facts if fact.property],
+        "which properties": [fact.property for fact in facts if fact.property],
+        "which property is queried": [asked.property],
+    }

@@ -1,0 +1,222 @@
+"""The bash scripts, against a folder in place of the network: what they keep, continue, refuse and leave behind."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+DATA = ROOT.parent / "shared" / "data"
+CURL = """#!/usr/bin/env bash
+# Stands in for curl: the file of that name under SERVED; with BREAK_AFTER only so many more bytes of it.
+continues=no
+while [[ $# -gt 1 ]]; do
+    case $1 in
+        --output) output=$2 && shift ;;
+        --continue-at) continues=yes && shift ;;
+        --retry) shift ;;
+    esac
+    shift
+done
+served=$SERVED/$(basename "$1") have=0
+if [[ ! -f $served ]]; then exit 22; fi
+if [[ $continues == yes && -f $output ]]; then have=$(wc -c <"$output"); else : >"$output"; fi
+echo "$(basename "$1") from $have" >>"$SERVED/log"
+if [[ $have -gt 0 && $have -ge $(wc -c <"$served") ]]; then exit 22; fi # HTTP 416: nothing is left
+if [[ -n ${BREAK_AFTER:-} ]]; then
+    tail -c +$((have + 1)) "$served" | head -c "$BREAK_AFTER" >>"$output"
+    exit 18
+fi
+tail -c +$((have + 1)) "$served" >>"$output"
+"""
+GSM = {
+    "train": "a?||<<1+1=2>> #### 2\nb?||#### 3\nc?||<<2*2=4>> <<4+1=5>> #### 5\n",
+    "valid": "d?||<<1+2=3>> #### 3\n",
+    "test": "e?||<<2+2=4>> #### 4\nf é?||#### -1\n",
+}
+
+
+def blob_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def with_constants(path: Path, constants: dict) -> None:
+    text = path.read_text()
+    for old, new in constants.items():
+        assert text.count(str(old)) == 1
+        text = text.replace(str(old), str(new))
+    path.write_text(text)
+
+
+class Place:
+    """A copy of the scripts whose constants are those of small files, a folder `served`, and a curl that reads it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.served = folder, folder / "served"
+        self.served.mkdir()
+        shutil.copytree(ROOT / "preprocessing", folder / "preprocessing")
+        for name in ("dataset.py", "utils.py"):
+            shutil.copy(ROOT / name, folder)
+        self.prosqa = {f"prosqa_{split}.json": f'["{split}"]'.encode() * 50 for split in ("train", "valid", "test")}
+        for name, content in self.prosqa.items():
+            (self.served / name).write_bytes(content)
+        for split, text in GSM.items():
+            (self.served / f"{split}.txt").write_text(text, encoding="utf-8")
+        ids = ("cf26632b9d3f4e812966563eed769b1cfe40c624", "8df0c62fd6a6c55bfc31345181f505185c4efbd7")
+        ids += ("73ff837a94b1f10e604a6d31a4c2fa6c131b687f",)
+        with_constants(
+            folder / "preprocessing" / "prosqa_official.bash",
+            {old: blob_id(content) for old, content in zip(ids, self.prosqa.values(), strict=True)},
+        )
+        with_constants(
+            folder / "preprocessing" / "gsm_icot.bash",
+            {"385620 87805358": f"3 {len(GSM['train'])}", '"$RAW_URL" 500': '"$RAW_URL" 1', "1319": "2"},
+        )
+        (folder / "bin").mkdir()
+        (folder / "bin" / "curl").write_text(CURL)
+        (folder / "bin" / "curl").chmod(0o755)
+
+    def run(self, script: str, *arguments: str, real_curl: bool = False, **variables: str):
+        url = self.served.as_uri()
+        environment = {**os.environ, "BASE_URL": url, "RAW_URL": url, "MEDIA_URL": url, "PYTHON": sys.executable}
+        environment |= {"SERVED": str(self.served), **variables}
+        if not real_curl:
+            environment["PATH"] = f"{self.folder / 'bin'}:{environment['PATH']}"
+        command = ["bash", f"preprocessing/{script}.bash", *arguments]
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+
+    def found(self, folder: str = "data") -> set[str]:
+        return {path.name for path in (self.folder / folder).iterdir()}
+
+    def log(self) -> list[str]:
+        return (self.served / "log").read_text().split("\n")[:-1]
+
+
+@pytest.fixture
+def place(tmp_path) -> Place:
+    return Place(tmp_path)
+
+
+def refused(result, sentence: str) -> None:
+    assert result.returncode == 2
+    assert sentence in result.stderr
+    assert result.stderr.count("error: ") == 1
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "real_curl",
+    [False, pytest.param(True, marks=pytest.mark.skipif(not shutil.which("curl"), reason="curl is absent"))],
+)
+def test_downloads_that_succeed(place, real_curl):
+    result = place.run("prosqa_official", "new/folder", real_curl=real_curl)
+    assert result.returncode == 0, result.stderr
+    assert place.found("new/folder") == set(place.prosqa)
+    assert all((place.folder / "new/folder" / name).read_bytes() == text for name, text in place.prosqa.items())
+
+    result = place.run("gsm_icot", real_curl=real_curl)
+    assert result.returncode == 0, result.stderr
+    assert place.found() == {"gsm_train.json", "gsm_valid.json", "gsm_test.json", "gsm_icot.sha256"}
+    assert "gsm_train.json: 3 examples, 1 of them without steps" in result.stdout
+    assert json.loads((place.folder / "data" / "gsm_test.json").read_text())[1] == {
+        "question": "f é?",
+        "steps": [],
+        "answer": "-1",
+    }
+    recorded = (place.folder / "data" / "gsm_icot.sha256").read_text()
+    assert f"{hashlib.sha256(GSM['train'].encode()).hexdigest()}  gsm_train.txt\n" in recorded
+    for script in ("prosqa_official", "gsm_icot"):  # the second time there is nothing to do
+        assert place.run(script, "new/folder" if script == "prosqa_official" else "data", SERVED="none").returncode == 0
+
+
+@pytest.mark.parametrize(("script", "part"), [("prosqa_official", "prosqa_valid.json"), ("gsm_icot", "gsm_valid.txt")])
+def test_a_broken_download_is_continued(place, script, part):
+    result = place.run(script, BREAK_AFTER="7")
+    refused(result, "broke off (curl: 18): run this again")
+    assert place.found() == {f"{part}.part"}
+    refused(place.run(script, BREAK_AFTER="4"), "broke off")
+    assert (place.folder / "data" / f"{part}.part").stat().st_size == 11
+    assert place.run(script).returncode == 0
+    name = part.removeprefix("gsm_")
+    assert place.log()[:3] == [f"{name} from 0", f"{name} from 7", f"{name} from 11"]
+    assert not [name for name in place.found() if name.endswith(".part")]
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is absent")
+def test_the_real_curl_continues(place):
+    (place.folder / "data").mkdir()
+    half = place.prosqa["prosqa_train.json"][:100]
+    (place.folder / "data" / "prosqa_train.json.part").write_bytes(half)
+    (place.folder / "data" / "prosqa_test.json.part").write_bytes(place.prosqa["prosqa_test.json"])  # whole already
+    result = place.run("prosqa_official", real_curl=True)
+    assert result.returncode == 0, result.stderr
+    assert place.found() == set(place.prosqa)
+
+
+def test_a_whole_download_that_was_not_verified_yet_is_not_lost(place):
+    (place.folder / "data").mkdir()
+    (place.folder / "data" / "gsm_train.txt.part").write_text(GSM["train"])
+    (place.folder / "data" / "gsm_valid.txt.part").write_text(GSM["valid"])
+    assert place.run("gsm_icot").returncode == 0
+    # of valid the size is not known, so the server is asked; train is not asked for
+    assert place.log() == [f"valid.txt from {len(GSM['valid'])}", "valid.txt from 0", "test.txt from 0"]
+
+
+def test_wrong_content_is_refused_and_leaves_nothing(place):
+    (place.served / "prosqa_test.json").write_text("other")
+    refused(place.run("prosqa_official"), "is not the authors' file: its blob id is")
+    assert not any("test" in name or not name.endswith(".part") for name in place.found())
+    (place.folder / "data" / "prosqa_valid.json.part").unlink()
+
+    (place.served / "train.txt").write_text(GSM["train"].replace("a?", "longer?"))
+    refused(place.run("gsm_icot"), "is not the expected file: it has")
+    assert place.found() == {"gsm_valid.json", "gsm_test.json", "gsm_icot.sha256"}
+    (place.served / "train.txt").write_text(GSM["train"].replace("#### 3", "____ 3"))
+    result = place.run("gsm_icot")
+    assert result.returncode == 2
+    assert "line 2 has no '####'" in result.stderr
+    assert "cannot be converted (see above), so nothing of it is kept" in result.stderr
+    assert place.found() == {"gsm_valid.json", "gsm_test.json", "gsm_icot.sha256"}
+
+
+def test_a_file_with_another_number_of_examples_is_refused(place):
+    (place.served / "valid.txt").write_text(GSM["valid"] * 2)
+    result = place.run("gsm_icot")
+    assert result.returncode == 2
+    assert "gsm_valid.txt.part holds 2 examples, not 1" in result.stderr
+    assert place.found() == set()
+
+
+def test_a_file_that_changed_since_its_first_download_is_refused(place):
+    assert place.run("gsm_icot").returncode == 0
+    (place.folder / "data" / "gsm_valid.json").unlink()
+    (place.served / "valid.txt").write_text(GSM["valid"].replace("d?", "D?"))
+    refused(place.run("gsm_icot"), "valid.txt has changed: its SHA-256 is")
+    assert "gsm_valid.json" not in place.found()
+
+
+@pytest.mark.parametrize("script", ["prosqa_official", "gsm_icot"])
+def test_what_is_not_there_or_in_the_way_is_named(place, script):
+    for path in place.served.iterdir():
+        path.unlink()
+    refused(place.run(script), "cannot be had: the server refuses it")
+    assert place.found() == set()
+    refused(place.run(script, "utils.py"), "utils.py is no folder")
+
+
+def test_generated_files_are_not_overwritten(place):
+    (place.folder / "data").mkdir()
+    (place.folder / "data" / "prosqa_train.json").write_text("mine")
+    refused(place.run("prosqa_official"), "prosqa_train.json is there and is not the authors'")
+    assert (place.folder / "data" / "prosqa_train.json").read_text() == "mine"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data with the authors' examples is absent")
+def test_the_blob_id_of_the_authors_validation_file():
+    content = (DATA / "prosqa_valid.json").read_bytes()
+    assert f"valid) echo {blob_id(content)} ;;" in (ROOT / "preprocessing" / "prosqa_official.bash").read_text()

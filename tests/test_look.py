@@ -1,0 +1,113 @@
+"""`python dataset.py FILE`: what it shows of a file."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny_model
+from conftest import ROOT
+
+import dataset
+from dataset import show_sequence
+from utils import IGNORE, Config
+
+EXAMPLES = [
+    {"question": "1+2*3?", "steps": ["<<1+2=3>>", "<<3*3=9>>"], "answer": "9"},
+    {"question": "5?", "steps": [], "answer": "5"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("look")
+    (folder / "data.json").write_text(json.dumps(EXAMPLES))
+    tiny_model.write_model([folder / "data.json"], folder / "model", "char", "gpt2", 16, 1, 2, 64)
+    return folder
+
+
+def looked(folder, capsys, *arguments: str) -> list[str]:
+    assert dataset.main([str(folder / "data.json"), "--model", str(folder / "model"), *arguments]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_stage_is_shown_token_by_token(folder, capsys):
+    lines = looked(folder, capsys, "--stage", "1")
+    assert lines[0].endswith(f"2 examples; method coconut, stage 1, model {folder / 'model'}")
+    assert lines[2:7] == [
+        "example 0: 22 tokens",
+        "     given    8  1|+|2|*|3|?|⏎|<|start-latent|>",
+        "    latent    1  <|latent|> x 1",
+        "     given    1  <|end-latent|>",
+        "supervised   12  <<|3|*|3|=|9|>>|⏎|###| |9|<|endoftext|>",
+    ]
+
+
+def test_the_configuration_says_what_a_stage_is(folder, capsys):
+    lines = looked(folder, capsys, "--config", str(ROOT / "args" / "gsm_coconut.yaml"), "--examples", "1")
+    assert "method coconut, stage 1" in lines[0]  # the run begins with epoch 3
+    assert "    latent    2  <|latent|> x 2" in lines
+    assert "example 1:" not in "\n".join(lines)
+    lines = looked(folder, capsys, "--config", str(ROOT / "args" / "gsm_icot.yaml"), "--stage", "3")
+    assert lines[3:5] == [
+        "     given    7  1|+|2|*|3|?|⏎",
+        "supervised   17  2|=|3|>>|⏎|<<|3|*|3|=|9|>>|⏎|###| |9|<|endoftext|>",
+    ]
+
+
+def test_lengths_are_those_of_the_file(folder, capsys):
+    lines = looked(folder, capsys, "--stage", "7", "--examples", "0")
+    table = {line[:24].strip(): line[24:].split() for line in lines[-6:]}
+    assert table == {
+        "steps of an example": ["1.0", "0", "0", "2", "2", "0"],
+        "tokens of the question": ["5.0", "3", "3", "7", "7", "0"],
+        "tokens of all steps": ["8.0", "0", "0", "16", "16", "0"],
+        "tokens of the answer": ["3.0", "3", "3", "3", "3", "0"],
+        "sequence at stage 7": ["17.0", "15", "15", "19", "19", "0"],
+        "of it supervised": ["4.0", "4", "4", "4", "4", "0"],
+    }
+
+
+def test_a_terminal_gets_colours(folder, capsys, monkeypatch):
+    tokenizer, markers = dataset.tokenizer_with_markers(Config(model_id=str(folder / "model")))
+    ids, labels = [markers.start, markers.latent, markers.end, 5], [IGNORE, IGNORE, IGNORE, 5]
+    plain = show_sequence(ids, labels, markers, tokenizer)
+    coloured = show_sequence(ids, labels, markers, tokenizer, coloured=True)
+    assert [re.sub(r"\033\[[\d;]+m", "", line) for line in coloured] == plain
+    assert len({line[:5] for line in coloured if "given" not in line}) == 2
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\033[" in "\n".join(looked(folder, capsys))
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033[" not in "\n".join(looked(folder, capsys))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["data.json", "--model", "model", "--stage", "8"], "there is no stage 8: the last one .* is 7"),
+        (["data.json", "--model", "none/at/all"], "there is no tokenizer to load for the model 'none/at/all'"),
+        (["absent.json", "--model", "model"], "cannot read absent.json: No such file"),
+        ([".", "--model", "model"], "cannot read .: Is a directory"),
+        (["data.json", "--config", "absent.yaml"], "cannot read absent.yaml"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(folder, arguments, complaint, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert dataset.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"^error: .*{complaint}", error)
+    assert error.count("\n") == 1
+
+
+def test_the_script_itself(folder):
+    command = [sys.executable, "dataset.py", str(folder / "data.json"), "--model", str(folder / "model")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "example 1: 9 tokens" in result.stdout
+
+
+def test_torch_is_not_imported_with_the_module():
+    code = "import sys, dataset; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
