@@ -17,11 +17,12 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
-from itertools import groupby, pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 NO_REASONING = 1 << 30  # a stage of iCoT that leaves no token of any reasoning
 START, END, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"
+JSON_SPACE = re.compile(r"[ \t\n\r]*")
 CACHE_VERSION = 1  # raise it when `tokenize` changes
 
 
@@ -171,25 +173,64 @@ def training_sequence(
 
 
 def load_examples(path: str | Path, limit: int | None = None) -> list[dict]:
+    """The examples of a file, or its first `limit`, as `read_examples` yields them."""
+    return list(read_examples(path, limit))
+
+
+def read_examples(path: str | Path, limit: int | None = None) -> Iterator[dict]:
     """Reads a JSON list of {question: str, answer: str, steps: list of str}; other fields are kept.
 
-    Raises UserError that names the file, and the record and field where one is wrong.
+    One example at a time: parsed all at once, GSM8K's training set would take a gigabyte. Raises UserError that names
+    the file, and the record and field where one is wrong.
     """
     try:
-        examples = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        for number, example in enumerate(_json_list(text)):
+            if number == limit:
+                return
+            problem = _record_problem(example)
+            if problem:
+                raise UserError(f"{path}: record {number} (counted from 0) {problem}")
+            yield example
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: byte {error.start} cannot be decoded") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
-    if not isinstance(examples, list) or not examples:
-        raise UserError(f"{path} must hold a JSON list of at least one example")
-    for number, example in enumerate(examples):
-        problem = _record_problem(example)
-        if problem:
-            raise UserError(f"{path}: record {number} (counted from 0) {problem}")
-    return examples[:limit]
+    except _NoListError:
+        raise UserError(f"{path} must hold a JSON list of at least one example") from None
+
+
+class _NoListError(Exception):
+    """JSON that is another value than a list, or an empty list."""
+
+
+def _json_list(text: str) -> Iterator:
+    """The items of a JSON list. Raises JSONDecodeError and _NoListError."""
+
+    def skip_space(place: int) -> int:
+        return JSON_SPACE.match(text, place).end()
+
+    place = skip_space(0)
+    if not text.startswith("[", place):
+        json.loads(text)  # says what is wrong, if it is no JSON at all
+        raise _NoListError
+    place = skip_space(place + 1)
+    if text.startswith("]", place):
+        json.loads(text)
+        raise _NoListError
+    decoder = json.JSONDecoder()
+    while True:
+        item, place = decoder.raw_decode(text, place)
+        yield item
+        place = skip_space(place)
+        mark = text[place : place + 1]
+        place = skip_space(place + 1)
+        if mark == "]" and place == len(text):
+            return
+        if mark != ",":
+            raise json.JSONDecodeError("Extra data" if mark == "]" else "Expecting ',' delimiter", text, place)
 
 
 def _record_problem(example) -> str | None:
@@ -245,27 +286,36 @@ class Tokens:
             np.save(folder / f"{name}.npy", getattr(self, name))
 
 
-def tokenize(examples: list[dict], tokenizer, show_progress: bool = False) -> Tokens:
+def tokenize(examples: Iterable[dict], tokenizer, show_progress: bool = False) -> Tokens:
     """Q = question + newline, with the special tokens that the tokenizer adds by itself; S = step + newline and
     A = "### " + answer without them. A's EOS is added by `training_sequence`."""
     ids: list[np.ndarray] = []
-    text_lengths: list[int] = []
-    chunk = 1000
-    for begin in progress_bar(range(0, len(examples), chunk), "tokenizing", "k examples", show_progress):
-        part = examples[begin : begin + chunk]
+    text_lengths: list[np.ndarray] = []
+    texts_per_example: list[int] = []
+    bar = progress_bar(examples, "tokenizing", "examples", show_progress)
+    for part in batched(bar, 1000):
         questions = tokenizer([e["question"] + "\n" for e in part])["input_ids"]
         others = [text for e in part for text in (*(step + "\n" for step in e["steps"]), "### " + e["answer"])]
-        rest = iter(tokenizer(others, add_special_tokens=False)["input_ids"])
-        for example, question in zip(part, questions, strict=True):
-            for text in (question, *(next(rest) for _ in range(len(example["steps"]) + 1))):
-                ids.append(np.asarray(text, dtype=np.int32))
-                text_lengths.append(len(text))
-    texts_per_example = [len(example["steps"]) + 2 for example in examples]
+        rest = iter(tokenizer(others, add_special_tokens=False)["input_ids"] if others else [])
+        n_texts = [len(example["steps"]) + 2 for example in part]
+        texts = [
+            text for question, n in zip(questions, n_texts, strict=True) for text in (question, *islice(rest, n - 1))
+        ]
+        text_lengths.append(np.array([len(text) for text in texts], dtype=np.int64))
+        ids.append(np.fromiter(chain.from_iterable(texts), dtype=np.int32, count=text_lengths[-1].sum()))
+        texts_per_example += n_texts
     return Tokens(
         np.concatenate(ids),
-        np.concatenate([[0], np.cumsum(text_lengths)]).astype(np.int64),
-        np.concatenate([[0], np.cumsum(texts_per_example)]).astype(np.int64),
+        np.concatenate([[0], np.cumsum(np.concatenate(text_lengths))]),
+        np.concatenate([[0], np.cumsum(texts_per_example)]),
     )
+
+
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    """Consecutive lists of at most `size` items."""
+    rest = iter(items)
+    while part := list(islice(rest, size)):
+        yield part
 
 
 def cache_tokens(path: str, tokenizer, folder: Path, limit: int | None = None, show_progress: bool = True) -> Path:
@@ -274,14 +324,15 @@ def cache_tokens(path: str, tokenizer, folder: Path, limit: int | None = None, s
     Its name is a digest of the file's bytes, the tokenizer and the limit. It appears whole or not at all.
     """
     try:
-        digest = hashlib.sha256(Path(path).read_bytes())
+        with Path(path).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
     digest.update(json.dumps([type(tokenizer).__name__, backend, limit, CACHE_VERSION]).encode())
     target = folder / digest.hexdigest()[:32]
     if not target.exists():
-        tokens = tokenize(load_examples(path, limit), tokenizer, show_progress)
+        tokens = tokenize(read_examples(path, limit), tokenizer, show_progress)
         folder.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
         tokens.save(aside)

@@ -24,6 +24,7 @@ from coconut import Coconut
 from dataset import Markers, training_sequence
 from utils import Config
 
+ROOT = Path(__file__).resolve().parent.parent
 GPT2_VOCABULARY = 50257
 MARKERS = Markers(GPT2_VOCABULARY, GPT2_VOCABULARY + 2, GPT2_VOCABULARY + 1, GPT2_VOCABULARY - 1)
 SIZES = {"tiny": (2, 256, 4), "small": (12, 768, 12)}  # layers, width, heads; small is GPT-2's

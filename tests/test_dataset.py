@@ -10,6 +10,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dataset
 from dataset import (
     IGNORE,
     NO_REASONING,
@@ -386,6 +387,24 @@ def test_bad_files_are_named(tmp_path, content, complaint):
     with pytest.raises(UserError, match=complaint) as error:
         load_examples(path)
     assert "bad.json" in str(error.value)
+
+
+@given(st.lists(st.dictionaries(st.text(), st.none() | st.floats(allow_nan=False) | st.text()), max_size=4), st.data())
+def test_the_streaming_reader_is_json_loads(value, data):
+    text = json.dumps(value, indent=data.draw(st.sampled_from([None, 1])))
+    cut = data.draw(st.integers(0, len(text)))
+    text = data.draw(st.sampled_from([text, text[:cut], text[:cut] + "]" + text[cut:], text[:cut] + "," + text[cut:]]))
+    try:
+        wanted = json.loads(text)
+    except json.JSONDecodeError:
+        with pytest.raises(json.JSONDecodeError):
+            list(dataset._json_list(text))
+        return
+    if isinstance(wanted, list) and wanted:
+        assert list(dataset._json_list(text)) == wanted
+    else:
+        with pytest.raises(dataset._NoListError):
+            list(dataset._json_list(text))
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):

@@ -1,0 +1,245 @@
+"""What data costs: tokenizing, starting again, the first batch of an epoch, memory, padding, waiting for the loader.
+
+    python benchmarks/data.py                       # generated ProsQA, and 385,620 generated rows of GSM8K's lengths
+    python benchmarks/data.py --quick               # a tenth of it
+
+The tokenizer is a byte-level BPE trained on the data, or that of --model.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import MARKERS, ROOT, alternate, machine, make_model, pick_device, print_table, write_json
+from tokenizers import ByteLevelBPETokenizer
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from dataset import (
+    StageDataset,
+    Tokens,
+    cache_tokens,
+    collate_for_device,
+    epoch_plan,
+    example_order,
+    read_examples,
+    sequence_lengths,
+    tokenize,
+)
+from utils import Config
+
+sys.path.insert(0, str(ROOT / "preprocessing"))
+import prosqa
+
+GSM8K_EXAMPLES, PROSQA_EXAMPLES = 385_620, 17_886  # of the training sets
+MEASURE_MEMORY = """
+import re, sys
+import torch, transformers
+def resident(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+import dataset
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
+tokenizer(["warm"] * 1000)
+before = resident("VmRSS")
+folder = dataset.cache_tokens(sys.argv[1], tokenizer, dataset.Path(sys.argv[3]), show_progress=False)
+tokens = dataset.Tokens.open(folder)
+order = dataset.example_order(len(tokens), dataset.Config(), 0)
+plan = dataset.epoch_plan(order, dataset.Config(), 0, 1)
+for index in order[:5000]:
+    tokens[index]
+print(before, resident("VmRSS"), resident("VmHWM"))
+"""
+
+
+def gsm_like(n: int, seed: int = 0) -> list[dict]:
+    """Examples of about GSM8K's lengths: questions of 45 words, 1 to 6 steps."""
+    random = np.random.default_rng(seed)
+    words = ["".join(random.choice(list("abcdefghijklmnopqrstuvwxyz"), size)) for size in random.integers(2, 9, 4000)]
+    examples = []
+    for length, n_steps in zip(random.integers(20, 71, n), random.integers(1, 7, n), strict=True):
+        a, b = random.integers(1, 900, (2, n_steps)).tolist()
+        steps = [f"<<{x}*{y}={x * y}>>" for x, y in zip(a, b, strict=True)]
+        question = " ".join(words[i] for i in random.integers(0, len(words), length))
+        examples.append({"question": question, "steps": steps, "answer": str(a[-1] * b[-1])})
+    return examples
+
+
+def make_tokenizer(path: Path, folder: Path) -> Path:
+    """A folder with a byte-level BPE of the file's texts."""
+    bpe = ByteLevelBPETokenizer()
+    texts = (text for e in read_examples(path, 5000) for text in (e["question"], *e["steps"]))
+    bpe.train_from_iterator(texts, vocab_size=8000, special_tokens=["<|endoftext|>"], show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    return folder
+
+
+def tokenizing(path: Path, tokenizer, cache: Path, repeats: int) -> dict:
+    """Seconds to tokenize a file beside the tokenizer's own for the same texts in one batch, and to start again."""
+    examples = list(read_examples(path))
+    texts = [t for e in examples for t in (e["question"] + "\n", *(s + "\n" for s in e["steps"]), "### " + e["answer"])]
+    sides = {"tokenizer": lambda: tokenizer(texts), "ours": lambda: tokenize(examples, tokenizer)}
+    medians = alternate(sides, repeats, torch.device("cpu"))
+    cache_tokens(str(path), tokenizer, cache, show_progress=False)
+    begin = time.perf_counter()
+    Tokens.open(cache_tokens(str(path), tokenizer, cache, show_progress=False))
+    again = time.perf_counter() - begin
+    return {
+        "examples": len(examples),
+        "tokenizer_seconds": medians["tokenizer"]["seconds"],
+        "our_seconds": medians["ours"]["seconds"],
+        "ratio": medians["ours"]["seconds"] / medians["tokenizer"]["seconds"],
+        "second_start_seconds": again,
+    }
+
+
+def make_loader(tokens: Tokens, config: Config, stage: int, order: list[int], workers: int) -> DataLoader:
+    return DataLoader(
+        StageDataset(tokens, config, MARKERS, epoch=0),
+        batch_sampler=[
+            [(i, stage) for i in m.indices] for s in epoch_plan(order, config, 0, 1) for m in s.micro_batches
+        ],
+        collate_fn=partial(collate_for_device, pad_token_id=MARKERS.eos, latent_token_id=MARKERS.latent),
+        num_workers=workers,
+        generator=torch.Generator(),
+    )
+
+
+def first_batch(tokens: Tokens, stage: int, workers: int) -> float:
+    """Seconds from nothing to an epoch's first batch."""
+    config = Config(uniform_prob=0.3)
+    begin = time.perf_counter()
+    next(iter(make_loader(tokens, config, stage, example_order(len(tokens), config, 0), workers)))
+    return time.perf_counter() - begin
+
+
+def memory(path: Path, tokenizer_folder: Path, cache: Path) -> list[float]:
+    """MiB in a process of its own: resident before, afterwards, and at most."""
+    command = [sys.executable, "-c", MEASURE_MEMORY, str(path), str(tokenizer_folder), str(cache)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    return [float(number) for number in done.stdout.split()]
+
+
+def padding(tokens: Tokens, grouped: bool, stage: int = 3) -> float:
+    """Share of padding in the passes of an epoch, 32 rows each."""
+    config = Config(batch_size_training=32, global_batch_size=128)
+    lengths = sequence_lengths(tokens, config, stage)
+    order = example_order(len(tokens), config, 0, lengths if grouped else None)
+    passes = [lengths[m.indices] for step in epoch_plan(order, config, 0, 1) for m in step.micro_batches]
+    return 1 - sum(p.sum() for p in passes) / sum(p.max() * len(p) for p in passes)
+
+
+def make_step(device: torch.device) -> Callable[[dict], None]:
+    """A training step of a tiny model; batches come as the loader makes them."""
+    model = make_model("gpt2", "tiny", device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step(batch: dict) -> None:
+        batch = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def steps_per_order(tokens: Tokens, n_steps: int, device: torch.device) -> dict:
+    """Seconds of a step, random order and grouped by length, alternately; and the share of it spent waiting for one
+    loader process."""
+    config = Config(batch_size_training=16, gradient_accumulation_steps=1)
+    lengths, stage = sequence_lengths(tokens, config, 3), 3
+    step = make_step(device)
+    orders = {
+        "random": example_order(len(tokens), config, 0),
+        "grouped": example_order(len(tokens), config, 0, lengths),
+    }
+    loaders = {n: iter(make_loader(tokens, config, stage, order, 1)) for n, order in orders.items()}
+    for loader in loaders.values():
+        step(next(loader))
+    seconds: dict[str, list[float]] = {name: [] for name in orders}
+    waits: list[float] = []
+    for _ in range(n_steps):
+        for name, loader in loaders.items():
+            begin = time.perf_counter()
+            batch = next(loader)
+            waited = time.perf_counter() - begin
+            step(batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - begin)
+            waits.append(waited)
+    total = sum(map(sum, seconds.values()))
+    means = {name: statistics.mean(values) for name, values in seconds.items()}
+    return {**means, "ratio": means["grouped"] / means["random"], "loader_wait": sum(waits) / total}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="whose tokenizer (default: one trained on the data)")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the examples")
+    parser.add_argument("--repeats", type=int, default=3, help="of each side (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="training steps of each order (default: %(default)s)")
+    parser.add_argument("--json", type=Path, default=None, help="write the numbers to this file")
+    options = parser.parse_args(arguments)
+    share = 0.1 if options.quick else 1.0
+    device = pick_device()
+    results: dict = {}
+    print(machine(device), flush=True)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        n_prosqa = int(PROSQA_EXAMPLES * share)
+        files = {"ProsQA": folder / "prosqa.json", "GSM8K-like": folder / "gsm.json"}
+        splits = prosqa.make_splits({"train": n_prosqa}, prosqa.Settings(), 0)
+        files["ProsQA"].write_text(json.dumps(splits["train"]))
+        del splits
+        files["GSM8K-like"].write_text(json.dumps(gsm_like(int(GSM8K_EXAMPLES * share))))
+        for name, path in files.items():
+            where = options.model or make_tokenizer(path, folder / f"{path.stem}_tokenizer")
+            tokenizer = AutoTokenizer.from_pretrained(where)
+            row = dict(zip(("mib_before", "mib_after", "mib_peak"), memory(path, where, folder / "one"), strict=True))
+            repeats = options.repeats if name == "ProsQA" else 1
+            row |= tokenizing(path, tokenizer, folder / "cache", repeats)
+            tokens = Tokens.open(cache_tokens(str(path), tokenizer, folder / "cache", show_progress=False))
+            for workers in (0, 1):
+                row[f"first_batch_{workers}_workers"] = max(first_batch(tokens, stage, workers) for stage in (0, 3, 7))
+            row |= {"padding_random": padding(tokens, False), "padding_grouped": padding(tokens, True)}
+            row["step"] = steps_per_order(tokens, options.steps, device)
+            results[name] = row
+    print_results(results)
+    chosen = {name: value for name, value in vars(options).items() if name != "json"}
+    write_json(options.json, {"options": chosen, "machine": machine(device), "results": results})
+    return 0
+
+
+def print_results(results: dict) -> None:
+    rows = [
+        ("examples", lambda r: f"{r['examples']:,}"),
+        ("the tokenizer's own batch, s", lambda r: r["tokenizer_seconds"]),
+        ("tokenize(), s", lambda r: r["our_seconds"]),
+        ("  ratio", lambda r: r["ratio"]),
+        ("second start, s", lambda r: r["second_start_seconds"]),
+        ("first batch, no workers, s", lambda r: r["first_batch_0_workers"]),
+        ("first batch, 1 worker, s", lambda r: r["first_batch_1_workers"]),
+        ("tokenizing: most MiB, all in all", lambda r: r["mib_peak"]),
+        ("afterwards: MiB above before", lambda r: r["mib_after"] - r["mib_before"]),
+        ("padding, random order", lambda r: r["padding_random"]),
+        ("padding, group_by_length", lambda r: r["padding_grouped"]),
+        ("step, random order, s", lambda r: r["step"]["random"]),
+        ("step, group_by_length, s", lambda r: r["step"]["grouped"]),
+        ("  ratio", lambda r: r["step"]["ratio"]),
+        ("share of a step waiting for the loader", lambda r: r["step"]["loader_wait"]),
+    ]
+    print_table(["", *results], [[name, *(get(row) for row in results.values())] for name, get in rows])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
