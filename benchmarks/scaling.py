@@ -1,0 +1,178 @@
+"""From one rank to several: tokens a second, and the bytes that a rank sends for a step against the least possible.
+
+    python benchmarks/scaling.py                    # 1 and 2 ranks, DDP and FSDP, tiny model, a thread each
+
+Every rank has as many rows, whatever their number. A ring sends 2 (n - 1) / n of what is averaged over n ranks (half to
+reduce, half to gather), which is the least for data parallelism: that is what DDP sends, and FSDP, which gathers the
+weights where DDP gathers the gradients. `exposed` is the share of a step that it would not take without communication.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from common import MARKERS, ROOT, machine, model_config, print_table, prosqa_rows, write_json
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+
+import parallel
+from coconut import Coconut
+from dataset import collate_for_device
+from utils import Config, cleanup_distributed, setup_distributed
+
+
+class Sent:
+    """Counts the bytes that go into collectives."""
+
+    def __init__(self):
+        self.bytes = {"all-reduce": 0, "all-gather": 0, "reduce-scatter": 0}
+        for name, function in (("all-gather", "all_gather_single"), ("reduce-scatter", "reduce_scatter_single")):
+            original = getattr(dist, function)
+
+            def counting(*tensors, name=name, original=original, **keys):
+                given = [value for value in (*tensors, *keys.values()) if isinstance(value, torch.Tensor)]
+                self.bytes[name] += max(tensor.numel() * tensor.element_size() for tensor in given)  # the whole
+                return original(*tensors, **keys)
+
+            setattr(dist, function, counting)
+
+    def watch(self, wrapped: torch.nn.Module) -> None:
+        if isinstance(wrapped, DistributedDataParallel):
+
+            def hook(group, bucket):
+                self.bytes["all-reduce"] += bucket.buffer().numel() * bucket.buffer().element_size()
+                return allreduce_hook(group, bucket)
+
+            wrapped.register_comm_hook(None, hook)
+
+    def by_a_ring(self, n_ranks: int) -> float:
+        """Bytes that each rank has sent."""
+        share = (n_ranks - 1) / n_ranks
+        return share * (2 * self.bytes["all-reduce"] + self.bytes["all-gather"] + self.bytes["reduce-scatter"])
+
+    def clear(self) -> None:
+        self.bytes = dict.fromkeys(self.bytes, 0)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """One rank of one run; rank 0 writes the numbers to --worker's file."""
+    world = setup_distributed()
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(model_config(options.shape, options.size), dtype=torch.float32)
+    whole = Coconut(base, MARKERS.latent, MARKERS.start, MARKERS.end, MARKERS.eos)
+    n_bytes = 4 * sum(parameter.numel() for parameter in whole.parameters())
+    parallel.load_model = lambda *_: (whole, None, MARKERS)
+    config = Config(strategy=options.strategy, bf16=options.bf16)
+    sent = Sent()
+    model, _, _ = parallel.load(config, world, None)
+    wrapped = parallel.wrap(model, world)
+    sent.watch(wrapped)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    rows = prosqa_rows(options.batch, options.stage, 1, seed=world.rank)
+    # other ranks have fewer latents in the same step
+    rows = (
+        rows if world.rank == 0 else prosqa_rows(options.batch, max(options.stage - world.rank, 0), 1, seed=world.rank)
+    )
+    batch = collate_for_device(rows, MARKERS.eos, MARKERS.latent)
+    batch = {name: v.to(world.device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+    n_tokens = int(batch["attention_mask"].sum()) * world.size
+
+    def step(n_passes: int, meet: bool = True) -> float:
+        dist.barrier()  # all ranks begin together
+        begin = time.perf_counter()
+        for number in range(n_passes):
+            with parallel.gradients_meet(wrapped, now=meet and number + 1 == n_passes):
+                with torch.autocast(world.device.type, torch.bfloat16, enabled=options.bf16):
+                    loss = wrapped(**batch).loss
+                loss.backward()
+        if meet:
+            optimizer.step()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+        optimizer.zero_grad()
+        return seconds
+
+    step(1), step(1)
+    results = {"ranks": world.size, "strategy": options.strategy, "parameters_bytes": n_bytes}
+    for n_passes in (1, options.accumulation):
+        sent.clear()
+        step(n_passes)
+        results[f"sent_{n_passes}"] = sent.by_a_ring(world.size)
+    results["least"] = 2 * n_bytes * (world.size - 1) / world.size
+    seconds = sorted(step(1) for _ in range(options.repeats))[options.repeats // 2]
+    results["seconds"], results["tokens_per_second"] = seconds, n_tokens / seconds
+    if world.size > 1:
+        quiet = sorted(step(1, meet=False) for _ in range(options.repeats))[options.repeats // 2]
+        begin = time.perf_counter()
+        optimizer.step()  # gradients are gone: what is left is the overhead, next to nothing
+        results["exposed"] = max(0.0, 1 - (quiet + time.perf_counter() - begin) / seconds)
+    if world.is_main:
+        options.worker.write_text(json.dumps(results))
+    cleanup_distributed()
+
+
+def run(ranks: int, strategy: str, arguments: list[str], folder: Path) -> dict:
+    file = folder / f"{ranks}-{strategy}.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    command += [*arguments, "--strategy", strategy, "--worker", str(file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads(file.read_text())
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["gpt2", "llama", "qwen2"], default="gpt2", help="(default: %(default)s)")
+    parser.add_argument("--size", choices=["tiny", "small"], default="tiny", help="(default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="rows of a rank (default: %(default)s)")
+    parser.add_argument("--stage", type=int, default=3, help="latents (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
+    parser.add_argument("--accumulation", type=int, default=4, help="passes of the second count (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="measured steps (default: %(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision")
+    parser.add_argument("--json", type=Path, default=None, help="write the numbers to this file")
+    parser.add_argument("--strategy", choices=["ddp", "fsdp"], default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        measure(options)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        results = [run(n, s, arguments, Path(folder)) for n in options.ranks for s in ("ddp", "fsdp")]
+    one = {result["strategy"]: result for result in results if result["ranks"] == 1}
+    rows = []
+    for result in results:
+        alone = one.get(result["strategy"])
+        rows.append(
+            [
+                *(result["ranks"], result["strategy"], result["seconds"], f"{result['tokens_per_second']:,.0f}"),
+                result["tokens_per_second"] / alone["tokens_per_second"] if alone else "-",
+                *(f"{result[name] / 2**20:.1f}" for name in ("sent_1", f"sent_{options.accumulation}", "least")),
+                f"{result['exposed']:.0%}" if "exposed" in result else "-",
+            ]
+        )
+    print(f"{options.shape} {options.size}, {options.batch} rows a rank, stage {options.stage}: {machine_line()}")
+    header = ["ranks", "strategy", "seconds", "tokens/s", "x of 1 rank", "MiB sent, 1 pass"]
+    print_table([*header, f"{options.accumulation} passes", "least", "exposed"], rows)
+    chosen = {name: value for name, value in vars(options).items() if name not in ("json", "worker", "strategy")}
+    write_json(options.json, {"options": chosen, "machine": machine_line(), "results": results})
+    return 0
+
+
+def machine_line() -> dict:
+    return machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

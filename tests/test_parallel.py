@@ -1,0 +1,273 @@
+"""Strategies, compiled and checkpointed blocks, and a step that waits for nothing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, tiny_base
+from test_coconut import END, EOS, LATENT, START, largest_difference, make_model, make_rows
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import scaling
+
+import parallel
+from coconut import Coconut
+from dataset import Markers, collate_for_device
+from parallel import gradients_meet, load, whole_weights, wrap
+from throughput import FlopCounter
+from utils import Config, UserError, World, cleanup_distributed, setup_distributed
+
+
+def batch_of(n_latents: list[int], seed: int = 0) -> dict:
+    return collate_for_device(make_rows(n_latents, seed), pad_token_id=EOS, latent_token_id=LATENT)
+
+
+def test_one_process_ddp_and_fsdp_agree():
+    """The table of benchmarks/agreement.py: mixed stages, accumulation, generations of different lengths."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = str(ROOT / "benchmarks" / "agreement.py")
+    done = subprocess.run(
+        [*command, script, "--steps", "2"], capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == 2 + 10
+
+
+# ---- sharding ----
+
+
+@pytest.fixture
+def world():
+    yield setup_distributed()
+    cleanup_distributed()
+
+
+@pytest.fixture
+def sharded(world, monkeypatch, family):
+    """A model under FSDP in a world of one."""
+    whole = Coconut(tiny_base(family, dtype=torch.float32), LATENT, START, END, EOS)
+    monkeypatch.setattr(parallel, "load_model", lambda *_: (whole, None, Markers(START, LATENT, END, EOS)))
+    return load(Config(strategy="fsdp"), world, None)[0]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_step_sends_no_more_than_it_must(tmp_path, strategy):
+    """Nor do latent passes, accumulation, or ranks with different numbers of latents send more."""
+    arguments = ["--batch", "1", "--stage", "3", "--repeats", "1", "--accumulation", "3"]
+    sent = scaling.run(2, strategy, arguments, tmp_path)
+    assert sent["sent_1"] == sent["sent_3"]
+    assert sent["least"] <= sent["sent_1"] < 1.01 * sent["least"]  # FSDP pads what does not divide
+
+
+def test_gradients_are_reduced_once_in_a_step(sharded, world, monkeypatch):
+    calls = 0
+    original = _fsdp_param_group.foreach_reduce
+
+    def counting(*arguments, **keys):
+        nonlocal calls
+        calls += 1
+        return original(*arguments, **keys)
+
+    monkeypatch.setattr(_fsdp_param_group, "foreach_reduce", counting)
+    wrapped = wrap(sharded, world)
+    groups = sum(parallel.is_sharded(module) for module in sharded.modules())
+    assert groups == 3  # two blocks, and the rest
+    for step in range(1, 3):
+        for micro, n_latents in enumerate(([3, 1], [0, 0], [2, 5])):
+            with gradients_meet(wrapped, now=micro == 2):
+                wrapped(**batch_of(n_latents)).loss.backward()
+            assert calls == groups * (step if micro == 2 else step - 1)
+    assert all(parameter.grad is not None for parameter in sharded.parameters())
+
+
+def test_whole_weights_are_those_of_the_model(sharded, family):
+    base = tiny_base(family, dtype=torch.float32)
+    weights = whole_weights(sharded)
+    for name, value in base.named_parameters():
+        assert torch.equal(weights[f"base_causallm.{name}"], value)
+    assert "base_causallm.lm_head.weight" not in weights  # tied: saved under one name
+
+
+def test_large_models_are_sharded_on_gpus(monkeypatch, tmp_path):
+    tiny_base("gpt2").config.save_pretrained(tmp_path)
+    config, gpus = Config(model_id=str(tmp_path)), World(0, 0, 2, torch.device("cuda"))
+    n_parameters = sum(p.numel() for p in tiny_base("gpt2").parameters())
+    for room, strategy in ((10, "fsdp"), (100, "ddp")):
+        memory = type("Properties", (), {"total_memory": n_parameters * room})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, memory=memory: memory)
+        assert parallel.choose_strategy(config, gpus, None) == strategy
+    assert parallel.choose_strategy(config, World(0, 0, 2, torch.device("cpu")), None) == "ddp"
+    assert parallel.choose_strategy(Config(strategy="fsdp"), World(0, 0, 1, torch.device("cpu")), None) == "fsdp"
+
+
+# ---- blocks ----
+
+
+@pytest.mark.parametrize("n_latents", [[0, 0, 0], [3, 3, 3], [2, 0, 6]])
+def test_checkpointed_blocks_compute_the_same(family, n_latents):
+    """transformers' gradient checkpointing switches the cache off: latents would not see what is before them."""
+    model = make_model(family)
+    parallel._prepare_blocks(model, Config(gradient_checkpointing=True))
+    loss = model(**batch_of(n_latents)).loss
+    # the plain definition makes passes without a cache of ours: on a model without checkpoints
+    plain = make_model(family)
+    plain_loss = plain(**batch_of(n_latents)).loss
+    assert torch.equal(loss, plain_loss)
+    for found, wanted in zip(
+        torch.autograd.grad(loss, list(model.parameters())),
+        torch.autograd.grad(plain_loss, list(plain.parameters())),
+        strict=True,
+    ):
+        assert (found - wanted).abs().max() < 1e-12
+
+
+def test_checkpointed_blocks_keep_less(family):
+    def saved_bytes(model: Coconut) -> int:
+        total = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(**batch_of([2, 2, 2]))
+        return total
+
+    plain, checkpointed = make_model(family), make_model(family)
+    parallel._prepare_blocks(checkpointed, Config(gradient_checkpointing=True))
+    assert saved_bytes(checkpointed) < 0.7 * saved_bytes(plain)
+
+
+def test_compiled_blocks_are_not_compiled_anew_for_each_length(monkeypatch):
+    family, graphs = "gpt2", []
+
+    def backend(module, _):
+        graphs.append(module)
+        return module.forward
+
+    compile_block = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **keys: compile_block(self, backend=backend, **keys))
+    torch._dynamo.reset()
+    model, plain = make_model(family), make_model(family)
+    parallel._prepare_blocks(model, Config(compile=True))
+
+    def train(n_latents: list[int], seed: int) -> None:
+        batch = batch_of(n_latents, seed)
+        batch["input_ids"] = torch.cat([batch["input_ids"], batch["input_ids"][:, -1:].expand(-1, seed)], dim=1)
+        for name, fill in (("attention_mask", 0), ("labels", -100), ("position_ids", 0)):
+            batch[name] = torch.nn.functional.pad(batch[name], (0, seed), value=fill)
+        del batch["supervised"]
+        loss = model(**batch).loss
+        loss.backward()
+        assert abs(loss - plain(**batch).loss) < 1e-9
+
+    for seed in (0, 1):
+        for n_latents in ([3, 3, 3], [2, 0, 4], [0, 0, 0]):
+            train(n_latents, seed)
+    seen = len(graphs)
+    assert seen > 0
+    for seed in (2, 3, 5):
+        for n_latents in ([1, 1, 1], [5, 0, 2], [0, 0, 0]):
+            train(n_latents, seed)
+    assert len(graphs) == seen
+
+
+# ---- a step waits for nothing ----
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on what makes a program wait for a GPU: a value of a tensor that Python, or a shape, depends on."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "unique", "_unique2")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket.__name__ not in self.WAITS, f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("n_latents", [[0, 0, 0], [3, 3, 3], [2, 0, 6]])
+def test_a_step_asks_for_no_value(family, n_latents):
+    model, batch = make_model(family), batch_of(n_latents)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with NoWaiting():
+        model(**batch).loss.backward()
+        optimizer.zero_grad()
+    with pytest.raises(AssertionError, match="waits"), NoWaiting():
+        model(**{name: value for name, value in batch.items() if name != "supervised"})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("n_latents", [[0, 0, 0], [3, 3, 3], [2, 0, 6]])
+def test_a_step_on_a_gpu_does_not_synchronise(family, n_latents):
+    model = make_model(family, dtype=torch.float32).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    batch = {
+        name: value.pin_memory() if isinstance(value, torch.Tensor) else value
+        for name, value in batch_of(n_latents).items()
+    }
+    for mode in ("default", "error"):  # the first step may wait: memory, kernels
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            on_device = {
+                name: value.to("cuda", non_blocking=True) if isinstance(value, torch.Tensor) else value
+                for name, value in batch.items()
+            }
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(**on_device).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_attention_on_a_gpu_never_takes_the_slow_path(family):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    model = make_model(family, dtype=torch.float32).cuda()
+    for n_latents in ([0, 0, 0], [3, 3, 3], [2, 0, 6]):
+        batch = {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in batch_of(n_latents).items()}
+        fast = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+        with sdpa_kernel(fast), torch.autocast("cuda", torch.bfloat16):
+            model(**batch).loss.backward()
+
+
+def test_rows_padded_on_the_right_need_no_mask(family):
+    """The mask that a promise leaves out would have changed nothing."""
+    model, batch = make_model(family), batch_of([0, 0, 0])
+    assert not batch["left_padded"]
+    loss = model(**batch).loss
+    batch["left_padded"] = True
+    assert abs(loss - model(**batch).loss) < 1e-12
+    model, rows = make_model(family), make_rows([3, 3, 3])
+    assert batch_of([3, 3, 3])["left_padded"]
+    assert max(largest_difference(model, rows, model(**batch_of([3, 3, 3])).loss)) < 1e-9
+
+
+# ---- FLOPs ----
+
+
+def test_flops_are_those_that_torch_counts(family):
+    base = tiny_base(family, dtype=torch.float32)
+    base.set_attn_implementation("eager")  # torch does not count the CPU's fused attention
+    model = Coconut(base, LATENT, START, END, EOS)
+    counter = FlopCounter.of(model)
+    lengths = [9, 9]
+    input_ids = torch.randint(4, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as theirs:
+        model(input_ids)
+    assert counter.training(lengths, 18) == 3 * theirs.get_total_flops()
+    assert counter.training(lengths, 2) < counter.training(lengths, 18)
+
+
+def test_compile_and_checkpointing_exclude_each_other():
+    with pytest.raises(UserError, match="exclude each other"):
+        raise UserError(Config(compile=True, gradient_checkpointing=True).problems(needs_files=False)[0])
