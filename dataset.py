@@ -460,9 +460,9 @@ class MicroBatch(NamedTuple):
     weight: float
 
 
-def example_order(n_examples: int, config: Config, epoch: int, lengths: np.ndarray | None = None) -> list[int]:
-    """The examples of an epoch as they are taken: a permutation drawn from (seed, epoch), the same for any number of
-    ranks.
+def example_order(n_examples: int, config: Config, epoch: int, lengths: np.ndarray | None = None) -> np.ndarray:
+    """(examples,) int64: the examples of an epoch as they are taken, a permutation drawn from (seed, epoch), the same
+    for any number of ranks.
 
     With `lengths`, of all sequences, the permutation is cut into windows of 50 batches, each window is sorted by length
     and cut into batches, and the batches of all windows are shuffled: what shares a step, and so a pass, is similarly
@@ -471,7 +471,7 @@ def example_order(n_examples: int, config: Config, epoch: int, lengths: np.ndarr
     random = np.random.default_rng((config.seed, epoch))
     order = random.permutation(n_examples)
     if lengths is None:
-        return order.tolist()
+        return order
     batch = config.global_batch_size or config.gradient_accumulation_steps * config.batch_size_training
     batches = []
     for begin in range(0, n_examples, 50 * batch):
@@ -480,20 +480,12 @@ def example_order(n_examples: int, config: Config, epoch: int, lengths: np.ndarr
         batches += [window[begin : begin + batch] for begin in range(0, len(window), batch)]
     # a short batch stays the last: before others it would shift their cuts
     full = len(batches) - (len(batches[-1]) < batch)
-    return np.concatenate([batches[i] for i in (*random.permutation(full), *range(full, len(batches)))]).tolist()
-
-
-def examples_of_steps(order: list[int], config: Config, world_size: int, seen: int = 0) -> list[list[int]]:
-    """The examples of each optimizer step over all ranks: an epoch's order, cut; the first `seen` of it left out."""
-    accumulation, size = config.passes(world_size)
-    per_step = accumulation * world_size * size
-    return [order[begin : begin + per_step] for begin in range(seen, len(order), per_step)]
+    return np.concatenate([batches[i] for i in (*random.permutation(full), *range(full, len(batches)))])
 
 
 def steps_per_epoch(n_examples: int, config: Config, world_size: int) -> int:
     """Optimizer steps of a whole epoch."""
-    accumulation, size = config.passes(world_size)
-    return -(-n_examples // (accumulation * world_size * size))
+    return len(EpochPlan(np.arange(n_examples), config, 0, world_size))
 
 
 class PlannedStep(NamedTuple):
@@ -503,9 +495,9 @@ class PlannedStep(NamedTuple):
     n_examples: int  # over all ranks
 
 
-def epoch_plan(order: list[int], config: Config, rank: int, world_size: int, seen: int = 0) -> list[PlannedStep]:
+class EpochPlan(Sequence):
     """What one rank does in an epoch (see `example_order`), or in the rest of it once the first `seen` examples have
-    been trained on, by whatever number of ranks.
+    been trained on, by whatever number of ranks. A sequence of PlannedStep, each made when it is asked for.
 
     The examples of each step are cut into micro-batches that the ranks take in turn: the cuts, and so the gradients,
     are the same for every world size with the same global batch and the same size of a pass. The last step may be
@@ -515,16 +507,41 @@ def epoch_plan(order: list[int], config: Config, rank: int, world_size: int, see
     Weights: gradients are averaged over ranks and summed over a rank's micro-batches, so that
     weight = world_size x (examples in the micro-batch) / (examples in the step).
     """
-    _, size = config.passes(world_size)
-    plan = []
-    for step in examples_of_steps(order, config, world_size, seen):
-        rounds = -(-len(step) // (size * world_size))
+
+    def __init__(self, order: np.ndarray, config: Config, rank: int, world_size: int, seen: int = 0):
+        self.order, self.rank, self.world_size = order[seen:], rank, world_size
+        accumulation, self.size = config.passes(world_size)
+        self.per_step = accumulation * world_size * self.size
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.per_step)
+
+    def examples(self, step: int) -> list[int]:
+        """The examples of a step over all ranks."""
+        return self.order[step * self.per_step : (step + 1) * self.per_step].tolist()
+
+    def __getitem__(self, step: int) -> PlannedStep:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        examples = self.examples(step)
+        rounds = -(-len(examples) // (self.size * self.world_size))
         mine = []
-        for place in range(rank, rounds * world_size, world_size):
-            part = step[place * size : (place + 1) * size]
-            mine.append(MicroBatch(part or step[:1], world_size * len(part) / len(step)))
-        plan.append(PlannedStep(mine, len(step)))
-    return plan
+        for place in range(self.rank, rounds * self.world_size, self.world_size):
+            part = examples[place * self.size : (place + 1) * self.size]
+            mine.append(MicroBatch(part or examples[:1], self.world_size * len(part) / len(examples)))
+        return PlannedStep(mine, len(examples))
+
+
+class PlannedBatches:
+    """A batch sampler: the items of StageDataset that each micro-batch of a plan holds, as they are asked for."""
+
+    def __init__(self, plan: EpochPlan, stages: Sequence[int]):
+        self.plan, self.stages = plan, stages
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for stage, step in zip(self.stages, self.plan, strict=True):
+            for micro in step.micro_batches:
+                yield [(index, stage) for index in micro.indices]
 
 
 def schedule(config: Config, world_size: int) -> str:

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -45,15 +46,15 @@ from checkpoint import (
 )
 from coconut import Coconut
 from dataset import (
+    EpochPlan,
     Markers,
     MicroBatch,
+    PlannedBatches,
     StageDataset,
     Tokens,
     cache_tokens,
     collate_for_device,
-    epoch_plan,
     example_order,
-    examples_of_steps,
     kept_reasoning,
     load_examples,
     longest_sequence,
@@ -354,16 +355,12 @@ def train_epoch(run: Run, epoch: int) -> int:
     with. It ends early where the ranks have agreed to stop (see Interruption)."""
     config, world, markers, progress = run.config, run.world, run.markers, run.progress
     n_steps = steps_per_epoch(len(run.data.train), config, world.size)
-    plan = epoch_plan(order_of_epoch(run, epoch), config, world.rank, world.size, progress.seen)
+    plan = EpochPlan(order_of_epoch(run, epoch), config, world.rank, world.size, progress.seen)
     first = n_steps - len(plan)
     stages = [stage_of_step(config, epoch, step, n_steps) for step in range(n_steps)]
     loader = DataLoader(
         StageDataset(run.data.train, config, markers, epoch),
-        batch_sampler=[
-            [(index, stage) for index in micro.indices]
-            for stage, planned in zip(stages[first:], plan, strict=True)
-            for micro in planned.micro_batches
-        ],
+        batch_sampler=PlannedBatches(plan, stages[first:]),
         collate_fn=partial(collate_for_device, pad_token_id=markers.eos, latent_token_id=markers.latent),
         num_workers=config.num_workers,
         pin_memory=world.device.type == "cuda",
@@ -398,7 +395,7 @@ def train_epoch(run: Run, epoch: int) -> int:
     return stages[-1]
 
 
-def order_of_epoch(run: Run, epoch: int) -> list[int]:
+def order_of_epoch(run: Run, epoch: int) -> np.ndarray:
     """The training examples as an epoch takes them: in random order, or with group_by_length in random groups."""
     config, train = run.config, run.data.train
     lengths = sequence_lengths(train, config, stage_of(config, epoch)) if config.group_by_length else None
@@ -419,7 +416,7 @@ def optimizer_is_due(run: Run, epoch: int, step: int, n_steps: int) -> bool:
     last_stage = stage_of_step(config, last_epoch, last_step, n_steps)
     if stage_of_step(config, epoch, step, n_steps) == last_stage:
         return False
-    for index in examples_of_steps(order_of_epoch(run, last_epoch), config, run.world.size)[last_step]:
+    for index in EpochPlan(order_of_epoch(run, last_epoch), config, 0, run.world.size).examples(last_step):
         steps = train[index][1]
         stage = stage_of_example(config, last_stage, last_epoch, index, len(steps))
         if kept_reasoning(steps, stage, config):

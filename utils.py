@@ -7,6 +7,7 @@ configuration must come at once, and importing torch takes seconds.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import difflib
 import fcntl
@@ -22,7 +23,7 @@ import threading
 import time
 import types
 import typing
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +33,7 @@ import yaml
 IGNORE = -100  # the label of a position that is not supervised, torch's default ignore_index
 METHODS = ("coconut", "cot", "no_cot", "no_thoughts", "icot")
 THOUGHTS = ("last", "pause")  # thoughts.py defines them; named here so that a configuration is checked without torch
+LAUNCHER = os.getppid()  # of a rank: torchrun
 PLACEHOLDER = re.compile(r"YOUR_\w+")
 
 
@@ -534,6 +536,8 @@ def setup_distributed() -> World:
     import torch
     import torch.distributed as dist
 
+    if "RANK" in os.environ:
+        _die_with_launcher()
     rank, size = launched_ranks()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
@@ -552,6 +556,16 @@ def setup_distributed() -> World:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return World(rank, local_rank, size, device)
+
+
+def _die_with_launcher() -> None:
+    """A torchrun that is killed takes its ranks along: left to themselves they would wait for each other for ever, and
+    hold the run's folder against the next job."""
+    set_parent_death_signal = 1  # of Linux's prctl
+    with suppress(OSError, AttributeError):  # of another system
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != LAUNCHER:  # it was killed before
+        os._exit(1)
 
 
 def cleanup_distributed() -> None:

@@ -25,11 +25,12 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset import (
+    EpochPlan,
+    PlannedBatches,
     StageDataset,
     Tokens,
     cache_tokens,
     collate_for_device,
-    epoch_plan,
     example_order,
     read_examples,
     sequence_lengths,
@@ -54,7 +55,7 @@ before = resident("VmRSS")
 folder = dataset.cache_tokens(sys.argv[1], tokenizer, dataset.Path(sys.argv[3]), show_progress=False)
 tokens = dataset.Tokens.open(folder)
 order = dataset.example_order(len(tokens), dataset.Config(), 0)
-plan = dataset.epoch_plan(order, dataset.Config(), 0, 1)
+plan = dataset.EpochPlan(order, dataset.Config(), 0, 1)
 for index in order[:5000]:
     tokens[index]
 print(before, resident("VmRSS"), resident("VmHWM"))
@@ -102,12 +103,11 @@ def tokenizing(path: Path, tokenizer, cache: Path, repeats: int) -> dict:
     }
 
 
-def make_loader(tokens: Tokens, config: Config, stage: int, order: list[int], workers: int) -> DataLoader:
+def make_loader(tokens: Tokens, config: Config, stage: int, order: np.ndarray, workers: int) -> DataLoader:
+    plan = EpochPlan(order, config, 0, 1)
     return DataLoader(
         StageDataset(tokens, config, MARKERS, epoch=0),
-        batch_sampler=[
-            [(i, stage) for i in m.indices] for s in epoch_plan(order, config, 0, 1) for m in s.micro_batches
-        ],
+        batch_sampler=PlannedBatches(plan, [stage] * len(plan)),
         collate_fn=partial(collate_for_device, pad_token_id=MARKERS.eos, latent_token_id=MARKERS.latent),
         num_workers=workers,
         generator=torch.Generator(),
@@ -122,11 +122,17 @@ def first_batch(tokens: Tokens, stage: int, workers: int) -> float:
     return time.perf_counter() - begin
 
 
-def memory(path: Path, tokenizer_folder: Path, cache: Path) -> list[float]:
-    """MiB in a process of its own: resident before, afterwards, and at most."""
+def memory(path: Path, tokenizer_folder: Path, cache: Path) -> dict[str, float]:
+    """MiB in processes of their own: above an interpreter with torch and a tokenizer, that of the rank that tokenizes
+    and that of one that finds the tokens; and at most while tokenizing, all in all."""
     command = [sys.executable, "-c", MEASURE_MEMORY, str(path), str(tokenizer_folder), str(cache)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-    return [float(number) for number in done.stdout.split()]
+
+    def run() -> list[float]:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+        return [float(number) for number in done.stdout.split()]
+
+    (before, after, peak), (other_before, other_after, _) = run(), run()
+    return {"mib_tokenizing_rank": after - before, "mib_other_rank": other_after - other_before, "mib_peak": peak}
 
 
 def padding(tokens: Tokens, grouped: bool, stage: int = 3) -> float:
@@ -134,7 +140,7 @@ def padding(tokens: Tokens, grouped: bool, stage: int = 3) -> float:
     config = Config(batch_size_training=32, global_batch_size=128)
     lengths = sequence_lengths(tokens, config, stage)
     order = example_order(len(tokens), config, 0, lengths if grouped else None)
-    passes = [lengths[m.indices] for step in epoch_plan(order, config, 0, 1) for m in step.micro_batches]
+    passes = [lengths[m.indices] for step in EpochPlan(order, config, 0, 1) for m in step.micro_batches]
     return 1 - sum(p.sum() for p in passes) / sum(p.max() * len(p) for p in passes)
 
 
@@ -205,7 +211,7 @@ def main(arguments: list[str]) -> int:
         for name, path in files.items():
             where = options.model or make_tokenizer(path, folder / f"{path.stem}_tokenizer")
             tokenizer = AutoTokenizer.from_pretrained(where)
-            row = dict(zip(("mib_before", "mib_after", "mib_peak"), memory(path, where, folder / "one"), strict=True))
+            row = memory(path, where, folder / "one")
             repeats = options.repeats if name == "ProsQA" else 1
             row |= tokenizing(path, tokenizer, folder / "cache", repeats)
             tokens = Tokens.open(cache_tokens(str(path), tokenizer, folder / "cache", show_progress=False))
@@ -230,7 +236,8 @@ def print_results(results: dict) -> None:
         ("first batch, no workers, s", lambda r: r["first_batch_0_workers"]),
         ("first batch, 1 worker, s", lambda r: r["first_batch_1_workers"]),
         ("tokenizing: most MiB, all in all", lambda r: r["mib_peak"]),
-        ("afterwards: MiB above before", lambda r: r["mib_after"] - r["mib_before"]),
+        ("afterwards: MiB more, the rank that did it", lambda r: r["mib_tokenizing_rank"]),
+        ("  another rank", lambda r: r["mib_other_rank"]),
         ("padding, random order", lambda r: r["padding_random"]),
         ("padding, group_by_length", lambda r: r["padding_grouped"]),
         ("step, random order, s", lambda r: r["step"]["random"]),

@@ -14,15 +14,15 @@ import dataset
 from dataset import (
     IGNORE,
     NO_REASONING,
+    EpochPlan,
     Markers,
+    PlannedBatches,
     StageDataset,
     Tokens,
     cache_tokens,
     collate,
     collate_prompts,
-    epoch_plan,
     example_order,
-    examples_of_steps,
     load_examples,
     longest_sequence,
     prompt,
@@ -248,10 +248,10 @@ def flat(plan):
 def test_every_example_once_and_the_same_steps_for_every_world(world_size, accumulation, n_examples):
     config = Config(batch_size_training=8, gradient_accumulation_steps=accumulation, seed=5)
     order = example_order(n_examples, config, 2)
-    plans = [epoch_plan(order, config, rank, world_size) for rank in range(world_size)]
+    plans = [EpochPlan(order, config, rank, world_size) for rank in range(world_size)]
     seen = [index for plan in plans for micro in flat(plan) if micro.weight for index in micro.indices]
     assert sorted(seen) == list(range(n_examples))
-    one = epoch_plan(order, Config(batch_size_training=8, gradient_accumulation_steps=4, seed=5), 0, 1)
+    one = EpochPlan(order, Config(batch_size_training=8, gradient_accumulation_steps=4, seed=5), 0, 1)
     assert {len(plan) for plan in plans} == {len(one)}
     for number, step in enumerate(one):
         steps = [plan[number] for plan in plans]
@@ -266,17 +266,25 @@ def test_every_example_once_and_the_same_steps_for_every_world(world_size, accum
 def test_the_rest_of_an_epoch_neither_repeats_nor_skips(world_after):
     config = Config(batch_size_training=8, seed=5)
     order = example_order(61, config, 3)
-    before = [epoch_plan(order, config, rank, 2)[:2] for rank in range(2)]
+    before = [list(EpochPlan(order, config, rank, 2))[:2] for rank in range(2)]
     seen = sum(step.n_examples for step in before[0])
-    after = [epoch_plan(order, config, rank, world_after, seen) for rank in range(world_after)]
+    after = [EpochPlan(order, config, rank, world_after, seen) for rank in range(world_after)]
     indices = [i for plan in [*before, *after] for m in flat(plan) if m.weight for i in m.indices]
     assert sorted(indices) == list(range(61))
+
+
+def test_batches_come_as_planned():
+    config = Config(batch_size_training=4, gradient_accumulation_steps=2)
+    plan = EpochPlan(np.arange(11), config, 0, 1)
+    assert [step.n_examples for step in plan] == [8, 3]
+    wanted = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert list(PlannedBatches(plan, [5, 6])) == [[(i, 5 + (i > 7)) for i in indices] for indices in wanted]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
     for lengths in (None, np.arange(50) % 7):
         orders = [
-            example_order(50, Config(seed=seed, batch_size_training=8), epoch, lengths)
+            example_order(50, Config(seed=seed, batch_size_training=8), epoch, lengths).tolist()
             for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))
         ]
         assert orders[0] == orders[1]
@@ -289,12 +297,16 @@ def test_grouping_by_length_keeps_similar_lengths_together():
     order = example_order(1003, config, 0, lengths)
     assert sorted(order) == list(range(1003))
 
-    def padding(order: list[int]) -> float:
-        steps = [lengths[step] for step in examples_of_steps(order, config, 1)]
+    def steps_of(order: np.ndarray) -> list[np.ndarray]:
+        plan = EpochPlan(order, config, 0, 1)
+        return [lengths[plan.examples(step)] for step in range(len(plan))]
+
+    def padding(order: np.ndarray) -> float:
+        steps = steps_of(order)
         return 1 - sum(map(sum, steps)) / sum(max(step) * len(step) for step in steps)
 
     assert padding(order) < 0.05 < 0.4 < padding(example_order(1003, config, 0))
-    means = [lengths[step].mean() for step in examples_of_steps(order, config, 1)]
+    means = [step.mean() for step in steps_of(order)]
     assert means != sorted(means)  # short and long batches come in random order
 
 

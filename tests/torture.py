@@ -1,0 +1,185 @@
+"""Kills a small job again and again until it is done, many times over: does it always end with the same weights?
+
+    python tests/torture.py                 # 25 runs: `make torture`
+    python tests/torture.py --runs 4 --ranks 2
+
+Each run is killed with SIGKILL, all its processes at once, at random moments, every other time while it writes a
+checkpoint, and started again until it ends by itself. Its weights must have the hash of an undisturbed run's. The model
+has dropout and AdamW is never made anew, so that nothing may be lost. Exits with 1 where a run ends otherwise, or where
+more than the steps since the last save were lost.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "preprocessing"))
+SAVE_EVERY = 4  # steps
+EPOCHS, EXAMPLES, BATCH = 3, 160, 16
+MOST_KILLS = 4  # of a run
+
+
+def prepare(folder: Path) -> Path:
+    """Data, a model with dropout, and the configuration of the job."""
+    import arithmetic
+    import tiny_model
+    from transformers import AutoModelForCausalLM
+
+    for name, examples in arithmetic.make_splits({"train": EXAMPLES, "valid": 8}, base=5).items():
+        (folder / f"{name}.json").write_text(json.dumps(examples))
+    tiny_model.write_model([folder / "train.json"], folder / "model", "char", "gpt2", 32, 1, 2, 128)
+    dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1}
+    AutoModelForCausalLM.from_pretrained(folder / "model", **dropout).save_pretrained(folder / "model")
+    keys = {
+        **{"save_path": str(folder / "runs"), "model_id": str(folder / "model"), "wandb": "disabled"},
+        **{"train_path": str(folder / "train.json"), "val_path": str(folder / "valid.json")},
+        **{"method": "coconut", "epochs_per_stage": 1, "max_latent_stage": 2, "uniform_prob": 0.3},
+        **{"num_epochs": EPOCHS, "global_batch_size": BATCH, "batch_size_training": 8, "lr": 1e-3},
+        **{"max_new_tokens": 4, "reset_optimizer": "never", "num_workers": 0},
+        **{"save_every_steps": SAVE_EVERY, "log_every_steps": 1, "keep_checkpoints": 1},
+    }
+    (folder / "job.yaml").write_text(yaml.safe_dump(keys))
+    return folder / "job.yaml"
+
+
+def start(job: Path, name: str, ranks: int, log: Path) -> subprocess.Popen:
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("w") as file:
+        command = [*launcher, str(ROOT / "run.py"), str(job), f"name={name}"]
+        return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+
+
+def digest(run: Path) -> str:
+    return hashlib.sha256((run / f"checkpoint_{EPOCHS}" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def last_step(run: Path) -> int:
+    """The last step that the log tells of."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return max((record["step"] for record in records if record["event"] == "step"), default=0)
+
+
+@dataclass
+class Kill:
+    """One kill of one run, and what the next start of the job made of it."""
+
+    moment: str
+    reached: int  # the last step that the log tells of
+    found: str = "killed before it looked"
+    lost: int | None = None  # steps
+
+
+def kill_in(process: subprocess.Popen, run: Path, seconds: float, in_save: bool) -> str | None:
+    """Kills the job after so many seconds, or from then on in the next save. Returns the moment; None where the job has
+    ended before."""
+    begin, started = time.monotonic(), time.time()
+    while process.poll() is None:
+        elapsed = time.monotonic() - begin
+        saving = any(is_newer(path, started) for path in run.glob(".writing-*"))
+        if elapsed > seconds and (saving or not in_save):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"{elapsed:.1f} s" + (", in a save" if saving else "")
+        time.sleep(0.0005)
+    return None
+
+
+def is_newer(path: Path, moment: float) -> bool:
+    """Whether a folder has been touched since; it may go at any time."""
+    try:
+        return path.stat().st_mtime > moment
+    except FileNotFoundError:
+        return False
+
+
+def torture(job: Path, name: str, ranks: int, dice: random.Random, duration: float) -> tuple[list[Kill], str]:
+    """Runs the job until it is done; returns its kills, and the hash of the weights."""
+    run, log = job.parent / "runs" / name, job.parent / f"{name}.log"
+    kills: list[Kill] = []
+    while True:
+        process = start(job, name, ranks, log)
+        moment = None
+        if len(kills) < MOST_KILLS:
+            # few kills come during the imports, where there is nothing to lose
+            moment = kill_in(process, run, dice.uniform(0.3, 1.0) * duration, in_save=len(kills) % 2 == 1)
+        process.wait()
+        text = log.read_text()
+        found = re.search(r"continuing from \S+/(checkpoint_\S+),", text)
+        if kills and (found or "global batch" in text):
+            kills[-1].found = found[1] if found else "nothing"
+            kills[-1].lost = kills[-1].reached - step_of(kills[-1].found)
+        if moment is None:
+            if process.returncode:
+                raise SystemExit(f"{name} ended with {process.returncode}:\n{text[-3000:]}")
+            return kills, digest(run)
+        kills.append(Kill(moment, last_step(run)))
+
+
+def step_of(checkpoint: str) -> int:
+    """Steps that a checkpoint of that name has behind it."""
+    numbers = re.fullmatch(r"checkpoint_(\d+)(?:_step_(\d+))?", checkpoint)
+    if numbers is None:
+        return 0
+    return int(numbers[2] or int(numbers[1]) * EXAMPLES // BATCH)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=25, help="(default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=None, help="of the moments (default: the clock)")
+    options = parser.parse_args()
+    seed = options.seed if options.seed is not None else time.time_ns() % 10**6
+    folder = Path(tempfile.mkdtemp())
+    job = prepare(folder)
+    begin = time.monotonic()
+    undisturbed = start(job, "undisturbed", options.ranks, folder / "undisturbed.log")
+    if undisturbed.wait():
+        raise SystemExit((folder / "undisturbed.log").read_text()[-3000:])
+    duration = time.monotonic() - begin
+    wanted = digest(folder / "runs" / "undisturbed")
+    print(f"undisturbed: {duration:.1f} s, {wanted[:12]}; seed {seed}", flush=True)
+    print(f"{'run':>8}  {'killed after':<20} {'restart found':<24} {'steps lost':>10}", flush=True)
+    dice, failures, everything = random.Random(seed), 0, []
+    for number in range(1, options.runs + 1):
+        name = f"run-{number}"
+        kills, found = torture(job, name, options.ranks, dice, duration)
+        for kill in kills:
+            # the log may be a step ahead of a save, or behind it
+            too_many = kill.lost is not None and kill.lost > SAVE_EVERY
+            failures += too_many
+            lost = "" if kill.lost is None else max(kill.lost, 0)
+            print(f"{name:>8}  {kill.moment:<20} {kill.found:<24} {lost:>10}{'  TOO MANY' if too_many else ''}")
+        everything += kills
+        failures += found != wanted
+        print(
+            f"{'':>8}  done: {found[:12]} {'as undisturbed' if found == wanted else 'NOT AS UNDISTURBED'}", flush=True
+        )
+        shutil.rmtree(folder / "runs" / name)
+    in_saves = sum("save" in kill.moment for kill in everything)
+    print(f"{options.runs} runs, {len(everything)} kills, {in_saves} of them in a save, {failures} failures")
+    shutil.rmtree(folder)
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
