@@ -1,0 +1,386 @@
+"""What clusters do to jobs: signals, kills, full and broken disks, other world sizes, NaN, two jobs on one folder."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_model
+import torch
+import yaml
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from test_run import digest, epochs, start, succeed, weights, with_dropout
+from test_run import place as place  # a fixture
+
+LONG = ("num_epochs=3", "max_train_examples=144", "max_new_tokens=4", "global_batch_size=16", "log_every_steps=1")
+
+
+def steps(run: Path) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+    return [record for record in map(json.loads, lines) if record["event"] == "step"]
+
+
+def begin(place: Path, *arguments: str, ranks: int = 0) -> subprocess.Popen:
+    """Starts run.py as a cluster would: its launcher does not die of SIGUSR1, which all processes of a job get."""
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = ["bash", "-c", 'trap "" USR1; exec "$@"', "-", *launcher, str(ROOT / "run.py"), str(place / "run.yaml")]
+    return subprocess.Popen(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def processes_of(name: str) -> list[int]:
+    """The ranks of a run, the lowest first; without launcher and loader."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"name={name}".encode() in command and b"torch.distributed.run" not in command:
+            rank = next((int(e[5:]) for e in environment if e.startswith(b"RANK=")), 0)
+            found.append((rank, int(folder.name)))
+    return [pid for _, pid in sorted(found)]
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.01)
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place) -> dict[str, torch.Tensor]:
+    """The weights of a run on two ranks, with dropout, that nothing has happened to."""
+    succeed(place / "run.yaml", *LONG, f"model_id={with_dropout(place)}", "name=undisturbed", ranks=2)
+    return weights(place / "runs" / "undisturbed" / "checkpoint_3")
+
+
+# ---- signals ----
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_the_next_job_goes_on_inside_the_epoch(place, undisturbed, tmp_path, number, monkeypatch):
+    name, run = f"signal-{number.name}", place / "runs" / f"signal-{number.name}"
+    arguments = (*LONG, f"model_id={with_dropout(place)}", f"name={name}")
+    monkeypatch.setenv("INTERRUPTED_FILE", str(tmp_path / "interrupted"))
+    process = begin(place, *arguments, ranks=2)
+    wait_for(lambda: len(steps(run)) >= 12)
+    os.kill(processes_of(name)[1], number)  # of one rank; all of them have to agree
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, printed
+    assert "stopped by a signal" in printed
+    assert (tmp_path / "interrupted").exists()
+    (saved,) = run.glob("checkpoint_*_step_*")
+    assert len(steps(run)) < 27
+    assert len(steps(run)) == int(saved.name.split("_")[-1])
+    done = succeed(place / "run.yaml", *arguments, ranks=2)
+    assert f"continuing from {saved}" in done.stderr
+    assert same(weights(run / "checkpoint_3"), undisturbed)
+    assert not list(run.glob("checkpoint_*_step_*"))  # the run is done: nobody needs them
+
+
+def test_a_second_signal_exits_at_once():
+    """But not one that comes together with the first, as launchers hand on what all processes have got anyway."""
+    program = (
+        "import sys, time; from utils import Interruption, World\n"
+        "with Interruption(World(0, 0, 1, None)) as interruption:\n"
+        "    print('ready', flush=True)\n"
+        "    while True:\n"
+        "        time.sleep(0.05)\n"
+        "        if interruption.asked(): print('asked', flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "asked\n"
+    time.sleep(1.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
+
+
+# ---- other numbers of ranks ----
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(place, before, after):
+    """No example of the epoch is repeated or left out, and the optimizer's state is re-sharded: the weights are those
+    of an undisturbed run, but for the order of additions."""
+    name, run = f"ranks-{before}-{after}", place / "runs" / f"ranks-{before}-{after}"
+    arguments = (*LONG, "batch_size_training=4", "save_every_steps=5", f"name={name}", "num_epochs=1")
+    whole = place / "runs" / "ranks-whole"
+    if not whole.exists():
+        succeed(place / "run.yaml", *arguments, "name=ranks-whole")
+    process = begin(place, *arguments, ranks=before)
+    wait_for(lambda: (run / "checkpoint_0_step_5").exists() or process.poll() is not None)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    for path in run.glob("checkpoint_1"):  # it was faster than the kill
+        shutil.rmtree(path)
+    strategy = "strategy=fsdp" if after == 2 else "strategy=ddp"
+    done = succeed(place / "run.yaml", *arguments, strategy, ranks=after)
+    assert "continuing from" in done.stderr
+    found, wanted = weights(run / "checkpoint_1"), weights(whole / "checkpoint_1")
+    assert max((found[name] - wanted[name]).abs().max().item() for name in wanted) < 1e-5
+    begun = weights(place / "model")
+    assert max((found[n] - begun[n]).abs().max() for n in begun if begun[n].shape == found[n].shape) > 1e-3
+
+
+# ---- disks ----
+
+
+@pytest.fixture
+def two_epochs(place, tmp_path) -> tuple[Path, tuple]:
+    """A run with checkpoints after epochs 1 and 2 of 3."""
+    arguments = (f"save_path={tmp_path}", "name=run", "max_train_examples=16", "max_new_tokens=2")
+    succeed(place / "run.yaml", *arguments, "num_epochs=2")
+    return tmp_path / "run", arguments
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "a bit flipped": lambda folder: flip(folder / "model.safetensors"),
+    "half a file": lambda folder: os.truncate(folder / "model.safetensors", 1000),
+    "a file missing": lambda folder: (folder / "trainer" / "random_0.pt").unlink(),
+    "its description missing": lambda folder: (folder / "coconut.json").unlink(),
+    "the digests broken": lambda folder: os.truncate(folder / "trainer" / "manifest.json", 10),
+    "the state missing": lambda folder: (folder / "trainer" / "state.json").unlink(),
+    "an empty state": lambda folder: os.truncate(folder / "trainer" / "state.json", 0),
+    "the optimizer broken": lambda folder: flip(next((folder / "trainer" / "optimizer").glob("*.distcp"))),
+}
+
+
+def test_a_damaged_checkpoint_is_passed_over(place, two_epochs):
+    run, arguments = two_epochs
+    keep = run.parent / "kept"
+    shutil.copytree(run, keep)
+    for damage, act in DAMAGES.items():
+        shutil.rmtree(run)
+        shutil.copytree(keep, run)
+        act(run / "checkpoint_2")
+        found = []
+        import checkpoint
+
+        assert checkpoint.newest_whole(run, found.append) == run / "checkpoint_1", damage
+        assert len(found) == 1
+        assert re.search("checkpoint_2 is damaged .*passed over", found[0]), damage
+    done = succeed(place / "run.yaml", *arguments)  # the last of them, in the program
+    assert "warning: " in done.stderr
+    assert "continuing from" in done.stderr
+    assert "checkpoint_1, after 1 of 3" in done.stderr
+    assert len(list(run.glob("checkpoint_2.replaced-*"))) == 1
+
+
+def test_only_damaged_checkpoints_are_an_error_and_no_new_start(place, two_epochs):
+    run, arguments = two_epochs
+    shutil.rmtree(run / "checkpoint_1")
+    flip(run / "checkpoint_2" / "model.safetensors")
+    before = digest(run)
+    done = start(place / "run.yaml", *arguments)
+    assert done.returncode == 2
+    assert "holds damaged checkpoints only" in done.stderr
+    done = start(place / "run.yaml", *arguments, "name=eval", "only_eval=true", f"load_model_path={run}")
+    assert done.returncode == 2
+    assert "is damaged: model.safetensors is not what was written" in done.stderr
+    assert digest(run) == before
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint(place, two_epochs, ranks):
+    run, arguments = two_epochs
+    before = digest(run / "checkpoint_2")
+
+    def no_large_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    # for two ranks a step has other examples
+    arguments = (*arguments, "num_epochs=3", "continue_changed=true")
+    done = subprocess.run(
+        [*launcher, str(ROOT / "run.py"), str(place / "run.yaml"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=no_large_files,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode != 0
+    complaints = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(complaints) == 1, done.stderr
+    assert re.search("checkpoint_3 cannot be written: .*earlier checkpoints are untouched", complaints[0])
+    assert digest(run / "checkpoint_2") == before
+    assert not list(run.glob(".writing-*"))
+    assert not (run / "checkpoint_3").exists()
+
+
+# ---- folders ----
+
+
+def test_a_folder_of_another_configuration_is_refused_unless_told_otherwise(place, two_epochs):
+    run, arguments = two_epochs
+    before = digest(run)
+    done = start(place / "run.yaml", *arguments, "lr=0.5", "seed=2")
+    assert done.returncode == 2
+    assert "another configuration (seed 1, not 2; lr 0.001, not 0.5)" in done.stderr
+    assert "continue_changed=true" in done.stderr
+    shutil.copy(place / "valid.json", place / "other_train.json")
+    done = start(place / "run.yaml", *arguments, f"train_path={place / 'other_train.json'}")
+    assert done.returncode == 2
+    assert "was trained on other data" in done.stderr
+    assert digest(run) == before
+    done = succeed(place / "run.yaml", *arguments, "lr=0.5", "seed=2", "continue_changed=true")
+    assert "after 2 of 3 epochs" in done.stderr
+    assert yaml.safe_load((run / "config.yaml").read_text())["lr"] == 0.5
+
+
+def test_a_moved_data_file_is_the_same_data(place, two_epochs):
+    _, arguments = two_epochs
+    shutil.copy(place / "train.json", place / "moved.json")
+    done = succeed(place / "run.yaml", *arguments, f"train_path={place / 'moved.json'}")
+    assert "after 2 of 3 epochs" in done.stderr
+
+
+def test_a_second_job_on_the_same_folder_is_refused(place):
+    run = place / "runs" / "shared"
+    process = begin(place, *LONG, "num_epochs=20", "name=shared")
+    try:
+        wait_for(lambda: len(steps(run)) >= 2)
+        done = start(place / "run.yaml", *LONG, "name=shared")
+        assert done.returncode == 2
+        assert re.search(rf"shared is in use by another job .process {process.pid} on ", done.stderr), done.stderr
+        assert process.poll() is None
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    begin(place, *LONG, "num_epochs=1", "name=shared").communicate(timeout=60)  # a dead job holds nothing
+    assert len(epochs(run)) >= 1
+
+
+# ---- ranks and losses ----
+
+
+def test_a_rank_that_dies_takes_the_job_down(place):
+    run = place / "runs" / "dying"
+    process = begin(place, *LONG, "num_epochs=50", "name=dying", ranks=2)
+    wait_for(lambda: len(steps(run)) >= 2)
+    os.kill(processes_of("dying")[1], signal.SIGKILL)
+    printed = process.communicate(timeout=50)[0]
+    assert process.returncode != 0
+    assert re.search(r"rank +: 1 ", printed)
+    assert "Signal 9 (SIGKILL) received" in printed
+    assert not processes_of("dying")
+
+
+def test_ranks_do_not_outlive_their_launcher(place):
+    run = place / "runs" / "orphans"
+    process = begin(place, *LONG, "num_epochs=50", "name=orphans", ranks=2)
+    wait_for(lambda: len(steps(run)) >= 2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=20)
+    wait_for(lambda: not processes_of("orphans"), seconds=10)
+
+
+def model_with_a_broken_token(place: Path) -> tuple[Path, list[dict]]:
+    """A model that makes NaN of whatever holds the letter x, and data in which one example does."""
+    examples = json.loads((place / "train.json").read_text())[:32]
+    examples[5]["question"] = "x" + examples[5]["question"]
+    (place / "with_x.json").write_text(json.dumps(examples))
+    folder = place / "broken"
+    tiny_model.write_model([place / "with_x.json"], folder, "char", "llama", 32, 1, 2, 128)
+    from transformers import AutoTokenizer
+
+    state = load_file(folder / "model.safetensors")
+    token = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("x")
+    state["model.embed_tokens.weight"][token] = float("nan")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder, examples
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(place, ranks):
+    folder, _ = model_with_a_broken_token(place)
+    run = place / "runs" / f"nan-{ranks}"
+    arguments = (
+        *(f"model_id={folder}", f"train_path={place / 'with_x.json'}", f"name=nan-{ranks}", "num_epochs=1"),
+        *("global_batch_size=8", "batch_size_training=4", "max_new_tokens=2", "save_every_steps=1", "seed=3"),
+    )
+    done = start(place / "run.yaml", *arguments, ranks=ranks)
+    assert done.returncode != 0
+    (complaint,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    record = json.loads((run / "nonfinite.jsonl").read_text())
+    assert 5 in record["examples"]
+    assert len(record["examples"]) == 4  # of the pass that it was in
+    assert f"the loss of step {record['step']}, in epoch 0, is nan" in complaint
+    good = f"checkpoint_0_step_{record['step'] - 1}" if record["step"] > 1 else "none"
+    assert f"the last good checkpoint is {run / good if record['step'] > 1 else good}" in complaint
+    shutil.rmtree(run)
+    done = succeed(place / "run.yaml", *arguments, "skip_nonfinite=true", ranks=ranks)
+    assert "left out" in done.stderr
+    assert epochs(run)[-1]["skipped"] == 1
+    after, before = weights(run / "checkpoint_1"), load_file(folder / "model.safetensors")
+    assert all(value.isfinite().all() for name, value in after.items() if "embed" not in name and "lm_head" not in name)
+    assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
+
+
+# ---- what is not trusted ----
+
+
+def test_a_configuration_cannot_write_elsewhere(place):
+    for name in ("../outside", "/tmp/outside", "a/b", "..", "."):
+        done = start(place / "run.yaml", f"name={name}")
+        assert done.returncode == 2
+        assert "must be a plain folder name" in done.stderr
+
+
+def test_yaml_makes_no_objects(place, tmp_path):
+    (tmp_path / "evil.yaml").write_text("name: !!python/object/apply:os.getcwd []\n")
+    done = start(tmp_path / "evil.yaml")
+    assert done.returncode == 2
+    assert "is not valid YAML" in done.stderr
+
+
+# ---- all together ----
+
+
+def test_torture():
+    """A short form of `make torture`."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "torture.py"), "--runs", "2", "--seed", "1"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.count("as undisturbed") == 2
