@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart quickstart-no-cot prosqa-mini test test-real lint clean
+.PHONY: help quickstart quickstart-no-cot prosqa-mini test test-real test-multinode torture lint clean
 
 help:
 	@echo "make quickstart   train and evaluate Coconut on chained arithmetic: two ranks, CPU, about 10 minutes"
@@ -12,7 +12,9 @@ help:
 	@echo "make prosqa-mini  the whole program on ProsQA with a tiny model, a few minutes"
 	@echo "make test         the tests"
 	@echo "make test-real    a pretrained model on real GSM8K rows, a few minutes"
-	@echo "make lint         ruff"
+	@echo "make torture      kills a small job again and again: does it end as undisturbed? 10 minutes"
+	@echo "make test-multinode  two hosts in network namespaces, the cable cut between them; needs root"
+	@echo "make lint         ruff and shellcheck"
 	@echo "make clean        remove what quickstart made (the checkpoints too)"
 
 .venv/installed: requirements.txt
@@ -58,9 +60,16 @@ test: .venv/installed-dev
 test-real: .venv/installed-real
 	$(BIN)/python -m pytest -m real tests/test_real.py
 
+torture: .venv/installed
+	$(BIN)/python tests/torture.py
+
+test-multinode: .venv/installed
+	PYTHON=$(BIN)/python tests/multinode.sh
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck --severity=warning -x -P SCRIPTDIR slurm/* tests/*.sh preprocessing/*.bash benchmarks/*.sh
 
 clean:
 	rm -rf checkpoints/quickstart* checkpoints/prosqa_mini data/arithmetic_* data/tiny_* data/prosqa_mini_*

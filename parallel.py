@@ -38,7 +38,7 @@ def load(config: Config, world: World, source: Path | None) -> tuple[Coconut, ob
     """
     if choose_strategy(config, world, source) != "fsdp":
         model, tokenizer, markers = load_model(config, source)
-        _prepare_blocks(model, config)
+        prepare_blocks(model, config)
         return model.to(world.device), tokenizer, markers
     # rank 0 reads the model, into its CPU's memory; the others learn what it looks like
     whole: list = []
@@ -47,7 +47,7 @@ def load(config: Config, world: World, source: Path | None) -> tuple[Coconut, ob
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(base_config, dtype=base_config.dtype)
         model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
-    _prepare_blocks(model, config)
+    prepare_blocks(model, config)
     _shard(model, config)
     _fill(model, whole[0][0] if world.is_main else None, world)
     return model, tokenizer, markers
@@ -71,7 +71,8 @@ def blocks_of(model: Coconut) -> list[nn.Module]:
     return [module for module in model.base_causallm.get_decoder().modules() if type(module).__name__ in names]
 
 
-def _prepare_blocks(model: Coconut, config: Config) -> None:
+def prepare_blocks(model: Coconut, config: Config) -> None:
+    """Compiles the decoder blocks, or lets them compute again what they do not keep, as the configuration says."""
     if config.gradient_checkpointing:
         checkpoint_blocks(blocks_of(model))
     if config.compile:

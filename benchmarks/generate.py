@@ -1,8 +1,9 @@
 """Evaluation by generation, against Hugging Face's own batched, cached generate without latents.
 
-    python benchmarks/generate.py                   # tiny model, batches of 1, 8, 32
+    python benchmarks/generate.py                   # tiny model, batches of 1, 8, 32, 128
+    torchrun --nproc_per_node 2 benchmarks/generate.py --strategy fsdp
 
-Both sides start from the same prompts of ProsQA's lengths, sorted by length, and write as many new tokens; EOS is kept
+Under torchrun every rank has as many prompts, and Hugging Face's side has a whole model on each. Both sides start from the same prompts of ProsQA's lengths, sorted by length, and write as many new tokens; EOS is kept
 from coming, so that neither stops early. Examples a second, medians of alternate runs.
 """
 
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import MARKERS, alternate, machine, make_model, pick_device, print_table, prosqa_rows, write_json
+from common import MARKERS, alternate, machine, make_model, print_table, prosqa_rows, write_json
 
+import parallel
 from dataset import IGNORE, collate_prompts
+from utils import Config, cleanup_distributed, setup_distributed
 
 
 def make_prompts(n: int, stage: int) -> list[list[int]]:
@@ -27,8 +30,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["gpt2", "llama", "qwen2"], default="gpt2", help="(default: %(default)s)")
     parser.add_argument("--size", choices=["tiny", "small"], default="tiny", help="(default: %(default)s)")
-    parser.add_argument("--examples", type=int, default=32, help="prompts of each side (default: %(default)s)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="(default: 1 8 32)")
+    parser.add_argument("--examples", type=int, default=128, help="prompts of each side (default: %(default)s)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128], help="(default: %(default)s)")
+    parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp", help="(default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to write (default: %(default)s)")
     parser.add_argument("--stage", type=int, default=6, help="latents of a prompt (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="measured runs of each side (default: %(default)s)")
@@ -37,11 +41,19 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = pick_device()
-    model = make_model(options.shape, options.size, device).eval()
+    world = setup_distributed()
+    device = world.device
+    theirs = make_model(options.shape, options.size, device).eval()
     with torch.no_grad():  # no row says EOS: its embedding, and with tied weights its logit, points away
-        model.eos_token_id = MARKERS.end
-        model.base_causallm.get_output_embeddings().weight[MARKERS.end] = 0
+        theirs.base_causallm.get_output_embeddings().weight[MARKERS.end] = 0
+    model = theirs
+    if options.strategy == "fsdp":
+        whole = make_model(options.shape, options.size, torch.device("cpu"))
+        whole.load_state_dict(theirs.state_dict())
+        parallel.load_model = lambda *_: (whole, None, MARKERS)
+        model = parallel.load(Config(strategy="fsdp"), world, None)[0].eval()
+        parallel.gather_weights(model)  # all ranks
+    model.eos_token_id = MARKERS.end
     prompts = make_prompts(options.examples, options.stage)
 
     def run(size: int, latent: bool) -> None:
@@ -52,7 +64,7 @@ def main(arguments: list[str]) -> int:
                 new = model.generate(**batch, max_new_tokens=options.new_tokens)
             else:
                 del batch["position_ids"]
-                new = model.base_causallm.generate(
+                new = theirs.base_causallm.generate(
                     **batch,
                     max_new_tokens=options.new_tokens,
                     min_new_tokens=options.new_tokens,
@@ -71,7 +83,11 @@ def main(arguments: list[str]) -> int:
                 {"batch": size, "side": name, **medians, "examples_per_second": options.examples / medians["seconds"]}
             )
     padding = 1 - np.mean([len(prompt) for prompt in prompts]) / max(map(len, prompts))
-    print(f"{options.shape} {options.size}, {options.new_tokens} new tokens, {padding:.1%} padding: {machine(device)}")
+    cleanup_distributed()
+    if not world.is_main:
+        return 0
+    where = f"{world.size} x {options.strategy}, {machine(device)}"
+    print(f"{options.shape} {options.size}, {options.new_tokens} new tokens, {padding:.1%} padding: {where}")
     rows = []
     for theirs, ours in zip(results[::2], results[1::2], strict=True):
         ratio = ours["examples_per_second"] / theirs["examples_per_second"]

@@ -30,8 +30,10 @@ from common import (
     write_json,
 )
 
+import parallel
 from coconut import Coconut
 from dataset import collate_for_device
+from utils import Config
 
 SIDES = ("floor", "coconut", "all logits", "no cache")
 
@@ -62,6 +64,7 @@ def make_sides(options: argparse.Namespace, stage: int, names: list[str]) -> dic
     """The sides as functions that make one step each, with one model and one optimizer."""
     device = pick_device()
     model = make_model(options.shape, options.size, device)
+    parallel.prepare_blocks(model, Config(compile=options.compile))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
     rows = prosqa_rows(options.batch, stage, options.c_thought)
     batch = {
@@ -108,6 +111,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=7, help="measured steps of each side (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, of all sides")
     parser.add_argument(
         "--sides", nargs="+", choices=SIDES, default=SIDES[:3], help="beside the floor (default: less no cache)"
     )

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts that download: whole files, or a sentence on stderr and no file.
 
 die() {

@@ -25,7 +25,7 @@ for split in valid test train; do
     file=$folder/prosqa_$split.json
     if [[ ! -e $file ]]; then
         missing="$missing $split"
-    elif [[ ! -f $file || $(blob_id "$file") != "$(blob_of $split)" ]]; then
+    elif [[ ! -f $file || $(blob_id "$file") != "$(blob_of "$split")" ]]; then
         die "$file is there and is not the authors' (generated?): move it away, or name another folder"
     fi
 done
@@ -33,8 +33,8 @@ for split in $missing; do
     url=$BASE_URL/prosqa_$split.json part=$folder/prosqa_$split.json.part
     fetch "$url" "$part"
     found=$(blob_id "$part")
-    [[ $found == "$(blob_of $split)" ]] ||
-        refuse "$part" "$url is not the authors' file: its blob id is $found, not $(blob_of $split)"
+    [[ $found == "$(blob_of "$split")" ]] ||
+        refuse "$part" "$url is not the authors' file: its blob id is $found, not $(blob_of "$split")"
 done
 for split in $missing; do
     mv "$folder/prosqa_$split.json.part" "$folder/prosqa_$split.json"

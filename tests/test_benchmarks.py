@@ -15,7 +15,7 @@ import step
 
 from dataset import collate_for_device
 
-OPTIONS = {"shape": "gpt2", "size": "tiny", "batch": 2, "c_thought": 1, "bf16": False}
+OPTIONS = {"shape": "gpt2", "size": "tiny", "batch": 2, "c_thought": 1, "bf16": False, "compile": False}
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def test_large_models_are_sharded_on_gpus(monkeypatch, tmp_path):
 def test_checkpointed_blocks_compute_the_same(family, n_latents):
     """transformers' gradient checkpointing switches the cache off: latents would not see what is before them."""
     model = make_model(family)
-    parallel._prepare_blocks(model, Config(gradient_checkpointing=True))
+    parallel.prepare_blocks(model, Config(gradient_checkpointing=True))
     loss = model(**batch_of(n_latents)).loss
     # the plain definition makes passes without a cache of ours: on a model without checkpoints
     plain = make_model(family)
@@ -141,7 +141,7 @@ def test_checkpointed_blocks_keep_less(family):
         return total
 
     plain, checkpointed = make_model(family), make_model(family)
-    parallel._prepare_blocks(checkpointed, Config(gradient_checkpointing=True))
+    parallel.prepare_blocks(checkpointed, Config(gradient_checkpointing=True))
     assert saved_bytes(checkpointed) < 0.7 * saved_bytes(plain)
 
 
@@ -156,7 +156,7 @@ def test_compiled_blocks_are_not_compiled_anew_for_each_length(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **keys: compile_block(self, backend=backend, **keys))
     torch._dynamo.reset()
     model, plain = make_model(family), make_model(family)
-    parallel._prepare_blocks(model, Config(compile=True))
+    parallel.prepare_blocks(model, Config(compile=True))
 
     def train(n_latents: list[int], seed: int) -> None:
         batch = batch_of(n_latents, seed)

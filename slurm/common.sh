@@ -1,0 +1,19 @@
+# Sourced by the sbatch scripts.
+# shellcheck shell=bash
+
+if [[ -e .venv/bin/activate ]]; then source .venv/bin/activate; fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+
+# run_steps COMMAND...: runs a training step; requeues the job where a signal has stopped the training before its end.
+run_steps() {
+    export INTERRUPTED_FILE=$PWD/.interrupted-$SLURM_JOB_ID # run.py creates it
+    rm -f "$INTERRUPTED_FILE"
+    local status=0
+    "$@" || status=$?
+    if [[ -e $INTERRUPTED_FILE ]]; then
+        rm -f "$INTERRUPTED_FILE"
+        echo "interrupted: job $SLURM_JOB_ID goes back into the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    return $status
+}

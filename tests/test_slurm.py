@@ -1,0 +1,103 @@
+"""The scripts of slurm/, with a stand-in for srun that sets what SLURM sets."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_faults import LONG, processes_of, steps, wait_for
+from test_run import place as place  # a fixture
+
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+status=0 tasks=()
+for ((node = 0; node < SLURM_NNODES; node++)); do
+    SLURM_NODEID=$node SLURM_PROCID=$node "$@" &
+    tasks+=($!)
+done
+for task in "${tasks[@]}"; do wait "$task" || status=$?; done
+exit $status
+"""
+SCONTROL = """#!/usr/bin/env bash
+case $1 in
+    show) echo 127.0.0.1 ;;
+    requeue) echo "$2" >>"$REQUEUED" ;;
+esac
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path) -> dict[str, str]:
+    """An environment in which srun and scontrol are to be had."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    # torchrun of this interpreter, whether or not the project has an environment of its own
+    (tmp_path / "torchrun").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    slurm |= {"SLURM_JOB_NODELIST": "localhost", "REQUEUED": str(tmp_path / "requeued")}
+    return {**os.environ, **slurm, "PATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def submit(script: str, cluster: dict[str, str], *arguments: str) -> subprocess.Popen:
+    command = ["bash", str(ROOT / "slurm" / script), *arguments]
+    return subprocess.Popen(command, env=cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def children(pid: int) -> list[int]:
+    """All processes below this one."""
+    below = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        below.setdefault(int(fields[1]), []).append(int(folder.name))
+    found = [pid]
+    for parent in found:
+        found += below.get(parent, [])
+    return found[1:]
+
+
+def test_a_job_near_its_time_limit_is_requeued_and_goes_on(place, cluster):
+    run, arguments = place / "runs" / "sbatch", (str(place / "run.yaml"), *LONG, "name=sbatch")
+    job = submit("train.sbatch", cluster, *arguments)
+    wait_for(lambda: len(steps(run)) >= 5)
+    # SLURM signals all processes of the step: torchrun must live through it
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in children(job.pid)}
+    step = [pid for pid, words in commands.items() if b"run.py" in words and sys.executable.encode() in words]
+    assert len(step) >= 3  # torchrun and two ranks
+    for pid in step:
+        os.kill(pid, signal.SIGUSR1)
+    printed = job.communicate(timeout=60)[0]
+    assert job.returncode == 0, printed
+    assert Path(cluster["REQUEUED"]).read_text() == "77\n"
+    assert not list(ROOT.glob(".interrupted-*"))
+    n_steps = len(steps(run))
+    assert n_steps < 27
+    printed = submit("train.sbatch", cluster, *arguments).communicate(timeout=90)[0]
+    assert f"_step_{n_steps}, after" in printed
+    assert len(steps(run)) == 27
+    assert Path(cluster["REQUEUED"]).read_text() == "77\n"  # once only
+
+
+def test_several_nodes_meet_and_the_result_is_evaluated(place, cluster):
+    two = {**cluster, "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
+    job = submit("train_multinode.sbatch", two, str(place / "run.yaml"), *LONG, "name=nodes", "num_epochs=1")
+    printed = job.communicate(timeout=90)[0]
+    assert job.returncode == 0, printed
+    assert "on 2 x cpu" in printed
+    assert printed.count("validation, stage 0") == 1  # one rank speaks
+    run = place / "runs" / "nodes"
+    job = submit("eval.sbatch", cluster, str(place / "run.yaml"), f"load_model_path={run}", "name=nodes-eval")
+    printed = job.communicate(timeout=90)[0]
+    assert job.returncode == 0, printed
+    found = json.loads((place / "runs" / "nodes-eval" / "eval" / "metrics.json").read_text())
+    assert found["accuracy"] == json.loads((run / "checkpoint_1" / "metrics.json").read_text())["accuracy"]
+    assert not processes_of("nodes")
