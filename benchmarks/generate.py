@@ -3,8 +3,9 @@
     python benchmarks/generate.py                   # tiny model, batches of 1, 8, 32, 128
     torchrun --nproc_per_node 2 benchmarks/generate.py --strategy fsdp
 
-Under torchrun every rank has as many prompts, and Hugging Face's side has a whole model on each. Both sides start from the same prompts of ProsQA's lengths, sorted by length, and write as many new tokens; EOS is kept
-from coming, so that neither stops early. Examples a second, medians of alternate runs.
+Both sides start from the same prompts of ProsQA's lengths, sorted by length, and write as many new tokens; EOS is kept
+from coming, so that neither stops early. Examples a second of a rank, medians of alternate runs. Under torchrun every
+rank has as many prompts, and Hugging Face's side a whole model on each.
 """
 
 import argparse
