@@ -28,12 +28,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 VOCABULARY = 40
 
 
-def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float64):
-    """A randomly initialised two-layer model without dropout."""
+def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2):
+    """A randomly initialised model without dropout."""
     common = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
     if family == "gpt2":
         config = GPT2Config(
-            n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **common
+            n_embd=32, n_layer=layers, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **common
         )
     else:
         if family in ("gemma2", "mistral"):
@@ -50,7 +50,7 @@ def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype 
         config = configs[family](
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=64,
