@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -158,6 +158,20 @@ class Coconut(nn.Module):
             hidden = self._span(self._embed(token), attention_mask, position, padded, cache)
         return torch.cat(tokens, dim=1) if tokens else input_ids[:, :0]
 
+    @torch.no_grad()
+    def thought_logits(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the LM head makes of the positions before the latents, those that thoughts are made from: for rows as in
+        `generate`, whose K latents stand in the same columns, (B, K, V)."""
+        attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
+        columns = find_latent_columns(input_ids, self.latent_token_id)
+        hidden, _, _ = self._run(input_ids, attention_mask, position_ids, not bool(attention_mask.all()), columns)
+        return self._logits(hidden[:, [column - 1 for column in columns]])
+
     def _run(
         self,
         input_ids: torch.Tensor,
@@ -226,7 +240,7 @@ class Coconut(nn.Module):
         ).last_hidden_state
 
     @torch.no_grad()
-    def _prepare_thought(self) -> torch.Tensor | None:
+    def _prepare_thought(self) -> Any:
         base = self.base_causallm
         return self.thought.prepare(base.get_input_embeddings().weight, base.get_output_embeddings().weight)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class Seen(NamedTuple):
     hidden: torch.Tensor  # (B, 1, D) last hidden state of the position before, after the final norm
     embedding: torch.Tensor  # (B, 1, D) input embedding of the token at this position: in latent rows the latent token
     stream: torch.Tensor | None  # (L + 1, B, 1, D) residual stream of the position before, where needs_layers
-    prepared: torch.Tensor | None  # what the thought's `prepare` has returned for this batch
+    prepared: Any  # what the thought's `prepare` has returned for this batch
 
 
 class Thought(nn.Module):
@@ -47,7 +47,7 @@ class Thought(nn.Module):
     def __init__(self, base: PreTrainedModel, number: int | float | None = None):
         super().__init__()
 
-    def prepare(self, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor | None:
+    def prepare(self, inputs: torch.Tensor, outputs: torch.Tensor) -> Any:
         """Called once a batch that has latents, without gradients, with the input and output embeddings, (V, D) each.
 
         They are had here, and not when the thought is made, because training changes them and FSDP has them whole

@@ -154,7 +154,7 @@ class Config:
     group_by_length: bool = _key(
         False, "batches of similar lengths, in random order: less padding (the paper's order is random throughout)"
     )
-    num_workers: int = _key(1, "loader processes for each rank", low=0)
+    num_workers: int = _key(1, "loader processes for each rank; none under a debugger", low=0)
 
     # the optimisation
     num_epochs: int = _key(50, "epochs in all, counted from epoch 0 of the curriculum", low=1)
@@ -706,6 +706,14 @@ class Interruption:
         work.wait()
         self._question = None
         return bool(flag)
+
+
+def under_debugger() -> bool:
+    """Whether a debugger waits for breakpoints. Loader processes would run past those in the data's code."""
+    if sys.gettrace() is not None:
+        return True
+    monitoring = getattr(sys, "monitoring", None)  # what debuggers use from Python 3.12 on
+    return monitoring is not None and monitoring.get_tool(monitoring.DEBUGGER_ID) is not None
 
 
 def seed_everything(*entropy: int) -> None:

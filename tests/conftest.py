@@ -1,5 +1,6 @@
 """Small real models, built in the tests: nothing is downloaded."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -26,6 +27,15 @@ os.environ["WANDB_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 VOCABULARY = 40
+
+
+def load_script(path: Path):
+    """A script as a module, under a name of its own: generate.py and thoughts.py are in benchmarks/ too."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2):

@@ -6,14 +6,15 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import common
-import generate
 import step
 
 from dataset import collate_for_device
+
+generate = load_script(ROOT / "benchmarks" / "generate.py")
 
 OPTIONS = {"shape": "gpt2", "size": "tiny", "batch": 2, "c_thought": 1, "bf16": False}
 
