@@ -217,6 +217,23 @@ def test_every_kind_of_thought_is_evaluated_as_it_was_trained(place, capsys, tho
     assert thought == "last" or f"(thought {thought}, not last)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("shape", ["qwen2", "llama"])
+def test_other_models_have_a_configuration(place, shape):
+    """The tiny twins of gsm_coconut_{qwen,llama}.yaml: their files, but for the model and the data."""
+    folder, file = place / f"{shape}_twin", "gsm_coconut_qwen" if shape == "qwen2" else "gsm_coconut_llama"
+    tiny_model.write_model([place / "train.json"], folder, "char", shape, 32, 2, 2, 128, tied=True)
+    here = [f"{key}={place / name}" for key, name in (("train_path", "train.json"), ("val_path", "valid.json"))]
+    config = Config.from_file(
+        ROOT / "args" / f"{file}.yaml",
+        [*here, f"model_id={folder}", f"save_path={place / 'runs'}", "max_train_examples=16", "max_new_tokens=2"],
+    )
+    assert (config.method, config.lr, config.bf16, config.load_model_path) == ("coconut", 1e-5, True, None)
+    assert config.strategy == ("auto" if shape == "qwen2" else "fsdp")
+    assert run_module.main(config) == 0
+    assert [record["stage"] for record in epochs(config.run_dir)] == [0, 0, 1, 2, 3, 4, 4, 4]
+    assert AutoModelForCausalLM.from_pretrained(config.run_dir / "checkpoint_8").config.model_type == shape
+
+
 def with_dropout(place: Path) -> Path:
     folder = place / "with_dropout"
     model = AutoModelForCausalLM.from_pretrained(place / "model", resid_pdrop=0.2, embd_pdrop=0.2)
