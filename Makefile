@@ -4,12 +4,13 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart quickstart-no-cot prosqa-mini test test-real test-multinode torture lint clean
+.PHONY: help quickstart quickstart-no-cot prosqa-mini thoughts test test-real test-multinode torture lint clean
 
 help:
 	@echo "make quickstart   train and evaluate Coconut on chained arithmetic: two ranks, CPU, about 10 minutes"
 	@echo "make quickstart-no-cot  the same without reasoning, to compare"
 	@echo "make prosqa-mini  the whole program on ProsQA with a tiny model, a few minutes"
+	@echo "make thoughts     every kind of thought on a small task, three seeds: about 40 minutes of one core"
 	@echo "make test         the tests"
 	@echo "make test-real    a pretrained model on real GSM8K rows, a few minutes"
 	@echo "make torture      kills a small job again and again: does it end as undisturbed? 10 minutes"
@@ -50,6 +51,16 @@ data/tiny_prosqa/config.json: data/prosqa_mini_train.json preprocessing/tiny_mod
 prosqa-mini: data/tiny_prosqa/config.json
 	$(BIN)/torchrun --nproc_per_node 2 run.py args/prosqa_mini.yaml
 
+data/thoughts/arithmetic_train.json: preprocessing/arithmetic.py | .venv/installed
+	$(BIN)/python preprocessing/arithmetic.py --out data/thoughts --base 4 --max-steps 3 --train 3200 --valid 500 --test 40
+
+data/thoughts/model/config.json: data/thoughts/arithmetic_train.json preprocessing/tiny_model.py
+	$(BIN)/python preprocessing/tiny_model.py data/thoughts/arithmetic_train.json --out data/thoughts/model \
+		--tokenizer char --shape llama --width 64
+
+thoughts: data/thoughts/model/config.json .venv/installed-dev
+	$(BIN)/python benchmarks/thoughts.py
+
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
@@ -72,4 +83,4 @@ lint: .venv/installed-dev
 	$(BIN)/shellcheck --severity=warning -x -P SCRIPTDIR slurm/* tests/*.sh preprocessing/*.bash benchmarks/*.sh
 
 clean:
-	rm -rf checkpoints/quickstart* checkpoints/prosqa_mini data/arithmetic_* data/tiny_* data/prosqa_mini_*
+	rm -rf checkpoints/quickstart* checkpoints/prosqa_mini checkpoints/thoughts data/thoughts data/arithmetic_* data/tiny_* data/prosqa_mini_*

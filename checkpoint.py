@@ -4,6 +4,7 @@
       config.yaml  metrics.jsonl  wandb/
       checkpoint_12/                       after 12 epochs
         model.safetensors config.json ...  a Hugging Face folder with its tokenizer
+        thought.safetensors                what the thought has learnt, where it learns
         coconut.json                       method, stage, c_thought, thought, markers
         trainer/                           what only a restart needs
         predictions.jsonl  metrics.json
@@ -33,16 +34,19 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from coconut import Coconut
 from dataset import END, LATENT, START, Markers
+from thoughts import Thought
 from utils import Config, UserError, World, on_every_rank, on_main_rank
 
 FORMAT = 2  # of coconut.json and trainer/state.json
 MANIFEST = "trainer/manifest.json"  # file -> SHA-256
-PREFIX = "base_causallm."
+PREFIX, THOUGHT_PREFIX = "base_causallm.", "thought."
+THOUGHT_FILE = "thought.safetensors"
 # keys that may change between a run and its continuation: none of them decides what the weights become
 FREE_KEYS = (
     *("project", "name", "save_path", "only_eval", "debug", "wandb", "log_every_steps", "load_model_path"),
@@ -170,7 +174,29 @@ def load_model(config: Config, source: Path | None) -> tuple[Coconut, object, Ma
         markers = add_markers(tokenizer, base, initialise=not has_marker_rows)
     base.config.use_cache = True
     model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
+    if folder is not None:
+        _load_thought(model.thought, config.thought, folder)
     return model, tokenizer, markers
+
+
+def _load_thought(thought: Thought, spelling: str, folder: Path) -> None:
+    """What the thought had learnt in a checkpoint. Other folders have none of it: it starts anew."""
+    path, own = folder / THOUGHT_FILE, thought.state_dict()
+    if not path.is_file():
+        if own and (read_description(folder) or {}).get("thought") == spelling:
+            raise UserError(f"{folder} was trained with the thought {spelling}, but lacks {THOUGHT_FILE}")
+        return
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
+    mismatched = [
+        f"{name} {list(saved[name].shape)} instead of {list(own[name].shape)}"
+        for name in own.keys() & saved.keys()
+        if saved[name].shape != own[name].shape
+    ]
+    _check_names(path, own.keys() - saved.keys(), saved.keys() - own.keys(), mismatched, f"thought {spelling}")
+    thought.load_state_dict(saved)
 
 
 def shape_of(config: Config, source: Path | None) -> PreTrainedConfig:
@@ -221,7 +247,7 @@ def _check_same_shape(model_id: str, folder: Path) -> None:
         )
 
 
-def _check_names(source, missing, unexpected, mismatched=()) -> None:
+def _check_names(source, missing, unexpected, mismatched=(), what: str = "model") -> None:
     problems = []
     for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)):
         if names:
@@ -229,7 +255,7 @@ def _check_names(source, missing, unexpected, mismatched=()) -> None:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             problems.append(f"{title}: {', '.join(names[:4])}{more}")
     if problems:
-        raise UserError(f"{source} does not fit the model: weights {'; '.join(problems)}")
+        raise UserError(f"{source} does not fit the {what}: weights {'; '.join(problems)}")
 
 
 def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: int) -> bool:
@@ -349,8 +375,9 @@ def save(
     def write_mine() -> None:
         torch.save(_random_state(world), aside / "trainer" / f"random_{world.rank}.pt")
         if world.is_main:
-            own = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
-            model.base_causallm.save_pretrained(aside, state_dict=own)
+            model.base_causallm.save_pretrained(aside, state_dict=_under(PREFIX, weights))
+            if learnt := _under(THOUGHT_PREFIX, weights):
+                save_file({name: value.contiguous() for name, value in learnt.items()}, aside / THOUGHT_FILE)
             tokenizer.save_pretrained(aside)
             for file, text in (files or {}).items():
                 (aside / file).write_text(text, encoding="utf-8")
@@ -373,6 +400,11 @@ def save(
         raise
     on_main_rank(world, lambda: _prune(config, progress))
     return target
+
+
+def _under(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights whose names begin so, under the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def _writing(target: Path, action: Callable[[], None]) -> None:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from transformers import Cache, PreTrainedModel
 
 from dataset import latent_columns as find_latent_columns
 from kv_cache import make_cache
-from thoughts import make_thought
+from thoughts import Seen, StreamRecorder, decoder_blocks, make_thought
 from utils import IGNORE
 
 
@@ -42,7 +43,9 @@ class Coconut(nn.Module):
         latent_token_id: the token whose embedding is replaced by a thought; None for methods without latents.
         start_latent_id, end_latent_id: the markers around the latents, ordinary tokens to the model.
         eos_token_id: ends a generation.
-        thought: what is fed back, a name of thoughts.REGISTRY.
+        thought: what is fed back, as utils.THOUGHTS spells it; its parameters are under the prefix `thought.`.
+
+    Raises UserError where there is no such thought, or not for this model.
     """
 
     def __init__(
@@ -60,7 +63,8 @@ class Coconut(nn.Module):
         self.start_latent_id = start_latent_id
         self.end_latent_id = end_latent_id
         self.eos_token_id = eos_token_id
-        self.thought = make_thought(thought)
+        self.thought = make_thought(thought, base_causallm)
+        self._recorder = StreamRecorder(decoder_blocks(base_causallm)) if self.thought.needs_layers else None
         accepted = inspect.signature(type(base_causallm.get_decoder()).forward).parameters
         # transformers renames the argument during 5.x
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
@@ -104,7 +108,10 @@ class Coconut(nn.Module):
         hidden, embeds, _ = self._run(input_ids, attention_mask, position_ids, left_padded, latent_columns)
         if labels is None:
             return CoconutOutput(None, embeds, self._logits(hidden))
-        return CoconutOutput(self._loss(hidden, labels, supervised), embeds, None)
+        loss = self._loss(hidden, labels, supervised)
+        for parameter in self.thought.parameters():
+            loss = loss + 0 * parameter.sum()  # a batch without latents must not leave it without a gradient: DDP waits
+        return CoconutOutput(loss, embeds, None)
 
     @torch.no_grad()
     def generate(
@@ -151,6 +158,20 @@ class Coconut(nn.Module):
             hidden = self._span(self._embed(token), attention_mask, position, padded, cache)
         return torch.cat(tokens, dim=1) if tokens else input_ids[:, :0]
 
+    @torch.no_grad()
+    def thought_logits(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the LM head makes of the positions before the latents, those that thoughts are made from: for rows as in
+        `generate`, whose K latents stand in the same columns, (B, K, V)."""
+        attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
+        columns = find_latent_columns(input_ids, self.latent_token_id)
+        hidden, _, _ = self._run(input_ids, attention_mask, position_ids, not bool(attention_mask.all()), columns)
+        return self._logits(hidden[:, [column - 1 for column in columns]])
+
     def _run(
         self,
         input_ids: torch.Tensor,
@@ -173,17 +194,21 @@ class Coconut(nn.Module):
         keeps = bool(columns) or new_columns > 0
         cache = make_cache(self.base_causallm.config, input_ids.shape[1] + new_columns, keeps)
         bounds = [0, *columns, input_ids.shape[1]]
-        hidden_spans, embed_spans = [], []
+        prepared = self._prepare_thought() if columns else None
+        hidden_spans, embed_spans, stream = [], [], None
         # one split, not a slice for each span: the backward of a slice fills a tensor of the size of the whole
         spans = embeds.split([end - begin for begin, end in pairwise(bounds)], dim=1)
         for span, (begin, end) in zip(spans, pairwise(bounds), strict=True):
             if begin > 0:
-                thought = self.thought(hidden_spans[-1][:, -1:])  # (B, 1, D)
+                thought = self.thought(Seen(hidden_spans[-1][:, -1:], span[:, :1], stream, prepared))  # (B, 1, D)
                 # rows with an ordinary token in this column keep its embedding
                 first = torch.where(is_latent[:, begin, None, None], thought.to(span.dtype), span[:, :1])
                 span = torch.cat([first, span[:, 1:]], dim=1) if end - begin > 1 else first
             embed_spans.append(span)
-            hidden = self._span(span, attention_mask[:, :end], position_ids[:, begin:end], left_padded, cache)
+            records = self._recorder is not None and end < input_ids.shape[1]
+            with self._recorder.recording() if records else nullcontext() as states:
+                hidden = self._span(span, attention_mask[:, :end], position_ids[:, begin:end], left_padded, cache)
+            stream = torch.stack(states) if records else None  # (layers + 1, B, 1, D)
             if begin == 0 and hidden.requires_grad and self.before_first_span is not None:
                 hidden.register_hook(lambda _, tell=self.before_first_span: tell())
             hidden_spans.append(hidden)
@@ -213,6 +238,11 @@ class Coconut(nn.Module):
         return self.base_causallm.get_decoder()(
             inputs_embeds=embeds, attention_mask=mask, **arguments
         ).last_hidden_state
+
+    @torch.no_grad()
+    def _prepare_thought(self) -> Any:
+        base = self.base_causallm
+        return self.thought.prepare(base.get_input_embeddings().weight, base.get_output_embeddings().weight)
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.base_causallm.get_input_embeddings()(input_ids)

@@ -25,6 +25,7 @@ from checkpoint import load_model, shape_of
 from coconut import Coconut
 from dataset import Markers
 from kv_cache import checkpoint_blocks
+from thoughts import decoder_blocks
 from utils import Config, World, on_main_rank
 
 BYTES_PER_PARAMETER = 16  # float32 weights, gradients, and AdamW's two averages
@@ -66,9 +67,7 @@ def choose_strategy(config: Config, world: World, source: Path | None) -> str:
 
 
 def blocks_of(model: Coconut) -> list[nn.Module]:
-    """The decoder blocks, which the model itself names."""
-    names = model.base_causallm._no_split_modules or ()
-    return [module for module in model.base_causallm.get_decoder().modules() if type(module).__name__ in names]
+    return decoder_blocks(model.base_causallm)
 
 
 def prepare_blocks(model: Coconut, config: Config) -> None:

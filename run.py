@@ -82,6 +82,7 @@ from utils import (
     report,
     seed_everything,
     setup_distributed,
+    under_debugger,
     write_config,
 )
 
@@ -362,7 +363,7 @@ def train_epoch(run: Run, epoch: int) -> int:
         StageDataset(run.data.train, config, markers, epoch),
         batch_sampler=PlannedBatches(plan, stages[first:]),
         collate_fn=partial(collate_for_device, pad_token_id=markers.eos, latent_token_id=markers.latent),
-        num_workers=config.num_workers,
+        num_workers=0 if under_debugger() else config.num_workers,
         pin_memory=world.device.type == "cuda",
         generator=torch.Generator(),  # the loader draws its workers' seeds: not from the stream that dropout uses
     )

@@ -1,27 +1,100 @@
-"""What a latent position is fed: the ways to turn a hidden state into the next input embedding.
+"""What a latent position is fed: the ways to turn hidden states into the next input embedding.
 
-A thought has two parts that the model needs: `sequential`, whether the thought at a latent position depends on the
-hidden state of the position before it, and a call that makes it. The names are listed in utils.THOUGHTS.
+Legend: B rows, D hidden size, V vocabulary, L decoder blocks.
+
+A thought is a module that is called with what the model has seen (`Seen`) and returns an input embedding, (B, 1, D). It
+says by two attributes what it needs, and is made for one model. To add one, write a class under `@register` and its
+name in utils.THOUGHTS: README, 'Write your own thought'. Its parameters, if it has any, are trained and saved with the
+model's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
+
+from utils import UserError, split_thought
+
+RIDGE = 1e-4  # of `realigned`, relative to the mean eigenvalue of the output embeddings' Gram matrix
 
 
-class Last(nn.Module):
-    """The last hidden state itself: h_{t-1} is the input embedding at t (paper, Section 3)."""
+class Seen(NamedTuple):
+    """What a thought may be made of. All of it carries gradients."""
 
-    sequential = True
+    hidden: torch.Tensor  # (B, 1, D) last hidden state of the position before, after the final norm
+    embedding: torch.Tensor  # (B, 1, D) input embedding of the token at this position: in latent rows the latent token
+    stream: torch.Tensor | None  # (L + 1, B, 1, D) residual stream of the position before, where needs_layers
+    prepared: Any  # what the thought's `prepare` has returned for this batch
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, 1, D) last hidden state, after the final norm -> (B, 1, D) input embedding."""
-        return hidden
+
+class Thought(nn.Module):
+    """What all thoughts have in common: the class to derive one from.
+
+    Args:
+        base: the model that the thought is for. It may be on the meta device: only shapes and dtypes are there.
+        number: what the spelling has after the colon, if anything.
+    """
+
+    sequential = True  # whether a latent position waits for the hidden states of the position before it
+    needs_layers = False  # whether the thought needs the residual stream between the blocks
+
+    def __init__(self, base: PreTrainedModel, number: int | float | None = None):
+        super().__init__()
+
+    def prepare(self, inputs: torch.Tensor, outputs: torch.Tensor) -> Any:
+        """Called once a batch that has latents, without gradients, with the input and output embeddings, (V, D) each.
+
+        They are had here, and not when the thought is made, because training changes them and FSDP has them whole
+        only inside a forward pass.
+        """
+        return None
 
 
-class Pause(nn.Module):
-    """No feedback: the learned embedding of the latent token stays (paper, Section 4.2: pause token, pause as thought).
+REGISTRY: dict[str, type[Thought]] = {}
+
+
+def register(name: str) -> Callable[[type[Thought]], type[Thought]]:
+    """Gives a thought the name by which configurations call it; utils.THOUGHTS lists it too."""
+
+    def add(thought: type[Thought]) -> type[Thought]:
+        REGISTRY[name] = thought
+        return thought
+
+    return add
+
+
+def make_thought(spelling: str, base: PreTrainedModel) -> Thought:
+    """The thought that is spelled so, for a model. Raises UserError that lists what there is."""
+    try:
+        name, number = split_thought(spelling)
+    except ValueError as error:
+        raise UserError(f"thought {error}, not {spelling!r}") from None
+    return REGISTRY[name](base, number)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Without layers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@register("last")
+class Last(Thought):
+    """The last hidden state, after the final norm: h_{t-1} is the embedding at t (arXiv 2412.06769, Section 3)."""
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return seen.hidden
+
+
+@register("pause")
+class Pause(Thought):
+    """No feedback: the learned embedding of the latent token stays (arXiv 2412.06769, Section 4.2: pause token, pause
+    as thought; Goyal et al., arXiv 2310.02226).
 
     A latent position then waits for nothing, and the whole sequence is one pass.
     """
@@ -29,11 +102,194 @@ class Pause(nn.Module):
     sequential = False
 
 
-REGISTRY = {"last": Last, "pause": Pause}
+@register("projected")
+class Projected(Thought):
+    """W h_{t-1} with a learned matrix W, (D, D), that begins as the identity: at first this is `last`.
+
+    W has the model's dtype. It is trained like every other weight, with weight decay, which pulls it to zero.
+    """
+
+    def __init__(self, base: PreTrainedModel, number: int | float | None = None):
+        super().__init__(base, number)
+        width = base.get_input_embeddings().weight.shape[1]
+        self.weight = nn.Parameter(torch.eye(width, dtype=base.dtype))
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return F.linear(seen.hidden, self.weight)
 
 
-def make_thought(name: str) -> nn.Module:
-    """The thought of that name. Raises ValueError that lists the names."""
-    if name not in REGISTRY:
-        raise ValueError(f"no thought is called {name!r}; there are {', '.join(REGISTRY)}")
-    return REGISTRY[name]()
+@register("normalised")
+class Normalised(Thought):
+    """h_{t-1} rescaled to the mean norm of the input embeddings: m h / ||h||, m = mean over V of ||e_v||.
+
+    A hidden state's norm is that which the final norm gives it, often ten times that of an embedding. m is that of the
+    weights of the moment, computed once a batch; it passes no gradient to the embeddings.
+    """
+
+    def prepare(self, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """(V, D) -> the mean norm, a scalar."""
+        return _exact(inputs).norm(dim=-1).mean()
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return _rescaled(seen.hidden, seen.prepared)
+
+
+@register("projected+normalised")
+class ProjectedNormalised(Projected):
+    """`normalised` of `projected`: m W h / ||W h||. The scale of W has no effect, only the direction of its image."""
+
+    prepare = Normalised.prepare
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return _rescaled(super().forward(seen), seen.prepared)
+
+
+@register("realigned")
+class Realigned(Thought):
+    """A h_{t-1} in the space of the input embeddings, by ridge-regularised least squares (LatentMAS, arXiv 2511.20639).
+
+    With the output embeddings U and the input embeddings E, (V, D) each, h A with A = (U'U + r I)^-1 U'E, which makes
+    U A come closest to E: a hidden state that points to a token's row of the LM head is turned to that token's input
+    embedding. r is RIDGE times the mean eigenvalue of U'U. Where the two are tied, A is the identity but for r.
+
+    A is that of the weights of the moment, computed once a batch in at least float32, in 4 V D^2 operations, without
+    a gradient to the embeddings: those of a model that is trained do not stay what they were at its start.
+    """
+
+    def prepare(self, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """(V, D), (V, D) -> A, (D, D)."""
+        inputs, outputs = _exact(inputs), _exact(outputs)
+        with torch.autocast(outputs.device.type, enabled=False):
+            gram = outputs.T @ outputs
+            ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            factor, _ = torch.linalg.cholesky_ex(gram + ridge)  # unlike `solve`, it does not wait for the device
+            return torch.cholesky_solve(outputs.T @ inputs, factor)
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return seen.hidden @ seen.prepared.to(seen.hidden.dtype)
+
+
+def _exact(weight: torch.Tensor) -> torch.Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _rescaled(hidden: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    exact = _exact(hidden)
+    return exact * (norm / exact.norm(dim=-1, keepdim=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From the layers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@register("layer")
+class Layer(Thought):
+    """The hidden state of an earlier layer, counted as in transformers' `hidden_states`: 0 is what the first block is
+    given, N what the N-th block returns, L the last hidden state, after the final norm. Negative numbers count from the
+    end: layer:-1 is `last`, layer:-2 the second to last hidden state. A fraction f in 0..1 is layer round(f L).
+
+    The layers between take no part in a thought, and get no gradient through it.
+    """
+
+    def __init__(self, base: PreTrainedModel, number: int | float | None = None):
+        super().__init__(base, number)
+        depth = len(decoder_blocks(base))
+        lowest, highest = (0.0, 1.0) if isinstance(number, float) else (-depth - 1, depth)
+        if not lowest <= number <= highest:
+            raise UserError(
+                f"thought 'layer:{number}' must be between layer:{lowest} and layer:{highest}: the model has {depth} "
+                f"blocks"
+            )
+        self.index = round(number * depth) if isinstance(number, float) else number % (depth + 1)
+        self.needs_layers = self.index < depth
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return seen.stream[self.index] if self.needs_layers else seen.hidden
+
+
+@register("suppressed")
+class Suppressed(Thought):
+    """What the later layers take out of the residual stream: with r_l the stream after block l (r_0 before the first),
+    the sum over blocks l of the later half, l > L // 2, of r_{l-1} in those coordinates where |r_{l-1}| - |r_l| > T,
+    and 0 in the others. T is 0 unless spelled suppressed:T. r_L is taken before the final norm, like the others.
+
+    The choice of coordinates passes no gradient, their values do.
+
+    The idea is that of an unfinished fork of the reference, which went through the unembedding and, by its
+    pseudo-inverse, back: for an unembedding of full column rank (V >= D) that is the identity, and so left out. Neurons
+    that suppress what earlier layers predict: Gurnee et al., arXiv 2401.12181; Lad et al., arXiv 2406.19384.
+    """
+
+    needs_layers = True
+
+    def __init__(self, base: PreTrainedModel, number: int | float | None = None):
+        super().__init__(base, number)
+        self.threshold = float(number or 0)
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        later = seen.stream[(len(seen.stream) - 1) // 2 :]  # r_l for l = L // 2 .. L
+        before, after = later[:-1], later[1:]
+        falls = before.abs() - after.abs() > self.threshold
+        return (before * falls).sum(dim=0)
+
+
+@register("last+suppressed")
+class LastSuppressed(Suppressed):
+    """`last` plus `suppressed`: the last hidden state with what the later layers took out of it."""
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return seen.hidden + super().forward(seen)
+
+
+@register("embedding+suppressed")
+class EmbeddingSuppressed(Suppressed):
+    """The learned embedding of the latent token, as `pause` feeds it, plus `suppressed`."""
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return seen.embedding + super().forward(seen)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The residual stream
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def decoder_blocks(base: PreTrainedModel) -> list[nn.Module]:
+    """The L decoder blocks, which the model itself names."""
+    names = base._no_split_modules or ()
+    return [module for module in base.get_decoder().modules() if type(module).__name__ in names]
+
+
+class StreamRecorder:
+    """The residual stream of the last column of a pass: what the first block is given and what each block returns.
+
+    transformers' output_hidden_states would keep all columns of all layers until the pass is over, and the last of its
+    states is after the final norm.
+    """
+
+    def __init__(self, blocks: list[nn.Module]):
+        if not blocks:
+            raise UserError("a thought from the layers needs a model that names its decoder blocks")
+        self.states: list[torch.Tensor] | None = None  # while a pass is recorded
+        for block in blocks:
+            block.register_forward_hook(self._record, with_kwargs=True)
+
+    @contextmanager
+    def recording(self) -> Iterator[list[torch.Tensor]]:
+        """The list to which the passes inside append L + 1 states, (B, 1, D) each."""
+        self.states = []
+        try:
+            yield self.states
+        finally:
+            self.states = None
+
+    @torch.compiler.disable  # a list that grows would be another graph at each length
+    def _record(self, _, args: tuple, kwargs: dict, output) -> None:
+        if self.states is None:
+            return
+        if not self.states:
+            given = args[0] if args else kwargs["hidden_states"]
+            self.states.append(given[:, -1:])
+        output = output[0] if isinstance(output, tuple) else output
+        self.states.append(output[:, -1:])

@@ -32,8 +32,21 @@ import yaml
 
 IGNORE = -100  # the label of a position that is not supervised, torch's default ignore_index
 METHODS = ("coconut", "cot", "no_cot", "no_thoughts", "icot")
-THOUGHTS = ("last", "pause")  # thoughts.py defines them; named here so that a configuration is checked without torch
 LAUNCHER = os.getppid()  # of a rank: torchrun
+# thoughts.py defines them; they are named here, with what may follow the name, so that a configuration is checked
+# without torch: layer is written as layer:-2 or layer:0.5, and suppressed may name its threshold, as suppressed:0.3
+THOUGHTS = {
+    "last": "",
+    "layer": ":N",
+    "pause": "",
+    "projected": "",
+    "normalised": "",
+    "projected+normalised": "",
+    "realigned": "",
+    "suppressed": "[:T]",
+    "last+suppressed": "[:T]",
+    "embedding+suppressed": "[:T]",
+}
 PLACEHOLDER = re.compile(r"YOUR_\w+")
 
 
@@ -41,13 +54,27 @@ class UserError(ValueError):
     """Something a user can put right. `run.py` prints its text once, without a traceback, and exits with 2."""
 
 
+def split_thought(spelling: str) -> tuple[str, int | float | None]:
+    """(name, number) of a thought: "layer:-2" is ("layer", -2), "layer:0.5" is ("layer", 0.5), "last" ("last", None).
+
+    Raises ValueError that lists what there is.
+    """
+    name, colon, text = spelling.partition(":")
+    numbers = {"": "", ":N": r":(-?\d+|\d*\.\d+)", "[:T]": r"(:(\d+|\d*\.\d+))?"}
+    if name not in THOUGHTS or not re.fullmatch(numbers[THOUGHTS[name]], colon + text):
+        raise ValueError(f"must be one of {', '.join(name + takes for name, takes in THOUGHTS.items())}")
+    number = None if not text else float(text) if "." in text else int(text)
+    return name, number
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Configuration
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _key(default, text: str, *, choices: tuple = (), low: float | None = None, high: float | None = None):
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high})
+def _key(default, text: str, *, choices: tuple = (), low: float | None = None, high: float | None = None, check=None):
+    limits = {"choices": choices, "low": low, "high": high, "check": check}
+    return dataclasses.field(default=default, metadata={"help": text, **limits})
 
 
 @dataclass
@@ -79,7 +106,12 @@ class Config:
 
     # the method
     method: str = _key("coconut", " | ".join(METHODS) + "; the reference's four booleans are read too", choices=METHODS)
-    thought: str = _key("last", "what a latent position is fed: " + " | ".join(THOUGHTS), choices=THOUGHTS)
+    thought: str = _key(
+        "last",
+        "what a latent position is fed: " + " | ".join(name + takes for name, takes in THOUGHTS.items()) + "; N is a "
+        "layer, counted from the end where negative, or a share of the layers such as 0.5, T a threshold",
+        check=split_thought,
+    )
     c_thought: int = _key(1, "latent thoughts that replace one written step", low=0)
     max_latent_stage: int = _key(6, "stage after which no more thoughts are added and all steps are dropped", low=0)
     epochs_per_stage: int | list[int] = _key(
@@ -124,7 +156,7 @@ class Config:
     group_by_length: bool = _key(
         False, "batches of similar lengths, in random order: less padding (the paper's order is random throughout)"
     )
-    num_workers: int = _key(1, "loader processes for each rank", low=0)
+    num_workers: int = _key(1, "loader processes for each rank; none under a debugger", low=0)
 
     # the optimisation
     num_epochs: int = _key(50, "epochs in all, counted from epoch 0 of the curriculum", low=1)
@@ -297,13 +329,16 @@ class Config:
 
 def _preparation_hint(path: str) -> str:
     hints = {
+        "thoughts": "make data/thoughts/model/config.json",
         "prosqa_mini": "python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100",
         "prosqa": "python preprocessing/prosqa.py",
         "arithmetic": "python preprocessing/arithmetic.py",
         "tiny_arithmetic": "make data/tiny_arithmetic/config.json",
         "tiny_prosqa": "make data/tiny_prosqa/config.json",
     }
-    return next((f" (make it with: {how})" for word, how in hints.items() if Path(path).name.startswith(word)), "")
+    names = (Path(path).parent.name, Path(path).name)
+    fitting = (how for word, how in hints.items() if word == names[0] or names[1].startswith(word))
+    return next((f" (make it with: {how})" for how in fitting), "")
 
 
 def _yaml_layers(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
@@ -426,6 +461,8 @@ def _converted(value, annotation):
 def _check_range(value, metadata) -> None:
     if metadata["choices"] and isinstance(value, str) and value not in metadata["choices"]:
         raise ValueError("must be one of " + ", ".join(metadata["choices"]))
+    if metadata["check"]:
+        metadata["check"](value)
     for number in value if isinstance(value, list) else [value]:
         if not isinstance(number, (int, float)) or isinstance(number, bool):
             continue
@@ -686,6 +723,14 @@ class Interruption:
         work.wait()
         self._question = None
         return bool(flag)
+
+
+def under_debugger() -> bool:
+    """Whether a debugger waits for breakpoints. Loader processes would run past those in the data's code."""
+    if sys.gettrace() is not None:
+        return True
+    monitoring = getattr(sys, "monitoring", None)  # what debuggers use from Python 3.12 on
+    return monitoring is not None and monitoring.get_tool(monitoring.DEBUGGER_ID) is not None
 
 
 def seed_everything(*entropy: int) -> None:

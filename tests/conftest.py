@@ -1,5 +1,6 @@
 """Small real models, built in the tests: nothing is downloaded."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -28,12 +29,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 VOCABULARY = 40
 
 
-def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float64):
-    """A randomly initialised two-layer model without dropout."""
+def load_script(path: Path):
+    """A script as a module, under a name of its own: generate.py and thoughts.py are in benchmarks/ too."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2):
+    """A randomly initialised model without dropout."""
     common = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
     if family == "gpt2":
         config = GPT2Config(
-            n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **common
+            n_embd=32, n_layer=layers, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **common
         )
     else:
         if family in ("gemma2", "mistral"):
@@ -50,7 +60,7 @@ def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype 
         config = configs[family](
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=64,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import checkpoint
@@ -136,8 +137,6 @@ def test_a_pickle_that_runs_code_is_refused(tiny, tmp_path):
 
 
 def test_a_folder_without_all_weights_is_refused(tiny, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     path = tmp_path / "tiny" / "model.safetensors"
     state = load_file(path)
     state.pop("transformer.h.1.ln_1.weight")
@@ -218,6 +217,50 @@ def test_only_whole_checkpoints_are_found(tiny, tmp_path, world):
     assert not list(run.glob(".writing-checkpoint_13"))
     with pytest.raises(UserError, match="is no checkpoint"):
         resolve(str(tmp_path))
+
+
+def learned(tiny, tmp_path, world) -> tuple[Config, Path]:
+    """A checkpoint with a projection that is not the identity."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run", thought="projected")
+    parts = load_model(config, None)
+    with torch.no_grad():
+        parts[0].thought.weight.normal_()
+    return config, save(config, world, *parts, 1)
+
+
+def test_what_a_thought_has_learnt_comes_back(tiny, tmp_path, world):
+    config, folder = learned(tiny, tmp_path, world)
+    weight = load_file(folder / "thought.safetensors")["weight"]
+    assert torch.equal(load_model(config, folder)[0].thought.weight, weight)
+    assert not torch.equal(weight, torch.eye(32))
+    assert "thought.safetensors" in json.loads((folder / "trainer" / "manifest.json").read_text())
+    # the folder stays one of the model alone, for everybody else
+    names = load_file(folder / "model.safetensors").keys()
+    assert names == load_file(Path(tiny) / "model.safetensors").keys()
+    # other folders have nothing for it: it begins anew; and no thought that learns nothing writes a file
+    assert torch.equal(load_model(config, Path(tiny))[0].thought.weight, torch.eye(32))
+    plain = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="plain")
+    assert not (save(plain, world, *load_model(plain, None), 1) / "thought.safetensors").exists()
+
+
+def test_a_thought_that_does_not_fit_is_refused(tiny, tmp_path, world):
+    config, folder = learned(tiny, tmp_path, world)
+    file = folder / "thought.safetensors"
+    with pytest.raises(UserError, match=r"does not fit the thought normalised: weights unexpected: weight"):
+        load_model(coconut_config(tiny, thought="normalised"), folder)
+    for weights, complaint in (
+        ({"weight": torch.eye(7)}, r"of another shape: weight \[7, 7\] instead of \[32, 32\]"),
+        ({"bias": torch.eye(32)}, r"missing: weight; unexpected: bias"),
+    ):
+        save_file(weights, file)
+        with pytest.raises(UserError, match=complaint):
+            load_model(config, folder)
+    file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"thought.safetensors cannot be read"):
+        load_model(config, folder)
+    file.unlink()
+    with pytest.raises(UserError, match=r"was trained with the thought projected, but lacks thought.safetensors"):
+        load_model(config, folder)
 
 
 def test_old_checkpoints_go_but_never_the_best(tiny, tmp_path, world):

@@ -7,13 +7,16 @@ from conftest import VOCABULARY, tiny_base
 
 from coconut import Coconut
 from dataset import collate, collate_for_device, collate_prompts
-from thoughts import Last
+from kv_cache import checkpoint_blocks
+from thoughts import Last, decoder_blocks
 
 EOS, START, LATENT, END = 0, 1, 2, 3
 
 
-def make_model(family: str, tied: bool = True, thought: str = "last", dtype: torch.dtype = torch.float64) -> Coconut:
-    return Coconut(tiny_base(family, tied, dtype=dtype), LATENT, START, END, EOS, thought=thought).eval()
+def make_model(
+    family: str, tied: bool = True, thought: str = "last", dtype: torch.dtype = torch.float64, layers: int = 2
+) -> Coconut:
+    return Coconut(tiny_base(family, tied, dtype=dtype, layers=layers), LATENT, START, END, EOS, thought=thought).eval()
 
 
 def make_rows(n_latents: list[int], seed: int = 0) -> list[tuple[list[int], list[int]]]:
@@ -31,15 +34,50 @@ def make_rows(n_latents: list[int], seed: int = 0) -> list[tuple[list[int], list
     return rows
 
 
-def plain_loss(model: Coconut, rows) -> torch.Tensor:
+def plain_thought(model: Coconut, spelling: str, before: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    """The definition of a thought, (1, 1, D), from the input embeddings of all positions before it, (1, t, D), and that
+    of the latent token, (1, 1, D)."""
+    base, taken = model.base_causallm, []
+    decoder = base.get_decoder()
+    norm = next(module for name, module in decoder.named_children() if name in ("ln_f", "norm", "final_layernorm"))
+    handle = norm.register_forward_pre_hook(lambda _, arguments: taken.append(arguments[0][:, -1:]))
+    output = decoder(inputs_embeds=before, output_hidden_states=True)
+    handle.remove()
+    states = [state[:, -1:] for state in output.hidden_states]  # transformers' own: the last is after the norm
+    last, stream = states[-1], [*states[:-1], *taken]
+    inputs, outputs = base.get_input_embeddings().weight.detach(), base.get_output_embeddings().weight.detach()
+    if spelling.startswith("layer:"):
+        text = spelling.removeprefix("layer:")
+        return states[round(float(text) * (len(states) - 1)) if "." in text else int(text)]
+    if "projected" in spelling:
+        last = torch.einsum("ij,btj->bti", model.thought.weight, last)
+    if "normalised" in spelling:
+        mean_norm = sum(row.square().sum().sqrt() for row in inputs) / len(inputs)
+        last = mean_norm * last / last.square().sum().sqrt()
+    if spelling == "realigned":
+        gram = outputs.T @ outputs
+        last = last @ torch.inverse(gram + 1e-4 * gram.trace() / len(gram) * torch.eye(len(gram))) @ outputs.T @ inputs
+    if "suppressed" in spelling:
+        threshold = float(spelling.partition(":")[2] or 0)
+        suppressed = torch.zeros_like(last)
+        for block in range(1, len(stream)):
+            if block > (len(stream) - 1) // 2:
+                fall = stream[block - 1].abs() - stream[block].abs()
+                suppressed = suppressed + torch.where(fall > threshold, stream[block - 1], 0)
+        beside = {"suppressed": 0, "last": last, "embedding": latent}
+        return suppressed + beside[spelling.partition(":")[0].partition("+")[0]]
+    return last
+
+
+def plain_loss(model: Coconut, rows, thought: str = "last") -> torch.Tensor:
     """The definition: each row by itself, without padding or cache, everything recomputed for each thought."""
     losses, count = [], 0
     for input_ids, labels in rows:
         embeds = model.base_causallm.get_input_embeddings()(torch.tensor([input_ids]))  # (1, T, D)
         for place, token in enumerate(input_ids):
-            if token == LATENT:
-                hidden = model.base_causallm.get_decoder()(inputs_embeds=embeds[:, :place]).last_hidden_state
-                embeds = torch.cat([embeds[:, :place], hidden[:, -1:], embeds[:, place + 1 :]], dim=1)
+            if token == LATENT and thought != "pause":
+                fed = plain_thought(model, thought, embeds[:, :place], embeds[:, place : place + 1])
+                embeds = torch.cat([embeds[:, :place], fed, embeds[:, place + 1 :]], dim=1)
         logits = model.base_causallm(inputs_embeds=embeds).logits[0]
         targets = torch.tensor(labels[1:])
         losses.append(F.cross_entropy(logits[:-1], targets, reduction="sum"))
@@ -53,10 +91,10 @@ def gradients(model: Coconut, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def largest_difference(model: Coconut, rows, loss: torch.Tensor) -> tuple[float, float]:
+def largest_difference(model: Coconut, rows, loss: torch.Tensor, thought: str = "last") -> tuple[float, float]:
     """Between a loss, its gradients and the plain definition's."""
     found = gradients(model, loss)
-    plain = plain_loss(model, rows)
+    plain = plain_loss(model, rows, thought)
     wanted = gradients(model, plain)
     return abs(loss - plain).item(), max((found[name] - wanted[name]).abs().max().item() for name in wanted)
 
@@ -70,6 +108,71 @@ def test_forward_is_the_plain_definition(family, tied, n_latents):
     loss_difference, gradient_difference = largest_difference(model, rows, loss)
     assert loss_difference < 1e-9
     assert gradient_difference < 1e-9
+
+
+VARIANTS = (
+    *("pause", "layer:-1", "layer:-2", "layer:1", "layer:0", "layer:0.7", "projected", "normalised"),
+    *("projected+normalised", "realigned", "suppressed", "suppressed:0.3", "last+suppressed", "embedding+suppressed"),
+)
+
+
+def make_variant(family: str, spelling: str) -> Coconut:
+    """A model of three layers; a projection is moved away from the identity."""
+    model = make_model(family, tied=False, thought=spelling, layers=3)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.thought.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model
+
+
+@pytest.mark.parametrize("spelling", VARIANTS)
+def test_every_thought_is_its_plain_definition(family, spelling):
+    model, rows = make_variant(family, spelling), make_rows([2, 0, 3])
+    loss = model(**collate_for_device(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss
+    assert max(largest_difference(model, rows, loss, spelling)) < 1e-9
+    other = plain_loss(model, rows, "last" if spelling != "layer:-1" else "layer:-2")
+    assert abs(loss - other) > 1e-6  # on these rows the thought does matter
+
+
+@pytest.mark.parametrize("spelling", ["layer:-2", "projected+normalised", "realigned", "embedding+suppressed"])
+def test_every_thought_is_the_same_in_generation(family, spelling):
+    """What generation feeds is what the forward pass feeds, batched or not, whoever decodes."""
+    model, rows = make_variant(family, spelling), prompts([3, 0, 2])
+    batch = collate_prompts(rows, EOS)
+    together = model.generate(**batch, max_new_tokens=6)
+    for row, found in zip(rows, together, strict=True):
+        alone = model.generate(torch.tensor([row]), max_new_tokens=6, do_sample=False)[0]
+        assert found[: len(alone)].tolist() == alone.tolist()
+    continued = list(rows[0])
+    for token in together[0].tolist():
+        continued.append(int(model(torch.tensor([continued])).logits[0, -1].argmax()))
+        assert continued[-1] == token
+        if token == EOS:
+            break
+
+
+@pytest.mark.parametrize("how", ["checkpointed", "compiled"])
+def test_the_layers_are_seen_through_prepared_blocks(how):
+    """Gradient checkpointing runs the blocks again, a compiled block must not swallow what is recorded."""
+    model, rows = make_variant("gpt2", "last+suppressed"), make_rows([2, 3])
+    blocks = decoder_blocks(model.base_causallm)
+    if how == "checkpointed":
+        checkpoint_blocks(blocks)
+    else:
+        blocks[-1].compile(dynamic=True, backend="eager")
+    loss = model(**collate_for_device(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss
+    found = gradients(model, loss)
+    plain = make_variant("gpt2", "last+suppressed")
+    wanted = gradients(plain, plain_loss(plain, rows, "last+suppressed"))
+    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-9
+
+
+def test_a_batch_without_latents_gives_a_learned_thought_a_gradient():
+    """Of zero: under DDP the ranks would wait for it for ever."""
+    model = make_variant("gpt2", "projected")
+    model(**collate_for_device(make_rows([0, 0]), EOS, LATENT)).loss.backward()
+    assert torch.equal(model.thought.weight.grad, torch.zeros_like(model.thought.weight))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +199,7 @@ def test_the_comparison_notices_a_missing_feedback(family, broken, monkeypatch):
     if broken == "dropped":
         monkeypatch.setattr(Last, "sequential", False)
     else:
-        monkeypatch.setattr(Last, "forward", lambda self, hidden: hidden.detach())
+        monkeypatch.setattr(Last, "forward", lambda self, seen: seen.hidden.detach())
     loss = model(**collate(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss
     assert largest_difference(model, rows, loss)[1] > 1e-4
 

@@ -161,6 +161,79 @@ def test_a_continued_run_is_bitwise_an_undisturbed_one(place, trained):
     assert not torch.equal(whole["transformer.wte.weight"], weights(run / "checkpoint_3")["transformer.wte.weight"])
 
 
+SHORT = ("max_train_examples=48", "max_new_tokens=2", "num_epochs=2", "uniform_prob=0", "global_batch_size=16")
+
+
+def test_a_learned_thought_is_the_same_under_ddp_and_fsdp_and_alone(place):
+    """Two stages: in the first it gets no gradient but weight decay, in the second it learns."""
+    arguments = (*SHORT, "thought=projected+normalised", "weight_decay=0.1")
+    folders = {"alone": main(place, *arguments, "name=thought-alone")}
+    for strategy in ("ddp", "fsdp"):
+        done = succeed(
+            place / "run.yaml", *arguments, f"name=thought-{strategy}", f"strategy={strategy}", "num_workers=1", ranks=2
+        )
+        assert f"on 2 x cpu ({strategy})" in done.stderr
+        folders[strategy] = place / "runs" / f"thought-{strategy}"
+    found = {
+        name: [
+            *(load_file(folder / f"checkpoint_{epoch}" / "thought.safetensors")["weight"] for epoch in (1, 2)),
+            weights(folder / "checkpoint_2")["transformer.h.0.mlp.c_fc.weight"],
+        ]
+        for name, folder in folders.items()
+    }
+    first, second, _ = found["alone"]
+    assert torch.allclose(first, torch.eye(32) * (1 - 1e-3 * 0.1) ** 3)
+    assert (second - first).abs().max() > 1e-4
+    for strategy in ("ddp", "fsdp"):
+        assert max((a - b).abs().max() for a, b in zip(found["alone"], found[strategy], strict=True)) < 1e-6
+    # a restart reads it, and another world may go on: with a rate of 0 it stays what it was
+    main(place, *arguments, "name=thought-fsdp", "num_epochs=3", "lr=0", "continue_changed=true", "strategy=fsdp")
+    last = load_file(folders["fsdp"] / "checkpoint_3" / "thought.safetensors")["weight"]
+    assert torch.equal(last, found["fsdp"][1])
+
+
+@pytest.mark.parametrize("thought", ["layer:0.5", "realigned", "last+suppressed"])
+def test_sharded_weights_and_checkpointed_blocks_make_the_same_thoughts(place, thought):
+    name = thought.replace(":", "-")
+    plain = main(place, *SHORT, f"thought={thought}", f"name={name}")
+    sharded = main(place, *SHORT, f"thought={thought}", f"name={name}-fsdp", "strategy=fsdp")
+    kept = main(place, *SHORT, f"thought={thought}", f"name={name}-kept", "gradient_checkpointing=true")
+    wanted = weights(plain / "checkpoint_2")
+    for other in (sharded, kept):
+        found = weights(other / "checkpoint_2")
+        assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-6
+
+
+@pytest.mark.parametrize("thought", ["last", "layer:-2", "pause", "projected", "suppressed:0.1"])
+def test_every_kind_of_thought_is_evaluated_as_it_was_trained(place, capsys, thought):
+    name = "eval-" + thought.replace(":", "-")
+    run = main(place, *SHORT, f"thought={thought}", f"name={name}", "max_train_examples=16")
+    evaluated = main(place, f"thought={thought}", f"name={name}-only", "only_eval=true", f"load_model_path={run}",
+                     "max_new_tokens=2")  # fmt: skip
+    found = json.loads((evaluated / "eval" / "metrics.json").read_text())
+    assert found["loss"] == pytest.approx(epochs(run)[-1]["loss"], rel=1e-6)
+    other = Config.from_file(place / "run.yaml", [f"name={name}-only", "only_eval=true", f"load_model_path={run}"])
+    assert run_module.main(other) == (0 if thought == "last" else 2)
+    assert thought == "last" or f"(thought {thought}, not last)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", ["qwen2", "llama"])
+def test_other_models_have_a_configuration(place, shape):
+    """The tiny twins of gsm_coconut_{qwen,llama}.yaml: their files, but for the model and the data."""
+    folder, file = place / f"{shape}_twin", "gsm_coconut_qwen" if shape == "qwen2" else "gsm_coconut_llama"
+    tiny_model.write_model([place / "train.json"], folder, "char", shape, 32, 2, 2, 128, tied=True)
+    here = [f"{key}={place / name}" for key, name in (("train_path", "train.json"), ("val_path", "valid.json"))]
+    config = Config.from_file(
+        ROOT / "args" / f"{file}.yaml",
+        [*here, f"model_id={folder}", f"save_path={place / 'runs'}", "max_train_examples=16", "max_new_tokens=2"],
+    )
+    assert (config.method, config.lr, config.bf16, config.load_model_path) == ("coconut", 1e-5, True, None)
+    assert config.strategy == ("auto" if shape == "qwen2" else "fsdp")
+    assert run_module.main(config) == 0
+    assert [record["stage"] for record in epochs(config.run_dir)] == [0, 0, 1, 2, 3, 4, 4, 4]
+    assert AutoModelForCausalLM.from_pretrained(config.run_dir / "checkpoint_8").config.model_type == shape
+
+
 def with_dropout(place: Path) -> Path:
     folder = place / "with_dropout"
     model = AutoModelForCausalLM.from_pretrained(place / "model", resid_pdrop=0.2, embd_pdrop=0.2)
@@ -293,6 +366,8 @@ BAD = {
     ),
     "too long": (["name=long", "c_thought=60", "max_latent_stage=3"], "makes .* tokens, but .* has only 128 positions"),
     "no model": (["model_id={place}/none", "name=new"], "model_id .*/none' does not exist"),
+    "no thought": (["thought=first", "name=new"], "thought must be one of last, layer:N, .*, not 'first'"),
+    "no layer": (["thought=layer:5", "name=new"], "thought 'layer:5' must be between layer:-2 and layer:1"),
 }
 
 

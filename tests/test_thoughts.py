@@ -1,23 +1,160 @@
-"""The registry of thoughts. What each does to a model is tested in test_coconut.py."""
+"""The thoughts by themselves. What each does to a model is tested in test_coconut.py, against the plain definition."""
 
 import pytest
 import torch
+from conftest import tiny_base
 
-from thoughts import REGISTRY, make_thought
-from utils import THOUGHTS
+from thoughts import REGISTRY, Seen, StreamRecorder, decoder_blocks, make_thought
+from utils import THOUGHTS, Config, UserError
+
+SPELLINGS = [name + {":N": ":-2", "[:T]": ":0.1", "": ""}[takes] for name, takes in THOUGHTS.items()]
+
+
+def seen(layers: int = 4, width: int = 32, **parts) -> Seen:
+    """Random states of two rows, which want gradients."""
+    generator = torch.Generator().manual_seed(0)
+
+    def states(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    made = {"hidden": states(2, 1, width), "embedding": states(2, 1, width), "stream": states(layers + 1, 2, 1, width)}
+    return Seen(**{**made, "prepared": None, **parts})
+
+
+def gradients(thought, given: Seen) -> list[torch.Tensor | None]:
+    """Of the thought's sum with weights 1, 2, ..: for hidden, embedding and stream."""
+    made = thought(given)
+    weights = torch.arange(1.0, 1 + made.numel(), dtype=made.dtype).reshape(made.shape)
+    return list(torch.autograd.grad((made * weights).sum(), given[:3], allow_unused=True))
 
 
 def test_the_configuration_knows_every_thought():
-    assert tuple(REGISTRY) == THOUGHTS
+    assert REGISTRY.keys() == THOUGHTS.keys()
+    assert all(thought.__doc__ for thought in REGISTRY.values())
 
 
-def test_the_last_hidden_state_is_fed_back_as_it_is():
-    hidden = torch.randn(2, 1, 4)
-    assert make_thought("last")(hidden) is hidden
-    assert make_thought("last").sequential
-    assert not make_thought("pause").sequential
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_makes_a_thought(family, spelling):
+    thought = make_thought(spelling, tiny_base(family, layers=4))
+    assert thought.needs_layers == ("layer" in spelling or "suppressed" in spelling)
+    assert thought.sequential == (spelling != "pause")
+    if thought.sequential:
+        weight = torch.randn(40, 32, dtype=torch.float64)
+        made = thought(seen(prepared=thought.prepare(weight, weight)))
+        assert made.shape == (2, 1, 32)
+        assert made.dtype == torch.float64
 
 
-def test_an_unknown_thought_lists_what_there_is():
-    with pytest.raises(ValueError, match="there are last, pause"):
-        make_thought("first")
+@pytest.mark.parametrize(
+    "spelling", ["first", "layer", "layer:", "layer:two", "last:1", "suppressed:-1", "Last", "", "layer:1:2", "last+"]
+)
+def test_an_unknown_thought_lists_what_there_is(spelling):
+    wanted = r"must be one of last, layer:N, pause, .*embedding\+suppressed\[:T\]"
+    with pytest.raises(UserError, match=wanted):
+        make_thought(spelling, tiny_base("gpt2"))
+
+
+@pytest.mark.parametrize("spelling", ["layer:5", "layer:-6", "layer:1.5"])
+def test_a_layer_that_is_not_there_is_refused(spelling):
+    with pytest.raises(UserError, match=f"thought '{spelling}' must be between .* the model has 4 blocks"):
+        make_thought(spelling, tiny_base("llama", layers=4))
+
+
+@pytest.mark.parametrize(
+    ("spelling", "index"),
+    [("layer:0", 0), ("layer:3", 3), ("layer:-2", 3), ("layer:-5", 0), ("layer:0.5", 2), ("layer:.0", 0)],
+)
+def test_layers_are_counted_from_either_end_or_as_a_share(spelling, index):
+    given = seen(layers=4)
+    thought = make_thought(spelling, tiny_base("gpt2", layers=4))
+    assert torch.equal(thought(given), given.stream[index])
+    hidden, embedding, stream = gradients(thought, given)
+    assert hidden is None
+    assert embedding is None
+    assert [bool(layer.any()) for layer in stream] == [number == index for number in range(5)]
+
+
+@pytest.mark.parametrize("spelling", ["layer:-1", "layer:4", "layer:1.0", "last"])
+def test_the_last_layer_is_the_last_hidden_state_as_it_is(spelling):
+    given, thought = seen(stream=None), make_thought(spelling, tiny_base("gpt2", layers=4))
+    assert thought(given) is given.hidden
+    assert not thought.needs_layers
+
+
+def test_a_projection_begins_as_the_identity_and_learns():
+    given, thought = seen(), make_thought("projected", tiny_base("gpt2"))
+    assert torch.equal(thought(given), given.hidden)
+    thought(given).sum().backward()
+    assert torch.allclose(thought.weight.grad, given.hidden.sum(dim=(0, 1)).expand(32, 32))
+
+
+def test_a_normalised_thought_has_the_mean_norm_and_no_gradient_along_itself():
+    thought = make_thought("normalised", tiny_base("gpt2"))
+    weight = torch.randn(7, 32, dtype=torch.float64)
+    given = seen(prepared=thought.prepare(weight, weight))
+    assert torch.allclose(thought(given).norm(dim=-1), weight.norm(dim=-1).mean())
+    hidden, *others = gradients(thought, given)
+    assert (hidden * given.hidden).sum(dim=-1).abs().max() < 1e-12
+    assert hidden.abs().max() > 0.1
+    assert others == [None, None]
+    assert make_thought("projected+normalised", tiny_base("gpt2"))(given).allclose(thought(given))
+
+
+def test_realigning_turns_output_rows_into_input_rows():
+    """With more dimensions than words least squares is exact, but for the ridge; between tied embeddings it is the
+    identity."""
+    thought = make_thought("realigned", tiny_base("gpt2"))
+    inputs, outputs = torch.randn(2, 12, 32, dtype=torch.float64)
+    matrix = thought.prepare(inputs, outputs)
+    made = thought(seen(hidden=outputs[3:5, None], prepared=matrix))
+    assert (made - inputs[3:5, None]).abs().max() < 1e-2
+    tied = torch.randn(64, 32, dtype=torch.float64)
+    assert (thought.prepare(tied, tied) - torch.eye(32)).abs().max() < 1e-2
+    assert thought.prepare(tied.bfloat16(), tied.bfloat16()).dtype == torch.float32
+
+
+def test_suppressed_is_what_falls_in_the_later_half():
+    # two blocks of four are the later half: r_2 -> r_3 and r_3 -> r_4
+    stream = torch.zeros(5, 1, 1, 3, dtype=torch.float64)
+    stream[0] = 9.0  # the fall after it is not in the later half
+    stream[2], stream[3], stream[4] = (torch.tensor(row) for row in ([1.0, -3.0, 2.0], [1.5, -2.0, 1.9], [0.5, 2.0, 0]))
+    stream.requires_grad_()
+    given = seen(stream=stream, width=3, hidden=torch.ones(1, 1, 3), embedding=2 * torch.ones(1, 1, 3))
+    base = tiny_base("gpt2", layers=4)
+    wanted = {
+        "suppressed": [1.5, -3.0, 2.0 + 1.9],
+        "suppressed:0.5": [1.5, -3.0, 1.9],
+        "suppressed:1": [0.0, 0.0, 1.9],
+        "last+suppressed": [2.5, -2.0, 4.9],
+        "embedding+suppressed:1": [2.0, 2.0, 3.9],
+    }
+    for spelling, values in wanted.items():
+        assert make_thought(spelling, base)(given).flatten().tolist() == pytest.approx(values)
+    (gradient,) = torch.autograd.grad(make_thought("suppressed:0.5", base)(given).sum(), [stream])
+    assert gradient.flatten(1).tolist() == [[0, 0, 0], [0, 0, 0], [0, 1, 0], [1, 0, 1], [0, 0, 0]]
+
+
+def test_the_last_column_is_recorded_and_only_on_request(family):
+    base = tiny_base(family, layers=3)
+    recorder = StreamRecorder(decoder_blocks(base))
+    input_ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with recorder.recording() as states:
+        output = base.get_decoder()(input_ids, output_hidden_states=True)
+    base.get_decoder()(input_ids)
+    assert [state.shape for state in states] == [(2, 1, 32)] * 4
+    for ours, theirs in zip(states[:-1], output.hidden_states[:-1], strict=True):
+        assert torch.equal(ours, theirs[:, -1:])
+    assert not torch.equal(states[-1], output.hidden_states[-1][:, -1:])  # theirs is after the final norm
+    base._no_split_modules = None
+    with pytest.raises(UserError, match="names its decoder blocks"):
+        make_coconut_of(base)
+
+
+def make_coconut_of(base):
+    from coconut import Coconut
+
+    return Coconut(base, 2, 1, 3, 0, thought="suppressed")
+
+
+def test_help_lists_them():
+    assert "last | layer:N | pause | projected | normalised | projected+normalised | realigned" in Config.describe()

@@ -1,0 +1,118 @@
+"""generate.py: what it asks, what it prints, what it refuses."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny_model
+import torch
+from conftest import ROOT, load_script
+
+from checkpoint import load_model
+from utils import Config
+
+generate = load_script(ROOT / "generate.py")
+QUESTIONS = ["3+4", "5*6-0*2"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints with random weights, as run.py writes them, by method."""
+    place = tmp_path_factory.mktemp("ask")
+    examples = [{"question": "<<3+4*5-6=7>>", "answer": "12", "steps": ["0 8 9"]}]
+    (place / "data.json").write_text(json.dumps(examples))
+    tiny_model.write_model([place / "data.json"], place / "tiny", "char", "llama", 32, 2, 2, 40)
+    for method in ("coconut", "cot"):
+        torch.manual_seed(1)
+        config = Config(model_id=str(place / "tiny"), method=method, from_scratch=True, thought="layer:-2")
+        model, tokenizer, _ = load_model(config, None)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(8.0 if parameter.ndim > 1 else 1.0)
+        model.base_causallm.save_pretrained(place / method)
+        tokenizer.save_pretrained(place / method)
+        description = {"method": method, "thought": "layer:-2", "stage": 2, "c_thought": 2, "max_latent_stage": 3}
+        (place / method / "coconut.json").write_text(json.dumps(description | {"pad_latent_to_max": False}))
+    return {name: place / name for name in ("coconut", "cot", "tiny")}
+
+
+def ask(capsys, *arguments) -> list[dict]:
+    """The JSON lines that it prints."""
+    assert generate.main([*map(str, arguments), "--json", "--max-new-tokens", "6"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_question_is_asked_as_in_training(folders, capsys):
+    (found,) = ask(capsys, folders["coconut"], QUESTIONS[0])
+    model, tokenizer, markers = load_model(Config(model_id=str(folders["coconut"]), thought="layer:-2"), None)
+    ids = [*tokenizer("3+4\n")["input_ids"], markers.start, *[markers.latent] * 4, markers.end]  # stage 2, two a step
+    new = model.eval().generate(torch.tensor([ids]), max_new_tokens=6)[0].tolist()
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    assert found == {"question": "3+4", "output": text, "answer": text.split("#")[-1].strip()}
+    assert found["output"]
+
+
+@pytest.mark.parametrize("k", [0, 1, 5])
+def test_thoughts_are_counted_and_shown(folders, capsys, k):
+    (found,) = ask(capsys, folders["coconut"], "3+4", "--show-thoughts", "--thoughts", k)
+    assert len(found["thoughts"]) == k
+    model, tokenizer, markers = load_model(Config(model_id=str(folders["coconut"]), thought="layer:-2"), None)
+    ids = [*tokenizer("3+4\n")["input_ids"], markers.start, *[markers.latent] * k, markers.end]
+    shares = model.eval()(torch.tensor([ids])).logits[0].softmax(dim=-1)
+    for number, words in enumerate(found["thoughts"]):
+        place = ids.index(markers.latent) - 1 + number
+        assert words[0][0] == tokenizer.decode([int(shares[place].argmax())])
+        assert words[0][1] == pytest.approx(shares[place].max().item(), abs=1e-3)
+        assert [share for _, share in words] == sorted((share for _, share in words), reverse=True)
+    assert generate.main([str(folders["coconut"]), "3+4", "--show-thoughts", "--thoughts", str(k)]) == 0
+    assert capsys.readouterr().out.count("thought ") == k
+
+
+def test_all_sources_of_questions_give_the_same_answers(folders, tmp_path, capsys, monkeypatch):
+    single = [ask(capsys, folders["coconut"], question)[0] for question in QUESTIONS]
+    (tmp_path / "lines.txt").write_text("3+4\n\n5*6-0*2\n")
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS))
+    for name in ("lines.txt", "lines.jsonl"):
+        assert ask(capsys, folders["coconut"], "--file", tmp_path / name) == single
+        monkeypatch.setattr("sys.stdin", io.StringIO((tmp_path / name).read_text()))
+        assert ask(capsys, folders["coconut"]) == single
+    examples = [{"question": q, "answer": "1", "steps": ["2"], "id": n} for n, q in enumerate(QUESTIONS)]
+    (tmp_path / "examples.json").write_text(json.dumps(examples, indent=1))
+    found = ask(capsys, folders["coconut"], "--file", tmp_path / "examples.json", "--batch", "1")
+    assert found == [{**result, "gold": "1", "id": number} for number, result in enumerate(single)]
+
+
+def test_sampling_is_repeatable(folders, capsys):
+    hot = (folders["coconut"], "3+4", "--sample", "--temperature", "3")
+    runs = [ask(capsys, *hot, "--seed", seed)[0]["output"] for seed in (1, 1, 2, 3)]
+    assert runs[0] == runs[1]
+    assert len(set(runs)) > 1
+
+
+def test_a_model_without_latents_is_asked_too(folders, capsys):
+    (found,) = ask(capsys, folders["cot"], "3+4", "--show-thoughts")
+    assert found["thoughts"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["{cot}", "3+4", "--thoughts", "2"], "--thoughts is for models with latents"),
+        (["{tiny}", "3+4"], "lacks coconut.json"),
+        (["none", "3+4"], "'none' is no checkpoint"),
+        (["{coconut}", "3" * 60], "a question of 67 tokens leaves no room in 40 positions"),
+        (["{coconut}", "--file", "none.json"], "cannot read none.json"),
+        (["{coconut}", "--file", "{bad}"], r"record 1 \(counted from 0\) has no 'question'"),
+        (["{coconut}", "--file", "{worse}"], "line 2 is not valid JSON"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(folders, tmp_path, capsys, arguments, sentence):
+    files = {"bad": tmp_path / "bad.json", "worse": tmp_path / "worse.jsonl"}
+    files["bad"].write_text('[{"question": "1"}, {"answer": "1"}]')
+    files["worse"].write_text("3+4\n{question: 1}\n")
+    assert generate.main([argument.format(**folders, **files) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert re.search(sentence, error), error

@@ -1,0 +1,104 @@
+"""What stands around the code: the two lists of packages, the editor's launch configurations, the README's example."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+
+import arithmetic
+import pytest
+import tiny_model
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from utils import under_debugger
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def pins(name: str) -> list[str]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith(("#", "-r"))]
+
+
+def test_pip_and_uv_install_the_same():
+    assert PROJECT["project"]["dependencies"] == pins("requirements.txt")
+    assert PROJECT["dependency-groups"]["dev"] == pins("requirements-dev.txt")
+    assert all("==" in pin for pin in pins("requirements.txt") + pins("requirements-dev.txt"))
+
+
+@pytest.mark.parametrize("kind", ["run", "eval", "generate", "tests"])
+def test_the_editor_can_launch(kind):
+    launch = json.loads((ROOT / ".vscode" / "launch.json").read_text(encoding="utf-8"))
+    (found,) = [entry for entry in launch["configurations"] if entry["name"].startswith(f"{kind}: ")]
+    assert "torchrun" not in json.dumps(found)  # one process, in which breakpoints work
+    if kind == "tests":
+        assert found["module"] == "pytest"
+        return
+    assert (ROOT / found["program"].removeprefix("${workspaceFolder}/")).is_file()
+    assert kind == "generate" or (ROOT / found["args"][0]).is_file()
+
+
+def test_the_readmes_thought_trains_as_written(tmp_path):
+    """Its two blocks go where it says, into a copy of the program."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("### Write your own thought\n")[2].partition("\n### ")[0]
+    code, name = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(code.splitlines()) <= 10
+    for path in ROOT.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if path.name == "thoughts.py":
+            text += "\n\n" + code
+        if path.name == "utils.py":
+            text = text.replace("THOUGHTS = {\n", "THOUGHTS = {\n" + name)
+        (tmp_path / path.name).write_text(text, encoding="utf-8")
+    examples = arithmetic.make_splits({"train": 16}, base=5)["train"]
+    (tmp_path / "data.json").write_text(json.dumps(examples))
+    tiny_model.write_model([tmp_path / "data.json"], tmp_path / "model", "char", "llama", 32, 2, 2, 64)
+    keys = {
+        "thought": re.search(r"thought=(\w+)", section)[1],
+        "epochs_per_stage": 1,
+        "num_epochs": 2,
+        "wandb": "disabled",
+    }
+    keys |= {"model_id": "model", "train_path": "data.json", "val_path": "data.json", "max_new_tokens": 2}
+    (tmp_path / "own.yaml").write_text(json.dumps(keys))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "run.py", "own.yaml"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    gate = load_file(tmp_path / "checkpoints" / "own" / "checkpoint_2" / "thought.safetensors")["gate"]
+    assert gate.shape == (32,)
+    assert not torch.equal(gate, torch.ones(32))
+
+
+def test_breakpoints_in_the_data_are_met_without_a_loader_process(tmp_path):
+    """A loader process would never stop at them."""
+    assert not under_debugger()
+    examples = arithmetic.make_splits({"train": 16}, base=5)["train"]
+    (tmp_path / "data.json").write_text(json.dumps(examples))
+    tiny_model.write_model([tmp_path / "data.json"], tmp_path / "model", "char", "llama", 16, 1, 2, 64)
+    keys = {"num_workers": 2, "num_epochs": 1, "max_new_tokens": 2, "save_path": str(tmp_path), "wandb": "disabled"}
+    keys |= {"model_id": str(tmp_path / "model"), "train_path": str(tmp_path / "data.json")}
+    (tmp_path / "run.yaml").write_text(json.dumps(keys | {"val_path": keys["train_path"]}))
+    commands = (
+        "import dataset\nbreak dataset.StageDataset.__getitem__\ncontinue\np 'stopped', type(self).__name__\nquit\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pdb", str(ROOT / "run.py"), str(tmp_path / "run.yaml")],
+        input=commands,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "('stopped', 'StageDataset')" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
