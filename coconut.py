@@ -86,7 +86,7 @@ class Coconut(nn.Module):
         position_ids: torch.Tensor | None = None,
         latent_columns: list[int] | None = None,
         supervised: torch.Tensor | None = None,
-        left_padded: bool = True,
+        left_padded: bool | None = None,
     ) -> CoconutOutput:
         """Runs the latent passes and the mean cross-entropy of the supervised tokens.
 
@@ -98,14 +98,14 @@ class Coconut(nn.Module):
             position_ids: (B, T) int64; default counts the attended tokens from 0.
             latent_columns, supervised: where the latents and the labels are, as `dataset.collate_for_device` gives
                 them; without them the model has to wait for the device to know.
-            left_padded: False promises that rows are padded on the right only, where no token sees it: attention
-                then needs no mask and takes its fastest kernel.
+            left_padded: whether rows are padded on the left; said either way, it promises that padding is at the ends
+                of rows only, and spares the first span, which is most of a sequence, an attention mask.
 
         Gradients flow through the thoughts and the cache: the whole chain is trained. The LM head runs on the
         supervised positions only; without labels it runs on all, and the logits are returned instead of a loss.
         """
         attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
-        hidden, embeds, _ = self._run(input_ids, attention_mask, position_ids, left_padded, latent_columns)
+        hidden, embeds, _, _ = self._run(input_ids, attention_mask, position_ids, left_padded, latent_columns)
         if labels is None:
             return CoconutOutput(None, embeds, self._logits(hidden))
         loss = self._loss(hidden, labels, supervised)
@@ -133,16 +133,18 @@ class Coconut(nn.Module):
         Returns: (B, N) int64; each row ends with EOS, where it came to say it, and is filled up with EOS.
         """
         attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
-        padded = not bool(attention_mask.all())
+        left_padded = _is_left_padded(attention_mask)
         if generation_options:
-            _, embeds, _ = self._run(input_ids, attention_mask, position_ids, padded)
+            _, embeds, _, _ = self._run(input_ids, attention_mask, position_ids, left_padded)
             return self.base_causallm.generate(
                 inputs_embeds=embeds,
                 attention_mask=attention_mask,
                 max_new_tokens=max_new_tokens,
                 **{"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id, **generation_options},
             )
-        hidden, _, cache = self._run(input_ids, attention_mask, position_ids, padded, new_columns=max_new_tokens)
+        hidden, _, cache, attention_mask = self._run(
+            input_ids, attention_mask, position_ids, left_padded, new_columns=max_new_tokens
+        )
         position = position_ids[:, -1:]  # (B, 1)
         hidden = hidden[:, -1:]  # (B, 1, D)
         finished = torch.zeros_like(position, dtype=torch.bool)  # (B, 1)
@@ -155,7 +157,7 @@ class Coconut(nn.Module):
                 break
             position = position + 1
             attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
-            hidden = self._span(self._embed(token), attention_mask, position, padded, cache)
+            hidden = self._span(self._embed(token), attention_mask, position, left_padded is not False, cache)
         return torch.cat(tokens, dim=1) if tokens else input_ids[:, :0]
 
     @torch.no_grad()
@@ -169,7 +171,8 @@ class Coconut(nn.Module):
         `generate`, whose K latents stand in the same columns, (B, K, V)."""
         attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
         columns = find_latent_columns(input_ids, self.latent_token_id)
-        hidden, _, _ = self._run(input_ids, attention_mask, position_ids, not bool(attention_mask.all()), columns)
+        left_padded = _is_left_padded(attention_mask)
+        hidden, _, _, _ = self._run(input_ids, attention_mask, position_ids, left_padded, columns)
         return self._logits(hidden[:, [column - 1 for column in columns]])
 
     def _run(
@@ -177,12 +180,12 @@ class Coconut(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        left_padded: bool,
+        left_padded: bool | None,
         columns: list[int] | None = None,
         new_columns: int = 0,
-    ) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
-        """All spans of a batch: last hidden states (B, T, D), filled input embeddings (B, T, D), and the cache, where
-        there are latents or new columns are to follow."""
+    ) -> tuple[torch.Tensor, torch.Tensor, Cache | None, torch.Tensor]:
+        """All spans of a batch: last hidden states (B, T, D), filled input embeddings (B, T, D), the cache, where there
+        are latents or new columns are to follow, and the attention mask of its columns, (B, T)."""
         embeds = self._embed(input_ids)  # (B, T, D)
         is_latent = input_ids == self.latent_token_id if self.latent_token_id is not None else None  # (B, T)
         if columns is None:
@@ -195,6 +198,10 @@ class Coconut(nn.Module):
         cache = make_cache(self.base_causallm.config, input_ids.shape[1] + new_columns, keeps)
         bounds = [0, *columns, input_ids.shape[1]]
         prepared = self._prepare_thought() if columns else None
+        shift = None
+        if left_padded and self._makes_masks:
+            shift = _Shift(attention_mask[:, : bounds[1]])
+            attention_mask = torch.cat([shift(attention_mask[:, : bounds[1]]), attention_mask[:, bounds[1] :]], dim=1)
         hidden_spans, embed_spans, stream = [], [], None
         # one split, not a slice for each span: the backward of a slice fills a tensor of the size of the whole
         spans = embeds.split([end - begin for begin, end in pairwise(bounds)], dim=1)
@@ -206,35 +213,41 @@ class Coconut(nn.Module):
                 span = torch.cat([first, span[:, 1:]], dim=1) if end - begin > 1 else first
             embed_spans.append(span)
             records = self._recorder is not None and end < input_ids.shape[1]
-            with self._recorder.recording() if records else nullcontext() as states:
-                hidden = self._span(span, attention_mask[:, :end], position_ids[:, begin:end], left_padded, cache)
+            moved = shift if begin == 0 else None
+            positions, masked = position_ids[:, begin:end], left_padded is not False and moved is None
+            if moved is not None:
+                span, positions = moved(span), moved(positions)
+            with self._recorder.recording(moved and moved.last) if records else nullcontext() as states:
+                hidden = self._span(span, attention_mask[:, :end], positions, masked, cache)
+            if moved is not None:
+                hidden = moved.back(hidden)
             stream = torch.stack(states) if records else None  # (layers + 1, B, 1, D)
             if begin == 0 and hidden.requires_grad and self.before_first_span is not None:
                 hidden.register_hook(lambda _, tell=self.before_first_span: tell())
             hidden_spans.append(hidden)
         if not columns:
-            return hidden_spans[0], embeds, cache
-        return torch.cat(hidden_spans, dim=1), torch.cat(embed_spans, dim=1), cache
+            return hidden_spans[0], embeds, cache, attention_mask
+        return torch.cat(hidden_spans, dim=1), torch.cat(embed_spans, dim=1), cache, attention_mask
 
     def _span(
         self,
         embeds: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        left_padded: bool,
+        masked: bool,
         cache: Cache | None,
     ) -> torch.Tensor:
         """Last hidden states (B, t, D) of t new columns after those in the cache, which then holds them too.
 
-        attention_mask is (B, columns so far with these), position_ids (B, t). The decoder's output is taken after
-        its final norm, as in the reference.
+        attention_mask is (B, columns so far with these), position_ids (B, t); unless `masked`, no token of these
+        columns has padding before it. The decoder's output is taken after its final norm, as in the reference.
         """
         arguments = {self._cache_argument: cache, "use_cache": cache is not None}
         if self._takes_position_ids:
             arguments["position_ids"] = position_ids
         mask = attention_mask
         if self._makes_masks:
-            mask = _causal_mask(attention_mask, embeds.shape[1], left_padded)
+            mask = _causal_mask(attention_mask, embeds.shape[1], masked)
         return self.base_causallm.get_decoder()(
             inputs_embeds=embeds, attention_mask=mask, **arguments
         ).last_hidden_state
@@ -275,7 +288,41 @@ def _attends_plainly(config) -> bool:
     return config._attn_implementation == "sdpa" and layers == {"full_attention"} and window is None
 
 
-def _causal_mask(attention_mask: torch.Tensor, length: int, left_padded: bool) -> torch.Tensor | None:
+class _Shift:
+    """Moves the rows of (B, t, ...) to the left, so that their padding stands on the right, and back.
+
+    There no token sees it, and attention needs no mask: its kernels then skip what is not causal, which is half of the
+    work, and on GPUs are the flash kernels. The keys in the cache stay where they were moved to; it is their positions,
+    not their columns, that attention knows.
+    """
+
+    def __init__(self, attention_mask: torch.Tensor):
+        length = attention_mask.shape[1]
+        column = torch.arange(length, device=attention_mask.device)
+        padding = (attention_mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)  # (B, 1)
+        self.source, self.target = (column + padding) % length, (column - padding) % length  # (B, t)
+        self.last = self.target[:, -1]  # (B,): where what was the last column is
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        return _take(values, self.source)
+
+    def back(self, values: torch.Tensor) -> torch.Tensor:
+        return _take(values, self.target)
+
+
+def _take(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """(B, t, ...) -> the given columns of each row; columns is (B, t) int64."""
+    return values.gather(1, columns if values.ndim == 2 else columns[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def _is_left_padded(attention_mask: torch.Tensor) -> bool | None:
+    """Whether rows are padded on the left; None where padding is elsewhere too. It waits for the device."""
+    if attention_mask.all():
+        return False
+    return True if (attention_mask[:, 1:] >= attention_mask[:, :-1]).all() else None
+
+
+def _causal_mask(attention_mask: torch.Tensor, length: int, masked: bool) -> torch.Tensor | None:
     """What the last `length` of the columns of attention_mask, (B, T), attend to: (B, 1, length, T) bool.
 
     transformers would make the same mask, but it asks the device whether a row is padded. None leaves causality to the
@@ -283,7 +330,7 @@ def _causal_mask(attention_mask: torch.Tensor, length: int, left_padded: bool) -
     softmax over nothing is no number.
     """
     end = attention_mask.shape[1]
-    if not left_padded and length in (1, end):
+    if not masked and length in (1, end):
         return None
     key = torch.arange(end, device=attention_mask.device)
     query = key[end - length :, None]

@@ -272,13 +272,15 @@ class StreamRecorder:
         if not blocks:
             raise UserError("a thought from the layers needs a model that names its decoder blocks")
         self.states: list[torch.Tensor] | None = None  # while a pass is recorded
+        self.columns: torch.Tensor | None = None
         for block in blocks:
             block.register_forward_hook(self._record, with_kwargs=True)
 
     @contextmanager
-    def recording(self) -> Iterator[list[torch.Tensor]]:
-        """The list to which the passes inside append L + 1 states, (B, 1, D) each."""
-        self.states = []
+    def recording(self, columns: torch.Tensor | None = None) -> Iterator[list[torch.Tensor]]:
+        """The list to which the pass inside appends L + 1 states, (B, 1, D) each: of its last column, or of another
+        one in each row, (B,) int64."""
+        self.states, self.columns = [], columns
         try:
             yield self.states
         finally:
@@ -290,6 +292,10 @@ class StreamRecorder:
             return
         if not self.states:
             given = args[0] if args else kwargs["hidden_states"]
-            self.states.append(given[:, -1:])
-        output = output[0] if isinstance(output, tuple) else output
-        self.states.append(output[:, -1:])
+            self.states.append(self._last(given))
+        self.states.append(self._last(output[0] if isinstance(output, tuple) else output))
+
+    def _last(self, state: torch.Tensor) -> torch.Tensor:
+        if self.columns is None:
+            return state[:, -1:]
+        return state.gather(1, self.columns[:, None, None].expand(-1, 1, state.shape[-1]))

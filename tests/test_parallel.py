@@ -245,8 +245,9 @@ def test_rows_padded_on_the_right_need_no_mask(family):
     model, batch = make_model(family), batch_of([0, 0, 0])
     assert not batch["left_padded"]
     loss = model(**batch).loss
-    batch["left_padded"] = True
-    assert abs(loss - model(**batch).loss) < 1e-12
+    for said in (True, None):
+        batch["left_padded"] = said
+        assert abs(loss - model(**batch).loss) < 1e-12
     model, rows = make_model(family), make_rows([3, 3, 3])
     assert batch_of([3, 3, 3])["left_padded"]
     assert max(largest_difference(model, rows, model(**batch_of([3, 3, 3])).loss)) < 1e-9
