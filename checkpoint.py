@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
@@ -41,7 +40,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from coconut import Coconut
 from dataset import END, LATENT, START, Markers
 from thoughts import Thought
-from utils import Config, UserError, World, on_every_rank, on_main_rank
+from utils import Config, UserError, World, on_every_rank, on_main_rank, sync_to_disk
 
 FORMAT = 2  # of coconut.json and trainer/state.json
 MANIFEST = "trainer/manifest.json"  # file -> SHA-256
@@ -427,13 +426,12 @@ def _publish(aside: Path, target: Path) -> None:
     paths = [path for path in sorted(aside.rglob("*")) if path.is_file()]
     digests = dict(zip((str(path.relative_to(aside)) for path in paths), _digests(paths), strict=True))
     _write_json(aside / MANIFEST, digests)
-    for path in [*aside.rglob("*"), aside]:
-        _sync(path)
+    sync_to_disk(aside)
     if target.exists():  # a stranger, such as a file of the reference: nothing of it is lost
         number = next(n for n in range(1, 1 << 20) if not target.with_name(f"{target.name}.replaced-{n}").exists())
         target.rename(target.with_name(f"{target.name}.replaced-{number}"))
     aside.rename(target)
-    _sync(target.parent)
+    sync_to_disk(target.parent, deep=False)
 
 
 def _digests(paths: list[Path]) -> list[str]:
@@ -445,14 +443,6 @@ def _digests(paths: list[Path]) -> list[str]:
 
     with ThreadPoolExecutor(8) as pool:  # hashing leaves Python's lock
         return list(pool.map(digest, paths))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _prune(config: Config, progress: Progress) -> None:
@@ -521,7 +511,8 @@ def damage(folder: Path) -> str | None:
         digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         found = _digests([folder / name for name in digests])
     except OSError as error:
-        return f"{Path(error.filename).relative_to(folder)}: {error.strerror}"
+        name = Path(error.filename).relative_to(folder) if error.filename else "a file"  # a bad sector has no name
+        return f"{name}: {error.strerror}"
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} or trainer/state.json is not readable"
     for name, digest in zip(digests, found, strict=True):
@@ -536,6 +527,8 @@ def changes(config: Config, run_dir: Path) -> dict[str, str]:
     try:
         before = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
+        return {}
+    if not isinstance(before, dict):
         return {}
     free = set(FREE_KEYS)
     if config.global_batch_size is not None:

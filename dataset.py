@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from utils import IGNORE, Config, UserError, progress_bar, report
+from utils import IGNORE, Config, UserError, progress_bar, report, sync_to_disk
 
 if TYPE_CHECKING:
     import torch
@@ -336,6 +336,7 @@ def cache_tokens(path: str, tokenizer, folder: Path, limit: int | None = None, s
         folder.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
         tokens.save(aside)
+        sync_to_disk(aside)
         os.chmod(aside, 0o755)  # mkdtemp's folders are private, but a data cache is for the whole group
         try:
             aside.rename(target)

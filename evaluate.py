@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from coconut import Coconut
 from dataset import Markers, StageDataset, Tokens, collate, collate_prompts, kept_reasoning, prompt, stage_name
-from utils import IGNORE, Config, UserError, World, progress_bar
+from utils import IGNORE, Config, UserError, World, progress_bar, read_log
 
 
 def extract_answer(text: str) -> str:
@@ -165,9 +165,8 @@ def summary(run_dir: Path) -> str:
     """
     rows, stages, last_of_stage = [], {}, {}
     metrics_file, evaluation = run_dir / "metrics.jsonl", run_dir / "eval" / "metrics.json"
-    lines = metrics_file.read_text(encoding="utf-8").splitlines() if metrics_file.exists() else []
     # a restarted run repeats the epochs that it had lost: what was written last counts
-    epochs = {record["epoch"]: record for record in map(json.loads, lines) if record["event"] == "epoch"}
+    epochs = {record["epoch"]: record for record in read_log(metrics_file) if record["event"] == "epoch"}
     for _, record in sorted(epochs.items()):
         seconds = stages.get(record["stage"], (0, 0.0))
         stages[record["stage"]] = (seconds[0] + 1, seconds[1] + record["train_seconds"] + record["seconds"])

@@ -26,7 +26,7 @@ from coconut import Coconut
 from dataset import Markers
 from kv_cache import checkpoint_blocks
 from thoughts import decoder_blocks
-from utils import Config, World, on_main_rank
+from utils import Config, World, on_every_rank, on_main_rank
 
 BYTES_PER_PARAMETER = 16  # float32 weights, gradients, and AdamW's two averages
 SHARE_OF_MEMORY = 0.6  # of a GPU that these may take under DDP; activations need the rest
@@ -55,14 +55,16 @@ def load(config: Config, world: World, source: Path | None) -> tuple[Coconut, ob
 
 
 def choose_strategy(config: Config, world: World, source: Path | None) -> str:
-    """ddp or fsdp, also for a world of one. auto is ddp unless the model is too large for it."""
+    """ddp or fsdp, also for a world of one. auto is ddp unless the model is too large for it. Collective."""
     if config.strategy != "auto":
         return config.strategy
     if world.size == 1 or world.device.type != "cuda":
         return "ddp"
     with torch.device("meta"):
         n_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape_of(config, source)).parameters())
-    room = SHARE_OF_MEMORY * torch.cuda.get_device_properties(world.device).total_memory
+    # of the smallest GPU: all ranks have to choose alike
+    memory = on_every_rank(world, lambda: torch.cuda.get_device_properties(world.device).total_memory)
+    room = SHARE_OF_MEMORY * min(memory)
     return "fsdp" if n_parameters * BYTES_PER_PARAMETER > room else "ddp"
 
 

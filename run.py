@@ -77,6 +77,7 @@ from utils import (
     World,
     cleanup_distributed,
     folder_of_one,
+    ignore_signals,
     on_main_rank,
     progress_bar,
     report,
@@ -161,8 +162,13 @@ def train(config: Config, world: World, interruption: Interruption) -> None:
         if interruption.settle():
             stop(run, stage)
             return
+        if config.save_every_steps:
+            save_checkpoint(run, stage)  # validation may take long
         metrics, predictions = validate(run, epoch, stage)
         save_if_due(run, epoch, stage, metrics, predictions)
+        if interruption.asked() | interruption.settle():
+            say_interrupted(run)
+            return
     finish(run)
 
 
@@ -314,7 +320,10 @@ def restore(run: Run, checkpoint: Path | None) -> None:
     seed_everything(run.config.seed, run.world.rank, run.progress.step)
     if checkpoint is not None:
         load_optimizer(checkpoint, run.model, run.optimizer)
-        load_random_state(checkpoint, run.world)
+        for group in run.optimizer.param_groups:
+            group["weight_decay"] = run.config.weight_decay  # may differ where continue_changed is set
+        if not load_random_state(checkpoint, run.world):
+            run.logger.say("the number of ranks has changed: dropout goes on with new random numbers")
     elif run.config.resume:
         n_steps = steps_per_epoch(len(run.data.train), run.config, run.world.size)
         run.progress.epoch = run.config.resume
@@ -364,6 +373,7 @@ def train_epoch(run: Run, epoch: int) -> int:
         batch_sampler=PlannedBatches(plan, stages[first:]),
         collate_fn=partial(collate_for_device, pad_token_id=markers.eos, latent_token_id=markers.latent),
         num_workers=0 if under_debugger() else config.num_workers,
+        worker_init_fn=ignore_signals,
         pin_memory=world.device.type == "cuda",
         generator=torch.Generator(),  # the loader draws its workers' seeds: not from the stream that dropout uses
     )
@@ -557,19 +567,38 @@ def save_checkpoint(run: Run, stage: int, files: dict[str, str] | None = None) -
     """Saves this moment; with `files`, that of a finished epoch. Collective: every rank must call it."""
     if run.config.debug:
         return
+    if not run.config.skip_nonfinite and not weights_are_finite(run):
+        raise UserError(
+            f"the weights after step {run.progress.step} are not finite and not saved; the last good checkpoint is "
+            f"{run.saved or 'none'}; try a lower lr, max_grad_norm, or skip_nonfinite=true"
+        )
     weights = whole_weights(run.model)  # all ranks
     run.saved = save(
         run.config, run.world, run.progress, run.model, weights, run.tokenizer, run.markers, stage, run.optimizer, files
     )
 
 
+def weights_are_finite(run: Run) -> bool:
+    """Whether all ranks' weights are. A loss tells of the weights before its step only. Collective."""
+    shares = [getattr(parameter, "_local_tensor", parameter) for parameter in run.model.parameters()]
+    finite = torch.stack([share.isfinite().all() for share in shares]).all().int()
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)  # all ranks
+    return bool(finite)
+
+
 def stop(run: Run, stage: int) -> None:
     """Saves, because a signal has announced the end of this job; the next one goes on from here."""
     save_checkpoint(run, stage)
-    run.logger.say(f"stopped by a signal; start the same command again to continue from {run.saved}")
+    say_interrupted(run)
+
+
+def say_interrupted(run: Run) -> None:
+    """Ends the log of a run that has been saved and is to be continued."""
+    if run.saved is not None:
+        run.logger.say(f"stopped by a signal; start the same command again to continue from {run.saved}")
+        if run.world.is_main and (file := os.environ.get(INTERRUPTED_FILE)):
+            Path(file).touch()
     run.logger.close()
-    if run.world.is_main and (file := os.environ.get(INTERRUPTED_FILE)):
-        Path(file).touch()
 
 
 def finish(run: Run) -> None:

@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import dataclasses
 import difflib
+import errno
 import fcntl
 import json
 import netrc
@@ -52,6 +53,8 @@ PLACEHOLDER = re.compile(r"YOUR_\w+")
 
 class UserError(ValueError):
     """Something a user can put right. `run.py` prints its text once, without a traceback, and exits with 2."""
+
+    is_shared = False  # whether all ranks raise it
 
 
 def split_thought(spelling: str) -> tuple[str, int | float | None]:
@@ -503,10 +506,15 @@ def configure(description: str, schedule: typing.Callable[[Config, int], str]) -
 
 def report(error: UserError) -> int:
     """Says what is wrong, on one rank; returns the exit code."""
-    if launched_ranks()[0] == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)  # torchrun stops every rank when one exits: rank 0 must have had its say
+    rank = launched_ranks()[0]
+    if rank > 0:
+        # torchrun stops every rank when one exits: rank 0 must have had its say. Who is still there then, and has
+        # something to say that the others do not know, is not rank 0's neighbour, or is alone with the error
+        time.sleep(3 + int(os.environ.get("LOCAL_RANK", 0)))
+        if error.is_shared:
+            return 2
+        error = UserError(f"{error} (rank {rank} on {socket.gethostname()})")
+    print(f"error: {error}", file=sys.stderr, flush=True)
     return 2
 
 
@@ -523,7 +531,9 @@ def write_config(config: Config, folder: Path, world_size: int) -> None:
             comments.append(f"{package}: not installed")
     text = "".join(f"# {line}\n" for line in comments) + yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    aside = folder / ".config.yaml"
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(folder / "config.yaml")  # never half of it
 
 
 def _git_commit() -> str:
@@ -633,7 +643,9 @@ def on_every_rank(world: World, action: typing.Callable) -> list:
     dist.all_gather_object(outcomes, (result, problem))  # all ranks
     for _, text in outcomes:
         if text is not None:
-            raise UserError(text)
+            error = UserError(text)
+            error.is_shared = True
+            raise error
     return [result for result, _ in outcomes]
 
 
@@ -649,12 +661,16 @@ def folder_of_one(world: World, folder: Path) -> typing.Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = (folder / ".lock").open("a+", encoding="utf-8")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader processes
+        except (BlockingIOError, PermissionError) as error:
+            if error.filename is not None:
+                raise UserError(f"{folder} cannot be written to: {error.strerror}") from None
             file.seek(0)
             raise UserError(f"{folder} is in use by another job ({file.read().strip()}): choose another name") from None
         except OSError as error:
-            raise UserError(f"{folder} cannot be written to: {error.strerror}") from None
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise UserError(f"{folder} cannot be written to: {error.strerror}") from None
+            print(f"warning: {folder} is on a file system without locks: start one job only", file=sys.stderr)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -681,7 +697,6 @@ class Interruption:
     def __init__(self, world: World):
         self.world = world
         self.received: float | None = None  # when
-        self.name = "a signal"
         self._question = None  # (flag, work) of the last time that the ranks asked each other
         self._before = {}
 
@@ -698,7 +713,6 @@ class Interruption:
         if self.received is not None and time.monotonic() - self.received > 1:
             os._exit(128 + number)
         self.received = self.received or time.monotonic()
-        self.name = signal.Signals(number).name
 
     def asked(self) -> bool:
         """Whether a rank had been signalled when they last met here. The answer is that of the call before, so that no
@@ -723,6 +737,12 @@ class Interruption:
         work.wait()
         self._question = None
         return bool(flag)
+
+
+def ignore_signals(*_) -> None:
+    """For processes that serve a rank: it is the rank that decides what to do, and ends them."""
+    for number in Interruption.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def under_debugger() -> bool:
@@ -775,7 +795,11 @@ class RunLogger:
         if not world.is_main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        path = folder / "metrics.jsonl"
+        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self.file = path.open("a", encoding="utf-8", buffering=1)
+        if torn:
+            self.file.write("\n")  # a job that died has left half a line
         mode = "disabled" if config.debug else wandb_mode(config.wandb)
         if mode != "disabled":
             self._start_wandb(config, folder, mode)
@@ -812,7 +836,10 @@ class RunLogger:
         if not self.world.is_main:
             return
         record = {"event": event, "time": round(time.time() - self.started, 3), **values}
-        self.file.write(json.dumps(record) + "\n")
+        try:
+            self.file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.file.name} cannot be written: {error.strerror}") from None
         if self.wandb is not None:
             numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
             self.wandb.log({f"{event}/{k}": v for k, v in numbers.items()}, step=values.get("step"))
@@ -822,6 +849,25 @@ class RunLogger:
             self.file.close()
             if self.wandb is not None:
                 self.wandb.finish()
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; lines that a job left half written are passed over."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def sync_to_disk(path: Path, deep: bool = True) -> None:
+    """Waits until a folder, and what is in it, would survive a power cut."""
+    for part in [*path.rglob("*"), path] if deep else [path]:
+        handle = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def wandb_mode(wanted: str) -> str:

@@ -20,12 +20,14 @@ from safetensors.torch import load_file, save_file
 from test_run import digest, epochs, start, succeed, weights, with_dropout
 from test_run import place as place  # a fixture
 
+import run as run_module
+from utils import Config, read_log
+
 LONG = ("num_epochs=3", "max_train_examples=144", "max_new_tokens=4", "global_batch_size=16", "log_every_steps=1")
 
 
 def steps(run: Path) -> list[dict]:
-    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
-    return [record for record in map(json.loads, lines) if record["event"] == "step"]
+    return [record for record in read_log(run / "metrics.jsonl") if record["event"] == "step"]
 
 
 def begin(place: Path, *arguments: str, ranks: int = 0) -> subprocess.Popen:
@@ -85,9 +87,13 @@ def test_a_signal_saves_and_the_next_job_goes_on_inside_the_epoch(place, undistu
     name, run = f"signal-{number.name}", place / "runs" / f"signal-{number.name}"
     arguments = (*LONG, f"model_id={with_dropout(place)}", f"name={name}")
     monkeypatch.setenv("INTERRUPTED_FILE", str(tmp_path / "interrupted"))
-    process = begin(place, *arguments, ranks=2)
+    process = begin(place, *arguments, "num_workers=1", ranks=2)
     wait_for(lambda: len(steps(run)) >= 12)
-    os.kill(processes_of(name)[1], number)  # of one rank; all of them have to agree
+    # one rank and its loader process; all ranks have to agree, and the loader has to live
+    victims = processes_of(name)
+    assert len(victims) == 4
+    for pid in victims[2:]:
+        os.kill(pid, number)
     printed = process.communicate(timeout=120)[0]
     assert process.returncode == 0, printed
     assert "stopped by a signal" in printed
@@ -99,6 +105,19 @@ def test_a_signal_saves_and_the_next_job_goes_on_inside_the_epoch(place, undistu
     assert f"continuing from {saved}" in done.stderr
     assert same(weights(run / "checkpoint_3"), undisturbed)
     assert not list(run.glob("checkpoint_*_step_*"))  # the run is done: nobody needs them
+
+
+def test_a_signal_during_validation_ends_the_run_after_it(place):
+    """And not after another step."""
+    run, arguments = place / "runs" / "validating", (*LONG, "name=validating", "max_new_tokens=100")
+    process = begin(place, *arguments)
+    wait_for(lambda: len(steps(run)) >= 9)  # of the epoch
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, printed
+    assert len(steps(run)) == 9
+    assert "continuing from" in succeed(place / "run.yaml", *arguments).stderr
+    assert len(epochs(run)) == 3
 
 
 def test_a_second_signal_exits_at_once():
@@ -264,6 +283,27 @@ def test_a_folder_of_another_configuration_is_refused_unless_told_otherwise(plac
     assert yaml.safe_load((run / "config.yaml").read_text())["lr"] == 0.5
 
 
+def test_what_a_dying_job_left_half_written_stops_nobody(place, two_epochs):
+    run, arguments = two_epochs
+    for damage in ("", "- just a list\n"):
+        (run / "config.yaml").write_text(damage)
+        with (run / "metrics.jsonl").open("a") as log:
+            log.write('{"event": "st')
+        done = succeed(place / "run.yaml", *arguments, "num_epochs=3")
+        assert "continuing from" in done.stderr
+        assert "validation, stage 2" in done.stdout
+    assert yaml.safe_load((run / "config.yaml").read_text())["num_epochs"] == 3
+
+
+def test_a_changed_weight_decay_counts(place, two_epochs):
+    run, arguments = two_epochs
+    shutil.copytree(run, run.parent / "other")
+    plain = (*arguments, "lr_scheduler=constant", "num_epochs=3")
+    succeed(place / "run.yaml", *plain)
+    succeed(place / "run.yaml", *plain, "name=other", "weight_decay=50", "continue_changed=true")
+    assert not same(weights(run / "checkpoint_3"), weights(run.parent / "other" / "checkpoint_3"))
+
+
 def test_a_moved_data_file_is_the_same_data(place, two_epochs):
     _, arguments = two_epochs
     shutil.copy(place / "train.json", place / "moved.json")
@@ -273,7 +313,7 @@ def test_a_moved_data_file_is_the_same_data(place, two_epochs):
 
 def test_a_second_job_on_the_same_folder_is_refused(place):
     run = place / "runs" / "shared"
-    process = begin(place, *LONG, "num_epochs=20", "name=shared")
+    process = begin(place, *LONG, "num_epochs=500", "name=shared")
     try:
         wait_for(lambda: len(steps(run)) >= 2)
         done = start(place / "run.yaml", *LONG, "name=shared")
@@ -333,7 +373,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(place, ranks):
     run = place / "runs" / f"nan-{ranks}"
     arguments = (
         *(f"model_id={folder}", f"train_path={place / 'with_x.json'}", f"name=nan-{ranks}", "num_epochs=1"),
-        *("global_batch_size=8", "batch_size_training=4", "max_new_tokens=2", "save_every_steps=1", "seed=3"),
+        *("global_batch_size=8", "batch_size_training=4", "max_new_tokens=2", "seed=3"),
     )
     done = start(place / "run.yaml", *arguments, ranks=ranks)
     assert done.returncode != 0
@@ -342,8 +382,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(place, ranks):
     assert 5 in record["examples"]
     assert len(record["examples"]) == 4  # of the pass that it was in
     assert f"the loss of step {record['step']}, in epoch 0, is nan" in complaint
-    good = f"checkpoint_0_step_{record['step'] - 1}" if record["step"] > 1 else "none"
-    assert f"the last good checkpoint is {run / good if record['step'] > 1 else good}" in complaint
+    assert "the last good checkpoint is none" in complaint
     shutil.rmtree(run)
     done = succeed(place / "run.yaml", *arguments, "skip_nonfinite=true", ranks=ranks)
     assert "left out" in done.stderr
@@ -351,6 +390,27 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(place, ranks):
     after, before = weights(run / "checkpoint_1"), load_file(folder / "model.safetensors")
     assert all(value.isfinite().all() for name, value in after.items() if "embed" not in name and "lm_head" not in name)
     assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
+
+
+def test_weights_that_are_not_finite_are_not_saved(place, two_epochs, monkeypatch, capsys):
+    """The loss of a step is that of the weights before it: it may be fine when they no longer are."""
+    run, arguments = two_epochs
+    before = digest(run / "checkpoint_2")
+    original = run_module.train_step
+
+    def overflowing(current, *others):
+        result = original(current, *others)
+        next(current.model.parameters()).data[0, 0] = float("inf")
+        return result
+
+    monkeypatch.setattr(run_module, "train_step", overflowing)
+    config = Config.from_file(place / "run.yaml", arguments)
+    assert run_module.main(config) == 2
+    assert re.search(
+        r"error: the weights after step 6 are not finite and not saved; .*checkpoint_2;", capsys.readouterr().err
+    )
+    assert digest(run / "checkpoint_2") == before
+    assert [path.name for path in sorted(run.glob("checkpoint_*"))] == ["checkpoint_1", "checkpoint_2"]
 
 
 # ---- what is not trusted ----

@@ -98,6 +98,7 @@ def test_large_models_are_sharded_on_gpus(monkeypatch, tmp_path):
     tiny_base("gpt2").config.save_pretrained(tmp_path)
     config, gpus = Config(model_id=str(tmp_path)), World(0, 0, 2, torch.device("cuda"))
     n_parameters = sum(p.numel() for p in tiny_base("gpt2").parameters())
+    monkeypatch.setattr(parallel, "on_every_rank", lambda _, action: [10**12, action()])
     for room, strategy in ((10, "fsdp"), (100, "ddp")):
         memory = type("Properties", (), {"total_memory": n_parameters * room})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, memory=memory: memory)

@@ -65,16 +65,18 @@ def children(pid: int) -> list[int]:
     return found[1:]
 
 
-def test_a_job_near_its_time_limit_is_requeued_and_goes_on(place, cluster):
-    run, arguments = place / "runs" / "sbatch", (str(place / "run.yaml"), *LONG, "name=sbatch")
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_job_near_its_end_is_requeued_and_goes_on(place, cluster, number):
+    name = f"sbatch-{number.name}"
+    run, arguments = place / "runs" / name, (str(place / "run.yaml"), *LONG, f"name={name}")
     job = submit("train.sbatch", cluster, *arguments)
     wait_for(lambda: len(steps(run)) >= 5)
-    # SLURM signals all processes of the step: torchrun must live through it
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in children(job.pid)}
-    step = [pid for pid, words in commands.items() if b"run.py" in words and sys.executable.encode() in words]
-    assert len(step) >= 3  # torchrun and two ranks
-    for pid in step:
-        os.kill(pid, signal.SIGUSR1)
+    # SLURM signals the task; with some plugins its descendants too, among them torchrun, which must live through it
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(job.pid)}
+    task = [pid for pid, words in commands.items() if words.startswith(b"bash\0slurm/launch.sh")]
+    torchrun = [pid for pid, words in commands.items() if b"torch.distributed.run" in words]
+    for pid in task[:1] if number == signal.SIGUSR1 else [*task[:1], *torchrun]:
+        os.kill(pid, number)
     printed = job.communicate(timeout=60)[0]
     assert job.returncode == 0, printed
     assert Path(cluster["REQUEUED"]).read_text() == "77\n"
