@@ -404,10 +404,10 @@ def test_weights_that_are_not_finite_are_not_saved(place, two_epochs, monkeypatc
         return result
 
     monkeypatch.setattr(run_module, "train_step", overflowing)
-    config = Config.from_file(place / "run.yaml", arguments)
+    config = Config.from_file(place / "run.yaml", (*arguments, "save_every_steps=1"))
     assert run_module.main(config) == 2
     assert re.search(
-        r"error: the weights after step 6 are not finite and not saved; .*checkpoint_2;", capsys.readouterr().err
+        r"error: the weights after step 5 are not finite and not saved; .*checkpoint_2;", capsys.readouterr().err
     )
     assert digest(run / "checkpoint_2") == before
     assert [path.name for path in sorted(run.glob("checkpoint_*"))] == ["checkpoint_1", "checkpoint_2"]
