@@ -1,6 +1,6 @@
 """Trains a small task with every thought, three seeds each, and writes results/thoughts.md and results/thoughts.png.
 
-    make thoughts                                            # makes the data first; an hour of one core
+    make thoughts                                            # makes the data first; about half an hour of one core
     python benchmarks/thoughts.py --jobs 4                   # four runs at once, one core each
     python benchmarks/thoughts.py --only last pause          # some of them; the others keep the results they have
 
