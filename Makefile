@@ -10,7 +10,7 @@ help:
 	@echo "make quickstart   train and evaluate Coconut on chained arithmetic: two ranks, CPU, about 10 minutes"
 	@echo "make quickstart-no-cot  the same without reasoning, to compare"
 	@echo "make prosqa-mini  the whole program on ProsQA with a tiny model, a few minutes"
-	@echo "make thoughts     every kind of thought on a small task, three seeds: about 40 minutes of one core"
+	@echo "make thoughts     every kind of thought on a small task, three seeds: about half an hour of one core"
 	@echo "make test         the tests"
 	@echo "make test-real    a pretrained model on real GSM8K rows, a few minutes"
 	@echo "make torture      kills a small job again and again: does it end as undisturbed? 10 minutes"

@@ -25,7 +25,7 @@ RIDGE = 1e-4  # of `realigned`, relative to the mean eigenvalue of the output em
 
 
 class Seen(NamedTuple):
-    """What a thought may be made of. All of it carries gradients."""
+    """What a thought may be made of. The hidden states and the embedding carry gradients."""
 
     hidden: torch.Tensor  # (B, 1, D) last hidden state of the position before, after the final norm
     embedding: torch.Tensor  # (B, 1, D) input embedding of the token at this position: in latent rows the latent token
@@ -122,8 +122,8 @@ class Projected(Thought):
 class Normalised(Thought):
     """h_{t-1} rescaled to the mean norm of the input embeddings: m h / ||h||, m = mean over V of ||e_v||.
 
-    A hidden state's norm is that which the final norm gives it, often ten times that of an embedding. m is that of the
-    weights of the moment, computed once a batch; it passes no gradient to the embeddings.
+    A hidden state's norm is that which the final norm gives it, not that of an embedding. m is that of the weights of
+    the moment, computed once a batch; it passes no gradient to the embeddings.
     """
 
     def prepare(self, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:

@@ -332,16 +332,16 @@ class Config:
 
 def _preparation_hint(path: str) -> str:
     hints = {
-        "thoughts": "make data/thoughts/model/config.json",
         "prosqa_mini": "python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100",
         "prosqa": "python preprocessing/prosqa.py",
         "arithmetic": "python preprocessing/arithmetic.py",
         "tiny_arithmetic": "make data/tiny_arithmetic/config.json",
         "tiny_prosqa": "make data/tiny_prosqa/config.json",
     }
-    names = (Path(path).parent.name, Path(path).name)
-    fitting = (how for word, how in hints.items() if word == names[0] or names[1].startswith(word))
-    return next((f" (make it with: {how})" for how in fitting), "")
+    how = next((how for word, how in hints.items() if Path(path).name.startswith(word)), None)
+    if Path(path).parent.as_posix().endswith("data/thoughts"):
+        how = "make data/thoughts/model/config.json"
+    return f" (make it with: {how})" if how else ""
 
 
 def _yaml_layers(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:

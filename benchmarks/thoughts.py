@@ -1,6 +1,6 @@
 """Trains a small task with every thought, three seeds each, and writes results/thoughts.md and results/thoughts.png.
 
-    make thoughts                                            # makes the data first; about 40 minutes on one core
+    make thoughts                                            # makes the data first; about half an hour of one core
     python benchmarks/thoughts.py --jobs 4                   # four runs at once, one core each
     python benchmarks/thoughts.py --only last pause          # some of them; the others keep the results they have
 
@@ -32,6 +32,15 @@ THOUGHTS = (
     *("suppressed", "last+suppressed", "embedding+suppressed", "pause"),
 )
 RUNS = (*THOUGHTS, NO_COT)
+MEASURED = (
+    "last",
+    "layer:-2",
+    "suppressed",
+    "normalised",
+    "projected",
+    "realigned",
+    "pause",
+)  # the rest are their sums
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -242,14 +251,14 @@ def measure(thought: str, generates: bool, size: str) -> dict[str, float]:
     def generation() -> None:
         model.generate(**prompts, max_new_tokens=8)
 
-    taken = alternate({"side": generation if generates else train_pass}, 3, torch.device("cpu"))["side"]
+    taken = alternate({"side": generation if generates else train_pass}, 2, torch.device("cpu"))["side"]
     return {"seconds": taken["cpu_seconds"], "peak_gib": peak_memory(torch.device("cpu"))}
 
 
 def measure_all(size: str) -> dict[str, dict]:
     """thought -> its costs, each taken in a process of its own."""
     costs = {}
-    for thought in THOUGHTS:
+    for thought in MEASURED:
         costs[thought] = {}
         for prefix, flags in (("", []), ("generation_", ["--generation"])):
             command = [sys.executable, __file__, "--cost-of", thought, "--size", size, *flags]
