@@ -353,7 +353,7 @@ def save(
 
     Raises UserError, on every rank, where it cannot be written; the earlier checkpoints are then as they were.
     """
-    name = f"checkpoint_{progress.epoch}" + (f"_step_{progress.step}" if files is None else "")
+    name = restart_name(progress) if files is None else f"checkpoint_{progress.epoch}"
     target, aside = config.run_dir / name, config.run_dir / f".writing-{name}"
     description = {
         "format": FORMAT,
@@ -404,6 +404,11 @@ def save(
 def _under(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights whose names begin so, under the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def restart_name(progress: Progress) -> str:
+    """Of the checkpoint that only a restart needs."""
+    return f"checkpoint_{progress.epoch}_step_{progress.step}"
 
 
 def _writing(target: Path, action: Callable[[], None]) -> None:

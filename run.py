@@ -42,6 +42,7 @@ from checkpoint import (
     read_progress,
     remove_restarts,
     resolve,
+    restart_name,
     save,
 )
 from coconut import Coconut
@@ -166,7 +167,7 @@ def train(config: Config, world: World, interruption: Interruption) -> None:
             save_checkpoint(run, stage)  # validation may take long
         metrics, predictions = validate(run, epoch, stage)
         save_if_due(run, epoch, stage, metrics, predictions)
-        if interruption.asked() | interruption.settle():
+        if epoch + 1 < config.num_epochs and interruption.asked() | interruption.settle():
             say_interrupted(run)
             return
     finish(run)
@@ -567,6 +568,8 @@ def save_checkpoint(run: Run, stage: int, files: dict[str, str] | None = None) -
     """Saves this moment; with `files`, that of a finished epoch. Collective: every rank must call it."""
     if run.config.debug:
         return
+    if files is None and run.saved is not None and run.saved.name == restart_name(run.progress):
+        return  # nothing has happened since
     if not run.config.skip_nonfinite and not weights_are_finite(run):
         raise UserError(
             f"the weights after step {run.progress.step} are not finite and not saved; the last good checkpoint is "

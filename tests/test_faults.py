@@ -120,6 +120,19 @@ def test_a_signal_during_validation_ends_the_run_after_it(place):
     assert len(epochs(run)) == 3
 
 
+def test_a_run_that_was_killed_in_validation_validates_again(place):
+    run, arguments = place / "runs" / "again", (*LONG, "name=again", "save_every_steps=100", "num_epochs=1")
+    process = begin(place, *arguments, "max_new_tokens=100")
+    wait_for(lambda: (run / "checkpoint_0_step_9").exists())
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    shutil.rmtree(run / "checkpoint_1", ignore_errors=True)  # where it was faster than the kill
+    done = succeed(place / "run.yaml", *arguments)
+    assert "checkpoint_0_step_9, after 0 of 1 epochs and 144 examples" in done.stderr
+    assert len(steps(run)) == 9
+    assert [path.name for path in run.glob("checkpoint_*")] == ["checkpoint_1"]
+
+
 def test_a_second_signal_exits_at_once():
     """But not one that comes together with the first, as launchers hand on what all processes have got anyway."""
     program = (
