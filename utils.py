@@ -508,8 +508,8 @@ def report(error: UserError) -> int:
     """Says what is wrong, on one rank; returns the exit code."""
     rank = launched_ranks()[0]
     if rank > 0:
-        # torchrun stops every rank when one exits: rank 0 must have had its say. Who is still there then, and has
-        # something to say that the others do not know, is not rank 0's neighbour, or is alone with the error
+        # torchrun stops a node's ranks when one of them exits: rank 0 must have had its say. Whoever is still there
+        # then is alone with the error, or on another node, where one speaks before its neighbours too
         time.sleep(3 + int(os.environ.get("LOCAL_RANK", 0)))
         if error.is_shared:
             return 2
