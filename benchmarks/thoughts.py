@@ -215,8 +215,8 @@ def draw(results: dict[str, list[dict]], stages: list[int], path: Path) -> None:
         panel.set(title=f"stage {stage}", xlim=(0, 100), xlabel="accuracy, %")
         if stage == stages[-1] and NO_COT in results:
             mean = 100 * statistics.mean(row["accuracy"][0] for row in results[NO_COT])
-            panel.axvline(mean, color="tab:red", linestyle="--", label=f"{NO_COT}, mean")
-            panel.legend(loc="lower right")
+            panel.axvline(mean, color="tab:red", linestyle="--")
+            panel.set_title(f"stage {stage} (dashed: {NO_COT}, mean)")
     panels[0].set_yticks(range(len(runs)), runs)
     panels[0].invert_yaxis()
     figure.tight_layout()
