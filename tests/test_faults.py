@@ -82,9 +82,9 @@ def undisturbed(place) -> dict[str, torch.Tensor]:
 # ---- signals ----
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_the_next_job_goes_on_inside_the_epoch(place, undisturbed, tmp_path, number, monkeypatch):
-    name, run = f"signal-{number.name}", place / "runs" / f"signal-{number.name}"
+def test_a_signal_saves_and_the_next_job_goes_on_inside_the_epoch(place, undisturbed, tmp_path, monkeypatch):
+    """SIGTERM here; SIGUSR1 in test_slurm.py."""
+    name, run = "signal", place / "runs" / "signal"
     arguments = (*LONG, f"model_id={with_dropout(place)}", f"name={name}")
     monkeypatch.setenv("INTERRUPTED_FILE", str(tmp_path / "interrupted"))
     process = begin(place, *arguments, "num_workers=1", ranks=2)
@@ -93,7 +93,7 @@ def test_a_signal_saves_and_the_next_job_goes_on_inside_the_epoch(place, undistu
     victims = processes_of(name)
     assert len(victims) == 4
     for pid in victims[2:]:
-        os.kill(pid, number)
+        os.kill(pid, signal.SIGTERM)
     printed = process.communicate(timeout=120)[0]
     assert process.returncode == 0, printed
     assert "stopped by a signal" in printed
