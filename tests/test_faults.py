@@ -449,11 +449,11 @@ def test_yaml_makes_no_objects(place, tmp_path):
 def test_torture():
     """A short form of `make torture`."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "torture.py"), "--runs", "2", "--seed", "1"],
+        [sys.executable, str(ROOT / "tests" / "torture.py"), "--runs", "1", "--seed", "1"],
         capture_output=True,
         text=True,
         timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert done.stdout.count("as undisturbed") == 2
+    assert done.stdout.count("as undisturbed") == 1
