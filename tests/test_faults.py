@@ -21,8 +21,10 @@ from test_run import digest, epochs, start, succeed, weights, with_dropout
 from test_run import place as place  # a fixture
 
 import run as run_module
+from checkpoint import checkpoints
 from utils import Config, read_log
 
+SLOW_VALIDATION = ("max_new_tokens=100", "eval_batch_size=1")  # seconds in which a run cannot end before its kill
 LONG = ("num_epochs=3", "max_train_examples=144", "max_new_tokens=4", "global_batch_size=16", "log_every_steps=1")
 
 
@@ -87,7 +89,7 @@ def test_a_signal_saves_and_the_next_job_goes_on_inside_the_epoch(place, undistu
     name, run = "signal", place / "runs" / "signal"
     arguments = (*LONG, f"model_id={with_dropout(place)}", f"name={name}")
     monkeypatch.setenv("INTERRUPTED_FILE", str(tmp_path / "interrupted"))
-    process = begin(place, *arguments, "num_workers=1", ranks=2)
+    process = begin(place, *arguments, *SLOW_VALIDATION, "num_workers=1", ranks=2)
     wait_for(lambda: len(steps(run)) >= 12)
     # one rank and its loader process; all ranks have to agree, and the loader has to live
     victims = processes_of(name)
@@ -98,9 +100,10 @@ def test_a_signal_saves_and_the_next_job_goes_on_inside_the_epoch(place, undistu
     assert process.returncode == 0, printed
     assert "stopped by a signal" in printed
     assert (tmp_path / "interrupted").exists()
-    (saved,) = run.glob("checkpoint_*_step_*")
-    assert len(steps(run)) < 27
-    assert len(steps(run)) == int(saved.name.split("_")[-1])
+    saved, n_steps = checkpoints(run)[-1], len(steps(run))
+    assert 12 <= n_steps < 27
+    # within an epoch, unless validation had begun
+    assert saved.name in (f"checkpoint_{n_steps // 9}_step_{n_steps}", f"checkpoint_{n_steps // 9}")
     done = succeed(place / "run.yaml", *arguments, ranks=2)
     assert f"continuing from {saved}" in done.stderr
     assert same(weights(run / "checkpoint_3"), undisturbed)
@@ -109,8 +112,8 @@ def test_a_signal_saves_and_the_next_job_goes_on_inside_the_epoch(place, undistu
 
 def test_a_signal_during_validation_ends_the_run_after_it(place):
     """And not after another step."""
-    run, arguments = place / "runs" / "validating", (*LONG, "name=validating", "max_new_tokens=100")
-    process = begin(place, *arguments)
+    run, arguments = place / "runs" / "validating", (*LONG, "name=validating")
+    process = begin(place, *arguments, *SLOW_VALIDATION)
     wait_for(lambda: len(steps(run)) >= 9)  # of the epoch
     process.send_signal(signal.SIGTERM)
     printed = process.communicate(timeout=60)[0]
@@ -122,11 +125,10 @@ def test_a_signal_during_validation_ends_the_run_after_it(place):
 
 def test_a_run_that_was_killed_in_validation_validates_again(place):
     run, arguments = place / "runs" / "again", (*LONG, "name=again", "save_every_steps=100", "num_epochs=1")
-    process = begin(place, *arguments, "max_new_tokens=100")
+    process = begin(place, *arguments, *SLOW_VALIDATION)
     wait_for(lambda: (run / "checkpoint_0_step_9").exists())
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    shutil.rmtree(run / "checkpoint_1", ignore_errors=True)  # where it was faster than the kill
     done = succeed(place / "run.yaml", *arguments)
     assert "checkpoint_0_step_9, after 0 of 1 epochs and 144 examples" in done.stderr
     assert len(steps(run)) == 9
@@ -166,12 +168,11 @@ def test_a_run_goes_on_with_another_number_of_ranks(place, before, after):
     whole = place / "runs" / "ranks-whole"
     if not whole.exists():
         succeed(place / "run.yaml", *arguments, "name=ranks-whole")
-    process = begin(place, *arguments, ranks=before)
-    wait_for(lambda: (run / "checkpoint_0_step_5").exists() or process.poll() is not None)
+    process = begin(place, *arguments, *SLOW_VALIDATION, ranks=before)
+    wait_for(lambda: (run / "checkpoint_0_step_5").exists())
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    for path in run.glob("checkpoint_1"):  # it was faster than the kill
-        shutil.rmtree(path)
+    shutil.rmtree(run / "checkpoint_0_step_9", ignore_errors=True)  # where it was faster than the kill
     strategy = "strategy=fsdp" if after == 2 else "strategy=ddp"
     done = succeed(place / "run.yaml", *arguments, strategy, ranks=after)
     assert "continuing from" in done.stderr
