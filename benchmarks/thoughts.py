@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from utils import Config, UserError  # noqa: E402
+from utils import Config, UserError, read_log  # noqa: E402
 
 CONFIG = ROOT / "args" / "thoughts.yaml"
 BEGIN, NO_COT = "stage 0", "no_cot"  # not thoughts, but what they begin with and are compared with
@@ -67,8 +67,7 @@ def folder_name(run: str, seed: int) -> str:
 def records_of(run: str, seed: int, config: Config) -> dict[int, dict]:
     """epoch -> what metrics.jsonl says of it."""
     file = Path(config.save_path) / folder_name(run, seed) / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return {record["epoch"]: record for record in map(json.loads, lines) if record["event"] == "epoch"}
+    return {record["epoch"]: record for record in read_log(file) if record["event"] == "epoch"}
 
 
 def is_finished(run: str, seed: int, config: Config) -> bool:
