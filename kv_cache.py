@@ -2,9 +2,11 @@
 
 transformers' DynamicCache concatenates: each latent pass copies all keys and values so far, keeps the copy for the
 backward pass, and adds up as many gradients of that size. Here the states are written once into buffers that are as
-long as the sequence, every pass attends to a view of them, and the gradients of all passes meet in one buffer.
+long as the sequence, and every pass attends to a view of them. The gradient that a pass of few columns owes to all
+columns before it is an outer product of few rows: its factors are kept (`attend`), and the columns' own backward
+multiplies those of all passes at once.
 
-Legend: B rows, H key-value heads, T columns in all, t columns of a pass, d head size.
+Legend: B rows, H key-value heads, T columns in all, t columns of a pass, L columns so far with these, d head size.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers import AttentionInterface, Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -110,12 +115,35 @@ def _checkpointed(forward: Callable, index: int, *args, **kwargs):
 
 
 class Memory:
-    """Room for (B, H, T, d) states, and for their gradients once there are any."""
+    """Room for (B, H, T, d) states, and for what later passes contribute to their gradients in a backward pass."""
 
     def __init__(self, like: torch.Tensor, capacity: int):
         self.states = like.detach().new_empty((*like.shape[:-2], capacity, like.shape[-1]))
-        self.gradient: torch.Tensor | None = None
         self.length = 0
+        # by the column where a pass begins: factors (B, H, t, L) and (B, H, t, d) of the gradient of its L columns
+        self.factors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.gradient: torch.Tensor | None = None  # (B, H, T, d): the sum of those that come whole
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Adds the (B, H, L, d) gradient of the first L columns."""
+        if self.gradient is None:
+            self.gradient = torch.zeros_like(self.states)
+        self.gradient[..., : gradient.shape[-2], :] += gradient
+
+    def collect(self, begin: int, end: int) -> torch.Tensor | None:
+        """What there is for columns begin to end from the passes that begin with these or later."""
+        collected = None if self.gradient is None else self.gradient[..., begin:end, :]
+        factors = [factors for column, factors in self.factors.items() if column >= begin]
+        if factors:
+            left = torch.cat([left[..., begin:end] for left, _ in factors], dim=-2)
+            right = torch.cat([right for _, right in factors], dim=-2)
+            product = left.mT @ right
+            collected = product if collected is None else product.add_(collected)
+        return collected
+
+    def forget(self) -> None:
+        self.factors.clear()
+        self.gradient = None
 
 
 class Buffer:
@@ -135,6 +163,7 @@ class Buffer:
         if self.memory.length + states.shape[-2] > capacity:
             raise ValueError(f"a cache for {capacity} columns cannot hold more")
         whole, self.link = _Append.apply(states, self.link, self.memory)
+        whole.memory = self.memory  # for `attend`
         return whole
 
 
@@ -144,9 +173,9 @@ class _Append(torch.autograd.Function):
     Writing into memory that autograd has saved is sound here, because a pass only writes columns that no earlier pass
     has seen; `.data` keeps it from the version counters that would object.
 
-    Each pass's backward adds its gradient of the whole to the buffer and hands on the columns that it wrote. That is
-    right only once the passes after it have added theirs: the scalar `link`, from each pass to the next, is the edge
-    of the graph that makes them come first.
+    Each pass's backward hands on the gradient of the columns that it wrote. That is complete only once the passes
+    after it have left theirs: the scalar `link`, from each pass to the next, is the edge of the graph that makes them
+    come first.
     """
 
     @staticmethod
@@ -159,18 +188,93 @@ class _Append(torch.autograd.Function):
         return data[..., : ctx.end, :], torch.zeros_like(link)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_whole: torch.Tensor | None, grad_link: torch.Tensor | None):
         memory = ctx.memory
         if ctx.end == memory.length:
-            memory.gradient = None  # the first of a backward: what an earlier backward of the same graph left
-        if grad_whole is not None:
-            if memory.gradient is None:
-                memory.gradient = torch.empty_like(memory.states)
-                memory.gradient[..., : ctx.end, :] = grad_whole
-                memory.gradient[..., ctx.end :, :] = 0
-            else:
-                memory.gradient[..., : ctx.end, :] += grad_whole
-        gradient = memory.gradient
+            memory.gradient = None  # the first of a backward: what an unfinished one may have left
+        if grad_whole is not None and ctx.begin > 0:  # from an attention other than `attend`
+            memory.add(grad_whole)
+        gradient = memory.collect(ctx.begin, ctx.end)
         if ctx.begin == 0:
-            memory.gradient = None  # the last of a backward: nobody needs it any more
-        return None if gradient is None else gradient[..., ctx.begin : ctx.end, :], None, None
+            memory.forget()
+            if grad_whole is not None:
+                gradient = grad_whole if gradient is None else gradient.add_(grad_whole)
+        return gradient, None, None
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """transformers' "sdpa" attention, except for the passes after the first over a GrowingLayer in training.
+
+    torch's kernels write a gradient of full length for keys and values of each pass, which then has to be added to
+    those of the others; with a query of one column that is most of their work. Here it is left as two factors.
+
+    Args, as transformers gives them: query (B, G H, t, d), where G query heads share a key-value head; key and value
+    (B, H, L, d); attention_mask (B or 1, 1, t, L), bool or to be added, or None; `dropout`, of the weights.
+
+    Returns (B, t, G H, d), and None for the weights.
+    """
+    is_later_pass = hasattr(key, "memory") and key.shape[-2] > query.shape[-2]
+    is_plain = attention_mask is not None or query.shape[-2] == 1
+    if not (is_later_pass and is_plain and query.requires_grad) or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    return _attend_in_factors(query, key, value, attention_mask, dropout, scaling), None
+
+
+AttentionInterface.register("sdpa", attend)
+
+
+@torch.compiler.disable  # as GrowingLayer.update
+def _attend_in_factors(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    columns, size = query.shape[-2:]
+    query = query * (size**-0.5 if scaling is None else scaling)
+    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B, H, G t, d)
+    scores = _Product.apply(grouped, key, key.memory, columns, True)  # (B, H, G t, L)
+    scores = scores.unflatten(2, (-1, columns))  # (B, H, G, t, L)
+    if attention_mask is not None:
+        mask = attention_mask[:, :, None]
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = F.dropout(weights.to(value.dtype), dropout)
+    found = _Product.apply(weights.flatten(2, 3), value, value.memory, columns, False)  # (B, H, G t, d)
+    return found.unflatten(2, (-1, columns)).flatten(1, 2).transpose(1, 2).contiguous()
+
+
+class _Product(torch.autograd.Function):
+    """rows @ states, or rows @ states.mT, for the states of a pass's memory, whose gradient it leaves there as factors.
+
+    The states are an input for the sake of the graph only: it makes this come before the backward of _Append.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, states: torch.Tensor, memory: Memory, columns: int, transposed: bool):
+        ctx.save_for_backward(rows, states)
+        ctx.memory, ctx.begin, ctx.transposed = memory, states.shape[-2] - columns, transposed
+        return rows @ (states.mT if transposed else states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor):
+        rows, states = ctx.saved_tensors
+        # under autocast the types may differ
+        rows, states = rows.detach().to(gradient.dtype), states.to(gradient.dtype)
+        ctx.memory.factors[ctx.begin] = (gradient, rows) if ctx.transposed else (rows, gradient)
+        return gradient @ (states if ctx.transposed else states.mT), None, None, None, None

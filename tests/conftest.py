@@ -15,6 +15,7 @@ from transformers import (
     MistralConfig,
     PhiConfig,
     Qwen2Config,
+    Qwen3Config,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +54,7 @@ def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype 
         configs = {
             "llama": LlamaConfig,
             "qwen2": Qwen2Config,
+            "qwen3": Qwen3Config,
             "gemma2": Gemma2Config,
             "phi": PhiConfig,
             "mistral": MistralConfig,
@@ -74,7 +76,8 @@ def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype 
             if parameter.ndim > 1:
                 parameter.mul_(5.0)
     for name, module in list(base.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):  # transformers' own rounds to float32, whatever the model's dtype
+        if dtype == torch.float64 and type(module).__name__.endswith("RMSNorm"):
+            # transformers' own rounds to float32, whatever the model's dtype
             parent, _, attribute = name.rpartition(".")
             norm = torch.nn.RMSNorm(
                 module.weight.shape, eps=getattr(module, "variance_epsilon", None) or module.eps, dtype=dtype

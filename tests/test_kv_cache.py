@@ -6,11 +6,13 @@ import weakref
 import pytest
 import torch
 from conftest import tiny_base
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import kv_cache
 from coconut import Coconut
-from kv_cache import Buffer, GrowingLayer, make_cache
+from kv_cache import Buffer, GrowingLayer, attend, make_cache
 
 
 def passes(*lengths: int) -> list[torch.Tensor]:
@@ -46,6 +48,57 @@ def test_views_and_gradients_are_those_of_concatenation():
     for found, wanted in zip(torch.autograd.grad(grown, states), torch.autograd.grad(plain, states), strict=True):
         assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-14)
     assert buffer.memory.length == 10
+
+
+@pytest.mark.parametrize("masked", ["bool", "float", "one column"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_attention_in_factors_is_that_of_torch(masked, groups):
+    """Over three passes, the later of which also see what the earlier ones found."""
+    columns = (5, 1, 1) if masked == "one column" else (5, 1, 3)
+    queries = [states.repeat_interleave(groups, dim=1).detach().requires_grad_() for states in passes(*columns)]
+    keys, values = passes(*columns), [(states * 0.5).detach().requires_grad_() for states in passes(*columns)]
+    module = torch.nn.Module()
+    module.num_key_value_groups = groups
+    allowed = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    allowed[1, :, 3:, 0] = False
+
+    def total(attention, update):
+        feedback, end = torch.zeros((), dtype=torch.float64), 0
+        for query, key, value in zip(queries, keys, values, strict=True):
+            end += query.shape[-2]
+            key, value = update(key + feedback, value)
+            mask = allowed[..., end - query.shape[-2] : end, :end]
+            if masked == "float":
+                mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -1e9)
+            mask = None if masked == "one column" and end > 5 else mask
+            found, _ = attention(module, query + feedback, key, value, mask, scaling=0.7)
+            feedback = feedback + (found * found).mean()
+        return feedback
+
+    grown = total(attend, GrowingLayer(9).update)
+    plain = total(sdpa_attention_forward, DynamicLayer().update)
+    assert torch.allclose(grown, plain, rtol=1e-12)
+    leaves = [*queries, *keys, *values]
+    for found, wanted in zip(torch.autograd.grad(grown, leaves), torch.autograd.grad(plain, leaves), strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+def test_attention_in_factors_under_autocast(family, monkeypatch):
+    """Queries, keys and values may be of different types there; no farther from float32 than torch's attention."""
+    input_ids = torch.tensor([[5, 6, 1, 2, 2, 3, 7, 0], [9, 8, 1, 2, 2, 3, 4, 0]])
+
+    def gradients(bf16: bool) -> torch.Tensor:
+        model = Coconut(tiny_base(family, dtype=torch.float32), 2, 1, 3, 0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(input_ids, labels=input_ids).loss
+        return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(model.parameters()))])
+
+    exact, ours = gradients(bf16=False), gradients(bf16=True)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa_attention_forward)
+    theirs = gradients(bf16=True)
+    assert not torch.equal(ours, theirs)
+    assert (ours - exact).norm() < 1.2 * (theirs - exact).norm()
 
 
 def test_the_memory_goes_with_the_graph(monkeypatch):
