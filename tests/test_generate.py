@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,15 @@ def test_all_sources_of_questions_give_the_same_answers(folders, tmp_path, capsy
     (tmp_path / "examples.json").write_text(json.dumps(examples, indent=1))
     found = ask(capsys, folders["coconut"], "--file", tmp_path / "examples.json", "--batch", "1")
     assert found == [{**result, "gold": "1", "id": number} for number, result in enumerate(single)]
+
+
+def test_a_reader_that_stops_is_no_error(folders, monkeypatch):
+    """As in `generate.py ... | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert generate.main([str(folders["coconut"]), "3+4", "--max-new-tokens", "2"]) == 0
 
 
 def test_sampling_is_repeatable(folders, capsys):
