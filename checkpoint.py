@@ -35,10 +35,10 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from coconut import Coconut
-from dataset import END, LATENT, START, Markers
+from dataset import END, LATENT, START, Markers, load_tokenizer, mark, not_loadable
 from thoughts import Thought
 from utils import Config, UserError, World, on_every_rank, on_main_rank, sync_to_disk
 
@@ -148,7 +148,7 @@ def load_model(config: Config, source: Path | None) -> tuple[Coconut, object, Ma
     have none yet. Raises UserError where names or shapes do not fit the model that model_id names.
     """
     folder = source if source is not None and source.is_dir() else None
-    tokenizer = _load_tokenizer(config, folder)
+    tokenizer = load_tokenizer(config, folder)
     dtype = torch.bfloat16 if config.bf16_weights else torch.float32
     try:
         if config.from_scratch and source is None:
@@ -163,14 +163,15 @@ def load_model(config: Config, source: Path | None) -> tuple[Coconut, object, Ma
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _not_loadable("load_model_path" if folder else "model_id", folder or config.model_id, error) from None
+        raise not_loadable("load_model_path" if folder else "model_id", folder or config.model_id, error) from None
     has_marker_rows = False
     if source is not None and folder is None:
         n_markers = len({START, END, LATENT} - set(tokenizer.get_vocab()))
         has_marker_rows = _load_reference_file(base, source, rows_with_markers=len(tokenizer) + n_markers)
-    markers = Markers(None, None, None, tokenizer.eos_token_id)
     if config.method == "coconut":
         markers = add_markers(tokenizer, base, initialise=not has_marker_rows)
+    else:
+        markers = mark(tokenizer, config.method)
     base.config.use_cache = True
     model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
     if folder is not None:
@@ -204,29 +205,7 @@ def shape_of(config: Config, source: Path | None) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(where)
     except (OSError, ValueError) as error:
-        raise _not_loadable("model_id", where, error) from None
-
-
-def _load_tokenizer(config: Config, folder: Path | None):
-    has_one = folder is not None and any(
-        (folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
-    )
-    source = folder if has_one else config.model_id
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise _not_loadable("load_model_path" if has_one else "model_id", source, error) from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {source} has no EOS token, without which no answer ends")
-    return tokenizer
-
-
-def _not_loadable(key: str, source, error: Exception) -> UserError:
-    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return UserError(
-        f"{key} {str(source)!r} cannot be loaded: it is neither a whole local Hugging Face folder nor to be had from "
-        f"the hub ({first_line})"
-    )
+        raise not_loadable("model_id", where, error) from None
 
 
 def _check_same_shape(model_id: str, folder: Path) -> None:
@@ -313,7 +292,7 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True) -> Ma
     """
     known = min(len(tokenizer), base.get_input_embeddings().weight.shape[0])
     missing = [marker for marker in (START, END, LATENT) if marker not in tokenizer.get_vocab()]
-    tokenizer.add_tokens(missing)
+    markers = mark(tokenizer, "coconut")
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if missing and initialise:
@@ -324,8 +303,7 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True) -> Ma
             for values in (module.weight, getattr(module, "bias", None)):
                 if values is not None:
                     values[new] = values[like].clone() if one_token else values[:known].mean(dim=0)
-    start, end, latent = tokenizer.convert_tokens_to_ids([START, END, LATENT])
-    return Markers(start, latent, end, tokenizer.eos_token_id)
+    return markers
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -286,6 +286,42 @@ class Tokens:
             np.save(folder / f"{name}.npy", getattr(self, name))
 
 
+def load_tokenizer(config: Config, folder: Path | None = None):
+    """The tokenizer of a checkpoint's folder, where it has one, else of config.model_id. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    has_one = folder is not None and any(
+        (folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
+    )
+    source = folder if has_one else config.model_id
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise not_loadable("load_model_path" if has_one else "model_id", source, error) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {source} has no EOS token, without which no answer ends")
+    return tokenizer
+
+
+def not_loadable(key: str, source, error: Exception) -> UserError:
+    """That transformers found nothing it can load where `key` points."""
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return UserError(
+        f"{key} {str(source)!r} cannot be loaded: it is neither a whole local Hugging Face folder nor to be had from "
+        f"the hub ({first_line})"
+    )
+
+
+def mark(tokenizer, method: str) -> Markers:
+    """The ids of the markers, for the methods that have them; the tokenizer gets those that it lacks, in the
+    reference's order."""
+    if method != "coconut":
+        return Markers(None, None, None, tokenizer.eos_token_id)
+    tokenizer.add_tokens([START, END, LATENT])
+    start, end, latent = tokenizer.convert_tokens_to_ids([START, END, LATENT])
+    return Markers(start, latent, end, tokenizer.eos_token_id)
+
+
 def tokenize(examples: Iterable[dict], tokenizer, show_progress: bool = False) -> Tokens:
     """Q = question + newline, with the special tokens that the tokenizer adds by itself; S = step + newline and
     A = "### " + answer without them. A's EOS is added by `training_sequence`."""
@@ -582,24 +618,6 @@ def optimizer_is_reset(config: Config, epoch: int) -> bool:
 COLOURS = {"given": "0", "latent": "1;35", "supervised": "32"}  # of a terminal
 
 
-def tokenizer_with_markers(config: Config) -> tuple[object, Markers]:
-    """The tokenizer of config.model_id, with the markers where the method has them. Raises UserError."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model_id)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"there is no tokenizer to load for the model {config.model_id!r}: {reason}") from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {config.model_id} has no EOS token, without which no answer ends")
-    if config.method != "coconut":
-        return tokenizer, Markers(None, None, None, tokenizer.eos_token_id)
-    tokenizer.add_tokens([START, END, LATENT])
-    start, latent, end = tokenizer.convert_tokens_to_ids([START, LATENT, END])
-    return tokenizer, Markers(start, latent, end, tokenizer.eos_token_id)
-
-
 def show_sequence(
     input_ids: list[int], labels: list[int], markers: Markers, tokenizer, coloured: bool = False
 ) -> list[str]:
@@ -648,7 +666,8 @@ def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool)
     if config.method in ("coconut", "no_thoughts") and stage > config.last_stage:
         raise UserError(f"there is no stage {stage}: the last one of this configuration is {config.last_stage}")
     examples = load_examples(path)
-    tokenizer, markers = tokenizer_with_markers(config)
+    tokenizer = load_tokenizer(config)
+    markers = mark(tokenizer, config.method)
     tokens = tokenize(examples, tokenizer, show_progress=len(examples) > 20_000)
     lines = [f"{path}: {len(examples):,} examples; method {config.method}, stage {stage}, model {config.model_id}"]
     for number in range(min(n_examples, len(examples))):

@@ -70,7 +70,8 @@ def test_lengths_are_those_of_the_file(folder, capsys):
 
 
 def test_a_terminal_gets_colours(folder, capsys, monkeypatch):
-    tokenizer, markers = dataset.tokenizer_with_markers(Config(model_id=str(folder / "model")))
+    tokenizer = dataset.load_tokenizer(Config(model_id=str(folder / "model")))
+    markers = dataset.mark(tokenizer, "coconut")
     ids, labels = [markers.start, markers.latent, markers.end, 5], [IGNORE, IGNORE, IGNORE, 5]
     plain = show_sequence(ids, labels, markers, tokenizer)
     coloured = show_sequence(ids, labels, markers, tokenizer, coloured=True)
@@ -87,7 +88,7 @@ def test_a_terminal_gets_colours(folder, capsys, monkeypatch):
     ("arguments", "complaint"),
     [
         (["data.json", "--model", "model", "--stage", "8"], "there is no stage 8: the last one .* is 7"),
-        (["data.json", "--model", "none/at/all"], "there is no tokenizer to load for the model 'none/at/all'"),
+        (["data.json", "--model", "none/at/all"], "model_id 'none/at/all' cannot be loaded"),
         (["absent.json", "--model", "model"], "cannot read absent.json: No such file"),
         ([".", "--model", "model"], "cannot read .: Is a directory"),
         (["data.json", "--config", "absent.yaml"], "cannot read absent.yaml"),
