@@ -3,8 +3,8 @@
 transformers' DynamicCache concatenates: each latent pass copies all keys and values so far, keeps the copy for the
 backward pass, and adds up as many gradients of that size. Here the states are written once into buffers that are as
 long as the sequence, and every pass attends to a view of them. The gradient that a pass of few columns owes to all
-columns before it is an outer product of few rows: its factors are kept (`attend`), and the columns' own backward
-multiplies those of all passes at once.
+columns before it is a product of few rows: its factors are kept (`attend`), and the columns' own backward multiplies
+those of all passes at once.
 
 Legend: B rows, H key-value heads, T columns in all, t columns of a pass, L columns so far with these, d head size.
 """
@@ -120,20 +120,24 @@ class Memory:
     def __init__(self, like: torch.Tensor, capacity: int):
         self.states = like.detach().new_empty((*like.shape[:-2], capacity, like.shape[-1]))
         self.length = 0
-        # by the column where a pass begins: factors (B, H, t, L) and (B, H, t, d) of the gradient of its L columns
-        self.factors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.products = 0  # made so far: some models attend to a layer's states in other layers too
+        # (column where a pass begins, number of the product) -> the factors of the gradient of its L columns, for
+        # G query heads a key-value head (B, H, G t, L) and (B, H, G t, d)
+        self.factors: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.gradient: torch.Tensor | None = None  # (B, H, T, d): the sum of those that come whole
 
     def add(self, gradient: torch.Tensor) -> None:
         """Adds the (B, H, L, d) gradient of the first L columns."""
+        length, capacity = gradient.shape[-2], self.states.shape[-2]
         if self.gradient is None:
-            self.gradient = torch.zeros_like(self.states)
-        self.gradient[..., : gradient.shape[-2], :] += gradient
+            self.gradient = F.pad(gradient, (0, 0, 0, capacity - length))
+        else:
+            self.gradient[..., :length, :] += gradient
 
     def collect(self, begin: int, end: int) -> torch.Tensor | None:
         """What there is for columns begin to end from the passes that begin with these or later."""
         collected = None if self.gradient is None else self.gradient[..., begin:end, :]
-        factors = [factors for column, factors in self.factors.items() if column >= begin]
+        factors = [factors for (column, _), factors in self.factors.items() if column >= begin]
         if factors:
             left = torch.cat([left[..., begin:end] for left, _ in factors], dim=-2)
             right = torch.cat([right for _, right in factors], dim=-2)
@@ -192,7 +196,7 @@ class _Append(torch.autograd.Function):
     def backward(ctx, grad_whole: torch.Tensor | None, grad_link: torch.Tensor | None):
         memory = ctx.memory
         if ctx.end == memory.length:
-            memory.gradient = None  # the first of a backward: what an unfinished one may have left
+            memory.gradient = None  # the first of a backward: an unfinished one may have left some; factors it replaces
         if grad_whole is not None and ctx.begin > 0:  # from an attention other than `attend`
             memory.add(grad_whole)
         gradient = memory.collect(ctx.begin, ctx.end)
@@ -223,16 +227,24 @@ def attend(
 
     Returns (B, t, G H, d), and None for the weights.
     """
-    is_later_pass = hasattr(key, "memory") and key.shape[-2] > query.shape[-2]
-    is_plain = attention_mask is not None or query.shape[-2] == 1
-    if not (is_later_pass and is_plain and query.requires_grad) or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    return _attend_in_factors(query, key, value, attention_mask, dropout, scaling), None
+    if kwargs.get("position_bias") is None and _leaves_factors(query, key, value, attention_mask):
+        return _attend_in_factors(query, key, value, attention_mask, dropout, scaling), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 AttentionInterface.register("sdpa", attend)
+
+
+def _leaves_factors(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
+) -> bool:
+    """Whether this is a later pass in training, of the form that `_attend_in_factors` can do, and of so few rows that
+    the factors take less room than the gradient."""
+    if not (query.requires_grad and hasattr(key, "memory") and hasattr(value, "memory")):
+        return False
+    rows = query.shape[1] // key.shape[1] * query.shape[-2]
+    is_plain = query.shape[-2] == 1 if attention_mask is None else attention_mask.shape[1] == 1
+    return is_plain and query.shape[-2] < key.shape[-2] and rows <= key.shape[-1]
 
 
 @torch.compiler.disable  # as GrowingLayer.update
@@ -245,15 +257,15 @@ def _attend_in_factors(
     scaling: float | None,
 ) -> torch.Tensor:
     columns, size = query.shape[-2:]
-    query = query * (size**-0.5 if scaling is None else scaling)
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B, H, G t, d)
     scores = _Product.apply(grouped, key, key.memory, columns, True)  # (B, H, G t, L)
-    scores = scores.unflatten(2, (-1, columns))  # (B, H, G, t, L)
+    scores = scores.unflatten(2, (-1, columns)).to(torch.promote_types(scores.dtype, torch.float32))  # (B, H, G, t, L)
+    scores = scores * (size**-0.5 if scaling is None else scaling)
     if attention_mask is not None:
         mask = attention_mask[:, :, None]
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    weights = F.dropout(weights.to(value.dtype), dropout)
+        least = torch.finfo(scores.dtype).min  # not -inf: in a window of padding there may be no column left
+        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
+    weights = F.dropout(F.softmax(scores, dim=-1).to(value.dtype), dropout)
     found = _Product.apply(weights.flatten(2, 3), value, value.memory, columns, False)  # (B, H, G t, d)
     return found.unflatten(2, (-1, columns)).flatten(1, 2).transpose(1, 2).contiguous()
 
@@ -267,7 +279,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: torch.Tensor, states: torch.Tensor, memory: Memory, columns: int, transposed: bool):
         ctx.save_for_backward(rows, states)
-        ctx.memory, ctx.begin, ctx.transposed = memory, states.shape[-2] - columns, transposed
+        memory.products += 1
+        ctx.memory, ctx.key, ctx.transposed = memory, (states.shape[-2] - columns, memory.products), transposed
         return rows @ (states.mT if transposed else states)
 
     @staticmethod
@@ -276,5 +289,5 @@ class _Product(torch.autograd.Function):
         rows, states = ctx.saved_tensors
         # under autocast the types may differ
         rows, states = rows.detach().to(gradient.dtype), states.to(gradient.dtype)
-        ctx.memory.factors[ctx.begin] = (gradient, rows) if ctx.transposed else (rows, gradient)
+        ctx.memory.factors[ctx.key] = (gradient, rows) if ctx.transposed else (rows, gradient)
         return gradient @ (states if ctx.transposed else states.mT), None, None, None, None

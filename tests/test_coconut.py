@@ -195,6 +195,15 @@ def test_forward_is_the_plain_definition_for_other_families_too(other, dtype, to
         assert found[: len(alone)].tolist() == alone.tolist()
 
 
+def test_a_window_of_padding_is_harmless():
+    """Padding on the right that is longer than the sliding window sees nothing at all."""
+    model = make_model("mistral")
+    model.base_causallm.config.sliding_window = 2
+    rows = [([5, START, LATENT, *words, EOS], [-100] * 3 + [*words, EOS]) for words in ([8, 9], [])]
+    loss = model(**collate(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss
+    assert max(largest_difference(model, rows, loss)) < 1e-9
+
+
 @pytest.mark.parametrize("broken", ["dropped", "detached"])
 def test_the_comparison_notices_a_missing_feedback(family, broken, monkeypatch):
     """On random weights the loss hardly depends on the thoughts: it is the gradients that must be compared."""

@@ -17,7 +17,7 @@ from kv_cache import Buffer, GrowingLayer, attend, make_cache
 
 def passes(*lengths: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shape = (2, 3, 4)  # rows, heads, head size
+    shape = (2, 3, 8)  # rows, heads, head size
     return [
         torch.randn(shape[0], shape[1], length, shape[2], generator=generator, dtype=torch.float64, requires_grad=True)
         for length in lengths
@@ -81,6 +81,31 @@ def test_attention_in_factors_is_that_of_torch(masked, groups):
     leaves = [*queries, *keys, *values]
     for found, wanted in zip(torch.autograd.grad(grown, leaves), torch.autograd.grad(plain, leaves), strict=True):
         assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-13)
+
+
+def test_what_attends_twice_to_the_same_states_leaves_both_factors():
+    """Some models use the keys and values of one layer in others too."""
+    module = torch.nn.Module()
+    states, queries = passes(4, 1), passes(1, 1)
+
+    def total(attention, update):
+        update(states[0], states[0])
+        key, value = update(states[1], states[1])
+        return sum(attention(module, query, key, value, None)[0].square().sum() for query in queries)
+
+    grown, plain = total(attend, GrowingLayer(5).update), total(sdpa_attention_forward, DynamicLayer().update)
+    for found, wanted in zip(torch.autograd.grad(grown, states), torch.autograd.grad(plain, states), strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-13)
+
+
+def test_a_long_pass_is_left_to_torch(monkeypatch):
+    """Its factors would be larger than the gradient."""
+    monkeypatch.setattr(kv_cache, "_attend_in_factors", lambda *_: pytest.fail("factors of many rows"))
+    module, layer = torch.nn.Module(), GrowingLayer(12)
+    first, query = passes(3, 9)
+    layer.update(first, first)
+    mask = torch.ones(1, 1, 9, 12, dtype=torch.bool).tril(3)
+    attend(module, query, *layer.update(query, query), mask)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
