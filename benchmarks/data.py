@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, get_start_method, set_start_method
 from pathlib import Path
 
 import numpy as np
@@ -218,8 +218,10 @@ def main(arguments: list[str]) -> int:
             row |= tokenizing(path, tokenizer, folder / "cache", repeats)
             cache = cache_tokens(str(path), tokenizer, folder / "cache", show_progress=False)
             tokens = Tokens.open(cache)
-            # in a process of a trainer's size: starting a worker takes the longer, the larger the process is
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            # in a process of a trainer's size, for starting a worker takes the longer, the larger the process is; and with
+            # workers started as a trainer's are
+            as_usual = partial(set_start_method, get_start_method(), force=True)
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=as_usual) as fresh:
                 for workers in (0, 1):
                     seconds = [fresh.submit(first_batch, cache, stage, workers).result() for stage in (0, 3, 7)]
                     row[f"first_batch_{workers}_workers"] = max(seconds)
