@@ -14,9 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context, get_start_method, set_start_method
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +122,14 @@ def first_batch(cache: Path, stage: int, workers: int) -> float:
     return time.perf_counter() - begin
 
 
+def first_batches(cache: Path, workers: int) -> float:
+    """The longest of the first batches of some stages, in a process of a trainer's size: starting a worker takes the
+    longer, the larger the process is."""
+    code = f"import data; print(max(data.first_batch(data.Path({str(cache)!r}), s, {workers}) for s in (0, 3, 7)))"
+    command = [sys.executable, "-c", code]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT / "benchmarks").stdout)
+
+
 def memory(path: Path, tokenizer_folder: Path, cache: Path) -> dict[str, float]:
     """MiB in processes of their own: above an interpreter with torch and a tokenizer, that of the rank that tokenizes
     and that of one that finds the tokens; and at most while tokenizing, all in all."""
@@ -218,13 +224,7 @@ def main(arguments: list[str]) -> int:
             row |= tokenizing(path, tokenizer, folder / "cache", repeats)
             cache = cache_tokens(str(path), tokenizer, folder / "cache", show_progress=False)
             tokens = Tokens.open(cache)
-            # in a process of a trainer's size, for starting a worker takes the longer, the larger the process is; and with
-            # workers started as a trainer's are
-            as_usual = partial(set_start_method, get_start_method(), force=True)
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=as_usual) as fresh:
-                for workers in (0, 1):
-                    seconds = [fresh.submit(first_batch, cache, stage, workers).result() for stage in (0, 3, 7)]
-                    row[f"first_batch_{workers}_workers"] = max(seconds)
+            row |= {f"first_batch_{workers}_workers": first_batches(cache, workers) for workers in (0, 1)}
             row |= {"padding_random": padding(tokens, False), "padding_grouped": padding(tokens, True)}
             row["step"] = steps_per_order(tokens, options.steps, device)
             results[name] = row
