@@ -258,7 +258,7 @@ def _attend_in_factors(
 ) -> torch.Tensor:
     columns, size = query.shape[-2:]
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B, H, G t, d)
-    scores = _Product.apply(grouped, key, key.memory, columns, True)  # (B, H, G t, L)
+    scores = _Product.apply(grouped, key, columns, True)  # (B, H, G t, L)
     scores = scores.unflatten(2, (-1, columns)).to(torch.promote_types(scores.dtype, torch.float32))  # (B, H, G, t, L)
     scores = scores * (size**-0.5 if scaling is None else scaling)
     if attention_mask is not None:
@@ -266,21 +266,23 @@ def _attend_in_factors(
         least = torch.finfo(scores.dtype).min  # not -inf: in a window of padding there may be no column left
         scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
     weights = F.dropout(F.softmax(scores, dim=-1).to(value.dtype), dropout)
-    found = _Product.apply(weights.flatten(2, 3), value, value.memory, columns, False)  # (B, H, G t, d)
+    found = _Product.apply(weights.flatten(2, 3), value, columns, False)  # (B, H, G t, d)
     return found.unflatten(2, (-1, columns)).flatten(1, 2).transpose(1, 2).contiguous()
 
 
 class _Product(torch.autograd.Function):
-    """rows @ states, or rows @ states.mT, for the states of a pass's memory, whose gradient it leaves there as factors.
+    """rows @ states, or rows @ states.mT, for what a Buffer has returned; the states' gradient is left in its memory as
+    factors. `columns` are those of the pass.
 
     The states are an input for the sake of the graph only: it makes this come before the backward of _Append.
     """
 
     @staticmethod
-    def forward(ctx, rows: torch.Tensor, states: torch.Tensor, memory: Memory, columns: int, transposed: bool):
+    def forward(ctx, rows: torch.Tensor, states: torch.Tensor, columns: int, transposed: bool):
         ctx.save_for_backward(rows, states)
-        memory.products += 1
-        ctx.memory, ctx.key, ctx.transposed = memory, (states.shape[-2] - columns, memory.products), transposed
+        ctx.memory, ctx.transposed = states.memory, transposed
+        ctx.memory.products += 1
+        ctx.key = (states.shape[-2] - columns, ctx.memory.products)
         return rows @ (states.mT if transposed else states)
 
     @staticmethod
@@ -290,4 +292,4 @@ class _Product(torch.autograd.Function):
         # under autocast the types may differ
         rows, states = rows.detach().to(gradient.dtype), states.to(gradient.dtype)
         ctx.memory.factors[ctx.key] = (gradient, rows) if ctx.transposed else (rows, gradient)
-        return gradient @ (states if ctx.transposed else states.mT), None, None, None, None
+        return gradient @ (states if ctx.transposed else states.mT), None, None, None

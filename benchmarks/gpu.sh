@@ -39,6 +39,6 @@ records = [json.loads(line) for line in open(sys.argv[1])]
 late = [r for r in records if r["event"] == "step" and r["step"] > 100]
 for name in ("tokens_per_second", "mfu", "loader_wait"):
     values = [r[name] for r in late if name in r]
-    print(f"{name}, median of steps 101 to 200: {statistics.median(values):.4g}" if values else f"{name}: not known for this card")
+    print(f"{name}, median of steps 101 to 200: {statistics.median(values):.4g}" if values else f"{name}: not logged")
 PY
 done
