@@ -79,6 +79,7 @@ from utils import (
     cleanup_distributed,
     folder_of_one,
     ignore_signals,
+    leave,
     on_main_rank,
     progress_bar,
     report,
@@ -614,4 +615,4 @@ def finish(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(CONFIG))
+    leave(main(CONFIG))

@@ -7,6 +7,7 @@ configuration must come at once, and importing torch takes seconds.
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import dataclasses
 import difflib
@@ -620,6 +621,19 @@ def cleanup_distributed() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> typing.NoReturn:
+    """Ends a rank with this exit code, after its exit handlers, but without taking the interpreter down.
+
+    gloo's threads outlive `cleanup_distributed` where something still holds the process group, and DTensor's caches
+    do under FSDP. One that has a tensor to free needs the GIL for that, and Python ends threads that ask for the GIL
+    while it is going down: C++ answers with SIGABRT, and a rank that has done all of its work counts as dead.
+    """
+    atexit._run_exitfuncs()  # as multiprocessing ends its processes
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def on_main_rank(world: World, action: typing.Callable):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from dataset import Markers, collate_for_device, collate_prompts
 from evaluate import autocast
 from parallel import gather_weights, gradients_meet, load, whole_weights, wrap
-from utils import Config, World, cleanup_distributed, on_main_rank, setup_distributed
+from utils import Config, World, cleanup_distributed, leave, on_main_rank, setup_distributed
 
 VOCABULARY = 40
 TOLERANCE = {"float32": 1e-5, "bf16": 2e-2}
@@ -165,4 +165,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

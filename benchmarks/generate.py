@@ -18,7 +18,7 @@ from common import MARKERS, alternate, machine, make_model, print_table, prosqa_
 
 import parallel
 from dataset import IGNORE, collate_prompts
-from utils import Config, cleanup_distributed, setup_distributed
+from utils import Config, cleanup_distributed, leave, setup_distributed
 
 
 def make_prompts(n: int, stage: int) -> list[list[int]]:
@@ -101,4 +101,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 import parallel
 from coconut import Coconut
 from dataset import collate_for_device
-from utils import Config, cleanup_distributed, setup_distributed
+from utils import Config, cleanup_distributed, leave, setup_distributed
 
 
 class Sent:
@@ -175,4 +175,4 @@ def machine_line() -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -182,6 +182,43 @@ def test_a_run_goes_on_with_another_number_of_ranks(place, before, after):
     assert max((found[n] - begun[n]).abs().max() for n in begun if begun[n].shape == found[n].shape) > 1e-3
 
 
+PROBE = """
+import atexit
+import os
+import runpy
+import sys
+
+
+class Probe:
+    def __del__(self):
+        os.write(1, b"the interpreter goes down\\n")
+
+
+PROBE = Probe()
+atexit.register(print, "an exit handler runs")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("changes", "code"), [(("strategy=fsdp",), 0), (("strategy=ddp", "model_id=nowhere"), 2)])
+def test_a_rank_ends_without_taking_the_interpreter_down(place, tmp_path, changes, code):
+    """A thread of gloo that is still there while Python goes down can kill a rank that has done all of its work."""
+    (tmp_path / "probe.py").write_text(PROBE)
+    short = ("name=ending", "num_epochs=1", "max_train_examples=16", "max_new_tokens=2")
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "probe.py"), str(ROOT / "run.py"), str(place / "run.yaml"), *short, *changes],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == code, done.stderr[-4000:]
+    assert done.stdout.endswith("an exit handler runs\n"), done.stdout
+    assert "goes down" not in done.stdout
+
+
 # ---- disks ----
 
 
