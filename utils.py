@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import functools
 import json
 import netrc
 import os
@@ -586,6 +587,7 @@ def setup_distributed() -> World:
 
     if "RANK" in os.environ:
         _die_with_launcher()
+    _fork_when_quiet()
     rank, size = launched_ranks()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
@@ -614,6 +616,34 @@ def _die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != LAUNCHER:  # it was killed before
         os._exit(1)
+
+
+@functools.cache  # once in a process
+def _fork_when_quiet() -> None:
+    os.register_at_fork(before=wait_for_quiet_threads)
+
+
+def wait_for_quiet_threads(patience: float = 1.0) -> None:
+    """Waits, up to `patience` seconds, until no other thread of this process is doing anything.
+
+    Before a rank forks a loader process: gloo's threads free the tensors of a collective after its ranks have gone on,
+    and take locks of the interpreter for it without the GIL. A process that is forked in that moment inherits the lock
+    for ever and never starts (CPython 3.11), and its rank waits for the first batch, and all ranks for that one.
+    """
+    mine, before = str(threading.get_native_id()), None
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        now = {}
+        for task in Path("/proc/self/task").glob("[0-9]*"):  # of another system: nothing to see
+            with suppress(OSError):  # it has just ended
+                if task.name != mine:
+                    now[task.name] = re.findall(
+                        r"^(?:State|\w+_ctxt_switches):\s*(\w+)", (task / "status").read_text(), re.M
+                    )
+        if now == before and all(state == "S" for state, *_ in now.values()):
+            return  # the GIL was free for a while, and nobody woke
+        before = now
+        time.sleep(0.002)
 
 
 def cleanup_distributed() -> None:
