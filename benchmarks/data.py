@@ -7,6 +7,7 @@ The tokenizer is a byte-level BPE trained on the data, or that of --model.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -117,8 +118,10 @@ def make_loader(tokens: Tokens, config: Config, stage: int, order: np.ndarray, w
 def first_batch(cache: Path, stage: int, workers: int) -> float:
     """Seconds from open tokens to an epoch's first batch."""
     tokens, config = Tokens.open(cache), Config(uniform_prob=0.3)
+    gc.collect()  # a full collection, by chance in here, would take longer than the batch
     begin = time.perf_counter()
-    next(iter(make_loader(tokens, config, stage, example_order(len(tokens), config, 0), workers)))
+    batches = iter(make_loader(tokens, config, stage, example_order(len(tokens), config, 0), workers))
+    next(batches)
     return time.perf_counter() - begin
 
 
