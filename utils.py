@@ -623,27 +623,31 @@ def _fork_when_quiet() -> None:
     os.register_at_fork(before=wait_for_quiet_threads)
 
 
-def wait_for_quiet_threads(patience: float = 1.0) -> None:
-    """Waits, up to `patience` seconds, until no other thread of this process is doing anything.
+def wait_for_quiet_threads() -> None:
+    """Waits until no other thread of this process is doing anything; a second at most, for some never rest.
 
     Before a rank forks a loader process: gloo's threads free the tensors of a collective after its ranks have gone on,
     and take locks of the interpreter for it without the GIL. A process that is forked in that moment inherits the lock
     for ever and never starts (CPython 3.11), and its rank waits for the first batch, and all ranks for that one.
     """
-    mine, before = str(threading.get_native_id()), None
-    end = time.monotonic() + patience
+    before, end = None, time.monotonic() + 1
     while time.monotonic() < end:
-        now = {}
-        for task in Path("/proc/self/task").glob("[0-9]*"):  # of another system: nothing to see
-            with suppress(OSError):  # it has just ended
-                if task.name != mine:
-                    now[task.name] = re.findall(
-                        r"^(?:State|\w+_ctxt_switches):\s*(\w+)", (task / "status").read_text(), re.M
-                    )
+        now = _other_threads()
         if now == before and all(state == "S" for state, *_ in now.values()):
             return  # the GIL was free for a while, and nobody woke
         before = now
         time.sleep(0.002)
+
+
+def _other_threads() -> dict[str, list[str]]:
+    """State and number of context switches of each of this process's other threads; empty elsewhere than on Linux."""
+    found = {}
+    for task in Path("/proc/self/task").glob("[0-9]*"):
+        if task.name != str(threading.get_native_id()):
+            with suppress(OSError):  # it has just ended
+                status = (task / "status").read_text()
+                found[task.name] = re.findall(r"^(?:State|\w+_ctxt_switches):\s*(\w+)", status, re.M)
+    return found
 
 
 def cleanup_distributed() -> None:
@@ -660,7 +664,7 @@ def leave(code: int) -> typing.NoReturn:
     do under FSDP. One that has a tensor to free needs the GIL for that, and Python ends threads that ask for the GIL
     while it is going down: C++ answers with SIGABRT, and a rank that has done all of its work counts as dead.
     """
-    atexit._run_exitfuncs()  # as multiprocessing ends its processes
+    atexit._run_exitfuncs()  # Python has no public call for this
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
