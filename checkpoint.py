@@ -1,4 +1,4 @@
-"""Save, find, load, resume. The layout of a run's folder:
+"""Save, find, resume. The layout of a run's folder:
 
     save_path/name/
       config.yaml  metrics.jsonl  wandb/
@@ -12,8 +12,6 @@
 
 A checkpoint is written aside and renamed when it is whole: there is no moment at which a kill leaves something that a
 restart would take for one. A digest of every file tells whether a disk has damaged it since.
-
-This module also reads what the reference implementation (facebookresearch/coconut) saved.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ import json
 import random
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -33,34 +32,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from coconut import Coconut
-from dataset import END, LATENT, START, Markers, load_tokenizer, mark, not_loadable
-from thoughts import Thought
-from utils import Config, UserError, World, on_every_rank, on_main_rank, sync_to_disk
+import parallel
+from config import Config
+from pretrained import THOUGHT_FILE, Pretrained, read_description
+from ranks import World, on_every_rank, on_main_rank
+from utils import UserError, sync_to_disk
 
 FORMAT = 2  # of coconut.json and trainer/state.json
 MANIFEST = "trainer/manifest.json"  # file -> SHA-256
 PREFIX, THOUGHT_PREFIX = "base_causallm.", "thought."
-THOUGHT_FILE = "thought.safetensors"
-# keys that may change between a run and its continuation: none of them decides what the weights become
-FREE_KEYS = (
-    *("project", "name", "save_path", "only_eval", "debug", "wandb", "log_every_steps", "load_model_path"),
-    *(
-        "train_path",
-        "val_path",
-        "max_eval_examples",
-        "eval_batch_size",
-        "max_new_tokens",
-        "eval_latents_from_steps",
-        "num_workers",
-    ),
-    *("strategy", "compile", "gradient_checkpointing", "save_every_steps", "save_only_improve", "keep_checkpoints"),
-    *("skip_nonfinite", "continue_changed"),
-)
 
 
 @dataclass
@@ -120,190 +103,19 @@ def resolve(load_model_path: str) -> Path:
     )
 
 
-def read_description(folder: Path) -> dict | None:
-    """coconut.json of a checkpoint folder; None where there is none (other Hugging Face folders, reference files)."""
-    path = folder / "coconut.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def find_weights(config: Config, world: World) -> Path | None:
+    """What load_model_path points to, if it is set; all ranks get the same. Collective.
 
-
-def differences(config: Config, folder: Path) -> dict[str, str]:
-    """Where a configuration departs from the one that a checkpoint was trained with: key -> "key 1, not 2"."""
-    description = read_description(folder) or {}
-    return {
-        name: f"{name} {description[name]}, not {getattr(config, name)}"
-        for name in ("method", "thought", "c_thought", "max_latent_stage", "pad_latent_to_max")
-        if name in description and description[name] != getattr(config, name)
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Loading a model
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def load_model(config: Config, source: Path | None) -> tuple[Coconut, object, Markers]:
-    """(model, tokenizer, markers): from `source` where it is given (see `resolve`), else from config.model_id.
-
-    For the method coconut the tokenizer gets the three markers and the model an embedding row for each, where they
-    have none yet. Raises UserError where names or shapes do not fit the model that model_id names.
+    Raises UserError where there is nothing, or something damaged.
     """
-    folder = source if source is not None and source.is_dir() else None
-    tokenizer = load_tokenizer(config, folder)
-    dtype = torch.bfloat16 if config.bf16_weights else torch.float32
-    try:
-        if config.from_scratch and source is None:
-            base = AutoModelForCausalLM.from_config(shape_of(config, source), dtype=dtype)
-        else:
-            if folder is not None:
-                _check_same_shape(config.model_id, folder)
-            base, report = AutoModelForCausalLM.from_pretrained(
-                folder or config.model_id, dtype=dtype, output_loading_info=True
-            )
-            _check_names(folder or config.model_id, report["missing_keys"], report["unexpected_keys"] if folder else ())
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise not_loadable("load_model_path" if folder else "model_id", folder or config.model_id, error) from None
-    has_marker_rows = False
-    if source is not None and folder is None:
-        n_markers = len({START, END, LATENT} - set(tokenizer.get_vocab()))
-        has_marker_rows = _load_reference_file(base, source, rows_with_markers=len(tokenizer) + n_markers)
-    if config.method == "coconut":
-        markers = add_markers(tokenizer, base, initialise=not has_marker_rows)
-    else:
-        markers = mark(tokenizer, config.method)
-    base.config.use_cache = True
-    model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
-    if folder is not None:
-        _load_thought(model.thought, config.thought, folder)
-    return model, tokenizer, markers
 
+    def find() -> Path | None:
+        path = resolve(config.load_model_path) if config.load_model_path else None
+        if path is not None and (path / "trainer").is_dir() and (problem := damage(path)):
+            raise UserError(f"load_model_path {str(path)!r} is damaged: {problem}")
+        return path
 
-def _load_thought(thought: Thought, spelling: str, folder: Path) -> None:
-    """What the thought had learnt in a checkpoint. Other folders have none of it: it starts anew."""
-    path, own = folder / THOUGHT_FILE, thought.state_dict()
-    if not path.is_file():
-        if own and (read_description(folder) or {}).get("thought") == spelling:
-            raise UserError(f"{folder} was trained with the thought {spelling}, but lacks {THOUGHT_FILE}")
-        return
-    try:
-        saved = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
-    mismatched = [
-        f"{name} {list(saved[name].shape)} instead of {list(own[name].shape)}"
-        for name in own.keys() & saved.keys()
-        if saved[name].shape != own[name].shape
-    ]
-    _check_names(path, own.keys() - saved.keys(), saved.keys() - own.keys(), mismatched, f"thought {spelling}")
-    thought.load_state_dict(saved)
-
-
-def shape_of(config: Config, source: Path | None) -> PreTrainedConfig:
-    """The model's own configuration. Raises UserError where it is not to be had."""
-    where = source if source is not None and source.is_dir() else config.model_id
-    try:
-        return AutoConfig.from_pretrained(where)
-    except (OSError, ValueError) as error:
-        raise not_loadable("model_id", where, error) from None
-
-
-def _check_same_shape(model_id: str, folder: Path) -> None:
-    """A checkpoint of another model than model_id is a mistake. Without model_id at hand the checkpoint is believed."""
-    try:
-        wanted = AutoConfig.from_pretrained(model_id, local_files_only=True)
-    except (OSError, ValueError):
-        return
-    found = AutoConfig.from_pretrained(folder)
-    names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads")
-    differ = [name for name in names if getattr(wanted, name, None) != getattr(found, name, None)]
-    if differ:
-        have = ", ".join(f"{name} {getattr(found, name, None)}" for name in differ)
-        want = ", ".join(f"{name} {getattr(wanted, name, None)}" for name in differ)
-        raise UserError(
-            f"{folder} is a checkpoint of another model: it has {have}, but model_id {model_id!r} has {want}"
-        )
-
-
-def _check_names(source, missing, unexpected, mismatched=(), what: str = "model") -> None:
-    problems = []
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)):
-        if names:
-            names = sorted(names)
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            problems.append(f"{title}: {', '.join(names[:4])}{more}")
-    if problems:
-        raise UserError(f"{source} does not fit the {what}: weights {'; '.join(problems)}")
-
-
-def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: int) -> bool:
-    """Loads what the reference saved with torch.save: a state dict of the bare model or of its Coconut wrapper.
-
-    Its embeddings have the vocabulary's rows or, trained with latents, `rows_with_markers`, to which the model is then
-    resized. Returns whether the file held the markers' rows.
-    """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises whatever the unpickler meets
-        raise UserError(
-            f"{path} is no file of weights: {next(iter(str(error).splitlines()), type(error).__name__)}"
-        ) from None
-    if not isinstance(saved, dict) or not saved or not all(isinstance(value, torch.Tensor) for value in saved.values()):
-        raise UserError(f"{path} is no state dict: it must map names to tensors")
-    saved = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in saved.items()}
-    wrapped = any(name.startswith("base_causallm.") for name in saved)
-    if wrapped:
-        # the reference's wrapper also registers the input embedding, as `embedding.weight`: the same tensor again
-        saved.pop("embedding.weight", None)
-        saved = {name.removeprefix("base_causallm."): value for name, value in saved.items()}
-    ignored = base._keys_to_ignore_on_load_unexpected or ()  # buffers of older releases, such as GPT-2's causal mask
-    names = list(base.state_dict())
-    saved = {
-        name: value
-        for name, value in saved.items()
-        if name in names or not any(re.search(pattern, name) for pattern in [*ignored, r"\.masked_bias$", r"inv_freq$"])
-    }
-    embedding = base.get_input_embeddings()
-    row_name = next(name for name, module in base.named_modules() if module is embedding) + ".weight"
-    resized = row_name in saved and len(saved[row_name]) == rows_with_markers != embedding.weight.shape[0]
-    if resized:
-        base.resize_token_embeddings(rows_with_markers, mean_resizing=False)
-    own = base.state_dict()
-    given = {own[name].data_ptr() for name in saved if name in own}
-    missing = [
-        name for name, value in own.items() if name not in saved and value.data_ptr() not in given
-    ]  # less the tied
-    mismatched = [
-        f"{name} {list(value.shape)} instead of {list(own[name].shape)}"
-        for name, value in saved.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    _check_names(path, missing, [name for name in saved if name not in own], mismatched)
-    base.load_state_dict(saved, strict=False)
-    return resized or wrapped
-
-
-@torch.no_grad()
-def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True) -> Markers:
-    """Adds the markers that tokenizer and model lack; the order of the rows is the reference's.
-
-    A new row, of the input and of the output embedding, tied or not, starts as that of "<<" where the tokenizer has
-    it as one token, else as the mean row; unless `initialise` is off, because the rows have been loaded.
-    """
-    known = min(len(tokenizer), base.get_input_embeddings().weight.shape[0])
-    missing = [marker for marker in (START, END, LATENT) if marker not in tokenizer.get_vocab()]
-    markers = mark(tokenizer, "coconut")
-    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    if missing and initialise:
-        like = tokenizer.convert_tokens_to_ids("<<")
-        one_token = like is not None and like != tokenizer.unk_token_id
-        new = tokenizer.convert_tokens_to_ids(missing)
-        for module in (base.get_input_embeddings(), base.get_output_embeddings()):
-            for values in (module.weight, getattr(module, "bias", None)):
-                if values is not None:
-                    values[new] = values[like].clone() if one_token else values[:known].mean(dim=0)
-    return markers
+    return on_main_rank(world, find)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -314,20 +126,17 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True) -> Ma
 def save(
     config: Config,
     world: World,
-    progress: Progress,
-    model: Coconut,
-    weights: dict[str, torch.Tensor],
-    tokenizer,
-    markers: Markers,
-    stage: int,
+    pretrained: Pretrained,
     optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    stage: int,
     files: dict[str, str] | None = None,
 ) -> Path:
     """Writes the checkpoint of this moment. Collective: every rank must call it.
 
-    Rank 0 writes the model's `weights` (see parallel.whole_weights) and `files` (name -> text), which are those of a
-    finished epoch: without them it is a checkpoint for a restart only, which goes when two newer ones are there. Each
-    rank writes its random state, all together the optimizer.
+    Rank 0 writes the model and `files` (name -> text), which are those of a finished epoch: without them it is a
+    checkpoint for a restart only, which goes when two newer ones are there. Each rank writes its random state, all
+    together the optimizer.
 
     Raises UserError, on every rank, where it cannot be written; the earlier checkpoints are then as they were.
     """
@@ -341,8 +150,9 @@ def save(
         "max_latent_stage": config.max_latent_stage,
         "pad_latent_to_max": config.pad_latent_to_max,
         "thought": config.thought,
-        "markers": markers._asdict(),
+        "markers": pretrained.markers._asdict(),
     }
+    weights = parallel.whole_weights(pretrained.model)  # all ranks
 
     def make_room() -> None:
         for path in [*config.run_dir.glob(".writing-*"), *config.run_dir.glob(".removing-*")]:
@@ -352,10 +162,10 @@ def save(
     def write_mine() -> None:
         torch.save(_random_state(world), aside / "trainer" / f"random_{world.rank}.pt")
         if world.is_main:
-            model.base_causallm.save_pretrained(aside, state_dict=_under(PREFIX, weights))
+            pretrained.model.base_causallm.save_pretrained(aside, state_dict=_under(PREFIX, weights))
             if learnt := _under(THOUGHT_PREFIX, weights):
                 save_file({name: value.contiguous() for name, value in learnt.items()}, aside / THOUGHT_FILE)
-            tokenizer.save_pretrained(aside)
+            pretrained.tokenizer.save_pretrained(aside)
             for file, text in (files or {}).items():
                 (aside / file).write_text(text, encoding="utf-8")
             _write_json(aside / "coconut.json", description)
@@ -363,7 +173,7 @@ def save(
             _write_json(aside / "trainer" / "state.json", state)
 
     def write_optimizer() -> None:
-        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        state = {"optimizer": get_optimizer_state_dict(pretrained.model, optimizer)}
         dcp.save(state, checkpoint_id=aside / "trainer" / "optimizer")
 
     try:
@@ -465,6 +275,29 @@ def _remove(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def find_newest(config: Config, world: World) -> Path | None:
+    """The newest whole checkpoint of this run, which wins over load_model_path; all ranks get the same. Collective.
+
+    Raises UserError where it is of a run with another configuration.
+    """
+
+    def find() -> Path | None:
+        newest = newest_whole(config.run_dir, lambda text: print(text, file=sys.stderr, flush=True))
+        if newest is None:
+            return None
+        others = differences(config, newest)
+        if not config.continue_changed:
+            others = changes(config, config.run_dir) | others
+        if others:
+            hint = "" if differences(config, newest) else ", or set continue_changed=true"
+            raise UserError(
+                f"{newest} is of another configuration ({'; '.join(others.values())}): choose another name{hint}"
+            )
+        return newest
+
+    return on_main_rank(world, find)
+
+
 def newest_whole(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is as it was written; None where there has never been one.
 
@@ -504,6 +337,27 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def differences(config: Config, folder: Path) -> dict[str, str]:
+    """Where a configuration departs from the one that a checkpoint was trained with: key -> "key 1, not 2"."""
+    description = read_description(folder) or {}
+    return {
+        name: f"{name} {description[name]}, not {getattr(config, name)}"
+        for name in ("method", "thought", "c_thought", "max_latent_stage", "pad_latent_to_max")
+        if name in description and description[name] != getattr(config, name)
+    }
+
+
+def check_method(config: Config, source: Path) -> list[str]:
+    """What to warn of where a checkpoint that is to be evaluated was trained otherwise than the configuration says.
+
+    Raises UserError where that makes an evaluation meaningless.
+    """
+    others = differences(config, source)
+    if {"method", "thought"} & others.keys():
+        raise UserError(f"{source} is of another configuration ({'; '.join(others.values())})")
+    return [f"{source} is of another configuration: {text}" for text in others.values()]
+
+
 def changes(config: Config, run_dir: Path) -> dict[str, str]:
     """Where a configuration departs from that of the run that the folder holds, in what decides the weights: key ->
     "key 1, not 2"."""
@@ -513,7 +367,7 @@ def changes(config: Config, run_dir: Path) -> dict[str, str]:
         return {}
     if not isinstance(before, dict):
         return {}
-    free = set(FREE_KEYS)
+    free = {key.name for key in fields(Config) if key.metadata["free"]}
     if config.global_batch_size is not None:
         free |= {"batch_size_training", "gradient_accumulation_steps"}
     if config.lr_scheduler == "constant":

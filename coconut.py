@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from curriculum import IGNORE
 from dataset import latent_columns as find_latent_columns
 from kv_cache import make_cache
 from thoughts import Seen, StreamRecorder, decoder_blocks, make_thought
-from utils import IGNORE
 
 
 class CoconutOutput(NamedTuple):
@@ -43,7 +43,7 @@ class Coconut(nn.Module):
         latent_token_id: the token whose embedding is replaced by a thought; None for methods without latents.
         start_latent_id, end_latent_id: the markers around the latents, ordinary tokens to the model.
         eos_token_id: ends a generation.
-        thought: what is fed back, as utils.THOUGHTS spells it; its parameters are under the prefix `thought.`.
+        thought: what is fed back, as config.THOUGHTS spells it; its parameters are under the prefix `thought.`.
 
     Raises UserError where there is no such thought, or not for this model.
     """

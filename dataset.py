@@ -1,4 +1,4 @@
-"""From examples to batches: tokens, the sequence of a stage, padding, this rank's share.
+"""From examples to batches: tokens, padding, this rank's share.
 
 Legend: Q question, S_i written step i, A answer, n number of written steps; B rows of a batch, T columns.
 
@@ -6,246 +6,42 @@ Tokens are kept once, in flat memory-mapped arrays that all ranks share. The seq
 asked for, so that an epoch starts at once whatever the size of the data. Everything random here is a function of
 (seed, epoch, example): no number of ranks, workers or restarts changes it.
 
-All is numpy until the last moment, when `_padded` makes tensors: a plan can be made without waiting for torch.
-
-`python dataset.py FILE --model ID --config YAML --stage S` shows what the model sees of a file at a stage.
+All is numpy until the last moment, when `_padded` makes tensors: data can be read without waiting for torch.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, groupby, islice, pairwise
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from utils import IGNORE, Config, UserError, progress_bar, report, sync_to_disk
+from config import Config
+from curriculum import IGNORE, Markers, stage_of_example, thoughts_and_dropped, training_sequence
+from examples import load_examples, read_examples
+from ranks import World, ignore_signals, on_main_rank, under_debugger
+from utils import UserError, progress_bar, sync_to_disk
 
 if TYPE_CHECKING:
     import torch
+    from torch.utils.data import DataLoader
 
-NO_REASONING = 1 << 30  # a stage of iCoT that leaves no token of any reasoning
-START, END, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"
-JSON_SPACE = re.compile(r"[ \t\n\r]*")
+DEBUG_EXAMPLES = {"train": 5000, "val": 32}
 CACHE_VERSION = 1  # raise it when `tokenize` changes
 
 
-class Markers(NamedTuple):
-    """Token ids. The first three are None for methods whose sequences hold no latents."""
-
-    start: int | None
-    latent: int | None
-    end: int | None
-    eos: int
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# The curriculum and the sequences (paper, Section 3 and Figure 2)
+# Tokens
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def stage_of(config: Config, epoch: int) -> int:
-    """The scheduled stage of an epoch (both from 0); at most config.last_stage, in which every written step is gone.
-
-    For icot the stage is the number of removed tokens, which grows within an epoch (see `stage_of_step`): here what it
-    has come to in the last step of the epoch.
-    """
-    if config.method in ("cot", "no_cot"):
-        return 0
-    if config.method == "icot":
-        return stage_of_step(config, epoch, config.icot_tokens_per_epoch - 1, config.icot_tokens_per_epoch)
-    if config.curriculum == "none":
-        return config.last_stage
-    if isinstance(config.epochs_per_stage, int):
-        return min(epoch // config.epochs_per_stage, config.last_stage)
-    ends = np.cumsum(config.epochs_per_stage)
-    return min(int(np.searchsorted(ends, epoch, side="right")), len(ends) - 1)
-
-
-def stage_name(stage: int) -> str:
-    """A stage as people read it."""
-    return "all" if stage == NO_REASONING else str(stage)
-
-
-def stage_of_step(config: Config, epoch: int, step: int, steps_per_epoch: int) -> int:
-    """The stage of one optimizer step (from 0 in its epoch): that of its epoch, but for icot it grows by one token
-    every 1/icot_tokens_per_epoch of an epoch (arXiv 2405.14838)."""
-    if config.method != "icot":
-        return stage_of(config, epoch)
-    steps_per_token = max(1, round(steps_per_epoch / config.icot_tokens_per_epoch))
-    removed = (epoch * steps_per_epoch + step) // steps_per_token
-    everything = config.icot_remove_all_after is not None and removed >= config.icot_remove_all_after
-    return NO_REASONING if everything else removed
-
-
-def stage_of_example(config: Config, stage: int, epoch: int, index: int, n_steps: int) -> int:
-    """The stage at which training example `index` is seen: the scheduled one, or with uniform_prob one of 0..n.
-
-    icot's removal smoothing: o more tokens, with P(o) = (1 - e^-l) e^(-l o) and l = icot_smoothing.
-    """
-    if config.method == "icot":
-        if not config.icot_smoothing:
-            return stage
-        random = np.random.default_rng((config.seed, epoch, index))
-        return stage + int(random.geometric(1 - np.exp(-config.icot_smoothing))) - 1
-    if config.uniform_prob > 0:
-        random = np.random.default_rng((config.seed, epoch, index))
-        if random.random() < config.uniform_prob:
-            return int(random.integers(n_steps + 1))
-    return stage
-
-
-def thoughts_and_dropped(n_steps: int, stage: int, config: Config) -> tuple[int, int]:
-    """(latent positions, written steps left out) of an example with n_steps steps at a stage."""
-    if config.method in ("cot", "icot"):  # icot leaves out tokens, not steps: see `kept_reasoning`
-        return 0, 0
-    if config.method == "no_cot":
-        return 0, n_steps
-    if stage > config.max_latent_stage:
-        replaced = config.max_latent_stage if config.pad_latent_to_max else min(n_steps, config.max_latent_stage)
-        dropped = n_steps
-    else:
-        replaced, dropped = stage, min(stage, n_steps)
-    return (0 if config.method == "no_thoughts" else replaced * config.c_thought), dropped
-
-
-def kept_reasoning(steps: Sequence[Sequence[int]], stage: int, config: Config) -> list[int]:
-    """The tokens of the written reasoning that a stage leaves: the last steps, or for icot the last tokens."""
-    _, dropped = thoughts_and_dropped(len(steps), stage, config)
-    tokens = [token for step in steps[dropped:] for token in step]
-    return tokens[stage:] if config.method == "icot" else tokens
-
-
-def _prefix(question: Sequence[int], n_latents: int, config: Config, markers: Markers) -> list[int]:
-    if config.method != "coconut":
-        return list(question)
-    return [*question, markers.start, *[markers.latent] * n_latents, markers.end]
-
-
-def prompt(
-    question: Sequence[int], steps: Sequence[Sequence[int]], stage: int, config: Config, markers: Markers
-) -> list[int]:
-    """The token ids that generation starts from: what `training_sequence` puts before the supervised tokens.
-
-    With config.eval_latents_from_steps and no padding to max_latent_stage, at most n steps of thought: the
-    reference's rule, which tells the model how many steps the gold solution has.
-    """
-    n_latents, _ = thoughts_and_dropped(len(steps), stage, config)
-    if config.eval_latents_from_steps and not config.pad_latent_to_max:
-        n_latents = min(n_latents, len(steps) * config.c_thought)
-    return _prefix(question, n_latents, config, markers)
-
-
-def training_sequence(
-    question: Sequence[int],
-    steps: Sequence[Sequence[int]],
-    answer: Sequence[int],
-    stage: int,
-    config: Config,
-    markers: Markers,
-) -> tuple[list[int], list[int]]:
-    """One example at one stage as (input_ids, labels), equally long; labels are IGNORE up to the end of the prompt.
-
-    Q S_1..S_n A for cot, Q A for no_cot, and for coconut Q start latent* end S_{s+1}..S_n A; no_thoughts is coconut
-    without markers and latents; icot is cot without the first `stage` tokens of the steps. A ends with EOS; it is added
-    where `answer` has none yet.
-    """
-    n_latents, _ = thoughts_and_dropped(len(steps), stage, config)
-    before = _prefix(question, n_latents, config, markers)
-    after = kept_reasoning(steps, stage, config) + list(answer)
-    if after[-1:] != [markers.eos]:
-        after.append(markers.eos)
-    return before + after, [IGNORE] * len(before) + after
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Examples and their tokens
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def load_examples(path: str | Path, limit: int | None = None) -> list[dict]:
-    """The examples of a file, or its first `limit`, as `read_examples` yields them."""
-    return list(read_examples(path, limit))
-
-
-def read_examples(path: str | Path, limit: int | None = None) -> Iterator[dict]:
-    """Reads a JSON list of {question: str, answer: str, steps: list of str}; other fields are kept.
-
-    One example at a time: parsed all at once, GSM8K's training set would take a gigabyte. Raises UserError that names
-    the file, and the record and field where one is wrong.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        for number, example in enumerate(_json_list(text)):
-            if number == limit:
-                return
-            problem = _record_problem(example)
-            if problem:
-                raise UserError(f"{path}: record {number} (counted from 0) {problem}")
-            yield example
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: byte {error.start} cannot be decoded") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except _NoListError:
-        raise UserError(f"{path} must hold a JSON list of at least one example") from None
-
-
-class _NoListError(Exception):
-    """JSON that is another value than a list, or an empty list."""
-
-
-def _json_list(text: str) -> Iterator:
-    """The items of a JSON list. Raises JSONDecodeError and _NoListError."""
-
-    def skip_space(place: int) -> int:
-        return JSON_SPACE.match(text, place).end()
-
-    place = skip_space(0)
-    if not text.startswith("[", place):
-        json.loads(text)  # says what is wrong, if it is no JSON at all
-        raise _NoListError
-    place = skip_space(place + 1)
-    if text.startswith("]", place):
-        json.loads(text)
-        raise _NoListError
-    decoder = json.JSONDecoder()
-    while True:
-        item, place = decoder.raw_decode(text, place)
-        yield item
-        place = skip_space(place)
-        mark = text[place : place + 1]
-        place = skip_space(place + 1)
-        if mark == "]" and place == len(text):
-            return
-        if mark != ",":
-            raise json.JSONDecodeError("Extra data" if mark == "]" else "Expecting ',' delimiter", text, place)
-
-
-def _record_problem(example) -> str | None:
-    if not isinstance(example, dict):
-        return "is no object"
-    for field in ("question", "answer", "steps"):
-        if field not in example:
-            return f"lacks {field!r}"
-    for field in ("question", "answer"):
-        if not isinstance(example[field], str):
-            return f"has a {field!r} that is no text"
-    steps = example["steps"]
-    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
-        return "has 'steps' that are no list of texts"
-    return None
 
 
 class Tokens:
@@ -284,42 +80,6 @@ class Tokens:
     def save(self, folder: Path) -> None:
         for name in self.NAMES:
             np.save(folder / f"{name}.npy", getattr(self, name))
-
-
-def load_tokenizer(config: Config, folder: Path | None = None):
-    """The tokenizer of a checkpoint's folder, where it has one, else of config.model_id. Raises UserError."""
-    from transformers import AutoTokenizer
-
-    has_one = folder is not None and any(
-        (folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
-    )
-    source = folder if has_one else config.model_id
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise not_loadable("load_model_path" if has_one else "model_id", source, error) from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {source} has no EOS token, without which no answer ends")
-    return tokenizer
-
-
-def not_loadable(key: str, source, error: Exception) -> UserError:
-    """That transformers found nothing it can load where `key` points."""
-    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return UserError(
-        f"{key} {str(source)!r} cannot be loaded: it is neither a whole local Hugging Face folder nor to be had from "
-        f"the hub ({first_line})"
-    )
-
-
-def mark(tokenizer, method: str) -> Markers:
-    """The ids of the markers, for the methods that have them; the tokenizer gets those that it lacks, in the
-    reference's order."""
-    if method != "coconut":
-        return Markers(None, None, None, tokenizer.eos_token_id)
-    tokenizer.add_tokens([START, END, LATENT])
-    start, end, latent = tokenizer.convert_tokens_to_ids([START, END, LATENT])
-    return Markers(start, latent, end, tokenizer.eos_token_id)
 
 
 def tokenize(examples: Iterable[dict], tokenizer, show_progress: bool = False) -> Tokens:
@@ -379,6 +139,51 @@ def cache_tokens(path: str, tokenizer, folder: Path, limit: int | None = None, s
         except OSError:  # another job was faster
             shutil.rmtree(aside)
     return target
+
+
+@dataclass
+class Data:
+    """What is trained or evaluated on: tokens of either file, and the examples themselves for the evaluation."""
+
+    val_examples: list[dict]
+    val: Tokens
+    train: Tokens | None = None
+    train_digest: str | None = None
+
+
+def load_data(config: Config, world: World, tokenizer) -> Data:
+    """Rank 0 tokenizes, or finds the tokens of an earlier run; all ranks map the same files into memory. Collective."""
+    cache = Path(config.save_path) / ".tokens"
+    limits = {"train": config.max_train_examples, "val": config.max_eval_examples}
+    if config.debug:
+        limits = {name: min(limit or DEBUG_EXAMPLES[name], DEBUG_EXAMPLES[name]) for name, limit in limits.items()}
+    val_examples = load_examples(config.val_path, limits["val"])
+
+    def tokens_of(path: str, limit: int | None) -> Path:
+        return on_main_rank(world, lambda: cache_tokens(path, tokenizer, cache, limit))
+
+    data = Data(val_examples, Tokens.open(tokens_of(config.val_path, limits["val"])))
+    if not config.only_eval:
+        folder = tokens_of(config.train_path, limits["train"])
+        data.train, data.train_digest = Tokens.open(folder), folder.name
+        if config.max_train_tokens is not None:
+            data.train.leave_out_longer_than(config.max_train_tokens)
+            if len(data.train) == 0:
+                raise UserError(f"max_train_tokens {config.max_train_tokens} leaves no example of {config.train_path}")
+    return data
+
+
+def check_lengths(config: Config, max_positions: int | None, data: Data) -> None:
+    """Raises UserError where an example does not fit the model: better now than in the middle of an epoch."""
+    for path, tokens in ((config.train_path, data.train), (config.val_path, data.val)):
+        if tokens is None or max_positions is None:
+            continue
+        length, index = longest_sequence(tokens, config)
+        if length > max_positions:
+            raise UserError(
+                f"{path}: record {index} (counted from 0) makes {length} tokens, but {config.model_id} has only "
+                f"{max_positions} positions" + ("; see max_train_tokens" if tokens is data.train else "")
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -490,6 +295,11 @@ def longest_sequence(tokens: Tokens, config: Config) -> tuple[int, int]:
     return int(lengths[index]), index if tokens.chosen is None else int(tokens.chosen[index])
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# What a rank does in an epoch
+# ---------------------------------------------------------------------------------------------------------------
+
+
 class MicroBatch(NamedTuple):
     """One forward pass of one rank: the examples, and the factor of its mean loss in the step's loss."""
 
@@ -581,122 +391,19 @@ class PlannedBatches:
                 yield [(index, stage) for index in micro.indices]
 
 
-def schedule(config: Config, world_size: int) -> str:
-    """The whole plan as a table, a line an epoch: what `run.py FILE --schedule` prints.
+def make_loader(
+    tokens: Tokens, config: Config, markers: Markers, epoch: int, plan: EpochPlan, stages: Sequence[int]
+) -> DataLoader:
+    """The batches of a plan, a micro-batch each, as `collate_for_device` makes them; its steps have these `stages`."""
+    import torch
+    from torch.utils.data import DataLoader
 
-    For icot the removed tokens are those at the end of the epoch, to within the rounding of an epoch's steps.
-    """
-    accumulation, size = config.passes(world_size)
-    batch = accumulation * world_size * size
-    lines = [f"{'epoch':>5} {'stage':>5} {'latents':>8} {'written reasoning':>20} {'optimizer':>10} {'batch':>6}"]
-    for epoch in range(config.resume, config.num_epochs):
-        stage = stage_of(config, epoch)
-        fresh = epoch == config.resume or optimizer_is_reset(config, epoch)
-        latents, dropped = thoughts_and_dropped(config.max_latent_stage, stage, config)
-        if config.method == "icot":
-            kept = "none" if stage == NO_REASONING else f"all but {stage} tokens"
-        elif config.method == "no_cot" or (config.method != "cot" and stage > config.max_latent_stage):
-            kept = "none"
-        else:
-            kept = f"all but {dropped} steps" if dropped else "all"
-        optimizer = "new" if fresh else "kept"
-        lines.append(f"{epoch:>5} {stage_name(stage):>5} {latents:>8} {kept:>20} {optimizer:>10} {batch:>6}")
-    return "\n".join(lines)
-
-
-def optimizer_is_reset(config: Config, epoch: int) -> bool:
-    """Whether AdamW is made anew before this epoch. icot resets it within an epoch too."""
-    if config.reset_optimizer == "stage":
-        return epoch > 0 and stage_of(config, epoch) != stage_of(config, epoch - 1)
-    return config.reset_optimizer == "epoch"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Looking at a file: `python dataset.py FILE`
-# ---------------------------------------------------------------------------------------------------------------
-
-COLOURS = {"given": "0", "latent": "1;35", "supervised": "32"}  # of a terminal
-
-
-def show_sequence(
-    input_ids: list[int], labels: list[int], markers: Markers, tokenizer, coloured: bool = False
-) -> list[str]:
-    """A training sequence as lines of text, a line for each run of tokens of one kind: given, latent or supervised."""
-
-    def kind(pair: tuple[int, int]) -> str:
-        return "supervised" if pair[1] != IGNORE else "latent" if pair[0] == markers.latent else "given"
-
-    lines = []
-    for name, run in groupby(zip(input_ids, labels, strict=True), key=kind):
-        texts = [tokenizer.decode([token]).replace("\n", "⏎") for token, _ in run]
-        # a bar between tokens, for their spaces are part of them
-        line = f"{name:>10} {len(texts):>4}  {f'{LATENT} x {len(texts)}' if name == 'latent' else '|'.join(texts)}"
-        lines.append(f"\033[{COLOURS[name]}m{line}\033[0m" if coloured else line)
-    return lines
-
-
-def length_table(tokens: Tokens, stage: int, config: Config, markers: Markers) -> list[str]:
-    """How many tokens the parts of a file's examples have, and its training sequences at a stage, as lines of text."""
-    columns: dict[str, list[int]] = {
-        "steps of an example": [],
-        "tokens of the question": [],
-        "tokens of all steps": [],
-        "tokens of the answer": [],
-        f"sequence at stage {stage}": [],
-        "  of it supervised": [],
-    }
-    for number in range(len(tokens)):
-        question, steps, answer = tokens[number]
-        ids, labels = training_sequence(question, steps, answer, stage, config, markers)
-        supervised = sum(label != IGNORE for label in labels)
-        counts = (len(steps), len(question), sum(map(len, steps)), len(answer), len(ids), supervised)
-        for column, count in zip(columns.values(), counts, strict=True):
-            column.append(count)
-    heads = ("mean", "min", "median", "99 %", "max", "example of max")
-    lines = [f"{'':<24}" + "".join(f"{head:>9}" for head in heads[:-1]) + f"{heads[-1]:>16}"]
-    for name, column in columns.items():
-        low, middle, high, top = np.percentile(column, (0, 50, 99, 100), method="nearest")
-        numbers = "".join(f"{value:>9}" for value in (low, middle, high, top))
-        lines.append(f"{name:<24}{np.mean(column):>9.1f}{numbers}{int(np.argmax(column)):>16}")
-    return lines
-
-
-def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool) -> str:
-    """What `python dataset.py` prints. Raises UserError."""
-    if config.method in ("coconut", "no_thoughts") and stage > config.last_stage:
-        raise UserError(f"there is no stage {stage}: the last one of this configuration is {config.last_stage}")
-    examples = load_examples(path)
-    tokenizer = load_tokenizer(config)
-    markers = mark(tokenizer, config.method)
-    tokens = tokenize(examples, tokenizer, show_progress=len(examples) > 20_000)
-    lines = [f"{path}: {len(examples):,} examples; method {config.method}, stage {stage}, model {config.model_id}"]
-    for number in range(min(n_examples, len(examples))):
-        ids, labels = training_sequence(*tokens[number], stage, config, markers)
-        lines += ["", f"example {number}: {len(ids)} tokens"]
-        lines += show_sequence(ids, labels, markers, tokenizer, coloured)
-    return "\n".join([*lines, "", *length_table(tokens, stage, config, markers)])
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Shows a data file as the model sees it at a stage.")
-    parser.add_argument("file", help="JSON list of {question, answer, steps}")
-    parser.add_argument("--model", metavar="ID", help="whose tokenizer (default: model_id of the configuration)")
-    parser.add_argument("--config", metavar="YAML", help="method and stages (default: Coconut, c_thought 1)")
-    parser.add_argument("--stage", type=int, metavar="S", help="(default: that of the run's first epoch)")
-    parser.add_argument("--examples", type=int, default=3, metavar="N", help="show the first N (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    if (options.stage or 0) < 0 or options.examples < 0:
-        parser.error("--stage and --examples must not be negative")
-    try:
-        config = Config.from_file(options.config, needs_files=False) if options.config else Config()
-        config.model_id = options.model or config.model_id
-        stage = stage_of(config, config.resume) if options.stage is None else options.stage
-        coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print(look(options.file, config, stage, options.examples, coloured))
-    except UserError as error:
-        return report(error)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return DataLoader(
+        StageDataset(tokens, config, markers, epoch),
+        batch_sampler=PlannedBatches(plan, stages),
+        collate_fn=partial(collate_for_device, pad_token_id=markers.eos, latent_token_id=markers.latent),
+        num_workers=0 if under_debugger() else config.num_workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # the loader draws its workers' seeds: not from the stream that dropout uses
+    )

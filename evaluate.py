@@ -5,20 +5,27 @@ python evaluate.py checkpoints/quickstart         # prints the table of a run ag
 
 from __future__ import annotations
 
-import argparse
+import sys
+
+import table
+
+if __name__ == "__main__":
+    sys.exit(table.main(__doc__))  # a table of text files does not wait for the slow imports below
+
 import json
 import math
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from coconut import Coconut
-from dataset import Markers, StageDataset, Tokens, collate, collate_prompts, kept_reasoning, prompt, stage_name
-from utils import IGNORE, Config, UserError, World, progress_bar, read_log
+from config import Config
+from curriculum import IGNORE, kept_reasoning, prompt
+from dataset import Data, StageDataset, Tokens, collate, collate_prompts
+from pretrained import Pretrained
+from ranks import World
+from utils import progress_bar
 
 
 def extract_answer(text: str) -> str:
@@ -32,17 +39,9 @@ def extract_steps(text: str) -> str:
 
 
 def evaluate(
-    model: Coconut,
-    tokenizer,
-    examples: list[dict],
-    tokens: Tokens,
-    stage: int,
-    config: Config,
-    markers: Markers,
-    world: World,
-    title: str = "validating",
+    pretrained: Pretrained, data: Data, stage: int, config: Config, world: World, title: str = "validating"
 ) -> tuple[dict, list[dict]]:
-    """Scores every example exactly once, whatever the world size. Collective: every rank must call it.
+    """Scores every validation example exactly once, whatever the world size. Collective: every rank must call it.
 
     Returns, on every rank, the metrics and, in the order of the data, the predictions:
         loss: mean cross-entropy of the supervised tokens of the stage, over all tokens of the set
@@ -52,18 +51,18 @@ def evaluate(
             tokens are not counted, since nothing is generated for them
         seconds, seconds_per_example: of generation, by the clock of the slowest rank
     """
-    model.eval()
-    loss = validation_loss(model, tokens, stage, config, markers, world)
+    pretrained.model.eval()
+    loss = validation_loss(pretrained, data.val, stage, config, world)
     begin = time.perf_counter()
-    mine = _generate_share(model, tokenizer, tokens, stage, config, markers, world, title)
+    mine = _generate_share(pretrained, data.val, stage, config, world, title)
     seconds = torch.tensor(time.perf_counter() - begin)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)  # all ranks: the slowest one decides
     shares: list = [None] * world.size
     dist.all_gather_object(shares, mine)  # all ranks
     outputs = {index: output for share in shares for index, output in share.items()}
     predictions = []
-    for index, example in enumerate(examples):
-        kept = tokenizer.decode(kept_reasoning(tokens[index][1], stage, config)).strip()
+    for index, example in enumerate(data.val_examples):
+        kept = pretrained.tokenizer.decode(kept_reasoning(data.val[index][1], stage, config)).strip()
         predictions.append({"index": index, **_scored(example, kept, *outputs[index])})
     metrics = {
         "loss": loss,
@@ -75,9 +74,9 @@ def evaluate(
                 ("generated_tokens", "generated_tokens"),
             )
         },
-        "examples": len(examples),
+        "examples": len(predictions),
         "seconds": seconds.item(),
-        "seconds_per_example": seconds.item() / len(examples),
+        "seconds_per_example": seconds.item() / len(predictions),
     }
     return metrics, predictions
 
@@ -104,9 +103,10 @@ def _batches_of_rank(lengths: list[int], size: int, world: World) -> list[list[i
 
 
 def _generate_share(
-    model: Coconut, tokenizer, tokens: Tokens, stage: int, config: Config, markers: Markers, world: World, title: str
+    pretrained: Pretrained, tokens: Tokens, stage: int, config: Config, world: World, title: str
 ) -> dict[int, tuple[str, int, int]]:
     """This rank's generations: index -> (text, new tokens without EOS, latent thoughts)."""
+    model, tokenizer, markers = pretrained
     prompts = []
     for index in range(len(tokens)):
         question, steps, _ = tokens[index]
@@ -129,10 +129,9 @@ def _generate_share(
 
 
 @torch.no_grad()
-def validation_loss(
-    model: Coconut, tokens: Tokens, stage: int, config: Config, markers: Markers, world: World
-) -> float:
+def validation_loss(pretrained: Pretrained, tokens: Tokens, stage: int, config: Config, world: World) -> float:
     """Mean cross-entropy over all supervised tokens of the set. Collective: every rank must call it."""
+    model, _, markers = pretrained
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of tokens
     dataset = StageDataset(tokens, config, markers)
     rows = [dataset[index, stage] for index in range(len(tokens))]
@@ -156,56 +155,3 @@ def as_files(metrics: dict, predictions: list[dict]) -> dict[str, str]:
     """The contents of metrics.json and predictions.jsonl, name -> text."""
     lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
     return {"metrics.json": json.dumps(metrics, indent=1) + "\n", "predictions.jsonl": "".join(lines)}
-
-
-def summary(run_dir: Path) -> str:
-    """The table of a run: each stage after its last epoch, then eval-only results where there are any.
-
-    Raises UserError where the folder holds no finished epoch and no evaluation.
-    """
-    rows, stages, last_of_stage = [], {}, {}
-    metrics_file, evaluation = run_dir / "metrics.jsonl", run_dir / "eval" / "metrics.json"
-    # a restarted run repeats the epochs that it had lost: what was written last counts
-    epochs = {record["epoch"]: record for record in read_log(metrics_file) if record["event"] == "epoch"}
-    for _, record in sorted(epochs.items()):
-        seconds = stages.get(record["stage"], (0, 0.0))
-        stages[record["stage"]] = (seconds[0] + 1, seconds[1] + record["train_seconds"] + record["seconds"])
-        last_of_stage[record["stage"]] = record
-    for stage, record in last_of_stage.items():
-        n_epochs, seconds = stages[stage]
-        rows.append((f"validation, stage {stage_name(stage)}", n_epochs, record, f"{seconds:.0f}"))
-    if evaluation.exists():
-        record = json.loads(evaluation.read_text(encoding="utf-8"))
-        rows.append(
-            (
-                f"{Path(record['file']).stem}, stage {stage_name(record['stage'])}",
-                "",
-                record,
-                f"{record['seconds']:.1f}",
-            )
-        )
-    if not rows:
-        raise UserError(f"{run_dir} holds neither a finished epoch nor an evaluation")
-    table = [f"{'':32}{'epochs':>7}{'accuracy':>10}{'tokens':>8}{'loss':>8}{'seconds':>9}"]
-    for label, n_epochs, record, seconds in rows:
-        table.append(
-            f"{label:32}{n_epochs:>7}{record['accuracy']:>10.1%}{record['generated_tokens']:>8.1f}"
-            f"{record['loss']:>8.3f}{seconds:>9}"
-        )
-    return "\n".join(table)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run: save_path/name")
-    options = parser.parse_args(arguments)
-    try:
-        print(summary(options.run))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,25 +12,51 @@ a file may hold JSON objects with a "question".
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
+
+TOP = 5  # words shown of a thought
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a checkpoint folder, or a run's folder: its newest checkpoint")
+    parser.add_argument("question", nargs="?")
+    parser.add_argument("--file", type=Path, help="questions: a JSON list as in data/, or lines of text or JSON")
+    parser.add_argument("--thoughts", type=int, metavar="K", help="latent thoughts (default: as its stage trained)")
+    parser.add_argument("--show-thoughts", action="store_true", help=f"the {TOP} likeliest words at each thought")
+    parser.add_argument("--sample", action="store_true", help="draw the words instead of taking the likeliest")
+    parser.add_argument("--temperature", type=float, default=1.0, help="with --sample (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="with --sample (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=32, metavar="N", help="with --file, at once (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object a question")
+    return parser
+
+
+if __name__ == "__main__":
+    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers.utils import logging
 
-from checkpoint import load_model, read_description, resolve
+from checkpoint import resolve
 from coconut import Coconut
-from dataset import Markers, collate_prompts, prompt
+from config import Config
+from curriculum import Markers, prompt
+from dataset import collate_prompts
 from evaluate import extract_answer
-from utils import Config, UserError
-
-TOP = 5  # words shown of a thought
+from pretrained import load_model, read_description
+from utils import UserError, report
 
 
 class Asked(NamedTuple):
@@ -159,24 +185,6 @@ def as_text(result: dict) -> str:
     return "\n".join([*lines, result["output"].rstrip("\n")])
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint folder, or a run's folder: its newest checkpoint")
-    parser.add_argument("question", nargs="?")
-    parser.add_argument("--file", type=Path, help="questions: a JSON list as in data/, or lines of text or JSON")
-    parser.add_argument("--thoughts", type=int, metavar="K", help="latent thoughts (default: as its stage trained)")
-    parser.add_argument("--show-thoughts", action="store_true", help=f"the {TOP} likeliest words at each thought")
-    parser.add_argument("--sample", action="store_true", help="draw the words instead of taking the likeliest")
-    parser.add_argument("--temperature", type=float, default=1.0, help="with --sample (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="with --sample (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
-    parser.add_argument(
-        "--batch", type=int, default=32, metavar="N", help="with --file, at once (default: %(default)s)"
-    )
-    parser.add_argument("--json", action="store_true", help="print a JSON object a question")
-    return parser
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
@@ -202,8 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
             for record, result in zip(batch, results, strict=True):
                 print(as_json(record, result) if options.json else as_text(result), flush=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report(error)
     except BrokenPipeError:  # the reader has seen enough; the interpreter must not flush to it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -21,37 +21,39 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
-from checkpoint import load_model, shape_of
 from coconut import Coconut
-from dataset import Markers
+from config import Config
 from kv_cache import checkpoint_blocks
+from pretrained import Pretrained, load_model, shape_of
+from ranks import World, on_every_rank, on_main_rank
 from thoughts import decoder_blocks
-from utils import Config, World, on_every_rank, on_main_rank
 
 BYTES_PER_PARAMETER = 16  # float32 weights, gradients, and AdamW's two averages
 SHARE_OF_MEMORY = 0.6  # of a GPU that these may take under DDP; activations need the rest
 
 
-def load(config: Config, world: World, source: Path | None) -> tuple[Coconut, object, Markers]:
-    """(model, tokenizer, markers) of this rank, on its device: whole, or sharded where the strategy is fsdp.
+def load(config: Config, world: World, source: Path | None) -> Pretrained:
+    """The model of this rank, on its device, whole, or sharded where the strategy is fsdp; tokenizer and markers.
 
-    Collective: every rank must call it. Raises UserError as `checkpoint.load_model` does.
+    Collective: every rank must call it. Raises UserError as `pretrained.load_model` does.
     """
     if choose_strategy(config, world, source) != "fsdp":
-        model, tokenizer, markers = load_model(config, source)
-        prepare_blocks(model, config)
-        return model.to(world.device), tokenizer, markers
+        loaded = load_model(config, source)
+        prepare_blocks(loaded.model, config)
+        loaded.model.to(world.device)
+        return loaded
     # rank 0 reads the model, into its CPU's memory; the others learn what it looks like
     whole: list = []
-    shape = on_main_rank(world, lambda: whole.append(load_model(config, source)) or _shape(*whole[0]))
-    base_config, tokenizer, markers = shape
+    base_config, tokenizer, markers = on_main_rank(
+        world, lambda: whole.append(load_model(config, source)) or _shape(*whole[0])
+    )
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(base_config, dtype=base_config.dtype)
         model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
     prepare_blocks(model, config)
     _shard(model, config)
     _fill(model, whole[0][0] if world.is_main else None, world)
-    return model, tokenizer, markers
+    return Pretrained(model, tokenizer, markers)
 
 
 def choose_strategy(config: Config, world: World, source: Path | None) -> str:
@@ -93,7 +95,7 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def _shape(model: Coconut, tokenizer, markers: Markers) -> tuple:
+def _shape(model: Coconut, tokenizer, markers) -> tuple:
     """What another rank needs to make the same model without its weights."""
     base_config = model.base_causallm.config
     base_config.dtype = model.base_causallm.dtype
@@ -175,3 +177,19 @@ def gradients_meet(wrapped: nn.Module, now: bool) -> Iterator[None]:
         wrapped.set_is_last_backward(now)
         wrapped.before_first_span = (lambda: meet(True)) if now else None
     yield
+
+
+def weights_are_finite(model: nn.Module) -> bool:
+    """Whether all ranks' weights are. A loss tells of the weights before its step only. Collective."""
+    shares = [getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters()]
+    finite = torch.stack([share.isfinite().all() for share in shares]).all().int()
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)  # all ranks
+    return bool(finite)
+
+
+def step_is_finite(norm: torch.Tensor, loss: torch.Tensor) -> bool:
+    """Whether a gradient's norm and all ranks' losses are. Collective, and it waits for the device."""
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # all ranks, where it is sharded
+    both = loss + norm
+    dist.all_reduce(both)  # all ranks
+    return bool(both.isfinite())

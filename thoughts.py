@@ -4,7 +4,7 @@ Legend: B rows, D hidden size, V vocabulary, L decoder blocks.
 
 A thought is a module that is called with what the model has seen (`Seen`) and returns an input embedding, (B, 1, D). It
 says by two attributes what it needs, and is made for one model. To add one, write a class under `@register` and its
-name in utils.THOUGHTS: README, 'Write your own thought'. Its parameters, if it has any, are trained and saved with the
+name in config.THOUGHTS: README, 'Write your own thought'. Its parameters, if it has any, are trained and saved with the
 model's.
 """
 
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from utils import UserError, split_thought
+from config import split_thought
+from utils import UserError
 
 RIDGE = 1e-4  # of `realigned`, relative to the mean eigenvalue of the output embeddings' Gram matrix
 
@@ -60,7 +61,7 @@ REGISTRY: dict[str, type[Thought]] = {}
 
 
 def register(name: str) -> Callable[[type[Thought]], type[Thought]]:
-    """Gives a thought the name by which configurations call it; utils.THOUGHTS lists it too."""
+    """Gives a thought the name by which configurations call it; config.THOUGHTS lists it too."""
 
     def add(thought: type[Thought]) -> type[Thought]:
         REGISTRY[name] = thought

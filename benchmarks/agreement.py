@@ -17,10 +17,12 @@ import torch
 from common import print_table
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from dataset import Markers, collate_for_device, collate_prompts
+from config import Config
+from curriculum import Markers
+from dataset import collate_for_device, collate_prompts
 from evaluate import autocast
 from parallel import gather_weights, gradients_meet, load, whole_weights, wrap
-from utils import Config, World, cleanup_distributed, leave, on_main_rank, setup_distributed
+from ranks import World, cleanup_distributed, leave, on_main_rank, setup_distributed
 
 VOCABULARY = 40
 TOLERANCE = {"float32": 1e-5, "bf16": 2e-2}

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from coconut import Coconut
-from dataset import Markers, training_sequence
-from utils import Config
+from config import Config
+from curriculum import Markers, training_sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 GPT2_VOCABULARY = 50257

@@ -25,6 +25,7 @@ from tokenizers import ByteLevelBPETokenizer
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from config import Config
 from dataset import (
     EpochPlan,
     PlannedBatches,
@@ -33,11 +34,10 @@ from dataset import (
     cache_tokens,
     collate_for_device,
     example_order,
-    read_examples,
     sequence_lengths,
     tokenize,
 )
-from utils import Config
+from examples import read_examples
 
 sys.path.insert(0, str(ROOT / "preprocessing"))
 import prosqa

@@ -17,8 +17,10 @@ import torch
 from common import MARKERS, alternate, machine, make_model, print_table, prosqa_rows, write_json
 
 import parallel
-from dataset import IGNORE, collate_prompts
-from utils import Config, cleanup_distributed, leave, setup_distributed
+from config import Config
+from curriculum import IGNORE
+from dataset import collate_prompts
+from ranks import cleanup_distributed, leave, setup_distributed
 
 
 def make_prompts(n: int, stage: int) -> list[list[int]]:

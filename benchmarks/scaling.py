@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM
 
 import parallel
 from coconut import Coconut
+from config import Config
 from dataset import collate_for_device
-from utils import Config, cleanup_distributed, leave, setup_distributed
+from ranks import cleanup_distributed, leave, setup_distributed
 
 
 class Sent:

@@ -32,8 +32,8 @@ from common import (
 
 import parallel
 from coconut import Coconut
+from config import Config
 from dataset import collate_for_device
-from utils import Config
 
 SIDES = ("floor", "coconut", "all logits", "no cache")
 

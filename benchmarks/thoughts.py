@@ -23,7 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from utils import Config, UserError, read_log  # noqa: E402
+from config import Config
+from utils import UserError, read_log
 
 CONFIG = ROOT / "args" / "thoughts.yaml"
 BEGIN, NO_COT = "stage 0", "no_cot"  # not thoughts, but what they begin with and are compared with

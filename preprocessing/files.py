@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dataset import load_examples
+from examples import load_examples
 from utils import UserError, report
 
 __all__ = ["UserError", "load_examples", "publish", "read_json", "read_text", "report"]

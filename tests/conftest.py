@@ -18,6 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from ranks import cleanup_distributed, setup_distributed
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "preprocessing"))
 
@@ -89,3 +91,10 @@ def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype 
 @pytest.fixture(params=["gpt2", "llama", "qwen2"])
 def family(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def world():
+    """A world of one."""
+    yield setup_distributed()
+    cleanup_distributed()

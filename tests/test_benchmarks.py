@@ -16,8 +16,8 @@ import common
 import step
 
 import run
+from config import THOUGHTS, Config
 from dataset import collate_for_device
-from utils import THOUGHTS, Config
 
 generate, thoughts = (load_script(ROOT / "benchmarks" / f"{name}.py") for name in ("generate", "thoughts"))
 

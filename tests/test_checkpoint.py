@@ -1,209 +1,33 @@
-"""What is loaded, from the reference's files too; what is refused; what a folder holds."""
+"""What a run's folder holds: saving, finding, what comes back."""
 
 import json
 from pathlib import Path
 
 import pytest
-import tiny_model
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from test_pretrained import coconut_config
+from test_pretrained import tiny as tiny  # a fixture
 
 import checkpoint
-from checkpoint import Progress, add_markers, load_model, resolve
-from dataset import END, LATENT, START
-from utils import Config, UserError, cleanup_distributed, setup_distributed
-
-TEXTS = ["<<3+4=7>>\n", "### 12", "5*6-0"]
-
-
-def write_tiny(folder, shape: str = "gpt2", tied: bool = True, texts=TEXTS, width: int = 32) -> str:
-    data = folder.with_suffix(".json")
-    data.write_text(json.dumps([{"question": text, "answer": "1", "steps": []} for text in texts]))
-    tiny_model.write_model([data], folder, "char", shape, width, 2, 2, 64, tied)
-    return str(folder)
+from checkpoint import Progress, resolve
+from config import Config
+from pretrained import Pretrained, load_model
+from utils import UserError
 
 
-@pytest.fixture
-def tiny(tmp_path) -> str:
-    return write_tiny(tmp_path / "tiny")
-
-
-def coconut_config(model_id: str, **keys) -> Config:
-    return Config(model_id=model_id, method=keys.pop("method", "coconut"), **keys)
-
-
-@pytest.mark.parametrize(("shape", "tied"), [("gpt2", True), ("llama", False), ("llama", True), ("qwen2", False)])
-@pytest.mark.parametrize("has_brackets", [True, False])
-def test_new_rows_start_as_brackets_or_as_the_mean(tmp_path, shape, tied, has_brackets):
-    texts = TEXTS if has_brackets else ["3+4"]
-    model_id = write_tiny(tmp_path / "tiny", shape, tied, texts)
-    plain = AutoModelForCausalLM.from_pretrained(model_id)
-    model, tokenizer, markers = load_model(coconut_config(model_id), None)
-    old = plain.config.vocab_size
-    assert (markers.start, markers.end, markers.latent) == (old, old + 1, old + 2)  # the reference's order of rows
-    assert tokenizer.convert_tokens_to_ids([START, END, LATENT]) == [old, old + 1, old + 2]
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        before, after = getattr(plain, get)().weight, getattr(model.base_causallm, get)().weight
-        assert after.shape[0] == old + 3
-        assert torch.equal(after[:old], before)
-        like = before[tokenizer.convert_tokens_to_ids("<<")] if has_brackets else before.mean(dim=0)
-        assert all(torch.equal(after[row], like) for row in range(old, old + 3))
-    head, embedding = model.base_causallm.get_output_embeddings(), model.base_causallm.get_input_embeddings()
-    assert (head.weight is embedding.weight) == (tied or shape == "gpt2")
-
-
-def test_methods_without_latents_leave_the_vocabulary_alone(tiny):
-    model, tokenizer, markers = load_model(coconut_config(tiny, method="cot"), None)
-    assert markers[:3] == (None, None, None)
-    assert model.base_causallm.config.vocab_size == len(tokenizer)
-    assert LATENT not in tokenizer.get_vocab()
-
-
-def reference_state(base, wrapped: bool) -> dict:
-    """The state dict as the reference's code has it: of the model itself or of its wrapper, which repeats the
-    embedding; with GPT-2's mask buffers of older transformers."""
-    state = {name: value.clone() for name, value in base.state_dict().items()}
-    if not wrapped:
-        return {**state, "transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4)}
-    embedding = state["transformer.wte.weight"].clone()
-    return {**{f"base_causallm.{name}": value for name, value in state.items()}, "embedding.weight": embedding}
-
-
-# the reference's wrapper always has the markers' rows
-@pytest.mark.parametrize(("wrapped", "resized"), [(True, True), (False, True), (False, False)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_files_of_the_reference_are_read(tiny, tmp_path, wrapped, resized, dtype):
-    torch.manual_seed(5)
-    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
-    old = base.config.vocab_size
-    if resized:
-        base.resize_token_embeddings(old + 3, mean_resizing=False)
-    with torch.no_grad():
-        for parameter in base.parameters():
-            parameter.normal_()
-    path = tmp_path / "checkpoint_5"
-    torch.save(reference_state(base, wrapped), path)
-    model, _, _ = load_model(coconut_config(tiny, load_model_path=str(path)), resolve(str(path)))
-    for name, value in base.state_dict().items():
-        loaded = model.base_causallm.state_dict()[name]
-        assert loaded.dtype == torch.float32
-        assert torch.equal(loaded[: len(value)], value.float()), name
-    table = model.base_causallm.get_input_embeddings().weight
-    assert table.shape[0] == old + 3
-    if not resized:
-        like = load_model(coconut_config(tiny), None)[1].convert_tokens_to_ids("<<")
-        assert torch.equal(table[old], table[like])
-
-
-def test_our_checkpoint_becomes_a_file_of_the_reference(tiny, tmp_path):
-    """The two lines of the README."""
-    first, _, _ = load_model(coconut_config(tiny), None)
-    first.base_causallm.save_pretrained(tmp_path / "ours")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    torch.save({f"base_causallm.{name}": value for name, value in model.state_dict().items()}, tmp_path / "theirs")
-    second, _, _ = load_model(coconut_config(tiny), tmp_path / "theirs")
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        (lambda s: s.pop("transformer.ln_f.weight"), "missing: transformer.ln_f.weight"),
-        (lambda s: s.update(surprise=torch.ones(1)), "unexpected: surprise"),
-        (
-            lambda s: s.update({"transformer.ln_f.weight": torch.ones(7)}),
-            r"of another shape: transformer.ln_f.weight \[7\]",
-        ),
-        (lambda s: s.update(epoch=3), "must map names to tensors"),
-    ],
-)
-def test_files_that_do_not_fit_are_refused(tiny, tmp_path, change, complaint):
-    state = reference_state(AutoModelForCausalLM.from_pretrained(tiny), wrapped=False)
-    change(state)
-    torch.save(state, tmp_path / "file")
-    with pytest.raises(UserError, match=complaint):
-        load_model(coconut_config(tiny), tmp_path / "file")
-
-
-def test_a_pickle_that_runs_code_is_refused(tiny, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (print, ("ran",))
-
-    torch.save({"weight": Evil()}, tmp_path / "evil")
-    with pytest.raises(UserError, match="is no file of weights"):
-        load_model(coconut_config(tiny), tmp_path / "evil")
-
-
-def test_a_folder_without_all_weights_is_refused(tiny, tmp_path):
-    path = tmp_path / "tiny" / "model.safetensors"
-    state = load_file(path)
-    state.pop("transformer.h.1.ln_1.weight")
-    save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"missing: transformer.h.1.ln_1.weight"):
-        load_model(coconut_config(tiny), None)
-
-
-def test_markers_of_a_checkpoint_are_kept(tiny, tmp_path):
-    model, tokenizer, markers = load_model(coconut_config(tiny), None)
-    with torch.no_grad():
-        model.base_causallm.get_input_embeddings().weight[markers.latent] = 7.0
-    model.base_causallm.save_pretrained(tmp_path / "ours")
-    tokenizer.save_pretrained(tmp_path / "ours")
-    again, _, same = load_model(coconut_config(tiny), tmp_path / "ours")
-    assert same == markers
-    assert again.base_causallm.get_input_embeddings().weight[markers.latent].eq(7.0).all()
-    assert add_markers(tokenizer, again.base_causallm) == markers
-    assert again.base_causallm.get_input_embeddings().weight[markers.latent].eq(7.0).all()
-
-
-def test_from_scratch_is_for_the_beginning_of_a_run(tiny):
-    """A restart must take the weights of its checkpoint."""
-    first, _, _ = load_model(coconut_config(tiny), None)
-    first.base_causallm.save_pretrained(f"{tiny}-checkpoint")
-    again, _, _ = load_model(coconut_config(tiny, from_scratch=True), Path(f"{tiny}-checkpoint"))
-    assert torch.equal(
-        again.base_causallm.transformer.h[0].mlp.c_fc.weight, first.base_causallm.transformer.h[0].mlp.c_fc.weight
-    )
-
-
-def test_a_damaged_file_is_named(tiny):
-    path = Path(tiny) / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be loaded"):
-        load_model(coconut_config(tiny), None)
-
-
-def test_from_scratch_takes_the_shape_only(tiny):
-    torch.manual_seed(1)
-    model, _, _ = load_model(coconut_config(tiny, from_scratch=True), None)
-    saved = AutoModelForCausalLM.from_pretrained(tiny)
-    assert not torch.equal(model.base_causallm.transformer.h[0].mlp.c_fc.weight, saved.transformer.h[0].mlp.c_fc.weight)
-
-
-# ---- folders ----
-
-
-@pytest.fixture
-def world():
-    yield setup_distributed()
-    cleanup_distributed()
-
-
-def save(config, world, model, tokenizer, markers, epoch: int, accuracy: float = 0.5, stage: int = 0):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+def save(config, world, pretrained: Pretrained, epoch: int, accuracy: float = 0.5, stage: int = 0):
+    optimizer = torch.optim.AdamW(pretrained.model.parameters(), lr=1e-3)
     progress = Progress(epoch, 10 * epoch, best={stage: max(accuracy, 0.5)})
     files = {"metrics.json": json.dumps({"accuracy": accuracy}), "predictions.jsonl": ""}
-    weights = model.state_dict()
-    return checkpoint.save(config, world, progress, model, weights, tokenizer, markers, stage, optimizer, files)
+    return checkpoint.save(config, world, pretrained, optimizer, progress, stage, files)
 
 
 def test_only_whole_checkpoints_are_found(tiny, tmp_path, world):
     config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
     parts = load_model(config, None)
     for epoch in (2, 10, 9):
-        save(config, world, *parts, epoch)
+        save(config, world, parts, epoch)
     run = config.run_dir
     (run / ".writing-checkpoint_11").mkdir()
     (run / "checkpoint_12").mkdir()
@@ -212,7 +36,7 @@ def test_only_whole_checkpoints_are_found(tiny, tmp_path, world):
     assert [path.name for path in checkpoint.checkpoints(run)] == ["checkpoint_2", "checkpoint_9", "checkpoint_10"]
     assert resolve(str(run)).name == "checkpoint_10"
     assert checkpoint.read_progress(run / "checkpoint_9") == Progress(9, 90, best={0: 0.5})
-    save(config, world, *parts, 13)
+    save(config, world, parts, 13)
     assert (run / "checkpoint_13.replaced-1").read_text() == "of the reference"
     assert not list(run.glob(".writing-checkpoint_13"))
     with pytest.raises(UserError, match="is no checkpoint"):
@@ -224,8 +48,8 @@ def learned(tiny, tmp_path, world) -> tuple[Config, Path]:
     config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run", thought="projected")
     parts = load_model(config, None)
     with torch.no_grad():
-        parts[0].thought.weight.normal_()
-    return config, save(config, world, *parts, 1)
+        parts.model.thought.weight.normal_()
+    return config, save(config, world, parts, 1)
 
 
 def test_what_a_thought_has_learnt_comes_back(tiny, tmp_path, world):
@@ -240,7 +64,7 @@ def test_what_a_thought_has_learnt_comes_back(tiny, tmp_path, world):
     # other folders have nothing for it: it begins anew; and no thought that learns nothing writes a file
     assert torch.equal(load_model(config, Path(tiny))[0].thought.weight, torch.eye(32))
     plain = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="plain")
-    assert not (save(plain, world, *load_model(plain, None), 1) / "thought.safetensors").exists()
+    assert not (save(plain, world, load_model(plain, None), 1) / "thought.safetensors").exists()
 
 
 def test_a_thought_that_does_not_fit_is_refused(tiny, tmp_path, world):
@@ -267,21 +91,20 @@ def test_old_checkpoints_go_but_never_the_best(tiny, tmp_path, world):
     config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run", keep_checkpoints=1)
     parts = load_model(config, None)
     for epoch, accuracy in ((1, 0.2), (2, 0.5), (3, 0.4), (4, 0.5), (5, 0.1)):
-        save(config, world, *parts, epoch, accuracy)
+        save(config, world, parts, epoch, accuracy)
     assert [path.name for path in checkpoint.checkpoints(config.run_dir)] == ["checkpoint_2", "checkpoint_5"]
 
 
 def test_optimizer_and_random_state_come_back(tiny, tmp_path, world):
     config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
-    model, tokenizer, markers = load_model(config, None)
+    loaded = load_model(config, None)
+    model = loaded.model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(2):
         model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
         optimizer.step()
     files = {"metrics.json": "{}", "predictions.jsonl": ""}
-    folder = checkpoint.save(
-        config, world, Progress(1, 2), model, model.state_dict(), tokenizer, markers, 0, optimizer, files
-    )
+    folder = checkpoint.save(config, world, loaded, optimizer, Progress(1, 2), 0, files)
     wanted = torch.rand(3)
     other = torch.optim.AdamW(model.parameters(), lr=1e-3)
     checkpoint.load_optimizer(folder, model, other)

@@ -1,4 +1,4 @@
-"""The sequences of every method and stage, written out; batches; shares of the ranks; the token cache."""
+"""Batches, shares of the ranks, the token cache, data files."""
 
 import json
 
@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 import tiny_model
 import torch
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import dataset
-from dataset import (
+import examples
+from config import Config
+from curriculum import (
     IGNORE,
     NO_REASONING,
-    EpochPlan,
     Markers,
+    training_sequence,
+)
+from dataset import (
+    EpochPlan,
     PlannedBatches,
     StageDataset,
     Tokens,
@@ -23,149 +26,14 @@ from dataset import (
     collate,
     collate_prompts,
     example_order,
-    load_examples,
     longest_sequence,
-    prompt,
-    schedule,
     sequence_lengths,
-    stage_of,
-    stage_of_example,
-    stage_of_step,
     tokenize,
-    training_sequence,
 )
-from utils import Config, UserError
+from examples import load_examples
+from utils import UserError
 
 M = Markers(start=90, latent=91, end=92, eos=99)
-Q, S, A = [1, 2, 3], [[10, 11], [20], [30, 31, 32]], [40, 41]
-B, T, E = M.start, M.latent, M.end  # begin, thought, end
-
-
-def sequence(stage: int, **keys) -> tuple[list[int], list[int]]:
-    return training_sequence(Q, S, A, stage, Config(**keys), M)
-
-
-def supervised_after(before: list[int], after: list[int]) -> tuple[list[int], list[int]]:
-    return before + after, [-100] * len(before) + after
-
-
-ALL = [10, 11, 20, 30, 31, 32, 40, 41, 99]
-
-# method, other keys, stage, unsupervised part, supervised part
-LITERAL = [
-    ("cot", {}, 0, [1, 2, 3], ALL),
-    ("no_cot", {}, 0, [1, 2, 3], [40, 41, 99]),
-    ("coconut", {}, 0, [1, 2, 3, B, E], ALL),
-    ("coconut", {}, 1, [1, 2, 3, B, T, E], [20, 30, 31, 32, 40, 41, 99]),
-    ("coconut", {}, 2, [1, 2, 3, B, T, T, E], [30, 31, 32, 40, 41, 99]),
-    ("coconut", {}, 3, [1, 2, 3, B, T, T, T, E], [40, 41, 99]),
-    ("coconut", {}, 4, [1, 2, 3, B, T, T, T, T, E], [40, 41, 99]),
-    ("coconut", {"c_thought": 2}, 1, [1, 2, 3, B, T, T, E], [20, 30, 31, 32, 40, 41, 99]),
-    ("coconut", {"c_thought": 2}, 2, [1, 2, 3, B, T, T, T, T, E], [30, 31, 32, 40, 41, 99]),
-    ("coconut", {"max_latent_stage": 2}, 3, [1, 2, 3, B, T, T, E], [40, 41, 99]),
-    ("coconut", {"max_latent_stage": 2, "c_thought": 2}, 3, [1, 2, 3, B, T, T, T, T, E], [40, 41, 99]),
-    ("coconut", {"max_latent_stage": 4}, 5, [1, 2, 3, B, T, T, T, T, E], [40, 41, 99]),
-    ("coconut", {"max_latent_stage": 4, "pad_latent_to_max": False}, 4, [1, 2, 3, B, T, T, T, T, E], [40, 41, 99]),
-    ("coconut", {"max_latent_stage": 4, "pad_latent_to_max": False}, 5, [1, 2, 3, B, T, T, T, E], [40, 41, 99]),
-    ("no_thoughts", {}, 0, [1, 2, 3], ALL),
-    ("no_thoughts", {"c_thought": 2}, 1, [1, 2, 3], [20, 30, 31, 32, 40, 41, 99]),
-    ("no_thoughts", {}, 2, [1, 2, 3], [30, 31, 32, 40, 41, 99]),
-    ("no_thoughts", {"max_latent_stage": 2}, 3, [1, 2, 3], [40, 41, 99]),
-    # w/o curriculum, pause token and pause as thought differ from coconut in the schedule and the model, not here
-    ("coconut", {"curriculum": "none", "max_latent_stage": 3}, 4, [1, 2, 3, B, T, T, T, E], [40, 41, 99]),
-    (
-        "coconut",
-        {"curriculum": "none", "max_latent_stage": 3, "thought": "pause"},
-        4,
-        [1, 2, 3, B, T, T, T, E],
-        [40, 41, 99],
-    ),
-    ("coconut", {"thought": "pause"}, 2, [1, 2, 3, B, T, T, E], [30, 31, 32, 40, 41, 99]),
-    # icot counts removed tokens, from the left
-    ("icot", {}, 0, [1, 2, 3], ALL),
-    ("icot", {}, 1, [1, 2, 3], [11, 20, 30, 31, 32, 40, 41, 99]),
-    ("icot", {}, 4, [1, 2, 3], [31, 32, 40, 41, 99]),
-    ("icot", {}, 6, [1, 2, 3], [40, 41, 99]),
-    ("icot", {}, NO_REASONING, [1, 2, 3], [40, 41, 99]),
-]
-
-
-@pytest.mark.parametrize(("method", "keys", "stage", "before", "after"), LITERAL)
-def test_sequences(method, keys, stage, before, after):
-    assert sequence(stage, method=method, **keys) == supervised_after(before, after)
-    assert prompt(Q, S, stage, Config(method=method, **keys), M) == before
-
-
-def test_eos_is_added_once():
-    assert training_sequence(Q, S, [*A, M.eos], 1, Config(), M) == sequence(1)
-
-
-def test_the_references_rule_for_evaluation_needs_a_switch():
-    keys = {"max_latent_stage": 6, "pad_latent_to_max": False}
-    assert prompt(Q, S, 5, Config(**keys), M).count(T) == 5
-    assert prompt(Q, S, 5, Config(**keys, eval_latents_from_steps=True), M).count(T) == 3
-    assert sequence(5, **keys, eval_latents_from_steps=True)[0].count(T) == 5
-
-
-@given(
-    n_steps=st.integers(0, 7),
-    stage=st.integers(0, 9),
-    c_thought=st.integers(0, 3),
-    last=st.integers(0, 7),
-    padded=st.booleans(),
-    method=st.sampled_from(["coconut", "cot", "no_cot", "no_thoughts", "icot"]),
-)
-def test_training_and_evaluation_agree(n_steps, stage, c_thought, last, padded, method):
-    """What is generated from is what was trained on, up to the first supervised token."""
-    config = Config(method=method, c_thought=c_thought, max_latent_stage=last, pad_latent_to_max=padded)
-    steps = [[10 + number] for number in range(n_steps)]
-    input_ids, labels = training_sequence(Q, steps, A, stage, config, M)
-    before = prompt(Q, steps, stage, config, M)
-    assert input_ids[: len(before)] == before
-    assert labels == [IGNORE] * len(before) + input_ids[len(before) :]
-    assert input_ids[-3:] == [*A, M.eos]
-    assert not {B, T, E} & set(input_ids[len(before) :])
-
-
-@pytest.mark.parametrize(
-    ("keys", "stages"),
-    [
-        ({"epochs_per_stage": 2, "max_latent_stage": 2}, [0, 0, 1, 1, 2, 2, 3, 3, 3, 3]),
-        ({"epochs_per_stage": [3, 1, 2], "max_latent_stage": 2}, [0, 0, 0, 1, 2, 2, 2, 2, 2, 2]),
-        ({"epochs_per_stage": 2, "max_latent_stage": 2, "curriculum": "none"}, [3] * 10),
-        ({"epochs_per_stage": 2, "method": "cot"}, [0] * 10),
-        ({"epochs_per_stage": 2, "method": "no_thoughts", "max_latent_stage": 1}, [0, 0, 1, 1, 2, 2, 2, 2, 2, 2]),
-    ],
-)
-def test_stage_of(keys, stages):
-    assert [stage_of(Config(**keys), epoch) for epoch in range(10)] == stages
-
-
-def test_icot_removes_a_token_every_eighth_of_an_epoch():
-    config = Config(method="icot", icot_remove_all_after=20)
-    stages = [stage_of_step(config, epoch, step, 80) for epoch in range(3) for step in range(80)]
-    assert stages == [min(step // 10, NO_REASONING) if step < 200 else NO_REASONING for step in range(240)]
-    assert [stage_of(config, epoch) for epoch in range(3)] == [
-        stage_of_step(config, epoch, 79, 80) for epoch in range(3)
-    ]
-    assert stage_of_step(Config(method="icot"), 100, 0, 80) == 800
-    assert {stage_of_step(Config(method="coconut"), 7, step, 80) for step in range(80)} == {stage_of(Config(), 7)}
-
-
-def test_icot_smoothing_removes_a_few_more_tokens():
-    config = Config(method="icot", icot_smoothing=1.0)
-    draws = [stage_of_example(config, 5, 2, index, 3) - 5 for index in range(4000)]
-    for more in range(3):
-        assert draws.count(more) / 4000 == pytest.approx((1 - np.exp(-1)) * np.exp(-more), abs=0.03)
-    assert draws == [stage_of_example(config, 5, 2, index, 3) - 5 for index in range(4000)]
-    assert {stage_of_example(Config(method="icot", icot_smoothing=None), 5, 2, i, 3) for i in range(99)} == {5}
-
-
-def test_the_schedule_of_gsm8k():
-    lines = schedule(Config.from_file(ROOT / "args" / "gsm_coconut.yaml", needs_files=False), 4).splitlines()
-    assert len(lines) == 1 + 22  # epoch 0 to 2, the CoT model's, are skipped
-    assert lines[1].split() == ["3", "1", "2", "all", "but", "1", "steps", "new", "128"]
-    assert lines[10].split() == ["12", "4", "6", "none", "new", "128"]
 
 
 def test_long_examples_can_be_left_out():
@@ -176,16 +44,6 @@ def test_long_examples_can_be_left_out():
     tokens.leave_out_longer_than(limit)
     assert [tokens[index] for index in range(len(tokens))] == kept
     assert 10 < len(kept) < 30
-
-
-def test_mixing_depends_on_seed_epoch_and_example_only():
-    config = Config(uniform_prob=0.5, seed=3)
-    draws = [stage_of_example(config, 9, 4, index, 3) for index in range(400)]
-    assert draws == [stage_of_example(config, 9, 4, index, 3) for index in range(400)]
-    assert draws != [stage_of_example(config, 9, 5, index, 3) for index in range(400)]
-    assert set(draws) == {0, 1, 2, 3, 9}
-    assert 150 < draws.count(9) < 250
-    assert {stage_of_example(Config(), 9, 4, index, 3) for index in range(50)} == {9}
 
 
 # ---- batches ----
@@ -410,13 +268,13 @@ def test_the_streaming_reader_is_json_loads(value, data):
         wanted = json.loads(text)
     except json.JSONDecodeError:
         with pytest.raises(json.JSONDecodeError):
-            list(dataset._json_list(text))
+            list(examples._json_list(text))
         return
     if isinstance(wanted, list) and wanted:
-        assert list(dataset._json_list(text)) == wanted
+        assert list(examples._json_list(text)) == wanted
     else:
-        with pytest.raises(dataset._NoListError):
-            list(dataset._json_list(text))
+        with pytest.raises(examples._NoListError):
+            list(examples._json_list(text))
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):

@@ -8,15 +8,13 @@ import torch
 from conftest import tiny_base
 
 from coconut import Coconut
-from dataset import Markers, StageDataset, collate, tokenize
-from evaluate import as_files, evaluate, extract_answer, extract_steps, main, summary, validation_loss
-from utils import Config, UserError, cleanup_distributed, setup_distributed
-
-
-@pytest.fixture
-def world():
-    yield setup_distributed()
-    cleanup_distributed()
+from config import Config
+from curriculum import Markers
+from dataset import Data, StageDataset, collate, tokenize
+from evaluate import as_files, evaluate, extract_answer, extract_steps, validation_loss
+from pretrained import Pretrained
+from table import main, summary
+from utils import UserError
 
 
 @pytest.mark.parametrize(
@@ -66,7 +64,8 @@ def test_scores(world):
     model.script = {"1+2": "### 3", "2*3+1": "<<6+1=7>>\n### 1007", "5": "### 6", "5-1-1-1": "<<4-1=3>>\n### 2"}
     config = Config(eval_batch_size=2, batch_size_training=3)
     tokens = tokenize(EXAMPLES, tokenizer)
-    metrics, predictions = evaluate(model, tokenizer, EXAMPLES, tokens, 1, config, markers, world)
+    loaded = Pretrained(model, tokenizer, markers)
+    metrics, predictions = evaluate(loaded, Data(EXAMPLES, tokens), 1, config, world)
     assert [p["correct"] for p in predictions] == [True, True, False, True]
     assert [p["cot_correct"] for p in predictions] == [True, True, True, False]
     assert predictions[0]["generated_tokens"] == 3 + 1  # "###", " ", "3", and one latent thought
@@ -78,7 +77,7 @@ def test_scores(world):
     with torch.no_grad():
         whole = model(**collate(rows, 0, markers.latent)).loss.item()
     assert metrics["loss"] == pytest.approx(whole, rel=1e-5)
-    assert validation_loss(model, tokens, 1, config, markers, world) == metrics["loss"]
+    assert validation_loss(loaded, tokens, 1, config, world) == metrics["loss"]
     files = as_files(metrics, predictions)
     assert json.loads(files["predictions.jsonl"].splitlines()[1])["gold"] == "1007"
 
@@ -98,10 +97,10 @@ def test_the_summary_takes_what_was_written_last(tmp_path, capsys):
         for epoch, stage, accuracy in ((0, 0, 0.1), (1, 0, 0.2), (1, 0, 0.3), (2, 1, 0.4))
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert main([str(tmp_path)]) == 0
+    assert main(__doc__, [str(tmp_path)]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[1].split() == ["validation,", "stage", "0", "2", "30.0%", "9.0", "1.000", "12"]
     assert table[2].split() == ["validation,", "stage", "1", "1", "40.0%", "9.0", "1.000", "6"]
     with pytest.raises(UserError, match="neither a finished epoch nor an evaluation"):
         summary(tmp_path / "none")
-    assert main([str(tmp_path / "none")]) == 2
+    assert main(__doc__, [str(tmp_path / "none")]) == 2

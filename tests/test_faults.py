@@ -22,7 +22,8 @@ from test_run import place as place  # a fixture
 
 import run as run_module
 from checkpoint import checkpoints
-from utils import Config, read_log
+from config import Config
+from utils import read_log
 
 SLOW_VALIDATION = ("max_new_tokens=100", "eval_batch_size=1")  # seconds in which a run cannot end before its kill
 LONG = ("num_epochs=3", "max_train_examples=144", "max_new_tokens=4", "global_batch_size=16", "log_every_steps=1")

@@ -12,8 +12,8 @@ import tiny_model
 import torch
 from conftest import ROOT, load_script
 
-from checkpoint import load_model
-from utils import Config
+from config import Config
+from pretrained import load_model
 
 generate = load_script(ROOT / "generate.py")
 QUESTIONS = ["3+4", "5*6-0*2"]

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from utils import under_debugger
+from ranks import under_debugger
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -52,7 +52,7 @@ def test_the_readmes_thought_trains_as_written(tmp_path):
         text = path.read_text(encoding="utf-8")
         if path.name == "thoughts.py":
             text += "\n\n" + code
-        if path.name == "utils.py":
+        if path.name == "config.py":
             text = text.replace("THOUGHTS = {\n", "THOUGHTS = {\n" + name)
         (tmp_path / path.name).write_text(text, encoding="utf-8")
     examples = arithmetic.make_splits({"train": 16}, base=5)["train"]

@@ -17,10 +17,13 @@ import scaling
 
 import parallel
 from coconut import Coconut
-from dataset import Markers, collate_for_device
+from config import Config
+from curriculum import Markers
+from dataset import collate_for_device
 from parallel import gradients_meet, load, whole_weights, wrap
+from ranks import World
 from throughput import FlopCounter
-from utils import Config, UserError, World, cleanup_distributed, setup_distributed
+from utils import UserError
 
 
 def batch_of(n_latents: list[int], seed: int = 0) -> dict:
@@ -40,12 +43,6 @@ def test_one_process_ddp_and_fsdp_agree():
 
 
 # ---- sharding ----
-
-
-@pytest.fixture
-def world():
-    yield setup_distributed()
-    cleanup_distributed()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from conftest import ROOT
 from prontoqa_statistics import parse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dataset import load_examples
+from examples import load_examples
 from utils import UserError
 
 DATA = ROOT.parent / "shared" / "data"

@@ -12,7 +12,7 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run
-from utils import Config
+from config import Config
 
 # rows in iCoT's format, such as its valid.txt
 ROWS = Path(os.environ.get("COCONUT_GSM_ROWS", ROOT.parent / "shared" / "data" / "gsm_valid.txt"))

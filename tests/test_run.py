@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run as run_module
-from utils import Config
+from config import Config
 
 PROSQA = ROOT.parent / "shared" / "data" / "prosqa_valid.json"
 

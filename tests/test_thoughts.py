@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import tiny_base
 
+from config import THOUGHTS, Config
 from thoughts import REGISTRY, Seen, StreamRecorder, decoder_blocks, make_thought
-from utils import THOUGHTS, Config, UserError
+from utils import UserError
 
 SPELLINGS = [name + {":N": ":-2", "[:T]": ":0.1", "": ""}[takes] for name, takes in THOUGHTS.items()]
 

@@ -1,4 +1,4 @@
-"""`python dataset.py FILE`: what it shows of a file."""
+"""`python show_data.py FILE`: what it shows of a file."""
 
 import json
 import re
@@ -9,9 +9,11 @@ import pytest
 import tiny_model
 from conftest import ROOT
 
-import dataset
-from dataset import show_sequence
-from utils import IGNORE, Config
+import show_data
+from config import Config
+from curriculum import IGNORE
+from pretrained import load_tokenizer, mark
+from show_data import show_sequence
 
 EXAMPLES = [
     {"question": "1+2*3?", "steps": ["<<1+2=3>>", "<<3*3=9>>"], "answer": "9"},
@@ -28,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 def looked(folder, capsys, *arguments: str) -> list[str]:
-    assert dataset.main([str(folder / "data.json"), "--model", str(folder / "model"), *arguments]) == 0
+    assert show_data.main([str(folder / "data.json"), "--model", str(folder / "model"), *arguments]) == 0
     return capsys.readouterr().out.splitlines()
 
 
@@ -70,8 +72,8 @@ def test_lengths_are_those_of_the_file(folder, capsys):
 
 
 def test_a_terminal_gets_colours(folder, capsys, monkeypatch):
-    tokenizer = dataset.load_tokenizer(Config(model_id=str(folder / "model")))
-    markers = dataset.mark(tokenizer, "coconut")
+    tokenizer = load_tokenizer(Config(model_id=str(folder / "model")))
+    markers = mark(tokenizer, "coconut")
     ids, labels = [markers.start, markers.latent, markers.end, 5], [IGNORE, IGNORE, IGNORE, 5]
     plain = show_sequence(ids, labels, markers, tokenizer)
     coloured = show_sequence(ids, labels, markers, tokenizer, coloured=True)
@@ -96,14 +98,14 @@ def test_a_terminal_gets_colours(folder, capsys, monkeypatch):
 )
 def test_what_is_wrong_is_one_sentence(folder, arguments, complaint, capsys, monkeypatch):
     monkeypatch.chdir(folder)
-    assert dataset.main(arguments) == 2
+    assert show_data.main(arguments) == 2
     error = capsys.readouterr().err
     assert re.search(f"^error: .*{complaint}", error)
     assert error.count("\n") == 1
 
 
 def test_the_script_itself(folder):
-    command = [sys.executable, "dataset.py", str(folder / "data.json"), "--model", str(folder / "model")]
+    command = [sys.executable, "show_data.py", str(folder / "data.json"), "--model", str(folder / "model")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0
     assert "example 1: 9 tokens" in result.stdout

@@ -1,0 +1,486 @@
+"""The configuration of a run: its keys, the YAML files and overrides they come from, what is wrong with them, --help.
+
+Neither torch nor transformers is imported: `run.py --help` and every complaint about a configuration come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import re
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from config_files import Layer, Value, override_layer, yaml_layers
+from utils import UserError, launched_ranks, report
+
+METHODS = ("coconut", "cot", "no_cot", "no_thoughts", "icot")
+METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")  # keys of the reference that became `method`
+# thoughts.py defines them; they are named here, with what may follow the name, so that a configuration is checked
+# without torch: layer is written as layer:-2 or layer:0.5, and suppressed may name its threshold, as suppressed:0.3
+THOUGHTS = {
+    "last": "",
+    "layer": ":N",
+    "pause": "",
+    "projected": "",
+    "normalised": "",
+    "projected+normalised": "",
+    "realigned": "",
+    "suppressed": "[:T]",
+    "last+suppressed": "[:T]",
+    "embedding+suppressed": "[:T]",
+}
+PLACEHOLDER = re.compile(r"YOUR_\w+")
+
+
+def split_thought(spelling: str) -> tuple[str, int | float | None]:
+    """(name, number) of a thought: "layer:-2" is ("layer", -2), "layer:0.5" is ("layer", 0.5), "last" ("last", None).
+
+    Raises ValueError that lists what there is.
+    """
+    name, colon, text = spelling.partition(":")
+    numbers = {"": "", ":N": r":(-?\d+|\d*\.\d+)", "[:T]": r"(:(\d+|\d*\.\d+))?"}
+    if name not in THOUGHTS or not re.fullmatch(numbers[THOUGHTS[name]], colon + text):
+        raise ValueError(f"must be one of {', '.join(name + takes for name, takes in THOUGHTS.items())}")
+    number = None if not text else float(text) if "." in text else int(text)
+    return name, number
+
+
+def _key(
+    default,
+    text: str,
+    *,
+    choices: tuple = (),
+    low: float | None = None,
+    high: float | None = None,
+    check: typing.Callable | None = None,
+    free: bool = False,
+):
+    """A key with its limits; `free` where it does not decide what the weights become, so that it may change between a
+    run and its continuation."""
+    limits = {"choices": choices, "low": low, "high": high, "check": check, "free": free}
+    return dataclasses.field(default=default, metadata={"help": text, **limits})
+
+
+@dataclass
+class Config:
+    """One run. Every field is a key of the YAML files in args/ and of `run.py FILE key=value ...`.
+
+    The keys that the reference implementation knows keep its names and meanings; the others default to what it does.
+    """
+
+    # the run
+    project: str = _key("coconut", "wandb project", free=True)
+    name: str = _key(
+        "run",
+        "name of the run; its folder is save_path/name (default: the YAML file's name; never inherited by extends)",
+        free=True,
+    )
+    save_path: str = _key("checkpoints", "folder that holds the runs", free=True)
+    only_eval: bool = _key(False, "evaluate load_model_path on val_path and stop", free=True)
+    seed: int = _key(0, "seeds the weights that are made anew, the data order, dropout and stage mixing", low=0)
+    debug: bool = _key(
+        False,
+        "quick look in the folder NAME-debug: 5000 training and 32 validation examples, no checkpoints, no wandb",
+        free=True,
+    )
+    wandb: str = _key(
+        "online",
+        "online | offline | disabled; online becomes offline where nobody is logged in; "
+        "the variable WANDB_MODE wins over this key",
+        choices=("online", "offline", "disabled"),
+        free=True,
+    )
+    log_every_steps: int = _key(10, "optimizer steps between two writes to metrics.jsonl and wandb", low=1, free=True)
+
+    # the method
+    method: str = _key("coconut", " | ".join(METHODS) + "; the reference's four booleans are read too", choices=METHODS)
+    thought: str = _key(
+        "last",
+        "what a latent position is fed: " + " | ".join(name + takes for name, takes in THOUGHTS.items()) + "; N is a "
+        "layer, counted from the end where negative, or a share of the layers such as 0.5, T a threshold",
+        check=split_thought,
+    )
+    c_thought: int = _key(1, "latent thoughts that replace one written step", low=0)
+    max_latent_stage: int = _key(6, "stage after which no more thoughts are added and all steps are dropped", low=0)
+    epochs_per_stage: int | list[int] = _key(
+        5, "epochs of each stage; or a list with one entry a stage, the last stage going on to num_epochs", low=1
+    )
+    curriculum: str = _key(
+        "staged", "staged | none (the last stage from the first epoch on)", choices=("staged", "none")
+    )
+    pad_latent_to_max: bool = _key(
+        True, "in the last stage, max_latent_stage thoughts also where an example has fewer steps"
+    )
+    uniform_prob: float = _key(0.0, "probability that an example trains at a stage drawn from 0..n", low=0, high=1)
+    eval_latents_from_steps: bool = _key(
+        False,
+        "with pad_latent_to_max off, evaluate with at most as many steps of thought as the example has (reference)",
+        free=True,
+    )
+
+    icot_tokens_per_epoch: int = _key(8, "icot: reasoning tokens removed more with each epoch", low=1)
+    icot_remove_all_after: int | None = _key(None, "icot: remove everything once so many tokens are removed", low=1)
+    icot_smoothing: float | None = _key(4.0, "icot: o more tokens are removed with probability ~ exp(-this * o)", low=0)
+
+    # the model
+    model_id: str = _key("openai-community/gpt2", "Hugging Face id or local folder of the causal language model")
+    from_scratch: bool = _key(False, "take only the shape of model_id; initialise its weights from seed")
+    load_model_path: str | None = _key(
+        None,
+        "weights to start from or to evaluate: a checkpoint folder, a run's folder (its newest checkpoint), "
+        "a Hugging Face folder, or a file of the reference",
+        free=True,
+    )
+    resume: int = _key(
+        0, "epoch to start from with load_model_path; in an eval-only run the epoch whose stage is used", low=0
+    )
+
+    # the data
+    train_path: str | None = _key(None, "JSON list of {question, answer, steps}", free=True)
+    val_path: str | None = _key(None, "the same, for validation and for eval-only runs", free=True)
+    max_train_examples: int | None = _key(None, "train on the first so many examples", low=1)
+    max_train_tokens: int | None = _key(
+        None, "leave out training examples that are longer than this with all steps written", low=1
+    )
+    max_eval_examples: int | None = _key(None, "validate on the first so many examples", low=1, free=True)
+    group_by_length: bool = _key(
+        False, "batches of similar lengths, in random order: less padding (the paper's order is random throughout)"
+    )
+    num_workers: int = _key(1, "loader processes for each rank; none under a debugger", low=0, free=True)
+
+    # the optimisation
+    num_epochs: int = _key(50, "epochs in all, counted from epoch 0 of the curriculum", low=1)
+    batch_size_training: int = _key(32, "examples of one forward pass on one rank", low=1)
+    gradient_accumulation_steps: int = _key(1, "forward passes of one optimizer step on one rank", low=1)
+    global_batch_size: int | None = _key(
+        None, "examples of one optimizer step over all ranks; gradient_accumulation_steps is derived from it", low=1
+    )
+    lr: float = _key(1e-4, "AdamW's learning rate", low=0)
+    weight_decay: float = _key(0.01, "AdamW's weight decay, on every parameter", low=0)
+    lr_scheduler: str = _key("constant", "constant | linear | cosine", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = _key(0, "optimizer steps over which lr rises from 0", low=0)
+    max_grad_norm: float | None = _key(None, "clip the gradient's norm to this", low=0)
+    reset_optimizer: bool | str = _key(
+        "stage",
+        "never | stage | epoch: make AdamW anew when the stage changes or at every epoch; "
+        "True = epoch and False = never, as the reference's code does",
+        choices=("never", "stage", "epoch"),
+    )
+
+    # the machine
+    strategy: str = _key(
+        "auto",
+        "auto | ddp | fsdp; auto is ddp, which replicates the model, unless that would take more than 60 % of a GPU's "
+        "memory: then fsdp, which shards it",
+        choices=("auto", "ddp", "fsdp"),
+        free=True,
+    )
+    compile: bool = _key(
+        False, "compile the decoder blocks with torch.compile: minutes at first, faster steps on GPUs", free=True
+    )
+    gradient_checkpointing: bool = _key(
+        False, "keep only the inputs of the decoder blocks and compute the rest again: less memory, slower", free=True
+    )
+    bf16: bool = _key(False, "mixed precision: bfloat16 arithmetic, float32 weights and optimizer")
+    bf16_weights: bool = _key(False, "weights and optimizer in bfloat16 too (what the reference's bf16 does)")
+
+    # evaluation and checkpoints
+    eval_batch_size: int = _key(32, "prompts generated from at once on one rank", low=1, free=True)
+    max_new_tokens: int = _key(128, "longest generation", low=1, free=True)
+    save_only_improve: bool = _key(
+        False, "save only when validation accuracy is the best of its stage so far", free=True
+    )
+    save_every_steps: int | None = _key(
+        None,
+        "save within epochs too, after every so many optimizer steps; only the newest two of these are kept",
+        low=1,
+        free=True,
+    )
+    keep_checkpoints: int | None = _key(
+        None, "keep the newest so many epochs, and the best (default: all)", low=1, free=True
+    )
+    continue_changed: bool = _key(
+        False,
+        "continue the run in save_path/name although this configuration would have led to other weights",
+        free=True,
+    )
+    skip_nonfinite: bool = _key(
+        False,
+        "leave out optimizer steps whose loss or gradient is not finite, and count them, instead of stopping",
+        free=True,
+    )
+
+    @classmethod
+    def from_file(
+        cls, path: str | Path, overrides: list[str] | tuple[str, ...] = (), needs_files: bool = True
+    ) -> Config:
+        """Reads a YAML file, the files that it extends, and `key=value` overrides.
+
+        Without needs_files, paths may be missing: for looking at a plan before there is data.
+        Raises UserError that lists everything that is wrong, after all of it has been looked for.
+        """
+        problems: list[str] = []
+        values = {"name": Value(Path(path).stem, None)}
+        for layer in yaml_layers(Path(path), problems) + override_layer(overrides, problems):
+            _merge(values, layer, problems)
+        values = _checked(cls, values, problems)
+        config = cls(**values)
+        if not problems:
+            problems += config.problems(launched_ranks()[1], needs_files)
+        if problems:
+            head = f"{path}: "
+            raise UserError(head + (problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems])))
+        return config
+
+    def __post_init__(self):
+        if isinstance(self.reset_optimizer, bool):
+            self.reset_optimizer = "epoch" if self.reset_optimizer else "never"
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.save_path) / (f"{self.name}-debug" if self.debug else self.name)
+
+    @property
+    def last_stage(self) -> int:
+        """The stage in which every written step is gone: one past max_latent_stage (paper, Section 4.1)."""
+        return self.max_latent_stage + 1
+
+    def passes(self, world_size: int) -> tuple[int, int]:
+        """(forward passes of a rank for one optimizer step, examples of a pass).
+
+        The second is batch_size_training, or less where that would be more than the global batch on so many ranks.
+        Raises UserError where the global batch does not divide.
+        """
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps, self.batch_size_training
+        share, rest = divmod(self.global_batch_size, world_size)
+        size = min(share, self.batch_size_training)
+        if rest or not size or share % size:
+            raise UserError(
+                f"global_batch_size {self.global_batch_size} is no multiple of {world_size} ranks x "
+                f"batch_size_training {self.batch_size_training}"
+            )
+        return share // size, size
+
+    def problems(self, world_size: int = 1, needs_files: bool = True) -> list[str]:
+        """What is impossible about this configuration on this machine, a sentence each."""
+        found = self._path_problems() if needs_files else []
+        if Path(self.save_path).is_file():
+            found.append(f"save_path {self.save_path!r} is a file, not a folder")
+        if self.resume >= self.num_epochs and not self.only_eval:
+            found.append(f"resume {self.resume} leaves nothing of num_epochs {self.num_epochs}")
+        if self.only_eval and self.load_model_path is None:
+            found.append("only_eval needs load_model_path: the checkpoint to evaluate")
+        if re.search(r"[/\\]|^\.*$", self.name):
+            found.append(f"name {self.name!r} must be a plain folder name")
+        if isinstance(self.epochs_per_stage, list) and len(self.epochs_per_stage) > self.last_stage + 1:
+            found.append(
+                f"epochs_per_stage has {len(self.epochs_per_stage)} entries, but there are only {self.last_stage + 1} "
+                f"stages: 0 to max_latent_stage + 1"
+            )
+        if self.method == "icot" and self.uniform_prob > 0:
+            found.append("uniform_prob mixes stages of whole steps, but method icot removes single tokens")
+        if self.from_scratch and self.load_model_path is not None:
+            found.append("from_scratch and load_model_path exclude each other")
+        if self.bf16 and self.bf16_weights:
+            found.append("bf16 (mixed precision) and bf16_weights (everything in bfloat16) exclude each other")
+        if self.compile and self.gradient_checkpointing:
+            found.append("compile and gradient_checkpointing exclude each other")
+        try:
+            self.passes(world_size)
+        except UserError as error:
+            found.append(str(error))
+        return found
+
+    def _path_problems(self) -> list[str]:
+        found = []
+        for name, value in vars(self).items():
+            if isinstance(value, str) and PLACEHOLDER.search(value):
+                found.append(f"{name} is still the placeholder {value!r}: set it to your own path")
+        for name in ("train_path", "val_path", "load_model_path"):
+            value = getattr(self, name)
+            if name == "train_path" and self.only_eval:
+                continue
+            if value is None:
+                if name != "load_model_path":
+                    found.append(f"{name} is missing: set it to a JSON list of question, answer and steps")
+            elif not PLACEHOLDER.search(value):
+                if not Path(value).exists():
+                    found.append(f"{name} {value!r} does not exist{_preparation_hint(value)}")
+                elif name != "load_model_path" and not Path(value).is_file():
+                    found.append(f"{name} {value!r} is no file")
+        model = Path(self.model_id)
+        is_path = (
+            model.is_absolute()
+            or self.model_id.startswith(".")
+            or (len(model.parts) > 1 and model.parents[-2].is_dir())
+        )
+        if is_path and not PLACEHOLDER.search(self.model_id) and not model.is_dir():
+            found.append(f"model_id {self.model_id!r} does not exist{_preparation_hint(self.model_id)}")
+        return found
+
+    @classmethod
+    def describe(cls) -> str:
+        """Every key with its default and its meaning, for --help."""
+        lines = []
+        for field in dataclasses.fields(cls):
+            lines.append(f"  {field.name} = {json.dumps(field.default)}\n      {field.metadata['help']}")
+        return "\n".join(lines)
+
+
+def _preparation_hint(path: str) -> str:
+    hints = {
+        "prosqa_mini": "python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100",
+        "prosqa": "python preprocessing/prosqa.py",
+        "arithmetic": "python preprocessing/arithmetic.py",
+        "tiny_arithmetic": "make data/tiny_arithmetic/config.json",
+        "tiny_prosqa": "make data/tiny_prosqa/config.json",
+    }
+    how = next((how for word, how in hints.items() if Path(path).name.startswith(word)), None)
+    if Path(path).parent.as_posix().endswith("data/thoughts"):
+        how = "make data/thoughts/model/config.json"
+    return f" (make it with: {how})" if how else ""
+
+
+def _merge(values: dict[str, Value], layer: Layer, problems: list[str]) -> None:
+    """Lays one file, or the command line, over `values`; the four method booleans become `method` on the way."""
+    known = {field.name for field in dataclasses.fields(Config)}
+    booleans = {}
+    for name, value in layer.values.items():
+        if name in METHOD_BOOLEANS:
+            if not isinstance(value.value, bool):
+                problems.append(f"{name} must be true or false, not {value.value!r}")
+            booleans[name] = value.value is True
+        elif name in known:
+            values[name] = value
+        else:
+            close = difflib.get_close_matches(str(name), [*known, *METHOD_BOOLEANS, "extends"], 1)
+            hint = f": did you mean {close[0]!r}?" if close else " (run.py --help lists the keys)"
+            problems.append(f"unknown key {name!r} in {layer.origin}{hint}")
+    chosen = {name for name, on in booleans.items() if on}
+    if {"coconut", "no_thoughts"} <= chosen:  # as in the reference, "without thoughts" is a switch on top of coconut
+        chosen.remove("coconut")
+    if "method" in layer.values:
+        chosen.add(str(layer.values["method"].value))
+    if len(chosen) > 1:
+        problems.append(f"two methods at once in {layer.origin}: {' and '.join(sorted(map(str, chosen)))}")
+    elif chosen:
+        values["method"] = Value(chosen.pop(), None)
+    elif booleans and ("method" not in values or values["method"].value in booleans):
+        problems.append(f"no method in {layer.origin}: set method to one of {', '.join(METHODS)}")
+
+
+def _checked(cls, values: dict[str, Value], problems: list[str]) -> dict:
+    """Converts each value to its field's type; what does not convert is reported and left out."""
+    annotations = typing.get_type_hints(cls)
+    result = {}
+    for field in dataclasses.fields(cls):
+        if field.name not in values:
+            continue
+        written = values[field.name]
+        try:
+            value = _converted(_as_written(written, annotations[field.name]), annotations[field.name])
+            _check_range(value, field.metadata)
+        except ValueError as error:
+            shown = written.value if written.text is None or isinstance(written.value, str) else written.text
+            problems.append(f"{field.name} {error}, not {shown!r}")
+            continue
+        result[field.name] = value
+    return result
+
+
+def _as_written(written: Value, annotation):
+    """The value without what YAML 1.1 makes of a text: of 0123 an octal number, of 1:30 one to the base of 60, of a
+    name such as 2026-01-31 or `on` no text at all."""
+    value, text = written
+    if value is None or text is None:
+        return value
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if str in options and bool not in options:
+        return text
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if re.fullmatch(r"[+-]?\d+", text):
+            return int(text)
+        if ":" in text:
+            return text
+    return value
+
+
+def _converted(value, annotation):
+    """`value` as the annotated type. Raises ValueError with what was expected."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if value is None or value == "None":  # the reference writes the string None where YAML has null
+        if type(None) in options:
+            return None
+        raise ValueError("must be set")
+    for option in options:
+        if option is bool and isinstance(value, bool):
+            return value
+        if option is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if option is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)  # YAML reads 1e-4 as text
+            except ValueError:
+                pass
+        if option is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+        if option == list[int] and isinstance(value, list) and value and all(type(entry) is int for entry in value):
+            return value
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        list[int]: "a list of whole numbers",
+    }
+    raise ValueError("must be " + " or ".join(names[option] for option in options if option in names))
+
+
+def _check_range(value, metadata) -> None:
+    if metadata["choices"] and isinstance(value, str) and value not in metadata["choices"]:
+        raise ValueError("must be one of " + ", ".join(metadata["choices"]))
+    if metadata["check"]:
+        metadata["check"](value)
+    for number in value if isinstance(value, list) else [value]:
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            continue
+        if metadata["low"] is not None and not number >= metadata["low"]:
+            raise ValueError(f"must be at least {metadata['low']}")
+        if metadata["high"] is not None and not number <= metadata["high"]:
+            raise ValueError(f"must be at most {metadata['high']}")
+
+
+def configure(description: str, schedule: typing.Callable[[Config, int], str]) -> Config:
+    """The configuration that the command line asks for.
+
+    Ends the program where there is a mistake in it, and after --help or --schedule, whose text `schedule` makes.
+    """
+    is_main = launched_ranks()[0] == 0
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"keys and their defaults:\n{Config.describe()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="a YAML file, such as those in args/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key of the file from here")
+    parser.add_argument("--schedule", action="store_true", help="print what each epoch will do, and stop")
+    if not is_main:  # one rank speaks
+        parser.print_help = lambda *_: None
+        parser.error = lambda message: sys.exit(report(UserError(message)))
+    options = parser.parse_intermixed_args()
+    try:
+        config = Config.from_file(options.config, options.overrides, needs_files=not options.schedule)
+    except UserError as error:
+        sys.exit(report(error))
+    if options.schedule:
+        if is_main:
+            print(schedule(config, launched_ranks()[1]))
+        sys.exit()
+    return config

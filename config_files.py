@@ -1,0 +1,92 @@
+"""Where the values of a configuration are written: YAML files, the files that they extend, the command line.
+
+A value is kept with its text: what YAML makes of `0123` or `on` is not what was written as a name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+
+class Value(NamedTuple):
+    """What YAML makes of a value, and the text where it was a plain scalar."""
+
+    value: object
+    text: str | None
+
+
+class Layer(NamedTuple):
+    """The values of one file, or of the command line, by key."""
+
+    origin: str
+    values: dict[str, Value]
+
+
+def yaml_layers(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> list[Layer]:
+    """The files that `path` extends, outermost first, then `path` itself. What is wrong with them goes to problems."""
+    if path.resolve() in seen:
+        problems.append(f"{path} extends itself")
+        return []
+    try:
+        values = _read(path.read_text(encoding="utf-8"), str(path), problems)
+    except OSError as error:
+        problems.append(f"cannot read {path}: {error.strerror}")
+        return []
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        problems.append(f"{path} is not valid YAML: {' '.join(str(error).split())}")
+        return []
+    parent = values.pop("extends", Value(None, None)).value
+    parents = yaml_layers(path.parent / str(parent), problems, (*seen, path.resolve())) if parent else []
+    for layer in parents:
+        layer.values.pop("name", None)  # two files must not share a run's folder by accident
+    return [*parents, Layer(str(path), values)]
+
+
+def override_layer(overrides, problems: list[str]) -> list[Layer]:
+    """The key=value arguments of the command line."""
+    values: dict[str, Value] = {}
+    given: dict[str, str] = {}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals:
+            problems.append(f"{text!r} on the command line is not key=value")
+            continue
+        if name in given:
+            problems.append(f"{name} is set twice on the command line: {given[name]!r} and {text!r}")
+        given[name] = text
+        try:
+            # as the value of a key, so that it is read as in a file
+            values[name] = _read(f"value: {value}", "", problems)["value"]
+        except (yaml.YAMLError, ValueError, KeyError):
+            problems.append(f"{text!r} on the command line has no valid value")
+    return [Layer("the command line", values)] if values else []
+
+
+def _read(text: str, name: str, problems: list[str]) -> dict[str, Value]:
+    """The keys of a YAML mapping. Raises YAMLError, and ValueError where a scalar cannot be what it seems to be."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            problems.append(f"{name} must hold `key: value` lines")
+            return {}
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                problems.append(f"{name} has the key {key.value!r} twice, in lines {lines[key.value]} and {line}")
+            lines[str(key.value)] = line
+        texts = {
+            key.value: value.value
+            for key, value in node.value
+            if isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.ScalarNode)
+        }
+        loaded = loader.construct_document(node)
+        return {key: Value(value, texts.get(key)) for key, value in loaded.items()}
+    finally:
+        loader.dispose()

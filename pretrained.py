@@ -1,0 +1,261 @@
+"""A model and its tokenizer: from the hub, a folder or a file of the reference; the markers of the latents.
+
+The reference implementation (facebookresearch/coconut) saves a state dict with torch.save; everything else is a Hugging
+Face folder, to which a checkpoint of this program adds coconut.json and, where the thought learns, thought.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from coconut import Coconut
+from config import Config
+from curriculum import Markers
+from thoughts import Thought
+from utils import UserError
+
+START, END, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"
+THOUGHT_FILE = "thought.safetensors"
+
+
+class Pretrained(NamedTuple):
+    """A model with what is needed to write its sequences."""
+
+    model: Coconut
+    tokenizer: PreTrainedTokenizerBase
+    markers: Markers
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load_model(config: Config, source: Path | None) -> Pretrained:
+    """From `source` where it is given (see `checkpoint.resolve`), else from config.model_id.
+
+    For the method coconut the tokenizer gets the three markers and the model an embedding row for each, where they
+    have none yet. Raises UserError where names or shapes do not fit the model that model_id names.
+    """
+    folder = source if source is not None and source.is_dir() else None
+    tokenizer = load_tokenizer(config, folder)
+    dtype = torch.bfloat16 if config.bf16_weights else torch.float32
+    try:
+        if config.from_scratch and source is None:
+            base = AutoModelForCausalLM.from_config(shape_of(config, source), dtype=dtype)
+        else:
+            if folder is not None:
+                _check_same_shape(config.model_id, folder)
+            base, report = AutoModelForCausalLM.from_pretrained(
+                folder or config.model_id, dtype=dtype, output_loading_info=True
+            )
+            _check_names(folder or config.model_id, report["missing_keys"], report["unexpected_keys"] if folder else ())
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise not_loadable("load_model_path" if folder else "model_id", folder or config.model_id, error) from None
+    has_marker_rows = False
+    if source is not None and folder is None:
+        n_markers = len({START, END, LATENT} - set(tokenizer.get_vocab()))
+        has_marker_rows = _load_reference_file(base, source, rows_with_markers=len(tokenizer) + n_markers)
+    if config.method == "coconut":
+        markers = add_markers(tokenizer, base, initialise=not has_marker_rows)
+    else:
+        markers = mark(tokenizer, config.method)
+    base.config.use_cache = True
+    model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
+    if folder is not None:
+        _load_thought(model.thought, config.thought, folder)
+    return Pretrained(model, tokenizer, markers)
+
+
+def _load_thought(thought: Thought, spelling: str, folder: Path) -> None:
+    """What the thought had learnt in a checkpoint. Other folders have none of it: it starts anew."""
+    path, own = folder / THOUGHT_FILE, thought.state_dict()
+    if not path.is_file():
+        if own and (read_description(folder) or {}).get("thought") == spelling:
+            raise UserError(f"{folder} was trained with the thought {spelling}, but lacks {THOUGHT_FILE}")
+        return
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
+    mismatched = [
+        f"{name} {list(saved[name].shape)} instead of {list(own[name].shape)}"
+        for name in own.keys() & saved.keys()
+        if saved[name].shape != own[name].shape
+    ]
+    _check_names(path, own.keys() - saved.keys(), saved.keys() - own.keys(), mismatched, f"thought {spelling}")
+    thought.load_state_dict(saved)
+
+
+def shape_of(config: Config, source: Path | None) -> PreTrainedConfig:
+    """The model's own configuration. Raises UserError where it is not to be had."""
+    where = source if source is not None and source.is_dir() else config.model_id
+    try:
+        return AutoConfig.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise not_loadable("model_id", where, error) from None
+
+
+def _check_same_shape(model_id: str, folder: Path) -> None:
+    """A checkpoint of another model than model_id is a mistake. Without model_id at hand the checkpoint is believed."""
+    try:
+        wanted = AutoConfig.from_pretrained(model_id, local_files_only=True)
+    except (OSError, ValueError):
+        return
+    found = AutoConfig.from_pretrained(folder)
+    names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads")
+    differ = [name for name in names if getattr(wanted, name, None) != getattr(found, name, None)]
+    if differ:
+        have = ", ".join(f"{name} {getattr(found, name, None)}" for name in differ)
+        want = ", ".join(f"{name} {getattr(wanted, name, None)}" for name in differ)
+        raise UserError(
+            f"{folder} is a checkpoint of another model: it has {have}, but model_id {model_id!r} has {want}"
+        )
+
+
+def _check_names(source, missing, unexpected, mismatched=(), what: str = "model") -> None:
+    problems = []
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)):
+        if names:
+            names = sorted(names)
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            problems.append(f"{title}: {', '.join(names[:4])}{more}")
+    if problems:
+        raise UserError(f"{source} does not fit the {what}: weights {'; '.join(problems)}")
+
+
+def read_description(folder: Path) -> dict | None:
+    """coconut.json of a checkpoint folder; None where there is none (other Hugging Face folders, reference files)."""
+    path = folder / "coconut.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The tokenizer and the markers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(config: Config, folder: Path | None = None):
+    """The tokenizer of a checkpoint's folder, where it has one, else of config.model_id. Raises UserError."""
+    has_one = folder is not None and any(
+        (folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
+    )
+    source = folder if has_one else config.model_id
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise not_loadable("load_model_path" if has_one else "model_id", source, error) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {source} has no EOS token, without which no answer ends")
+    return tokenizer
+
+
+def not_loadable(key: str, source, error: Exception) -> UserError:
+    """That transformers found nothing it can load where `key` points."""
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return UserError(
+        f"{key} {str(source)!r} cannot be loaded: it is neither a whole local Hugging Face folder nor to be had from "
+        f"the hub ({first_line})"
+    )
+
+
+def mark(tokenizer, method: str) -> Markers:
+    """The ids of the markers, for the methods that have them; the tokenizer gets those that it lacks, in the
+    reference's order."""
+    if method != "coconut":
+        return Markers(None, None, None, tokenizer.eos_token_id)
+    tokenizer.add_tokens([START, END, LATENT])
+    start, end, latent = tokenizer.convert_tokens_to_ids([START, END, LATENT])
+    return Markers(start, latent, end, tokenizer.eos_token_id)
+
+
+@torch.no_grad()
+def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True) -> Markers:
+    """Adds the markers that tokenizer and model lack; the order of the rows is the reference's.
+
+    A new row, of the input and of the output embedding, tied or not, starts as that of "<<" where the tokenizer has
+    it as one token, else as the mean row; unless `initialise` is off, because the rows have been loaded.
+    """
+    known = min(len(tokenizer), base.get_input_embeddings().weight.shape[0])
+    missing = [marker for marker in (START, END, LATENT) if marker not in tokenizer.get_vocab()]
+    markers = mark(tokenizer, "coconut")
+    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if missing and initialise:
+        like = tokenizer.convert_tokens_to_ids("<<")
+        one_token = like is not None and like != tokenizer.unk_token_id
+        new = tokenizer.convert_tokens_to_ids(missing)
+        for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+            for values in (module.weight, getattr(module, "bias", None)):
+                if values is not None:
+                    values[new] = values[like].clone() if one_token else values[:known].mean(dim=0)
+    return markers
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files of the reference
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: int) -> bool:
+    """Loads what the reference saved with torch.save: a state dict of the bare model or of its Coconut wrapper.
+
+    Its embeddings have the vocabulary's rows or, trained with latents, `rows_with_markers`, to which the model is then
+    resized. Returns whether the file held the markers' rows.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises whatever the unpickler meets
+        raise UserError(
+            f"{path} is no file of weights: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        ) from None
+    if not isinstance(saved, dict) or not saved or not all(isinstance(value, torch.Tensor) for value in saved.values()):
+        raise UserError(f"{path} is no state dict: it must map names to tensors")
+    saved = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in saved.items()}
+    wrapped = any(name.startswith("base_causallm.") for name in saved)
+    if wrapped:
+        # the reference's wrapper also registers the input embedding, as `embedding.weight`: the same tensor again
+        saved.pop("embedding.weight", None)
+        saved = {name.removeprefix("base_causallm."): value for name, value in saved.items()}
+    ignored = base._keys_to_ignore_on_load_unexpected or ()  # buffers of older releases, such as GPT-2's causal mask
+    names = list(base.state_dict())
+    saved = {
+        name: value
+        for name, value in saved.items()
+        if name in names or not any(re.search(pattern, name) for pattern in [*ignored, r"\.masked_bias$", r"inv_freq$"])
+    }
+    embedding = base.get_input_embeddings()
+    row_name = next(name for name, module in base.named_modules() if module is embedding) + ".weight"
+    resized = row_name in saved and len(saved[row_name]) == rows_with_markers != embedding.weight.shape[0]
+    if resized:
+        base.resize_token_embeddings(rows_with_markers, mean_resizing=False)
+    own = base.state_dict()
+    given = {own[name].data_ptr() for name in saved if name in own}
+    missing = [
+        name for name, value in own.items() if name not in saved and value.data_ptr() not in given
+    ]  # less the tied
+    mismatched = [
+        f"{name} {list(value.shape)} instead of {list(own[name].shape)}"
+        for name, value in saved.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    _check_names(path, missing, [name for name in saved if name not in own], mismatched)
+    base.load_state_dict(saved, strict=False)
+    return resized or wrapped

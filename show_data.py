@@ -1,0 +1,116 @@
+"""Shows a data file as the model sees it at a stage: sequences token by token, and how long they are.
+
+python show_data.py data/prosqa_valid.json --model openai-community/gpt2 --config args/prosqa_coconut.yaml --stage 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from itertools import groupby
+
+from config import Config
+from curriculum import IGNORE, Markers, stage_of, training_sequence
+from dataset import Tokens, tokenize
+from examples import load_examples
+from utils import UserError, report
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", help="JSON list of {question, answer, steps}")
+    parser.add_argument("--model", metavar="ID", help="whose tokenizer (default: model_id of the configuration)")
+    parser.add_argument("--config", metavar="YAML", help="method and stages (default: Coconut, c_thought 1)")
+    parser.add_argument("--stage", type=int, metavar="S", help="(default: that of the run's first epoch)")
+    parser.add_argument("--examples", type=int, default=3, metavar="N", help="show the first N (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+
+import numpy as np
+
+from pretrained import LATENT, load_tokenizer, mark
+
+COLOURS = {"given": "0", "latent": "1;35", "supervised": "32"}  # of a terminal
+
+
+def show_sequence(
+    input_ids: list[int], labels: list[int], markers: Markers, tokenizer, coloured: bool = False
+) -> list[str]:
+    """A training sequence as lines of text, a line for each run of tokens of one kind: given, latent or supervised."""
+
+    def kind(pair: tuple[int, int]) -> str:
+        return "supervised" if pair[1] != IGNORE else "latent" if pair[0] == markers.latent else "given"
+
+    lines = []
+    for name, run in groupby(zip(input_ids, labels, strict=True), key=kind):
+        texts = [tokenizer.decode([token]).replace("\n", "⏎") for token, _ in run]
+        # a bar between tokens, for their spaces are part of them
+        line = f"{name:>10} {len(texts):>4}  {f'{LATENT} x {len(texts)}' if name == 'latent' else '|'.join(texts)}"
+        lines.append(f"\033[{COLOURS[name]}m{line}\033[0m" if coloured else line)
+    return lines
+
+
+def length_table(tokens: Tokens, stage: int, config: Config, markers: Markers) -> list[str]:
+    """How many tokens the parts of a file's examples have, and its training sequences at a stage, as lines of text."""
+    columns: dict[str, list[int]] = {
+        "steps of an example": [],
+        "tokens of the question": [],
+        "tokens of all steps": [],
+        "tokens of the answer": [],
+        f"sequence at stage {stage}": [],
+        "  of it supervised": [],
+    }
+    for number in range(len(tokens)):
+        question, steps, answer = tokens[number]
+        ids, labels = training_sequence(question, steps, answer, stage, config, markers)
+        supervised = sum(label != IGNORE for label in labels)
+        counts = (len(steps), len(question), sum(map(len, steps)), len(answer), len(ids), supervised)
+        for column, count in zip(columns.values(), counts, strict=True):
+            column.append(count)
+    heads = ("mean", "min", "median", "99 %", "max", "example of max")
+    lines = [f"{'':<24}" + "".join(f"{head:>9}" for head in heads[:-1]) + f"{heads[-1]:>16}"]
+    for name, column in columns.items():
+        low, middle, high, top = np.percentile(column, (0, 50, 99, 100), method="nearest")
+        numbers = "".join(f"{value:>9}" for value in (low, middle, high, top))
+        lines.append(f"{name:<24}{np.mean(column):>9.1f}{numbers}{int(np.argmax(column)):>16}")
+    return lines
+
+
+def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool) -> str:
+    """What the script prints. Raises UserError."""
+    if config.method in ("coconut", "no_thoughts") and stage > config.last_stage:
+        raise UserError(f"there is no stage {stage}: the last one of this configuration is {config.last_stage}")
+    examples = load_examples(path)
+    tokenizer = load_tokenizer(config)
+    markers = mark(tokenizer, config.method)
+    tokens = tokenize(examples, tokenizer, show_progress=len(examples) > 20_000)
+    lines = [f"{path}: {len(examples):,} examples; method {config.method}, stage {stage}, model {config.model_id}"]
+    for number in range(min(n_examples, len(examples))):
+        ids, labels = training_sequence(*tokens[number], stage, config, markers)
+        lines += ["", f"example {number}: {len(ids)} tokens"]
+        lines += show_sequence(ids, labels, markers, tokenizer, coloured)
+    return "\n".join([*lines, "", *length_table(tokens, stage, config, markers)])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if (options.stage or 0) < 0 or options.examples < 0:
+        parser.error("--stage and --examples must not be negative")
+    try:
+        config = Config.from_file(options.config, needs_files=False) if options.config else Config()
+        config.model_id = options.model or config.model_id
+        stage = stage_of(config, config.resume) if options.stage is None else options.stage
+        coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(look(options.file, config, stage, options.examples, coloured))
+    except UserError as error:
+        return report(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""The table of a run, from its metrics.jsonl and its evaluation: each stage after its last epoch.
+
+python evaluate.py checkpoints/quickstart         # prints it
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from curriculum import stage_name
+from utils import UserError, read_log, report
+
+
+def summary(run_dir: Path) -> str:
+    """The table of a run: each stage after its last epoch, then eval-only results where there are any.
+
+    Raises UserError where the folder holds no finished epoch and no evaluation.
+    """
+    rows, stages, last_of_stage = [], {}, {}
+    metrics_file, evaluation = run_dir / "metrics.jsonl", run_dir / "eval" / "metrics.json"
+    # a restarted run repeats the epochs that it had lost: what was written last counts
+    epochs = {record["epoch"]: record for record in read_log(metrics_file) if record["event"] == "epoch"}
+    for _, record in sorted(epochs.items()):
+        n_epochs, seconds = stages.get(record["stage"], (0, 0.0))
+        stages[record["stage"]] = (n_epochs + 1, seconds + record["train_seconds"] + record["seconds"])
+        last_of_stage[record["stage"]] = record
+    for stage, record in last_of_stage.items():
+        n_epochs, seconds = stages[stage]
+        rows.append((f"validation, stage {stage_name(stage)}", n_epochs, record, f"{seconds:.0f}"))
+    if evaluation.exists():
+        record = json.loads(evaluation.read_text(encoding="utf-8"))
+        title = f"{Path(record['file']).stem}, stage {stage_name(record['stage'])}"
+        rows.append((title, "", record, f"{record['seconds']:.1f}"))
+    if not rows:
+        raise UserError(f"{run_dir} holds neither a finished epoch nor an evaluation")
+    return "\n".join([HEADER, *(row_of(*row) for row in rows)])
+
+
+HEADER = f"{'':32}{'epochs':>7}{'accuracy':>10}{'tokens':>8}{'loss':>8}{'seconds':>9}"
+
+
+def row_of(title: str, n_epochs: int | str, record: dict, seconds: str) -> str:
+    """A line of the table: `record` holds the metrics of an evaluation."""
+    return (
+        f"{title:32}{n_epochs:>7}{record['accuracy']:>10.1%}{record['generated_tokens']:>8.1f}"
+        f"{record['loss']:>8.3f}{seconds:>9}"
+    )
+
+
+def main(description: str, arguments: list[str] | None = None) -> int:
+    """`python evaluate.py RUN`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run: save_path/name")
+    options = parser.parse_args(arguments)
+    try:
+        print(summary(options.run))
+    except UserError as error:
+        return report(error)
+    return 0

@@ -1,0 +1,212 @@
+"""The configuration: what is read, what is refused, and how that is said."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import utils
+from config import Config
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def write(tmp_path):
+    for name in ("train.json", "valid.json", "weights"):
+        (tmp_path / name).write_text("[]")
+
+    def write_yaml(text: str, name: str = "run.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(f"train_path: {tmp_path}/train.json\nval_path: {tmp_path}/valid.json\n{text}")
+        return path
+
+    return write_yaml
+
+
+def problem(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        Config.from_file(path, overrides)
+    return str(error.value)
+
+
+def problems_of(path: Path) -> list[str]:
+    """All that is said about a file, a line each."""
+    try:
+        Config.from_file(path)
+    except UserError as error:
+        return str(error).removeprefix(f"{path}: ").strip().splitlines()
+    return []
+
+
+REFERENCE = """
+project: coconut
+save_path: {folder}
+name: gsm-coconut
+only_eval: False
+coconut: True
+cot: False
+no_thoughts: False
+no_cot: False
+c_thought: 2
+epochs_per_stage: 3
+max_latent_stage: 3
+pad_latent_to_max: True
+save_only_improve: False
+uniform_prob: 0.0
+model_id: openai-community/gpt2
+load_model_path: {folder}/weights
+seed: 0
+resume: 3
+bf16: False
+reset_optimizer: True
+batch_size_training: 32
+debug: False
+gradient_accumulation_steps: 1
+num_epochs: 25
+lr: !!float "1e-4"
+weight_decay: 0.01
+"""
+
+
+def test_the_references_files_are_read(write, tmp_path):
+    config = Config.from_file(write(REFERENCE.format(folder=tmp_path)))
+    assert config.method == "coconut"
+    assert config.lr == 1e-4
+    assert config.reset_optimizer == "epoch"
+    assert config.load_model_path == f"{tmp_path}/weights"
+    text = REFERENCE.replace("load_model_path: {folder}/weights", 'load_model_path: "None"').replace("1e-4", "1e-5")
+    config = Config.from_file(write(text.format(folder=tmp_path)))
+    assert config.load_model_path is None
+    assert config.lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("coconut: True\nno_thoughts: True", "no_thoughts"),
+        ("coconut: False\ncot: True", "cot"),
+        ("no_cot: True", "no_cot"),
+        ("method: no_thoughts", "no_thoughts"),
+        ("", "coconut"),
+    ],
+)
+def test_the_booleans_become_one_method(write, text, method):
+    assert Config.from_file(write(text)).method == method
+
+
+def test_overrides_win_and_extends_is_read(write, tmp_path):
+    write("coconut: True\nlr: 1e-3\nseed: 1\nname: parent", "base.yaml")
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: base.yaml\nseed: 2\ncot: True")
+    config = Config.from_file(child, ["seed=3", "epochs_per_stage=[1, 2]", "load_model_path=None"])
+    assert (config.name, config.seed, config.lr, config.method) == ("child", 3, 1e-3, "cot")
+    assert config.epochs_per_stage == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("batch_size_trainin: 3", "unknown key 'batch_size_trainin' .*did you mean 'batch_size_training'"),
+        ("coconut: True\ncot: True", "two methods at once .*: coconut and cot"),
+        ("method: cot\nno_cot: True", "two methods at once"),
+        ("coconut: False\ncot: False", "no method"),
+        ("method: magic", "method must be one of coconut, cot"),
+        ("seed: many", "seed must be a whole number, not 'many'"),
+        ("seed: 1.5", "seed must be a whole number"),
+        ("bf16: 1", "bf16 must be true or false"),
+        ("lr: fast", "lr must be a number"),
+        ("method: icot\nuniform_prob: 0.5", "icot removes single tokens"),
+        ("uniform_prob: 2", "uniform_prob must be at most 1"),
+        ("batch_size_training: 0", "batch_size_training must be at least 1"),
+        ("seed: null", "seed must be set"),
+        ("only_eval: True", "only_eval needs load_model_path"),
+        ("load_model_path: YOUR_PATH_TO_COCONUT_CKPT", "load_model_path is still the placeholder"),
+        ("save_path: YOUR_PATH_TO_SAVE_THE_MODEL", "save_path is still the placeholder"),
+        ("load_model_path: no/such", "load_model_path 'no/such' does not exist"),
+        ("name: ../elsewhere", "name .* must be a plain folder name"),
+        ("epochs_per_stage: [1, 1, 1]\nmax_latent_stage: 1", None),
+        ("epochs_per_stage: [1, 1, 1, 1]\nmax_latent_stage: 1", "epochs_per_stage has 4 entries, but .* only 3 stages"),
+        ("epochs_per_stage: [1, 0]", "epochs_per_stage must be at least 1"),
+        ("global_batch_size: 100", "global_batch_size 100 is no multiple of 1 ranks x batch_size_training 32"),
+        ("method: [coconut]", "method must be one of"),
+        ("resume: 50", "resume 50 leaves nothing of num_epochs 50"),
+        ("model_id: ./no/such", "model_id './no/such' does not exist"),
+        ("save_path: run.yaml", None),
+        ("reset_optimizer: sometimes", "reset_optimizer must be one of never, stage, epoch"),
+        ("thought: nothing", "thought must be one of last, layer:N, pause, projected, .*, not .nothing."),
+        ("thought: layer:-2", None),
+        ("thought: layer:half", "thought must be one of"),
+        ("bf16: True\nbf16_weights: True", "exclude each other"),
+        ("- a list", "not valid YAML|must hold"),
+        ("extends: run.yaml", "extends itself"),
+        ("extends: none.yaml", "cannot read .*none.yaml"),
+    ],
+)
+def test_what_is_wrong_is_said(write, text, complaint):
+    path = write(text)
+    if complaint is None:
+        Config.from_file(path)
+    else:
+        assert re.search(complaint, problem(path)), problem(path)
+
+
+def test_all_problems_are_said_at_once(write):
+    text = problem(write("seeed: 1\nlr: fast\ncoconut: True\ncot: True"), "nonsense")
+    assert [word in text for word in ("seeed", "lr must", "two methods", "'nonsense' on the command line")] == [
+        True
+    ] * 4
+
+
+def test_missing_data_is_named_with_the_command_that_makes_it(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train_path: data/prosqa_train.json")
+    text = problem(path)
+    assert "python preprocessing/prosqa.py" in text or (ROOT / "data/prosqa_train.json").exists()
+    assert "val_path is missing" in text
+
+
+def test_accumulation_follows_the_world(monkeypatch, write):
+    config = Config(global_batch_size=128, batch_size_training=32)
+    assert [config.passes(world_size) for world_size in (1, 2, 4, 8)] == [(4, 32), (2, 32), (1, 32), (1, 16)]
+    assert Config(batch_size_training=32, gradient_accumulation_steps=3).passes(5) == (3, 32)
+    for world_size in (3, 256):
+        with pytest.raises(UserError, match="no multiple"):
+            config.passes(world_size)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    assert "3 ranks" in problem(write("global_batch_size: 128"))
+
+
+def test_the_written_config_repeats_the_run(write, tmp_path):
+    config = Config.from_file(write("lr: 1e-3\nepochs_per_stage: [1, 2]\nreset_optimizer: False"))
+    utils.write_config(dataclasses.asdict(config), tmp_path / "out", world_size=2)
+    text = (tmp_path / "out" / "config.yaml").read_text()
+    assert "# torch: 2." in text
+    assert "# git commit: " in text
+    assert Config.from_file(tmp_path / "out" / "config.yaml") == config
+
+
+def test_every_yaml_in_args_is_valid_but_for_missing_files():
+    for path in sorted((ROOT / "args").glob("*.yaml")):
+        lines = [line for line in problems_of(path) if "does not exist" not in line]
+        assert not lines, path
+
+
+def test_yaml_cannot_run_code(write):
+    assert "not valid YAML" in problem(write("name: !!python/object/apply:os.getcwd []"))
+
+
+def test_help_and_readme_name_every_key():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for field in dataclasses.fields(Config):
+        assert f"  {field.name} = " in Config.describe()
+        assert f"| `{field.name}` |" in readme, field.name
+
+
+def test_reference_yaml_is_what_yaml_makes_of_it():
+    """The reference spells learning rates with a tag, which safe_load resolves."""
+    assert yaml.safe_load('lr: !!float "1e-4"') == {"lr": 1e-4}
