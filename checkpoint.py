@@ -142,16 +142,6 @@ def save(
     """
     name = restart_name(progress) if files is None else f"checkpoint_{progress.epoch}"
     target, aside = config.run_dir / name, config.run_dir / f".writing-{name}"
-    description = {
-        "format": FORMAT,
-        "method": config.method,
-        "stage": stage,
-        "c_thought": config.c_thought,
-        "max_latent_stage": config.max_latent_stage,
-        "pad_latent_to_max": config.pad_latent_to_max,
-        "thought": config.thought,
-        "markers": pretrained.markers._asdict(),
-    }
     weights = parallel.whole_weights(pretrained.model)  # all ranks
 
     def make_room() -> None:
@@ -168,7 +158,7 @@ def save(
             pretrained.tokenizer.save_pretrained(aside)
             for file, text in (files or {}).items():
                 (aside / file).write_text(text, encoding="utf-8")
-            _write_json(aside / "coconut.json", description)
+            _write_json(aside / "coconut.json", _description(config, pretrained, stage))
             state = {"format": FORMAT, "world_size": world.size, **asdict(progress)}
             _write_json(aside / "trainer" / "state.json", state)
 
@@ -187,6 +177,13 @@ def save(
         raise
     on_main_rank(world, lambda: _prune(config, progress))
     return target
+
+
+def _description(config: Config, pretrained: Pretrained, stage: int) -> dict:
+    """coconut.json: what the model's sequences look like."""
+    names = ("method", "c_thought", "max_latent_stage", "pad_latent_to_max", "thought")
+    chosen = {name: getattr(config, name) for name in names}
+    return {"format": FORMAT, "stage": stage, **chosen, "markers": pretrained.markers._asdict()}
 
 
 def _under(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
