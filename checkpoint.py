@@ -16,6 +16,7 @@ restart would take for one. A digest of every file tells whether a disk has dama
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import random
@@ -33,16 +34,21 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import parallel
 from config import Config
 from pretrained import THOUGHT_FILE, Pretrained, read_description
 from ranks import World, on_every_rank, on_main_rank
-from utils import UserError, sync_to_disk
+from utils import UserError, retried, sync_to_disk
 
 FORMAT = 2  # of coconut.json and trainer/state.json
 MANIFEST = "trainer/manifest.json"  # file -> SHA-256
+OPTIMIZER = "trainer/optimizer"
 PREFIX, THOUGHT_PREFIX = "base_causallm.", "thought."
 
 
@@ -147,9 +153,10 @@ def save(
     def make_room() -> None:
         for path in [*config.run_dir.glob(".writing-*"), *config.run_dir.glob(".removing-*")]:
             shutil.rmtree(path)  # of a job that was killed
-        (aside / "trainer").mkdir(parents=True)
+        (aside / OPTIMIZER).mkdir(parents=True)
 
     def write_mine() -> None:
+        retried((aside / OPTIMIZER).stat)  # which rank 0 has made, on another node perhaps
         torch.save(_random_state(world), aside / "trainer" / f"random_{world.rank}.pt")
         if world.is_main:
             pretrained.model.base_causallm.save_pretrained(aside, state_dict=_under(PREFIX, weights))
@@ -163,14 +170,14 @@ def save(
             _write_json(aside / "trainer" / "state.json", state)
 
     def write_optimizer() -> None:
-        state = {"optimizer": get_optimizer_state_dict(pretrained.model, optimizer)}
-        dcp.save(state, checkpoint_id=aside / "trainer" / "optimizer")
+        state = get_optimizer_state_dict(pretrained.model, optimizer)["state"]
+        dcp.save({"optimizer": {"state": state}}, checkpoint_id=aside / OPTIMIZER)
 
     try:
         on_main_rank(world, lambda: _writing(target, make_room))
         on_every_rank(world, lambda: _writing(target, write_mine))
         _writing(target, write_optimizer)  # all ranks; torch tells all of them when one fails
-        on_main_rank(world, lambda: _writing(target, lambda: _publish(aside, target)))
+        on_main_rank(world, lambda: _writing(target, lambda: _publish(aside, target, world.size)))
     except UserError:
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
@@ -211,10 +218,15 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _publish(aside: Path, target: Path) -> None:
+def _publish(aside: Path, target: Path, world_size: int) -> None:
     """Gives a complete folder its name, after all of it has reached the disk, with a digest of every file."""
+    for path in _written_by_ranks(aside, world_size):
+        retried(path.stat)  # what another node has written may be seen here only later: it must be in the manifest
     paths = [path for path in sorted(aside.rglob("*")) if path.is_file()]
     digests = dict(zip((str(path.relative_to(aside)) for path in paths), _digests(paths), strict=True))
+    for path in _written_by_ranks(aside, world_size):
+        if str(path.relative_to(aside)) not in digests:
+            raise FileNotFoundError(errno.ENOENT, "was written, but is not listed", str(path))
     _write_json(aside / MANIFEST, digests)
     sync_to_disk(aside)
     if target.exists():  # a stranger, such as a file of the reference: nothing of it is lost
@@ -222,6 +234,14 @@ def _publish(aside: Path, target: Path) -> None:
         target.rename(target.with_name(f"{target.name}.replaced-{number}"))
     aside.rename(target)
     sync_to_disk(target.parent, deep=False)
+
+
+def _written_by_ranks(aside: Path, world_size: int) -> list[Path]:
+    """The files that other ranks than 0 may have written: their random state, their shares of the optimizer."""
+    metadata = dcp.FileSystemReader(aside / OPTIMIZER).read_metadata()
+    shares = {entry.relative_path for entry in (metadata.storage_data or {}).values()}
+    states = [aside / "trainer" / f"random_{rank}.pt" for rank in range(world_size)]
+    return [*states, *(aside / OPTIMIZER / share for share in sorted(shares))]
 
 
 def _digests(paths: list[Path]) -> list[str]:
@@ -236,11 +256,13 @@ def _digests(paths: list[Path]) -> list[str]:
 
 
 def _prune(config: Config, progress: Progress) -> None:
-    """Removes what is no longer needed: checkpoints for restarts, but for those among the newest two; and finished
-    epochs beyond keep_checkpoints, but never the first with the best accuracy of the latest stage."""
+    """Removes what is no longer needed: checkpoints for restarts, but for the newest two since the last finished epoch;
+    and finished epochs beyond keep_checkpoints, but never the first with the best accuracy of the latest stage."""
     everything = checkpoints(config.run_dir)
-    for path in everything[:-2]:
-        if not _is_of_finished_epoch(path):
+    finished = [place for place, path in enumerate(everything) if _is_of_finished_epoch(path)]
+    needed = everything[max(finished[-1] if finished else 0, len(everything) - 2) :]
+    for path in everything:
+        if not _is_of_finished_epoch(path) and path not in needed:
             _remove(path)
     if config.keep_checkpoints is None:
         return
@@ -386,11 +408,23 @@ def read_progress(folder: Path) -> Progress:
 
 
 def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restores the optimizer of a checkpoint, on any number of ranks. Collective: every rank must call it."""
+    """Restores the optimizer's averages from a checkpoint, on any number of ranks; its hyper-parameters are those of
+    the configuration. Collective: every rank must call it.
+
+    What the checkpoint does not have, begins anew: weights that never got a gradient have no averages, and another
+    version of torch may keep more of them.
+    """
     optimizer.zero_grad()  # where gradients wait for a step, torch makes no state to load into, and says nothing
-    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(state, checkpoint_id=folder / "trainer" / "optimizer")
-    set_optimizer_state_dict(model, optimizer, optim_state_dict=state["optimizer"])
+    reader = dcp.FileSystemReader(folder / OPTIMIZER)
+    saved = reader.read_metadata().state_dict_metadata
+    whole = get_optimizer_state_dict(model, optimizer)
+    whole["state"] = {
+        name: {key: value for key, value in values.items() if f"optimizer.state.{name}.{key}" in saved}
+        for name, values in whole["state"].items()
+        if f"optimizer.state.{name}.step" in saved
+    }
+    dcp.load({"optimizer": {"state": whole["state"]}}, storage_reader=reader)
+    set_optimizer_state_dict(model, optimizer, optim_state_dict=whole, options=StateDictOptions(strict=False))
 
 
 def load_random_state(folder: Path, world: World) -> bool:

@@ -13,20 +13,22 @@ from the collator.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from curriculum import IGNORE
 from dataset import latent_columns as find_latent_columns
 from kv_cache import make_cache
 from thoughts import Seen, StreamRecorder, decoder_blocks, make_thought
+
+NO_FILTERS = {"top_k": 0, "top_p": 1.0}  # Hugging Face's `generate` would take the likeliest 50
 
 
 class CoconutOutput(NamedTuple):
@@ -128,7 +130,9 @@ class Coconut(nn.Module):
             input_ids, attention_mask, position_ids: (B, T) as in `forward`.
             max_new_tokens: N at most; decoding stops earlier once every row has said EOS.
             generation_options: for anything but greedy decoding, options of Hugging Face's `generate` (do_sample,
-                temperature, num_beams, ...), which then continues from the embeddings with the thoughts filled in.
+                temperature, num_beams, ...), which then continues from the embeddings with the thoughts filled in. The
+                model's own generation_config does not count, nor do Hugging Face's defaults: without a top_k there is
+                none.
 
         Returns: (B, N) int64; each row ends with EOS, where it came to say it, and is filled up with EOS.
         """
@@ -136,12 +140,14 @@ class Coconut(nn.Module):
         left_padded = _is_left_padded(attention_mask)
         if generation_options:
             _, embeds, _, _ = self._run(input_ids, attention_mask, position_ids, left_padded)
-            return self.base_causallm.generate(
-                inputs_embeds=embeds,
-                attention_mask=attention_mask,
-                max_new_tokens=max_new_tokens,
-                **{"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id, **generation_options},
-            )
+            plain = {"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id, **NO_FILTERS}
+            with _own_distribution(self.base_causallm):
+                return self.base_causallm.generate(
+                    inputs_embeds=embeds,
+                    attention_mask=attention_mask,
+                    max_new_tokens=max_new_tokens,
+                    **{**plain, **generation_options},
+                )
         hidden, _, cache, attention_mask = self._run(
             input_ids, attention_mask, position_ids, left_padded, new_columns=max_new_tokens
         )
@@ -278,6 +284,16 @@ class Coconut(nn.Module):
 
     def _scaled(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden if self._logit_scale == 1 else hidden * self._logit_scale
+
+
+@contextmanager
+def _own_distribution(base: PreTrainedModel) -> Iterator[None]:
+    """Lets Hugging Face's `generate` use nothing of the generation_config that a model brings along."""
+    brought, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = brought
 
 
 def _attends_plainly(config) -> bool:

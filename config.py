@@ -129,7 +129,9 @@ class Config:
     icot_smoothing: float | None = _key(4.0, "icot: o more tokens are removed with probability ~ exp(-this * o)", low=0)
 
     # the model
-    model_id: str = _key("openai-community/gpt2", "Hugging Face id or local folder of the causal language model")
+    model_id: str = _key(
+        "openai-community/gpt2", "Hugging Face id or local folder of the causal language model", free=True
+    )
     from_scratch: bool = _key(False, "take only the shape of model_id; initialise its weights from seed")
     load_model_path: str | None = _key(
         None,
@@ -321,9 +323,18 @@ class Config:
             or self.model_id.startswith(".")
             or (len(model.parts) > 1 and model.parents[-2].is_dir())
         )
-        if is_path and not PLACEHOLDER.search(self.model_id) and not model.is_dir():
+        if is_path and not PLACEHOLDER.search(self.model_id) and not model.is_dir() and not self._has_model_elsewhere():
             found.append(f"model_id {self.model_id!r} does not exist{_preparation_hint(self.model_id)}")
         return found
+
+    def _has_model_elsewhere(self) -> bool:
+        """Whether a checkpoint has all that model_id would be asked for: shape, weights and tokenizer."""
+        if not self.only_eval and any(self.run_dir.glob("checkpoint_*/coconut.json")):
+            return True
+        source = Path(self.load_model_path or "")
+        return self.load_model_path is not None and (
+            (source / "config.json").is_file() or any(source.glob("checkpoint_*/config.json"))
+        )
 
     @classmethod
     def describe(cls) -> str:

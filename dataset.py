@@ -11,12 +11,14 @@ All is numpy until the last moment, when `_padded` makes tensors: data can be re
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, pairwise
@@ -29,11 +31,10 @@ from config import Config
 from curriculum import IGNORE, Markers, stage_of_example, thoughts_and_dropped, training_sequence
 from examples import load_examples, read_examples
 from ranks import World, ignore_signals, on_main_rank, under_debugger
-from utils import UserError, progress_bar, sync_to_disk
+from utils import UserError, progress_bar, retried, sync_to_disk, writing
 
 if TYPE_CHECKING:
     import torch
-    from torch.utils.data import DataLoader
 
 DEBUG_EXAMPLES = {"train": 5000, "val": 32}
 CACHE_VERSION = 1  # raise it when `tokenize` changes
@@ -75,7 +76,11 @@ class Tokens:
 
     @classmethod
     def open(cls, folder: Path) -> Tokens:
-        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls.NAMES))
+        """Maps what `save` has written, on this node or on another. Raises UserError."""
+        try:
+            return cls(*(retried(lambda name=name: np.load(folder / f"{name}.npy", "r")) for name in cls.NAMES))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} cannot be read: {error}; remove it, and it is made again") from None
 
     def save(self, folder: Path) -> None:
         for name in self.NAMES:
@@ -124,21 +129,38 @@ def cache_tokens(path: str, tokenizer, folder: Path, limit: int | None = None, s
             digest = hashlib.file_digest(file, "sha256")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
-    digest.update(json.dumps([type(tokenizer).__name__, backend, limit, CACHE_VERSION]).encode())
+    identity = [type(tokenizer).__name__, _what_decides_ids(tokenizer), limit, CACHE_VERSION]
+    digest.update(json.dumps(identity).encode())
     target = folder / digest.hexdigest()[:32]
     if not target.exists():
         tokens = tokenize(read_examples(path, limit), tokenizer, show_progress)
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+        with writing(target):
+            _write_cache(tokens, target)
+    return target
+
+
+def _what_decides_ids(tokenizer) -> str:
+    """What a tokenizer makes ids of. Truncation and padding are not part of it: they are of the last call, or of
+    whoever saved the tokenizer, and `tokenize` uses neither."""
+    if not tokenizer.is_fast:
+        return json.dumps(tokenizer.get_vocab())
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    return json.dumps(state, ensure_ascii=False, separators=(",", ":"))
+
+
+def _write_cache(tokens: Tokens, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
+    try:
         tokens.save(aside)
         sync_to_disk(aside)
         os.chmod(aside, 0o755)  # mkdtemp's folders are private, but a data cache is for the whole group
-        try:
+        with suppress(OSError):  # another job was faster
             aside.rename(target)
-        except OSError:  # another job was faster
-            shutil.rmtree(aside)
-    return target
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    if not target.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(target))
 
 
 @dataclass
@@ -391,19 +413,45 @@ class PlannedBatches:
                 yield [(index, stage) for index in micro.indices]
 
 
-def make_loader(
+@contextmanager
+def batches_of(
     tokens: Tokens, config: Config, markers: Markers, epoch: int, plan: EpochPlan, stages: Sequence[int]
-) -> DataLoader:
-    """The batches of a plan, a micro-batch each, as `collate_for_device` makes them; its steps have these `stages`."""
+) -> Iterator[Iterator[dict]]:
+    """The batches of a plan, a micro-batch each, as `collate_for_device` makes them; its steps have these `stages`.
+
+    The loader processes end with the context, whatever ends it: left to themselves they would hold up the program's
+    exit for ever, since they do not heed SIGTERM.
+    """
     import torch
     from torch.utils.data import DataLoader
 
-    return DataLoader(
+    loader = DataLoader(
         StageDataset(tokens, config, markers, epoch),
         batch_sampler=PlannedBatches(plan, stages),
         collate_fn=partial(collate_for_device, pad_token_id=markers.eos, latent_token_id=markers.latent),
-        num_workers=0 if under_debugger() else config.num_workers,
+        num_workers=0 if under_debugger() or why_no_loader_processes(config) else config.num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # the loader draws its workers' seeds: not from the stream that dropout uses
+    )
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()  # torch has no public call for this
+
+
+def why_no_loader_processes(config: Config) -> str | None:
+    """Why there can be no loader processes here, whatever num_workers says; None where there can.
+
+    They hand over their tensors through a socket in the folder for temporary files, whose path the system allows 107
+    characters.
+    """
+    socket_path = os.path.join(tempfile.gettempdir(), "pymp-" + 8 * "x", "listener-" + 8 * "x")
+    if config.num_workers == 0 or len(os.fsencode(socket_path)) <= 107:
+        return None
+    return (
+        f"the folder for temporary files, {tempfile.gettempdir()}, has too long a path for loader processes: batches "
+        f"are made by the ranks themselves; a shorter TMPDIR mends that"
     )

@@ -24,7 +24,7 @@ from config import Config
 from curriculum import IGNORE, kept_reasoning, prompt
 from dataset import Data, StageDataset, Tokens, collate, collate_prompts
 from pretrained import Pretrained
-from ranks import World
+from ranks import World, meet
 from utils import progress_bar
 
 
@@ -56,6 +56,7 @@ def evaluate(
     begin = time.perf_counter()
     mine = _generate_share(pretrained, data.val, stage, config, world, title)
     seconds = torch.tensor(time.perf_counter() - begin)
+    meet(world)  # all ranks, however much longer some have generated
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)  # all ranks: the slowest one decides
     shares: list = [None] * world.size
     dist.all_gather_object(shares, mine)  # all ranks
@@ -82,8 +83,7 @@ def evaluate(
 
 
 def _scored(example: dict, kept_reasoning: str, text: str, n_tokens: int, n_latents: int) -> dict:
-    gold = example["answer"].replace(",", "").strip()
-    answer = extract_answer(text)
+    gold, answer = _gold(example), extract_answer(text)
     return {
         "question": example["question"],
         "gold": gold,
@@ -93,6 +93,28 @@ def _scored(example: dict, kept_reasoning: str, text: str, n_tokens: int, n_late
         "cot_correct": extract_steps(text) == kept_reasoning,
         "generated_tokens": n_tokens + n_latents,
     }
+
+
+def unreachable(tokenizer, data: Data, path: str) -> list[str]:
+    """What to warn of where even a perfect model could not be right: gold answers that are not what is read back from
+    their own tokens, because the tokenizer changes them or because they hold a '#' themselves."""
+    found = []
+    for index, example in enumerate(data.val_examples):
+        text = tokenizer.decode(data.val[index][2], skip_special_tokens=True)
+        gold = _gold(example)
+        if extract_answer(text) != gold:
+            found.append((index, gold, extract_answer(text)))
+    if not found:
+        return []
+    index, gold, read = found[0]
+    return [
+        f"{path}: {len(found)} of {len(data.val_examples)} answers cannot come out right, whatever the model says; the "
+        f"first is record {index} (counted from 0), whose answer {gold!r} is read back as {read!r}"
+    ]
+
+
+def _gold(example: dict) -> str:
+    return example["answer"].replace(",", "").strip()
 
 
 def _batches_of_rank(lengths: list[int], size: int, world: World) -> list[list[int]]:

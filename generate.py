@@ -27,6 +27,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--show-thoughts", action="store_true", help=f"the {TOP} likeliest words at each thought")
     parser.add_argument("--sample", action="store_true", help="draw the words instead of taking the likeliest")
     parser.add_argument("--temperature", type=float, default=1.0, help="with --sample (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="with --sample, of the K likeliest (default: of all)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="with --sample, of the likeliest with P together")
     parser.add_argument("--seed", type=int, default=0, help="with --sample (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
@@ -195,7 +197,10 @@ def main(arguments: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     torch.manual_seed(options.seed)
-    sampling = {"do_sample": True, "temperature": options.temperature} if options.sample else {}
+    sampling = {}
+    if options.sample:
+        chosen = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+        sampling = {"do_sample": True} | {name: value for name, value in chosen.items() if value is not None}
     try:
         if options.question is not None:
             records = iter([{"question": options.question}])

@@ -38,22 +38,37 @@ def load(config: Config, world: World, source: Path | None) -> Pretrained:
     Collective: every rank must call it. Raises UserError as `pretrained.load_model` does.
     """
     if choose_strategy(config, world, source) != "fsdp":
-        loaded = load_model(config, source)
+        loaded = _load_in_turn(config, world, source)
         prepare_blocks(loaded.model, config)
         loaded.model.to(world.device)
         return loaded
     # rank 0 reads the model, into its CPU's memory; the others learn what it looks like
     whole: list = []
-    base_config, tokenizer, markers = on_main_rank(
+    base_config, generation_config, tokenizer, markers = on_main_rank(
         world, lambda: whole.append(load_model(config, source)) or _shape(*whole[0])
     )
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(base_config, dtype=base_config.dtype)
+        base.generation_config = generation_config
         model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
     prepare_blocks(model, config)
     _shard(model, config)
     _fill(model, whole[0][0] if world.is_main else None, world)
     return Pretrained(model, tokenizer, markers)
+
+
+def _load_in_turn(config: Config, world: World, source: Path | None) -> Pretrained:
+    """The whole model on every rank. The first rank of each node downloads what it needs; the others then read its
+    cache, and ask the hub for nothing. Collective."""
+    loaded: list[Pretrained] = []
+
+    def load(turn: bool, cached: bool) -> None:
+        if turn:
+            loaded.append(load_model(config, source, cached))
+
+    on_every_rank(world, lambda: load(world.local_rank == 0, cached=False))  # all ranks: one of each node loads
+    on_every_rank(world, lambda: load(world.local_rank > 0, cached=True))  # all ranks: the others do
+    return loaded[0]
 
 
 def choose_strategy(config: Config, world: World, source: Path | None) -> str:
@@ -62,8 +77,13 @@ def choose_strategy(config: Config, world: World, source: Path | None) -> str:
         return config.strategy
     if world.size == 1 or world.device.type != "cuda":
         return "ddp"
-    with torch.device("meta"):
-        n_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape_of(config, source)).parameters())
+
+    def count() -> int:
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(shape_of(config, source))
+        return sum(parameter.numel() for parameter in base.parameters())
+
+    n_parameters = on_main_rank(world, count)  # all ranks: one asks the hub
     # of the smallest GPU: all ranks have to choose alike
     memory = on_every_rank(world, lambda: torch.cuda.get_device_properties(world.device).total_memory)
     room = SHARE_OF_MEMORY * min(memory)
@@ -99,7 +119,7 @@ def _shape(model: Coconut, tokenizer, markers) -> tuple:
     """What another rank needs to make the same model without its weights."""
     base_config = model.base_causallm.config
     base_config.dtype = model.base_causallm.dtype
-    return base_config, tokenizer, markers
+    return base_config, model.base_causallm.generation_config, tokenizer, markers
 
 
 def _shard(model: Coconut, config: Config) -> None:

@@ -46,23 +46,24 @@ class Pretrained(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def load_model(config: Config, source: Path | None) -> Pretrained:
+def load_model(config: Config, source: Path | None, cached: bool = False) -> Pretrained:
     """From `source` where it is given (see `checkpoint.resolve`), else from config.model_id.
 
     For the method coconut the tokenizer gets the three markers and the model an embedding row for each, where they
-    have none yet. Raises UserError where names or shapes do not fit the model that model_id names.
+    have none yet. `cached`: what is on the hub has been downloaded already, and the hub need not be asked.
+    Raises UserError where names or shapes do not fit the model that model_id names.
     """
     folder = source if source is not None and source.is_dir() else None
-    tokenizer = load_tokenizer(config, folder)
+    tokenizer = load_tokenizer(config, folder, cached)
     dtype = torch.bfloat16 if config.bf16_weights else torch.float32
     try:
         if config.from_scratch and source is None:
-            base = AutoModelForCausalLM.from_config(shape_of(config, source), dtype=dtype)
+            base = AutoModelForCausalLM.from_config(shape_of(config, source, cached), dtype=dtype)
         else:
             if folder is not None:
                 _check_same_shape(config.model_id, folder)
             base, report = AutoModelForCausalLM.from_pretrained(
-                folder or config.model_id, dtype=dtype, output_loading_info=True
+                folder or config.model_id, dtype=dtype, output_loading_info=True, local_files_only=cached
             )
             _check_names(folder or config.model_id, report["missing_keys"], report["unexpected_keys"] if folder else ())
     except UserError:
@@ -78,10 +79,20 @@ def load_model(config: Config, source: Path | None) -> Pretrained:
     else:
         markers = mark(tokenizer, config.method)
     base.config.use_cache = True
+    _stop_at(base, markers.eos)
     model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
     if folder is not None:
         _load_thought(model.thought, config.thought, folder)
     return Pretrained(model, tokenizer, markers)
+
+
+def _stop_at(base: PreTrainedModel, eos: int) -> None:
+    """Adds the EOS that answers end with to the tokens at which Hugging Face's `generate` stops."""
+    if base.generation_config is not None:
+        known = base.generation_config.eos_token_id
+        known = [] if known is None else known if isinstance(known, list) else [known]
+        if eos not in known:
+            base.generation_config.eos_token_id = [eos, *known] if known else eos
 
 
 def _load_thought(thought: Thought, spelling: str, folder: Path) -> None:
@@ -104,11 +115,11 @@ def _load_thought(thought: Thought, spelling: str, folder: Path) -> None:
     thought.load_state_dict(saved)
 
 
-def shape_of(config: Config, source: Path | None) -> PreTrainedConfig:
+def shape_of(config: Config, source: Path | None, cached: bool = False) -> PreTrainedConfig:
     """The model's own configuration. Raises UserError where it is not to be had."""
     where = source if source is not None and source.is_dir() else config.model_id
     try:
-        return AutoConfig.from_pretrained(where)
+        return AutoConfig.from_pretrained(where, local_files_only=cached)
     except (OSError, ValueError) as error:
         raise not_loadable("model_id", where, error) from None
 
@@ -152,14 +163,14 @@ def read_description(folder: Path) -> dict | None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(config: Config, folder: Path | None = None):
+def load_tokenizer(config: Config, folder: Path | None = None, cached: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint's folder, where it has one, else of config.model_id. Raises UserError."""
     has_one = folder is not None and any(
         (folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
     )
     source = folder if has_one else config.model_id
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=cached)
     except (OSError, ValueError) as error:
         raise not_loadable("load_model_path" if has_one else "model_id", source, error) from None
     if tokenizer.eos_token_id is None:
@@ -168,12 +179,26 @@ def load_tokenizer(config: Config, folder: Path | None = None):
 
 
 def not_loadable(key: str, source, error: Exception) -> UserError:
-    """That transformers found nothing it can load where `key` points."""
+    """That transformers found nothing it can load where `key` points; with the hub's last answer, where it gave one."""
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    status = _http_status(error)
+    said = f"; the hub's last answer was HTTP {status}" if status is not None else ""
     return UserError(
         f"{key} {str(source)!r} cannot be loaded: it is neither a whole local Hugging Face folder nor to be had from "
-        f"the hub ({first_line})"
+        f"the hub ({first_line}{said})"
     )
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    """Of the answer that lies behind an exception: transformers says it could not connect, whatever the hub answered."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        response = getattr(error, "response", None)
+        if response is not None and getattr(response, "status_code", None) is not None:
+            return response.status_code
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def mark(tokenizer, method: str) -> Markers:

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import multiprocessing
 import os
 import random
 import re
@@ -18,16 +19,19 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import typing
+import uuid
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from utils import UserError, launched_ranks
+from utils import UserError, launched_ranks, retried, writing
 
 LAUNCHER = os.getppid()  # of a rank: torchrun
+EXIT_HANDLERS_SECONDS = 15
 
 
 @dataclass(frozen=True)
@@ -123,11 +127,31 @@ def _other_threads() -> dict[str, list[str]]:
     return found
 
 
-def cleanup_distributed() -> None:
+def cleanup_distributed(orderly: bool = True) -> None:
+    """Undoes `setup_distributed`.
+
+    Where the ranks do not end alike, one that takes its process group down may wait for another for ever: then only a
+    world of one is, and `leave` ends the others with their processes.
+    """
     import torch.distributed as dist
 
-    if dist.is_initialized():
+    if dist.is_initialized() and (orderly or dist.get_world_size() == 1):
         dist.destroy_process_group()
+
+
+def run_to_the_end(main: typing.Callable[..., int], *arguments) -> typing.NoReturn:
+    """The one way out of a program that has ranks: main's exit code, or 1 and a traceback, and nothing is waited for.
+
+    An exception that went on to Python's own exit would wait there for loader processes, which do not heed SIGTERM.
+    """
+    code = 1
+    try:
+        code = main(*arguments)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+    leave(code)
 
 
 def leave(code: int) -> typing.NoReturn:
@@ -137,10 +161,23 @@ def leave(code: int) -> typing.NoReturn:
     do under FSDP. One that has a tensor to free needs the GIL for that, and Python ends threads that ask for the GIL
     while it is going down: C++ answers with SIGABRT, and a rank that has done all of its work counts as dead.
     """
+    # an exit handler that hangs, of a tracker say, has so long
+    watchdog = threading.Timer(EXIT_HANDLERS_SECONDS, os._exit, [code])
+    watchdog.daemon = True
+    watchdog.start()
+    end_children()
     atexit._run_exitfuncs()  # Python has no public call for this
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
     os._exit(code)
+
+
+def end_children() -> None:
+    """Ends the loader processes that are left."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler makes an exception of each that dies
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -157,7 +194,10 @@ def on_main_rank(world: World, action: typing.Callable):
 
 
 def on_every_rank(world: World, action: typing.Callable) -> list:
-    """Runs `action` on every rank and gives the results of all ranks to all. A UserError of any is raised on all."""
+    """Runs `action` on every rank and gives the results of all ranks to all. A UserError of any is raised on all.
+
+    It may take as long as it likes on any rank (see `meet`).
+    """
     import torch.distributed as dist
 
     result, problem = None, None
@@ -165,6 +205,7 @@ def on_every_rank(world: World, action: typing.Callable) -> list:
         result = action()
     except UserError as error:
         problem = str(error)
+    meet(world)  # all ranks
     outcomes: list = [None] * world.size
     dist.all_gather_object(outcomes, (result, problem))  # all ranks
     for _, text in outcomes:
@@ -173,6 +214,27 @@ def on_every_rank(world: World, action: typing.Callable) -> list:
             error.is_shared = True
             raise error
     return [result for result, _ in outcomes]
+
+
+def meet(world: World) -> None:
+    """Waits for all ranks, without a limit: before a collective, to which some may come hours after the others.
+
+    Collectives give up after half an hour, and tokenizing, loading or generating may take longer. Should a rank die
+    meanwhile, torchrun ends the others. Collective: every rank must call it.
+    """
+    if world.size == 1:
+        return
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store = _get_default_store()
+    number = store.add(f"meetings of rank {world.rank}", 1)
+    place, pause = f"meeting {number}", 0.001
+    store.add(place, 1)
+    if world.is_main:
+        store.delete_key(f"meeting {number - 2}")  # which everybody has left: all have come to the one after
+    while store.add(place, 0) < world.size:
+        time.sleep(pause)
+        pause = min(2 * pause, 0.25)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -216,6 +278,36 @@ def folder_of_one(world: World, folder: Path) -> typing.Iterator[None]:
             file.close()
 
 
+def check_shared(world: World, folder: Path) -> None:
+    """Raises UserError, on every rank, where a rank does not see what rank 0 writes in a folder: the ranks of several
+    nodes need one that they share. Collective."""
+    if world.size == 1:
+        return
+
+    def write() -> Path:
+        path = folder / f".seen-by-all-{uuid.uuid4().hex}"
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return path
+
+    def look() -> None:
+        try:
+            retried(path.stat)
+        except FileNotFoundError:
+            raise UserError(
+                f"save_path is not shared: rank {world.rank} on {socket.gethostname()} does not see what rank 0 has "
+                f"written in {folder.resolve()}; choose a folder that all nodes share"
+            ) from None
+
+    path = on_main_rank(world, write)
+    try:
+        on_every_rank(world, look)
+    finally:
+        if world.is_main:
+            path.unlink(missing_ok=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Signals
 # ---------------------------------------------------------------------------------------------------------------
@@ -249,6 +341,10 @@ class Interruption:
         if self.received is not None and time.monotonic() - self.received > 1:
             os._exit(128 + number)
         self.received = self.received or time.monotonic()
+
+    def came(self) -> bool:
+        """Whether this rank has been signalled."""
+        return self.received is not None
 
     def asked(self) -> bool:
         """Whether a rank had been signalled when they last met here. The answer is that of the call before, so that no

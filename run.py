@@ -38,7 +38,7 @@ from pretrained import Pretrained, read_description
 from ranks import Interruption, World
 from table import summary
 from throughput import FlopCounter, Throughput, peak_flops
-from utils import RunLogger, UserError, progress_bar, report, write_config
+from utils import RunLogger, UserError, progress_bar, report, write_config, writing
 
 INTERRUPTED_FILE = "INTERRUPTED_FILE"  # a run that a signal has stopped creates the file that this variable names
 
@@ -81,18 +81,21 @@ class Run:
 @record
 def main(config: Config) -> int:
     """Trains, or evaluates only; returns the exit code."""
+    code = 1
     try:
         world = ranks.setup_distributed()
+        ranks.check_shared(world, Path(config.save_path))
         if config.only_eval:
             evaluate_only(config, world)
         else:
             with ranks.folder_of_one(world, config.run_dir), Interruption(world) as interruption:
                 train(config, world, interruption)
+        code = 0
     except UserError as error:
-        return report(error)
+        code = report(error)
     finally:
-        ranks.cleanup_distributed()
-    return 0
+        ranks.cleanup_distributed(orderly=code == 0)
+    return code
 
 
 def train(config: Config, world: World, interruption: Interruption) -> None:
@@ -101,23 +104,25 @@ def train(config: Config, world: World, interruption: Interruption) -> None:
     progress = checkpoint.read_progress(newest) if newest is not None else Progress()
     run = prepare(config, world, newest or checkpoint.find_weights(config, world), progress)
     run.interruption, run.saved = interruption, newest
-    run.throughput = Throughput(FlopCounter.of(run.model), peak_flops(world.device))
-    run.wrapped = parallel.wrap(run.model, world)
-    restore(run, newest)
-    announce(run, newest)
-    for epoch in range(run.progress.epoch, config.num_epochs):
-        stage = train_epoch(run, epoch)
-        if interruption.settle():
-            stop(run, stage)
-            return
-        if config.save_every_steps:
-            save_checkpoint(run, stage)  # validation may take long
-        metrics, predictions = validate(run, epoch, stage)
-        save_if_due(run, epoch, stage, metrics, predictions)
-        if epoch + 1 < config.num_epochs and interruption.asked() | interruption.settle():
-            say_interrupted(run)
-            return
-    finish(run)
+    run.logger.hurry = interruption.came
+    with run.logger:
+        run.throughput = Throughput(FlopCounter.of(run.model), peak_flops(world.device))
+        run.wrapped = parallel.wrap(run.model, world)
+        restore(run, newest)
+        announce(run, newest)
+        for epoch in range(run.progress.epoch, config.num_epochs):
+            stage = train_epoch(run, epoch)
+            # a signal has come, or one may come during the validation, and the kill before its end
+            save_checkpoint(run, stage)
+            if interruption.settle():
+                say_interrupted(run)
+                return
+            metrics, predictions = validate(run, epoch, stage)
+            save_if_due(run, epoch, stage, metrics, predictions)
+            if epoch + 1 < config.num_epochs and interruption.asked() | interruption.settle():
+                say_interrupted(run)
+                return
+        finish(run)
 
 
 def evaluate_only(config: Config, world: World) -> None:
@@ -126,17 +131,22 @@ def evaluate_only(config: Config, world: World) -> None:
     warnings = checkpoint.check_method(config, source)
     run = prepare(config, world, source, Progress())
     stage, more = stage_to_evaluate(config, read_description(source) or {})
-    for text in (*warnings, *more):
-        run.logger.say(f"warning: {text}")
-    run.logger.say(f"evaluating {source} at stage {stage} on {config.val_path} ({len(run.data.val)} examples)")
-    parallel.gather_weights(run.model)  # all ranks
-    metrics, predictions = evaluate.evaluate(run.pretrained, run.data, stage, config, world, "evaluating")
-    metrics |= {"stage": stage, "checkpoint": str(source), "file": config.val_path}
-    if world.is_main:
-        for name, text in evaluate.as_files(metrics, predictions).items():
-            (config.run_dir / "eval" / name).write_text(text, encoding="utf-8")
-    run.logger.log("eval", **metrics)
-    finish(run)
+    with run.logger:
+        for text in (*warnings, *more):
+            run.logger.say(f"warning: {text}")
+        run.logger.say(f"evaluating {source} at stage {stage} on {config.val_path} ({len(run.data.val)} examples)")
+        parallel.gather_weights(run.model)  # all ranks
+        metrics, predictions = evaluate.evaluate(run.pretrained, run.data, stage, config, world, "evaluating")
+        metrics |= {"stage": stage, "checkpoint": str(source), "file": config.val_path}
+
+        def publish() -> None:
+            print(summary(config.run_dir, metrics), flush=True)  # first: should the disk be full, it is not lost
+            for name, text in evaluate.as_files(metrics, predictions).items():
+                with writing(config.run_dir / "eval" / name):
+                    (config.run_dir / "eval" / name).write_text(text, encoding="utf-8")
+            run.logger.log("eval", **metrics)
+
+        ranks.on_main_rank(world, publish)  # all ranks
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -158,12 +168,16 @@ def prepare(config: Config, world: World, source: Path | None, progress: Progres
             f"continue_changed=true"
         )
     progress.data = data.train_digest
-    folder = config.run_dir / "eval" if config.only_eval else config.run_dir
-    values = dataclasses.asdict(config)
-    if world.is_main:
-        write_config(values, folder, world.size)
-    logger = RunLogger(values, folder, world.is_main, progress.wandb_id)
-    progress.wandb_id = logger.wandb_id
+    logger = RunLogger(config.run_dir / "eval" if config.only_eval else config.run_dir, world.is_main)
+
+    def open_log() -> str | None:
+        values = dataclasses.asdict(config)
+        write_config(values, logger.folder, world.size)
+        return logger.open(values, progress.wandb_id)
+
+    progress.wandb_id = ranks.on_main_rank(world, open_log)  # all ranks
+    for text in evaluate.unreachable(loaded.tokenizer, data, config.val_path) if world.is_main else []:
+        logger.say(f"warning: {text}")
     return Run(config, world, loaded, data, logger, progress)
 
 
@@ -175,13 +189,24 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
 
 
 def stage_to_evaluate(config: Config, description: dict) -> tuple[int, list[str]]:
-    """The checkpoint's own stage, unless `resume` names an epoch; and what there is to warn of."""
+    """The checkpoint's own stage, unless `resume` names an epoch; and what there is to warn of.
+
+    A folder or file that says nothing of a stage, such as a file of the reference, is taken to be of the last one.
+    """
     recorded, scheduled = description.get("stage"), curriculum.stage_of(config, config.resume)
-    if recorded is None:
+    if recorded is not None:
+        if config.resume and recorded != scheduled:
+            text = f"the checkpoint is of stage {recorded}, but resume {config.resume} asks for {scheduled}"
+            return scheduled, [text]
+        return recorded, []
+    if config.resume:
         return scheduled, []
-    if config.resume and recorded != scheduled:
-        return scheduled, [f"the checkpoint is of stage {recorded}, but resume {config.resume} asks for {scheduled}"]
-    return recorded, []
+    last = curriculum.stage_of(config, config.num_epochs - 1)
+    text = (
+        f"{config.load_model_path} does not say of which stage it is: it is evaluated at the last one of this "
+        f"configuration, {curriculum.stage_name(last)}; resume=EPOCH takes that of another epoch"
+    )
+    return last, [text] if last else []
 
 
 def restore(run: Run, newest: Path | None) -> None:
@@ -191,8 +216,6 @@ def restore(run: Run, newest: Path | None) -> None:
     ranks.seed_everything(run.config.seed, run.world.rank, run.progress.step)
     if newest is not None:
         checkpoint.load_optimizer(newest, run.model, run.optimizer)
-        for group in run.optimizer.param_groups:
-            group["weight_decay"] = run.config.weight_decay  # may differ where continue_changed is set
         if not checkpoint.load_random_state(newest, run.world):
             run.logger.say("the number of ranks has changed: dropout goes on with new random numbers")
     elif run.config.resume:
@@ -214,6 +237,8 @@ def announce(run: Run, newest: Path | None) -> None:
         f"{size} examples x {accumulation} passes; {run.steps_per_epoch} steps an epoch, "
         f"{len(run.data.train)} training and {len(run.data.val)} validation examples"
     )
+    if text := dataset.why_no_loader_processes(config):
+        say(f"warning: {text}")
     if newest is not None:
         within = f" and {progress.seen} examples" if progress.seen else ""
         say(f"continuing from {newest}, after {progress.epoch} of {config.num_epochs} epochs{within}")
@@ -238,33 +263,35 @@ def train_epoch(run: Run, epoch: int) -> int:
     plan = plan_of_epoch(run, epoch, run.world.rank, progress.seen)
     first = n_steps - len(plan)
     stages = [curriculum.stage_of_step(config, epoch, step, n_steps) for step in range(n_steps)]
-    batches = iter(dataset.make_loader(run.data.train, config, run.pretrained.markers, epoch, plan, stages[first:]))
-    begin, before = time.perf_counter(), progress.seconds
-    run.throughput.start()
+    markers = run.pretrained.markers
     run.wrapped.train()
     title = f"epoch {epoch} stage {curriculum.stage_name(stages[-1])}"
-    bar = progress_bar(plan, title, "step", shown=run.world.is_main)
-    for step, planned in enumerate(bar, start=first):
-        if curriculum.optimizer_is_due(config, epoch, step, n_steps, lambda *place: trained_on(run, *place)):
-            run.optimizer = make_optimizer(run)
-        lr = config.lr * curriculum.lr_factor(config, epoch, step, n_steps)
-        loss, passes = train_step(run, planned.micro_batches, batches, lr)
-        run.unlogged.append(Step(loss, lr, stages[step], passes))
-        progress.seen += planned.n_examples
-        is_last = step + 1 == n_steps
-        save_now = not is_last and config.save_every_steps and progress.step % config.save_every_steps == 0
-        stop_now = run.interruption.asked()
-        if progress.step % config.log_every_steps == 0 or is_last or save_now or stop_now:
-            losses = log_steps(run, epoch)
-            progress.losses += sum(loss for loss in losses if math.isfinite(loss))
-            progress.seconds = before + time.perf_counter() - begin
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
-        if stop_now:
-            break
-        if save_now:
-            save_checkpoint(run, stages[step])
-            run.throughput.start()
-    bar.close()
+    with (
+        dataset.batches_of(run.data.train, config, markers, epoch, plan, stages[first:]) as batches,
+        progress_bar(plan, title, "step", shown=run.world.is_main) as bar,
+    ):
+        begin, before = time.perf_counter(), progress.seconds
+        run.throughput.start()
+        for step, planned in enumerate(bar, start=first):
+            if curriculum.optimizer_is_due(config, epoch, step, n_steps, lambda *place: trained_on(run, *place)):
+                run.optimizer = make_optimizer(run)
+            lr = config.lr * curriculum.lr_factor(config, epoch, step, n_steps)
+            loss, passes = train_step(run, planned.micro_batches, batches, lr)
+            run.unlogged.append(Step(loss, lr, stages[step], passes))
+            progress.seen += planned.n_examples
+            is_last = step + 1 == n_steps
+            save_now = not is_last and config.save_every_steps and progress.step % config.save_every_steps == 0
+            stop_now = run.interruption.asked()
+            if progress.step % config.log_every_steps == 0 or is_last or save_now or stop_now:
+                losses = log_steps(run, epoch)
+                progress.losses += sum(loss for loss in losses if math.isfinite(loss))
+                progress.seconds = before + time.perf_counter() - begin
+                bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+            if stop_now:
+                break
+            if save_now:
+                save_checkpoint(run, stages[step])
+                run.throughput.start()
     return stages[-1]
 
 
@@ -329,11 +356,16 @@ def log_steps(run: Run, epoch: int) -> list[float]:
     dist.all_reduce(losses)  # all ranks: each holds its share of every step's loss
     losses = (losses / run.world.size).tolist()
     speed = run.throughput.report(run.world.size)  # all ranks
-    first = run.progress.step - len(losses) + 1
-    for number, (loss, step) in enumerate(zip(losses, run.unlogged, strict=True), start=first):
+    numbered = list(enumerate(zip(losses, run.unlogged, strict=True), start=run.progress.step - len(losses) + 1))
+
+    def write() -> None:
+        for number, (loss, step) in numbered:
+            run.logger.log("step", step=number, epoch=epoch, stage=step.stage, loss=loss, lr=step.lr, **speed)
+
+    ranks.on_main_rank(run.world, write)  # all ranks
+    for number, (loss, step) in numbered:
         if not math.isfinite(loss):
             report_nonfinite(run, epoch, number, loss, step)
-        run.logger.log("step", step=number, epoch=epoch, stage=step.stage, loss=loss, lr=step.lr, **speed)
     run.unlogged.clear()
     return losses
 
@@ -344,12 +376,15 @@ def report_nonfinite(run: Run, epoch: int, number: int, loss: float, step: Step)
     mine = [index for indices, value in step.passes if not value.isfinite() for index in indices]
     shares: list = [None] * run.world.size
     dist.all_gather_object(shares, mine)  # all ranks
-    examples = sorted(index for share in shares for index in share)
     file = run.config.run_dir / "nonfinite.jsonl"
-    if run.world.is_main:
-        record = {"epoch": epoch, "step": number, "loss": str(loss), "examples": examples}
-        with file.open("a", encoding="utf-8") as lines:
+    examples = sorted(index for share in shares for index in share)
+    record = {"epoch": epoch, "step": number, "loss": str(loss), "examples": examples}
+
+    def write() -> None:
+        with writing(file), file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(record) + "\n")
+
+    ranks.on_main_rank(run.world, write)  # all ranks
     if run.config.skip_nonfinite:
         run.logger.say(f"warning: the loss of step {number} is {loss}: left out, its examples are in {file}")
         return
@@ -368,7 +403,7 @@ def validate(run: Run, epoch: int, stage: int) -> tuple[dict, list[dict]]:
     parallel.gather_weights(run.model)  # all ranks: what follows they do at their own pace
     metrics, predictions = evaluate.evaluate(run.pretrained, run.data, stage, run.config, run.world)
     metrics = {"epoch": epoch, "stage": stage, **trained, **metrics}
-    run.logger.log("epoch", step=run.progress.step, **metrics)
+    ranks.on_main_rank(run.world, lambda: run.logger.log("epoch", step=progress.step, **metrics))  # all ranks
     run.logger.say(
         f"epoch {epoch:3} stage {curriculum.stage_name(stage)}: train loss {metrics['train_loss']:.4f}, "
         f"validation loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.1%}, "
@@ -409,29 +444,21 @@ def save_checkpoint(run: Run, stage: int, files: dict[str, str] | None = None) -
     run.saved = checkpoint.save(run.config, run.world, run.pretrained, run.optimizer, run.progress, stage, files)
 
 
-def stop(run: Run, stage: int) -> None:
-    """Saves, because a signal has announced the end of this job; the next one goes on from here."""
-    save_checkpoint(run, stage)
-    say_interrupted(run)
-
-
 def say_interrupted(run: Run) -> None:
-    """Ends the log of a run that has been saved and is to be continued."""
+    """What a run says that has been saved and is to be continued, because a signal has announced this job's end."""
+    run.logger.interrupted = True
     if run.saved is not None:
         run.logger.say(f"stopped by a signal; start the same command again to continue from {run.saved}")
         if run.world.is_main and (file := os.environ.get(INTERRUPTED_FILE)):
             Path(file).touch()
-    run.logger.close()
 
 
 def finish(run: Run) -> None:
-    """Closes the log, removes what only a restart would need, and prints the run's table."""
-    run.logger.close()
+    """Prints the run's table and removes what only a restart would need."""
     if run.world.is_main:
-        if not run.config.only_eval:
-            checkpoint.remove_restarts(run.config.run_dir)
         print(summary(run.config.run_dir), flush=True)
+        checkpoint.remove_restarts(run.config.run_dir)
 
 
 if __name__ == "__main__":
-    ranks.leave(main(CONFIG))
+    ranks.run_to_the_end(main, CONFIG)

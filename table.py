@@ -13,15 +13,16 @@ from curriculum import stage_name
 from utils import UserError, read_log, report
 
 
-def summary(run_dir: Path) -> str:
-    """The table of a run: each stage after its last epoch, then eval-only results where there are any.
+def summary(run_dir: Path, evaluation: dict | None = None) -> str:
+    """The table of a run: each stage after its last epoch, then the results of an evaluation where there are any, those
+    that are given or those in the run's folder.
 
     Raises UserError where the folder holds no finished epoch and no evaluation.
     """
     rows, stages, last_of_stage = [], {}, {}
-    metrics_file, evaluation = run_dir / "metrics.jsonl", run_dir / "eval" / "metrics.json"
+    evaluation_file = run_dir / "eval" / "metrics.json"
     # a restarted run repeats the epochs that it had lost: what was written last counts
-    epochs = {record["epoch"]: record for record in read_log(metrics_file) if record["event"] == "epoch"}
+    epochs = {record["epoch"]: record for record in read_log(run_dir / "metrics.jsonl") if record["event"] == "epoch"}
     for _, record in sorted(epochs.items()):
         n_epochs, seconds = stages.get(record["stage"], (0, 0.0))
         stages[record["stage"]] = (n_epochs + 1, seconds + record["train_seconds"] + record["seconds"])
@@ -29,10 +30,11 @@ def summary(run_dir: Path) -> str:
     for stage, record in last_of_stage.items():
         n_epochs, seconds = stages[stage]
         rows.append((f"validation, stage {stage_name(stage)}", n_epochs, record, f"{seconds:.0f}"))
-    if evaluation.exists():
-        record = json.loads(evaluation.read_text(encoding="utf-8"))
-        title = f"{Path(record['file']).stem}, stage {stage_name(record['stage'])}"
-        rows.append((title, "", record, f"{record['seconds']:.1f}"))
+    if evaluation is None and evaluation_file.exists():
+        evaluation = json.loads(evaluation_file.read_text(encoding="utf-8"))
+    if evaluation is not None:
+        title = f"{Path(evaluation['file']).stem}, stage {stage_name(evaluation['stage'])}"
+        rows.append((title, "", evaluation, f"{evaluation['seconds']:.1f}"))
     if not rows:
         raise UserError(f"{run_dir} holds neither a finished epoch nor an evaluation")
     return "\n".join([HEADER, *(row_of(*row) for row in rows)])

@@ -1,22 +1,24 @@
 """Small things that every room needs: errors, progress bars, the run logger, what is on disk.
 
-wandb and tqdm are imported where they are needed: `--help` and every complaint about a configuration come at once.
+tqdm is imported where it is needed: `--help` and every complaint about a configuration come at once.
 """
 
 from __future__ import annotations
 
 import json
-import netrc
 import os
 import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
+
+from tracker import Tracker, wandb_mode
 
 # ---------------------------------------------------------------------------------------------------------------
 # Errors
@@ -64,51 +66,37 @@ def progress_bar(iterable, title: str, unit: str, shown: bool):
 
 
 class RunLogger:
-    """metrics.jsonl always, wandb where it is wanted; silent on every rank but 0.
+    """metrics.jsonl always, wandb where it is wanted; silent on every rank but 0. A context: at its end, whatever
+    brings it about, the log is closed with the exit code that the program will have.
 
     Args:
-        config: the run's configuration, all keys with their values.
-        folder: where metrics.jsonl and wandb/ go; made if it is not there.
+        folder: where metrics.jsonl and wandb/ go.
         is_main: whether this is rank 0.
-        wandb_id: of the run that is being continued, so that its curves go on.
     """
 
-    def __init__(self, config: dict, folder: Path, is_main: bool, wandb_id: str | None = None):
-        self.is_main = is_main
-        self.wandb = None
-        self.wandb_id = wandb_id
+    def __init__(self, folder: Path, is_main: bool):
+        self.folder, self.is_main = folder, is_main
         self.started = time.time()
-        if not is_main:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-        self.file = path.open("a", encoding="utf-8", buffering=1)
-        if torn:
-            self.file.write("\n")  # a job that died has left half a line
+        self.file = None
+        self.tracker = Tracker(self.say)
+        self.interrupted = False  # whether a signal has stopped the run
+        self.hurry: Callable[[], bool] = lambda: False  # whether nothing may be waited for any more
+
+    def open(self, config: dict, wandb_id: str | None = None) -> str | None:
+        """Opens the log of a run with this configuration, on rank 0; returns the id that wandb gives it.
+
+        wandb_id: of the run that is being continued, so that its curves go on.
+        Raises UserError where the folder cannot be written to.
+        """
+        path = self.folder / "metrics.jsonl"
+        with writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+            self.file = path.open("a", encoding="utf-8", buffering=1)
+            if torn:
+                self.file.write("\n")  # a job that died has left half a line
         mode = "disabled" if config["debug"] else wandb_mode(config["wandb"])
-        if mode != "disabled":
-            self._start_wandb(config, folder, mode)
-
-    def _start_wandb(self, config: dict, folder: Path, mode: str) -> None:
-        import wandb
-
-        # the configuration and the numbers are all that is sent: no code, no console, no machine metadata
-        settings = {"init_timeout": 30, "silent": True, "console": "off", "save_code": False, "x_disable_meta": True}
-        arguments = {
-            "project": config["project"],
-            "name": config["name"],
-            "config": config,
-            "dir": str(folder),
-            "id": self.wandb_id,
-            "resume": "allow" if self.wandb_id else None,
-        }
-        try:
-            self.wandb = wandb.init(mode=mode, settings=wandb.Settings(**settings), **arguments)
-        except Exception as error:  # whatever a tracker's server does, training goes on
-            self.say(f"wandb did not start, logging offline: {' '.join(str(error).split())[:200]}")
-            self.wandb = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
-        self.wandb_id = self.wandb.id
+        return self.tracker.start(mode, config, self.folder, wandb_id)
 
     def say(self, text: str) -> None:
         """A line for the person who watches, above the progress bars."""
@@ -118,35 +106,27 @@ class RunLogger:
             tqdm.write(text, file=sys.stderr)
 
     def log(self, event: str, **values) -> None:
-        """One line of metrics.jsonl: {"event", "time" (seconds since the run started), ...values}."""
-        if not self.is_main:
+        """One line of metrics.jsonl: {"event", "time" (seconds since the run started), ...values}.
+
+        Raises UserError, on rank 0 only, where it cannot be written.
+        """
+        if self.file is None:
             return
         record = {"event": event, "time": round(time.time() - self.started, 3), **values}
-        try:
+        with writing(self.file.name):
             self.file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.file.name} cannot be written: {error.strerror}") from None
-        if self.wandb is not None:
-            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
-            self.wandb.log({f"{event}/{k}": v for k, v in numbers.items()}, step=values.get("step"))
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
+        self.tracker.log({f"{event}/{k}": v for k, v in numbers.items()}, step=values.get("step"))
 
-    def close(self) -> None:
-        if self.is_main:
-            self.file.close()
-            if self.wandb is not None:
-                self.wandb.finish()
+    def __enter__(self) -> RunLogger:
+        return self
 
-
-def wandb_mode(wanted: str) -> str:
-    """online | offline | disabled: what is wanted, but never a login prompt."""
-    mode = os.environ.get("WANDB_MODE", wanted)
-    if mode != "online" or os.environ.get("WANDB_API_KEY"):
-        return mode
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
-    try:
-        return "online" if netrc.netrc(os.environ.get("NETRC")).authenticators(host) else "offline"
-    except (OSError, netrc.NetrcParseError):
-        return "offline"
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if self.file is not None:
+            with suppress(OSError):  # of what a full disk has kept from being written there was a complaint already
+                self.file.close()
+        code = 0 if kind is None else 2 if issubclass(kind, UserError) else 1
+        self.tracker.finish(code, self.interrupted, self.hurry)
 
 
 def read_log(path: Path) -> list[dict]:
@@ -163,6 +143,28 @@ def read_log(path: Path) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Makes a UserError of what a full or broken disk, or missing rights, make of writing a file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def retried(action: Callable, seconds: float = 30):
+    """The result of an action that looks for what another process has just written: where there are several nodes,
+    their file system may show it only a while later."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return action()
+        except FileNotFoundError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
 def sync_to_disk(path: Path, deep: bool = True) -> None:
     """Waits until a folder, and what is in it, would survive a power cut."""
     for part in [*path.rglob("*"), path] if deep else [path]:
@@ -176,7 +178,7 @@ def sync_to_disk(path: Path, deep: bool = True) -> None:
 def write_config(values: dict, folder: Path, world_size: int) -> None:
     """Writes a resolved configuration, the commit and the library versions to folder/config.yaml.
 
-    The file is itself a configuration: `python run.py FOLDER/config.yaml` repeats the run.
+    The file is itself a configuration: `python run.py FOLDER/config.yaml` repeats the run. Raises UserError.
     """
     comments = [f"git commit: {_git_commit()}", f"python: {sys.version.split()[0]}", f"world size: {world_size}"]
     for package in ("torch", "transformers", "numpy", "wandb"):
@@ -185,10 +187,11 @@ def write_config(values: dict, folder: Path, world_size: int) -> None:
         except PackageNotFoundError:
             comments.append(f"{package}: not installed")
     text = "".join(f"# {line}\n" for line in comments) + yaml.safe_dump(values, sort_keys=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / ".config.yaml"
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(folder / "config.yaml")  # never half of it
+    with writing(folder / "config.yaml"):
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / ".config.yaml"
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(folder / "config.yaml")  # never half of it
 
 
 def _git_commit() -> str:

@@ -32,6 +32,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 VOCABULARY = 40
 
 
+def settled(*arguments) -> list[str]:
+    """Arguments of run.py, of each key the last one: run.py itself takes a key that is set twice for a mistake."""
+    return list({str(argument).partition("=")[0]: str(argument) for argument in arguments}.values())
+
+
 def load_script(path: Path):
     """A script as a module, under a name of its own: generate.py and thoughts.py are in benchmarks/ too."""
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)

@@ -15,7 +15,7 @@ import pytest
 import tiny_model
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, settled
 from safetensors.torch import load_file, save_file
 from test_run import digest, epochs, start, succeed, weights, with_dropout
 from test_run import place as place  # a fixture
@@ -40,7 +40,7 @@ def begin(place: Path, *arguments: str, ranks: int = 0) -> subprocess.Popen:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = ["bash", "-c", 'trap "" USR1; exec "$@"', "-", *launcher, str(ROOT / "run.py"), str(place / "run.yaml")]
     return subprocess.Popen(
-        [*command, *arguments],
+        [*command, *settled(*arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -237,7 +237,13 @@ def test_a_rank_ends_without_taking_the_interpreter_down(place, tmp_path, change
     (tmp_path / "probe.py").write_text(PROBE)
     short = ("name=ending", "num_epochs=1", "max_train_examples=16", "max_new_tokens=2")
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "probe.py"), str(ROOT / "run.py"), str(place / "run.yaml"), *short, *changes],
+        [
+            sys.executable,
+            str(tmp_path / "probe.py"),
+            str(ROOT / "run.py"),
+            str(place / "run.yaml"),
+            *settled(*short, *changes),
+        ],
         capture_output=True,
         text=True,
         timeout=120,
@@ -327,7 +333,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint(place, two_e
     # for two ranks a step has other examples
     arguments = (*arguments, "num_epochs=3", "continue_changed=true")
     done = subprocess.run(
-        [*launcher, str(ROOT / "run.py"), str(place / "run.yaml"), *arguments],
+        [*launcher, str(ROOT / "run.py"), str(place / "run.yaml"), *settled(*arguments)],
         capture_output=True,
         text=True,
         timeout=120,

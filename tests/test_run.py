@@ -13,7 +13,7 @@ import pytest
 import tiny_model
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, settled
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,7 +30,7 @@ def start(*arguments: str, ranks: int = 0, timeout: float = 120) -> subprocess.C
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.run(
-        [*launcher, str(ROOT / "run.py"), *map(str, arguments)],
+        [*launcher, str(ROOT / "run.py"), *settled(*arguments)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -244,7 +244,7 @@ def with_dropout(place: Path) -> Path:
 
 def main(place: Path, *overrides: str) -> Path:
     """run.py's main in this process; returns the run's folder."""
-    config = Config.from_file(place / "run.yaml", overrides)
+    config = Config.from_file(place / "run.yaml", settled(*overrides))
     assert run_module.main(config) == 0
     return config.run_dir
 
