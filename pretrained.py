@@ -190,7 +190,7 @@ def not_loadable(key: str, source, error: Exception) -> UserError:
 
 
 def _http_status(error: BaseException | None) -> int | None:
-    """Of the answer that lies behind an exception: transformers says it could not connect, whatever the hub answered."""
+    """Of the answer that lies behind an exception: transformers says it could not connect, whatever the hub said."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

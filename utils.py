@@ -91,7 +91,7 @@ class RunLogger:
         path = self.folder / "metrics.jsonl"
         with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+            torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
             self.file = path.open("a", encoding="utf-8", buffering=1)
             if torn:
                 self.file.write("\n")  # a job that died has left half a line
@@ -132,7 +132,7 @@ class RunLogger:
 def read_log(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; lines that a job left half written are passed over."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records

@@ -1,6 +1,7 @@
 """What a run's folder holds: saving, finding, what comes back."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,72 @@ def test_optimizer_and_random_state_come_back(tiny, tmp_path, world):
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert after["step"] == 2
+
+
+def trained(config, world) -> tuple[Pretrained, torch.optim.Optimizer, Path]:
+    """A model of which one weight never gets a gradient, its optimizer, and their checkpoint."""
+    loaded = load_model(config, None)
+    loaded.model.unused = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-3)
+    for _ in range(2):
+        loaded.model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return loaded, optimizer, checkpoint.save(config, world, loaded, optimizer, Progress(1, 2), 0, {})
+
+
+def test_weights_that_never_got_a_gradient_do_not_stop_a_restart(tiny, tmp_path, world):
+    """F7: "Missing key in checkpoint state_dict: ... .step"."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
+    loaded, optimizer, folder = trained(config, world)
+    assert loaded.model.unused not in optimizer.state
+    other = torch.optim.AdamW(loaded.model.parameters(), lr=1e-3)
+    checkpoint.load_optimizer(folder, loaded.model, other)
+    assert loaded.model.unused not in other.state  # it begins as it would have
+    for parameter in loaded.model.base_causallm.parameters():
+        for name, value in optimizer.state[parameter].items():
+            assert torch.equal(value, other.state[parameter][name])
+
+
+def test_another_torchs_optimizer_takes_what_there_is(tiny, tmp_path, world):
+    """F8: one more key in AdamW's param_groups was a CheckpointException; one more average would have been."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
+    loaded, optimizer, folder = trained(config, world)
+    later = torch.optim.AdamW(loaded.model.parameters(), lr=5e-4, weight_decay=0.5, amsgrad=True)
+    later.param_groups[0]["a key of the future"] = True
+    checkpoint.load_optimizer(folder, loaded.model, later)
+    group = later.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["a key of the future"]) == (5e-4, 0.5, True)
+    weight = next(loaded.model.base_causallm.parameters())
+    assert torch.equal(later.state[weight]["exp_avg"], optimizer.state[weight]["exp_avg"])
+    assert later.state[weight]["step"] == 2
+
+
+def test_what_another_rank_writes_late_is_in_the_manifest(tiny, tmp_path, world, monkeypatch):
+    """F12: what rank 0 did not see when it made the manifest was not in it, and its loss was noticed by nobody."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
+    *_, folder = trained(config, world)
+    (folder / checkpoint.MANIFEST).unlink()
+    late = folder / "trainer" / "random_1.pt"
+    threading.Timer(0.5, late.write_text, ["of the other rank"]).start()
+    target = folder.with_name("checkpoint_2")
+    checkpoint._publish(folder, target, world_size=2)
+    assert "trainer/random_1.pt" in json.loads((target / checkpoint.MANIFEST).read_text())
+    assert checkpoint.damage(target) is None
+    (target / "trainer" / "random_1.pt").unlink()
+    assert "random_1.pt" in checkpoint.damage(target)
+    monkeypatch.setattr(checkpoint, "retried", lambda action: action())
+    with pytest.raises(FileNotFoundError):  # `save` makes a UserError of it
+        checkpoint._publish(target, folder, world_size=2)
+
+
+def test_a_checkpoint_for_restarts_goes_when_its_epoch_is_saved(tiny, tmp_path, world):
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
+    loaded = load_model(config, None)
+    optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-3)
+    for epoch, step, files in ((0, 3, None), (0, 6, None), (0, 9, None), (1, 9, {}), (1, 12, None)):
+        checkpoint.save(config, world, loaded, optimizer, Progress(epoch, step), 0, files)
+        names = [path.name for path in checkpoint.checkpoints(config.run_dir)]
+        if step == 9:
+            assert names == (["checkpoint_1"] if files is not None else ["checkpoint_0_step_6", "checkpoint_0_step_9"])
+    assert names == ["checkpoint_1", "checkpoint_1_step_12"]

@@ -154,6 +154,22 @@ def test_what_is_wrong_is_said(write, text, complaint):
         assert re.search(complaint, problem(path)), problem(path)
 
 
+def test_a_key_that_is_set_twice_is_a_mistake(write, tmp_path):
+    """F19: the last one won, and nobody was told."""
+    text = problem(write("lr: 1e-3\nseed: 1\nlr: 1e-4"))
+    assert "run.yaml has the key 'lr' twice, in lines 3 and 5" in text
+    assert "lr is set twice on the command line: 'lr=1' and 'lr=2'" in problem(write(""), "lr=1", "seed=1", "lr=2")
+    assert Config.from_file(write("lr: 1e-3"), ["lr=2"]).lr == 2
+
+
+@pytest.mark.parametrize("name", ["0123", "1_000", "2026-01-31", "on", "no", "1e3", "0x1F", "1:30", "12", "~x"])
+def test_names_are_as_they_are_written(write, name):
+    """F19: YAML makes 83 of 0123."""
+    assert Config.from_file(write(f"name: {name}\nproject: {name}")).name == name
+    config = Config.from_file(write(""), [f"name={name}", "seed=010"])
+    assert (config.name, config.seed) == (name, 10)
+
+
 def test_all_problems_are_said_at_once(write):
     text = problem(write("seeed: 1\nlr: fast\ncoconut: True\ncot: True"), "nonsense")
     assert [word in text for word in ("seeed", "lr must", "two methods", "'nonsense' on the command line")] == [

@@ -222,6 +222,23 @@ def test_tokens_are_the_texts_and_survive_the_disk(data_file, tmp_path):
     assert cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False) != folder
 
 
+def test_the_digest_does_not_depend_on_what_a_tokenizer_was_used_for(data_file, tmp_path):
+    """F6: a tokenizer.json with truncation or padding switched on gave another digest before its first use in a process
+    than after it, and a restart was refused: "was trained on other data"."""
+    tokenizer = character_tokenizer()
+    plain = cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False)
+    backend = tokenizer.backend_tokenizer
+    backend.enable_truncation(3)
+    backend.enable_padding()
+    assert cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False) == plain
+    assert cache_tokens(str(data_file), tokenizer, tmp_path / "other", show_progress=False).name == plain.name
+    for name in ("ids", "texts"):
+        first, second = (np.load(tmp_path / place / plain.name / f"{name}.npy") for place in ("cache", "other"))
+        assert np.array_equal(first, second)
+    tokenizer.add_tokens(["new"])
+    assert cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False) != plain
+
+
 def test_special_tokens_of_the_tokenizer_go_to_the_question_once():
     from tokenizers import processors
 

@@ -6,13 +6,15 @@ import pytest
 import tiny_model
 import torch
 from conftest import tiny_base
+from tokenizers import normalizers, pre_tokenizers
 
 from coconut import Coconut
 from config import Config
 from curriculum import Markers
 from dataset import Data, StageDataset, collate, tokenize
-from evaluate import as_files, evaluate, extract_answer, extract_steps, validation_loss
+from evaluate import as_files, evaluate, extract_answer, extract_steps, unreachable, validation_loss
 from pretrained import Pretrained
+from run import stage_to_evaluate
 from table import main, summary
 from utils import UserError
 
@@ -104,3 +106,38 @@ def test_the_summary_takes_what_was_written_last(tmp_path, capsys):
     with pytest.raises(UserError, match="neither a finished epoch nor an evaluation"):
         summary(tmp_path / "none")
     assert main(__doc__, [str(tmp_path / "none")]) == 2
+
+
+@pytest.mark.parametrize("answer", ["so it is #### 7", "lower Case", "e\u0301", "a  b"])
+def test_answers_that_cannot_come_out_right_are_named(answer):
+    """F21: 0 % for a perfect model, after a whole training."""
+    examples = [{"question": "1+2", "steps": [], "answer": text} for text in ("3", "1,234", answer, "x#y")]
+    tokenizer = tiny_model.make_tokenizer([json.dumps(examples, ensure_ascii=False), "### ", "\n"], "char")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("  ", "removed"), tokenizer.backend_tokenizer.pre_tokenizer]
+    )
+    (text,) = unreachable(tokenizer, Data(examples, tokenize(examples, tokenizer)), "valid.json")
+    assert text.startswith("valid.json: 2 of 4 answers cannot come out right")
+    assert f"record 2 (counted from 0), whose answer {answer!r} is read back as" in text
+    assert unreachable(tokenizer, Data(examples[:2], tokenize(examples[:2], tokenizer)), "valid.json") == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "description", "stage", "warning"),
+    [
+        ({}, {}, 4, "does not say of which stage it is"),
+        ({"resume": 4}, {}, 1, None),
+        ({}, {"stage": 2}, 2, None),
+        ({"resume": 4}, {"stage": 2}, 1, "is of stage 2, but resume 4 asks for 1"),
+        ({"method": "cot"}, {}, 0, None),
+        ({"num_epochs": 8}, {}, 2, "the last one of this configuration, 2"),
+    ],
+)
+def test_the_stage_of_what_says_nothing_of_one_is_the_last(keys, description, stage, warning):
+    """F20: a file of the reference was evaluated at stage 0, without a thought: 0.0 % and one quiet line."""
+    keys = {"epochs_per_stage": 3, "max_latent_stage": 3, "num_epochs": 25} | keys
+    found, warnings = stage_to_evaluate(Config(load_model_path="file", **keys), description)
+    assert found == stage
+    assert len(warnings) == (warning is not None)
+    assert warning is None or warning in warnings[0]

@@ -1,5 +1,6 @@
 """What clusters do to jobs: signals, kills, full and broken disks, other world sizes, NaN, two jobs on one folder."""
 
+import errno
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from test_run import place as place  # a fixture
 import run as run_module
 from checkpoint import checkpoints
 from config import Config
-from utils import read_log
+from utils import UserError, read_log
 
 SLOW_VALIDATION = ("max_new_tokens=100", "eval_batch_size=1")  # seconds in which a run cannot end before its kill
 LONG = ("num_epochs=3", "max_train_examples=144", "max_new_tokens=4", "global_batch_size=16", "log_every_steps=1")
@@ -125,7 +126,8 @@ def test_a_signal_during_validation_ends_the_run_after_it(place):
 
 
 def test_a_run_that_was_killed_in_validation_validates_again(place):
-    run, arguments = place / "runs" / "again", (*LONG, "name=again", "save_every_steps=100", "num_epochs=1")
+    """F5: without save_every_steps the whole epoch was lost."""
+    run, arguments = place / "runs" / "again", (*LONG, "name=again", "num_epochs=1")
     process = begin(place, *arguments, *SLOW_VALIDATION)
     wait_for(lambda: (run / "checkpoint_0_step_9").exists())
     os.killpg(process.pid, signal.SIGKILL)
@@ -139,7 +141,7 @@ def test_a_run_that_was_killed_in_validation_validates_again(place):
 def test_a_second_signal_exits_at_once():
     """But not one that comes together with the first, as launchers hand on what all processes have got anyway."""
     program = (
-        "import sys, time; from utils import Interruption, World\n"
+        "import sys, time; from ranks import Interruption, World\n"
         "with Interruption(World(0, 0, 1, None)) as interruption:\n"
         "    print('ready', flush=True)\n"
         "    while True:\n"
@@ -188,7 +190,7 @@ import hashlib
 import os
 import threading
 
-from utils import cleanup_distributed, setup_distributed
+from ranks import cleanup_distributed, setup_distributed
 
 setup_distributed()
 busy = threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"", b"", 200_000))  # without the GIL
@@ -344,10 +346,104 @@ def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint(place, two_e
     assert done.returncode != 0
     complaints = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(complaints) == 1, done.stderr
-    assert re.search("checkpoint_3 cannot be written: .*earlier checkpoints are untouched", complaints[0])
+    assert re.search(r"checkpoint_2_step_\d cannot be written: .*earlier checkpoints are untouched", complaints[0])
     assert digest(run / "checkpoint_2") == before
     assert not list(run.glob(".writing-*"))
     assert not (run / "checkpoint_3").exists()
+
+
+FULL_DISKS = {  # what is on a full disk -> overrides, what stands there before
+    "metrics.jsonl": (),
+    ".config.yaml": (),
+    "eval/predictions.jsonl": ("only_eval=true",),
+    "eval/metrics.json": ("only_eval=true",),
+    "nonfinite.jsonl": ("lr=1e30", "weight_decay=0", "log_every_steps=1"),
+}
+
+
+@pytest.mark.parametrize("file", FULL_DISKS)
+def test_a_full_disk_is_one_sentence(place, trained_once, capsys, file):
+    """F9: OSError tracebacks; an hour's evaluation printed nothing."""
+    name = "full-" + file.strip(".").replace("/", "-")
+    target = place / "runs" / name / file
+    target.parent.mkdir(parents=True)
+    target.symlink_to("/dev/full")
+    overrides = ["num_epochs=1", "max_train_examples=32", "max_new_tokens=2", f"name={name}", *FULL_DISKS[file]]
+    config = Config.from_file(place / "run.yaml", settled(*overrides, f"load_model_path={trained_once}"))
+    assert run_module.main(config) == 2
+    printed = capsys.readouterr()
+    (complaint,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert f"{target.name.strip('.')} cannot be written: No space left on device" in complaint
+    assert ("accuracy" in printed.out) == config.only_eval  # the table, before it is written
+
+
+def test_a_full_disk_under_the_token_cache(place, capsys, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("dataset.np.save", full)
+    config = Config.from_file(place / "run.yaml", [f"save_path={tmp_path}", "name=full"])
+    assert run_module.main(config) == 2
+    assert re.search(r"error: .*/.tokens/\w+ cannot be written: No space left", capsys.readouterr().err)
+    assert not list((tmp_path / ".tokens").iterdir())
+
+
+def test_a_full_disk_is_one_sentence_of_one_rank(place):
+    """F9: seven tracebacks on two ranks."""
+    folder = place / "runs" / "full-ranks"
+    folder.mkdir()
+    (folder / "metrics.jsonl").symlink_to("/dev/full")
+    done = start(place / "run.yaml", "num_epochs=1", "max_train_examples=32", "name=full-ranks", ranks=2)
+    assert done.returncode != 0
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert "OSError" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained_once(place) -> Path:
+    """A checkpoint after an epoch."""
+    folder = place / "runs" / "once"
+    overrides = ["num_epochs=1", "max_train_examples=32", "max_new_tokens=2", "name=once"]
+    assert run_module.main(Config.from_file(place / "run.yaml", settled(*overrides))) == 0
+    return folder / "checkpoint_1"
+
+
+def test_a_checkpoint_does_not_need_the_model_that_it_began_with(place, tmp_path):
+    """F10: restart and evaluation were refused, although the checkpoint has everything."""
+    shutil.copytree(place / "model", tmp_path / "model")
+    arguments = [f"model_id={tmp_path / 'model'}", "max_train_examples=32", "max_new_tokens=2", "name=moved"]
+
+    def main(*more: str) -> int:
+        return run_module.main(Config.from_file(place / "run.yaml", settled(*arguments, *more)))
+
+    assert main("num_epochs=1") == 0
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    assert main("num_epochs=2") == 0
+    assert main(f"model_id={tmp_path / 'elsewhere'}", "num_epochs=3") == 0  # the same model at another place
+    assert [record["epoch"] for record in epochs(place / "runs" / "moved")] == [0, 1, 2]
+    for where in ("moved", "moved/checkpoint_3"):
+        name = "name=evaluated-" + where.replace("/", "-")
+        assert main("only_eval=true", f"load_model_path={place / 'runs' / where}", name) == 0
+    with pytest.raises(UserError, match=r"model_id .* does not exist"):
+        main("name=new")
+
+
+def test_sharded_or_not_a_checkpoint_has_the_same_files(place, tmp_path):
+    """F16: under FSDP the model's stop tokens and sampling settings were gone."""
+    shutil.copytree(place / "model", tmp_path / "model")
+    settings = {"eos_token_id": [0, 5], "top_k": 7, "do_sample": True}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    found = {}
+    for strategy in ("ddp", "fsdp"):
+        overrides = [f"model_id={tmp_path / 'model'}", "num_epochs=1", "max_train_examples=32", "max_new_tokens=2"]
+        overrides += [f"strategy={strategy}", f"name=files-{strategy}"]
+        assert run_module.main(Config.from_file(place / "run.yaml", settled(*overrides))) == 0
+        folder = place / "runs" / f"files-{strategy}" / "checkpoint_1"
+        found[strategy] = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".json"}
+        found[strategy].pop("metrics.json")  # seconds
+        kept = json.loads(found[strategy]["generation_config.json"])
+        assert {name: kept[name] for name in settings} == settings
+    assert found["ddp"] == found["fsdp"]
 
 
 # ---- folders ----

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 import tiny_model
 import torch
 from conftest import ROOT, load_script
+from transformers import AutoModelForCausalLM, GPT2Config
 
+from coconut import Coconut
 from config import Config
 from pretrained import load_model
 
@@ -127,3 +130,31 @@ def test_what_is_wrong_is_said_in_a_sentence(folders, tmp_path, capsys, argument
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert re.search(sentence, error), error
+
+
+def test_sampling_is_from_the_models_own_distribution(folders, tmp_path, capsys):
+    """F18: a checkpoint's top_k of 1 gave one text for every seed."""
+    shutil.copytree(folders["coconut"], tmp_path / "picky")
+    settings = {"top_k": 1, "repetition_penalty": 50.0, "min_p": 0.9, "do_sample": True}
+    (tmp_path / "picky" / "generation_config.json").write_text(json.dumps(settings))
+    texts = {}
+    for folder in (folders["coconut"], tmp_path / "picky"):
+        seeds = [("--sample", "--temperature", "20", "--seed", seed) for seed in range(4)]
+        texts[folder] = [ask(capsys, folder, "3+4", *options)[0]["output"] for options in seeds]
+    plain, picky = texts.values()
+    assert plain == picky
+    assert len(set(plain)) > 1
+    greedy = ask(capsys, folders["coconut"], "3+4")[0]["output"]
+    assert ask(capsys, folders["coconut"], "3+4", "--sample", "--top-k", 1, "--seed", 5)[0]["output"] == greedy
+
+
+def test_sampling_leaves_no_word_out():
+    """F18: without a top_k of the checkpoint's, Hugging Face takes the likeliest 50."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=1, n_positions=600))
+    with torch.no_grad():
+        base.lm_head.weight.zero_()  # every word is as likely
+    model = Coconut(base, 297, 298, 299, 0).eval()
+    found = model.generate(torch.tensor([[5, 298, 297, 299]]), max_new_tokens=500, do_sample=True, eos_token_id=[])
+    assert len(set(found[0].tolist())) > 150
+    assert base.generation_config.top_k != 0  # the model's own settings are as they were

@@ -269,3 +269,15 @@ def test_flops_are_those_that_torch_counts(family):
 def test_compile_and_checkpointing_exclude_each_other():
     with pytest.raises(UserError, match="exclude each other"):
         raise UserError(Config(compile=True, gradient_checkpointing=True).problems(needs_files=False)[0])
+
+
+def test_one_rank_of_a_node_asks_the_hub(monkeypatch):
+    """F32: every rank did: 14 requests for two ranks, 7 for one."""
+    asked = []
+    monkeypatch.setattr(parallel, "load_model", lambda config, source, cached: asked.append(cached) or "loaded")
+    monkeypatch.setattr(parallel, "on_every_rank", lambda _, action: [action()])
+    for rank, local_rank, expected in ((0, 0, [False]), (1, 1, [True]), (2, 0, [False])):
+        asked.clear()
+        world = World(rank, local_rank, 3, torch.device("cpu"))
+        assert parallel._load_in_turn(Config(), world, None) == "loaded"
+        assert asked == expected

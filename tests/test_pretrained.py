@@ -180,3 +180,32 @@ def test_from_scratch_takes_the_shape_only(tiny):
     model, _, _ = load_model(coconut_config(tiny, from_scratch=True), None)
     saved = AutoModelForCausalLM.from_pretrained(tiny)
     assert not torch.equal(model.base_causallm.transformer.h[0].mlp.c_fc.weight, saved.transformer.h[0].mlp.c_fc.weight)
+
+
+@pytest.mark.parametrize(("known", "stops"), [(None, 0), (0, 0), (5, [0, 5]), ([5, 6], [0, 5, 6]), ([5, 0], [5, 0])])
+def test_the_trained_eos_is_among_the_stop_tokens(tiny, known, stops):
+    """F17: Hugging Face's `generate` went on past the EOS that had been trained, which is the tokenizer's."""
+    file = Path(tiny) / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": known}))
+    loaded = load_model(coconut_config(tiny), None)
+    assert loaded.markers.eos == 0
+    assert loaded.model.base_causallm.generation_config.eos_token_id == stops
+
+
+def test_the_hubs_answer_is_in_the_sentence(monkeypatch):
+    """F32: too many requests read as "couldn't connect"."""
+
+    class Response:
+        status_code = 429
+
+    def refuse(*_, **__):
+        answer = ConnectionError("429 Client Error")
+        answer.response = Response()
+        try:
+            raise RuntimeError("no entry in the cache") from answer
+        except RuntimeError as error:
+            raise OSError("We couldn't connect to the hub") from error
+
+    monkeypatch.setattr("pretrained.AutoTokenizer.from_pretrained", refuse)
+    with pytest.raises(UserError, match=r"couldn't connect to the hub; the hub's last answer was HTTP 429"):
+        load_model(coconut_config("some/model"), None)

@@ -1,0 +1,166 @@
+"""Ends that never came: exceptions beside loader processes, long paths, slow ranks, folders that are not shared."""
+
+import fcntl
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+from conftest import ROOT
+from test_faults import processes_of
+from test_run import epochs, main
+from test_run import place as place  # a fixture
+
+import ranks
+import run as run_module
+from config import Config
+from ranks import World
+from utils import UserError, retried
+
+SHORT = ("max_train_examples=96", "max_new_tokens=2", "num_epochs=1", "log_every_steps=1")
+
+OUT_OF_MEMORY = """
+import runpy
+import sys
+
+import torch
+
+from coconut import Coconut
+
+original, calls = Coconut._loss, []
+
+
+def failing(self, *arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    return original(self, *arguments)
+
+
+Coconut._loss = failing
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def launch(script, *arguments, n_ranks: int = 0, **options) -> subprocess.CompletedProcess:
+    """Runs a script with the house on its path, under torchrun where there are ranks."""
+    launcher = [sys.executable]
+    if n_ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
+    return subprocess.run(
+        [*launcher, *map(str, (script, *arguments))],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | options,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("n_ranks", [0, 2])
+def test_any_exception_ends_the_job_at_once(place, tmp_path, n_ranks):
+    """F0: the rank waited for ever for a loader process that does not heed SIGTERM, and held GPU and lock."""
+    name = f"memory-{n_ranks}"
+    (tmp_path / "job.py").write_text(OUT_OF_MEMORY)
+    overrides = (*SHORT, f"name={name}", "num_workers=2")
+    done = launch(tmp_path / "job.py", ROOT / "run.py", place / "run.yaml", *overrides, n_ranks=n_ranks)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "OutOfMemoryError: CUDA out of memory" in done.stderr
+    if n_ranks:  # @record has seen it: torchrun's report says more than "to enable traceback see"
+        assert (
+            '"message": "OutOfMemoryError: CUDA out of memory' in done.stderr or "traceback : Traceback" in done.stderr
+        )
+    with (place / "runs" / name / ".lock").open("a") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where somebody holds it
+    assert not processes_of(name)
+
+
+def test_an_exception_in_the_loop_takes_the_loader_processes_along(place, monkeypatch):
+    """F0, for whoever calls main() and ends as Python does."""
+
+    def failing(*_):
+        assert multiprocessing.active_children()
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(run_module, "train_step", failing)
+    config = Config.from_file(place / "run.yaml", [*SHORT, "name=loader", "num_workers=2"])
+    with pytest.raises(RuntimeError):
+        run_module.main(config)
+    assert not multiprocessing.active_children()
+
+
+def test_a_hanging_exit_handler_does_not_keep_a_rank(tmp_path):
+    """A tracker's, for example."""
+    (tmp_path / "job.py").write_text(
+        "import atexit, time, ranks\n"
+        "ranks.EXIT_HANDLERS_SECONDS = 1\n"
+        "atexit.register(time.sleep, 1000)\n"
+        "ranks.run_to_the_end(lambda: 7)\n"
+    )
+    assert launch(tmp_path / "job.py").returncode == 7
+
+
+def test_a_long_path_for_temporary_files(place, tmp_path, monkeypatch, capsys):
+    """F2: "AF_UNIX path too long" in the loader process, and the rank waited for ever."""
+    folder = tmp_path / ("x" * 90)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    assert len(epochs(main(place, *SHORT, "name=long-path", "num_workers=1"))) == 1
+    assert "has too long a path for loader processes" in capsys.readouterr().err
+
+
+SLOW = """
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+import ranks
+
+original = dist.init_process_group
+dist.init_process_group = lambda *a, **k: original(*a, timeout=timedelta(seconds=2), **k)
+world = ranks.setup_distributed()
+print(ranks.on_main_rank(world, lambda: time.sleep(6) or "tokens"))
+print(ranks.on_every_rank(world, lambda: time.sleep(6 * (1 - world.rank)) or world.rank))
+ranks.cleanup_distributed()
+"""
+
+
+def test_ranks_wait_for_one_another_longer_than_collectives_do(tmp_path):
+    """F4: rank 0 tokenized for longer than the collectives' limit, and the job was dead."""
+    (tmp_path / "job.py").write_text(SLOW)
+    done = launch(tmp_path / "job.py", n_ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.split("\n")) == ["", "[0, 1]", "[0, 1]", "tokens", "tokens"]
+
+
+def test_a_folder_that_is_not_shared_is_one_sentence(tmp_path, monkeypatch):
+    """F11: a FileNotFoundError, or a whole epoch and then "cannot be written"."""
+    written: list = []
+    monkeypatch.setattr(ranks, "retried", lambda action: action())  # without waiting
+    monkeypatch.setattr(ranks, "on_every_rank", lambda _, action: [action()])
+    monkeypatch.setattr(ranks, "on_main_rank", lambda _, action: written.append(action()) or written[-1])
+    rank_0, rank_1 = World(0, 0, 2, None), World(1, 1, 2, None)
+    ranks.check_shared(rank_0, tmp_path / "shared")
+    assert not written[-1].exists()  # it is gone again
+    monkeypatch.setattr(ranks, "on_main_rank", lambda *_: tmp_path / "elsewhere" / ".seen-by-all")
+    with pytest.raises(UserError, match=r"save_path is not shared: rank 1 on .* does not see what rank 0 has written"):
+        ranks.check_shared(rank_1, tmp_path / "shared")
+
+
+def test_what_another_node_writes_is_waited_for(tmp_path):
+    """F12: network file systems show a new folder seconds later."""
+    begin = time.monotonic()
+
+    def look() -> str:
+        if time.monotonic() - begin < 0.5:
+            raise FileNotFoundError
+        return "there"
+
+    assert retried(look, seconds=30) == "there"
+    with pytest.raises(FileNotFoundError):
+        retried((tmp_path / "never").stat, seconds=0.2)

@@ -1,0 +1,180 @@
+"""wandb must not end a training, hold it up or change what it says: it dies, hangs, is missing, or knows too little."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import types
+
+import pytest
+from test_run import epochs, main
+from test_run import place as place  # a fixture
+
+import run as run_module
+import tracker
+from config import Config
+from tracker import wandb_mode
+
+SHORT = ("max_train_examples=32", "max_new_tokens=2", "num_epochs=1", "wandb=offline", "log_every_steps=1")
+
+
+class Wandb(types.ModuleType):
+    """A stand-in that writes down what it is told; `failing` names the calls that go wrong, and how."""
+
+    def __init__(self, failing: dict | None = None):
+        super().__init__("wandb")
+        self.failing, self.calls, self.id = failing or {}, [], "abc"
+        self.Settings = dict
+
+    def _do(self, name: str, *told):
+        self.calls.append((name, *told))
+        if name in self.failing:
+            self.failing[name]()
+
+    def init(self, **keys):
+        self._do("init", keys["mode"])
+        return self
+
+    def log(self, values, step=None):
+        self._do("log", step)
+
+    def mark_preempting(self):
+        self._do("mark_preempting")
+
+    def finish(self, exit_code=None):
+        self._do("finish", exit_code)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Puts a stand-in in wandb's place."""
+
+    def use(module):
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        return module
+
+    return use
+
+
+def broken() -> None:
+    raise ConnectionResetError("Connection lost")
+
+
+def silent() -> None:
+    threading.Event().wait()
+
+
+def leaves() -> None:
+    sys.exit(3)
+
+
+@pytest.mark.parametrize("call", ["init", "log", "finish"])
+@pytest.mark.parametrize("how", [broken, silent, leaves])
+def test_a_tracker_that_fails_is_one_warning(place, use, capsys, monkeypatch, call, how):
+    """F1: wandb's helper process was killed, and ConnectionResetError ended the run before it was saved; F3: finish
+    hung, and nothing but SIGKILL helped."""
+    monkeypatch.setattr(tracker, "LIMITS", dict.fromkeys(tracker.LIMITS, 0.3))
+    module = use(Wandb({call: how}))
+    folder = main(place, *SHORT, f"name=tracker-{call}-{how.__name__}")
+    assert (folder / "checkpoint_1").is_dir()
+    assert len(epochs(folder)) == 1
+    assert capsys.readouterr().err.count("warning: wandb failed") == 1
+    assert [name for name, *_ in module.calls].count(call) == 1
+
+
+def test_a_missing_tracker_is_a_warning(place, use, capsys):
+    """F13: a traceback before the first step."""
+    use(None)  # what makes `import wandb` fail
+    assert len(epochs(main(place, *SHORT, "name=tracker-missing"))) == 1
+    assert "warning: wandb failed (start: ModuleNotFoundError" in capsys.readouterr().err
+
+
+def test_a_file_in_the_trackers_place_ends_nothing(place, monkeypatch):
+    """F13, with wandb itself."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = place / "runs" / "tracker-file"
+    folder.mkdir(parents=True)
+    (folder / "wandb").write_text("in the way")
+    assert len(epochs(main(place, *SHORT, "name=tracker-file"))) == 1
+
+
+def test_the_table_comes_before_the_tracker_and_one_signal_is_enough(place, use, capsys):
+    """F3: with `finish` hanging, SIGTERM did nothing, a second gave 143, and there was no table."""
+
+    def hang() -> None:
+        shown.append(capsys.readouterr().out)
+        restarts.extend((place / "runs" / "tracker-signal").glob("checkpoint_*_step_*"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        silent()
+
+    shown, restarts = [], []
+    use(Wandb({"finish": hang}))
+    main(place, *SHORT, "name=tracker-signal")
+    assert "validation, stage 0" in shown[0]
+    assert not restarts
+    assert "wandb failed (finish: a signal has come first)" in capsys.readouterr().err
+
+
+def test_the_tracker_learns_the_exit_code(place, use, monkeypatch):
+    """F22: runs that failed or were stopped were 'finished', with 0."""
+
+    def ended(name: str) -> list:
+        module = use(Wandb())
+        config = Config.from_file(place / "run.yaml", [f"name={name}", "num_epochs=1", "max_new_tokens=2"])
+        try:
+            code = run_module.main(config)
+        except RuntimeError:
+            code = 1
+        assert ("finish", code) in module.calls
+        return [call for call in module.calls if call[0] not in ("init", "log")]
+
+    assert ended("exit-0") == [("finish", 0)]
+    original = run_module.train_step
+
+    def failing(error):
+        def step(run, *others):
+            if run.progress.step == 2:
+                error()
+            return original(run, *others)
+
+        monkeypatch.setattr(run_module, "train_step", step)
+
+    def user_error():
+        raise run_module.UserError("no")
+
+    def runtime_error():
+        raise RuntimeError("no")
+
+    failing(user_error)
+    assert ended("exit-2") == [("finish", 2)]
+    failing(runtime_error)
+    assert ended("exit-1") == [("finish", 1)]
+    failing(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert ended("exit-stopped") == [("mark_preempting",), ("finish", 0)]
+
+
+def test_what_is_logged(place, use):
+    module = use(Wandb())
+    folder = main(place, *SHORT, "name=tracker-log")
+    logged = [step for name, *step in module.calls if name == "log"]
+    assert logged == [[1], [2], [3], [4], [4]]  # the steps, then the epoch
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 5
+    progress = json.loads((folder / "checkpoint_1" / "trainer" / "state.json").read_text())
+    assert progress["wandb_id"] == "abc"
+
+
+def test_wandb_is_offline_where_nobody_is_logged_in(monkeypatch, tmp_path):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_mode("online") == "offline"
+    assert wandb_mode("disabled") == "disabled"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert wandb_mode("online") == "online"
+    (tmp_path / "netrc").unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert wandb_mode("online") == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_mode("online") == "disabled"
