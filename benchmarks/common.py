@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ import parallel
 from coconut import Coconut
 from config import Config
 from curriculum import Markers, training_sequence
+from pretrained import Pretrained
 from ranks import World
 
 GPT2_VOCABULARY = 50257
@@ -39,8 +41,8 @@ def make_model(shape: str, size: str, device: torch.device, thought: str = "last
 
 def as_loaded(whole: Coconut, config: Config, world: World) -> Coconut:
     """The model as run.py has it, under the strategy of the configuration, had it read this one from a checkpoint."""
-    parallel.load_model = lambda *_: (whole, None, MARKERS)
-    return parallel.load(config, world, None)[0]
+    with mock.patch.object(parallel, "load_model", return_value=Pretrained(whole, None, MARKERS)):
+        return parallel.load(config, world, None).model
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
