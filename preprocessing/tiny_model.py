@@ -40,6 +40,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--width, --layers, --heads and --positions must be at least 1")
     if options.width % options.heads:
         parser.error(f"--width {options.width} is no multiple of --heads {options.heads}")
+    for path in options.data:
+        if not path.is_file():
+            parser.error(f"{path} does not exist, or is no file")
     return options
 
 

@@ -55,6 +55,7 @@ def test_help_does_not_wait_for_torch(script, without_torch):
 MISTAKES = [
     *((script, "--no-such-option") for script in SCRIPTS),
     ("preprocessing/tiny_model.py", "a.json", "--out", "b", "--width", "10", "--heads", "4"),
+    ("preprocessing/tiny_model.py", "no_such_file.json", "--out", "b"),
     ("preprocessing/prosqa.py", "--nodes", "3"),
     ("preprocessing/arithmetic.py", "--train", "0"),
     ("preprocessing/prontoqa_generate.py", "--check", "a", "b", "c"),
