@@ -12,10 +12,26 @@ import sys
 import tempfile
 from pathlib import Path
 
+import options as shared
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = shared.make_parser(__doc__)
+    parser.add_argument(
+        "--steps", type=shared.positive, default=4, help="optimizer steps of each run (default: %(default)s)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+
 import numpy as np
 import torch
-from common import print_table
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from common import print_table, to_device
+from random_model import RandomModel
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from config import Config
 from curriculum import Markers
@@ -31,25 +47,7 @@ LATENTS = ([0, 1, 2], [3, 3, 3], [0, 0, 0], [4, 1, 0])  # of the rows of a micro
 
 def write_model(family: str, tied: bool, folder: Path) -> None:
     """A Hugging Face folder with large random weights: small ones are nearly linear, and hide mistakes."""
-    from tokenizers import Tokenizer, models
-
-    sizes = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": 0, "tie_word_embeddings": tied}
-    if family == "gpt2":
-        config = GPT2Config(
-            n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **sizes
-        )
-    else:
-        config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            **sizes,
-        )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = RandomModel(family, 32, 2, 4, positions=64, tied=tied, mlp=2, kv_heads=2).build(VOCABULARY)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -90,7 +88,7 @@ def train(config: Config, world: World, n_steps: int, ranks: list[int]) -> tuple
         batches = [micro_batch(step, number, rank, markers) for number in range(2) for rank in ranks]
         total = 0.0
         for number, batch in enumerate(batches):
-            batch = {n: v.to(world.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+            batch = to_device(batch, world.device)
             with gradients_meet(wrapped, now=number + 1 == len(batches)):
                 with autocast(config, world):
                     loss = wrapped(**batch).loss / len(batches)
@@ -105,7 +103,7 @@ def train(config: Config, world: World, n_steps: int, ranks: list[int]) -> tuple
     for rank in ranks:  # ranks make different numbers of passes
         for number in range(1 + 2 * rank):
             prompts = [ids[: ids.index(markers.end) + 1] for ids, _ in rows(LATENTS[number % 4], rank, markers)]
-            batch = {name: value.to(world.device) for name, value in collate_prompts(prompts, markers.eos).items()}
+            batch = to_device(collate_prompts(prompts, markers.eos), world.device)
             with autocast(config, world):
                 generations.append(model.generate(**batch, max_new_tokens=3 + 4 * rank).tolist())
     weights = whole_weights(model)  # all ranks
@@ -145,9 +143,7 @@ def compare(family: str, tied: bool, precision: str, n_steps: int, world: World,
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each run (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     world = setup_distributed()
     table = []
     with tempfile.TemporaryDirectory() as place:

@@ -6,52 +6,47 @@ seconds of the process's own time (all threads) stand beside the clock's: anothe
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
+from options import SIZES
+from random_model import RandomModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import parallel
 from coconut import Coconut
 from config import Config
 from curriculum import Markers, training_sequence
+from pretrained import Pretrained
+from ranks import World
 
-ROOT = Path(__file__).resolve().parent.parent
 GPT2_VOCABULARY = 50257
 MARKERS = Markers(GPT2_VOCABULARY, GPT2_VOCABULARY + 2, GPT2_VOCABULARY + 1, GPT2_VOCABULARY - 1)
-SIZES = {"tiny": (2, 256, 4), "small": (12, 768, 12)}  # layers, width, heads; small is GPT-2's
 
 
-def model_config(shape: str, size: str) -> PretrainedConfig:
-    """GPT-2, Llama or Qwen2 of a size, with GPT-2's vocabulary and the markers, without dropout."""
+def make_model(shape: str, size: str, device: torch.device, thought: str = "last") -> Coconut:
+    """GPT-2, Llama or Qwen2 of a size, with GPT-2's vocabulary and the markers."""
     layers, width, heads = SIZES[size]
-    common = {"vocab_size": GPT2_VOCABULARY + 3, "bos_token_id": None, "eos_token_id": MARKERS.eos}
-    if shape == "gpt2":
-        no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return GPT2Config(n_layer=layers, n_embd=width, n_head=heads, **no_dropout, **common)
-    return {"llama": LlamaConfig, "qwen2": Qwen2Config}[shape](
-        num_hidden_layers=layers,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        tie_word_embeddings=True,
-        **common,
-    )
+    base = RandomModel(shape, width, layers, heads, tied=True, mlp=4).build(GPT2_VOCABULARY + 3, MARKERS.eos)
+    return Coconut(base, MARKERS.latent, MARKERS.start, MARKERS.end, MARKERS.eos, thought).to(device)
 
 
-def make_model(shape: str, size: str, device: torch.device, seed: int = 0) -> Coconut:
-    torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_config(model_config(shape, size), dtype=torch.float32)
-    return Coconut(base, MARKERS.latent, MARKERS.start, MARKERS.end, MARKERS.eos).to(device)
+def as_loaded(whole: Coconut, config: Config, world: World) -> Coconut:
+    """The model as run.py has it, under the strategy of the configuration, had it read this one from a checkpoint."""
+    with mock.patch.object(parallel, "load_model", return_value=Pretrained(whole, None, MARKERS)):
+        return parallel.load(config, world, None).model
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def prosqa_rows(n: int, stage: int, c_thought: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
@@ -117,10 +112,14 @@ def print_table(header: list[str], rows: list[list]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)), flush=True)
 
 
-def write_json(path: Path | None, content: dict) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def write_json(options: argparse.Namespace, where: dict, results, hidden: tuple[str, ...] = ()) -> None:
+    """The file of --json, where there is one: the options but for hidden ones, the machine, and the results."""
+    if options.json is None:
+        return
+    chosen = {name: value for name, value in vars(options).items() if name not in ("json", *hidden)}
+    content = {"options": chosen, "machine": where, "results": results}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def pick_device() -> torch.device:

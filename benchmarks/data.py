@@ -7,11 +7,30 @@ The tokenizer is a byte-level BPE trained on the data, or that of --model.
 """
 
 import argparse
+import sys
+
+import options as shared
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = shared.make_parser(__doc__)
+    parser.add_argument("--model", help="whose tokenizer (default: one trained on the data)")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the examples")
+    shared.add_repeats_option(parser, 3)
+    parser.add_argument(
+        "--steps", type=shared.positive, default=20, help="training steps of each order (default: %(default)s)"
+    )
+    shared.add_json_option(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+
 import gc
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,8 +38,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import prosqa
 import torch
-from common import MARKERS, ROOT, alternate, machine, make_model, pick_device, print_table, write_json
+from common import MARKERS, alternate, machine, make_model, pick_device, print_table, to_device, write_json
+from options import ROOT
 from tokenizers import ByteLevelBPETokenizer
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -38,9 +59,6 @@ from dataset import (
     tokenize,
 )
 from examples import read_examples
-
-sys.path.insert(0, str(ROOT / "preprocessing"))
-import prosqa
 
 GSM8K_EXAMPLES, PROSQA_EXAMPLES = 385_620, 17_886  # of the training sets
 MEASURE_MEMORY = """
@@ -161,8 +179,7 @@ def make_step(device: torch.device) -> Callable[[dict], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step(batch: dict) -> None:
-        batch = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
-        model(**batch).loss.backward()
+        model(**to_device(batch, device)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -199,41 +216,43 @@ def steps_per_order(tokens: Tokens, n_steps: int, device: torch.device) -> dict:
     return {**means, "ratio": means["grouped"] / means["random"], "loader_wait": sum(waits) / total}
 
 
+def write_files(folder: Path, share: float) -> dict[str, Path]:
+    """Name -> data file, of that share of the examples."""
+    files = {"ProsQA": folder / "prosqa.json", "GSM8K-like": folder / "gsm.json"}
+    splits = prosqa.make_splits({"train": int(PROSQA_EXAMPLES * share)}, prosqa.Settings(), 0)
+    files["ProsQA"].write_text(json.dumps(splits["train"]))
+    files["GSM8K-like"].write_text(json.dumps(gsm_like(int(GSM8K_EXAMPLES * share))))
+    return files
+
+
+def measure(path: Path, options: argparse.Namespace, repeats: int, device: torch.device) -> dict:
+    """All that is measured on one data file."""
+    folder = path.parent
+    where = options.model or make_tokenizer(path, folder / f"{path.stem}_tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(where)
+    row = memory(path, where, folder / "one")
+    row |= tokenizing(path, tokenizer, folder / "cache", repeats)
+    cache = cache_tokens(str(path), tokenizer, folder / "cache", show_progress=False)
+    tokens = Tokens.open(cache)
+    row |= {f"first_batch_{workers}_workers": first_batches(cache, workers) for workers in (0, 1)}
+    row |= {"padding_random": padding(tokens, False), "padding_grouped": padding(tokens, True)}
+    row["step"] = steps_per_order(tokens, options.steps, device)
+    return row
+
+
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="whose tokenizer (default: one trained on the data)")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the examples")
-    parser.add_argument("--repeats", type=int, default=3, help="of each side (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="training steps of each order (default: %(default)s)")
-    parser.add_argument("--json", type=Path, default=None, help="write the numbers to this file")
-    options = parser.parse_args(arguments)
-    share = 0.1 if options.quick else 1.0
+    options = make_parser().parse_args(arguments)
     device = pick_device()
-    results: dict = {}
-    print(machine(device), flush=True)
+    where = machine(device)
+    print(where, flush=True)
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        n_prosqa = int(PROSQA_EXAMPLES * share)
-        files = {"ProsQA": folder / "prosqa.json", "GSM8K-like": folder / "gsm.json"}
-        splits = prosqa.make_splits({"train": n_prosqa}, prosqa.Settings(), 0)
-        files["ProsQA"].write_text(json.dumps(splits["train"]))
-        del splits
-        files["GSM8K-like"].write_text(json.dumps(gsm_like(int(GSM8K_EXAMPLES * share))))
-        for name, path in files.items():
-            where = options.model or make_tokenizer(path, folder / f"{path.stem}_tokenizer")
-            tokenizer = AutoTokenizer.from_pretrained(where)
-            row = memory(path, where, folder / "one")
-            repeats = options.repeats if name == "ProsQA" else 1
-            row |= tokenizing(path, tokenizer, folder / "cache", repeats)
-            cache = cache_tokens(str(path), tokenizer, folder / "cache", show_progress=False)
-            tokens = Tokens.open(cache)
-            row |= {f"first_batch_{workers}_workers": first_batches(cache, workers) for workers in (0, 1)}
-            row |= {"padding_random": padding(tokens, False), "padding_grouped": padding(tokens, True)}
-            row["step"] = steps_per_order(tokens, options.steps, device)
-            results[name] = row
+        files = write_files(Path(place), 0.1 if options.quick else 1.0)
+        results = {
+            name: measure(path, options, options.repeats if name == "ProsQA" else 1, device)
+            for name, path in files.items()
+        }
     print_results(results)
-    chosen = {name: value for name, value in vars(options).items() if name != "json"}
-    write_json(options.json, {"options": chosen, "machine": machine(device), "results": results})
+    write_json(options, where, results)
     return 0
 
 

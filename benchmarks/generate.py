@@ -10,17 +10,44 @@ rank has as many prompts, and Hugging Face's side a whole model on each.
 
 import argparse
 import sys
-from pathlib import Path
+
+import options as shared
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = shared.make_parser(__doc__)
+    shared.add_model_options(parser)
+    parser.add_argument(
+        "--examples", type=shared.positive, default=128, help="prompts of each side (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batches", type=shared.positive, nargs="+", default=[1, 8, 32, 128], help="(default: %(default)s)"
+    )
+    parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp", help="(default: %(default)s)")
+    parser.add_argument("--new-tokens", type=shared.positive, default=64, help="tokens to write (default: %(default)s)")
+    parser.add_argument("--stage", type=int, default=6, help="latents of a prompt (default: %(default)s)")
+    shared.add_repeats_option(parser, 3)
+    shared.add_threads_option(parser)
+    shared.add_json_option(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
-from common import MARKERS, alternate, machine, make_model, print_table, prosqa_rows, write_json
+from common import MARKERS, alternate, as_loaded, machine, make_model, print_table, prosqa_rows, to_device, write_json
 
 import parallel
+from coconut import Coconut
 from config import Config
 from curriculum import IGNORE
 from dataset import collate_prompts
-from ranks import cleanup_distributed, leave, setup_distributed
+from ranks import World, cleanup_distributed, leave, setup_distributed
 
 
 def make_prompts(n: int, stage: int) -> list[list[int]]:
@@ -29,76 +56,81 @@ def make_prompts(n: int, stage: int) -> list[list[int]]:
     return sorted(([token for token, label in zip(*row, strict=True) if label == IGNORE] for row in rows), key=len)
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["gpt2", "llama", "qwen2"], default="gpt2", help="(default: %(default)s)")
-    parser.add_argument("--size", choices=["tiny", "small"], default="tiny", help="(default: %(default)s)")
-    parser.add_argument("--examples", type=int, default=128, help="prompts of each side (default: %(default)s)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128], help="(default: %(default)s)")
-    parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp", help="(default: %(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens to write (default: %(default)s)")
-    parser.add_argument("--stage", type=int, default=6, help="latents of a prompt (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="measured runs of each side (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
-    parser.add_argument("--json", type=Path, default=None, help="write the numbers to this file")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    world = setup_distributed()
-    device = world.device
-    theirs = make_model(options.shape, options.size, device).eval()
+def make_models(options: argparse.Namespace, world: World) -> tuple[Coconut, Coconut]:
+    """(Hugging Face's side, ours): the same weights, ours under the strategy that is asked for."""
+    theirs = make_model(options.shape, options.size, world.device).eval()
     with torch.no_grad():  # no row says EOS: its embedding, and with tied weights its logit, points away
         theirs.base_causallm.get_output_embeddings().weight[MARKERS.end] = 0
-    model = theirs
+    ours = theirs
     if options.strategy == "fsdp":
         whole = make_model(options.shape, options.size, torch.device("cpu"))
         whole.load_state_dict(theirs.state_dict())
-        parallel.load_model = lambda *_: (whole, None, MARKERS)
-        model = parallel.load(Config(strategy="fsdp"), world, None)[0].eval()
-        parallel.gather_weights(model)  # all ranks
-    model.eos_token_id = MARKERS.end
-    prompts = make_prompts(options.examples, options.stage)
+        ours = as_loaded(whole, Config(strategy="fsdp"), world).eval()
+        parallel.gather_weights(ours)  # all ranks
+    ours.eos_token_id = MARKERS.end
+    return theirs, ours
 
-    def run(size: int, latent: bool) -> None:
+
+Side = Callable[[int], None]  # generates from all prompts, in batches of a size
+
+
+def make_sides(theirs: Coconut, ours: Coconut, prompts: list[list[int]], n_new: int) -> dict[str, Side]:
+    """The sides, that write n_new tokens to each prompt."""
+
+    def hugging_face(batch: dict) -> torch.Tensor:
+        width = batch["input_ids"].shape[1]
+        del batch["position_ids"]
+        eos = {"pad_token_id": MARKERS.eos, "eos_token_id": MARKERS.eos}
+        limits = {"max_new_tokens": n_new, "min_new_tokens": n_new}
+        return theirs.base_causallm.generate(**batch, **limits, **eos, do_sample=False)[:, width:]
+
+    def coconut(batch: dict) -> torch.Tensor:
+        return ours.generate(**batch, max_new_tokens=n_new)
+
+    def run(generate: Callable[[dict], torch.Tensor], size: int) -> None:
         for begin in range(0, len(prompts), size):
             batch = collate_prompts(prompts[begin : begin + size], MARKERS.eos)
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            if latent:
-                new = model.generate(**batch, max_new_tokens=options.new_tokens)
-            else:
-                del batch["position_ids"]
-                new = theirs.base_causallm.generate(
-                    **batch,
-                    max_new_tokens=options.new_tokens,
-                    min_new_tokens=options.new_tokens,
-                    do_sample=False,
-                    pad_token_id=MARKERS.eos,
-                    eos_token_id=MARKERS.eos,
-                )[:, batch["input_ids"].shape[1] :]
-            if new.shape[1] != options.new_tokens:
+            new = generate(to_device(batch, theirs.base_causallm.device))
+            if new.shape[1] != n_new:
                 raise RuntimeError(f"a side stopped after {new.shape[1]} tokens: the comparison would not be fair")
 
-    results = []
-    for size in options.batches:
-        sides = {"hugging face": lambda size=size: run(size, False), "coconut": lambda size=size: run(size, True)}
-        for name, medians in alternate(sides, options.repeats, device).items():
-            results.append(
-                {"batch": size, "side": name, **medians, "examples_per_second": options.examples / medians["seconds"]}
-            )
-    padding = 1 - np.mean([len(prompt) for prompt in prompts]) / max(map(len, prompts))
-    cleanup_distributed()
-    if not world.is_main:
-        return 0
-    where = f"{world.size} x {options.strategy}, {machine(device)}"
-    print(f"{options.shape} {options.size}, {options.new_tokens} new tokens, {padding:.1%} padding: {where}")
+    return {"hugging face": partial(run, hugging_face), "coconut": partial(run, coconut)}
+
+
+def make_rows(results: list[dict]) -> list[list]:
+    """The table: a row for each size of batch."""
     rows = []
     for theirs, ours in zip(results[::2], results[1::2], strict=True):
         ratio = ours["examples_per_second"] / theirs["examples_per_second"]
         cpu_ratio = theirs["cpu_seconds"] / ours["cpu_seconds"]
         rows.append([ours["batch"], theirs["examples_per_second"], ours["examples_per_second"], ratio, cpu_ratio])
-    print_table(["batch", "hugging face /s", "coconut /s", "ratio", "ratio of CPU time"], rows)
-    chosen = {name: value for name, value in vars(options).items() if name != "json"}
-    write_json(options.json, {"options": chosen, "machine": machine(device), "results": results})
+    return rows
+
+
+def main(arguments: list[str]) -> int:
+    options = make_parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    world = setup_distributed()
+    prompts = make_prompts(options.examples, options.stage)
+    sides = make_sides(*make_models(options, world), prompts, options.new_tokens)
+    results = []
+    for size in options.batches:
+        runs = {name: partial(side, size) for name, side in sides.items()}
+        for name, medians in alternate(runs, options.repeats, world.device).items():
+            speed = options.examples / medians["seconds"]
+            results.append({"batch": size, "side": name, **medians, "examples_per_second": speed})
+    cleanup_distributed()
+    if not world.is_main:
+        return 0
+    padding = 1 - np.mean([len(prompt) for prompt in prompts]) / max(map(len, prompts))
+    where = machine(world.device)
+    print(
+        f"{options.shape} {options.size}, {options.new_tokens} new tokens, {padding:.1%} padding: "
+        f"{world.size} x {options.strategy}, {where}"
+    )
+    print_table(["batch", "hugging face /s", "coconut /s", "ratio", "ratio of CPU time"], make_rows(results))
+    write_json(options, where, results)
     return 0
 
 

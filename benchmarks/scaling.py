@@ -8,26 +8,61 @@ weights where DDP gathers the gradients. `exposed` is the share of a step that i
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+import options as shared
+
+STRATEGIES = ("ddp", "fsdp")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = shared.make_parser(__doc__)
+    shared.add_model_options(parser)
+    parser.add_argument("--batch", type=shared.positive, default=8, help="rows of a rank (default: %(default)s)")
+    parser.add_argument("--stage", type=int, default=3, help="latents (default: %(default)s)")
+    parser.add_argument("--ranks", type=shared.positive, nargs="+", default=[1, 2], help="(default: 1 2)")
+    parser.add_argument(
+        "--accumulation", type=shared.positive, default=4, help="passes of the second count (default: %(default)s)"
+    )
+    shared.add_repeats_option(parser, 5)
+    shared.add_bf16_option(parser)
+    shared.add_json_option(parser)
+    parser.add_argument("--strategy", choices=STRATEGIES, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from common import MARKERS, ROOT, machine, model_config, print_table, prosqa_rows, write_json
+from common import (
+    MARKERS,
+    as_loaded,
+    machine,
+    make_model,
+    pick_device,
+    print_table,
+    prosqa_rows,
+    to_device,
+    write_json,
+)
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM
 
 import parallel
-from coconut import Coconut
 from config import Config
 from dataset import collate_for_device
-from ranks import cleanup_distributed, leave, setup_distributed
+from ranks import World, cleanup_distributed, leave, setup_distributed
 
 
 class Sent:
@@ -63,35 +98,22 @@ class Sent:
         self.bytes = dict.fromkeys(self.bytes, 0)
 
 
-def measure(options: argparse.Namespace) -> None:
-    """One rank of one run; rank 0 writes the numbers to --worker's file."""
-    world = setup_distributed()
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(model_config(options.shape, options.size), dtype=torch.float32)
-    whole = Coconut(base, MARKERS.latent, MARKERS.start, MARKERS.end, MARKERS.eos)
-    n_bytes = 4 * sum(parameter.numel() for parameter in whole.parameters())
-    parallel.load_model = lambda *_: (whole, None, MARKERS)
-    config = Config(strategy=options.strategy, bf16=options.bf16)
-    sent = Sent()
-    model, _, _ = parallel.load(config, world, None)
-    wrapped = parallel.wrap(model, world)
-    sent.watch(wrapped)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    rows = prosqa_rows(options.batch, options.stage, 1, seed=world.rank)
-    # other ranks have fewer latents in the same step
-    rows = (
-        rows if world.rank == 0 else prosqa_rows(options.batch, max(options.stage - world.rank, 0), 1, seed=world.rank)
-    )
-    batch = collate_for_device(rows, MARKERS.eos, MARKERS.latent)
-    batch = {name: v.to(world.device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
-    n_tokens = int(batch["attention_mask"].sum()) * world.size
+def make_batch(options: argparse.Namespace, world: World) -> dict:
+    """A micro-batch of this rank: other ranks have fewer latents in the same step."""
+    rows = prosqa_rows(options.batch, max(options.stage - world.rank, 0), 1, seed=world.rank)
+    return to_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), world.device)
+
+
+def make_step(wrapped: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict, world: World, bf16: bool):
+    """step(n_passes, meet=True): a step of so many passes over the batch; returns its seconds. Where ranks do not meet
+    they neither exchange gradients nor change the weights."""
 
     def step(n_passes: int, meet: bool = True) -> float:
         dist.barrier()  # all ranks begin together
         begin = time.perf_counter()
         for number in range(n_passes):
             with parallel.gradients_meet(wrapped, now=meet and number + 1 == n_passes):
-                with torch.autocast(world.device.type, torch.bfloat16, enabled=options.bf16):
+                with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
                     loss = wrapped(**batch).loss
                 loss.backward()
         if meet:
@@ -102,6 +124,27 @@ def measure(options: argparse.Namespace) -> None:
         optimizer.zero_grad()
         return seconds
 
+    return step
+
+
+def middle(step: Callable[[], float], repeats: int) -> float:
+    """The median of the step's seconds."""
+    return sorted(step() for _ in range(repeats))[repeats // 2]
+
+
+def measure(options: argparse.Namespace) -> None:
+    """One rank of one run; rank 0 writes the numbers to --worker's file."""
+    world = setup_distributed()
+    whole = make_model(options.shape, options.size, torch.device("cpu"))
+    n_bytes = 4 * sum(parameter.numel() for parameter in whole.parameters())
+    sent = Sent()
+    model = as_loaded(whole, Config(strategy=options.strategy, bf16=options.bf16), world)
+    wrapped = parallel.wrap(model, world)
+    sent.watch(wrapped)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    batch = make_batch(options, world)
+    n_tokens = int(batch["attention_mask"].sum()) * world.size
+    step = make_step(wrapped, optimizer, batch, world, options.bf16)
     step(1), step(1)
     results = {"ranks": world.size, "strategy": options.strategy, "parameters_bytes": n_bytes}
     for n_passes in (1, options.accumulation):
@@ -109,10 +152,10 @@ def measure(options: argparse.Namespace) -> None:
         step(n_passes)
         results[f"sent_{n_passes}"] = sent.by_a_ring(world.size)
     results["least"] = 2 * n_bytes * (world.size - 1) / world.size
-    seconds = sorted(step(1) for _ in range(options.repeats))[options.repeats // 2]
+    seconds = middle(lambda: step(1), options.repeats)
     results["seconds"], results["tokens_per_second"] = seconds, n_tokens / seconds
     if world.size > 1:
-        quiet = sorted(step(1, meet=False) for _ in range(options.repeats))[options.repeats // 2]
+        quiet = middle(lambda: step(1, meet=False), options.repeats)
         begin = time.perf_counter()
         optimizer.step()  # gradients are gone: what is left is the overhead, next to nothing
         results["exposed"] = max(0.0, 1 - (quiet + time.perf_counter() - begin) / seconds)
@@ -126,31 +169,14 @@ def run(ranks: int, strategy: str, arguments: list[str], folder: Path) -> dict:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     command += [*arguments, "--strategy", strategy, "--worker", str(file)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=shared.ROOT, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     return json.loads(file.read_text())
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["gpt2", "llama", "qwen2"], default="gpt2", help="(default: %(default)s)")
-    parser.add_argument("--size", choices=["tiny", "small"], default="tiny", help="(default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="rows of a rank (default: %(default)s)")
-    parser.add_argument("--stage", type=int, default=3, help="latents (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
-    parser.add_argument("--accumulation", type=int, default=4, help="passes of the second count (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="measured steps (default: %(default)s)")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision")
-    parser.add_argument("--json", type=Path, default=None, help="write the numbers to this file")
-    parser.add_argument("--strategy", choices=["ddp", "fsdp"], default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.worker:
-        measure(options)
-        return 0
-    with tempfile.TemporaryDirectory() as folder:
-        results = [run(n, s, arguments, Path(folder)) for n in options.ranks for s in ("ddp", "fsdp")]
+def make_rows(results: list[dict], accumulation: int) -> list[list]:
+    """The table: a row for each run."""
     one = {result["strategy"]: result for result in results if result["ranks"] == 1}
     rows = []
     for result in results:
@@ -159,20 +185,27 @@ def main(arguments: list[str]) -> int:
             [
                 *(result["ranks"], result["strategy"], result["seconds"], f"{result['tokens_per_second']:,.0f}"),
                 result["tokens_per_second"] / alone["tokens_per_second"] if alone else "-",
-                *(f"{result[name] / 2**20:.1f}" for name in ("sent_1", f"sent_{options.accumulation}", "least")),
+                *(f"{result[name] / 2**20:.1f}" for name in ("sent_1", f"sent_{accumulation}", "least")),
                 f"{result['exposed']:.0%}" if "exposed" in result else "-",
             ]
         )
-    print(f"{options.shape} {options.size}, {options.batch} rows a rank, stage {options.stage}: {machine_line()}")
+    return rows
+
+
+def main(arguments: list[str]) -> int:
+    options = make_parser().parse_args(arguments)
+    if options.worker:
+        measure(options)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        results = [run(n, strategy, arguments, Path(folder)) for n in options.ranks for strategy in STRATEGIES]
+    where = machine(pick_device())
+    print(f"{options.shape} {options.size}, {options.batch} rows a rank, stage {options.stage}: {where}")
     header = ["ranks", "strategy", "seconds", "tokens/s", "x of 1 rank", "MiB sent, 1 pass"]
-    print_table([*header, f"{options.accumulation} passes", "least", "exposed"], rows)
-    chosen = {name: value for name, value in vars(options).items() if name not in ("json", "worker", "strategy")}
-    write_json(options.json, {"options": chosen, "machine": machine_line(), "results": results})
+    header += [f"{options.accumulation} passes", "least", "exposed"]
+    print_table(header, make_rows(results, options.accumulation))
+    write_json(options, where, results, hidden=("worker", "strategy"))
     return 0
-
-
-def machine_line() -> dict:
-    return machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 if __name__ == "__main__":

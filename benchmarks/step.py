@@ -11,10 +11,39 @@ Sides, each forward + backward + AdamW:
 """
 
 import argparse
-import subprocess
 import sys
+
+import options as shared
+
+SIDES = ("floor", "coconut", "all logits", "no cache")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = shared.make_parser(__doc__)
+    shared.add_model_options(parser)
+    parser.add_argument("--batch", type=shared.positive, default=16, help="rows (default: %(default)s)")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 3, 6], help="(default: 0 3 6)")
+    parser.add_argument(
+        "--c-thought", type=shared.positive, default=1, help="latents of a stage (default: %(default)s)"
+    )
+    shared.add_repeats_option(parser, 7)
+    shared.add_threads_option(parser)
+    shared.add_bf16_option(parser)
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, of all sides")
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=SIDES[:3], help="beside the floor (default: less no cache)"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory, in processes of its own")
+    shared.add_json_option(parser)
+    parser.add_argument("--memory-of", choices=SIDES, default=None, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+
+import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +56,7 @@ from common import (
     pick_device,
     print_table,
     prosqa_rows,
+    to_device,
     write_json,
 )
 
@@ -34,8 +64,6 @@ import parallel
 from coconut import Coconut
 from config import Config
 from dataset import collate_for_device
-
-SIDES = ("floor", "coconut", "all logits", "no cache")
 
 
 def floor_loss(model: Coconut, batch: dict) -> torch.Tensor:
@@ -67,10 +95,7 @@ def make_sides(options: argparse.Namespace, stage: int, names: list[str]) -> dic
     parallel.prepare_blocks(model, Config(compile=options.compile))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
     rows = prosqa_rows(options.batch, stage, options.c_thought)
-    batch = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in collate_for_device(rows, MARKERS.eos, MARKERS.latent).items()
-    }
+    batch = to_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), device)
     losses = {
         "floor": lambda: floor_loss(model, batch),
         "coconut": lambda: model(**batch).loss,
@@ -101,24 +126,22 @@ def report_memory(options: argparse.Namespace) -> None:
     print(peak_memory(pick_device()))
 
 
+def add_ratios(results: list[dict]) -> list[list]:
+    """Adds to each result its ratios to the floor of its stage; returns the table's rows."""
+    floors = {result["stage"]: result for result in results if result["side"] == "floor"}
+    rows = []
+    for result in results:
+        cells = [result["stage"], result["side"]]
+        for name in ("seconds", "cpu_seconds", "peak_gib"):
+            known = result[name] is not None
+            result[f"{name}_ratio"] = result[name] / floors[result["stage"]][name] if known else None
+            cells += [result[name], result[f"{name}_ratio"]] if known else ["-", "-"]
+        rows.append(cells)
+    return rows
+
+
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["gpt2", "llama", "qwen2"], default="gpt2", help="(default: %(default)s)")
-    parser.add_argument("--size", choices=["tiny", "small"], default="tiny", help="(default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="rows (default: %(default)s)")
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 3, 6], help="(default: 0 3 6)")
-    parser.add_argument("--c-thought", type=int, default=1, help="latents of a stage (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=7, help="measured steps of each side (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks, of all sides")
-    parser.add_argument(
-        "--sides", nargs="+", choices=SIDES, default=SIDES[:3], help="beside the floor (default: less no cache)"
-    )
-    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory, in processes of its own")
-    parser.add_argument("--json", type=Path, default=None, help="write the numbers to this file")
-    parser.add_argument("--memory-of", choices=SIDES, default=None, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.memory_of:
@@ -131,19 +154,10 @@ def main(arguments: list[str]) -> int:
         for name in names:
             memory = None if options.no_memory else memory_of(arguments, stage, name)
             results.append({"stage": stage, "side": name, "peak_gib": memory, **medians[name]})
-    floors = {result["stage"]: result for result in results if result["side"] == "floor"}
-    rows = []
-    for result in results:
-        floor = floors[result["stage"]]
-        for name in ("seconds", "cpu_seconds", "peak_gib"):
-            result[f"{name}_ratio"] = None if result[name] is None else result[name] / floor[name]
-        columns = ("seconds", "seconds_ratio", "cpu_seconds", "cpu_seconds_ratio", "peak_gib", "peak_gib_ratio")
-        rows.append([result["stage"], result["side"], *("-" if result[c] is None else result[c] for c in columns)])
-    where = machine(pick_device())
+    rows, where = add_ratios(results), machine(pick_device())
     print(f"{options.shape} {options.size}, batch {options.batch}, c_thought {options.c_thought}: {where}")
     print_table(["stage", "side", "seconds", "ratio", "CPU s", "ratio", "peak GiB", "ratio"], rows)
-    chosen = {name: value for name, value in vars(options).items() if name not in ("json", "memory_of")}
-    write_json(options.json, {"options": chosen, "machine": where, "results": results})
+    write_json(options, where, results, hidden=("memory_of",))
     return 0
 
 

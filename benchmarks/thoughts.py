@@ -21,8 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import options as shared
+from options import ROOT
+
 from config import Config
 from utils import UserError, read_log
 
@@ -81,8 +82,10 @@ def train(run: str, seed: int, config: Config, overrides: list[str]) -> None:
     if is_finished(run, seed, config):
         return
     print(f"{run}, seed {seed}", flush=True)
-    command = [sys.executable, str(ROOT / "run.py"), str(CONFIG), *overrides, *keys_of(run, seed, config)]
-    start(command)
+    keys = keys_of(run, seed, config)
+    names = {key.partition("=")[0] for key in keys}
+    others = [text for text in overrides if text.partition("=")[0] not in names]  # run.py takes no key twice
+    start([sys.executable, str(ROOT / "run.py"), str(CONFIG), *others, *keys])
 
 
 def start(command: list[str]) -> str:
@@ -232,15 +235,11 @@ def draw(results: dict[str, list[dict]], stages: list[int], path: Path) -> None:
 def measure(thought: str, generates: bool, size: str) -> dict[str, float]:
     """Seconds, and peak memory of this process, of a forward and backward pass or of a generation."""
     import torch
-    from common import MARKERS, alternate, model_config, peak_memory, prosqa_rows
-    from transformers import AutoModelForCausalLM
+    from common import MARKERS, alternate, make_model, peak_memory, prosqa_rows
 
-    from coconut import Coconut
     from dataset import collate_for_device, collate_prompts
 
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(model_config("gpt2", size), dtype=torch.float32)
-    model = Coconut(base, MARKERS.latent, MARKERS.start, MARKERS.end, MARKERS.eos, thought=thought)
+    model = make_model("gpt2", size, torch.device("cpu"), thought)
     rows = prosqa_rows(2, stage=6, c_thought=1)
     batch = collate_for_device(rows, MARKERS.eos, MARKERS.latent)
     prompts = collate_prompts([ids[: ids.index(MARKERS.end) + 1] for ids, _ in rows], MARKERS.eos)
@@ -269,10 +268,12 @@ def measure_all(size: str) -> dict[str, dict]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared.make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", metavar="RUN", default=RUNS, help=f"of {', '.join(RUNS)}")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once (default: the number of cores)")
+    parser.add_argument(
+        "--jobs", type=shared.positive, default=os.cpu_count(), help="runs at once (default: the number of cores)"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="set keys of args/thoughts.yaml")
     parser.add_argument("--costs", action="store_true", help="measure seconds and memory instead of training")

@@ -10,9 +10,9 @@ An example computes from left to right, modulo a small base:
 import argparse
 import random
 import sys
-from pathlib import Path
 
-from files import UserError, publish, report
+from files import UserError, report
+from splits import add_drawing_options, add_split_options, draw, parse_splits, publish_splits
 
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
@@ -47,40 +47,30 @@ def make_splits(
     counts = list(range(min_steps, max_steps + 1))
     # in proportion to the fourth root of how many there are: short questions are few, and all splits need all lengths
     weights = [(base ** (n + 1) * 3**n) ** 0.25 for n in counts]
-    seen, splits = set(), {}
-    for name in sorted(sizes, key=sizes.get):  # the small ones first: the short questions are used up by the large
-        examples = []
-        while len(examples) < sizes[name]:
-            example = make_example(rng, rng.choices(counts, weights)[0], base)
-            if example["question"] not in seen:
-                seen.add(example["question"])
-                examples.append(example)
-        splits[name] = examples
+    small_first = sorted(sizes.items(), key=lambda item: item[1])  # the large ones use the short questions up
+    splits = draw(dict(small_first), lambda: make_example(rng, rng.choices(counts, weights)[0], base))
     return {name: splits[name] for name in sizes}
+
+
+def describe_first(examples: list[dict]) -> str:
+    return f", first: {examples[0]['question']} -> {examples[0]['answer']}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("data"), help="folder for the files (default: %(default)s)")
-    parser.add_argument("--train", type=int, default=40000, help="training examples (default: %(default)s)")
-    parser.add_argument("--valid", type=int, default=300, help="validation examples (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=1000, help="test examples (default: %(default)s)")
+    add_split_options(parser, train=40000, valid=300, test=1000)
     parser.add_argument("--base", type=int, default=5, help="numbers are 0..BASE-1 (default: %(default)s)")
     parser.add_argument("--min-steps", type=int, default=2, help="fewest operations (default: %(default)s)")
     parser.add_argument("--max-steps", type=int, default=4, help="most operations (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    sizes = {"train": options.train, "valid": options.valid, "test": options.test}
-    if not 2 <= options.base <= 10 or not 1 <= options.min_steps <= options.max_steps or min(sizes.values()) < 1:
-        parser.error("base must be 2 to 10, 1 <= min-steps <= max-steps, and every split needs an example")
+    add_drawing_options(parser, checks=False)
+    options, sizes = parse_splits(parser, arguments)
+    if not 2 <= options.base <= 10 or not 1 <= options.min_steps <= options.max_steps:
+        parser.error("base must be 2 to 10, and 1 <= min-steps <= max-steps")
     try:
         splits = make_splits(sizes, options.min_steps, options.max_steps, options.base, options.seed)
-        files = {options.out / f"arithmetic_{name}.json": examples for name, examples in splits.items()}
-        publish(files)
+        publish_splits(splits, options.out, "arithmetic", describe_first)
     except UserError as error:
         return report(error)
-    for path, examples in files.items():
-        print(f"{path}: {len(examples)} examples, first: {examples[0]['question']} -> {examples[0]['answer']}")
     return 0
 
 

@@ -162,17 +162,19 @@ def table(rows: list[Row], left: str, right: str) -> str:
 def check(
     paths: list[Path],
     read: Callable[[Path], list[dict]],
-    generate: Callable[[int], list[dict]],
+    make_splits: Callable[..., dict[str, list[dict]]],
     measure: Callable[[dict], Values],
     seed: int,
 ) -> int:
-    """Prints the table of two files, or of one against what generate(LIMIT) makes.
+    """Prints the table of two files, or of one against what make_splits(sizes, seed=...) makes.
 
     Returns the exit code: 0, or 1 where any statistic is different.
     """
     sides = [(str(path), read(path)) for path in paths]
     if len(sides) == 1:
-        sides.append((f"generated with seed {seed}", generate(LIMIT)))
+        # not the stream that the files of this seed come from: the file may be one of them
+        made = make_splits({"check": LIMIT}, seed=(seed, 1))["check"]
+        sides.append((f"generated with seed {seed}", made))
     left, right = (measure_all(examples, measure, origin, seed) for origin, examples in sides)
     rows = compare(left, right, seed)
     print(table(rows, *(f"{origin}, {min(len(examples), LIMIT):,} of {len(examples):,}" for origin, examples in sides)))

@@ -17,9 +17,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from files import UserError, publish, read_json, report
+from files import UserError, read_json, report
+from splits import add_split_options, parse_splits, publish_splits
 
 QUERY = "True or false: "
+PAPER = {"train": 9000, "valid": 200, "test": 800}  # examples
 HOW = "(how to make it: python preprocessing/prontoqa.py --help)"
 
 
@@ -76,32 +78,13 @@ def split(examples: list[dict], sizes: dict[str, int], origin: Path) -> dict[str
     return {name: [next(rest) for _ in range(size)] for name, size in sizes.items()}
 
 
-def add_split_options(parser: argparse.ArgumentParser) -> None:
-    """--out, --train, --valid and --test, which both ways to these files have."""
-    parser.add_argument("--out", type=Path, default=Path("data"), help="folder for the files (default: %(default)s)")
-    parser.add_argument("--train", type=int, default=9000, help="training examples (default: %(default)s)")
-    parser.add_argument("--valid", type=int, default=200, help="validation examples (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=800, help="test examples (default: %(default)s)")
-
-
-def publish_splits(splits: dict[str, list[dict]], folder: Path) -> None:
-    """Writes folder/prontoqa_NAME.json for each split and says so."""
-    files = {folder / f"prontoqa_{name}.json": examples for name, examples in splits.items()}
-    publish(files)
-    for path, examples in files.items():
-        print(f"{path}: {len(examples)} examples")
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="5hop_0shot_random.json of the official generator")
-    add_split_options(parser)
-    options = parser.parse_args(arguments)
-    sizes = {"train": options.train, "valid": options.valid, "test": options.test}
-    if min(sizes.values()) < 1:
-        parser.error("every split needs an example")
+    add_split_options(parser, **PAPER)
+    options, sizes = parse_splits(parser, arguments)
     try:
-        publish_splits(split(convert(options.source), sizes, options.source), options.out)
+        publish_splits(split(convert(options.source), sizes, options.source), options.out, "prontoqa")
     except UserError as error:
         return report(error)
     return 0

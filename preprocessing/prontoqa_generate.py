@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 from compare import check
 from files import UserError, load_examples, read_json, report
-from prontoqa import QUERY, add_split_options, convert, publish_splits
+from prontoqa import PAPER, QUERY, convert
 from prontoqa_statistics import measure
 from prontoqa_words import CONCEPTS, FAMILIES, NAMES
-from tqdm import tqdm
+from splits import add_drawing_options, add_split_options, draw, parse_splits, publish_splits
 
 HOPS = 5
 NEGATED = 0.3  # of the properties; the queried one and its contrary are negated in half of the examples
@@ -88,18 +88,7 @@ def make_example(rng: np.random.Generator) -> dict:
 def make_splits(sizes: dict[str, int], seed: int | tuple[int, ...], progress: bool = False) -> dict[str, list[dict]]:
     """Splits of the given sizes; no question occurs twice, within a split or across them."""
     rng = np.random.default_rng(seed)
-    seen, splits = set(), {}
-    for name, size in sizes.items():
-        examples: list[dict] = []
-        with tqdm(total=size, desc=name, unit="example", disable=not progress) as bar:
-            while len(examples) < size:
-                example = make_example(rng)
-                if example["question"] not in seen:
-                    seen.add(example["question"])
-                    examples.append(example)
-                    bar.update()
-        splits[name] = examples
-    return splits
+    return draw(sizes, lambda: make_example(rng), progress)
 
 
 def read_either(path: Path) -> list[dict]:
@@ -109,26 +98,13 @@ def read_either(path: Path) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_split_options(parser)
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
-    parser.add_argument(
-        "--check", type=Path, nargs="+", metavar="FILE", help="compare FILE with what would be made, or two files"
-    )
-    options = parser.parse_args(arguments)
-    sizes = {"train": options.train, "valid": options.valid, "test": options.test}
-    if min(sizes.values()) < 1:
-        parser.error("every split needs an example")
-    if options.check and len(options.check) > 2:
-        parser.error("--check takes one file or two")
+    add_split_options(parser, **PAPER)
+    add_drawing_options(parser, checks=True)
+    options, sizes = parse_splits(parser, arguments)
     try:
         if options.check:
-
-            def generate(size: int) -> list[dict]:
-                # not the stream that the files of this seed come from: FILE may be one of them
-                return make_splits({"check": size}, (options.seed, 1))["check"]
-
-            return check(options.check, read_either, generate, measure, options.seed)
-        publish_splits(make_splits(sizes, options.seed, progress=True), options.out)
+            return check(options.check, read_either, make_splits, measure, options.seed)
+        publish_splits(make_splits(sizes, options.seed, progress=True), options.out, "prontoqa")
     except UserError as error:
         return report(error)
     return 0

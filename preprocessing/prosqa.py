@@ -15,14 +15,14 @@ import argparse
 import sys
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from compare import check
-from files import UserError, load_examples, publish, report
+from files import UserError, load_examples, report
 from prosqa_statistics import measure
-from tqdm import tqdm
+from splits import add_drawing_options, add_split_options, draw, parse_splits, publish_splits
 
 NAMES = [
     "Alex",
@@ -230,51 +230,26 @@ def make_splits(
     Raises UserError where the settings hardly ever allow a question.
     """
     rng = np.random.default_rng(seed)
-    seen, splits = set(), {}
-    for name, size in sizes.items():
-        examples: list[dict] = []
-        failures = 0
-        with tqdm(total=size, desc=name, unit="example", disable=not progress) as bar:
-            while len(examples) < size:
-                example = make_example(rng, settings)
-                graph = example and named_edges(example)
-                if example is None or graph in seen:
-                    failures += 1
-                    if failures > 1000 + 1000 * len(examples):
-                        raise UserError(
-                            f"graphs of {settings.nodes} nodes with these words hardly ever have a new question of "
-                            f"{settings.min_hops} to {settings.max_hops} hops"
-                        )
-                    continue
-                seen.add(graph)
-                examples.append(example)
-                bar.update()
-        splits[name] = examples
-    return splits
+    hopeless = (
+        f"graphs of {settings.nodes} nodes with these words hardly ever have a new question of "
+        f"{settings.min_hops} to {settings.max_hops} hops"
+    )
+    return draw(sizes, lambda: make_example(rng, settings), progress, named_edges, hopeless)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("data"), help="folder for the files (default: %(default)s)")
-    parser.add_argument("--train", type=int, default=17886, help="training examples (default: %(default)s)")
-    parser.add_argument("--valid", type=int, default=300, help="validation examples (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=500, help="test examples (default: %(default)s)")
+    add_split_options(parser, train=17886, valid=300, test=500)
     parser.add_argument("--nodes", type=int, default=28, help="nodes before isolated ones go (default: %(default)s)")
     parser.add_argument("--min-hops", type=int, default=3, help="fewest steps (default: %(default)s)")
     parser.add_argument("--max-hops", type=int, default=6, help="most steps (default: %(default)s)")
     parser.add_argument("--names", nargs="+", default=NAMES, metavar="NAME", help="who is asked about")
     parser.add_argument("--concepts", nargs="+", default=CONCEPTS, metavar="CONCEPT", help="what they may be")
     parser.add_argument("--prefix", default="prosqa", help="of the file names (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
-    parser.add_argument(
-        "--check", type=Path, nargs="+", metavar="FILE", help="compare FILE with what would be made, or two files"
-    )
-    options = parser.parse_args(arguments)
-    sizes = {"train": options.train, "valid": options.valid, "test": options.test}
-    if min(sizes.values()) < 1 or options.nodes < 4 or not 1 <= options.min_hops <= options.max_hops:
-        parser.error("every split needs an example, --nodes must be at least 4, and 1 <= min-hops <= max-hops")
-    if options.check and len(options.check) > 2:
-        parser.error("--check takes one file or two")
+    add_drawing_options(parser, checks=True)
+    options, sizes = parse_splits(parser, arguments)
+    if options.nodes < 4 or not 1 <= options.min_hops <= options.max_hops:
+        parser.error("--nodes must be at least 4, and 1 <= min-hops <= max-hops")
     settings = Settings(
         options.nodes,
         options.min_hops,
@@ -284,19 +259,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         if options.check:
-
-            def generate(size: int) -> list[dict]:
-                # not the stream that the files of this seed come from: FILE may be one of them
-                return make_splits({"check": size}, settings, (options.seed, 1))["check"]
-
+            generate = partial(make_splits, settings=settings)
             return check(options.check, load_examples, generate, measure, options.seed)
-        splits = make_splits(sizes, settings, options.seed, progress=True)
-        files = {options.out / f"{options.prefix}_{name}.json": examples for name, examples in splits.items()}
-        publish(files)
+        publish_splits(make_splits(sizes, settings, options.seed, progress=True), options.out, options.prefix)
     except UserError as error:
         return report(error)
-    for path, examples in files.items():
-        print(f"{path}: {len(examples)} examples")
     return 0
 
 

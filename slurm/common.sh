@@ -4,6 +4,10 @@
 if [[ -e .venv/bin/activate ]]; then source .venv/bin/activate; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 
+# on_nodes SRUN_OPTION... COMMAND...: srun, with the CPUs that sbatch gave each task. Since Slurm 22.05 srun does not take
+# them over from sbatch by itself: all ranks of a node would share one core.
+on_nodes() { srun ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} "$@"; }
+
 # run_steps COMMAND...: runs a training step; requeues the job where a signal has stopped the training before its end.
 run_steps() {
     export INTERRUPTED_FILE=$PWD/.interrupted-$SLURM_JOB_ID # run.py creates it

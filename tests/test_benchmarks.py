@@ -18,6 +18,7 @@ import step
 import run
 from config import THOUGHTS, Config
 from dataset import collate_for_device
+from parallel import whole_weights
 
 generate, thoughts = (load_script(ROOT / "benchmarks" / f"{name}.py") for name in ("generate", "thoughts"))
 
@@ -42,6 +43,17 @@ def test_the_sides_of_a_step_agree(small):
     assert abs(step.no_cache_loss(model, batch) - coconut) < 1e-5
     assert abs(step.floor_loss(model, batch) - step.all_logits_loss(model, batch)) < 1e-5
     assert len(step.make_sides(argparse.Namespace(**OPTIONS), 1, list(step.SIDES))) == 4
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_model_is_had_as_if_loaded(small, world, strategy):
+    """scaling.py had no model under DDP: it gave parallel.load a plain tuple."""
+    whole = common.make_model("llama", "tiny", torch.device("cpu"))
+    weights = {name: value.clone() for name, value in whole.state_dict().items()}
+    model = common.as_loaded(whole, Config(strategy=strategy), world)
+    found = whole_weights(model)  # tied weights under one name
+    assert len(found) >= len(weights) - 1
+    assert all(torch.equal(value, weights[name]) for name, value in found.items())
 
 
 def test_they_run_and_write_json(small, tmp_path, capsys):

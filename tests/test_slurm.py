@@ -13,7 +13,13 @@ from test_faults import LONG, SLOW_VALIDATION, processes_of, steps, wait_for
 from test_run import place as place  # a fixture
 
 SRUN = """#!/usr/bin/env bash
-while [[ $1 == --* ]]; do shift; done
+cpus=none
+while [[ $1 == --* ]]; do
+    if [[ $1 == --cpus-per-task=* ]]; then cpus=${1#*=}; fi
+    shift
+done
+# newer than 22.05, it gives a task one core unless it is told otherwise
+[[ $cpus == "${SLURM_CPUS_PER_TASK:-none}" ]] || { echo "srun: $cpus CPUs for a task" >&2; exit 1; }
 status=0 tasks=()
 for ((node = 0; node < SLURM_NNODES; node++)); do
     SLURM_NODEID=$node SLURM_PROCID=$node "$@" &
@@ -40,13 +46,16 @@ def cluster(tmp_path) -> dict[str, str]:
     (tmp_path / "torchrun").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
     (tmp_path / "torchrun").chmod(0o755)
     slurm = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
+    slurm["SLURM_CPUS_PER_TASK"] = "3"
     path = f"{tmp_path}:{os.environ['PATH']}"
     slurm |= {"SLURM_JOB_NODELIST": "localhost", "REQUEUED": str(tmp_path / "requeued")}
     return {**os.environ, **slurm, "PATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def submit(script: str, cluster: dict[str, str], *arguments: str) -> subprocess.Popen:
-    command = ["bash", str(ROOT / "slurm" / script), *arguments]
+    """Runs a script as sbatch would. Of a key that is given twice the last counts: run.py takes none twice."""
+    last = {argument.partition("=")[0]: argument for argument in arguments}
+    command = ["bash", str(ROOT / "slurm" / script), *last.values()]
     return subprocess.Popen(command, env=cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -63,6 +72,20 @@ def children(pid: int) -> list[int]:
     for parent in found:
         found += below.get(parent, [])
     return found[1:]
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "train_multinode.sbatch", "eval.sbatch"])
+def test_tasks_get_the_cpus_that_sbatch_was_given(cluster, tmp_path, script):
+    """srun gave every task one core: since Slurm 22.05 it does not take --cpus-per-task over from sbatch."""
+    (tmp_path / "srun").write_text('#!/usr/bin/env bash\necho "$@"\n')
+    given = submit(script, cluster, "a.yaml")
+    assert "--cpus-per-task=3 " in given.communicate(timeout=30)[0]
+    del cluster["SLURM_CPUS_PER_TASK"]  # sbatch was given --cpus-per-gpu, or nothing
+    left_out = submit(script, cluster, "a.yaml")
+    printed = left_out.communicate(timeout=30)[0]
+    assert "a.yaml" in printed
+    assert "cpus-per-task" not in printed
+    assert given.returncode == left_out.returncode == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

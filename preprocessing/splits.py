@@ -1,0 +1,83 @@
+"""What the generators share: the options of their splits, and examples of which none occurs twice."""
+
+import argparse
+from collections.abc import Callable, Hashable
+from pathlib import Path
+
+from files import UserError, publish
+from tqdm import tqdm
+
+Splits = dict[str, list[dict]]  # name of the split -> its examples
+
+
+def add_split_options(parser: argparse.ArgumentParser, train: int, valid: int, test: int) -> None:
+    """--out, --train, --valid and --test."""
+    parser.add_argument("--out", type=Path, default=Path("data"), help="folder for the files (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=train, help="training examples (default: %(default)s)")
+    parser.add_argument("--valid", type=int, default=valid, help="validation examples (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=test, help="test examples (default: %(default)s)")
+
+
+def add_drawing_options(parser: argparse.ArgumentParser, checks: bool) -> None:
+    """--seed, and --check where the script can compare."""
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
+    if checks:
+        parser.add_argument(
+            "--check", type=Path, nargs="+", metavar="FILE", help="compare FILE with what would be made, or two files"
+        )
+
+
+def parse_splits(parser: argparse.ArgumentParser, arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
+    """The options, and the size of each split; ends the program where the options above make no sense."""
+    options = parser.parse_args(arguments)
+    sizes = {"train": options.train, "valid": options.valid, "test": options.test}
+    if min(sizes.values()) < 1:
+        parser.error("every split needs an example")
+    if len(getattr(options, "check", None) or ()) > 2:
+        parser.error("--check takes one file or two")
+    return options, sizes
+
+
+def question_of(example: dict) -> str:
+    return example["question"]
+
+
+def draw(
+    sizes: dict[str, int],
+    make: Callable[[], dict | None],
+    progress: bool = False,
+    key: Callable[[dict], Hashable] = question_of,
+    hopeless: str = "with these settings there is hardly ever a new question",
+) -> Splits:
+    """Splits of the given sizes, made in this order; no key occurs twice, within a split or across them.
+
+    make() may fail, and then returns None. Raises UserError that says `hopeless` where next to nothing comes of it.
+    """
+    seen, splits = set(), {}
+    for name, size in sizes.items():
+        examples: list[dict] = []
+        failures = 0
+        with tqdm(total=size, desc=name, unit="example", disable=not progress) as bar:
+            while len(examples) < size:
+                example = make()
+                mark = None if example is None else key(example)
+                if example is None or mark in seen:
+                    failures += 1
+                    if failures > 1000 + 1000 * len(examples):
+                        raise UserError(hopeless)
+                    continue
+                seen.add(mark)
+                examples.append(example)
+                bar.update()
+        splits[name] = examples
+    return splits
+
+
+def publish_splits(
+    splits: Splits, folder: Path, prefix: str, describe: Callable[[list[dict]], str] | None = None
+) -> None:
+    """Writes folder/PREFIX_NAME.json for each split and says so, with what `describe` says of its examples."""
+    files = {folder / f"{prefix}_{name}.json": examples for name, examples in splits.items()}
+    publish(files)
+    for path, examples in files.items():
+        print(f"{path}: {len(examples)} examples{describe(examples) if describe else ''}")

@@ -1,0 +1,73 @@
+"""Every script answers --help, and a mistake on its command line, before the imports that take seconds."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+FOLDERS = (ROOT, ROOT / "benchmarks", ROOT / "preprocessing", ROOT / "tests")
+SCRIPTS = [
+    str(path.relative_to(ROOT))
+    for folder in FOLDERS
+    for path in sorted(folder.glob("*.py"))
+    if '\nif __name__ == "__main__":' in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory) -> dict[str, str]:
+    """An environment in which importing torch or transformers fails."""
+    folder = tmp_path_factory.mktemp("broken")
+    for name in ("torch", "transformers"):
+        (folder / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')")
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+def start(script: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, script, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_they_are_all_there():
+    for name in (
+        "run",
+        "evaluate",
+        "generate",
+        "show_data",
+        "benchmarks/step",
+        "preprocessing/prosqa",
+        "tests/torture",
+    ):
+        assert f"{name}.py" in SCRIPTS
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_does_not_wait_for_torch(script, without_torch):
+    """Those of tiny_model.py and of most benchmarks took six to nine seconds."""
+    done = start(script, without_torch, "--help")
+    assert done.returncode == 0, done.stderr
+    assert script.rpartition("/")[2] in done.stdout
+    assert "usage: " in done.stdout
+
+
+MISTAKES = [
+    *((script, "--no-such-option") for script in SCRIPTS),
+    ("preprocessing/tiny_model.py", "a.json", "--out", "b", "--width", "10", "--heads", "4"),
+    ("preprocessing/tiny_model.py", "no_such_file.json", "--out", "b"),
+    ("preprocessing/prosqa.py", "--nodes", "3"),
+    ("preprocessing/arithmetic.py", "--train", "0"),
+    ("preprocessing/prontoqa_generate.py", "--check", "a", "b", "c"),
+    ("benchmarks/step.py", "--repeats", "0"),
+    ("benchmarks/thoughts.py", "--only", "no_such_thought"),
+]
+
+
+@pytest.mark.parametrize("command", MISTAKES, ids=" ".join)
+def test_nor_does_the_answer_to_a_mistake(command, without_torch):
+    script, *arguments = command
+    done = start(script, without_torch, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert "error: " in done.stderr
+    assert "Traceback" not in done.stderr
