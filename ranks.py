@@ -284,28 +284,28 @@ def check_shared(world: World, folder: Path) -> None:
     if world.size == 1:
         return
 
-    def write() -> Path:
+    def write() -> str:
         path = folder / f".seen-by-all-{uuid.uuid4().hex}"
         with writing(path):
             folder.mkdir(parents=True, exist_ok=True)
             path.touch()
-        return path
+        return path.name
 
     def look() -> None:
         try:
-            retried(path.stat)
+            retried((folder / name).stat)
         except FileNotFoundError:
             raise UserError(
                 f"save_path is not shared: rank {world.rank} on {socket.gethostname()} does not see what rank 0 has "
                 f"written in {folder.resolve()}; choose a folder that all nodes share"
             ) from None
 
-    path = on_main_rank(world, write)
+    name = on_main_rank(world, write)
     try:
         on_every_rank(world, look)
     finally:
         if world.is_main:
-            path.unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import netrc
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -96,6 +97,7 @@ class Tracker:
         else:
             return done.result()
         self.run = None
+        _ignore_its_exit_handlers()
         self.warn(
             f"warning: wandb failed ({what}: {problem}); the run goes on without it, metrics.jsonl has everything"
         )
@@ -108,6 +110,17 @@ class Tracker:
                 done.set_result(action())
             except BaseException as error:  # wandb also calls sys.exit
                 done.set_exception(error)
+
+
+def _ignore_its_exit_handlers() -> None:
+    """wandb's own exit handler fails like all else once its helper process is gone: of that there was a warning."""
+    before = sys.unraisablehook
+
+    def hook(failed) -> None:
+        if not (getattr(failed.object, "__module__", None) or "").startswith("wandb"):
+            before(failed)
+
+    sys.unraisablehook = hook
 
 
 def _one_line(error: BaseException) -> str:
