@@ -313,6 +313,8 @@ class Config:
                 if name != "load_model_path":
                     found.append(f"{name} is missing: set it to a JSON list of question, answer and steps")
             elif not PLACEHOLDER.search(value):
+                if name == "load_model_path" and self._continues():
+                    continue  # the run's own checkpoint wins over it
                 if not Path(value).exists():
                     found.append(f"{name} {value!r} does not exist{_preparation_hint(value)}")
                 elif name != "load_model_path" and not Path(value).is_file():
@@ -327,9 +329,13 @@ class Config:
             found.append(f"model_id {self.model_id!r} does not exist{_preparation_hint(self.model_id)}")
         return found
 
+    def _continues(self) -> bool:
+        """Whether the run has a checkpoint of its own."""
+        return not self.only_eval and any(self.run_dir.glob("checkpoint_*/coconut.json"))
+
     def _has_model_elsewhere(self) -> bool:
         """Whether a checkpoint has all that model_id would be asked for: shape, weights and tokenizer."""
-        if not self.only_eval and any(self.run_dir.glob("checkpoint_*/coconut.json")):
+        if self._continues():
             return True
         source = Path(self.load_model_path or "")
         return self.load_model_path is not None and (

@@ -68,7 +68,7 @@ def load_model(config: Config, source: Path | None, cached: bool = False) -> Pre
             _check_names(folder or config.model_id, report["missing_keys"], report["unexpected_keys"] if folder else ())
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever the hub, a damaged file or a family that lacks a package makes of it
         raise not_loadable("load_model_path" if folder else "model_id", folder or config.model_id, error) from None
     has_marker_rows = False
     if source is not None and folder is None:
@@ -120,7 +120,7 @@ def shape_of(config: Config, source: Path | None, cached: bool = False) -> PreTr
     where = source if source is not None and source.is_dir() else config.model_id
     try:
         return AutoConfig.from_pretrained(where, local_files_only=cached)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise not_loadable("model_id", where, error) from None
 
 
@@ -171,7 +171,7 @@ def load_tokenizer(config: Config, folder: Path | None = None, cached: bool = Fa
     source = folder if has_one else config.model_id
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=cached)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise not_loadable("load_model_path" if has_one else "model_id", source, error) from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {source} has no EOS token, without which no answer ends")
@@ -181,6 +181,8 @@ def load_tokenizer(config: Config, folder: Path | None = None, cached: bool = Fa
 def not_loadable(key: str, source, error: Exception) -> UserError:
     """That transformers found nothing it can load where `key` points; with the hub's last answer, where it gave one."""
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if not isinstance(error, (OSError, ValueError)):
+        first_line = f"{type(error).__name__}: {first_line}"
     status = _http_status(error)
     said = f"; the hub's last answer was HTTP {status}" if status is not None else ""
     return UserError(

@@ -264,18 +264,21 @@ def folder_of_one(world: World, folder: Path) -> typing.Iterator[None]:
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise UserError(f"{folder} cannot be written to: {error.strerror}") from None
             print(f"warning: {folder} is on a file system without locks: start one job only", file=sys.stderr)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
         held.append(file)
+        with suppress(OSError):  # on a full disk there is no room to say who holds it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
 
     on_main_rank(world, hold)
     try:
         yield
     finally:
         for file in held:
-            file.truncate(0)
-            file.close()
+            with suppress(OSError):
+                file.truncate(0)
+            with suppress(OSError):
+                file.close()
 
 
 def check_shared(world: World, folder: Path) -> None:

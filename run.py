@@ -17,6 +17,7 @@ import json
 import math
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +39,7 @@ from pretrained import Pretrained, read_description
 from ranks import Interruption, World
 from table import summary
 from throughput import FlopCounter, Throughput, peak_flops
-from utils import RunLogger, UserError, progress_bar, report, write_config, writing
+from utils import RunLogger, UserError, progress_bar, report, tell, write_config, writing
 
 INTERRUPTED_FILE = "INTERRUPTED_FILE"  # a run that a signal has stopped creates the file that this variable names
 
@@ -140,7 +141,7 @@ def evaluate_only(config: Config, world: World) -> None:
         metrics |= {"stage": stage, "checkpoint": str(source), "file": config.val_path}
 
         def publish() -> None:
-            print(summary(config.run_dir, metrics), flush=True)  # first: should the disk be full, it is not lost
+            tell(summary(config.run_dir, metrics))  # first: should the disk be full, it is not lost
             for name, text in evaluate.as_files(metrics, predictions).items():
                 with writing(config.run_dir / "eval" / name):
                     (config.run_dir / "eval" / name).write_text(text, encoding="utf-8")
@@ -450,13 +451,14 @@ def say_interrupted(run: Run) -> None:
     if run.saved is not None:
         run.logger.say(f"stopped by a signal; start the same command again to continue from {run.saved}")
         if run.world.is_main and (file := os.environ.get(INTERRUPTED_FILE)):
-            Path(file).touch()
+            with suppress(OSError):
+                Path(file).touch()
 
 
 def finish(run: Run) -> None:
     """Prints the run's table and removes what only a restart would need."""
     if run.world.is_main:
-        print(summary(run.config.run_dir), flush=True)
+        tell(summary(run.config.run_dir))
         checkpoint.remove_restarts(run.config.run_dir)
 
 

@@ -65,6 +65,12 @@ def progress_bar(iterable, title: str, unit: str, shown: bool):
     return tqdm(iterable, title, unit=unit, leave=False, disable=not shown, mininterval=interval, dynamic_ncols=True)
 
 
+def tell(text: str) -> None:
+    """A result, on standard output. That nobody reads it, or that its disk is full, ends nothing."""
+    with suppress(OSError):
+        print(text, flush=True)
+
+
 class RunLogger:
     """metrics.jsonl always, wandb where it is wanted; silent on every rank but 0. A context: at its end, whatever
     brings it about, the log is closed with the exit code that the program will have.
@@ -103,7 +109,8 @@ class RunLogger:
         if self.is_main:
             from tqdm import tqdm
 
-            tqdm.write(text, file=sys.stderr)
+            with suppress(OSError):  # a log on a full disk
+                tqdm.write(text, file=sys.stderr)
 
     def log(self, event: str, **values) -> None:
         """One line of metrics.jsonl: {"event", "time" (seconds since the run started), ...values}.

@@ -418,7 +418,8 @@ def test_a_checkpoint_does_not_need_the_model_that_it_began_with(place, tmp_path
 
     assert main("num_epochs=1") == 0
     (tmp_path / "model").rename(tmp_path / "elsewhere")
-    assert main("num_epochs=2") == 0
+    gone = f"load_model_path={tmp_path / 'gone'}"  # what a run began with may be gone too
+    assert main("num_epochs=2", gone) == 0
     assert main(f"model_id={tmp_path / 'elsewhere'}", "num_epochs=3") == 0  # the same model at another place
     assert [record["epoch"] for record in epochs(place / "runs" / "moved")] == [0, 1, 2]
     for where in ("moved", "moved/checkpoint_3"):
