@@ -32,7 +32,7 @@ data/arithmetic_train.json data/arithmetic_valid.json data/arithmetic_test.json 
 
 data/tiny_arithmetic/config.json: data/arithmetic_train.json preprocessing/tiny_model.py
 	$(BIN)/python preprocessing/tiny_model.py data/arithmetic_train.json --out data/tiny_arithmetic \
-		--tokenizer char --shape llama --width 64
+		--tokenizer char --shape llama --width 64 --untied
 
 quickstart: data/tiny_arithmetic/config.json data/arithmetic_test.json
 	$(BIN)/torchrun --nproc_per_node 2 run.py args/quickstart.yaml
@@ -56,7 +56,7 @@ data/thoughts/arithmetic_train.json: preprocessing/arithmetic.py | .venv/install
 
 data/thoughts/model/config.json: data/thoughts/arithmetic_train.json preprocessing/tiny_model.py
 	$(BIN)/python preprocessing/tiny_model.py data/thoughts/arithmetic_train.json --out data/thoughts/model \
-		--tokenizer char --shape llama --width 64
+		--tokenizer char --shape llama --width 64 --untied
 
 thoughts: data/thoughts/model/config.json .venv/installed-dev
 	$(BIN)/python benchmarks/thoughts.py

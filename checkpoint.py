@@ -49,6 +49,10 @@ from utils import UserError, retried, sync_to_disk
 FORMAT = 2  # of coconut.json and trainer/state.json
 MANIFEST = "trainer/manifest.json"  # file -> SHA-256
 OPTIMIZER = "trainer/optimizer"
+# keys that say what a model's sequences look like
+DESCRIBED = (
+    *("method", "thought", "c_thought", "max_latent_stage", "pad_latent_to_max", "latent_markers", "step_separator"),
+)
 PREFIX, THOUGHT_PREFIX = "base_causallm.", "thought."
 
 
@@ -188,8 +192,7 @@ def save(
 
 def _description(config: Config, pretrained: Pretrained, stage: int) -> dict:
     """coconut.json: what the model's sequences look like."""
-    names = ("method", "c_thought", "max_latent_stage", "pad_latent_to_max", "thought")
-    chosen = {name: getattr(config, name) for name in names}
+    chosen = {name: getattr(config, name) for name in DESCRIBED}
     return {"format": FORMAT, "stage": stage, **chosen, "markers": pretrained.markers._asdict()}
 
 
@@ -360,10 +363,15 @@ def differences(config: Config, folder: Path) -> dict[str, str]:
     """Where a configuration departs from the one that a checkpoint was trained with: key -> "key 1, not 2"."""
     description = read_description(folder) or {}
     return {
-        name: f"{name} {description[name]}, not {getattr(config, name)}"
-        for name in ("method", "thought", "c_thought", "max_latent_stage", "pad_latent_to_max")
+        name: f"{name} {_shown(description[name])}, not {_shown(getattr(config, name))}"
+        for name in DESCRIBED
         if name in description and description[name] != getattr(config, name)
     }
+
+
+def _shown(value) -> str:
+    """A text of white space needs its quotes to be seen."""
+    return repr(value) if isinstance(value, str) and not value.strip() else str(value)
 
 
 def check_method(config: Config, source: Path) -> list[str]:

@@ -118,6 +118,15 @@ class Config:
         True, "in the last stage, max_latent_stage thoughts also where an example has fewer steps"
     )
     uniform_prob: float = _key(0.0, "probability that an example trains at a stage drawn from 0..n", low=0, high=1)
+    advance_at: float | None = _key(
+        None, "a stage ends before its epochs are over when validation accuracy has reached this", low=0, high=1
+    )
+    latent_markers: str = _key(
+        "both",
+        "both | none: whether the latents stand between a start and an end marker, as in the paper",
+        choices=("both", "none"),
+    )
+    step_separator: str = _key("\n", 'what follows each written step; "" for steps of one token')
     eval_latents_from_steps: bool = _key(
         False,
         "with pad_latent_to_max off, evaluate with at most as many steps of thought as the example has (reference)",
@@ -288,6 +297,8 @@ class Config:
             )
         if self.method == "icot" and self.uniform_prob > 0:
             found.append("uniform_prob mixes stages of whole steps, but method icot removes single tokens")
+        if self.method == "icot" and self.advance_at is not None:
+            found.append("advance_at ends stages of whole epochs, but method icot's stages are within an epoch")
         if self.from_scratch and self.load_model_path is not None:
             found.append("from_scratch and load_model_path exclude each other")
         if self.bf16 and self.bf16_weights:

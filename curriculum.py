@@ -117,6 +117,8 @@ def kept_reasoning(steps: Sequence[Sequence[int]], stage: int, config: Config) -
 def _prefix(question: Sequence[int], n_latents: int, config: Config, markers: Markers) -> list[int]:
     if config.method != "coconut":
         return list(question)
+    if config.latent_markers == "none":
+        return [*question, *[markers.latent] * n_latents]
     return [*question, markers.start, *[markers.latent] * n_latents, markers.end]
 
 
@@ -144,9 +146,9 @@ def training_sequence(
 ) -> tuple[list[int], list[int]]:
     """One example at one stage as (input_ids, labels), equally long; labels are IGNORE up to the end of the prompt.
 
-    Q S_1..S_n A for cot, Q A for no_cot, and for coconut Q start latent* end S_{s+1}..S_n A; no_thoughts is coconut
-    without markers and latents; icot is cot without the first `stage` tokens of the steps. A ends with EOS; it is added
-    where `answer` has none yet.
+    Q S_1..S_n A for cot, Q A for no_cot, and for coconut Q start latent* end S_{s+1}..S_n A, with latent_markers none
+    without start and end; no_thoughts is coconut without markers and latents; icot is cot without the first `stage`
+    tokens of the steps. A ends with EOS; it is added where `answer` has none yet.
     """
     n_latents, _ = thoughts_and_dropped(len(steps), stage, config)
     before = _prefix(question, n_latents, config, markers)
@@ -160,6 +162,15 @@ def training_sequence(
 # ---------------------------------------------------------------------------------------------------------------
 # Steps
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def next_epoch(config: Config, epoch: int, accuracy: float) -> int:
+    """The epoch that follows one with this validation accuracy: the next, or, where advance_at has been reached, the
+    first of the next stage, num_epochs where there is none. Data order and learning rate are those of that epoch."""
+    if config.advance_at is None or accuracy < config.advance_at:
+        return epoch + 1
+    later = range(epoch + 1, config.num_epochs)
+    return next((e for e in later if stage_of(config, e) != stage_of(config, epoch)), config.num_epochs)
 
 
 def optimizer_is_reset(config: Config, epoch: int) -> bool:
@@ -231,4 +242,8 @@ def schedule(config: Config, world_size: int) -> str:
             kept = f"all but {dropped} steps" if dropped else "all"
         optimizer = "new" if fresh else "kept"
         lines.append(f"{epoch:>5} {stage_name(stage):>5} {latents:>8} {kept:>20} {optimizer:>10} {batch:>6}")
+    if config.advance_at is not None:
+        lines.append(
+            f"a stage has at most these epochs: it ends where validation accuracy reaches {config.advance_at:g}"
+        )
     return "\n".join(lines)

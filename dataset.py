@@ -87,8 +87,8 @@ class Tokens:
             np.save(folder / f"{name}.npy", getattr(self, name))
 
 
-def tokenize(examples: Iterable[dict], tokenizer, show_progress: bool = False) -> Tokens:
-    """Q = question + newline, with the special tokens that the tokenizer adds by itself; S = step + newline and
+def tokenize(examples: Iterable[dict], tokenizer, show_progress: bool = False, step_separator: str = "\n") -> Tokens:
+    """Q = question + newline, with the special tokens that the tokenizer adds by itself; S = step + step_separator and
     A = "### " + answer without them. A's EOS is added by `training_sequence`."""
     ids: list[np.ndarray] = []
     text_lengths: list[np.ndarray] = []
@@ -96,7 +96,9 @@ def tokenize(examples: Iterable[dict], tokenizer, show_progress: bool = False) -
     bar = progress_bar(examples, "tokenizing", "examples", show_progress)
     for part in batched(bar, 1000):
         questions = tokenizer([e["question"] + "\n" for e in part])["input_ids"]
-        others = [text for e in part for text in (*(step + "\n" for step in e["steps"]), "### " + e["answer"])]
+        others = [
+            text for e in part for text in (*(step + step_separator for step in e["steps"]), "### " + e["answer"])
+        ]
         rest = iter(tokenizer(others, add_special_tokens=False)["input_ids"] if others else [])
         n_texts = [len(example["steps"]) + 2 for example in part]
         texts = [
@@ -119,10 +121,18 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
         yield part
 
 
-def cache_tokens(path: str, tokenizer, folder: Path, limit: int | None = None, show_progress: bool = True) -> Path:
+def cache_tokens(
+    path: str,
+    tokenizer,
+    folder: Path,
+    limit: int | None = None,
+    show_progress: bool = True,
+    step_separator: str = "\n",
+) -> Path:
     """Tokenizes the data file `path` into a folder under `folder`, unless it is there already; returns that folder.
 
-    Its name is a digest of the file's bytes, the tokenizer and the limit. It appears whole or not at all.
+    Its name is a digest of the file's bytes, the tokenizer, the limit and the separator. It appears whole or not at
+    all.
     """
     try:
         with Path(path).open("rb") as file:
@@ -130,10 +140,12 @@ def cache_tokens(path: str, tokenizer, folder: Path, limit: int | None = None, s
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     identity = [type(tokenizer).__name__, _what_decides_ids(tokenizer), limit, CACHE_VERSION]
+    if step_separator != "\n":
+        identity.append(step_separator)
     digest.update(json.dumps(identity).encode())
     target = folder / digest.hexdigest()[:32]
     if not target.exists():
-        tokens = tokenize(read_examples(path, limit), tokenizer, show_progress)
+        tokens = tokenize(read_examples(path, limit), tokenizer, show_progress, step_separator)
         with writing(target):
             _write_cache(tokens, target)
     return target
@@ -182,7 +194,8 @@ def load_data(config: Config, world: World, tokenizer) -> Data:
     val_examples = load_examples(config.val_path, limits["val"])
 
     def tokens_of(path: str, limit: int | None) -> Path:
-        return on_main_rank(world, lambda: cache_tokens(path, tokenizer, cache, limit))
+        separator = config.step_separator
+        return on_main_rank(world, lambda: cache_tokens(path, tokenizer, cache, limit, step_separator=separator))
 
     data = Data(val_examples, Tokens.open(tokens_of(config.val_path, limits["val"])))
     if not config.only_eval:
@@ -306,7 +319,9 @@ def sequence_lengths(tokens: Tokens, config: Config, stage: int) -> np.ndarray:
         reasoning = np.maximum(reasoning - stage, 0)
     question = tokens.texts[starts + 1] - tokens.texts[starts]
     answer = tokens.texts[ends] - tokens.texts[ends - 1] + 1  # EOS
-    return question + (latents + 2 if config.method == "coconut" else 0) + reasoning + answer
+    if config.method == "coconut" and config.latent_markers == "both":
+        latents = latents + 2
+    return question + latents + reasoning + answer
 
 
 def longest_sequence(tokens: Tokens, config: Config) -> tuple[int, int]:

@@ -51,7 +51,7 @@ from typing import NamedTuple
 import torch
 from transformers.utils import logging
 
-from checkpoint import resolve
+from checkpoint import DESCRIBED, resolve
 from coconut import Coconut
 from config import Config
 from curriculum import Markers, prompt
@@ -83,8 +83,8 @@ def load(checkpoint: str, n_thoughts: int | None = None) -> Asked:
         raise UserError(
             f"{folder} lacks coconut.json, which says how a model was trained: it is no checkpoint of run.py"
         )
-    names = ("method", "thought", "c_thought", "max_latent_stage")
-    config = Config(model_id=str(folder), **{name: description[name] for name in names if name in description})
+    known = {name: description[name] for name in DESCRIBED if name in description}
+    config = Config(model_id=str(folder), **known)
     stage = description["stage"]
     if n_thoughts is not None:
         if config.method != "coconut":

@@ -111,7 +111,7 @@ def train(config: Config, world: World, interruption: Interruption) -> None:
         run.wrapped = parallel.wrap(run.model, world)
         restore(run, newest)
         announce(run, newest)
-        for epoch in range(run.progress.epoch, config.num_epochs):
+        while (epoch := run.progress.epoch) < config.num_epochs:
             stage = train_epoch(run, epoch)
             # a signal has come, or one may come during the validation, and the kill before its end
             save_checkpoint(run, stage)
@@ -120,7 +120,7 @@ def train(config: Config, world: World, interruption: Interruption) -> None:
                 return
             metrics, predictions = validate(run, epoch, stage)
             save_if_due(run, epoch, stage, metrics, predictions)
-            if epoch + 1 < config.num_epochs and interruption.asked() | interruption.settle():
+            if run.progress.epoch < config.num_epochs and interruption.asked() | interruption.settle():
                 say_interrupted(run)
                 return
         finish(run)
@@ -422,7 +422,7 @@ def save_if_due(run: Run, epoch: int, stage: int, metrics: dict, predictions: li
     """Saves after every epoch. With save_only_improve, an epoch whose accuracy is not the best of its stage so far
     leaves a checkpoint for a restart only."""
     progress = run.progress
-    progress.epoch = epoch + 1
+    progress.epoch = curriculum.next_epoch(run.config, epoch, metrics["accuracy"])
     progress.seen, progress.losses, progress.seconds = 0, 0.0, 0.0
     improved = metrics["accuracy"] > progress.best.get(stage, -1.0)
     if improved:

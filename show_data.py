@@ -87,7 +87,7 @@ def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool)
     examples = load_examples(path)
     tokenizer = load_tokenizer(config)
     markers = mark(tokenizer, config.method)
-    tokens = tokenize(examples, tokenizer, show_progress=len(examples) > 20_000)
+    tokens = tokenize(examples, tokenizer, len(examples) > 20_000, config.step_separator)
     lines = [f"{path}: {len(examples):,} examples; method {config.method}, stage {stage}, model {config.model_id}"]
     for number in range(min(n_examples, len(examples))):
         ids, labels = training_sequence(*tokens[number], stage, config, markers)

@@ -20,7 +20,7 @@ class RandomModel:
     layers: int = 2
     heads: int = 4  # of attention
     positions: int = 1024  # the longest sequence
-    tied: bool = False  # one matrix for input and output
+    tied: bool = True  # one matrix for input and output, as in GPT-2
     seed: int = 0  # of the weights
     mlp: int = 3  # the MLP's width, in hidden sizes
     kv_heads: int | None = None  # None: as many as heads

@@ -33,7 +33,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--positions", type=int, default=RandomModel.positions, help="longest sequence (default: %(default)s)"
     )
-    parser.add_argument("--tied", action="store_true", help="one matrix for input and output (GPT-2: always)")
+    parser.add_argument(
+        "--untied", dest="tied", action="store_false", help="a matrix each for input and output (GPT-2: never)"
+    )
     parser.add_argument("--seed", type=int, default=RandomModel.seed, help="of the weights (default: %(default)s)")
     options = parser.parse_args(arguments)
     if min(options.width, options.layers, options.heads, options.positions) < 1:

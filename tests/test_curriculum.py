@@ -11,6 +11,7 @@ from curriculum import (
     IGNORE,
     NO_REASONING,
     Markers,
+    next_epoch,
     prompt,
     schedule,
     stage_of,
@@ -64,6 +65,16 @@ LITERAL = [
         [40, 41, 99],
     ),
     ("coconut", {"thought": "pause"}, 2, [1, 2, 3, B, T, T, E], [30, 31, 32, 40, 41, 99]),
+    # without markers, the position that predicted a step is the one whose hidden state becomes its thought
+    ("coconut", {"latent_markers": "none"}, 0, [1, 2, 3], ALL),
+    ("coconut", {"latent_markers": "none"}, 2, [1, 2, 3, T, T], [30, 31, 32, 40, 41, 99]),
+    (
+        "coconut",
+        {"latent_markers": "none", "max_latent_stage": 2, "c_thought": 2},
+        3,
+        [1, 2, 3, *[T] * 4],
+        [40, 41, 99],
+    ),
     # icot counts removed tokens, from the left
     ("icot", {}, 0, [1, 2, 3], ALL),
     ("icot", {}, 1, [1, 2, 3], [11, 20, 30, 31, 32, 40, 41, 99]),
@@ -159,3 +170,11 @@ def test_mixing_depends_on_seed_epoch_and_example_only():
     assert set(draws) == {0, 1, 2, 3, 9}
     assert 150 < draws.count(9) < 250
     assert {stage_of_example(Config(), 9, 4, index, 3) for index in range(50)} == {9}
+
+
+def test_a_stage_that_has_been_learnt_ends_early():
+    config = Config(epochs_per_stage=[3, 2, 2], max_latent_stage=1, num_epochs=9, advance_at=0.9)
+    assert [next_epoch(config, epoch, 0.89) for epoch in range(9)] == list(range(1, 10))
+    assert [next_epoch(config, epoch, 0.9) for epoch in range(9)] == [3, 3, 3, 5, 5, 9, 9, 9, 9]
+    assert next_epoch(Config(num_epochs=9), 0, 1.0) == 1
+    assert "at most" in schedule(config, 1).splitlines()[-1]

@@ -222,6 +222,19 @@ def test_tokens_are_the_texts_and_survive_the_disk(data_file, tmp_path):
     assert cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False) != folder
 
 
+def test_steps_of_one_token_need_no_separator(data_file, tmp_path):
+    tokenizer = character_tokenizer()
+    folders = [
+        cache_tokens(str(data_file), tokenizer, tmp_path, show_progress=False, step_separator=separator)
+        for separator in ("\n", "")
+    ]
+    with_newlines, without = (Tokens.open(folder) for folder in folders)
+    newline = tokenizer("\n")["input_ids"]
+    for (question, steps, answer), (same, bare, also) in zip(with_newlines, without, strict=True):
+        assert (question, answer) == (same, also)
+        assert steps == [step + newline for step in bare]
+
+
 def test_the_digest_does_not_depend_on_what_a_tokenizer_was_used_for(data_file, tmp_path):
     """F6: a tokenizer.json with truncation or padding switched on gave another digest before its first use in a process
     than after it, and a restart was refused: "was trained on other data"."""
