@@ -1,0 +1,86 @@
+"""What a grid will cost: epochs, tokens and FLOPs of each job, counted; the time, from the jobs that are finished."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from coconut import Coconut
+from curriculum import IGNORE, stage_of
+from dataset import StageDataset, tokenize
+from examples import load_examples
+from pretrained import load_tokenizer, mark, shape_of
+from throughput import FlopCounter
+
+if TYPE_CHECKING:
+    from grid import Job
+
+SAMPLE = 200  # examples whose sequences are counted; the others are taken to be like them
+
+
+class Cost(NamedTuple):
+    epochs: int
+    tokens: float
+    flops: float  # forward and backward
+
+
+@cache
+def _data(path: str, model_id: str, separator: str) -> tuple[int, object, object]:
+    examples = load_examples(path)
+    tokenizer = load_tokenizer(_Model(model_id))
+    return len(examples), tokenizer, tokenize(examples[:SAMPLE], tokenizer, step_separator=separator)
+
+
+class _Model(NamedTuple):
+    model_id: str
+
+
+def cost_of(job: Job) -> Cost:
+    """What a job costs from its beginning, without validation."""
+    config = job.config
+    n_examples, tokenizer, tokens = _data(config.train_path, config.model_id, config.step_separator)
+    markers = mark(tokenizer, config.method)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(shape_of(config, None))
+        counter = FlopCounter.of(Coconut(base, markers.latent, markers.start, markers.end, markers.eos, config.thought))
+    n_tokens, flops = 0.0, 0.0
+    share = min(n_examples, config.max_train_examples or n_examples) / len(tokens)
+    for epoch in range(config.resume, config.num_epochs):
+        rows = StageDataset(tokens, config, markers, epoch)
+        pairs = [rows[index, stage_of(config, epoch)] for index in range(len(tokens))]
+        lengths = [len(ids) for ids, _ in pairs]
+        supervised = sum(label != IGNORE for _, labels in pairs for label in labels)
+        n_tokens += share * sum(lengths)
+        flops += share * counter.training(lengths, supervised)
+    return Cost(config.num_epochs - config.resume, n_tokens, flops)
+
+
+def print_plan(jobs: list[Job]) -> None:
+    """A line for each job that is left, with its commands, and the sum."""
+    logging.set_verbosity_error()
+    speeds = [speed for job in jobs if job.is_trained and (speed := _tokens_per_second(job)) is not None]
+    left = [(job, cost_of(job)) for job in jobs if not job.is_done]
+    for job, cost in left:
+        print(f"\n# {job.name}: {cost.epochs} epochs, {cost.tokens:,.0f} tokens, {cost.flops:.2e} FLOPs")
+        for command in job.commands():
+            print(shlex.join(command))
+    tokens, flops = (sum(getattr(cost, name) for _, cost in left) for name in ("tokens", "flops"))
+    print(f"\n{len(left)} of {len(jobs)} runs are left: {tokens:,.0f} tokens, {flops:.2e} FLOPs")
+    if speeds:
+        speed = statistics.median(speeds)
+        print(
+            f"about {tokens / speed / 60:.0f} minutes of a core, at the {speed:,.0f} tokens a second of finished runs"
+        )
+    else:
+        print("the time to expect is known once a run is finished")
+
+
+def _tokens_per_second(job: Job) -> float | None:
+    seconds = sum(record["train_seconds"] + record["seconds"] for record in job.epochs())
+    return cost_of(job).tokens / seconds if seconds else None

@@ -1,0 +1,278 @@
+"""Runs a grid of experiments, and writes its table and figures to results/. A YAML file says what the grid is.
+
+    python experiments/grid.py experiments/table1_mini.yaml --dry-run       # commands, epochs, tokens, FLOPs, time
+    python experiments/grid.py experiments/table1_mini.yaml --jobs 2        # two runs at once, one core each
+    python experiments/grid.py experiments/table1_mini.yaml --only coconut pause_as_thought --seeds 0
+    python experiments/grid.py experiments/table1_mini.yaml --report        # the table of what there is, nothing is run
+
+Every run is run.py's own: training, then an evaluation on the test split. Finished runs are not repeated, and killed
+ones go on where they were: start the same command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from config import Config
+from utils import UserError, read_log, report
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a grid is
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A row of a grid: one run for each seed."""
+
+    keys: dict = field(default_factory=dict)  # of run.py, on top of the grid's base file
+    begins_with: str | None = None  # the beginning whose weights it takes, and after whose epochs it starts
+    seeds: tuple[int, ...] | None = None  # where it has others than the grid
+    label: str | None = None  # in tables and figures; default its name
+    paper: str | None = None  # what the paper has for it
+
+    @property
+    def overrides(self) -> list[str]:
+        return [f"{key}={_spelled(value)}" for key, value in self.keys.items()]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid's YAML file, read by `read_grid`."""
+
+    name: str
+    title: str
+    base: str  # a file of args/
+    save_path: str
+    runs: dict[str, RunSpec]
+    test_path: str
+    beginnings: dict[str, RunSpec] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    control: str | None = None  # the run that the others are compared with, question by question
+    chance: float | None = None  # accuracy of guessing
+    prediction: str = ""  # written before the runs
+    about: str = ""  # a paragraph for the report
+
+
+def _spelled(value) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+
+
+def read_grid(path: Path) -> Grid:
+    """Reads a grid. Raises UserError that lists what is wrong with it."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a grid: `key: value` lines")
+    problems: list[str] = []
+    known = _known(Grid, values, str(path), problems)
+    for name in ("title", "base", "save_path", "runs", "test_path"):
+        if name not in known:
+            problems.append(f"{path} lacks {name!r}")
+    for name in ("runs", "beginnings"):
+        specs = known.get(name) or {}
+        known[name] = {
+            run: RunSpec(**_known(RunSpec, spec or {}, f"{path}: {name}: {run}", problems))
+            for run, spec in specs.items()
+        }
+    for run, spec in known["runs"].items():
+        if spec.begins_with is not None and spec.begins_with not in known["beginnings"]:
+            problems.append(f"{path}: run {run!r} begins with {spec.begins_with!r}, but there is no such beginning")
+    if known.get("control") is not None and known["control"] not in known["runs"]:
+        problems.append(f"{path}: control {known['control']!r} is no run of the grid")
+    if problems:
+        raise UserError("; ".join(problems))
+    return Grid(**{"name": path.stem, **known})
+
+
+def _known(cls, values, where: str, problems: list[str]) -> dict:
+    """The fields of a class that are set; what is no field of it is a problem."""
+    names = {item.name for item in fields(cls)}
+    if not isinstance(values, dict):
+        problems.append(f"{where} must hold `key: value` lines")
+        return {}
+    for name in values.keys() - names:
+        close = difflib.get_close_matches(str(name), names, 1)
+        problems.append(f"{where}: unknown key {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in names}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Its jobs
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one seed."""
+
+    grid: Grid
+    run: str
+    seed: int
+    more: tuple[str, ...] = ()  # key=value from the command line
+
+    @property
+    def spec(self) -> RunSpec:
+        return (self.grid.beginnings | self.grid.runs)[self.run]
+
+    @property
+    def name(self) -> str:
+        return f"{self.run}-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.grid.save_path) / self.name
+
+    @property
+    def begin(self) -> Job | None:
+        """The job whose weights this one takes."""
+        return Job(self.grid, self.spec.begins_with, self.seed, self.more) if self.spec.begins_with else None
+
+    @cached_property
+    def overrides(self) -> list[str]:
+        """All that it sets on top of the base file; of each key the last counts."""
+        texts = [f"save_path={self.grid.save_path}", f"name={self.name}", f"seed={self.seed}"]
+        if self.begin is not None:
+            texts += [f"load_model_path={self.begin.folder}", f"resume={self.begin.config.num_epochs}"]
+            texts.append("from_scratch=false")
+        texts += [*self.spec.overrides, *self.more]
+        return list({text.partition("=")[0]: text for text in texts}.values())
+
+    @cached_property
+    def config(self) -> Config:
+        return Config.from_file(ROOT / self.grid.base, self.overrides, needs_files=False)
+
+    @property
+    def is_trained(self) -> bool:
+        return (self.folder / f"checkpoint_{self.config.num_epochs}").is_dir()
+
+    @property
+    def is_done(self) -> bool:
+        return self.is_trained and (self.run in self.grid.beginnings or (self.folder / "eval/metrics.json").is_file())
+
+    def commands(self) -> list[list[str]]:
+        """What is still to do: to train, and to evaluate on the test split."""
+        start = [sys.executable, str(ROOT / "run.py"), str(ROOT / self.grid.base), *self.overrides]
+        of_test = [text for text in start if text.partition("=")[0] not in ("load_model_path", "resume", "val_path")]
+        of_test += ["only_eval=true", f"load_model_path={self.folder}", f"val_path={self.grid.test_path}"]
+        commands = [] if self.is_trained else [start]
+        return commands if self.run in self.grid.beginnings or self.is_done else [*commands, of_test]
+
+    def epochs(self) -> list[dict]:
+        """What metrics.jsonl says of its epochs; a restarted run repeats those that it had lost."""
+        records = [record for record in read_log(self.folder / "metrics.jsonl") if record["event"] == "epoch"]
+        return list({record["epoch"]: record for record in records}.values())
+
+
+def jobs_of(grid: Grid, only: list[str] | None, seeds: list[int] | None, more: tuple[str, ...]) -> list[Job]:
+    """All jobs, seed by seed, so that an interrupted grid has whole seeds; a beginning before what needs it."""
+    if unknown := set(only or ()) - grid.runs.keys():
+        raise UserError(f"{grid.name} has no run {', '.join(sorted(unknown))}; there are {', '.join(grid.runs)}")
+    found: dict[str, Job] = {}
+    every_seed = sorted({seed for spec in grid.runs.values() for seed in spec.seeds or grid.seeds})
+    for seed in every_seed if seeds is None else seeds:
+        for run, spec in grid.runs.items():
+            if (only is None or run in only) and seed in (spec.seeds or grid.seeds):
+                job = Job(grid, run, seed, more)
+                if job.begin is not None:
+                    found.setdefault(job.begin.name, job.begin)
+                found.setdefault(job.name, job)
+    return list(found.values())
+
+
+def work(jobs: list[Job], at_once: int) -> None:
+    """Runs what is not done, so many at once, one core each. Raises UserError that lists what failed, at the end."""
+    from tqdm import tqdm
+
+    failed: list[str] = []
+    waiting = [job for job in jobs if not job.is_done]
+    with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(waiting), unit="run", desc=jobs[0].grid.name) as bar:
+        tasks: dict[str, Future] = {}
+
+        def start(job: Job) -> None:
+            if job.begin is not None:
+                if job.begin.name in tasks:
+                    tasks[job.begin.name].result()
+                if not job.begin.is_trained:
+                    return  # of which there is a complaint already
+            bar.set_postfix_str(job.name)
+            failed.extend(run_commands(job))
+            bar.update()
+
+        for job in waiting:
+            tasks[job.name] = pool.submit(start, job)
+    if failed:
+        raise UserError("; ".join(failed))
+
+
+def run_commands(job: Job) -> list[str]:
+    """Runs what a job still needs, with its output in a file beside the run's folder; returns what went wrong."""
+    log = job.folder.parent / "logs" / f"{job.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    for command in job.commands():
+        with log.open("a", encoding="utf-8") as output:
+            done = subprocess.run(command, env=environment, stdout=output, stderr=output, check=False)
+        if done.returncode:
+            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+            return [f"{job.name} failed with exit code {done.returncode}: {lines[-1] if lines else ''} (see {log})"]
+        if not job.is_trained:
+            return [f"{job.name} was stopped; start the grid again, and it goes on"]
+    return []
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid", type=Path, help="a YAML file of experiments/")
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="some of its runs")
+    parser.add_argument("--seeds", type=int, nargs="+", help="(default: the grid's)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once (default: the number of cores)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="set keys of every run")
+    parser.add_argument("--dry-run", action="store_true", help="print commands and what they will cost, and stop")
+    parser.add_argument("--report", action="store_true", help="write the report of what there is, and stop")
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="(default: results/)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
+    try:
+        grid = read_grid(options.grid)
+        jobs = jobs_of(grid, options.only, options.seeds, tuple(options.set))
+        if options.dry_run:
+            from costs import print_plan
+
+            print_plan(jobs)
+            return 0
+        try:
+            if not options.report:
+                for job in jobs:
+                    Config.from_file(ROOT / grid.base, job.spec.overrides)  # mistakes are found before the first run
+                work(jobs, options.jobs)
+        finally:
+            from tables import write_report
+
+            write_report(grid, jobs_of(grid, None, None, tuple(options.set)), options.out)
+    except UserError as error:
+        return report(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

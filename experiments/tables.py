@@ -1,0 +1,155 @@
+"""The report of a grid: results/NAME.md, the numbers behind it in NAME.json, and its learning curves in NAME.png."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from examples import load_examples
+
+if TYPE_CHECKING:
+    from grid import Grid, Job
+
+LEARNT = 0.9  # from this accuracy on a seed counts as having learnt the task
+RESAMPLES = 10_000
+
+
+def write_report(grid: Grid, jobs: list[Job], out: Path) -> None:
+    """Writes what the finished runs have come to; nothing where there is none."""
+    results = collect(grid, jobs)
+    if not results:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{grid.name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out / f"{grid.name}.md").write_text(as_text(grid, results), encoding="utf-8")
+    draw(grid, results, out / f"{grid.name}.png")
+
+
+def collect(grid: Grid, jobs: list[Job]) -> dict[str, list[dict]]:
+    """run -> for each finished seed: "seed"; of the test split "accuracy", "by_steps" (number of steps -> accuracy),
+    "tokens", "correct" (one 0 or 1 a question); "seconds" of training and validation; "epochs", for the curves."""
+    n_steps = [len(example["steps"]) for example in load_examples(grid.test_path)] if jobs else []
+    results: dict[str, list[dict]] = {}
+    for job in jobs:
+        if job.run not in grid.runs or not job.is_done:
+            continue
+        lines = (job.folder / "eval" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        correct = [int(json.loads(line)["correct"]) for line in lines]
+        metrics = json.loads((job.folder / "eval" / "metrics.json").read_text(encoding="utf-8"))
+        epochs = [*(job.begin.epochs() if job.begin else ()), *job.epochs()]
+        by_steps = {
+            n: statistics.mean(right for right, steps in zip(correct, n_steps, strict=True) if steps == n)
+            for n in sorted(set(n_steps))
+        }
+        results.setdefault(job.run, []).append(
+            {
+                "seed": job.seed,
+                "accuracy": metrics["accuracy"],
+                "by_steps": by_steps,
+                "tokens": metrics["generated_tokens"],
+                "seconds": sum(record["train_seconds"] + record["seconds"] for record in epochs),
+                "epochs": [{name: record[name] for name in ("epoch", "stage", "accuracy")} for record in epochs],
+                "correct": correct,
+            }
+        )
+    return {run: results[run] for run in grid.runs if run in results}
+
+
+def difference(rows: list[dict], control: list[dict]) -> tuple[float, float, float] | None:
+    """(mean, low, high): accuracy less the control's over the seeds that both have, with a 95 % bootstrap over the
+    questions within each seed; a question's two answers stay together."""
+    of_control = {row["seed"]: np.array(row["correct"]) for row in control}
+    pairs = [np.array(row["correct"]) - of_control[row["seed"]] for row in rows if row["seed"] in of_control]
+    if not pairs:
+        return None
+    random = np.random.default_rng(0)
+    means = np.zeros(RESAMPLES)
+    for pair in pairs:
+        drawn = random.integers(len(pair), size=(RESAMPLES, len(pair)))
+        means += pair[drawn].mean(axis=1) / len(pairs)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(np.mean([pair.mean() for pair in pairs])), float(low), float(high)
+
+
+def as_text(grid: Grid, results: dict[str, list[dict]]) -> str:
+    """The text of results/NAME.md."""
+    n_questions = len(next(iter(results.values()))[0]["correct"])
+    steps = list(next(iter(results.values()))[0]["by_steps"])
+    lines = [f"# {grid.title}", "", f"    python experiments/grid.py experiments/{grid.name}.yaml", ""]
+    if grid.about:
+        lines += [grid.about.strip(), ""]
+    chance = f" Chance is {grid.chance:.1%}." if grid.chance is not None else ""
+    lines += [
+        f"Accuracy on {n_questions} test questions, in percent: mean and standard deviation over the seeds, then each "
+        f"seed.{chance} Learnt: seeds that reach {LEARNT:.0%}. By steps: mean over the seeds, by the number of a "
+        f"question's steps. Tokens: as Table 1 of the paper counts them; each is a pass that waits for the one before. "
+        f"Minutes: training and validation, what a run begins with included, on one core.",
+        "",
+    ]
+    against = f" | less {grid.control} (95 %)" if grid.control in results else ""
+    by_steps = " / ".join(str(n) for n in steps)
+    lines.append(f"| run | paper | accuracy | seeds | learnt | by steps: {by_steps} | tokens | minutes{against} |")
+    lines.append("|---" * (8 + bool(against)) + "|")
+    lines += [table_row(grid, run, rows, results.get(grid.control)) for run, rows in results.items()]
+    if grid.prediction:
+        lines += ["", "## Predicted before the runs", "", grid.prediction.strip()]
+    lines += ["", f"![accuracy by epoch]({grid.name}.png)", ""]
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    lines.append(f"Python {platform.python_version()}, {packages}, {platform.machine()}, CPU.")
+    return "\n".join(lines) + "\n"
+
+
+def table_row(grid: Grid, run: str, rows: list[dict], control: list[dict] | None) -> str:
+    spec, accuracy = grid.runs[run], [100 * row["accuracy"] for row in rows]
+    spread = f" ± {statistics.stdev(accuracy):.1f}" if len(accuracy) > 1 else ""
+    cells = [
+        spec.label or run,
+        spec.paper or "",
+        f"{statistics.mean(accuracy):.1f}{spread}",
+        " ".join(f"{value:.1f}" for value in accuracy),
+        f"{sum(row['accuracy'] >= LEARNT for row in rows)} of {len(rows)}",
+        " / ".join(f"{100 * statistics.mean(row['by_steps'][n] for row in rows):.0f}" for n in rows[0]["by_steps"]),
+        f"{statistics.mean(row['tokens'] for row in rows):.1f}",
+        f"{statistics.mean(row['seconds'] for row in rows) / 60:.1f}",
+    ]
+    if control is not None:
+        found = difference(rows, control) if run != grid.control else None
+        cells.append("" if found is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in found)))
+    return f"| {' | '.join(cells)} |"
+
+
+def draw(grid: Grid, results: dict[str, list[dict]], path: Path) -> None:
+    """Validation accuracy by epoch: a line a seed, a colour and a marker a run; dotted where a stage begins."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(8, 4.5))
+    for number, (run, rows) in enumerate(results.items()):
+        style = {"color": f"C{number % 10}", "marker": "osv^Dx+*"[number % 8], "markersize": 4, "linewidth": 1}
+        for place, row in enumerate(rows):
+            epochs = [record["epoch"] + 1 for record in row["epochs"]]
+            accuracy = [100 * record["accuracy"] for record in row["epochs"]]
+            panel.plot(epochs, accuracy, label=(grid.runs[run].label or run) if place == 0 else None, **style)
+    staged = max((row["epochs"] for rows in results.values() for row in rows), key=lambda epochs: epochs[-1]["stage"])
+    for before, record in pairwise(staged):
+        if record["stage"] != before["stage"]:
+            panel.axvline(record["epoch"] + 0.5, color="0.7", linestyle=":")
+            panel.text(record["epoch"] + 0.55, 101, f"stage {record['stage']}", fontsize=7, color="0.4")
+    if grid.chance is not None:
+        panel.axhline(100 * grid.chance, color="0.5", linestyle="--", linewidth=1)
+        panel.text(0.5, 100 * grid.chance + 1, "chance", fontsize=7, color="0.4")
+    panel.set(xlabel="epoch", ylabel="validation accuracy, %", ylim=(0, 105), title=grid.title)
+    panel.title.set_y(1.03)
+    panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(figure)
