@@ -93,8 +93,10 @@ def test_breakpoints_in_the_data_are_met_without_a_loader_process(tmp_path):
     commands = (
         "import dataset\nbreak dataset.StageDataset.__getitem__\ncontinue\np 'stopped', type(self).__name__\nquit\n"
     )
+    # `python -m pdb run.py`, but that the slow imports are not traced
+    debug = "import sys, torch, transformers, pdb; from torch.distributed import checkpoint; pdb.main()"
     done = subprocess.run(
-        [sys.executable, "-m", "pdb", str(ROOT / "run.py"), str(tmp_path / "run.yaml")],
+        [sys.executable, "-c", debug, str(ROOT / "run.py"), str(tmp_path / "run.yaml")],
         input=commands,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -45,6 +45,22 @@ def succeed(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess:
     return done
 
 
+@pytest.fixture
+def here(capsys, monkeypatch):
+    """`start` in this process, for what needs none of its own: another takes seconds to import torch."""
+
+    def start_here(*arguments: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            code = run_module.main(run_module.configure(run_module.__doc__, run_module.schedule))
+        except SystemExit as end:
+            code = end.code
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return start_here
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -118,8 +134,10 @@ def test_two_ranks_train_every_stage_and_leave_hugging_face_folders(trained):
 
 def test_an_eval_only_run_agrees_with_training(place, trained):
     run, _ = trained
-    for ranks, name in ((0, "eval-1"), (2, "eval-2")):
-        succeed(place / "run.yaml", "only_eval=true", f"load_model_path={run}", f"name={name}", ranks=ranks)
+    arguments = ("only_eval=true", f"load_model_path={run}")
+    main(place, *arguments, "name=eval-1")
+    succeed(place / "run.yaml", *arguments, "name=eval-2", ranks=2)
+    for name in ("eval-1", "eval-2"):
         found = json.loads((place / "runs" / name / "eval" / "metrics.json").read_text())
         wanted = json.loads((run / "checkpoint_3" / "metrics.json").read_text())
         assert found["stage"] == 2
@@ -135,7 +153,7 @@ def test_an_eval_only_run_agrees_with_training(place, trained):
 
 def test_one_rank_with_doubled_accumulation_gives_the_same_weights(place, trained):
     run, _ = trained
-    succeed(place / "run.yaml", "name=alone", "gradient_accumulation_steps=2")
+    main(place, "name=alone", "gradient_accumulation_steps=2", "max_new_tokens=2")
     alone, together = weights(place / "runs" / "alone" / "checkpoint_3"), weights(run / "checkpoint_3")
     assert max((alone[name] - together[name]).abs().max() for name in together) < 1e-6
     # and they have moved much further than that from where they began
@@ -148,7 +166,7 @@ def test_one_rank_with_doubled_accumulation_gives_the_same_weights(place, traine
 def test_a_continued_run_is_bitwise_an_undisturbed_one(place, trained):
     run, _ = trained
     # dropout makes the random state matter, and AdamW is never reset: its state matters too
-    arguments = (place / "run.yaml", f"model_id={with_dropout(place)}")
+    arguments = (place / "run.yaml", f"model_id={with_dropout(place)}", "max_new_tokens=2")
     succeed(*arguments, "name=whole", ranks=2)
     succeed(*arguments, "name=parts", "num_epochs=1", ranks=2)
     stranger = place / "runs" / "parts" / "checkpoint_9"
@@ -290,10 +308,11 @@ def test_a_debug_run_does_not_touch_the_real_one(place, trained):
     assert digest(run) == before
 
 
-def test_a_finished_run_is_left_as_it_is(place, trained):
+def test_a_finished_run_is_left_as_it_is(place, trained, here):
     run, _ = trained
     before = weights(run / "checkpoint_3")
-    done = succeed(place / "run.yaml")
+    done = here(place / "run.yaml")
+    assert done.returncode == 0, done.stderr
     assert "after 3 of 3 epochs" in done.stderr
     after = weights(run / "checkpoint_3")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -302,11 +321,10 @@ def test_a_finished_run_is_left_as_it_is(place, trained):
 
 @pytest.mark.parametrize("method", ["cot", "no_cot", "no_thoughts"])
 def test_the_other_methods_run(place, method):
-    name = f"method-{method}"
-    succeed(
-        place / "run.yaml",
+    run = main(
+        place,
         f"method={method}",
-        f"name={name}",
+        f"name=method-{method}",
         "num_epochs=2",
         "save_only_improve=true",
         "keep_checkpoints=1",
@@ -315,7 +333,6 @@ def test_the_other_methods_run(place, method):
         "max_grad_norm=1",
         "bf16=true",
     )
-    run = place / "runs" / name
     assert len(epochs(run)) == 2
     assert epochs(run)[-1]["loss"] < 3
     saved = list(run.glob("checkpoint_*"))
@@ -323,9 +340,10 @@ def test_the_other_methods_run(place, method):
     assert "<|latent|>" not in AutoTokenizer.from_pretrained(saved[0]).get_vocab()
 
 
-def test_coconut_starts_from_a_cot_run(place):
-    succeed(place / "run.yaml", "method=cot", "name=words", "num_epochs=1")
-    done = succeed(place / "run.yaml", f"load_model_path={place / 'runs' / 'words'}", "resume=1", "name=from-words")
+def test_coconut_starts_from_a_cot_run(place, here):
+    words = main(place, "method=cot", "name=words", "num_epochs=1", "max_new_tokens=2")
+    done = here(place / "run.yaml", f"load_model_path={words}", "resume=1", "name=from-words", "max_new_tokens=2")
+    assert done.returncode == 0, done.stderr
     assert "starting with epoch 1, stage 1" in done.stderr
     assert [record["epoch"] for record in epochs(place / "runs" / "from-words")] == [1, 2]
 
@@ -377,7 +395,7 @@ AFTER_THE_RANKS_MET = ("no steps", "checkpoint of another model")
 @pytest.mark.parametrize(
     ("case", "ranks"), [(case, 0) for case in BAD] + [(case, 2) for case in ("mistyped key", *AFTER_THE_RANKS_MET)]
 )
-def test_bad_input_gets_one_sentence_and_spoils_nothing(place, trained, case, ranks):
+def test_bad_input_gets_one_sentence_and_spoils_nothing(place, trained, here, case, ranks):
     run, _ = trained
     (place / "no_steps.json").write_text(
         json.dumps([{"question": "1", "answer": "1", "steps": []}, {"question": "1", "answer": "1"}])
@@ -385,7 +403,8 @@ def test_bad_input_gets_one_sentence_and_spoils_nothing(place, trained, case, ra
     torch.save(AutoModelForCausalLM.from_pretrained(place / "other_model").state_dict(), place / "other.bin")
     before = digest(run)
     arguments, sentence = BAD[case]
-    done = start(place / "run.yaml", *(argument.format(place=place) for argument in arguments), ranks=ranks)
+    arguments = (place / "run.yaml", *(argument.format(place=place) for argument in arguments))
+    done = start(*arguments, ranks=ranks) if ranks else here(*arguments)
     assert done.returncode != 0
     complaints = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(complaints) == 1, done.stderr
