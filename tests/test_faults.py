@@ -17,7 +17,7 @@ import torch
 import yaml
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from test_run import digest, epochs, main, start, succeed, weights, with_dropout
+from test_run import digest, epochs, main, start, together, weights, with_dropout
 from test_run import here as here  # a fixture
 from test_run import place as place
 
@@ -80,7 +80,7 @@ def same(first: dict, second: dict) -> bool:
 @pytest.fixture(scope="module")
 def undisturbed(place) -> dict[str, torch.Tensor]:
     """The weights of a run on two ranks, with dropout, that nothing has happened to."""
-    succeed(place / "run.yaml", *LONG, f"model_id={with_dropout(place)}", "name=undisturbed", ranks=2)
+    together(place / "run.yaml", *LONG, f"model_id={with_dropout(place)}", "name=undisturbed")
     return weights(place / "runs" / "undisturbed" / "checkpoint_3")
 
 
@@ -107,7 +107,7 @@ def test_a_signal_saves_and_the_next_job_goes_on_inside_the_epoch(place, undistu
     assert 12 <= n_steps < 27
     # within an epoch, unless validation had begun
     assert saved.name in (f"checkpoint_{n_steps // 9}_step_{n_steps}", f"checkpoint_{n_steps // 9}")
-    done = succeed(place / "run.yaml", *arguments, ranks=2)
+    done = together(place / "run.yaml", *arguments)
     assert f"continuing from {saved}" in done.stderr
     assert same(weights(run / "checkpoint_3"), undisturbed)
     assert not list(run.glob("checkpoint_*_step_*"))  # the run is done: nobody needs them
@@ -166,7 +166,7 @@ def test_a_second_signal_exits_at_once():
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
-def test_a_run_goes_on_with_another_number_of_ranks(place, before, after):
+def test_a_run_goes_on_with_another_number_of_ranks(place, here, before, after):
     """No example of the epoch is repeated or left out, and the optimizer's state is re-sharded: the weights are those
     of an undisturbed run, but for the order of additions."""
     name, run = f"ranks-{before}-{after}", place / "runs" / f"ranks-{before}-{after}"
@@ -180,7 +180,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(place, before, after):
     process.communicate()
     shutil.rmtree(run / "checkpoint_0_step_9", ignore_errors=True)  # where it was faster than the kill
     strategy = "strategy=fsdp" if after == 2 else "strategy=ddp"
-    done = succeed(place / "run.yaml", *arguments, strategy, ranks=after)
+    done = (together if after == 2 else here)(place / "run.yaml", *arguments, strategy)
+    assert done.returncode == 0, done.stderr
     assert "continuing from" in done.stderr
     found, wanted = weights(run / "checkpoint_1"), weights(whole / "checkpoint_1")
     assert max((found[name] - wanted[name]).abs().max().item() for name in wanted) < 1e-5
@@ -485,8 +486,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(place, here, rank
     assert "the last good checkpoint is none" in complaint
     shutil.rmtree(run)
     arguments = (*arguments, "skip_nonfinite=true")
-    done = start(*arguments, ranks=ranks) if ranks else here(*arguments)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = together(*arguments) if ranks else here(*arguments)
+    assert done.returncode == 0, done.stderr
     assert "left out" in done.stderr
     assert epochs(run)[-1]["skipped"] == 1
     after, before = weights(run / "checkpoint_1"), load_file(folder / "model.safetensors")

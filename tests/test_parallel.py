@@ -1,9 +1,8 @@
 """Strategies, compiled and checkpointed blocks, and a step that waits for nothing."""
 
-import os
-import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from conftest import ROOT, tiny_base
@@ -29,12 +28,7 @@ def batch_of(n_latents: list[int], seed: int = 0) -> dict:
 
 def test_one_process_ddp_and_fsdp_agree():
     """The table of benchmarks/agreement.py: mixed stages, accumulation, generations of different lengths."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = str(ROOT / "benchmarks" / "agreement.py")
-    done = subprocess.run(
-        [*command, script, "--steps", "2"], capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
+    done = forked.run(2, ROOT / "benchmarks" / "agreement.py", "--steps", "2")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == 2 + 10
 

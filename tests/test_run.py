@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import arithmetic
+import forked
 import pytest
 import tiny_model
 import torch
@@ -41,6 +42,13 @@ def start(*arguments: str, ranks: int = 0, timeout: float = 120) -> subprocess.C
 
 def succeed(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess:
     done = start(*arguments, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def together(*arguments: str) -> subprocess.CompletedProcess:
+    """`succeed` on two ranks, without torchrun."""
+    done = forked.run(2, ROOT / "run.py", *arguments)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -136,7 +144,7 @@ def test_an_eval_only_run_agrees_with_training(place, trained):
     run, _ = trained
     arguments = ("only_eval=true", f"load_model_path={run}")
     main(place, *arguments, "name=eval-1")
-    succeed(place / "run.yaml", *arguments, "name=eval-2", ranks=2)
+    together(place / "run.yaml", *arguments, "name=eval-2")
     for name in ("eval-1", "eval-2"):
         found = json.loads((place / "runs" / name / "eval" / "metrics.json").read_text())
         wanted = json.loads((run / "checkpoint_3" / "metrics.json").read_text())
@@ -167,11 +175,11 @@ def test_a_continued_run_is_bitwise_an_undisturbed_one(place, trained):
     run, _ = trained
     # dropout makes the random state matter, and AdamW is never reset: its state matters too
     arguments = (place / "run.yaml", f"model_id={with_dropout(place)}", "max_new_tokens=2")
-    succeed(*arguments, "name=whole", ranks=2)
-    succeed(*arguments, "name=parts", "num_epochs=1", ranks=2)
+    together(*arguments, "name=whole")
+    together(*arguments, "name=parts", "num_epochs=1")
     stranger = place / "runs" / "parts" / "checkpoint_9"
     stranger.mkdir()  # half a checkpoint, or somebody's notes: not to be taken for one
-    done = succeed(*arguments, "name=parts", ranks=2)
+    done = together(*arguments, "name=parts")
     assert "checkpoint_1, after 1 of 3 epochs" in done.stderr
     assert not any(stranger.iterdir())
     whole, parts = (weights(place / "runs" / name / "checkpoint_3") for name in ("whole", "parts"))
@@ -187,9 +195,8 @@ def test_a_learned_thought_is_the_same_under_ddp_and_fsdp_and_alone(place):
     arguments = (*SHORT, "thought=projected+normalised", "weight_decay=0.1")
     folders = {"alone": main(place, *arguments, "name=thought-alone")}
     for strategy in ("ddp", "fsdp"):
-        done = succeed(
-            place / "run.yaml", *arguments, f"name=thought-{strategy}", f"strategy={strategy}", "num_workers=1", ranks=2
-        )
+        keys = (f"name=thought-{strategy}", f"strategy={strategy}", "num_workers=1")
+        done = together(place / "run.yaml", *arguments, *keys)
         assert f"on 2 x cpu ({strategy})" in done.stderr
         folders[strategy] = place / "runs" / f"thought-{strategy}"
     found = {
@@ -416,7 +423,7 @@ def test_bad_input_gets_one_sentence_and_spoils_nothing(place, trained, here, ca
 @pytest.mark.skipif(not PROSQA.exists(), reason="the authors' ProsQA validation file is not here")
 def test_the_authors_prosqa_rows(tmp_path):
     tiny_model.write_model([PROSQA], tmp_path / "model", "word", "gpt2", 64, 2, 4, 1024)
-    done = succeed(
+    done = together(
         ROOT / "args" / "prosqa_mini.yaml",
         f"model_id={tmp_path / 'model'}",
         f"train_path={PROSQA}",
@@ -427,7 +434,6 @@ def test_the_authors_prosqa_rows(tmp_path):
         "epochs_per_stage=1",
         "num_epochs=3",
         "max_new_tokens=60",
-        ranks=2,
     )
     records = epochs(tmp_path / "prosqa_mini")
     assert [record["stage"] for record in records] == [0, 1, 2]
