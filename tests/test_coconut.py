@@ -163,6 +163,7 @@ def test_the_layers_are_seen_through_checkpointed_blocks():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_layers_are_seen_through_a_compiled_block():
     model, rows = make_variant("gpt2", "last+suppressed"), make_rows([2])
     decoder_blocks(model.base_causallm)[-1].compile(dynamic=True, backend="eager")

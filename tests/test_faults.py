@@ -87,6 +87,7 @@ def undisturbed(place) -> dict[str, torch.Tensor]:
 # ---- signals ----
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_next_job_goes_on_inside_the_epoch(place, undisturbed, tmp_path, monkeypatch):
     """SIGTERM here; SIGUSR1 in test_slurm.py."""
     name, run = "signal", place / "runs" / "signal"
@@ -113,6 +114,7 @@ def test_a_signal_saves_and_the_next_job_goes_on_inside_the_epoch(place, undistu
     assert not list(run.glob("checkpoint_*_step_*"))  # the run is done: nobody needs them
 
 
+@pytest.mark.slow
 def test_a_signal_during_validation_ends_the_run_after_it(place, here):
     """And not after another step."""
     run, arguments = place / "runs" / "validating", (*LONG, "name=validating")
@@ -128,6 +130,7 @@ def test_a_signal_during_validation_ends_the_run_after_it(place, here):
     assert len(epochs(run)) == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_in_validation_validates_again(place, here):
     run, arguments = place / "runs" / "again", (*LONG, "name=again", "save_every_steps=100", "num_epochs=1")
     process = begin(place, *arguments, *SLOW_VALIDATION)
@@ -165,6 +168,7 @@ def test_a_second_signal_exits_at_once():
 # ---- other numbers of ranks ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(place, here, before, after):
     """No example of the epoch is repeated or left out, and the optimizer's state is re-sharded: the weights are those
@@ -209,6 +213,7 @@ cleanup_distributed()
 """
 
 
+@pytest.mark.slow
 def test_a_rank_forks_only_while_its_other_threads_are_quiet(tmp_path):
     """A loader process that is forked while a thread of gloo holds a lock of the interpreter never starts."""
     (tmp_path / "fork.py").write_text(FORK)
@@ -237,6 +242,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "code"), [(("strategy=fsdp",), 0), (("strategy=ddp", "model_id=nowhere"), 2)])
 def test_a_rank_ends_without_taking_the_interpreter_down(place, tmp_path, changes, code):
     """A thread of gloo that is still there while Python goes down can kill a rank that has done all of its work."""
@@ -329,6 +335,7 @@ def test_only_damaged_checkpoints_are_an_error_and_no_new_start(place, two_epoch
     assert digest(run) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint(place, two_epochs, ranks):
     run, arguments = two_epochs
@@ -411,6 +418,7 @@ def test_a_moved_data_file_is_the_same_data(place, two_epochs, here):
     assert "after 2 of 3 epochs" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_second_job_on_the_same_folder_is_refused(place, here):
     run = place / "runs" / "shared"
     process = begin(place, *LONG, "num_epochs=500", "name=shared")
@@ -430,6 +438,7 @@ def test_a_second_job_on_the_same_folder_is_refused(place, here):
 # ---- ranks and losses ----
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_takes_the_job_down(place):
     run = place / "runs" / "dying"
     process = begin(place, *LONG, "num_epochs=50", "name=dying", ranks=2)
@@ -442,6 +451,7 @@ def test_a_rank_that_dies_takes_the_job_down(place):
     assert not processes_of(place, "dying")
 
 
+@pytest.mark.slow
 def test_ranks_do_not_outlive_their_launcher(place):
     run = place / "runs" / "orphans"
     process = begin(place, *LONG, "num_epochs=50", "name=orphans", ranks=2)
@@ -467,7 +477,7 @@ def model_with_a_broken_token(place: Path) -> tuple[Path, list[dict]]:
     return folder, examples
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(place, here, ranks):
     folder, _ = model_with_a_broken_token(place)
     run = place / "runs" / f"nan-{ranks}"
@@ -536,6 +546,7 @@ def test_yaml_makes_no_objects(place, tmp_path):
 # ---- all together ----
 
 
+@pytest.mark.slow
 def test_torture():
     """A short form of `make torture`."""
     done = subprocess.run(

@@ -42,6 +42,7 @@ def test_the_editor_can_launch(kind):
     assert kind == "generate" or (ROOT / found["args"][0]).is_file()
 
 
+@pytest.mark.slow
 def test_the_readmes_thought_trains_as_written(tmp_path):
     """Its two blocks go where it says, into a copy of the program."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -81,6 +82,7 @@ def test_the_readmes_thought_trains_as_written(tmp_path):
     assert not torch.equal(gate, torch.ones(32))
 
 
+@pytest.mark.slow
 def test_breakpoints_in_the_data_are_met_without_a_loader_process(tmp_path):
     """A loader process would never stop at them."""
     assert not under_debugger()

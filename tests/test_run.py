@@ -140,6 +140,7 @@ def test_two_ranks_train_every_stage_and_leave_hugging_face_folders(trained):
     assert accuracy == pytest.approx(epochs(run)[-1]["accuracy"])
 
 
+@pytest.mark.slow
 def test_an_eval_only_run_agrees_with_training(place, trained):
     run, _ = trained
     arguments = ("only_eval=true", f"load_model_path={run}")
@@ -171,6 +172,7 @@ def test_one_rank_with_doubled_accumulation_gives_the_same_weights(place, traine
     )
 
 
+@pytest.mark.slow
 def test_a_continued_run_is_bitwise_an_undisturbed_one(place, trained):
     run, _ = trained
     # dropout makes the random state matter, and AdamW is never reset: its state matters too
@@ -190,6 +192,7 @@ def test_a_continued_run_is_bitwise_an_undisturbed_one(place, trained):
 SHORT = ("max_train_examples=48", "max_new_tokens=2", "num_epochs=2", "uniform_prob=0", "global_batch_size=16")
 
 
+@pytest.mark.slow
 def test_a_learned_thought_is_the_same_under_ddp_and_fsdp_and_alone(place):
     """Two stages: in the first it gets no gradient but weight decay, in the second it learns."""
     arguments = (*SHORT, "thought=projected+normalised", "weight_decay=0.1")
@@ -242,6 +245,7 @@ def test_every_kind_of_thought_is_evaluated_as_it_was_trained(place, capsys, tho
     assert thought == "last" or f"(thought {thought}, not last)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["qwen2", "llama"])
 def test_other_models_have_a_configuration(place, shape):
     """The tiny twins of gsm_coconut_{qwen,llama}.yaml: their files, but for the model and the data."""
@@ -400,7 +404,9 @@ AFTER_THE_RANKS_MET = ("no steps", "checkpoint of another model")
 
 
 @pytest.mark.parametrize(
-    ("case", "ranks"), [(case, 0) for case in BAD] + [(case, 2) for case in ("mistyped key", *AFTER_THE_RANKS_MET)]
+    ("case", "ranks"),
+    [(case, 0) for case in BAD]
+    + [pytest.param(case, 2, marks=pytest.mark.slow) for case in ("mistyped key", *AFTER_THE_RANKS_MET)],
 )
 def test_bad_input_gets_one_sentence_and_spoils_nothing(place, trained, here, case, ranks):
     run, _ = trained
@@ -420,6 +426,7 @@ def test_bad_input_gets_one_sentence_and_spoils_nothing(place, trained, here, ca
     assert digest(run) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PROSQA.exists(), reason="the authors' ProsQA validation file is not here")
 def test_the_authors_prosqa_rows(tmp_path):
     tiny_model.write_model([PROSQA], tmp_path / "model", "word", "gpt2", 64, 2, 4, 1024)

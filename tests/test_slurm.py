@@ -80,6 +80,7 @@ def children(pid: int) -> list[int]:
     return found[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_job_near_its_end_is_requeued_and_goes_on(place, cluster, number):
     name = f"sbatch-{number.name}"
@@ -106,6 +107,7 @@ def test_a_job_near_its_end_is_requeued_and_goes_on(place, cluster, number):
     assert Path(cluster["REQUEUED"]).read_text() == f"{job_id}\n"  # once only
 
 
+@pytest.mark.slow
 def test_several_nodes_meet_and_the_result_is_evaluated(place, cluster):
     two = {**cluster, "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
     job = submit("train_multinode.sbatch", two, str(place / "run.yaml"), *LONG, "name=nodes", "num_epochs=1")
