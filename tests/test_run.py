@@ -63,7 +63,7 @@ def here(capsys, monkeypatch):
         try:
             code = run_module.main(run_module.configure(run_module.__doc__, run_module.schedule))
         except SystemExit as end:
-            code = end.code
+            code = end.code or 0
         return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
 
     return start_here
