@@ -4,14 +4,15 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart quickstart-no-cot prosqa-mini thoughts test test-real test-multinode torture lint clean
+.PHONY: help quickstart quickstart-no-cot prosqa-mini thoughts test test-fast test-real test-multinode torture lint clean
 
 help:
 	@echo "make quickstart   train and evaluate Coconut on chained arithmetic: two ranks, CPU, about 10 minutes"
 	@echo "make quickstart-no-cot  the same without reasoning, to compare"
 	@echo "make prosqa-mini  the whole program on ProsQA with a tiny model, a few minutes"
 	@echo "make thoughts     every kind of thought on a small task, three seeds: about half an hour of one core"
-	@echo "make test         the tests"
+	@echo "make test         all tests, in two processes, a few minutes (one file: .venv/bin/python -m pytest FILE)"
+	@echo "make test-fast    the quick ones of every module, for while you are writing: about a minute"
 	@echo "make test-real    a pretrained model on real GSM8K rows, a few minutes"
 	@echo "make torture      kills a small job again and again: does it end as undisturbed? 10 minutes"
 	@echo "make test-multinode  two hosts in network namespaces, the cable cut between them; needs root"
@@ -61,8 +62,15 @@ data/thoughts/model/config.json: data/thoughts/arithmetic_train.json preprocessi
 thoughts: data/thoughts/model/config.json .venv/installed-dev
 	$(BIN)/python benchmarks/thoughts.py
 
+# Two processes, as two ranks of a test take two cores anyway. Each begins with a half of the files, so that what the
+# tests of a file share is mostly made once; who is done first takes from the other's end.
+PYTEST_JOBS := -n 2 --dist worksteal
+
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_JOBS)
+
+test-fast: .venv/installed-dev
+	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "not slow and not real"
 
 .venv/installed-real: requirements-real.txt .venv/installed-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-real.txt

@@ -162,6 +162,7 @@ def test_the_layers_are_seen_through_checkpointed_blocks():
     assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-9
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_layers_are_seen_through_a_compiled_block():
     model, rows = make_variant("gpt2", "last+suppressed"), make_rows([2])

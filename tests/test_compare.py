@@ -121,6 +121,7 @@ def in_order(example: dict) -> dict:
     return {**example, "question": " ".join([*(fact.strip() for fact in facts), question.strip()])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "choose", "change", "found"),
     [
@@ -147,6 +148,7 @@ def test_another_seed_is_the_same(right_prosqa, monkeypatch):
 
 
 @needs_data
+@pytest.mark.slow
 def test_prosqa_is_the_same_as_the_authors(monkeypatch, capsys):
     monkeypatch.setattr(compare, "LIMIT", 400)
     monkeypatch.setattr(compare, "PERMUTATIONS", 5_999)
@@ -195,6 +197,7 @@ def all_each(example: dict) -> dict:
     return json.loads(json.dumps(example).replace("Every ", "Each "))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("constants", "change", "found"),
     [
@@ -216,6 +219,7 @@ def test_a_wrong_prontoqa_generator_is_different(right_prontoqa, monkeypatch, co
 
 
 @needs_data
+@pytest.mark.slow
 def test_prontoqa_is_the_same_as_the_official(monkeypatch, tmp_path, capsys):
     official = DATA / "5hop_0shot_random.json"
     monkeypatch.setattr(compare, "LIMIT", 400)

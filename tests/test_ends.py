@@ -61,6 +61,7 @@ def launch(script, *arguments, n_ranks: int = 0, **options) -> subprocess.Comple
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_ranks", [0, 2])
 def test_any_exception_ends_the_job_at_once(place, tmp_path, n_ranks):
     """F0: the rank waited for ever for a loader process that does not heed SIGTERM, and held GPU and lock."""
@@ -130,6 +131,7 @@ ranks.cleanup_distributed()
 """
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_one_another_longer_than_collectives_do(tmp_path):
     """F4: rank 0 tokenized for longer than the collectives' limit, and the job was dead."""
     (tmp_path / "job.py").write_text(SLOW)

@@ -42,6 +42,7 @@ def test_the_editor_can_launch(kind):
     assert kind == "generate" or (ROOT / found["args"][0]).is_file()
 
 
+@pytest.mark.slow
 def test_the_readmes_thought_trains_as_written(tmp_path):
     """Its two blocks go where it says, into a copy of the program."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -81,6 +82,7 @@ def test_the_readmes_thought_trains_as_written(tmp_path):
     assert not torch.equal(gate, torch.ones(32))
 
 
+@pytest.mark.slow
 def test_breakpoints_in_the_data_are_met_without_a_loader_process(tmp_path):
     """A loader process would never stop at them."""
     assert not under_debugger()
@@ -93,8 +95,10 @@ def test_breakpoints_in_the_data_are_met_without_a_loader_process(tmp_path):
     commands = (
         "import dataset\nbreak dataset.StageDataset.__getitem__\ncontinue\np 'stopped', type(self).__name__\nquit\n"
     )
+    # `python -m pdb run.py`, but that the slow imports are not traced
+    debug = "import sys, torch, transformers, pdb; from torch.distributed import checkpoint; pdb.main()"
     done = subprocess.run(
-        [sys.executable, "-m", "pdb", str(ROOT / "run.py"), str(tmp_path / "run.yaml")],
+        [sys.executable, "-c", debug, str(ROOT / "run.py"), str(tmp_path / "run.yaml")],
         input=commands,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -1,9 +1,8 @@
 """Strategies, compiled and checkpointed blocks, and a step that waits for nothing."""
 
-import os
-import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from conftest import ROOT, tiny_base
@@ -30,14 +29,10 @@ def batch_of(n_latents: list[int], seed: int = 0) -> dict:
     return collate_for_device(make_rows(n_latents, seed), pad_token_id=EOS, latent_token_id=LATENT)
 
 
+@pytest.mark.slow
 def test_one_process_ddp_and_fsdp_agree():
     """The table of benchmarks/agreement.py: mixed stages, accumulation, generations of different lengths."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = str(ROOT / "benchmarks" / "agreement.py")
-    done = subprocess.run(
-        [*command, script, "--steps", "2"], capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
+    done = forked.run(2, ROOT / "benchmarks" / "agreement.py", "--steps", "2")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == 2 + 10
 
@@ -53,6 +48,7 @@ def sharded(world, monkeypatch, family):
     return load(Config(strategy="fsdp"), world, None)[0]
 
 
+@pytest.mark.slow
 def test_a_step_sends_no_more_than_it_must(tmp_path):
     """Nor do latent passes, accumulation, or ranks with different numbers of latents send more."""
     arguments = ["--batch", "1", "--stage", "3", "--repeats", "1", "--accumulation", "3"]
@@ -142,6 +138,7 @@ def test_checkpointed_blocks_keep_less(family):
     assert saved_bytes(checkpointed) < 0.7 * saved_bytes(plain)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_not_compiled_anew_for_each_length(monkeypatch):
     family, graphs = "gpt2", []
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import arithmetic
+import forked
 import pytest
 import tiny_model
 import torch
@@ -43,6 +44,29 @@ def succeed(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess:
     done = start(*arguments, ranks=ranks)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
+
+
+def together(*arguments: str) -> subprocess.CompletedProcess:
+    """`succeed` on two ranks, without torchrun."""
+    done = forked.run(2, ROOT / "run.py", *settled(*arguments))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture
+def here(capsys, monkeypatch):
+    """`start` in this process, for what needs none of its own: another takes seconds to import torch."""
+
+    def start_here(*arguments: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["run.py", *settled(*arguments)])
+        capsys.readouterr()
+        try:
+            code = run_module.main(run_module.configure(run_module.__doc__, run_module.schedule))
+        except SystemExit as end:
+            code = end.code or 0
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return start_here
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -116,10 +140,13 @@ def test_two_ranks_train_every_stage_and_leave_hugging_face_folders(trained):
     assert accuracy == pytest.approx(epochs(run)[-1]["accuracy"])
 
 
+@pytest.mark.slow
 def test_an_eval_only_run_agrees_with_training(place, trained):
     run, _ = trained
-    for ranks, name in ((0, "eval-1"), (2, "eval-2")):
-        succeed(place / "run.yaml", "only_eval=true", f"load_model_path={run}", f"name={name}", ranks=ranks)
+    arguments = ("only_eval=true", f"load_model_path={run}")
+    main(place, *arguments, "name=eval-1")
+    together(place / "run.yaml", *arguments, "name=eval-2")
+    for name in ("eval-1", "eval-2"):
         found = json.loads((place / "runs" / name / "eval" / "metrics.json").read_text())
         wanted = json.loads((run / "checkpoint_3" / "metrics.json").read_text())
         assert found["stage"] == 2
@@ -135,7 +162,7 @@ def test_an_eval_only_run_agrees_with_training(place, trained):
 
 def test_one_rank_with_doubled_accumulation_gives_the_same_weights(place, trained):
     run, _ = trained
-    succeed(place / "run.yaml", "name=alone", "gradient_accumulation_steps=2")
+    main(place, "name=alone", "gradient_accumulation_steps=2", "max_new_tokens=2")
     alone, together = weights(place / "runs" / "alone" / "checkpoint_3"), weights(run / "checkpoint_3")
     assert max((alone[name] - together[name]).abs().max() for name in together) < 1e-6
     # and they have moved much further than that from where they began
@@ -145,15 +172,16 @@ def test_one_rank_with_doubled_accumulation_gives_the_same_weights(place, traine
     )
 
 
+@pytest.mark.slow
 def test_a_continued_run_is_bitwise_an_undisturbed_one(place, trained):
     run, _ = trained
     # dropout makes the random state matter, and AdamW is never reset: its state matters too
-    arguments = (place / "run.yaml", f"model_id={with_dropout(place)}")
-    succeed(*arguments, "name=whole", ranks=2)
-    succeed(*arguments, "name=parts", "num_epochs=1", ranks=2)
+    arguments = (place / "run.yaml", f"model_id={with_dropout(place)}", "max_new_tokens=2")
+    together(*arguments, "name=whole")
+    together(*arguments, "name=parts", "num_epochs=1")
     stranger = place / "runs" / "parts" / "checkpoint_9"
     stranger.mkdir()  # half a checkpoint, or somebody's notes: not to be taken for one
-    done = succeed(*arguments, "name=parts", ranks=2)
+    done = together(*arguments, "name=parts")
     assert "checkpoint_1, after 1 of 3 epochs" in done.stderr
     assert not any(stranger.iterdir())
     whole, parts = (weights(place / "runs" / name / "checkpoint_3") for name in ("whole", "parts"))
@@ -164,14 +192,14 @@ def test_a_continued_run_is_bitwise_an_undisturbed_one(place, trained):
 SHORT = ("max_train_examples=48", "max_new_tokens=2", "num_epochs=2", "uniform_prob=0", "global_batch_size=16")
 
 
+@pytest.mark.slow
 def test_a_learned_thought_is_the_same_under_ddp_and_fsdp_and_alone(place):
     """Two stages: in the first it gets no gradient but weight decay, in the second it learns."""
     arguments = (*SHORT, "thought=projected+normalised", "weight_decay=0.1")
     folders = {"alone": main(place, *arguments, "name=thought-alone")}
     for strategy in ("ddp", "fsdp"):
-        done = succeed(
-            place / "run.yaml", *arguments, f"name=thought-{strategy}", f"strategy={strategy}", "num_workers=1", ranks=2
-        )
+        keys = (f"name=thought-{strategy}", f"strategy={strategy}", "num_workers=1")
+        done = together(place / "run.yaml", *arguments, *keys)
         assert f"on 2 x cpu ({strategy})" in done.stderr
         folders[strategy] = place / "runs" / f"thought-{strategy}"
     found = {
@@ -217,6 +245,7 @@ def test_every_kind_of_thought_is_evaluated_as_it_was_trained(place, capsys, tho
     assert thought == "last" or f"(thought {thought}, not last)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["qwen2", "llama"])
 def test_other_models_have_a_configuration(place, shape):
     """The tiny twins of gsm_coconut_{qwen,llama}.yaml: their files, but for the model and the data."""
@@ -290,10 +319,11 @@ def test_a_debug_run_does_not_touch_the_real_one(place, trained):
     assert digest(run) == before
 
 
-def test_a_finished_run_is_left_as_it_is(place, trained):
+def test_a_finished_run_is_left_as_it_is(place, trained, here):
     run, _ = trained
     before = weights(run / "checkpoint_3")
-    done = succeed(place / "run.yaml")
+    done = here(place / "run.yaml")
+    assert done.returncode == 0, done.stderr
     assert "after 3 of 3 epochs" in done.stderr
     after = weights(run / "checkpoint_3")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -302,11 +332,10 @@ def test_a_finished_run_is_left_as_it_is(place, trained):
 
 @pytest.mark.parametrize("method", ["cot", "no_cot", "no_thoughts"])
 def test_the_other_methods_run(place, method):
-    name = f"method-{method}"
-    succeed(
-        place / "run.yaml",
+    run = main(
+        place,
         f"method={method}",
-        f"name={name}",
+        f"name=method-{method}",
         "num_epochs=2",
         "save_only_improve=true",
         "keep_checkpoints=1",
@@ -315,7 +344,6 @@ def test_the_other_methods_run(place, method):
         "max_grad_norm=1",
         "bf16=true",
     )
-    run = place / "runs" / name
     assert len(epochs(run)) == 2
     assert epochs(run)[-1]["loss"] < 3
     saved = list(run.glob("checkpoint_*"))
@@ -323,9 +351,10 @@ def test_the_other_methods_run(place, method):
     assert "<|latent|>" not in AutoTokenizer.from_pretrained(saved[0]).get_vocab()
 
 
-def test_coconut_starts_from_a_cot_run(place):
-    succeed(place / "run.yaml", "method=cot", "name=words", "num_epochs=1")
-    done = succeed(place / "run.yaml", f"load_model_path={place / 'runs' / 'words'}", "resume=1", "name=from-words")
+def test_coconut_starts_from_a_cot_run(place, here):
+    words = main(place, "method=cot", "name=words", "num_epochs=1", "max_new_tokens=2")
+    done = here(place / "run.yaml", f"load_model_path={words}", "resume=1", "name=from-words", "max_new_tokens=2")
+    assert done.returncode == 0, done.stderr
     assert "starting with epoch 1, stage 1" in done.stderr
     assert [record["epoch"] for record in epochs(place / "runs" / "from-words")] == [1, 2]
 
@@ -375,9 +404,11 @@ AFTER_THE_RANKS_MET = ("no steps", "checkpoint of another model")
 
 
 @pytest.mark.parametrize(
-    ("case", "ranks"), [(case, 0) for case in BAD] + [(case, 2) for case in ("mistyped key", *AFTER_THE_RANKS_MET)]
+    ("case", "ranks"),
+    [(case, 0) for case in BAD]
+    + [pytest.param(case, 2, marks=pytest.mark.slow) for case in ("mistyped key", *AFTER_THE_RANKS_MET)],
 )
-def test_bad_input_gets_one_sentence_and_spoils_nothing(place, trained, case, ranks):
+def test_bad_input_gets_one_sentence_and_spoils_nothing(place, trained, here, case, ranks):
     run, _ = trained
     (place / "no_steps.json").write_text(
         json.dumps([{"question": "1", "answer": "1", "steps": []}, {"question": "1", "answer": "1"}])
@@ -385,7 +416,8 @@ def test_bad_input_gets_one_sentence_and_spoils_nothing(place, trained, case, ra
     torch.save(AutoModelForCausalLM.from_pretrained(place / "other_model").state_dict(), place / "other.bin")
     before = digest(run)
     arguments, sentence = BAD[case]
-    done = start(place / "run.yaml", *(argument.format(place=place) for argument in arguments), ranks=ranks)
+    arguments = (place / "run.yaml", *(argument.format(place=place) for argument in arguments))
+    done = start(*arguments, ranks=ranks) if ranks else here(*arguments)
     assert done.returncode != 0
     complaints = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(complaints) == 1, done.stderr
@@ -394,10 +426,11 @@ def test_bad_input_gets_one_sentence_and_spoils_nothing(place, trained, case, ra
     assert digest(run) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PROSQA.exists(), reason="the authors' ProsQA validation file is not here")
 def test_the_authors_prosqa_rows(tmp_path):
     tiny_model.write_model([PROSQA], tmp_path / "model", "word", "gpt2", 64, 2, 4, 1024)
-    done = succeed(
+    done = together(
         ROOT / "args" / "prosqa_mini.yaml",
         f"model_id={tmp_path / 'model'}",
         f"train_path={PROSQA}",
@@ -408,7 +441,6 @@ def test_the_authors_prosqa_rows(tmp_path):
         "epochs_per_stage=1",
         "num_epochs=3",
         "max_new_tokens=60",
-        ranks=2,
     )
     records = epochs(tmp_path / "prosqa_mini")
     assert [record["stage"] for record in records] == [0, 1, 2]

@@ -104,6 +104,7 @@ def test_what_is_wrong_is_one_sentence(folder, arguments, complaint, capsys, mon
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_script_itself(folder):
     command = [sys.executable, "show_data.py", str(folder / "data.json"), "--model", str(folder / "model")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

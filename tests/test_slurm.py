@@ -2,7 +2,9 @@
 
 import json
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +38,19 @@ esac
 """
 
 
+def free_job() -> str:
+    """A job's number whose port, which train_multinode.sbatch makes of it, is free, and not one that others are given:
+    the kernel gives those from 32768 on."""
+    while True:
+        number = secrets.randbelow(12_768)
+        with socket.socket() as server:
+            try:
+                server.bind(("127.0.0.1", 20_000 + number))
+            except OSError:
+                continue
+        return str(number)
+
+
 @pytest.fixture
 def cluster(tmp_path) -> dict[str, str]:
     """An environment in which srun and scontrol are to be had."""
@@ -45,7 +60,7 @@ def cluster(tmp_path) -> dict[str, str]:
     # torchrun of this interpreter, whether or not the project has an environment of its own
     (tmp_path / "torchrun").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
     (tmp_path / "torchrun").chmod(0o755)
-    slurm = {"SLURM_JOB_ID": "77", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
+    slurm = {"SLURM_JOB_ID": free_job(), "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
     slurm["SLURM_CPUS_PER_TASK"] = "3"
     path = f"{tmp_path}:{os.environ['PATH']}"
     slurm |= {"SLURM_JOB_NODELIST": "localhost", "REQUEUED": str(tmp_path / "requeued")}
@@ -88,6 +103,7 @@ def test_tasks_get_the_cpus_that_sbatch_was_given(cluster, tmp_path, script):
     assert given.returncode == left_out.returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_job_near_its_end_is_requeued_and_goes_on(place, cluster, number):
     name = f"sbatch-{number.name}"
@@ -100,30 +116,32 @@ def test_a_job_near_its_end_is_requeued_and_goes_on(place, cluster, number):
     torchrun = [pid for pid, words in commands.items() if b"torch.distributed.run" in words]
     for pid in task[:1] if number == signal.SIGUSR1 else [*task[:1], *torchrun]:
         os.kill(pid, number)
-    printed = job.communicate(timeout=60)[0]
+    printed = job.communicate(timeout=120)[0]
     assert job.returncode == 0, printed
-    assert Path(cluster["REQUEUED"]).read_text() == "77\n"
-    assert not list(ROOT.glob(".interrupted-*"))
+    job_id = cluster["SLURM_JOB_ID"]
+    assert Path(cluster["REQUEUED"]).read_text() == f"{job_id}\n"
+    assert not list(ROOT.glob(f".interrupted-{job_id}*"))  # others have their jobs' there
     n_steps = len(steps(run))
     assert n_steps < 27
-    printed = submit("train.sbatch", cluster, *arguments).communicate(timeout=90)[0]
+    printed = submit("train.sbatch", cluster, *arguments).communicate(timeout=120)[0]
     # within an epoch, unless validation had begun
     assert f"_step_{n_steps}, after" in printed or f"checkpoint_{n_steps // 9}, after" in printed
     assert len(steps(run)) == 27
-    assert Path(cluster["REQUEUED"]).read_text() == "77\n"  # once only
+    assert Path(cluster["REQUEUED"]).read_text() == f"{job_id}\n"  # once only
 
 
+@pytest.mark.slow
 def test_several_nodes_meet_and_the_result_is_evaluated(place, cluster):
     two = {**cluster, "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
     job = submit("train_multinode.sbatch", two, str(place / "run.yaml"), *LONG, "name=nodes", "num_epochs=1")
-    printed = job.communicate(timeout=90)[0]
+    printed = job.communicate(timeout=120)[0]
     assert job.returncode == 0, printed
     assert "on 2 x cpu" in printed
     assert printed.count("validation, stage 0") == 1  # one rank speaks
     run = place / "runs" / "nodes"
     job = submit("eval.sbatch", cluster, str(place / "run.yaml"), f"load_model_path={run}", "name=nodes-eval")
-    printed = job.communicate(timeout=90)[0]
+    printed = job.communicate(timeout=120)[0]
     assert job.returncode == 0, printed
     found = json.loads((place / "runs" / "nodes-eval" / "eval" / "metrics.json").read_text())
     assert found["accuracy"] == json.loads((run / "checkpoint_1" / "metrics.json").read_text())["accuracy"]
-    assert not processes_of("nodes")
+    assert not processes_of(place, "nodes")

@@ -1,0 +1,63 @@
+"""Ranks that are forked from a process with torch in it: torchrun's, but for the seconds in which it and each of them
+import. For tests of what ranks compute together; how they are launched and how they die is torchrun's to show."""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+# nothing of the program itself, which is imported in each rank as it is there: it looks at its process
+CONTEXT.set_forkserver_preload(
+    [
+        *("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.nn.parallel", "wandb"),
+        *("transformers.models.auto.modeling_auto", "transformers.models.gpt2.modeling_gpt2"),
+        *("transformers.convert_slow_tokenizer", "transformers.tokenization_utils_tokenizers"),
+    ]
+)
+
+
+def run(n_ranks: int, script: Path, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    """`torchrun --nproc_per_node N SCRIPT ARGUMENT...`."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    shared |= {"TORCHELASTIC_RESTART_COUNT": "0", "WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
+    environment = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [str(script), *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        printed = [Path(folder) / name for name in ("stdout", "stderr")]
+        for path in printed:
+            path.touch()
+        ranks = []
+        for rank in map(str, range(n_ranks)):
+            own = {**environment, "RANK": rank, "LOCAL_RANK": rank}
+            ranks.append(CONTEXT.Process(target=_rank, args=(own, command, printed)))
+            ranks[-1].start()
+        end = time.monotonic() + timeout
+        while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.02)
+        for rank in ranks:  # the others would wait for one that has failed
+            rank.kill()
+            rank.join()
+        texts = [path.read_text() for path in printed]
+    code = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+    return subprocess.CompletedProcess(command, code, *texts)
+
+
+def _rank(environment: dict[str, str], command: list[str], printed: list[Path]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, path in enumerate(printed, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
+    multiprocessing.set_start_method(None, force=True)  # back to the default, which loader processes are started with
+    runpy.run_path(command[0], run_name="__main__")
