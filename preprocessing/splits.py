@@ -74,10 +74,17 @@ def draw(
 
 
 def publish_splits(
-    splits: Splits, folder: Path, prefix: str, describe: Callable[[list[dict]], str] | None = None
+    splits: Splits,
+    folder: Path,
+    prefix: str,
+    describe: Callable[[list[dict]], str] | None = None,
+    beside: dict[Path, dict] | None = None,
 ) -> None:
-    """Writes folder/PREFIX_NAME.json for each split and says so, with what `describe` says of its examples."""
+    """Writes folder/PREFIX_NAME.json for each split and says so, with what `describe` says of its examples.
+
+    `beside`: files that appear with them.
+    """
     files = {folder / f"{prefix}_{name}.json": examples for name, examples in splits.items()}
-    publish(files)
+    publish(files | (beside or {}))
     for path, examples in files.items():
         print(f"{path}: {len(examples)} examples{describe(examples) if describe else ''}")
