@@ -48,12 +48,15 @@ def draw(
     progress: bool = False,
     key: Callable[[dict], Hashable] = question_of,
     hopeless: str = "with these settings there is hardly ever a new question",
+    seen: set[Hashable] | None = None,
 ) -> Splits:
     """Splits of the given sizes, made in this order; no key occurs twice, within a split or across them.
 
-    make() may fail, and then returns None. Raises UserError that says `hopeless` where next to nothing comes of it.
+    make() may fail, and then returns None. Keys that are in `seen` are not used again, and those of the examples join
+    them. Raises UserError that says `hopeless` where next to nothing comes of it.
     """
-    seen, splits = set(), {}
+    seen = set() if seen is None else seen
+    splits: Splits = {}
     for name, size in sizes.items():
         examples: list[dict] = []
         failures = 0
