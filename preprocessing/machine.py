@@ -1,6 +1,6 @@
 """Writes a machine to be followed: each button permutes the states; where does a word of buttons lead?
 
-    {"question": "Msnqw", "steps": ["C", "X", "A", "T"], "answer": "T"}
+    {"question": "Msnqw", "steps": ["N", "S", "L", "F"], "answer": "F"}
 
 Start in state M and press s, n, q, w: `steps` are the states passed, one for each button, and `answer` is the last.
 Permutations drawn at random compose to nothing simpler than what they are, unlike + - * modulo a small number: the

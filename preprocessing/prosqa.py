@@ -343,14 +343,16 @@ def make_splits(
     test_hops: the fewest and most of the split `test`, where they are others. Raises UserError where the settings
     hardly ever allow a question, or never a mirror.
     """
+    of_splits = dict.fromkeys(sizes, settings)
+    if test_hops:
+        of_splits["test"] = replace(settings, min_hops=test_hops[0], max_hops=test_hops[1])
+    for of_split in of_splits.values():
+        refuse_impossible(of_split)
     rng = np.random.default_rng(seed)
     splits: Splits = {}
     seen: set = set()
     for name, size in sizes.items():
-        of_split = settings
-        if name == "test" and test_hops:
-            of_split = replace(settings, min_hops=test_hops[0], max_hops=test_hops[1])
-        refuse_impossible(of_split)
+        of_split = of_splits[name]
         hopeless = (
             f"{of_split.in_words} with these words hardly ever have a new question of "
             f"{of_split.min_hops} to {of_split.max_hops} hops"
@@ -430,6 +432,8 @@ def settle_graph(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         parser.error(f"--vocabulary is an option of --template compact, 1 to {len(CHARACTERS)}")
     if compact and options.check:
         parser.error("--check reads sentences, not --template compact")
+    if options.test_hops and options.check:
+        parser.error("--check makes one kind of question: --hops, or --min-hops and --max-hops, not --test-hops")
     vocabulary = options.vocabulary or max(26, 2 * side if options.mirror else nodes)
     return Settings(
         nodes,

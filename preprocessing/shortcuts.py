@@ -126,7 +126,7 @@ def table(results: dict[str, dict]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(results) + 1)]
     rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     return "\n".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in rows
+        f"| {row[0].ljust(widths[0])} | {' | '.join(map(str.rjust, row[1:], widths[1:]))} |" for row in rows
     )
 
 

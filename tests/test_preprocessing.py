@@ -317,6 +317,7 @@ def test_a_mirror_that_cannot_be_is_one_sentence(tmp_path, arguments, complaint,
         ("--vocabulary 26", "--vocabulary is an option of --template compact, 1 to 62"),
         ("--template compact --vocabulary 63", "--vocabulary is an option of --template compact, 1 to 62"),
         ("--template compact --check a.json", "--check reads sentences, not --template compact"),
+        ("--test-hops 3 4 --check a.json", "--check makes one kind of question"),
     ],
 )
 def test_options_of_a_mirror_that_make_no_sense(arguments, complaint, capsys):
