@@ -43,7 +43,7 @@ def read_json(path: Path):
         raise UserError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
 
 
-def publish(files: dict[Path, list[dict]]) -> None:
+def publish(files: dict[Path, list[dict] | dict]) -> None:
     """Writes JSON files, making folders as needed: none of them appears before all are written.
 
     Raises UserError that names what cannot be written.

@@ -9,12 +9,30 @@ neg_target.
     python preprocessing/prosqa.py --train 2000 --nodes 14 --max-hops 4
     python preprocessing/prosqa.py --check FILE           # is FILE like what this generator makes?
     python preprocessing/prosqa.py --check FILE OTHER     # are the two alike? exit code 1 where they are not
+
+--mirror leaves cheap rules nothing (shortcuts.py: on the graphs above they get far). One graph is grown from a root and
+copied under a second root with other names; the two candidates are the copies of one leaf at the greatest distance, and
+either root may be asked about. What can be seen from a candidate at fewer edges than the hops, in whichever direction,
+is the same for both. Hops are uniform between the fewest and the most.
+
+    python preprocessing/prosqa.py --mirror --nodes-a-side 5 --hops 2 --prefix mirror
+    python preprocessing/prosqa.py --mirror --min-hops 1 --max-hops 3 --test-hops 3 4 --template compact --prefix mirror
+
+--template compact writes a name as one character and a step as a name: edges from parent to child, the candidates, and
+last the root; steps are the nodes after the root, and the answer is the last of them:
+
+    {"question": "df ac bd ce?fe:a", "steps": ["c", "e"], "answer": "e", "idx_to_symbol": ["a", "b", ...], ...}
+
+Traps. A rule that looks as far as the hops is the whole search: at 2 hops 'no other source within two back' is always
+right. No graph is in two splits, but small graphs have few shapes: under other names they come again. The graph of one
+hop is a star. As in the paper's graphs a shortest path need not be the only one, and one of them is drawn.
 """
 
 import argparse
+import string
 import sys
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -22,7 +40,7 @@ import numpy as np
 from compare import check
 from files import UserError, load_examples, report
 from prosqa_statistics import measure
-from splits import add_drawing_options, add_split_options, draw, parse_splits, publish_splits
+from splits import Splits, add_drawing_options, add_split_options, draw, parse_splits, publish_splits
 
 NAMES = [
     "Alex",
@@ -83,6 +101,7 @@ CONCEPTS = [
     "zhorpus",
     "zumpus",
 ]
+CHARACTERS = string.ascii_letters + string.digits
 ROOTS = (0, 1)
 BIT = {0: 1, 1: 2}  # a node's label: which roots it descends from; 3 for both, 0 for neither
 
@@ -96,6 +115,25 @@ class Settings:
     max_hops: int = 6
     names: tuple[str, ...] = tuple(NAMES)
     concepts: tuple[str, ...] = tuple(CONCEPTS)
+    nodes_a_side: int | None = None  # of a mirror, which `nodes` does not count for
+    characters: str = ""  # of the compact template, which takes none of the names and concepts
+
+    @property
+    def in_words(self) -> str:
+        """The graphs, for what is said about them."""
+        if self.nodes_a_side is None:
+            return f"graphs of {self.nodes} nodes"
+        return f"mirrors of {self.nodes_a_side} nodes a side"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A graph and what is asked of it: nodes are numbered so that every edge (a, b) has a < b, sorted by b."""
+
+    edges: list[tuple[int, int]]
+    root: int
+    target: int
+    neg_target: int
 
 
 @dataclass(frozen=True)
@@ -179,41 +217,112 @@ def shortest_path(rng: np.random.Generator, edges: list[tuple[int, int]], root: 
     return path[::-1]
 
 
-def make_example(rng: np.random.Generator, settings: Settings) -> dict | None:
-    """One example, or None where the drawn graph has no question with the hops that are asked for."""
+def draw_question(rng: np.random.Generator, settings: Settings) -> Question | None:
+    """A graph as the paper's, or None where it has no question with the hops that are asked for."""
     graph = grow_graph(rng, settings.nodes)
     choice = choose_question(rng, graph)
     if choice is None or not settings.min_hops <= graph.depths[choice[1]] <= settings.max_hops:
         return None
     edges = [(parent, node) for node, drawn in enumerate(graph.parents) for parent in drawn]
     number = {node: place for place, node in enumerate(sorted({node for edge in edges for node in edge}))}
-    edges = [(number[tail], number[head]) for tail, head in edges]
-    root, target, neg_target = (number[node] for node in choice)
+    return Question([(number[tail], number[head]) for tail, head in edges], *(number[node] for node in choice))
+
+
+def grow_side(rng: np.random.Generator, n_nodes: int, hops: int) -> Graph:
+    """A graph under one root, node 0, whose deepest nodes are `hops` below it, and so are leaves.
+
+    Every new node has a parent and draws Poisson(1.5) of them, by depth as `grow_graph` does, among the nodes less than
+    `hops` deep. Where only so many nodes are left as depth is lacking, each goes one deeper. No parent is more than one
+    edge deeper than its child, or a way against the edges would be shorter than the hops.
+    """
+    parents: list[list[int]] = [[]]
+    depths = [0]
+    for node in range(1, n_nodes):
+        lacking = hops - max(depths)
+        least = max(depths) if lacking == n_nodes - node else 0
+        group = [other for other in range(node) if least <= depths[other] < hops]
+        weights = np.array([1 + 1.5 * depths[other] for other in group])
+        count = min(max(int(rng.poisson(1.5)), 1), len(group))
+        drawn = rng.choice(group, count, replace=False, p=weights / weights.sum()).tolist()
+        depth = 1 + min(depths[parent] for parent in drawn)
+        parents.append([parent for parent in drawn if depths[parent] <= depth + 1])
+        depths.append(depth)
+    return Graph(parents, [BIT[0]] * n_nodes, depths)
+
+
+def draw_mirror(rng: np.random.Generator, settings: Settings) -> Question:
+    """A graph and its copy: node n of side s is number 2n + s. The candidates are the copies of a deepest leaf."""
+    hops = int(rng.integers(settings.min_hops, settings.max_hops + 1))
+    side = grow_side(rng, settings.nodes_a_side, hops)
+    leaf = int(rng.choice([node for node, depth in enumerate(side.depths) if depth == hops]))
+    root = int(rng.integers(2))
+    edges = [
+        (2 * parent + copy, 2 * node + copy)
+        for node, drawn in enumerate(side.parents)
+        for copy in ROOTS
+        for parent in drawn
+    ]
+    return Question(edges, root, 2 * leaf + root, 2 * leaf + 1 - root)
+
+
+def name_nodes(rng: np.random.Generator, settings: Settings, edges: list[tuple[int, int]]) -> list[str] | None:
+    """A symbol for each node, names for sources and concepts for others; None where there are not enough."""
     heads = {head for _, head in edges}
-    n_names = len(number) - len(heads)
+    n_nodes = len({node for edge in edges for node in edge})
+    if settings.characters:
+        if n_nodes > len(settings.characters):
+            return None
+        return rng.permutation(list(settings.characters))[:n_nodes].tolist()
+    n_names = n_nodes - len(heads)
     if n_names > len(settings.names) or len(heads) > len(settings.concepts):
         return None
     names = iter(rng.permutation(settings.names)[:n_names].tolist())
     concepts = iter(rng.permutation(settings.concepts)[: len(heads)].tolist())
-    symbols = [next(concepts) if node in heads else next(names) for node in range(len(number))]
+    return [next(concepts) if node in heads else next(names) for node in range(n_nodes)]
 
-    def sentence(edge: tuple[int, int]) -> str:
-        subject = f"Every {symbols[edge[0]]}" if edge[0] in heads else symbols[edge[0]]
-        return f"{subject} is a {symbols[edge[1]]}."
 
-    path = shortest_path(rng, edges, root, target)
-    facts = [sentence(edges[place]) for place in rng.permutation(len(edges))]
-    first, second = (target, neg_target) if rng.random() < 0.5 else (neg_target, target)
+def make_example(rng: np.random.Generator, settings: Settings) -> dict | None:
+    """One example, or None where the drawn graph has no question with these hops, or more nodes than names."""
+    question = draw_question(rng, settings) if settings.nodes_a_side is None else draw_mirror(rng, settings)
+    symbols = question and name_nodes(rng, settings, question.edges)
+    if symbols is None:
+        return None
+    path = [symbols[node] for node in shortest_path(rng, question.edges, question.root, question.target)]
+    shuffled = [question.edges[place] for place in rng.permutation(len(question.edges))]
+    facts = [(symbols[tail], symbols[head]) for tail, head in shuffled]
+    candidates = [symbols[question.target], symbols[question.neg_target]]
+    if rng.random() >= 0.5:
+        candidates.reverse()
+    concepts = {symbols[head] for _, head in question.edges}
+    text = compact(facts, candidates, path) if settings.characters else sentences(facts, candidates, path, concepts)
     return {
-        "question": " ".join([*facts, f"Is {symbols[root]} a {symbols[first]} or {symbols[second]}?"]),
-        "answer": f"{symbols[root]} is a {symbols[target]}.",
-        "steps": [sentence(edge) for edge in pairwise(path)],
+        **text,
         "idx_to_symbol": symbols,
-        "edges": [list(edge) for edge in edges],
-        "root": root,
-        "target": target,
-        "neg_target": neg_target,
+        "edges": [list(edge) for edge in question.edges],
+        "root": question.root,
+        "target": question.target,
+        "neg_target": question.neg_target,
     }
+
+
+def sentences(facts: list[tuple[str, str]], candidates: list[str], path: list[str], concepts: set[str]) -> dict:
+    """Question, answer and steps in the authors' words; the path leads from the root to the target."""
+
+    def sentence(edge: tuple[str, str]) -> str:
+        subject = f"Every {edge[0]}" if edge[0] in concepts else edge[0]
+        return f"{subject} is a {edge[1]}."
+
+    return {
+        "question": " ".join([*map(sentence, facts), f"Is {path[0]} a {' or '.join(candidates)}?"]),
+        "answer": f"{path[0]} is a {path[-1]}.",
+        "steps": [sentence(edge) for edge in pairwise(path)],
+    }
+
+
+def compact(facts: list[tuple[str, str]], candidates: list[str], path: list[str]) -> dict:
+    """The same in single characters. The root stands last: the first step follows the node that it starts from."""
+    edges = " ".join(tail + head for tail, head in facts)
+    return {"question": f"{edges}?{''.join(candidates)}:{path[0]}", "answer": path[-1], "steps": path[1:]}
 
 
 def named_edges(example: dict) -> frozenset[tuple[str, str]]:
@@ -223,45 +332,133 @@ def named_edges(example: dict) -> frozenset[tuple[str, str]]:
 
 
 def make_splits(
-    sizes: dict[str, int], settings: Settings, seed: int | tuple[int, ...], progress: bool = False
-) -> dict[str, list[dict]]:
+    sizes: dict[str, int],
+    settings: Settings,
+    seed: int | tuple[int, ...],
+    progress: bool = False,
+    test_hops: tuple[int, int] | None = None,
+) -> Splits:
     """Splits of the given sizes; no graph, and so no question, occurs twice within a split or across them.
 
-    Raises UserError where the settings hardly ever allow a question.
+    test_hops: the fewest and most of the split `test`, where they are others. Raises UserError where the settings
+    hardly ever allow a question, or never a mirror.
     """
+    of_splits = dict.fromkeys(sizes, settings)
+    if test_hops:
+        of_splits["test"] = replace(settings, min_hops=test_hops[0], max_hops=test_hops[1])
+    for of_split in of_splits.values():
+        refuse_impossible(of_split)
     rng = np.random.default_rng(seed)
-    hopeless = (
-        f"graphs of {settings.nodes} nodes with these words hardly ever have a new question of "
-        f"{settings.min_hops} to {settings.max_hops} hops"
+    splits: Splits = {}
+    seen: set = set()
+    for name, size in sizes.items():
+        of_split = of_splits[name]
+        hopeless = (
+            f"{of_split.in_words} with these words hardly ever have a new question of "
+            f"{of_split.min_hops} to {of_split.max_hops} hops"
+        )
+        make = partial(make_example, rng, of_split)
+        splits |= draw({name: size}, make, progress, named_edges, hopeless, seen)
+    return splits
+
+
+def refuse_impossible(settings: Settings) -> None:
+    """Raises UserError where a mirror has no leaf so deep, or more nodes than names: the others are drawn and seen."""
+    side = settings.nodes_a_side
+    if side is None:
+        return
+    if settings.max_hops >= side:
+        raise UserError(
+            f"{side} nodes a side have no leaf {settings.max_hops} hops from their root, "
+            f"which takes {settings.max_hops + 1}"
+        )
+    if settings.characters and len(settings.characters) < 2 * side:
+        raise UserError(f"{settings.in_words} take {2 * side} characters, and there are {len(settings.characters)}")
+    if not settings.characters and (len(settings.names) < 2 or len(settings.concepts) < 2 * side - 2):
+        raise UserError(
+            f"{settings.in_words} take 2 names and {2 * side - 2} concepts, and there are {len(settings.names)} and "
+            f"{len(settings.concepts)}"
+        )
+
+
+def add_graph_options(parser: argparse.ArgumentParser) -> None:
+    """What the graphs are like, and their words."""
+    parser.add_argument("--nodes", type=int, help="nodes before isolated ones go (default: 28)")
+    parser.add_argument("--mirror", action="store_true", help="a graph and its copy: no shortcuts")
+    parser.add_argument("--nodes-a-side", type=int, help="of a mirror, with the root (default: 7)")
+    parser.add_argument("--hops", type=int, help="exactly so many steps")
+    parser.add_argument("--min-hops", type=int, help="fewest steps (default: 3)")
+    parser.add_argument("--max-hops", type=int, help="most steps (default: 6; of a mirror 3, or the fewest)")
+    parser.add_argument("--test-hops", type=int, nargs=2, metavar=("MIN", "MAX"), help="of the test split, if others")
+    parser.add_argument(
+        "--template", choices=["sentences", "compact"], default="sentences", help="(default: sentences)"
     )
-    return draw(sizes, lambda: make_example(rng, settings), progress, named_edges, hopeless)
+    parser.add_argument(
+        "--vocabulary", type=int, help="characters of the compact template (default: 26, or one a node)"
+    )
+    parser.add_argument("--names", nargs="+", default=NAMES, metavar="NAME", help="who is asked about")
+    parser.add_argument("--concepts", nargs="+", default=CONCEPTS, metavar="CONCEPT", help="what they may be")
+
+
+def settle_hops(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[int, int]:
+    """The fewest and the most; ends the program where they make no sense."""
+    if options.hops is not None:
+        if options.min_hops is not None or options.max_hops is not None:
+            parser.error("--hops says it all: leave --min-hops and --max-hops out")
+        options.min_hops = options.max_hops = options.hops
+    low = 3 if options.min_hops is None else options.min_hops
+    high = options.max_hops
+    if high is None:
+        high = max(3, low) if options.mirror else 6
+    if not 1 <= low <= high:
+        parser.error("it takes 1 <= min-hops <= max-hops")
+    if options.test_hops and not 1 <= options.test_hops[0] <= options.test_hops[1]:
+        parser.error("--test-hops takes the fewest and then the most, 1 or more")
+    return low, high
+
+
+def settle_graph(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Settings:
+    """What the options above ask for; ends the program where they make no sense."""
+    if options.mirror and options.nodes is not None:
+        parser.error("--mirror takes --nodes-a-side, not --nodes")
+    if options.nodes_a_side is not None and not options.mirror:
+        parser.error("--nodes-a-side is an option of --mirror")
+    nodes = 28 if options.nodes is None else options.nodes
+    side = 7 if options.nodes_a_side is None else options.nodes_a_side
+    if nodes < 4 or side < 2:
+        parser.error("--nodes must be at least 4, --nodes-a-side at least 2")
+    compact = options.template == "compact"
+    if options.vocabulary is not None and not (compact and 1 <= options.vocabulary <= len(CHARACTERS)):
+        parser.error(f"--vocabulary is an option of --template compact, 1 to {len(CHARACTERS)}")
+    if compact and options.check:
+        parser.error("--check reads sentences, not --template compact")
+    if options.test_hops and options.check:
+        parser.error("--check makes one kind of question: --hops, or --min-hops and --max-hops, not --test-hops")
+    vocabulary = options.vocabulary or max(26, 2 * side if options.mirror else nodes)
+    return Settings(
+        nodes,
+        *settle_hops(parser, options),
+        tuple(dict.fromkeys(options.names)),
+        tuple(dict.fromkeys(options.concepts)),
+        side if options.mirror else None,
+        CHARACTERS[:vocabulary] if compact else "",
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_split_options(parser, train=17886, valid=300, test=500)
-    parser.add_argument("--nodes", type=int, default=28, help="nodes before isolated ones go (default: %(default)s)")
-    parser.add_argument("--min-hops", type=int, default=3, help="fewest steps (default: %(default)s)")
-    parser.add_argument("--max-hops", type=int, default=6, help="most steps (default: %(default)s)")
-    parser.add_argument("--names", nargs="+", default=NAMES, metavar="NAME", help="who is asked about")
-    parser.add_argument("--concepts", nargs="+", default=CONCEPTS, metavar="CONCEPT", help="what they may be")
+    add_graph_options(parser)
     parser.add_argument("--prefix", default="prosqa", help="of the file names (default: %(default)s)")
     add_drawing_options(parser, checks=True)
     options, sizes = parse_splits(parser, arguments)
-    if options.nodes < 4 or not 1 <= options.min_hops <= options.max_hops:
-        parser.error("--nodes must be at least 4, and 1 <= min-hops <= max-hops")
-    settings = Settings(
-        options.nodes,
-        options.min_hops,
-        options.max_hops,
-        tuple(dict.fromkeys(options.names)),
-        tuple(dict.fromkeys(options.concepts)),
-    )
+    settings = settle_graph(parser, options)
     try:
         if options.check:
             generate = partial(make_splits, settings=settings)
             return check(options.check, load_examples, generate, measure, options.seed)
-        publish_splits(make_splits(sizes, settings, options.seed, progress=True), options.out, options.prefix)
+        splits = make_splits(sizes, settings, options.seed, progress=True, test_hops=options.test_hops)
+        publish_splits(splits, options.out, options.prefix)
     except UserError as error:
         return report(error)
     return 0

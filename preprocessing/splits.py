@@ -48,12 +48,15 @@ def draw(
     progress: bool = False,
     key: Callable[[dict], Hashable] = question_of,
     hopeless: str = "with these settings there is hardly ever a new question",
+    seen: set[Hashable] | None = None,
 ) -> Splits:
     """Splits of the given sizes, made in this order; no key occurs twice, within a split or across them.
 
-    make() may fail, and then returns None. Raises UserError that says `hopeless` where next to nothing comes of it.
+    make() may fail, and then returns None. Keys that are in `seen` are not used again, and those of the examples join
+    them. Raises UserError that says `hopeless` where next to nothing comes of it.
     """
-    seen, splits = set(), {}
+    seen = set() if seen is None else seen
+    splits: Splits = {}
     for name, size in sizes.items():
         examples: list[dict] = []
         failures = 0
@@ -74,10 +77,17 @@ def draw(
 
 
 def publish_splits(
-    splits: Splits, folder: Path, prefix: str, describe: Callable[[list[dict]], str] | None = None
+    splits: Splits,
+    folder: Path,
+    prefix: str,
+    describe: Callable[[list[dict]], str] | None = None,
+    beside: dict[Path, dict] | None = None,
 ) -> None:
-    """Writes folder/PREFIX_NAME.json for each split and says so, with what `describe` says of its examples."""
+    """Writes folder/PREFIX_NAME.json for each split and says so, with what `describe` says of its examples.
+
+    `beside`: files that appear with them.
+    """
     files = {folder / f"{prefix}_{name}.json": examples for name, examples in splits.items()}
-    publish(files)
+    publish(files | (beside or {}))
     for path, examples in files.items():
         print(f"{path}: {len(examples)} examples{describe(examples) if describe else ''}")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import combinations
 
 import compare
@@ -145,6 +146,15 @@ def test_a_wrong_prosqa_generator_is_different(right_prosqa, monkeypatch, settin
 def test_another_seed_is_the_same(right_prosqa, monkeypatch):
     other = prosqa.make_splits({"all": 350}, prosqa.Settings(), seed=12)["all"]
     assert different(right_prosqa, other, prosqa_statistics.measure, monkeypatch) == set()
+
+
+def test_mirrors_are_like_mirrors_and_not_like_the_paper_s_graphs(right_prosqa, monkeypatch):
+    three = prosqa.Settings(min_hops=3, max_hops=3, nodes_a_side=7)
+    one, other = (prosqa.make_splits({"all": 250}, three, seed=seed)["all"] for seed in (11, 12))
+    assert different(one, other, prosqa_statistics.measure, monkeypatch) == set()
+    larger = prosqa.make_splits({"all": 250}, replace(three, nodes_a_side=8), seed=13)["all"]
+    assert {"nodes", "edges"} <= different(one, larger, prosqa_statistics.measure, monkeypatch)
+    assert "distance of the wrong target" in different(one, right_prosqa, prosqa_statistics.measure, monkeypatch)
 
 
 @needs_data

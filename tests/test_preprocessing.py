@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 
 import arithmetic
 import files
@@ -12,6 +13,8 @@ import prosqa
 import pytest
 import tiny_model
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prontoqa_statistics import parse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -185,6 +188,143 @@ def test_prosqa_of_another_size(tmp_path):
 def test_prosqa_says_when_the_settings_allow_no_question():
     with pytest.raises(ValueError, match="hardly ever"):
         prosqa.make_splits({"train": 1}, prosqa.Settings(nodes=5, min_hops=6), seed=0)
+
+
+# ---- mirrored ProsQA ----
+
+
+def mirror(nodes_a_side: int, low: int, high: int | None = None, characters: str = prosqa.CHARACTERS[:26]):
+    return prosqa.Settings(min_hops=low, max_hops=high or low, nodes_a_side=nodes_a_side, characters=characters)
+
+
+def one_mirror(seed: int, settings: prosqa.Settings) -> dict:
+    return prosqa.make_splits({"one": 1}, settings, seed)["one"][0]
+
+
+@st.composite
+def mirrors(draw) -> tuple[dict, int, int]:
+    """(an example, nodes a side, hops)."""
+    hops = draw(st.integers(1, 9))
+    side = draw(st.integers(hops + 1, 13))
+    characters = prosqa.CHARACTERS[:26] if draw(st.booleans()) else ""
+    return one_mirror(draw(st.integers(0, 2**32)), mirror(side, hops, characters=characters)), side, hops
+
+
+@settings(max_examples=60, deadline=None)
+@given(mirrors())
+def test_a_mirror_is_a_graph_and_its_copy(drawn):
+    example, side, hops = drawn
+    edges = [tuple(edge) for edge in example["edges"]]
+    assert len(set(edges)) == len(edges)
+    assert [head for _, head in edges] == sorted(head for _, head in edges)
+    assert all(tail < head for tail, head in edges)
+    assert {(tail ^ 1, head ^ 1) for tail, head in edges} == set(edges)  # node n of side s is number 2n + s
+    assert all(tail % 2 == head % 2 for tail, head in edges)
+    assert {node for edge in edges for node in edge} == set(range(2 * side))
+    assert set(range(2 * side)) - {head for _, head in edges} == {0, 1}
+    assert len(set(example["idx_to_symbol"])) == len(example["idx_to_symbol"]) == 2 * side
+    root, target = example["root"], example["target"]
+    assert target % 2 == root
+    assert example["neg_target"] == target ^ 1
+    found = distances(edges, root)
+    leaves = {node: distance for node, distance in found.items() if node not in {tail for tail, _ in edges}}
+    assert leaves[target] == hops == max(leaves.values()) == len(example["steps"])
+    assert distances([*edges, *((head, tail) for tail, head in edges)], root)[target] == hops  # in no direction nearer
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32), side=st.integers(4, 10), hops=st.integers(1, 3), mirrored=st.booleans())
+def test_the_compact_template_says_the_graph(seed, side, hops, mirrored):
+    plain = prosqa.Settings(20, 2, 5, characters=prosqa.CHARACTERS)
+    example = one_mirror(seed, mirror(side, hops) if mirrored else plain)
+    facts, candidates, root = re.fullmatch(r"((?:\w\w )*\w\w)\?(\w\w):(\w)", example["question"]).groups()
+    symbols = example["idx_to_symbol"]
+    wanted = sorted((symbols[tail], symbols[head]) for tail, head in example["edges"])
+    assert sorted(tuple(fact) for fact in facts.split(" ")) == wanted
+    assert sorted(candidates) == sorted(symbols[example[key]] for key in ("target", "neg_target"))
+    assert root == symbols[example["root"]]
+    assert all(len(step) == 1 for step in example["steps"])
+    assert set(pairwise([root, *example["steps"]])) <= set(wanted)
+    assert example["steps"][-1] == example["answer"] == symbols[example["target"]]
+    named = distances([(symbols[tail], symbols[head]) for tail, head in example["edges"]], root)
+    assert len(example["steps"]) == named[example["answer"]]  # a shortest path
+
+
+def test_a_mirror_reads_like_the_authors_data():
+    example = one_mirror(0, mirror(5, 2, characters=""))
+    test_prosqa_reads_like_the_authors_data({"one": [example]})
+    assert [symbol in prosqa.NAMES for symbol in example["idx_to_symbol"]] == [True] * 2 + [False] * 8
+
+
+def test_mirrors_ask_of_either_root_and_offer_in_either_order():
+    examples = prosqa.make_splits({"all": 1000}, mirror(6, 1, 4), seed=0)["all"]
+    first = [example["question"].partition("?")[2][0] == example["answer"] for example in examples]
+    assert 400 < sum(first) < 600
+    assert 400 < sum(example["root"] for example in examples) < 600
+    hops = [len(example["steps"]) for example in examples]
+    assert all(150 < hops.count(n) < 350 for n in (1, 2, 3, 4))
+
+
+def test_mirror_files_follow_from_the_seed(tmp_path):
+    arguments = ["--mirror", "--template", "compact", "--max-hops", "3", "--min-hops", "2", "--test-hops", "4", "4"]
+    sizes = ["--train", "60", "--valid", "10", "--test", "20", "--prefix", "mirror"]
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert prosqa.main(["--out", str(tmp_path / name), *arguments, *sizes, "--seed", seed]) == 0
+    for name in ("train", "valid", "test"):
+        a, b, c = ((tmp_path / folder / f"mirror_{name}.json").read_bytes() for folder in "abc")
+        assert a == b
+        assert a != c
+    splits = {name: load_examples(tmp_path / "a" / f"mirror_{name}.json") for name in ("train", "valid", "test")}
+    assert {len(example["steps"]) for example in splits["train"]} == {2, 3}
+    assert {len(example["steps"]) for example in splits["test"]} == {4}
+    assert len({prosqa.named_edges(example) for example in everything(splits)}) == 90
+
+
+def test_mirror_splits_share_no_graph():
+    """Two nodes a side and four letters have twelve graphs, whatever is asked of them: twelve, and then no more."""
+    splits = prosqa.make_splits({"train": 7, "test": 5}, mirror(2, 1, characters="abcd"), seed=0)
+    assert len({prosqa.named_edges(example) for example in everything(splits)}) == 12
+    with pytest.raises(UserError, match="mirrors of 2 nodes a side with these words hardly ever have a new question"):
+        prosqa.make_splits({"train": 7, "test": 6}, mirror(2, 1, characters="abcd"), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("--nodes-a-side 5 --hops 5", "5 nodes a side have no leaf 5 hops from their root, which takes 6"),
+        ("--nodes-a-side 5 --hops 2 --test-hops 5 6", "5 nodes a side have no leaf 6 hops from their root"),
+        ("--nodes-a-side 21", "mirrors of 21 nodes a side take 2 names and 40 concepts, and there are 17 and 38"),
+        ("--names Max", "mirrors of 7 nodes a side take 2 names and 12 concepts, and there are 1 and 38"),
+        ("--template compact --vocabulary 13", "mirrors of 7 nodes a side take 14 characters, and there are 13"),
+        ("--template compact --nodes-a-side 32", "mirrors of 32 nodes a side take 64 characters, and there are 62"),
+    ],
+)
+def test_a_mirror_that_cannot_be_is_one_sentence(tmp_path, arguments, complaint, capsys):
+    assert prosqa.main(["--out", str(tmp_path / "new"), "--train", "2", "--mirror", *arguments.split()]) == 2
+    assert re.search(f"^error: {complaint}", capsys.readouterr().err.splitlines()[-1])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("--mirror --nodes 10", "--mirror takes --nodes-a-side, not --nodes"),
+        ("--nodes-a-side 5", "--nodes-a-side is an option of --mirror"),
+        ("--mirror --nodes-a-side 1", "--nodes-a-side at least 2"),
+        ("--hops 2 --min-hops 1", "--hops says it all"),
+        ("--hops 0", "it takes 1 <= min-hops <= max-hops"),
+        ("--test-hops 3 2", "--test-hops takes the fewest and then the most"),
+        ("--vocabulary 26", "--vocabulary is an option of --template compact, 1 to 62"),
+        ("--template compact --vocabulary 63", "--vocabulary is an option of --template compact, 1 to 62"),
+        ("--template compact --check a.json", "--check reads sentences, not --template compact"),
+        ("--test-hops 3 4 --check a.json", "--check makes one kind of question"),
+    ],
+)
+def test_options_of_a_mirror_that_make_no_sense(arguments, complaint, capsys):
+    with pytest.raises(SystemExit) as end:
+        prosqa.main(arguments.split())
+    assert end.value.code == 2
+    assert complaint in capsys.readouterr().err
 
 
 # ---- tiny models ----

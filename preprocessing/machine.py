@@ -1,0 +1,177 @@
+"""Writes a machine to be followed: each button permutes the states; where does a word of buttons lead?
+
+    {"question": "Msnqw", "steps": ["N", "S", "L", "F"], "answer": "F"}
+
+Start in state M and press s, n, q, w: `steps` are the states passed, one for each button, and `answer` is the last.
+Permutations drawn at random compose to nothing simpler than what they are, unlike + - * modulo a small number: the
+steps must be gone one after the other. Chance is 1 in STATES.
+
+    python preprocessing/machine.py                       # data/machine_{train,valid,test}.json, 60,000/500/1,000
+    python preprocessing/machine.py --states 10 --buttons 10 --train 5000 --prefix small
+
+PREFIX_machine.json holds the permutations: {"states", "buttons", "permutations": {button: {state: next state}}}. They
+follow from --seed, --states and --buttons alone: another call with these and other steps asks the same machine.
+
+Traps. The splits share no word: the words of each length are divided between the splits in proportion to the splits'
+sizes (valid and test get at most one word for each of their examples), drawn at random; every word of a split may come
+with any start. By default 427 of the 17,576 words of three buttons are held out, 1,500 of each longer length. Where a
+length has fewer than 10 words, its questions are divided in their place, and the output says so. Another call with
+other sizes divides anew. Lengths are uniform until the questions of the short ones have run out.
+"""
+
+import argparse
+import random
+import string
+import sys
+from typing import NamedTuple
+
+from files import UserError, report
+from splits import Splits, add_drawing_options, add_split_options, draw, parse_splits, publish_splits
+
+STATES, BUTTONS = string.ascii_uppercase, string.ascii_lowercase
+FEWEST_WORDS = 10  # of a length whose words are divided
+
+Permutations = dict[str, dict[str, str]]  # button -> state -> next state
+
+
+class Share(NamedTuple):
+    """How the questions of one length are divided: by units, which are words, or single questions if words are few.
+
+    A question's number is its word's number times the number of states, plus its start's number.
+    """
+
+    length: int
+    questions: int
+    starts: int  # questions of a unit: the number of states, or 1
+    held: dict[str, list[int]]  # every split but train -> the numbers of its units
+    taken: frozenset[int]  # these of all splits; train has the rest
+
+    def capacity(self, split: str) -> int:
+        """How many questions a split has."""
+        if split in self.held:
+            return len(self.held[split]) * self.starts
+        return self.questions - len(self.taken) * self.starts
+
+    def draw(self, rng: random.Random, split: str) -> int | None:
+        """The number of a question of the split, or None where the question drawn was another's, or there is none."""
+        if split in self.held:
+            units = self.held[split]
+            return rng.choice(units) * self.starts + rng.randrange(self.starts) if units else None
+        number = rng.randrange(self.questions)
+        return None if number // self.starts in self.taken else number
+
+
+def make_machine(rng: random.Random, states: str, buttons: str) -> Permutations:
+    """A random permutation of the states for each button."""
+    return {button: dict(zip(states, rng.sample(states, len(states)), strict=True)) for button in buttons}
+
+
+def make_example(permutations: Permutations, start: str, word: str) -> dict:
+    """The states that a word of buttons leads through."""
+    steps, state = [], start
+    for button in word:
+        state = permutations[button][state]
+        steps.append(state)
+    return {"question": start + word, "steps": steps, "answer": state}
+
+
+def divide(rng: random.Random, n_states: int, n_buttons: int, length: int, sizes: dict[str, int]) -> Share:
+    """The units of one length: in proportion to the sizes, one at least, and no more than a split has examples."""
+    words = n_buttons**length
+    starts = n_states if words >= FEWEST_WORDS else 1
+    units = words * n_states // starts
+    total = sum(sizes.values())
+    taken: set[int] = set()
+    held: dict[str, list[int]] = {}
+    for name in [name for name in sizes if name != "train"]:
+        held[name] = []
+        count = min(sizes[name], max(units * sizes[name] // total, 1)) if units >= FEWEST_WORDS else 0
+        while len(held[name]) < count:  # not random.sample, which refuses the 26**14 words of 14 buttons
+            unit = rng.randrange(units)
+            if unit not in taken:
+                taken.add(unit)
+                held[name].append(unit)
+    return Share(length, words * n_states, starts, held, frozenset(taken))
+
+
+def make_splits(
+    sizes: dict[str, int],
+    n_states: int = 26,
+    n_buttons: int = 26,
+    min_steps: int = 3,
+    max_steps: int = 5,
+    seed: int = 0,
+) -> tuple[Splits, Permutations, list[Share]]:
+    """Splits of the given sizes, the machine, and how the questions of each length were divided.
+
+    Raises UserError where there is no such machine, or a split has not enough questions.
+    """
+    if not 2 <= n_states <= len(STATES) or not 1 <= n_buttons <= len(BUTTONS):
+        raise UserError(
+            f"{n_states} states and {n_buttons} buttons cannot be named: 2 to {len(STATES)} states are capitals, "
+            f"1 to {len(BUTTONS)} buttons small letters"
+        )
+    if not 1 <= min_steps <= max_steps:
+        raise UserError(f"words of {min_steps} to {max_steps} buttons cannot be: it takes 1 <= min-steps <= max-steps")
+    rng = random.Random(seed)
+    permutations = make_machine(rng, STATES[:n_states], BUTTONS[:n_buttons])
+    shares = [divide(rng, n_states, n_buttons, length, sizes) for length in range(min_steps, max_steps + 1)]
+    for name, size in sizes.items():
+        capacity = sum(share.capacity(name) for share in shares)
+        if size > capacity:
+            raise UserError(
+                f"{name}: {size} examples are more than its {capacity} of the "
+                f"{sum(share.questions for share in shares)} questions that {n_states} states, {n_buttons} buttons and "
+                f"{min_steps} to {max_steps} steps allow: ask for fewer, or for more steps"
+            )
+
+    def make(split: str) -> dict | None:
+        share = rng.choice(shares)
+        number = share.draw(rng, split)
+        if number is None:
+            return None
+        word, start = divmod(number, n_states)
+        buttons = (BUTTONS[word // n_buttons**place % n_buttons] for place in range(share.length))
+        return make_example(permutations, STATES[start], "".join(buttons))
+
+    splits: Splits = {}
+    for name, size in sizes.items():
+        splits |= draw({name: size}, lambda name=name: make(name))
+    return splits, permutations, shares
+
+
+def describe(examples: list[dict]) -> str:
+    return f", first: {examples[0]['question']} -> {examples[0]['answer']}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_split_options(parser, train=60000, valid=500, test=1000)
+    parser.add_argument("--states", type=int, default=26, help="how many, 2 to 26 (default: %(default)s)")
+    parser.add_argument("--buttons", type=int, default=26, help="how many, 1 to 26 (default: %(default)s)")
+    parser.add_argument("--min-steps", type=int, default=3, help="fewest buttons of a word (default: %(default)s)")
+    parser.add_argument("--max-steps", type=int, default=5, help="most buttons of a word (default: %(default)s)")
+    parser.add_argument("--prefix", default="machine", help="of the file names (default: %(default)s)")
+    add_drawing_options(parser, checks=False)
+    options, sizes = parse_splits(parser, arguments)
+    try:
+        splits, permutations, shares = make_splits(
+            sizes, options.states, options.buttons, options.min_steps, options.max_steps, options.seed
+        )
+        machine = {
+            "states": list(STATES[: options.states]),
+            "buttons": list(permutations),
+            "permutations": permutations,
+        }
+        beside = {options.out / f"{options.prefix}_machine.json": machine}
+        publish_splits(splits, options.out, options.prefix, describe, beside)
+    except UserError as error:
+        return report(error)
+    for share in shares:
+        if share.starts == 1:
+            print(f"steps {share.length}: too few words to hold any out, the splits share words there but no question")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""How far do cheap rules get on a ProsQA-like file, without any search? The percentage that each decides rightly.
+
+    python preprocessing/shortcuts.py data/prosqa_valid.json
+    python preprocessing/shortcuts.py data/prosqa_test.json data/mirror_test.json --json
+
+A rule gives either candidate a number and takes the one with the greater; a tie is a coin, and counts as half. It sees
+the graph and which node is asked about, not which candidate is right: the fields idx_to_symbol, edges, root, target and
+neg_target of the records, whatever their template. What a model must do to be believed to reason is to leave the best
+rule behind. A source is a node without parents.
+
+Traps. A rule that looks as many edges back as the question has hops is the whole search: with 2 hops 'no other source
+within two back' is no shortcut. And each rule is one that a person thought of: at 50 % it is excluded, the next is not.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from files import UserError, load_examples, report
+
+
+@dataclass(frozen=True)
+class View:
+    """What a rule sees: which nodes are whose parents, and the node that is asked about."""
+
+    parents: list[list[int]]
+    root: int
+
+    @cached_property
+    def other_sources(self) -> set[int]:
+        """The nodes without parents that are not asked about."""
+        return {node for node, parents in enumerate(self.parents) if not parents and node != self.root}
+
+    def way_back(self, node: int) -> dict[int, int]:
+        """Ancestor -> the fewest edges between it and the node, which is its own at 0."""
+        distance, frontier, edges = {node: 0}, {node}, 0
+        while frontier:
+            edges += 1
+            frontier = {parent for child in frontier for parent in self.parents[child]} - distance.keys()
+            distance |= dict.fromkeys(frontier, edges)
+        return distance
+
+
+def chance(view: View, node: int) -> int:
+    """No rule: a coin."""
+    return 0
+
+
+def in_degree(view: View, node: int) -> int:
+    """Take the candidate with fewer parents."""
+    return -len(view.parents[node])
+
+
+def depth_of_ancestors(view: View, node: int) -> int:
+    """Take the candidate with the longer way back to an ancestor: to the farthest, over the fewest edges."""
+    return max(view.way_back(node).values())
+
+
+def number_of_ancestors(view: View, node: int) -> int:
+    """Take the candidate with more ancestors."""
+    return len(view.way_back(node))
+
+
+def no_source_as_parent(view: View, node: int) -> bool:
+    """Take the candidate that has no parent which is another source than the node asked about."""
+    return not view.other_sources & set(view.parents[node])
+
+
+def no_source_within_two(view: View, node: int) -> bool:
+    """Take the candidate that has no other source than the node asked about within two edges back."""
+    return not any(view.way_back(node).get(source, 3) <= 2 for source in view.other_sources)
+
+
+RULES: dict[str, Callable[[View, int], int]] = {
+    "chance": chance,
+    "in-degree": in_degree,
+    "depth of ancestors": depth_of_ancestors,
+    "number of ancestors": number_of_ancestors,
+    "no parent that is another source": no_source_as_parent,
+    "no other source within two back": no_source_within_two,
+}
+
+
+def decide(example: dict) -> dict[str, float]:
+    """Rule -> 1 where it takes the target, 0 where the other, 0.5 where it cannot tell.
+
+    Raises KeyError for a missing field, ValueError where a node is not there.
+    """
+    nodes = range(len(example["idx_to_symbol"]))
+    parents: list[list[int]] = [[] for _ in nodes]
+    root, target, wrong = (example[key] for key in ("root", "target", "neg_target"))
+    for tail, head in [*example["edges"], (root, target), (root, wrong)]:
+        if tail not in nodes or head not in nodes:
+            raise ValueError(f"{tail} or {head} is none of its {len(nodes)} nodes")
+    for tail, head in example["edges"]:
+        parents[head].append(tail)
+    view = View(parents, root)
+    scores = {name: (rule(view, target), rule(view, wrong)) for name, rule in RULES.items()}
+    return {name: 0.5 + 0.5 * ((right > wrong) - (right < wrong)) for name, (right, wrong) in scores.items()}
+
+
+def measure(examples: list[dict], origin: str) -> dict[str, float]:
+    """Rule -> the percentage that it decides rightly. Raises UserError that names the record which has no graph."""
+    decided = []
+    for number, example in enumerate(examples):
+        try:
+            decided.append(decide(example))
+        except KeyError as error:
+            raise UserError(f"{origin}: record {number} (counted from 0) lacks {error}") from None
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{origin}: record {number} (counted from 0) has no graph to look at: {error}") from None
+    return {name: 100 * sum(one[name] for one in decided) / len(decided) for name in RULES}
+
+
+def table(results: dict[str, dict]) -> str:
+    """A row for each rule and a column for each file, as Markdown."""
+    rows = [
+        ["rule, % right", *results],
+        ["examples", *(f"{result['examples']:,}" for result in results.values())],
+        *([name, *(f"{result['right'][name]:.1f}" for result in results.values())] for name in RULES),
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(results) + 1)]
+    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join(
+        f"| {row[0].ljust(widths[0])} | {' | '.join(map(str.rjust, row[1:], widths[1:]))} |" for row in rows
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="as prosqa.py writes them, or the authors'")
+    parser.add_argument("--json", action="store_true", help="print JSON: file -> its examples, and right for each rule")
+    options = parser.parse_args(arguments)
+    try:
+        results = {}
+        for path in options.files:
+            examples = load_examples(path)
+            results[str(path)] = {"examples": len(examples), "right": measure(examples, str(path))}
+    except UserError as error:
+        return report(error)
+    print(json.dumps(results, indent=2) if options.json else table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
