@@ -9,9 +9,10 @@ between. What that costs is room for the whole weights and for one whole gradien
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ def load(config: Config, world: World, source: Path | None) -> Pretrained:
     Collective: every rank must call it. Raises UserError as `pretrained.load_model` does.
     """
     if choose_strategy(config, world, source) != "fsdp":
-        loaded = _load_in_turn(config, world, source)
+        loaded = _in_turn(world, lambda cached: load_model(config, source, cached))
         prepare_blocks(loaded.model, config)
         loaded.model.to(world.device)
         return loaded
@@ -57,18 +58,14 @@ def load(config: Config, world: World, source: Path | None) -> Pretrained:
     return Pretrained(model, tokenizer, markers)
 
 
-def _load_in_turn(config: Config, world: World, source: Path | None) -> Pretrained:
-    """The whole model on every rank. The first rank of each node downloads what it needs; the others then read its
-    cache, and ask the hub for nothing. Collective."""
-    loaded: list[Pretrained] = []
-
-    def load(turn: bool, cached: bool) -> None:
-        if turn:
-            loaded.append(load_model(config, source, cached))
-
-    on_every_rank(world, lambda: load(world.local_rank == 0, cached=False))  # all ranks: one of each node loads
-    on_every_rank(world, lambda: load(world.local_rank > 0, cached=True))  # all ranks: the others do
-    return loaded[0]
+def _in_turn(world: World, action: Callable[[bool], Any]) -> Any:
+    """The result of an action that may ask the hub, on every rank: the first rank of each node makes it first, and then
+    the others, which are told that what it needs is in the cache by now. Collective."""
+    found: list = []
+    is_first = world.local_rank == 0
+    on_every_rank(world, lambda: found.append(action(False)) if is_first else None)  # all ranks: one a node asks
+    on_every_rank(world, lambda: None if is_first else found.append(action(True)))  # all ranks: the others do not
+    return found[0]
 
 
 def choose_strategy(config: Config, world: World, source: Path | None) -> str:
@@ -78,12 +75,9 @@ def choose_strategy(config: Config, world: World, source: Path | None) -> str:
     if world.size == 1 or world.device.type != "cuda":
         return "ddp"
 
-    def count() -> int:
-        with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(shape_of(config, source))
-        return sum(parameter.numel() for parameter in base.parameters())
-
-    n_parameters = on_main_rank(world, count)  # all ranks: one asks the hub
+    shape = _in_turn(world, lambda cached: shape_of(config, source, cached))
+    with torch.device("meta"):
+        n_parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(shape).parameters())
     # of the smallest GPU: all ranks have to choose alike
     memory = on_every_rank(world, lambda: torch.cuda.get_device_properties(world.device).total_memory)
     room = SHARE_OF_MEMORY * min(memory)

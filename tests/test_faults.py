@@ -246,7 +246,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("changes", "code"), [(("strategy=fsdp",), 0), (("strategy=ddp", "model_id=nowhere"), 2)])
+@pytest.mark.parametrize(("changes", "code"), [(("strategy=fsdp",), 0), (("model_id=nowhere", "name=nowhere"), 2)])
 def test_a_rank_ends_without_taking_the_interpreter_down(place, tmp_path, changes, code):
     """A thread of gloo that is still there while Python goes down can kill a rank that has done all of its work."""
     (tmp_path / "probe.py").write_text(PROBE)
@@ -572,7 +572,7 @@ def model_with_a_broken_token(place: Path) -> tuple[Path, list[dict]]:
     examples[5]["question"] = "x" + examples[5]["question"]
     (place / "with_x.json").write_text(json.dumps(examples))
     folder = place / "broken"
-    tiny_model.write_model([place / "with_x.json"], folder, "char", "llama", 32, 1, 2, 128)
+    tiny_model.write_model([place / "with_x.json"], folder, "char", "llama", 32, 1, 2, 128, tied=False)
     from transformers import AutoTokenizer
 
     state = load_file(folder / "model.safetensors")

@@ -270,11 +270,9 @@ def test_compile_and_checkpointing_exclude_each_other():
 
 def test_one_rank_of_a_node_asks_the_hub(monkeypatch):
     """F32: every rank did: 14 requests for two ranks, 7 for one."""
-    asked = []
-    monkeypatch.setattr(parallel, "load_model", lambda config, source, cached: asked.append(cached) or "loaded")
     monkeypatch.setattr(parallel, "on_every_rank", lambda _, action: [action()])
     for rank, local_rank, expected in ((0, 0, [False]), (1, 1, [True]), (2, 0, [False])):
-        asked.clear()
+        asked: list[bool] = []
         world = World(rank, local_rank, 3, torch.device("cpu"))
-        assert parallel._load_in_turn(Config(), world, None) == "loaded"
+        assert parallel._in_turn(world, lambda cached, asked=asked: asked.append(cached) or "loaded") == "loaded"
         assert asked == expected
