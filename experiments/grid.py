@@ -205,7 +205,7 @@ def work(jobs: list[Job], at_once: int) -> None:
     with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(waiting), unit="run", desc=jobs[0].grid.name) as bar:
         tasks: dict[str, Future] = {}
 
-        def start(job: Job) -> None:
+        def attend(job: Job) -> None:
             if job.begin is not None:
                 if job.begin.name in tasks:
                     tasks[job.begin.name].result()
@@ -216,7 +216,7 @@ def work(jobs: list[Job], at_once: int) -> None:
             bar.update()
 
         for job in waiting:
-            tasks[job.name] = pool.submit(start, job)
+            tasks[job.name] = pool.submit(attend, job)
     if failed:
         raise UserError("; ".join(failed))
 
@@ -225,16 +225,21 @@ def run_commands(job: Job) -> list[str]:
     """Runs what a job still needs, with its output in a file beside the run's folder; returns what went wrong."""
     log = job.folder.parent / "logs" / f"{job.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     for command in job.commands():
-        with log.open("a", encoding="utf-8") as output:
-            done = subprocess.run(command, env=environment, stdout=output, stderr=output, check=False)
-        if done.returncode:
+        code = start(command, log)
+        if code:
             lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-            return [f"{job.name} failed with exit code {done.returncode}: {lines[-1] if lines else ''} (see {log})"]
+            return [f"{job.name} failed with exit code {code}: {lines[-1] if lines else ''} (see {log})"]
         if not job.is_trained:
             return [f"{job.name} was stopped; start the grid again, and it goes on"]
     return []
+
+
+def start(command: list[str], log: Path) -> int:
+    """Runs a command on one core, its output appended to a file; returns its exit code."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with log.open("a", encoding="utf-8") as output:
+        return subprocess.run(command, env=environment, stdout=output, stderr=output, check=False).returncode
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -260,10 +265,10 @@ def main(arguments: list[str] | None = None) -> int:
 
             print_plan(jobs)
             return 0
+        for job in jobs:
+            Config.from_file(ROOT / grid.base, job.spec.overrides)  # mistakes are found before the first run
         try:
             if not options.report:
-                for job in jobs:
-                    Config.from_file(ROOT / grid.base, job.spec.overrides)  # mistakes are found before the first run
                 work(jobs, options.jobs)
         finally:
             from tables import write_report
