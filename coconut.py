@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from dataset import latent_columns as find_latent_columns
 from kv_cache import make_cache
-from thoughts import Seen, StreamRecorder, decoder_blocks, make_thought
+from thoughts import Seen, StreamRecorder, Thought, decoder_blocks, decoder_of, make_thought
 from utils import IGNORE
 
 
@@ -65,18 +65,19 @@ class Coconut(nn.Module):
         self.eos_token_id = eos_token_id
         self.thought = make_thought(thought, base_causallm)
         self._recorder = StreamRecorder(decoder_blocks(base_causallm)) if self.thought.needs_layers else None
-        accepted = inspect.signature(type(base_causallm.get_decoder()).forward).parameters
+        accepted = inspect.signature(type(decoder_of(base_causallm)).forward).parameters
         # transformers renames the argument during 5.x
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
-        self._takes_position_ids = "position_ids" in accepted  # models with ALiBi have none
-        config = base_causallm.config
+        self._takes_position_ids = "position_ids" in accepted  # most models with ALiBi have none
+        config = base_causallm.config.get_text_config(decoder=True)
         self._makes_masks = self._takes_position_ids and _attends_plainly(config)
         # called in the backward pass when nothing is left but the first span: what FSDP waits for
         self.before_first_span: Callable[[], None] | None = None
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)  # longest sequence
-        # what some families do around the LM head: Cohere multiplies and Granite divides, Gemma caps
-        self._logit_scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._logit_scale, self._softcap = _around_the_head(base_causallm.config)
+        head = type(base_causallm.get_output_embeddings())
+        self._head_is_a_matrix = getattr(head, "forward", None) is nn.Linear.forward
+        _freeze_what_is_not_run(base_causallm)
 
     def forward(
         self,
@@ -248,14 +249,14 @@ class Coconut(nn.Module):
         mask = attention_mask
         if self._makes_masks:
             mask = _causal_mask(attention_mask, embeds.shape[1], masked)
-        return self.base_causallm.get_decoder()(
-            inputs_embeds=embeds, attention_mask=mask, **arguments
-        ).last_hidden_state
+        return decoder_of(self.base_causallm)(inputs_embeds=embeds, attention_mask=mask, **arguments).last_hidden_state
 
     @torch.no_grad()
     def _prepare_thought(self) -> Any:
+        if type(self.thought).prepare is Thought.prepare:
+            return None
         base = self.base_causallm
-        return self.thought.prepare(base.get_input_embeddings().weight, base.get_output_embeddings().weight)
+        return self.thought.prepare(_input_embeddings(base), base.get_output_embeddings().weight)
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.base_causallm.get_input_embeddings()(input_ids)
@@ -266,7 +267,7 @@ class Coconut(nn.Module):
         if supervised is None:
             supervised = (targets != IGNORE).nonzero().flatten()
         hidden, targets = hidden.flatten(0, 1)[supervised], targets[supervised]  # (S, D), (S,)
-        if hasattr(F, "linear_cross_entropy") and self._softcap is None:
+        if hasattr(F, "linear_cross_entropy") and self._softcap is None and self._head_is_a_matrix:
             head = self.base_causallm.get_output_embeddings()
             return F.linear_cross_entropy(self._scaled(hidden), head.weight, targets, linear_bias=head.bias)
         return F.cross_entropy(self._logits(hidden), targets)
@@ -280,12 +281,49 @@ class Coconut(nn.Module):
         return hidden if self._logit_scale == 1 else hidden * self._logit_scale
 
 
-def _attends_plainly(config) -> bool:
+def _attends_plainly(config: PreTrainedConfig) -> bool:
     """Whether every layer is causal attention over all columns, computed by torch's scaled_dot_product_attention."""
-    config = config.get_text_config(decoder=True)
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return config._attn_implementation == "sdpa" and layers == {"full_attention"} and window is None
+    has_alibi = getattr(config, "alibi", False)  # Falcon adds it to a mask of its own
+    return config._attn_implementation == "sdpa" and layers == {"full_attention"} and window is None and not has_alibi
+
+
+def _around_the_head(config: PreTrainedConfig) -> tuple[float, float | None]:
+    """(scale, cap): what a family does around the LM head: cap tanh(scale U h / cap), without a cap scale U h.
+
+    It is read from the configuration, because on the meta device there are no numbers; `families.vouch` compares.
+    """
+    text = config.get_text_config(decoder=True)
+
+    def value(name: str) -> float | None:
+        return getattr(config, name, None) or getattr(text, name, None)
+
+    scale = value("logit_scale") or value("lm_head_multiplier") or 1  # Cohere, Falcon-H1
+    scaling = value("logits_scaling") or 1  # by which Granite divides
+    scale = scale * scaling if text.model_type == "hyperclovax" else scale / scaling
+    if value("logits_mup_width_multiplier"):  # Inkling
+        scale /= value("logits_mup_width_multiplier")
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+    return scale, next((value(name) for name in caps if value(name)), None)
+
+
+def _freeze_what_is_not_run(base: PreTrainedModel) -> None:
+    """Takes towers for images and sound out of training: DDP waits for the gradient of every parameter that wants one,
+    and here only the language model runs."""
+    run = (decoder_of(base), base.get_input_embeddings(), base.get_output_embeddings())
+    reached = {parameter for module in run if module is not None for parameter in module.parameters()}
+    for parameter in base.parameters():
+        if parameter not in reached:
+            parameter.requires_grad_(False)
+
+
+def _input_embeddings(base: PreTrainedModel) -> torch.Tensor:
+    """(V, D), as the model gets them: some embedding modules scale their weights."""
+    module = base.get_input_embeddings()
+    if type(module).forward is nn.Embedding.forward:
+        return module.weight
+    return module(torch.arange(len(module.weight), device=module.weight.device))
 
 
 class _Shift:

@@ -255,10 +255,22 @@ class EmbeddingSuppressed(Suppressed):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def decoder_of(base: PreTrainedModel) -> PreTrainedModel:
+    """What makes the hidden states from input embeddings.
+
+    transformers' get_decoder guesses by names, and gives the ModernBERT decoder's LM head, and the whole of a Llama 4.
+    """
+    decoder = base.get_decoder()
+    if decoder is base or not isinstance(decoder, PreTrainedModel):
+        inner = [module for module in base.children() if isinstance(module, PreTrainedModel)]
+        return inner[0] if len(inner) == 1 else decoder
+    return decoder
+
+
 def decoder_blocks(base: PreTrainedModel) -> list[nn.Module]:
     """The L decoder blocks, which the model itself names."""
     names = base._no_split_modules or ()
-    return [module for module in base.get_decoder().modules() if type(module).__name__ in names]
+    return [module for module in decoder_of(base).modules() if type(module).__name__ in names]
 
 
 class StreamRecorder:

@@ -1,0 +1,267 @@
+"""Can this family of models be trained here? transformers has about two hundred, and every year adds some.
+
+Not a list decides but a comparison, when a model is loaded: a few random columns through Coconut, and through the
+model's own forward, recomputed for each thought without a cache. What differs is refused with a sentence.
+
+Legend: B rows, T columns, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from coconut import Coconut
+from dataset import collate_for_device, collate_prompts
+from thoughts import decoder_of
+from utils import IGNORE, UserError
+
+# what may differ, as a share of the largest or of the norm: (logits, gradients)
+TOLERANCES = {torch.float64: (1e-6, 1e-6), torch.float32: (1e-4, 2e-3)}
+COARSE = (0.03, 0.2)  # of bfloat16 and float16
+TRIES = 3  # of which one has to agree: near a tie rounding sends a token to another expert
+HIGHEST = 50.0  # the logit up to which the head is compared: soft caps are not seen near 0
+
+
+def vouch(model: Coconut, with_latents: bool = True) -> None:
+    """Raises UserError, one sentence, where this model would not be trained right; `with_latents`, whether its method
+    has latent positions.
+
+    Compared are logits, loss and the gradients of the input embeddings, on two rows of which one is padded. Nothing of
+    the model is changed, its random state neither. It takes some twenty passes over eight columns, on any device but
+    meta: there the verdict on the same model elsewhere counts.
+    """
+    base = model.base_causallm
+    sequential = with_latents and model.latent_token_id is not None and model.thought.sequential
+    with _undisturbed(base):
+        problem = _tried(_problem_without_latents, model)
+        if problem is None and sequential:
+            latent_problem = _tried(_problem_with_latents, model)
+            if latent_problem is not None:
+                raise UserError(
+                    f"{_name(base)} cannot be trained with latent thoughts here: {latent_problem}. The methods cot, "
+                    f"no_cot, icot and no_thoughts work with it"
+                )
+    if problem is not None:
+        raise UserError(f"{_name(base)} cannot be trained here, by any method: {problem}")
+
+
+def _name(base: PreTrainedModel) -> str:
+    return f"the model family {base.config.model_type} ({type(base).__name__})"
+
+
+def _tried(problem_of, model: Coconut) -> str | None:
+    """The problem that every try has, if all have one."""
+    for seed in range(TRIES):
+        try:
+            problem = problem_of(model, seed)
+        except Exception as error:  # whatever an unknown family may raise
+            line = next(iter(str(error).strip().splitlines()), "")
+            return f"its forward pass fails ({type(error).__name__}: {line})" if line else type(error).__name__
+        if problem is None:
+            return None
+    return problem
+
+
+@contextmanager
+def _undisturbed(base: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation, its weights without gradients, and everything as it was afterwards."""
+    training = [module for module in base.modules() if module.training]
+    trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+    devices = [base.device] if base.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        base.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            for module in training:
+                module.training = True
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Without latents
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class _Probe(Coconut):
+    """The model with the paper's thought, and with input embeddings that want gradients."""
+
+    def __init__(self, model: Coconut):
+        super().__init__(
+            model.base_causallm, model.latent_token_id, model.start_latent_id, model.end_latent_id, model.eos_token_id
+        )
+        self.embeds: torch.Tensor | None = None  # (B, T, D) of the last batch
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        self.embeds = super()._embed(input_ids).detach().requires_grad_()
+        return self.embeds
+
+
+class _Row(NamedTuple):
+    input_ids: list[int]
+    labels: list[int]
+
+
+def _rows(model: Coconut, seed: int, shapes: list[tuple[int, int, int]]) -> list[_Row]:
+    """Random rows, each of so many tokens, latents and tokens again; the last but one are supervised."""
+    base = model.base_causallm
+    n_words = min(len(base.get_input_embeddings().weight), len(base.get_output_embeddings().weight))
+    marked = {model.latent_token_id, model.start_latent_id, model.end_latent_id, model.eos_token_id}
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(count: int) -> list[int]:
+        drawn = torch.randint(n_words, (count + 64,), generator=generator).tolist()
+        return [word for word in drawn if word not in marked][:count]
+
+    rows = []
+    for before, latents, after in shapes:
+        continuation = words(after)
+        ids = [*words(before), *[model.latent_token_id] * latents, *continuation]
+        rows.append(_Row(ids, [IGNORE] * (before + latents + 1) + continuation[1:]))
+    return rows
+
+
+def _problem_without_latents(model: Coconut, seed: int) -> str | None:
+    probe, base = _Probe(model), model.base_causallm
+    rows = _rows(model, seed, [(1, 0, 7), (1, 0, 5)])
+    tight, loose = TOLERANCES.get(base.dtype, COARSE)
+    with torch.no_grad():
+        wanted = [_exact(base(input_ids=_tensor(base, row.input_ids), use_cache=False).logits) for row in rows]
+        if not _is_head_known(probe, seed, tight):
+            return "its logits are not those of its LM head, scaled and capped as its configuration says"
+        problem = _problem_of_decoding(probe, rows, wanted, tight)
+    if problem is not None:
+        return problem
+    found, gradients = _step(probe, rows)
+    loss, plain = _plain_step(probe, rows)
+    from_words = _mean_loss(wanted, rows)
+    if _differs(loss, from_words, tight):
+        return "the embeddings of its tokens are not all that it makes of them"
+    if _differs(found, loss, tight):
+        return f"its loss is {loss:.4g}, here it would be {found:.4g}"
+    if any(_differs(ours, theirs, loose) for ours, theirs in zip(gradients, plain, strict=True)):
+        return "its gradients are not those of its own forward pass"
+    return None
+
+
+def _is_head_known(probe: Coconut, seed: int, tolerance: float) -> bool:
+    """Whether the model makes the same logits of given hidden states, of a size at which caps are seen."""
+    base, given = probe.base_causallm, []
+
+    def replace(_, __, output):
+        like = output[0]
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(like.shape, generator=generator).to(like)
+        hidden = hidden * (HIGHEST / base.get_output_embeddings()(hidden).abs().max())
+        given.append(hidden)
+        if isinstance(output, tuple):
+            return hidden, *output[1:]
+        output["last_hidden_state"] = hidden
+        return output
+
+    handle = decoder_of(base).register_forward_hook(replace)
+    try:
+        theirs = base(input_ids=_tensor(base, [1, 2, 3]), use_cache=False).logits
+    finally:
+        handle.remove()
+    if not given:
+        raise RuntimeError("its decoder is not found")
+    ours = probe._logits(given[-1])
+    return ours.shape == theirs.shape and not _differs(_exact(ours), _exact(theirs), tolerance)
+
+
+def _problem_of_decoding(probe: Coconut, rows: list[_Row], wanted: list[torch.Tensor], tolerance: float) -> str | None:
+    """Two tokens, decoded over a cache that holds those before them, as `Coconut.generate` does it."""
+    prompts = [row.input_ids[:-2] for row in rows]
+    device = probe.base_causallm.device
+    batch = {name: value.to(device) for name, value in collate_prompts(prompts, prompts[0][0]).items()}
+    position, hidden = batch["position_ids"][:, -1:], []
+    last, _, cache, mask = probe._run(**batch, left_padded=True, new_columns=2)
+    hidden.append(last[:, -1:])
+    for column in (-2, -1):
+        position, mask = position + 1, torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        token = torch.cat([_tensor(probe.base_causallm, row.input_ids[column:][:1]) for row in rows])
+        hidden.append(probe._span(probe._embed(token), mask, position, True, cache))
+    logits = _exact(probe._logits(torch.cat(hidden, dim=1)))  # (B, 3, V)
+    whole, padded = (_differs(ours, theirs[0, -3:], tolerance) for ours, theirs in zip(logits, wanted, strict=True))
+    if whole:
+        return "what it computes over a cache, token by token, is not what it computes at once"
+    return "padding before a row changes what it computes" if padded else None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With latents
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _problem_with_latents(model: Coconut, seed: int) -> str | None:
+    probe = _Probe(model)
+    rows = _rows(model, seed, [(3, 2, 3), (1, 2, 2)])
+    tight, loose = TOLERANCES.get(model.base_causallm.dtype, COARSE)
+    found, gradients = _step(probe, rows)
+    loss, plain = _plain_step(probe, rows)
+    if _differs(found, loss, tight):
+        return f"over a cache its loss is {found:.4g}, recomputed for each thought {loss:.4g}"
+    if any(_differs(ours, theirs, loose) for ours, theirs in zip(gradients, plain, strict=True)):
+        return "over a cache its gradients are not those of recomputing it for each thought"
+    if model.thought.needs_layers:
+        _step(model, rows)  # hooks see what they expect
+    return None
+
+
+def _step(probe: Coconut, rows: list[_Row]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(loss, the gradients of each row's embeddings, (T, D)) as a training step has them."""
+    batch = collate_for_device(rows, pad_token_id=rows[0].input_ids[0], latent_token_id=probe.latent_token_id)
+    device = probe.base_causallm.device
+    batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    loss = probe(**batch).loss
+    if not isinstance(probe, _Probe):
+        return loss, []
+    (gradient,) = torch.autograd.grad(loss, [probe.embeds])
+    attended = batch["attention_mask"].bool()
+    return _exact(loss.detach()), [_exact(one[seen]) for one, seen in zip(gradient, attended, strict=True)]
+
+
+def _plain_step(probe: Coconut, rows: list[_Row]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """As `_step`, by definition: each row alone, without padding or cache, recomputed for each thought."""
+    base, leaves, logits = probe.base_causallm, [], []
+    for row in rows:
+        embeds = probe._embed(_tensor(base, row.input_ids))  # (1, T, D)
+        leaves.append(probe.embeds)
+        for place, token in enumerate(row.input_ids):
+            if token == probe.latent_token_id:
+                thought = decoder_of(base)(inputs_embeds=embeds[:, :place], use_cache=False).last_hidden_state[:, -1:]
+                embeds = torch.cat([embeds[:, :place], thought.to(embeds.dtype), embeds[:, place + 1 :]], dim=1)
+        logits.append(_exact(base(inputs_embeds=embeds, use_cache=False).logits))
+    loss = _mean_loss(logits, rows)
+    gradients = torch.autograd.grad(loss, leaves)
+    return loss.detach(), [_exact(gradient[0]) for gradient in gradients]
+
+
+def _mean_loss(logits: list[torch.Tensor], rows: list[_Row]) -> torch.Tensor:
+    """Of (1, T, V) logits for each row, over the supervised tokens of all."""
+    targets = [torch.tensor(row.labels[1:], device=one.device) for one, row in zip(logits, rows, strict=True)]
+    sums = [F.cross_entropy(one[0, :-1], target, reduction="sum") for one, target in zip(logits, targets, strict=True)]
+    return sum(sums) / sum(int((target != IGNORE).sum()) for target in targets)
+
+
+def _tensor(base: PreTrainedModel, input_ids: list[int]) -> torch.Tensor:
+    return torch.tensor([input_ids], device=base.device)
+
+
+def _exact(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _differs(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
+    """Whether the norm of the difference is more than a share of the norm; also where either is no number."""
+    return not bool((ours - theirs).norm() <= tolerance * theirs.norm())

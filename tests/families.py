@@ -1,0 +1,68 @@
+"""Every family of causal language models that transformers knows, built tiny, and what becomes of it here."""
+
+from __future__ import annotations
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+# what makes any of them small: given to each configuration that has an attribute of the name
+TINY: dict[str, object] = {
+    **dict.fromkeys(("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input", "audio_vocab_size"), 40),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim", "embedding_size", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(("attention_hidden_size", "lru_width", "input_embedding_size", "output_embedding_size"), 32),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_decoder_layers", "num_encoder_layers"), 2),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "swa_num_attention_heads"), 4
+    ),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads", "num_decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_encoder_attention_heads", "linear_num_heads", "linear_num_value_heads", "index_n_heads"), 4),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "linear_num_key_heads"), 2),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "dff", "dim_ff", "n_inner"), 64
+    ),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
+    **dict.fromkeys(("ffn_hidden_size", "shared_intermediate_size", "intermediate_size_mlp", "d_inner"), 64),
+    **dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"), 32),
+    **dict.fromkeys(("dense_intermediate_size", "feed_forward_size", "prefix_dense_intermediate_size"), 64),
+    **dict.fromkeys(
+        ("head_dim", "swa_head_dim", "kv_channels", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"), 8
+    ),
+    **dict.fromkeys(("dim_head", "d_head", "attention_head_size", "linear_key_head_dim", "linear_value_head_dim"), 8),
+    **dict.fromkeys(("linear_head_dim", "index_head_dim", "d_rel", "mamba_d_head", "mamba_head_dim", "rotary_dim"), 8),
+    **dict.fromkeys(
+        ("kv_lora_rank", "q_lora_rank", "gated_norm_rank", "loop_gate_rank", "laurel_rank", "hc_lowrank"), 8
+    ),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "time_step_rank", "mamba_dt_rank"), 8),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length"), 64),
+    **dict.fromkeys(("context_length", "rel_extent", "attention_window_size", "attention_chunk_size"), 64),
+    **dict.fromkeys(("sliding_window", "window_size", "sliding_window_size", "local_attention"), 6),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "mamba_n_groups", "n_groups"), 1),
+    **dict.fromkeys(("mamba_d_conv", "chunk_size", "mamba_chunk_size", "hidden_size_per_layer_input"), 4),
+    **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers", "first_k_dense_replace", "zero_expert_num"), 0),
+    **dict.fromkeys(
+        ("dropout", "attention_dropout", "activation_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0
+    ),
+    **dict.fromkeys(("hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "residual_dropout"), 0.0),
+    **dict.fromkeys(("router_jitter_noise", "input_jitter_noise", "final_dropout"), 0.0),
+    **dict.fromkeys(
+        ("bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id", "sep_token_id"), None
+    ),
+    "eos_token_id": 0,
+}
+
+
+def fields(config: type[PreTrainedConfig]) -> set[str]:
+    return {name for kind in config.__mro__ for name in getattr(kind, "__annotations__", {})}
+
+
+def configure(family: str, **changes) -> PreTrainedConfig:
+    kind = CONFIG_MAPPING[family]
+    tiny = {name: value for name, value in TINY.items() if name in fields(kind)}
+    return kind(**tiny | EXTRA.get(family, {}) | changes)
+
+
+EXTRA = {}
