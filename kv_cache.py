@@ -11,6 +11,7 @@ Legend: B rows, H key-value heads, T columns in all, t columns of a pass, L colu
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,21 +20,38 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, Cache, DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def make_cache(config: PretrainedConfig, capacity: int, keeps: bool = True) -> Cache | None:
-    """A cache for up to `capacity` columns; for models whose layers keep other states than keys and values,
-    transformers' own. Where nothing needs to be kept, because there is one pass only, nothing is."""
-    config = config.get_text_config(decoder=True)
-    if not set(getattr(config, "layer_types", None) or PLAIN_LAYERS) <= PLAIN_LAYERS:
-        return DynamicCache(config=config) if keeps else None
-    return Cache(layer_class_to_replicate=partial(GrowingLayer, capacity) if keeps else PassingLayer)
+    """A cache for up to `capacity` columns, of the layers that transformers itself would take, each in the form that
+    lets gradients through. Where nothing needs to be kept, because there is one pass only, nothing is."""
+    layers = DynamicCache(config=config).layers
+    if not keeps:
+        is_plain = all(type(layer) in PLAIN_LAYERS for layer in layers)
+        return Cache(layer_class_to_replicate=PassingLayer) if is_plain else None
+    cache = DynamicCache(config=config)
+    cache.layers = [_differentiable(layer, capacity) for layer in layers]
+    return cache
+
+
+def _differentiable(layer, capacity: int):
+    if type(layer) in PLAIN_LAYERS:
+        return GrowingLayer(capacity)
+    if type(layer) in REPLACING_LAYERS:
+        options = {"sliding_window": layer.sliding_window} if hasattr(layer, "sliding_window") else {}
+        return REPLACING_LAYERS[type(layer)](number_of_states=layer.number_of_states, **options)
+    return layer
 
 
 class PassingLayer(DynamicLayer):
@@ -81,6 +99,74 @@ class GrowingLayer(DynamicLayer):
         finally:
             for buffer, (length_now, link) in zip(buffers, now, strict=True):
                 buffer.memory.length, buffer.link = length_now, link
+
+
+class State(torch.Tensor):
+    """The state of a recurrence or a convolution. What a model copies into it, it does not take: it is what the cache
+    holds from then on, and the tensor stays as the backward pass of those who have read it needs it."""
+
+    replace: Callable[[torch.Tensor], None]
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.copy_ and isinstance(args[0], cls):
+            args[0].replace(args[1].to(args[0].dtype))
+            return args[0]
+        plain = partial(tree_map_only, cls, lambda state: state.as_subclass(torch.Tensor))
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*plain(args), **plain(kwargs or {}))
+
+
+class _Replacing:
+    """The states of recurrences and convolutions: each pass leaves new ones, where transformers' own copies them into
+    the tensors that the pass before has given, and that its backward pass needs as they were."""
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_
+    ) -> torch.Tensor:
+        """Adds (B, C, t) inputs of a convolution over C channels; returns them after the K that are kept."""
+        if self.has_previous_state[state_idx]:
+            whole = torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
+        else:
+            size = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
+            self.lazy_initialization(conv_states=conv_states, state_idx=state_idx, conv_kernel_size=size)
+            self.has_previous_state[state_idx] = True
+            whole = F.pad(conv_states, (max(size - conv_states.shape[-1], 0), 0))
+        self._keep("conv_states", state_idx, whole[..., -self.conv_kernel_size[state_idx] :])
+        return whole
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **_) -> torch.Tensor:
+        if not self.is_recurrent_states_initialized[state_idx]:
+            self.lazy_initialization(recurrent_states=recurrent_states, state_idx=state_idx)
+        self._keep("recurrent_states", state_idx, recurrent_states)
+        return recurrent_states
+
+    def _keep(self, name: str, index: int, states: torch.Tensor) -> None:
+        state = states.as_subclass(State)
+        owner = weakref.ref(self)  # a circle would hold the memory until Python looks for circles
+        state.replace = lambda states: owner()._keep(name, index, states)
+        getattr(self, name)[index] = state
+
+
+class ReplacingLayer(_Replacing, LinearAttentionLayer):
+    pass
+
+
+class ReplacingLayerWithAttention(_Replacing, LinearAttentionAndFullAttentionLayer):
+    pass
+
+
+class ReplacingLayerWithWindow(_Replacing, LinearAttentionAndSlidingWindowAttentionLayer):
+    pass
+
+
+# transformers' layers, and for those whose passes change what earlier ones have left, ours
+PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
+REPLACING_LAYERS = {
+    LinearAttentionLayer: ReplacingLayer,
+    LinearAttentionAndFullAttentionLayer: ReplacingLayerWithAttention,
+    LinearAttentionAndSlidingWindowAttentionLayer: ReplacingLayerWithWindow,
+}
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 # what makes any of them small: given to each configuration that has an attribute of the name
 TINY: dict[str, object] = {
@@ -60,9 +60,71 @@ def fields(config: type[PreTrainedConfig]) -> set[str]:
 
 
 def configure(family: str, **changes) -> PreTrainedConfig:
-    kind = CONFIG_MAPPING[family]
-    tiny = {name: value for name, value in TINY.items() if name in fields(kind)}
-    return kind(**tiny | EXTRA.get(family, {}) | changes)
+    """The family's own configuration, with all that it is made of, small."""
+    return _tiny(CONFIG_MAPPING[family], EXTRA.get(family, {}) | changes)
 
 
-EXTRA = {}
+def _tiny(kind: type[PreTrainedConfig], changes: dict) -> PreTrainedConfig:
+    has = fields(kind)
+    values = {name: value for name, value in TINY.items() if name in has}
+    for name, inner in kind.sub_configs.items():
+        if name in has and inner is not AutoConfig:
+            values[name] = _tiny(inner, changes.pop(name, {}))
+    return kind(**values | changes)
+
+
+LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"]}
+ATTENTION_SECOND = {"attn_layer_period": 2, "attn_layer_offset": 1}
+MAMBA = {"mamba_n_heads": 8, "mamba_expand": 2}  # of 8 each: 2 * 32
+ALL_HEADS = {"num_key_value_heads": 4}
+HAS_PAD = {"pad_token_id": 0}
+HAS_START = {"decoder_start_token_id": 0}
+TEXT_WITH_PAD = {"text_config": HAS_PAD}
+DECODER = {"is_decoder": True, "pad_token_id": 0}
+QSA = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 1,
+}
+
+# what each needs besides, or to show what is its own
+EXTRA: dict[str, dict] = {
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text"), ALL_HEADS),
+    **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "sarvam_mla", "youtu"), ALL_HEADS),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "lara_mini"), LINEAR_AND_FULL),
+    **dict.fromkeys(("kimi_linear", "bailing_hybrid"), LINEAR_AND_FULL | ALL_HEADS),
+    "qwen3_5": {"text_config": LINEAR_AND_FULL},
+    "qwen3_5_moe": {"text_config": LINEAR_AND_FULL},
+    "qwen4_exp_text": LINEAR_AND_FULL | QSA,
+    "qwen4_exp": {"text_config": LINEAR_AND_FULL | QSA},
+    "olmo_hybrid": LINEAR_AND_FULL,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "minimax": LINEAR_AND_FULL,
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "jamba": ATTENTION_SECOND,
+    "bamba": MAMBA | {"attn_layer_indices": [1]},
+    "granitemoehybrid": MAMBA | LINEAR_AND_FULL,
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "lm_head_multiplier": 0.5},
+    "mamba2": {"num_heads": 8},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "n_mamba_heads": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "zaya": {"num_experts_per_tok": 1},
+    "falcon": {"alibi": True},
+    "hyperclovax": {"logits_scaling": 3.0},
+    "granite": {"logits_scaling": 3.0},
+    "cwm": {"bos_token_id": 1},
+    "modernbert-decoder": HAS_PAD,
+    **dict.fromkeys(("bigbird_pegasus", "blenderbot", "marian", "trocr", "whisper", "xglm"), HAS_START),
+    **dict.fromkeys(
+        ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "roc_bert"), DECODER
+    ),
+    **dict.fromkeys(
+        ("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roformer", "xlm-roberta"), DECODER
+    ),
+    **dict.fromkeys(("ernie", "xlm-roberta-xl", "xmod", "reformer"), DECODER),
+    **dict.fromkeys(("gemma4", "gemma4_unified"), TEXT_WITH_PAD),
+}
