@@ -39,6 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from coconut import Coconut
 from dataset import END, LATENT, START, Markers, load_tokenizer, mark, not_loadable
+from families import vouch
 from thoughts import Thought
 from utils import Config, UserError, World, on_every_rank, on_main_rank, sync_to_disk
 
@@ -176,6 +177,7 @@ def load_model(config: Config, source: Path | None) -> tuple[Coconut, object, Ma
     model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
     if folder is not None:
         _load_thought(model.thought, config.thought, folder)
+    vouch(model)
     return model, tokenizer, markers
 
 

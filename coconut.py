@@ -24,7 +24,7 @@ from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from dataset import latent_columns as find_latent_columns
-from kv_cache import make_cache
+from kv_cache import has_attention, make_cache
 from thoughts import Seen, StreamRecorder, Thought, decoder_blocks, decoder_of, make_thought
 from utils import IGNORE
 
@@ -70,6 +70,7 @@ class Coconut(nn.Module):
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
         self._takes_position_ids = "position_ids" in accepted  # most models with ALiBi have none
         config = base_causallm.config.get_text_config(decoder=True)
+        self._looks_back = has_attention(config)
         self._makes_masks = self._takes_position_ids and _attends_plainly(config)
         # called in the backward pass when nothing is left but the first span: what FSDP waits for
         self.before_first_span: Callable[[], None] | None = None
@@ -246,7 +247,7 @@ class Coconut(nn.Module):
         arguments = {self._cache_argument: cache, "use_cache": cache is not None}
         if self._takes_position_ids:
             arguments["position_ids"] = position_ids
-        mask = attention_mask
+        mask = attention_mask if self._looks_back else attention_mask[:, -embeds.shape[1] :]
         if self._makes_masks:
             mask = _causal_mask(attention_mask, embeds.shape[1], masked)
         return decoder_of(self.base_causallm)(inputs_embeds=embeds, attention_mask=mask, **arguments).last_hidden_state

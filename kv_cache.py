@@ -40,9 +40,12 @@ def make_cache(config: PretrainedConfig, capacity: int, keeps: bool = True) -> C
     if not keeps:
         is_plain = all(type(layer) in PLAIN_LAYERS for layer in layers)
         return Cache(layer_class_to_replicate=PassingLayer) if is_plain else None
-    cache = DynamicCache(config=config)
-    cache.layers = [_differentiable(layer, capacity) for layer in layers]
-    return cache
+    return Cache(layers=[_differentiable(layer, capacity) for layer in layers])
+
+
+def has_attention(config: PretrainedConfig) -> bool:
+    """Whether there is a layer that looks back at the columns, not at a state of fixed size only."""
+    return any(type(layer) is not LinearAttentionLayer for layer in DynamicCache(config=config).layers)
 
 
 def _differentiable(layer, capacity: int):
