@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -70,7 +71,6 @@ class Coconut(nn.Module):
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
         self._takes_position_ids = "position_ids" in accepted  # most models with ALiBi have none
         config = base_causallm.config.get_text_config(decoder=True)
-        self._looks_back = has_attention(config)
         self._makes_masks = self._takes_position_ids and _attends_plainly(config)
         # called in the backward pass when nothing is left but the first span: what FSDP waits for
         self.before_first_span: Callable[[], None] | None = None
@@ -247,10 +247,14 @@ class Coconut(nn.Module):
         arguments = {self._cache_argument: cache, "use_cache": cache is not None}
         if self._takes_position_ids:
             arguments["position_ids"] = position_ids
-        mask = attention_mask if self._looks_back else attention_mask[:, -embeds.shape[1] :]
+        mask = attention_mask if self._has_attention else attention_mask[:, -embeds.shape[1] :]
         if self._makes_masks:
             mask = _causal_mask(attention_mask, embeds.shape[1], masked)
         return decoder_of(self.base_causallm)(inputs_embeds=embeds, attention_mask=mask, **arguments).last_hidden_state
+
+    @cached_property
+    def _has_attention(self) -> bool:
+        return has_attention(self.base_causallm.config)
 
     @torch.no_grad()
     def _prepare_thought(self) -> Any:

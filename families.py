@@ -25,7 +25,7 @@ from utils import IGNORE, UserError
 TRIES = 3  # of which one has to agree: near a tie rounding sends a token to another expert
 HIGHEST = 50.0  # the logit up to which the head is compared: soft caps are not seen near 0
 SMALL = 5_000_000  # parameters of which a copy is made
-GAIN = 0.5  # what a copy's weights have at least, std * sqrt(columns): small ones at initialisation hide what is wrong
+GAIN = 0.5  # of a copy's matrices at least, as std * sqrt(columns)
 
 
 class Tolerance(NamedTuple):
@@ -70,13 +70,14 @@ def _name(base: PreTrainedModel) -> str:
 
 
 def _clear_copy(model: Coconut) -> Coconut:
-    """In at least float32, and with weights that matter."""
+    """In at least float32, and with weights that matter: at initialisation many are small, and some scales are 0."""
     copied = copy.deepcopy(model)
     copied.to(torch.promote_types(model.base_causallm.dtype, torch.float32))
     for parameter in copied.base_causallm.parameters():
-        if parameter.ndim > 1:
-            gain = GAIN / (parameter.std() * parameter.shape[-1] ** 0.5)
-            parameter.mul_(gain.clamp(1, 16).nan_to_num(1.0))
+        columns = parameter.shape[-1] if parameter.ndim > 1 else 25
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+        missing = GAIN * columns**-0.5 - (parameter.std() if parameter.ndim > 1 else 0)
+        parameter.add_(noise.to(parameter) * max(missing, 0))
     return copied
 
 

@@ -67,8 +67,11 @@ def configure(family: str, **changes) -> PreTrainedConfig:
 def _tiny(kind: type[PreTrainedConfig], changes: dict) -> PreTrainedConfig:
     has = fields(kind)
     values = {name: value for name, value in TINY.items() if name in has}
+    changes = dict(changes)
     for name, inner in kind.sub_configs.items():
-        if name in has and inner is not AutoConfig:
+        if inner is AutoConfig:
+            inner = type(getattr(kind(), name, None))
+        if issubclass(inner, PreTrainedConfig):
             values[name] = _tiny(inner, changes.pop(name, {}))
     return kind(**values | changes)
 
@@ -108,16 +111,29 @@ EXTRA: dict[str, dict] = {
     "granitemoehybrid": MAMBA | LINEAR_AND_FULL,
     "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "lm_head_multiplier": 0.5},
     "mamba2": {"num_heads": 8},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+    },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "n_mamba_heads": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "mpt": {"attn_config": {"attn_pdrop": 0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "blt": {"encoder_hash_byte_group_vocab": 40},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "roc_bert": DECODER | {"pronunciation_embed_dim": 8, "shape_embed_dim": 8, "shape_vocab_size": 40},
+    "reformer": DECODER | {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
     "zaya": {"num_experts_per_tok": 1},
     "falcon": {"alibi": True},
     "hyperclovax": {"logits_scaling": 3.0},
     "granite": {"logits_scaling": 3.0},
     "cwm": {"bos_token_id": 1},
-    "modernbert-decoder": HAS_PAD,
+    "modernbert-decoder": {"pad_token_id": 0, "bos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1},
+    "mllama": {"text_config": {"bos_token_id": 1, "cross_attention_layers": [1]}},
+    "emu3": {"text_config": {"pad_token_id": 0, "bos_token_id": 1}},
     **dict.fromkeys(("bigbird_pegasus", "blenderbot", "marian", "trocr", "whisper", "xglm"), HAS_START),
     **dict.fromkeys(
         ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "roc_bert"), DECODER
@@ -125,6 +141,6 @@ EXTRA: dict[str, dict] = {
     **dict.fromkeys(
         ("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roformer", "xlm-roberta"), DECODER
     ),
-    **dict.fromkeys(("ernie", "xlm-roberta-xl", "xmod", "reformer"), DECODER),
+    **dict.fromkeys(("ernie", "xlm-roberta-xl", "xmod"), DECODER),
     **dict.fromkeys(("gemma4", "gemma4_unified"), TEXT_WITH_PAD),
 }
