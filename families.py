@@ -91,7 +91,7 @@ def _tried(
             problem = problem_of(model, tolerance, seed)
         except Exception as error:  # whatever an unknown family may raise
             line = next(iter(str(error).strip().splitlines()), "")
-            return f"its forward pass fails ({type(error).__name__}{': ' if line else ''}{line})"
+            return f"its forward pass from embeddings fails ({type(error).__name__}{': ' if line else ''}{line})"
         if problem is None:
             return None
     return problem
@@ -163,22 +163,18 @@ def _problem_without_latents(model: Coconut, tolerance: Tolerance, seed: int) ->
     probe, base = _Probe(model), model.base_causallm
     rows = _rows(model, seed, [(1, 0, 7), (1, 0, 5)])
     with torch.no_grad():
-        wanted = [_exact(base(input_ids=_tensor(base, row.input_ids), use_cache=False).logits) for row in rows]
+        words = [_tensor(base, row.input_ids) for row in rows]
+        wanted = [_exact(base(input_ids=ids, use_cache=False).logits) for ids in words]
+        for ids, logits in zip(words, wanted, strict=True):
+            embedded = base(inputs_embeds=Coconut._embed(probe, ids), use_cache=False).logits
+            if _differs(_exact(embedded), logits, tolerance.logits):
+                return "it makes more of its tokens than their embeddings, and a thought is an embedding"
         if not _is_head_known(probe, seed, tolerance.head):
             return "its logits are not those of its LM head, scaled and capped as its configuration says"
         problem = _problem_of_decoding(probe, rows, wanted, tolerance.logits)
     if problem is not None:
         return problem
-    found, gradients = _step(probe, rows)
-    loss, plain = _plain_step(probe, rows)
-    from_words = _mean_loss(wanted, rows)
-    if _differs(loss, from_words, tolerance.head):
-        return "the embeddings of its tokens are not all that it makes of them"
-    if _differs(found, loss, tolerance.head):
-        return f"its loss is {loss:.4g}, here it would be {found:.4g}"
-    if any(_differs(ours, theirs, tolerance.gradients) for ours, theirs in zip(gradients, plain, strict=True)):
-        return "its gradients are not those of its own forward pass"
-    return None
+    return _problem_of_steps(probe, rows, tolerance, "without latents")
 
 
 def _is_head_known(probe: Coconut, seed: int, tolerance: float) -> bool:
@@ -232,17 +228,20 @@ def _problem_of_decoding(probe: Coconut, rows: list[_Row], wanted: list[torch.Te
 
 
 def _problem_with_latents(model: Coconut, tolerance: Tolerance, seed: int) -> str | None:
-    probe = _Probe(model)
     rows = _rows(model, seed, [(3, 2, 3), (1, 2, 2)])
+    problem = _problem_of_steps(_Probe(model), rows, tolerance, "over a cache")
+    if problem is None and model.thought.needs_layers:
+        _step(model, rows)  # its hooks see what they expect
+    return problem
+
+
+def _problem_of_steps(probe: _Probe, rows: list[_Row], tolerance: Tolerance, how: str) -> str | None:
     found, gradients = _step(probe, rows)
     loss, plain = _plain_step(probe, rows)
     if _differs(found, loss, tolerance.head):
-        return f"over a cache its loss is {found:.4g}, recomputed for each thought {loss:.4g}"
-    if any(_differs(ours, theirs, tolerance.gradients) for ours, theirs in zip(gradients, plain, strict=True)):
-        return "over a cache its gradients are not those of recomputing it for each thought"
-    if model.thought.needs_layers:
-        _step(model, rows)  # hooks see what they expect
-    return None
+        return f"{how} its loss is {found:.5g}, and by definition {loss:.5g}"
+    differ = [_differs(ours, theirs, tolerance.gradients) for ours, theirs in zip(gradients, plain, strict=True)]
+    return f"{how} its gradients are not those of the definition" if any(differ) else None
 
 
 def _step(probe: Coconut, rows: list[_Row]) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -66,14 +66,15 @@ class FlopCounter:
 
 def _attention_width(config: PreTrainedConfig) -> int:
     """Numbers in the queries of a token, in all layers together; recurrent layers have none."""
-    heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int):
-        return 0
-    size = getattr(config, "head_dim", None)
-    if not isinstance(size, int):
-        size = config.hidden_size // heads
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return heads * size * sum("attention" in kind and "linear" not in kind for kind in types)
+    layers = list(config.per_layer_config)  # in some families they differ
+    types = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    width = 0
+    for kind, layer in zip(types, layers, strict=False):
+        heads = getattr(layer, "num_attention_heads", None)
+        if isinstance(heads, int) and "linear" not in kind:
+            size = getattr(layer, "head_dim", None)
+            width += heads * (size if isinstance(size, int) else layer.hidden_size // heads)
+    return width
 
 
 @dataclass
