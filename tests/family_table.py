@@ -122,6 +122,7 @@ EXTRA: dict[str, dict] = {
         "num_hidden_layers": 3,
         "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
     },
+    "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "n_mamba_heads": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mpt": {"attn_config": {"attn_pdrop": 0}},
