@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -178,29 +178,51 @@ def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
     transformers' own switches the cache off, and a latent pass without it would not see the columns before it.
     """
     for index, block in enumerate(blocks):
-        block.forward = partial(_checkpointed, block.forward, index)
+        named = {getattr(module, "layer_idx", None) for module in block.modules()} - {None}
+        block.forward = partial(_checkpointed, block.forward, sorted(named) or [index])
 
 
-def _checkpointed(forward: Callable, index: int, *args, **kwargs):
-    """One block's forward; `index` is its layer in the cache."""
+def _checkpointed(forward: Callable, indices: list[int], *args, **kwargs):
+    """One block's forward; `indices` are its layers in the cache."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-    begin = cache.get_seq_length(index) if cache is not None else 0
+    layers = [cache.layers[index] for index in indices if index < len(cache.layers)] if cache is not None else []
+    begin = [_standing(layer) for layer in layers]
     replays = False
 
     def run(*args):
         nonlocal replays
-        layer = cache.layers[index] if replays and cache is not None else None
-        replays = True
-        if isinstance(layer, GrowingLayer):
-            with layer.replayed_from(begin):
-                return forward(*args, **kwargs)
-        if layer is not None and not isinstance(layer, PassingLayer):
-            raise ValueError("gradient checkpointing needs a model whose layers keep keys and values only")
-        return forward(*args, **kwargs)
+        with ExitStack() as stack:
+            if replays:
+                for layer, standing in zip(layers, begin, strict=True):
+                    stack.enter_context(_replayed_from(layer, standing))
+            replays = True
+            return forward(*args, **kwargs)
 
     return checkpoint(run, *args, use_reentrant=False)
+
+
+def _standing(layer) -> int | dict:
+    """What a layer of a cache holds at this moment."""
+    if isinstance(layer, GrowingLayer):
+        return layer.get_seq_length()
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
+
+
+@contextmanager
+def _replayed_from(layer, standing: int | dict) -> Iterator[None]:
+    """Lets a pass that began so run again: it makes the same states, and then the layer holds what it held before."""
+    if isinstance(layer, GrowingLayer):
+        with layer.replayed_from(standing):
+            yield
+        return
+    now = _standing(layer)
+    layer.__dict__ = standing  # states come in the place of others, none is written to
+    try:
+        yield
+    finally:
+        layer.__dict__ = now
 
 
 class Memory:

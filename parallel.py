@@ -26,7 +26,7 @@ from coconut import Coconut
 from dataset import Markers
 from kv_cache import checkpoint_blocks
 from thoughts import decoder_blocks
-from utils import Config, World, on_every_rank, on_main_rank
+from utils import Config, UserError, World, on_every_rank, on_main_rank
 
 BYTES_PER_PARAMETER = 16  # float32 weights, gradients, and AdamW's two averages
 SHARE_OF_MEMORY = 0.6  # of a GPU that these may take under DDP; activations need the rest
@@ -68,19 +68,24 @@ def choose_strategy(config: Config, world: World, source: Path | None) -> str:
     return "fsdp" if n_parameters * BYTES_PER_PARAMETER > room else "ddp"
 
 
-def blocks_of(model: Coconut) -> list[nn.Module]:
-    return decoder_blocks(model.base_causallm)
+def blocks_of(model: Coconut, purpose: str) -> list[nn.Module]:
+    """The decoder blocks. Raises UserError where the purpose, a key of the configuration, would find none."""
+    blocks = decoder_blocks(model.base_causallm)
+    if not blocks:
+        family = model.base_causallm.config.model_type
+        raise UserError(f"{purpose} works on decoder blocks, and the model family {family} does not say which they are")
+    return blocks
 
 
 def prepare_blocks(model: Coconut, config: Config) -> None:
     """Compiles the decoder blocks, or lets them compute again what they do not keep, as the configuration says."""
     if config.gradient_checkpointing:
-        checkpoint_blocks(blocks_of(model))
+        checkpoint_blocks(blocks_of(model, "gradient_checkpointing"))
     if config.compile:
         # a graph for each of: with and without gradients, with and without a mask, one column or several, one row or
         # several; never one for a length
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for block in blocks_of(model):
+        for block in blocks_of(model, "compile"):
             block.compile(dynamic=True)
 
 
@@ -103,7 +108,7 @@ def _shape(model: Coconut, tokenizer, markers: Markers) -> tuple:
 def _shard(model: Coconut, config: Config) -> None:
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options = {"reshard_after_forward": False, "mp_policy": bf16 if config.bf16 else MixedPrecisionPolicy()}
-    for block in blocks_of(model):
+    for block in blocks_of(model, "strategy: fsdp"):
         fully_shard(block, **options)
     fully_shard(model, **options)
     register_fsdp_forward_method(model, "generate")

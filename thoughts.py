@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils import UserError, split_thought
 
@@ -268,9 +269,13 @@ def decoder_of(base: PreTrainedModel) -> PreTrainedModel:
 
 
 def decoder_blocks(base: PreTrainedModel) -> list[nn.Module]:
-    """The L decoder blocks, which the model itself names."""
-    names = base._no_split_modules or ()
-    return [module for module in decoder_of(base).modules() if type(module).__name__ in names]
+    """The L decoder blocks, which the model itself names, or those that transformers could checkpoint; none where it
+    has no such thing."""
+    modules = list(decoder_of(base).modules())
+    named = [module for module in modules if type(module).__name__ in (base._no_split_modules or ())]
+    blocks = named or [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+    inner = {module for block in blocks for module in block.modules() if module is not block}
+    return [block for block in blocks if block not in inner]
 
 
 class StreamRecorder:
