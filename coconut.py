@@ -79,6 +79,7 @@ class Coconut(nn.Module):
         head = type(base_causallm.get_output_embeddings())
         self._head_is_a_matrix = getattr(head, "forward", None) is nn.Linear.forward
         _freeze_what_is_not_run(base_causallm)
+        self.leaves_parameters_out = False  # whether some that want gradients get none: `families.vouch` knows
 
     def forward(
         self,

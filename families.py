@@ -8,9 +8,8 @@ Legend: B rows, T columns, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -19,13 +18,13 @@ from transformers import PreTrainedModel
 
 from coconut import Coconut
 from dataset import collate_for_device, collate_prompts
-from thoughts import decoder_of
+from thoughts import decoder_blocks, decoder_of
 from utils import IGNORE, UserError
 
 TRIES = 3  # of which one has to agree: near a tie rounding sends a token to another expert
 HIGHEST = 50.0  # the logit up to which the head is compared: soft caps are not seen near 0
-SMALL = 5_000_000  # parameters of which a copy is made
-GAIN = 0.5  # of a copy's matrices at least, as std * sqrt(columns)
+SMALL = 5_000_000  # parameters of a model that is given other weights while it is compared
+GAIN = 0.5  # of its matrices at least, as std * sqrt(columns)
 
 
 class Tolerance(NamedTuple):
@@ -44,24 +43,26 @@ COARSE = Tolerance(0.03, 0.1, 0.2)  # of bfloat16 and float16
 def vouch(model: Coconut) -> None:
     """Raises UserError, one sentence, where this model would not be trained right.
 
-    Compared are logits, loss and the gradients of the input embeddings, on two rows of which one is padded. Nothing of
-    the model is changed, its random state neither. It takes some twenty passes over eight columns, on any device but
-    meta: there the verdict on the same model elsewhere counts.
+    Compared are logits, loss and the gradients of the input embeddings, on two rows of which one is padded. The model
+    stays as it was, the random state too, but for the note whether all of its parameters take part. It takes some
+    twenty passes over eight columns, on any device but meta: there the verdict on the same model elsewhere counts.
     """
     base = model.base_causallm
     small = sum(parameter.numel() for parameter in base.parameters()) <= SMALL
     tolerance = EXACT if small else COARSE if base.dtype.itemsize == 2 else ORDINARY
     sequential = model.latent_token_id is not None and model.thought.sequential
-    with _undisturbed(base):
-        compared = _clear_copy(model) if small else model
-        problem = _tried(_problem_without_latents, compared, tolerance)
-        if problem is not None:
-            raise UserError(f"{_name(base)} cannot be trained here, by any method: {problem}")
-        problem = _tried(_problem_with_latents, compared, tolerance) if sequential else None
+    with _undisturbed(model), _with_weights_that_matter(model) if small else nullcontext():
+        problem = _tried(_problem_without_latents, model, tolerance)
+        latent_problem = _tried(_problem_with_latents, model, tolerance) if sequential and not problem else None
+    if problem is None and latent_problem is None:
+        with _undisturbed(model, training=True):
+            problem = _tried(_note_what_is_left_out, model, tolerance)
     if problem is not None:
+        raise UserError(f"{_name(base)} cannot be trained here, by any method: {problem}")
+    if latent_problem is not None:
         raise UserError(
-            f"{_name(base)} cannot be trained with latent thoughts here: {problem}. The methods cot, no_cot, icot and "
-            f"no_thoughts work with it"
+            f"{_name(base)} cannot be trained with latent thoughts here: {latent_problem}. The methods cot, no_cot, "
+            f"icot and no_thoughts work with it"
         )
 
 
@@ -69,16 +70,25 @@ def _name(base: PreTrainedModel) -> str:
     return f"the model family {base.config.model_type} ({type(base).__name__})"
 
 
-def _clear_copy(model: Coconut) -> Coconut:
-    """In at least float32, and with weights that matter: at initialisation many are small, and some scales are 0."""
-    copied = copy.deepcopy(model)
-    copied.to(torch.promote_types(model.base_causallm.dtype, torch.float32))
-    for parameter in copied.base_causallm.parameters():
-        columns = parameter.shape[-1] if parameter.ndim > 1 else 25
+@contextmanager
+def _with_weights_that_matter(model: Coconut) -> Iterator[None]:
+    """In at least float32, and with noise: at initialisation many weights are small, and some scales are 0."""
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [
+        (module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()
+    ]
+    model.to(torch.promote_types(model.base_causallm.dtype, torch.float32))
+    for parameter in model.base_causallm.parameters():
+        columns, std = (parameter.shape[-1], parameter.std(correction=0)) if parameter.ndim > 1 else (25, 0)
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
-        missing = GAIN * columns**-0.5 - (parameter.std() if parameter.ndim > 1 else 0)
-        parameter.add_(noise.to(parameter) * max(missing, 0))
-    return copied
+        parameter.data = parameter.data + noise.to(parameter) * max(GAIN * columns**-0.5 - std, 0)
+    try:
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for others, name, buffer in buffers:
+            others[name] = buffer
 
 
 def _tried(
@@ -98,22 +108,22 @@ def _tried(
 
 
 @contextmanager
-def _undisturbed(base: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation, its weights without gradients, and everything as it was afterwards."""
-    training = [module for module in base.modules() if module.training]
-    trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
-    devices = [base.device] if base.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        base.eval()
+def _undisturbed(model: Coconut, training: bool = False) -> Iterator[None]:
+    """In evaluation, without gradients of weights, or in training with them; and everything as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = model.base_causallm.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        model.train(training)
         for parameter in trained:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(training)
         try:
             yield
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
-            for module in training:
-                module.training = True
+            for module, mode in modes:
+                module.training = mode
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -229,10 +239,14 @@ def _problem_of_decoding(probe: Coconut, rows: list[_Row], wanted: list[torch.Te
 
 def _problem_with_latents(model: Coconut, tolerance: Tolerance, seed: int) -> str | None:
     rows = _rows(model, seed, [(3, 2, 3), (1, 2, 2)])
-    problem = _problem_of_steps(_Probe(model), rows, tolerance, "over a cache")
-    if problem is None and model.thought.needs_layers:
-        _step(model, rows)  # its hooks see what they expect
-    return problem
+    if model.thought.needs_layers:
+        base = model.base_causallm
+        embeds = Coconut._embed(model, _tensor(base, rows[0].input_ids))  # (1, T, D)
+        with model._recorder.recording() as states, torch.no_grad():
+            decoder_of(base)(inputs_embeds=embeds, use_cache=False)
+        if [state.shape for state in states] != [embeds[:, -1:].shape] * (len(decoder_blocks(base)) + 1):
+            return "thoughts from the layers need blocks that each run once, on one residual stream"
+    return _problem_of_steps(_Probe(model), rows, tolerance, "over a cache")
 
 
 def _problem_of_steps(probe: _Probe, rows: list[_Row], tolerance: Tolerance, how: str) -> str | None:
@@ -271,6 +285,20 @@ def _plain_step(probe: Coconut, rows: list[_Row]) -> tuple[torch.Tensor, list[to
     loss = _mean_loss(logits, rows)
     gradients = torch.autograd.grad(loss, leaves)
     return loss.detach(), [_exact(gradient[0]) for gradient in gradients]
+
+
+def _note_what_is_left_out(model: Coconut, tolerance: Tolerance, seed: int) -> None:
+    """Whether the graph of a loss does not come to each parameter that wants a gradient."""
+    loss, _ = _step(model, _rows(model, seed, [(1, 0, 7)]))
+    reached, seen, waiting = set(), set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            reached.add(getattr(node, "variable", None))
+            waiting += [following for following, _ in node.next_functions]
+    left_out = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in reached]
+    model.leaves_parameters_out = bool(left_out)
 
 
 def _mean_loss(logits: list[torch.Tensor], rows: list[_Row]) -> torch.Tensor:

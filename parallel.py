@@ -157,6 +157,7 @@ def wrap(model: Coconut, world: World) -> nn.Module:
         model,
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
         forward_sync_buffers=False,  # no model has buffers that training changes
+        find_unused_parameters=model.leaves_parameters_out,  # it would wait for their gradients
         gradient_as_bucket_view=True,
     )
 

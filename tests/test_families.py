@@ -1,25 +1,39 @@
 """Families of models: each is right, by the plain definition, or refused with a sentence when it is wrapped."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from family_table import (
     BY_ANY_METHOD,
     FAMILIES,
+    HEAD,
+    NO_EMBEDDINGS,
+    PADDING,
     QUICK,
     REFUSED,
     REFUSED_WITH_LATENTS,
     WITH_LATENTS,
+    configure,
     dtype_of,
     tiny_model,
 )
+from test_checkpoint import write_tiny
+from transformers import AutoModelForCausalLM
 
+import coconut
+import families
+import kv_cache
+from checkpoint import load_model
 from coconut import Coconut
 from dataset import collate_for_device, collate_prompts
 from families import vouch
+from parallel import prepare_blocks, wrap
 from thoughts import decoder_of
 from throughput import FlopCounter
-from utils import IGNORE, UserError
+from utils import IGNORE, Config, UserError, cleanup_distributed, setup_distributed
 
 EOS, START, LATENT, END = 0, 1, 2, 3
 
@@ -96,7 +110,6 @@ def check_generation(model: Coconut, n_latents: list[int], new: int = 4) -> None
 
 
 def check_family(family: str) -> None:
-    base, model = None, None
     base = tiny_model(family)
     if family in REFUSED:
         for latent in (None, LATENT):
@@ -128,3 +141,179 @@ def test_a_family_of_each_kind_is_right_or_refused(family):
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in QUICK])
 def test_every_other_family_is_right_or_refused(family):
     check_family(family)
+
+
+# ---- the check itself ----
+
+
+def test_a_head_that_does_more_is_refused_whatever_the_method():
+    """Another objective trains without a sign: generation is right, where only the order of the logits counts."""
+    for change in (lambda logits: 1.01 * logits, lambda logits: 30 * torch.tanh(logits / 30)):
+        base = tiny_model("llama", torch.float32)
+        forward = base.forward
+
+        def changed(*args, forward=forward, change=change, **kwargs):
+            output = forward(*args, **kwargs)
+            output.logits = change(output.logits)
+            return output
+
+        base.forward = changed
+        with pytest.raises(UserError, match=f"{BY_ANY_METHOD}{HEAD}"):
+            vouch(make_model(base, latent=None))
+
+
+def test_a_head_module_that_does_more_is_run():
+    """Dory's LM head is a matrix and a scale for each word: the loss must not take the matrix alone."""
+    model = make_model(tiny_model("dory"))
+    with torch.no_grad():
+        model.base_causallm.lm_head.logit_scale.mul_(torch.linspace(0.5, 2, 40))
+    check_training(model, [2, 0, 3], 1e-5)
+
+
+@pytest.mark.parametrize("full_size", [False, True])
+@pytest.mark.parametrize(
+    ("breaks", "sentence"),
+    [
+        ("gradients", f"{WITH_LATENTS}over a cache its gradients"),
+        ("states", f"{BY_ANY_METHOD}what it computes over a cache"),
+        ("padding", f"{BY_ANY_METHOD}{PADDING}"),
+        ("raises", f"{BY_ANY_METHOD}{NO_EMBEDDINGS} .RuntimeError: strange.$"),
+    ],
+)
+def test_what_is_wrong_is_noticed(breaks, sentence, full_size, monkeypatch):
+    base = tiny_model("llama", torch.float32)
+    append, mask = kv_cache.Buffer.append, coconut._causal_mask
+    if breaks == "gradients":
+        monkeypatch.setattr(kv_cache.Buffer, "append", lambda self, states: append(self, states.detach()))
+    elif breaks == "states":
+        monkeypatch.setattr(kv_cache.Buffer, "append", lambda self, states: append(self, 0.9 * states))
+    elif breaks == "padding":
+        monkeypatch.setattr(coconut, "_causal_mask", lambda seen, *rest: mask(torch.ones_like(seen), *rest))
+    else:
+        monkeypatch.setattr(
+            type(base), "forward", lambda self, **_: (_ for _ in ()).throw(RuntimeError("strange\nnews"))
+        )
+    if full_size:
+        monkeypatch.setattr(families, "SMALL", 0)
+    with pytest.raises(UserError, match=sentence):
+        vouch(make_model(base))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("full_size", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "mixtral", "gemma3_text", "qwen3_5"])
+def test_a_right_model_is_right_in_every_size_and_dtype(family, full_size, dtype, monkeypatch):
+    if full_size:
+        monkeypatch.setattr(families, "SMALL", 0)
+    vouch(make_model(tiny_model(family, dtype)))
+
+
+@pytest.mark.parametrize("full_size", [False, True])
+def test_the_model_stays_as_it_was(full_size, monkeypatch):
+    if full_size:
+        monkeypatch.setattr(families, "SMALL", 0)
+    model = Coconut(tiny_model("gpt2"), LATENT, START, END, EOS, thought="projected").train()
+    model.base_causallm.transformer.wpe.weight.requires_grad_(False)
+    model.base_causallm.transformer.h[1].eval()
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    modes, weights = [module.training for module in model.modules()], copy.deepcopy(model.state_dict())
+    torch.manual_seed(5)
+    random = torch.get_rng_state()
+    vouch(model)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_small_initial_weights_hide_nothing():
+    """As they come from the configuration Mamba's states hardly matter: without them the loss is the same to 1e-5."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(configure("mamba"))
+    with pytest.raises(UserError, match=WITH_LATENTS):
+        vouch(make_model(base))
+
+
+def test_thoughts_from_layers_need_blocks_that_run_once():
+    base = tiny_model("hrm_text")
+    vouch(make_model(base))
+    with pytest.raises(UserError, match=f"{WITH_LATENTS}thoughts from the layers need blocks that each run once"):
+        vouch(make_model(base, thought="suppressed"))
+    vouch(make_model(tiny_model("llama"), thought="suppressed"))
+    vouch(make_model(tiny_model("zamba2"), thought="suppressed"))  # whose blocks hold blocks
+
+
+def save_with_tokenizer(family: str, folder) -> str:
+    write_tiny(folder)
+    AutoModelForCausalLM.from_config(configure(family, vocab_size=60)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_what_is_loaded_is_vouched_for(tmp_path):
+    folder = save_with_tokenizer("jamba", tmp_path / "jamba")
+    with pytest.raises(UserError, match=f"the model family jamba .*{WITH_LATENTS}"):
+        load_model(Config(model_id=folder, method="coconut"), None)
+    for method in ("cot", "no_cot", "icot", "no_thoughts"):
+        load_model(Config(model_id=folder, method=method), None)
+    load_model(Config(model_id=folder, method="coconut", thought="pause"), None)
+    with pytest.raises(UserError, match=BY_ANY_METHOD):
+        load_model(Config(model_id=save_with_tokenizer("rwkv", tmp_path / "rwkv"), method="cot"), None)
+
+
+# ---- what families need beyond the check ----
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mllama"])
+def test_parameters_without_gradients_do_not_stop_ddp(family):
+    """A vision tower, or layers that only images need: DDP would wait for their gradients in its second step."""
+    model = make_model(tiny_model(family))
+    vouch(model)
+    assert model.leaves_parameters_out == (family == "mllama")
+    world = setup_distributed()
+    try:
+        wrapped = wrap(model, replace(world, size=2))
+        for _ in range(3):
+            wrapped(**collate_for_device(make_rows([2, 0, 3]), EOS, LATENT)).loss.backward()
+    finally:
+        cleanup_distributed()
+    trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert any("language_model" in name or "model.layers" in name for name in trained)
+    assert not any("vision" in name or "cross_attn" in name for name in trained)
+
+
+def test_a_wrapper_is_as_long_as_its_language_model():
+    assert make_model(tiny_model("gemma3")).max_positions == 64
+
+
+@pytest.mark.parametrize("family", sorted({*REFUSED, *REFUSED_WITH_LATENTS} & {*QUICK}))
+def test_flops_are_counted_of_refused_families_too(family):
+    assert FlopCounter.of(make_model(tiny_model(family))).training([10, 5], 4) > 0
+
+
+def test_flops_of_recurrent_layers_have_no_pairs():
+    assert FlopCounter.of(make_model(tiny_model("mamba2"))).per_pair == 0
+    # one layer of two has attention, in which 4 heads of 8 numbers each are multiplied twice
+    assert FlopCounter.of(make_model(tiny_model("qwen3_5"))).per_pair == 4 * 4 * 8
+
+
+def test_blocks_are_found_or_missed_with_a_sentence(monkeypatch):
+    model = make_model(tiny_model("biogpt"))  # does not name its blocks
+    prepare_blocks(model, Config(gradient_checkpointing=True))
+    check_training(model, [0, 0, 0], 1e-5)
+    for config, key in (
+        (Config(gradient_checkpointing=True), "gradient_checkpointing"),
+        (Config(compile=True), "compile"),
+    ):
+        monkeypatch.setattr("parallel.decoder_blocks", lambda _: [])
+        with pytest.raises(UserError, match=f"{key} works on decoder blocks, and the model family biogpt does not say"):
+            prepare_blocks(make_model(tiny_model("biogpt")), config)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "falcon_h1", "kimi_linear", "zamba2", "longcat_flash"])
+def test_checkpointed_blocks_replay_whatever_a_layer_keeps(family):
+    plain, model = (make_model(tiny_model(family)) for _ in range(2))
+    prepare_blocks(model, Config(gradient_checkpointing=True))
+    batch = collate_for_device(make_rows([2, 0, 3]), EOS, LATENT)
+    wanted, found = (gradients(each, each(**batch).loss) for each in (plain, model))
+    assert all((found[name] - gradient).abs().max() < 1e-9 for name, gradient in wanted.items())
