@@ -79,7 +79,10 @@ class Coconut(nn.Module):
         head = type(base_causallm.get_output_embeddings())
         self._head_is_a_matrix = getattr(head, "forward", None) is nn.Linear.forward
         _freeze_what_is_not_run(base_causallm)
-        self.leaves_parameters_out = False  # whether some that want gradients get none: `families.vouch` knows
+        # what `families.vouch` finds: whether some parameters that want gradients get none, and whether generation has
+        # to compute everything again for each token, because decoding over a cache would give something else
+        self.leaves_parameters_out = False
+        self.recomputes = False
 
     def forward(
         self,
@@ -145,6 +148,8 @@ class Coconut(nn.Module):
                 max_new_tokens=max_new_tokens,
                 **{"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id, **generation_options},
             )
+        if self.recomputes:
+            return self._generate_anew(input_ids, attention_mask, max_new_tokens)
         hidden, _, cache, attention_mask = self._run(
             input_ids, attention_mask, position_ids, left_padded, new_columns=max_new_tokens
         )
@@ -161,6 +166,29 @@ class Coconut(nn.Module):
             position = position + 1
             attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
             hidden = self._span(self._embed(token), attention_mask, position, left_padded is not False, cache)
+        return torch.cat(tokens, dim=1) if tokens else input_ids[:, :0]
+
+    def _generate_anew(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, max_new_tokens: int
+    ) -> torch.Tensor:
+        """`generate` without a cache, and with the padding on the right, where it changes nothing."""
+        lengths = attention_mask.sum(dim=1, keepdim=True)  # (B, 1)
+        column = torch.arange(input_ids.shape[1], device=input_ids.device)
+        ids = input_ids.gather(
+            1, (column + input_ids.shape[1] - lengths) % input_ids.shape[1]
+        )  # (B, T), padded on the right
+        ids = F.pad(ids, (0, max_new_tokens), value=self.eos_token_id)
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        finished = torch.zeros_like(lengths, dtype=torch.bool)  # (B, 1)
+        tokens = []
+        while len(tokens) < max_new_tokens and not finished.all():
+            mask = (columns < lengths).long()
+            hidden = self._run(ids, mask, columns.expand_as(ids), left_padded=False)[0]  # (B, T + N, D)
+            last = hidden.gather(1, (lengths - 1)[..., None].expand(-1, 1, hidden.shape[-1]))  # (B, 1, D)
+            token = self._logits(last).argmax(-1).masked_fill(finished, self.eos_token_id)  # (B, 1)
+            tokens.append(token)
+            ids = ids.scatter(1, lengths, token)
+            lengths, finished = lengths + 1, finished | (token == self.eos_token_id)
         return torch.cat(tokens, dim=1) if tokens else input_ids[:, :0]
 
     @torch.no_grad()
@@ -198,7 +226,8 @@ class Coconut(nn.Module):
         if columns and columns[0] == 0:
             raise ValueError("a latent token has no position before it: a sequence must begin with another token")
         keeps = bool(columns) or new_columns > 0
-        cache = make_cache(self.base_causallm.config, input_ids.shape[1] + new_columns, keeps)
+        width = input_ids.shape[1] + new_columns
+        cache = None if self.recomputes else make_cache(self.base_causallm.config, width, keeps)
         bounds = [0, *columns, input_ids.shape[1]]
         prepared = self._prepare_thought() if columns else None
         shift = None
@@ -207,7 +236,8 @@ class Coconut(nn.Module):
             attention_mask = torch.cat([shift(attention_mask[:, : bounds[1]]), attention_mask[:, bounds[1] :]], dim=1)
         hidden_spans, embed_spans, stream = [], [], None
         # one split, not a slice for each span: the backward of a slice fills a tensor of the size of the whole
-        spans = embeds.split([end - begin for begin, end in pairwise(bounds)], dim=1)
+        widths = [end - begin for begin, end in pairwise(bounds)]
+        spans = embeds.split(widths, dim=1) if columns else [embeds]
         for span, (begin, end) in zip(spans, pairwise(bounds), strict=True):
             if begin > 0:
                 thought = self.thought(Seen(hidden_spans[-1][:, -1:], span[:, :1], stream, prepared))  # (B, 1, D)
@@ -245,7 +275,9 @@ class Coconut(nn.Module):
         attention_mask is (B, columns so far with these), position_ids (B, t); unless `masked`, no token of these
         columns has padding before it. The decoder's output is taken after its final norm, as in the reference.
         """
-        arguments = {self._cache_argument: cache, "use_cache": cache is not None}
+        arguments = {"use_cache": cache is not None}
+        if cache is not None:
+            arguments[self._cache_argument] = cache
         if self._takes_position_ids:
             arguments["position_ids"] = position_ids
         mask = attention_mask if self._has_attention else attention_mask[:, -embeds.shape[1] :]

@@ -8,7 +8,7 @@ Legend: B rows, T columns, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -52,17 +52,20 @@ def vouch(model: Coconut) -> None:
     tolerance = EXACT if small else COARSE if base.dtype.itemsize == 2 else ORDINARY
     sequential = model.latent_token_id is not None and model.thought.sequential
     with _undisturbed(model), _with_weights_that_matter(model) if small else nullcontext():
+        latent_problem = _tried(_problem_of_decoding, model, tolerance)
+        model.recomputes = latent_problem is not None
         problem = _tried(_problem_without_latents, model, tolerance)
-        latent_problem = _tried(_problem_with_latents, model, tolerance) if sequential and not problem else None
-    if problem is None and latent_problem is None:
+        if sequential and problem is None and latent_problem is None:
+            latent_problem = _tried(_problem_with_latents, model, tolerance)
+    if problem is None and not (sequential and latent_problem):
         with _undisturbed(model, training=True):
             problem = _tried(_note_what_is_left_out, model, tolerance)
     if problem is not None:
         raise UserError(f"{_name(base)} cannot be trained here, by any method: {problem}")
-    if latent_problem is not None:
+    if sequential and latent_problem is not None:
         raise UserError(
             f"{_name(base)} cannot be trained with latent thoughts here: {latent_problem}. The methods cot, no_cot, "
-            f"icot and no_thoughts work with it"
+            f"icot and no_thoughts need no cache, and work with it"
         )
 
 
@@ -81,7 +84,7 @@ def _with_weights_that_matter(model: Coconut) -> Iterator[None]:
     for parameter in model.base_causallm.parameters():
         columns, std = (parameter.shape[-1], parameter.std(correction=0)) if parameter.ndim > 1 else (25, 0)
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
-        parameter.data = parameter.data + noise.to(parameter) * max(GAIN * columns**-0.5 - std, 0)
+        parameter.data = parameter.data.nan_to_num(0, 0, 0) + noise.to(parameter) * max(GAIN * columns**-0.5 - std, 0)
     try:
         yield
     finally:
@@ -138,11 +141,12 @@ class _Probe(Coconut):
         super().__init__(
             model.base_causallm, model.latent_token_id, model.start_latent_id, model.end_latent_id, model.eos_token_id
         )
+        self.recomputes = model.recomputes
         self.embeds: torch.Tensor | None = None  # (B, T, D) of the last batch
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         self.embeds = super()._embed(input_ids).detach().requires_grad_()
-        return self.embeds
+        return self.embeds.clone()  # some families multiply in place
 
 
 class _Row(NamedTuple):
@@ -175,15 +179,17 @@ def _problem_without_latents(model: Coconut, tolerance: Tolerance, seed: int) ->
     with torch.no_grad():
         words = [_tensor(base, row.input_ids) for row in rows]
         wanted = [_exact(base(input_ids=ids, use_cache=False).logits) for ids in words]
+        if not all(logits.isfinite().all() for logits in wanted):
+            return None  # not for its family
         for ids, logits in zip(words, wanted, strict=True):
             embedded = base(inputs_embeds=Coconut._embed(probe, ids), use_cache=False).logits
             if _differs(_exact(embedded), logits, tolerance.logits):
                 return "it makes more of its tokens than their embeddings, and a thought is an embedding"
+            earlier = _exact(base(input_ids=ids[:, :-1], use_cache=False).logits)
+            if _differs(earlier, logits[:, :-1], tolerance.logits):
+                return "what it computes for a token depends on those after it"
         if not _is_head_known(probe, seed, tolerance.head):
             return "its logits are not those of its LM head, scaled and capped as its configuration says"
-        problem = _problem_of_decoding(probe, rows, wanted, tolerance.logits)
-    if problem is not None:
-        return problem
     return _problem_of_steps(probe, rows, tolerance, "without latents")
 
 
@@ -213,8 +219,13 @@ def _is_head_known(probe: Coconut, seed: int, tolerance: float) -> bool:
     return ours.shape == theirs.shape and not _differs(_exact(ours), _exact(theirs), tolerance)
 
 
-def _problem_of_decoding(probe: Coconut, rows: list[_Row], wanted: list[torch.Tensor], tolerance: float) -> str | None:
+@torch.no_grad()
+def _problem_of_decoding(model: Coconut, tolerance: Tolerance, seed: int) -> str | None:
     """Two tokens, decoded over a cache that holds those before them, as `Coconut.generate` does it."""
+    probe, rows = _Probe(model), _rows(model, seed, [(1, 0, 7), (1, 0, 5)])
+    wanted = [_plain_logits(probe, row)[0] for row in rows]
+    if not all(logits.isfinite().all() for logits in wanted):
+        return None
     prompts = [row.input_ids[:-2] for row in rows]
     device = probe.base_causallm.device
     batch = {name: value.to(device) for name, value in collate_prompts(prompts, prompts[0][0]).items()}
@@ -226,7 +237,9 @@ def _problem_of_decoding(probe: Coconut, rows: list[_Row], wanted: list[torch.Te
         token = torch.cat([_tensor(probe.base_causallm, row.input_ids[column:][:1]) for row in rows])
         hidden.append(probe._span(probe._embed(token), mask, position, True, cache))
     logits = _exact(probe._logits(torch.cat(hidden, dim=1)))  # (B, 3, V)
-    whole, padded = (_differs(ours, theirs[0, -3:], tolerance) for ours, theirs in zip(logits, wanted, strict=True))
+    whole, padded = (
+        _differs(ours, theirs[0, -3:], tolerance.logits) for ours, theirs in zip(logits, wanted, strict=True)
+    )
     if whole:
         return "what it computes over a cache, token by token, is not what it computes at once"
     return "padding before a row changes what it computes" if padded else None
@@ -252,6 +265,8 @@ def _problem_with_latents(model: Coconut, tolerance: Tolerance, seed: int) -> st
 def _problem_of_steps(probe: _Probe, rows: list[_Row], tolerance: Tolerance, how: str) -> str | None:
     found, gradients = _step(probe, rows)
     loss, plain = _plain_step(probe, rows)
+    if not loss.isfinite():
+        return None
     if _differs(found, loss, tolerance.head):
         return f"{how} its loss is {found:.5g}, and by definition {loss:.5g}"
     differ = [_differs(ours, theirs, tolerance.gradients) for ours, theirs in zip(gradients, plain, strict=True)]
@@ -273,18 +288,22 @@ def _step(probe: Coconut, rows: list[_Row]) -> tuple[torch.Tensor, list[torch.Te
 
 def _plain_step(probe: Coconut, rows: list[_Row]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """As `_step`, by definition: each row alone, without padding or cache, recomputed for each thought."""
-    base, leaves, logits = probe.base_causallm, [], []
-    for row in rows:
-        embeds = probe._embed(_tensor(base, row.input_ids))  # (1, T, D)
-        leaves.append(probe.embeds)
-        for place, token in enumerate(row.input_ids):
-            if token == probe.latent_token_id:
-                thought = decoder_of(base)(inputs_embeds=embeds[:, :place], use_cache=False).last_hidden_state[:, -1:]
-                embeds = torch.cat([embeds[:, :place], thought.to(embeds.dtype), embeds[:, place + 1 :]], dim=1)
-        logits.append(_exact(base(inputs_embeds=embeds, use_cache=False).logits))
+    logits, leaves = zip(*(_plain_logits(probe, row) for row in rows), strict=True)
     loss = _mean_loss(logits, rows)
     gradients = torch.autograd.grad(loss, leaves)
     return loss.detach(), [_exact(gradient[0]) for gradient in gradients]
+
+
+def _plain_logits(probe: _Probe, row: _Row) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (1, T, V) by definition, and the input embeddings (1, T, D) that they come from."""
+    base = probe.base_causallm
+    embeds = probe._embed(_tensor(base, row.input_ids))  # (1, T, D)
+    leaf = probe.embeds
+    for place, token in enumerate(row.input_ids):
+        if token == probe.latent_token_id:
+            thought = decoder_of(base)(inputs_embeds=embeds[:, :place], use_cache=False).last_hidden_state[:, -1:]
+            embeds = torch.cat([embeds[:, :place], thought.to(embeds.dtype), embeds[:, place + 1 :]], dim=1)
+    return _exact(base(inputs_embeds=embeds, use_cache=False).logits), leaf
 
 
 def _note_what_is_left_out(model: Coconut, tolerance: Tolerance, seed: int) -> None:
@@ -301,7 +320,7 @@ def _note_what_is_left_out(model: Coconut, tolerance: Tolerance, seed: int) -> N
     model.leaves_parameters_out = bool(left_out)
 
 
-def _mean_loss(logits: list[torch.Tensor], rows: list[_Row]) -> torch.Tensor:
+def _mean_loss(logits: Sequence[torch.Tensor], rows: list[_Row]) -> torch.Tensor:
     """Of (1, T, V) logits for each row, over the supervised tokens of all."""
     targets = [torch.tensor(row.labels[1:], device=one.device) for one, row in zip(logits, rows, strict=True)]
     sums = [F.cross_entropy(one[0, :-1], target, reduction="sum") for one, target in zip(logits, targets, strict=True)]

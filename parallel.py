@@ -44,10 +44,11 @@ def load(config: Config, world: World, source: Path | None) -> tuple[Coconut, ob
     # rank 0 reads the model, into its CPU's memory; the others learn what it looks like
     whole: list = []
     shape = on_main_rank(world, lambda: whole.append(load_model(config, source)) or _shape(*whole[0]))
-    base_config, tokenizer, markers = shape
+    base_config, tokenizer, markers, recomputes = shape
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(base_config, dtype=base_config.dtype)
         model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
+    model.recomputes = recomputes
     prepare_blocks(model, config)
     _shard(model, config)
     _fill(model, whole[0][0] if world.is_main else None, world)
@@ -102,7 +103,7 @@ def _shape(model: Coconut, tokenizer, markers: Markers) -> tuple:
     """What another rank needs to make the same model without its weights."""
     base_config = model.base_causallm.config
     base_config.dtype = model.base_causallm.dtype
-    return base_config, tokenizer, markers
+    return base_config, tokenizer, markers, model.recomputes
 
 
 def _shard(model: Coconut, config: Config) -> None:
