@@ -171,19 +171,16 @@ class Coconut(nn.Module):
     def _generate_anew(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, max_new_tokens: int
     ) -> torch.Tensor:
-        """`generate` without a cache, and with the padding on the right, where it changes nothing."""
-        lengths = attention_mask.sum(dim=1, keepdim=True)  # (B, 1)
-        column = torch.arange(input_ids.shape[1], device=input_ids.device)
-        ids = input_ids.gather(
-            1, (column + input_ids.shape[1] - lengths) % input_ids.shape[1]
-        )  # (B, T), padded on the right
+        """`generate` for prompts without latents, without a cache, and with the padding on the right, where it changes
+        nothing."""
+        ids, lengths = _Shift(attention_mask)(input_ids), attention_mask.sum(dim=1, keepdim=True)  # (B, T), (B, 1)
         ids = F.pad(ids, (0, max_new_tokens), value=self.eos_token_id)
         columns = torch.arange(ids.shape[1], device=ids.device)
         finished = torch.zeros_like(lengths, dtype=torch.bool)  # (B, 1)
         tokens = []
         while len(tokens) < max_new_tokens and not finished.all():
             mask = (columns < lengths).long()
-            hidden = self._run(ids, mask, columns.expand_as(ids), left_padded=False)[0]  # (B, T + N, D)
+            hidden = self._run(ids, mask, columns.expand_as(ids), left_padded=False, columns=[])[0]  # (B, T + N, D)
             last = hidden.gather(1, (lengths - 1)[..., None].expand(-1, 1, hidden.shape[-1]))  # (B, 1, D)
             token = self._logits(last).argmax(-1).masked_fill(finished, self.eos_token_id)  # (B, 1)
             tokens.append(token)
