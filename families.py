@@ -44,8 +44,9 @@ def vouch(model: Coconut) -> None:
     """Raises UserError, one sentence, where this model would not be trained right.
 
     Compared are logits, loss and the gradients of the input embeddings, on two rows of which one is padded. The model
-    stays as it was, the random state too, but for the note whether all of its parameters take part. It takes some
-    twenty passes over eight columns, on any device but meta: there the verdict on the same model elsewhere counts.
+    stays as it was, the random state too, but for two notes: whether all of its parameters take part, and whether
+    generation has to do without a cache. It takes some twenty passes over eight columns, on any device but meta: there
+    the verdict on the same model elsewhere counts.
     """
     base = model.base_causallm
     small = sum(parameter.numel() for parameter in base.parameters()) <= SMALL
@@ -77,15 +78,14 @@ def _name(base: PreTrainedModel) -> str:
 def _with_weights_that_matter(model: Coconut) -> Iterator[None]:
     """In at least float32, and with noise: at initialisation many weights are small, and some scales are 0."""
     parameters = [(parameter, parameter.data) for parameter in model.parameters()]
-    buffers = [
-        (module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()
-    ]
-    model.to(torch.promote_types(model.base_causallm.dtype, torch.float32))
-    for parameter in model.base_causallm.parameters():
-        columns, std = (parameter.shape[-1], parameter.std(correction=0)) if parameter.ndim > 1 else (25, 0)
-        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
-        parameter.data = parameter.data.nan_to_num(0, 0, 0) + noise.to(parameter) * max(GAIN * columns**-0.5 - std, 0)
+    buffers = [(part._buffers, name, buffer) for part in model.modules() for name, buffer in part._buffers.items()]
     try:
+        model.to(torch.promote_types(model.base_causallm.dtype, torch.float32))
+        for parameter in model.base_causallm.parameters():
+            weights = parameter.data.nan_to_num(0, 0, 0)
+            columns, std = (weights.shape[-1], weights.std(correction=0)) if weights.ndim > 1 else (25, 0)
+            noise = torch.randn(weights.shape, generator=torch.Generator().manual_seed(weights.numel()))
+            parameter.data = weights + noise.to(weights) * max(GAIN * columns**-0.5 - std, 0)
         yield
     finally:
         for parameter, data in parameters:

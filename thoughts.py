@@ -49,7 +49,8 @@ class Thought(nn.Module):
         super().__init__()
 
     def prepare(self, inputs: torch.Tensor, outputs: torch.Tensor) -> Any:
-        """Called once a batch that has latents, without gradients, with the input and output embeddings, (V, D) each.
+        """Called once a batch that has latents, without gradients, with the input and output embeddings, (V, D) each:
+        the input embeddings as the model gets them, where its embedding module scales its weights.
 
         They are had here, and not when the thought is made, because training changes them and FSDP has them whole
         only inside a forward pass.
