@@ -4,7 +4,8 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart quickstart-no-cot prosqa-mini thoughts test test-fast test-real test-multinode torture lint clean
+.PHONY: help quickstart quickstart-no-cot prosqa-mini thoughts test test-fast test-real test-families test-multinode torture \
+	lint clean
 
 help:
 	@echo "make quickstart   train and evaluate Coconut on chained arithmetic: two ranks, CPU, about 10 minutes"
@@ -14,6 +15,7 @@ help:
 	@echo "make test         all tests, in two processes, a few minutes (one file: .venv/bin/python -m pytest FILE)"
 	@echo "make test-fast    the quick ones of every module, for while you are writing: about a minute"
 	@echo "make test-real    a pretrained model on real GSM8K rows, a few minutes"
+	@echo "make test-families  every family of models that transformers knows, a minute"
 	@echo "make torture      kills a small job again and again: does it end as undisturbed? 10 minutes"
 	@echo "make test-multinode  two hosts in network namespaces, the cable cut between them; needs root"
 	@echo "make lint         ruff and shellcheck"
@@ -70,7 +72,7 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest $(PYTEST_JOBS)
 
 test-fast: .venv/installed-dev
-	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "not slow and not real"
+	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "not slow and not real and not families"
 
 .venv/installed-real: requirements-real.txt .venv/installed-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-real.txt
@@ -78,6 +80,9 @@ test-fast: .venv/installed-dev
 
 test-real: .venv/installed-real
 	$(BIN)/python -m pytest -m real tests/test_real.py
+
+test-families: .venv/installed-dev
+	$(BIN)/python -m pytest -m "families or not families" tests/test_families.py
 
 torture: .venv/installed
 	$(BIN)/python tests/torture.py

@@ -15,18 +15,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from curriculum import IGNORE
 from dataset import latent_columns as find_latent_columns
-from kv_cache import make_cache
-from thoughts import Seen, StreamRecorder, decoder_blocks, make_thought
+from kv_cache import has_attention, make_cache
+from thoughts import Seen, StreamRecorder, Thought, decoder_blocks, decoder_of, make_thought
 
 NO_FILTERS = {"top_k": 0, "top_p": 1.0}  # Hugging Face's `generate` would take the likeliest 50
 
@@ -67,18 +68,23 @@ class Coconut(nn.Module):
         self.eos_token_id = eos_token_id
         self.thought = make_thought(thought, base_causallm)
         self._recorder = StreamRecorder(decoder_blocks(base_causallm)) if self.thought.needs_layers else None
-        accepted = inspect.signature(type(base_causallm.get_decoder()).forward).parameters
+        accepted = inspect.signature(type(decoder_of(base_causallm)).forward).parameters
         # transformers renames the argument during 5.x
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
-        self._takes_position_ids = "position_ids" in accepted  # models with ALiBi have none
-        config = base_causallm.config
+        self._takes_position_ids = "position_ids" in accepted  # most models with ALiBi have none
+        config = base_causallm.config.get_text_config(decoder=True)
         self._makes_masks = self._takes_position_ids and _attends_plainly(config)
         # called in the backward pass when nothing is left but the first span: what FSDP waits for
         self.before_first_span: Callable[[], None] | None = None
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)  # longest sequence
-        # what some families do around the LM head: Cohere multiplies and Granite divides, Gemma caps
-        self._logit_scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._logit_scale, self._softcap = _around_the_head(base_causallm.config)
+        head = type(base_causallm.get_output_embeddings())
+        self._head_is_a_matrix = getattr(head, "forward", None) is nn.Linear.forward
+        _freeze_what_is_not_run(base_causallm)
+        # what `families.vouch` finds: whether some parameters that want gradients get none, and whether generation has
+        # to compute everything again for each token, because decoding over a cache would give something else
+        self.leaves_parameters_out = False
+        self.recomputes = False
 
     def forward(
         self,
@@ -148,6 +154,8 @@ class Coconut(nn.Module):
                     max_new_tokens=max_new_tokens,
                     **{**plain, **generation_options},
                 )
+        if self.recomputes:
+            return self._generate_anew(input_ids, attention_mask, max_new_tokens)
         hidden, _, cache, attention_mask = self._run(
             input_ids, attention_mask, position_ids, left_padded, new_columns=max_new_tokens
         )
@@ -164,6 +172,26 @@ class Coconut(nn.Module):
             position = position + 1
             attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
             hidden = self._span(self._embed(token), attention_mask, position, left_padded is not False, cache)
+        return torch.cat(tokens, dim=1) if tokens else input_ids[:, :0]
+
+    def _generate_anew(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, max_new_tokens: int
+    ) -> torch.Tensor:
+        """`generate` for prompts without latents, without a cache, and with the padding on the right, where it changes
+        nothing."""
+        ids, lengths = _Shift(attention_mask)(input_ids), attention_mask.sum(dim=1, keepdim=True)  # (B, T), (B, 1)
+        ids = F.pad(ids, (0, max_new_tokens), value=self.eos_token_id)
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        finished = torch.zeros_like(lengths, dtype=torch.bool)  # (B, 1)
+        tokens = []
+        while len(tokens) < max_new_tokens and not finished.all():
+            mask = (columns < lengths).long()
+            hidden = self._run(ids, mask, columns.expand_as(ids), left_padded=False, columns=[])[0]  # (B, T + N, D)
+            last = hidden.gather(1, (lengths - 1)[..., None].expand(-1, 1, hidden.shape[-1]))  # (B, 1, D)
+            token = self._logits(last).argmax(-1).masked_fill(finished, self.eos_token_id)  # (B, 1)
+            tokens.append(token)
+            ids = ids.scatter(1, lengths, token)
+            lengths, finished = lengths + 1, finished | (token == self.eos_token_id)
         return torch.cat(tokens, dim=1) if tokens else input_ids[:, :0]
 
     @torch.no_grad()
@@ -201,7 +229,8 @@ class Coconut(nn.Module):
         if columns and columns[0] == 0:
             raise ValueError("a latent token has no position before it: a sequence must begin with another token")
         keeps = bool(columns) or new_columns > 0
-        cache = make_cache(self.base_causallm.config, input_ids.shape[1] + new_columns, keeps)
+        width = input_ids.shape[1] + new_columns
+        cache = None if self.recomputes else make_cache(self.base_causallm.config, width, keeps)
         bounds = [0, *columns, input_ids.shape[1]]
         prepared = self._prepare_thought() if columns else None
         shift = None
@@ -210,7 +239,8 @@ class Coconut(nn.Module):
             attention_mask = torch.cat([shift(attention_mask[:, : bounds[1]]), attention_mask[:, bounds[1] :]], dim=1)
         hidden_spans, embed_spans, stream = [], [], None
         # one split, not a slice for each span: the backward of a slice fills a tensor of the size of the whole
-        spans = embeds.split([end - begin for begin, end in pairwise(bounds)], dim=1)
+        widths = [end - begin for begin, end in pairwise(bounds)]
+        spans = embeds.split(widths, dim=1) if columns else [embeds]
         for span, (begin, end) in zip(spans, pairwise(bounds), strict=True):
             if begin > 0:
                 thought = self.thought(Seen(hidden_spans[-1][:, -1:], span[:, :1], stream, prepared))  # (B, 1, D)
@@ -248,20 +278,26 @@ class Coconut(nn.Module):
         attention_mask is (B, columns so far with these), position_ids (B, t); unless `masked`, no token of these
         columns has padding before it. The decoder's output is taken after its final norm, as in the reference.
         """
-        arguments = {self._cache_argument: cache, "use_cache": cache is not None}
+        arguments = {"use_cache": cache is not None}
+        if cache is not None:
+            arguments[self._cache_argument] = cache
         if self._takes_position_ids:
             arguments["position_ids"] = position_ids
-        mask = attention_mask
+        mask = attention_mask if self._has_attention else attention_mask[:, -embeds.shape[1] :]
         if self._makes_masks:
             mask = _causal_mask(attention_mask, embeds.shape[1], masked)
-        return self.base_causallm.get_decoder()(
-            inputs_embeds=embeds, attention_mask=mask, **arguments
-        ).last_hidden_state
+        return decoder_of(self.base_causallm)(inputs_embeds=embeds, attention_mask=mask, **arguments).last_hidden_state
+
+    @cached_property
+    def _has_attention(self) -> bool:
+        return has_attention(self.base_causallm.config)
 
     @torch.no_grad()
     def _prepare_thought(self) -> Any:
+        if type(self.thought).prepare is Thought.prepare:
+            return None
         base = self.base_causallm
-        return self.thought.prepare(base.get_input_embeddings().weight, base.get_output_embeddings().weight)
+        return self.thought.prepare(_input_embeddings(base), base.get_output_embeddings().weight)
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.base_causallm.get_input_embeddings()(input_ids)
@@ -272,7 +308,7 @@ class Coconut(nn.Module):
         if supervised is None:
             supervised = (targets != IGNORE).nonzero().flatten()
         hidden, targets = hidden.flatten(0, 1)[supervised], targets[supervised]  # (S, D), (S,)
-        if hasattr(F, "linear_cross_entropy") and self._softcap is None:
+        if hasattr(F, "linear_cross_entropy") and self._softcap is None and self._head_is_a_matrix:
             head = self.base_causallm.get_output_embeddings()
             return F.linear_cross_entropy(self._scaled(hidden), head.weight, targets, linear_bias=head.bias)
         return F.cross_entropy(self._logits(hidden), targets)
@@ -296,12 +332,49 @@ def _own_distribution(base: PreTrainedModel) -> Iterator[None]:
         base.generation_config = brought
 
 
-def _attends_plainly(config) -> bool:
+def _attends_plainly(config: PreTrainedConfig) -> bool:
     """Whether every layer is causal attention over all columns, computed by torch's scaled_dot_product_attention."""
-    config = config.get_text_config(decoder=True)
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return config._attn_implementation == "sdpa" and layers == {"full_attention"} and window is None
+    has_alibi = getattr(config, "alibi", False)  # Falcon adds it to a mask of its own
+    return config._attn_implementation == "sdpa" and layers == {"full_attention"} and window is None and not has_alibi
+
+
+def _around_the_head(config: PreTrainedConfig) -> tuple[float, float | None]:
+    """(scale, cap): what a family does around the LM head: cap tanh(scale U h / cap), without a cap scale U h.
+
+    It is read from the configuration, because on the meta device there are no numbers; `families.vouch` compares.
+    """
+    text = config.get_text_config(decoder=True)
+
+    def value(name: str) -> float | None:
+        return getattr(config, name, None) or getattr(text, name, None)
+
+    scale = value("logit_scale") or value("lm_head_multiplier") or 1  # Cohere, Falcon-H1
+    scaling = value("logits_scaling") or 1  # by which Granite divides
+    scale = scale * scaling if text.model_type == "hyperclovax" else scale / scaling
+    if value("logits_mup_width_multiplier"):  # Inkling
+        scale /= value("logits_mup_width_multiplier")
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+    return scale, next((value(name) for name in caps if value(name)), None)
+
+
+def _freeze_what_is_not_run(base: PreTrainedModel) -> None:
+    """Takes towers for images and sound out of training: DDP waits for the gradient of every parameter that wants one,
+    and here only the language model runs."""
+    run = (decoder_of(base), base.get_input_embeddings(), base.get_output_embeddings())
+    reached = {parameter for module in run if module is not None for parameter in module.parameters()}
+    for parameter in base.parameters():
+        if parameter not in reached:
+            parameter.requires_grad_(False)
+
+
+def _input_embeddings(base: PreTrainedModel) -> torch.Tensor:
+    """(V, D), as the model gets them: some embedding modules scale their weights."""
+    module = base.get_input_embeddings()
+    if type(module).forward is nn.Embedding.forward:
+        return module.weight
+    return module(torch.arange(len(module.weight), device=module.weight.device))
 
 
 class _Shift:

@@ -11,29 +11,50 @@ Legend: B rows, H key-value heads, T columns in all, t columns of a pass, L colu
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, Cache, DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def make_cache(config: PretrainedConfig, capacity: int, keeps: bool = True) -> Cache | None:
-    """A cache for up to `capacity` columns; for models whose layers keep other states than keys and values,
-    transformers' own. Where nothing needs to be kept, because there is one pass only, nothing is."""
-    config = config.get_text_config(decoder=True)
-    if not set(getattr(config, "layer_types", None) or PLAIN_LAYERS) <= PLAIN_LAYERS:
-        return DynamicCache(config=config) if keeps else None
-    return Cache(layer_class_to_replicate=partial(GrowingLayer, capacity) if keeps else PassingLayer)
+    """A cache for up to `capacity` columns, of the layers that transformers itself would take, each in the form that
+    lets gradients through. Where nothing needs to be kept, because there is one pass only, nothing is."""
+    layers = DynamicCache(config=config).layers
+    if not keeps:
+        is_plain = all(type(layer) in PLAIN_LAYERS for layer in layers)
+        return Cache(layer_class_to_replicate=PassingLayer) if is_plain else None
+    return Cache(layers=[_differentiable(layer, capacity) for layer in layers])
+
+
+def has_attention(config: PretrainedConfig) -> bool:
+    """Whether there is a layer that looks back at the columns, not at a state of fixed size only."""
+    return any(type(layer) is not LinearAttentionLayer for layer in DynamicCache(config=config).layers)
+
+
+def _differentiable(layer, capacity: int):
+    if type(layer) in PLAIN_LAYERS:
+        return GrowingLayer(capacity)
+    if type(layer) in REPLACING_LAYERS:
+        options = {"sliding_window": layer.sliding_window} if hasattr(layer, "sliding_window") else {}
+        return REPLACING_LAYERS[type(layer)](number_of_states=layer.number_of_states, **options)
+    return layer
 
 
 class PassingLayer(DynamicLayer):
@@ -83,35 +104,125 @@ class GrowingLayer(DynamicLayer):
                 buffer.memory.length, buffer.link = length_now, link
 
 
+class State(torch.Tensor):
+    """The state of a recurrence or a convolution. What a model copies into it, it does not take: it is what the cache
+    holds from then on, and the tensor stays as the backward pass of those who have read it needs it."""
+
+    replace: Callable[[torch.Tensor], None]
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.copy_ and isinstance(args[0], cls):
+            args[0].replace(args[1].to(args[0].dtype))
+            return args[0]
+        plain = partial(tree_map_only, cls, lambda state: state.as_subclass(torch.Tensor))
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*plain(args), **plain(kwargs or {}))
+
+
+class _Replacing:
+    """The states of recurrences and convolutions: each pass leaves new ones, where transformers' own copies them into
+    the tensors that the pass before has given, and that its backward pass needs as they were."""
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_
+    ) -> torch.Tensor:
+        """Adds (B, C, t) inputs of a convolution over C channels; returns them after the K that are kept."""
+        if self.has_previous_state[state_idx]:
+            whole = torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
+        else:
+            size = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
+            self.lazy_initialization(conv_states=conv_states, state_idx=state_idx, conv_kernel_size=size)
+            self.has_previous_state[state_idx] = True
+            whole = F.pad(conv_states, (max(size - conv_states.shape[-1], 0), 0))
+        self._keep("conv_states", state_idx, whole[..., -self.conv_kernel_size[state_idx] :])
+        return whole
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **_) -> torch.Tensor:
+        if not self.is_recurrent_states_initialized[state_idx]:
+            self.lazy_initialization(recurrent_states=recurrent_states, state_idx=state_idx)
+        self._keep("recurrent_states", state_idx, recurrent_states)
+        return recurrent_states
+
+    def _keep(self, name: str, index: int, states: torch.Tensor) -> None:
+        state = states.as_subclass(State)
+        owner = weakref.ref(self)  # a circle would hold the memory until Python looks for circles
+        state.replace = lambda states: owner()._keep(name, index, states)
+        getattr(self, name)[index] = state
+
+
+class ReplacingLayer(_Replacing, LinearAttentionLayer):
+    pass
+
+
+class ReplacingLayerWithAttention(_Replacing, LinearAttentionAndFullAttentionLayer):
+    pass
+
+
+class ReplacingLayerWithWindow(_Replacing, LinearAttentionAndSlidingWindowAttentionLayer):
+    pass
+
+
+# transformers' layers, and for those whose passes change what earlier ones have left, ours
+PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
+REPLACING_LAYERS = {
+    LinearAttentionLayer: ReplacingLayer,
+    LinearAttentionAndFullAttentionLayer: ReplacingLayerWithAttention,
+    LinearAttentionAndSlidingWindowAttentionLayer: ReplacingLayerWithWindow,
+}
+
+
 def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
     """Gradient checkpointing: the blocks keep their inputs only and run again in the backward pass.
 
     transformers' own switches the cache off, and a latent pass without it would not see the columns before it.
     """
     for index, block in enumerate(blocks):
-        block.forward = partial(_checkpointed, block.forward, index)
+        named = {getattr(module, "layer_idx", None) for module in block.modules()} - {None}
+        block.forward = partial(_checkpointed, block.forward, sorted(named) or [index])
 
 
-def _checkpointed(forward: Callable, index: int, *args, **kwargs):
-    """One block's forward; `index` is its layer in the cache."""
+def _checkpointed(forward: Callable, indices: list[int], *args, **kwargs):
+    """One block's forward; `indices` are its layers in the cache."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-    begin = cache.get_seq_length(index) if cache is not None else 0
+    layers = [cache.layers[index] for index in indices if index < len(cache.layers)] if cache is not None else []
+    begin = [_standing(layer) for layer in layers]
     replays = False
 
     def run(*args):
         nonlocal replays
-        layer = cache.layers[index] if replays and cache is not None else None
-        replays = True
-        if isinstance(layer, GrowingLayer):
-            with layer.replayed_from(begin):
-                return forward(*args, **kwargs)
-        if layer is not None and not isinstance(layer, PassingLayer):
-            raise ValueError("gradient checkpointing needs a model whose layers keep keys and values only")
-        return forward(*args, **kwargs)
+        with ExitStack() as stack:
+            if replays:
+                for layer, standing in zip(layers, begin, strict=True):
+                    stack.enter_context(_replayed_from(layer, standing))
+            replays = True
+            return forward(*args, **kwargs)
 
     return checkpoint(run, *args, use_reentrant=False)
+
+
+def _standing(layer) -> int | dict:
+    """What a layer of a cache holds at this moment."""
+    if isinstance(layer, GrowingLayer):
+        return layer.get_seq_length()
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
+
+
+@contextmanager
+def _replayed_from(layer, standing: int | dict) -> Iterator[None]:
+    """Lets a pass that began so run again: it makes the same states, and then the layer holds what it held before."""
+    if isinstance(layer, GrowingLayer):
+        with layer.replayed_from(standing):
+            yield
+        return
+    now = _standing(layer)
+    layer.__dict__ = standing  # states come in the place of others, none is written to
+    try:
+        yield
+    finally:
+        layer.__dict__ = now
 
 
 class Memory:

@@ -28,6 +28,7 @@ from kv_cache import checkpoint_blocks
 from pretrained import Pretrained, load_model, shape_of
 from ranks import World, on_every_rank, on_main_rank
 from thoughts import decoder_blocks
+from utils import UserError
 
 BYTES_PER_PARAMETER = 16  # float32 weights, gradients, and AdamW's two averages
 SHARE_OF_MEMORY = 0.6  # of a GPU that these may take under DDP; activations need the rest
@@ -45,13 +46,14 @@ def load(config: Config, world: World, source: Path | None) -> Pretrained:
         return loaded
     # rank 0 reads the model, into its CPU's memory; the others learn what it looks like
     whole: list = []
-    base_config, generation_config, tokenizer, markers = on_main_rank(
+    base_config, generation_config, tokenizer, markers, recomputes = on_main_rank(
         world, lambda: whole.append(load_model(config, source)) or _shape(*whole[0])
     )
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(base_config, dtype=base_config.dtype)
         base.generation_config = generation_config
         model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
+    model.recomputes = recomputes
     prepare_blocks(model, config)
     _shard(model, config)
     _fill(model, whole[0][0] if world.is_main else None, world)
@@ -84,19 +86,24 @@ def choose_strategy(config: Config, world: World, source: Path | None) -> str:
     return "fsdp" if n_parameters * BYTES_PER_PARAMETER > room else "ddp"
 
 
-def blocks_of(model: Coconut) -> list[nn.Module]:
-    return decoder_blocks(model.base_causallm)
+def blocks_of(model: Coconut, purpose: str) -> list[nn.Module]:
+    """The decoder blocks. Raises UserError where the purpose, a key of the configuration, would find none."""
+    blocks = decoder_blocks(model.base_causallm)
+    if not blocks:
+        family = model.base_causallm.config.model_type
+        raise UserError(f"{purpose} works on decoder blocks, and the model family {family} does not say which they are")
+    return blocks
 
 
 def prepare_blocks(model: Coconut, config: Config) -> None:
     """Compiles the decoder blocks, or lets them compute again what they do not keep, as the configuration says."""
     if config.gradient_checkpointing:
-        checkpoint_blocks(blocks_of(model))
+        checkpoint_blocks(blocks_of(model, "gradient_checkpointing"))
     if config.compile:
         # a graph for each of: with and without gradients, with and without a mask, one column or several, one row or
         # several; never one for a length
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for block in blocks_of(model):
+        for block in blocks_of(model, "compile"):
             block.compile(dynamic=True)
 
 
@@ -113,13 +120,13 @@ def _shape(model: Coconut, tokenizer, markers) -> tuple:
     """What another rank needs to make the same model without its weights."""
     base_config = model.base_causallm.config
     base_config.dtype = model.base_causallm.dtype
-    return base_config, model.base_causallm.generation_config, tokenizer, markers
+    return base_config, model.base_causallm.generation_config, tokenizer, markers, model.recomputes
 
 
 def _shard(model: Coconut, config: Config) -> None:
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options = {"reshard_after_forward": False, "mp_policy": bf16 if config.bf16 else MixedPrecisionPolicy()}
-    for block in blocks_of(model):
+    for block in blocks_of(model, "strategy: fsdp"):
         fully_shard(block, **options)
     fully_shard(model, **options)
     register_fsdp_forward_method(model, "generate")
@@ -168,6 +175,7 @@ def wrap(model: Coconut, world: World) -> nn.Module:
         model,
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
         forward_sync_buffers=False,  # no model has buffers that training changes
+        find_unused_parameters=model.leaves_parameters_out,  # it would wait for their gradients
         gradient_as_bucket_view=True,
     )
 

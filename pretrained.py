@@ -26,6 +26,7 @@ from transformers import (
 from coconut import Coconut
 from config import Config
 from curriculum import Markers
+from families import vouch
 from thoughts import Thought
 from utils import UserError
 
@@ -83,6 +84,7 @@ def load_model(config: Config, source: Path | None, cached: bool = False) -> Pre
     model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
     if folder is not None:
         _load_thought(model.thought, config.thought, folder)
+    vouch(model)
     return Pretrained(model, tokenizer, markers)
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from config import split_thought
 from utils import UserError
@@ -49,7 +50,8 @@ class Thought(nn.Module):
         super().__init__()
 
     def prepare(self, inputs: torch.Tensor, outputs: torch.Tensor) -> Any:
-        """Called once a batch that has latents, without gradients, with the input and output embeddings, (V, D) each.
+        """Called once a batch that has latents, without gradients, with the input and output embeddings, (V, D) each:
+        the input embeddings as the model gets them, where its embedding module scales its weights.
 
         They are had here, and not when the thought is made, because training changes them and FSDP has them whole
         only inside a forward pass.
@@ -256,10 +258,26 @@ class EmbeddingSuppressed(Suppressed):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def decoder_of(base: PreTrainedModel) -> PreTrainedModel:
+    """What makes the hidden states from input embeddings.
+
+    transformers' get_decoder guesses by names, and gives the ModernBERT decoder's LM head, and the whole of a Llama 4.
+    """
+    decoder = base.get_decoder()
+    if decoder is base or not isinstance(decoder, PreTrainedModel):
+        inner = [module for module in base.children() if isinstance(module, PreTrainedModel)]
+        return inner[0] if len(inner) == 1 else decoder
+    return decoder
+
+
 def decoder_blocks(base: PreTrainedModel) -> list[nn.Module]:
-    """The L decoder blocks, which the model itself names."""
-    names = base._no_split_modules or ()
-    return [module for module in base.get_decoder().modules() if type(module).__name__ in names]
+    """The L decoder blocks, which the model itself names, or those that transformers could checkpoint; none where it
+    has no such thing."""
+    modules = list(decoder_of(base).modules())
+    named = [module for module in modules if type(module).__name__ in (base._no_split_modules or ())]
+    blocks = named or [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+    inner = {module for block in blocks for module in block.modules() if module is not block}
+    return [block for block in blocks if block not in inner]
 
 
 class StreamRecorder:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from coconut import Coconut
+from thoughts import decoder_of
 
 # dense bfloat16 FLOP/s of a card, by a part of its name; the first that fits counts
 PEAKS = {
@@ -50,18 +52,29 @@ class FlopCounter:
 
     @classmethod
     def of(cls, model: Coconut) -> FlopCounter:
-        decoder = model.base_causallm.get_decoder()
+        decoder = decoder_of(model.base_causallm)
         linear = [module for module in decoder.modules() if isinstance(module, (nn.Linear, Conv1D))]
-        config = model.base_causallm.config.get_text_config(decoder=True)
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        attention = config.num_hidden_layers * config.num_attention_heads * head_size
         head = model.base_causallm.get_output_embeddings().weight
+        attention = _attention_width(model.base_causallm.config.get_text_config(decoder=True))
         return cls(2 * sum(module.weight.numel() for module in linear), 4 * attention, 2 * head.numel())
 
     def training(self, row_lengths: list[int], n_supervised: int) -> int:
         """FLOPs of one forward and backward pass over rows of so many tokens."""
         pairs = sum(length * length for length in row_lengths)
         return 3 * (self.per_token * sum(row_lengths) + self.per_pair * pairs + self.per_supervised * n_supervised)
+
+
+def _attention_width(config: PreTrainedConfig) -> int:
+    """Numbers in the queries of a token, in all layers together; recurrent layers have none."""
+    layers = list(config.per_layer_config)  # in some families they differ
+    types = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    width = 0
+    for kind, layer in zip(types, layers, strict=False):
+        heads = getattr(layer, "num_attention_heads", None)
+        if isinstance(heads, int) and "linear" not in kind:
+            size = getattr(layer, "head_dim", None)
+            width += heads * (size if isinstance(size, int) else layer.hidden_size // heads)
+    return width
 
 
 @dataclass

@@ -45,7 +45,9 @@ def plain_thought(model: Coconut, spelling: str, before: torch.Tensor, latent: t
     handle.remove()
     states = [state[:, -1:] for state in output.hidden_states]  # transformers' own: the last is after the norm
     last, stream = states[-1], [*states[:-1], *taken]
-    inputs, outputs = base.get_input_embeddings().weight.detach(), base.get_output_embeddings().weight.detach()
+    # as the model gets them: some families scale them in the module
+    inputs = base.get_input_embeddings()(torch.arange(base.config.vocab_size)).detach()
+    outputs = base.get_output_embeddings().weight.detach()
     if spelling.startswith("layer:"):
         text = spelling.removeprefix("layer:")
         return states[round(float(text) * (len(states) - 1)) if "." in text else int(text)]
@@ -116,9 +118,9 @@ VARIANTS = (
 )
 
 
-def make_variant(family: str, spelling: str) -> Coconut:
+def make_variant(family: str, spelling: str, dtype: torch.dtype = torch.float64) -> Coconut:
     """A model of three layers; a projection is moved away from the identity."""
-    model = make_model(family, tied=False, thought=spelling, layers=3)
+    model = make_model(family, tied=False, thought=spelling, layers=3, dtype=dtype)
     torch.manual_seed(7)
     with torch.no_grad():
         for parameter in model.thought.parameters():
@@ -133,6 +135,16 @@ def test_every_thought_is_its_plain_definition(family, spelling):
     assert max(largest_difference(model, rows, loss, spelling)) < 1e-9
     other = plain_loss(model, rows, "last" if spelling != "layer:-1" else "layer:-2")
     assert abs(loss - other) > 1e-6  # on these rows the thought does matter
+
+
+@pytest.mark.parametrize("spelling", ["normalised", "projected+normalised", "realigned"])
+def test_thoughts_know_the_embeddings_that_the_model_gets(spelling):
+    """Gemma's embedding module multiplies its weights by sqrt(D): their norm was taken for that of its embeddings."""
+    model, rows = make_variant("gemma2", spelling, torch.float32), make_rows([2, 0, 3])
+    loss = model(**collate_for_device(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss
+    found, wanted = gradients(model, loss), gradients(model, plain_loss(model, rows, spelling))
+    largest = max(gradient.abs().max() for gradient in wanted.values())
+    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-4 * largest
 
 
 @pytest.mark.parametrize("spelling", ["layer:-2", "projected+normalised", "realigned", "embedding+suppressed"])

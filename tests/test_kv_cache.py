@@ -6,13 +6,13 @@ import weakref
 import pytest
 import torch
 from conftest import tiny_base
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import kv_cache
 from coconut import Coconut
-from kv_cache import Buffer, GrowingLayer, attend, make_cache
+from kv_cache import Buffer, GrowingLayer, ReplacingLayer, attend, has_attention, make_cache
 
 
 def passes(*lengths: int) -> list[torch.Tensor]:
@@ -168,8 +168,37 @@ def test_a_full_cache_says_so():
         layer.update(second, second)
 
 
-def test_models_that_keep_other_states_get_their_own_cache():
+def test_each_layer_gets_what_it_keeps():
     config = tiny_base("llama").config
-    assert not isinstance(make_cache(config, 8), DynamicCache)
+    assert [type(layer) for layer in make_cache(config, 8).layers] == [GrowingLayer, GrowingLayer]
     config.layer_types = ["linear_attention", "full_attention"]
-    assert isinstance(make_cache(config, 8), DynamicCache)
+    assert [type(layer) for layer in make_cache(config, 8).layers] == [ReplacingLayer, GrowingLayer]
+    assert make_cache(config, 8, keeps=False) is None  # a recurrent layer that is given a cache writes to it
+    assert has_attention(config)
+    config.layer_types = ["linear_attention", "linear_attention"]
+    assert not has_attention(config)
+
+
+def test_recurrent_states_are_replaced_and_not_updated():
+    """Whether a model gives a new state or copies it into the old one: who has read that still has what he read."""
+    layer, given = ReplacingLayer(), torch.ones(1, 2, requires_grad=True)
+    layer.update_recurrent_state(3 * given)
+    read = layer.recurrent_states[0]
+    following = read * given  # keeps what it has read for its backward pass
+    read.copy_(5 * read)
+    assert layer.recurrent_states[0].tolist() == [[15.0, 15.0]]
+    assert torch.autograd.grad((following + layer.recurrent_states[0]).sum(), given)[0].tolist() == [[21.0, 21.0]]
+    layer.update_recurrent_state(given)
+    assert layer.recurrent_states[0].tolist() == [[1.0, 1.0]]
+
+
+def test_a_convolution_keeps_its_last_inputs():
+    layer, inputs = ReplacingLayer(), torch.arange(14.0, requires_grad=True).reshape(1, 2, 7)
+    first = layer.update_conv_state(inputs[..., :2], conv_kernel_size=3)
+    assert first.tolist() == [[[0, 0, 1], [0, 7, 8]]]  # padded
+    second = layer.update_conv_state(inputs[..., 2:3])
+    assert second.tolist() == [[[0, 0, 1, 2], [0, 7, 8, 9]]]
+    third = layer.update_conv_state(inputs[..., 3:])
+    assert third.tolist() == [[[0, 1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12, 13]]]
+    assert layer.conv_states[0].tolist() == [[[4, 5, 6], [11, 12, 13]]]
+    assert third.requires_grad

@@ -146,7 +146,13 @@ def test_the_last_column_is_recorded_and_only_on_request(family):
     for ours, theirs in zip(states[:-1], output.hidden_states[:-1], strict=True):
         assert torch.equal(ours, theirs[:, -1:])
     assert not torch.equal(states[-1], output.hidden_states[-1][:, -1:])  # theirs is after the final norm
+
+
+def test_a_model_without_blocks_has_no_thoughts_from_layers(monkeypatch):
+    base = tiny_base("gpt2")
     base._no_split_modules = None
+    assert len(decoder_blocks(base)) == 2  # those that transformers could checkpoint
+    monkeypatch.setattr("thoughts.GradientCheckpointingLayer", type("Nothing", (), {}))
     with pytest.raises(UserError, match="names its decoder blocks"):
         make_coconut_of(base)
 

@@ -1,0 +1,350 @@
+"""Families of models: each is right, by the plain definition, or refused with a sentence when it is wrapped."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from family_table import (
+    BY_ANY_METHOD,
+    FAMILIES,
+    HEAD,
+    NO_EMBEDDINGS,
+    PADDING,
+    QUICK,
+    REFUSED,
+    REFUSED_WITH_LATENTS,
+    WITH_LATENTS,
+    configure,
+    dtype_of,
+    tiny_model,
+)
+from test_checkpoint import write_tiny
+from transformers import AutoModelForCausalLM
+
+import coconut
+import families
+import kv_cache
+from coconut import Coconut
+from config import Config
+from curriculum import IGNORE
+from dataset import collate_for_device, collate_prompts
+from families import vouch
+from parallel import prepare_blocks, wrap
+from pretrained import load_model
+from ranks import cleanup_distributed, setup_distributed
+from thoughts import decoder_of
+from throughput import FlopCounter
+from utils import UserError
+
+EOS, START, LATENT, END = 0, 1, 2, 3
+
+
+def make_model(base, latent: int | None = LATENT, thought: str = "last") -> Coconut:
+    return Coconut(base, latent, START, END, EOS, thought=thought).eval()
+
+
+def make_rows(n_latents: list[int]) -> list[tuple[list[int], list[int]]]:
+    """One (input_ids, labels) pair for each number of latents, of different lengths, from words 4 to 29."""
+    generator = torch.Generator().manual_seed(0)
+
+    def words(count: int) -> list[int]:
+        return torch.randint(4, 30, (count,), generator=generator).tolist()
+
+    rows = []
+    for place, count in enumerate(n_latents):
+        before = [*words(3 + 2 * place), START, *[LATENT] * count, END]
+        after = [*words(7 - place), EOS]
+        rows.append((before + after, [IGNORE] * len(before) + after))
+    return rows
+
+
+def plain_logits(model: Coconut, input_ids: list[int], generated: int = 0) -> torch.Tensor:
+    """(T, V) by definition: no cache, no padding, everything recomputed for each thought, the model's own head. The
+    last so many tokens were generated, and are no latents."""
+    base = model.base_causallm
+    embeds = base.get_input_embeddings()(torch.tensor([input_ids]))  # (1, T, D)
+    for place, token in enumerate(input_ids):
+        if token == LATENT and place < len(input_ids) - generated:
+            thought = decoder_of(base)(inputs_embeds=embeds[:, :place], use_cache=False).last_hidden_state[:, -1:]
+            embeds = torch.cat([embeds[:, :place], thought, embeds[:, place + 1 :]], dim=1)
+    return base(inputs_embeds=embeds, use_cache=False).logits[0]
+
+
+def plain_loss(model: Coconut, rows) -> torch.Tensor:
+    losses, count = [], 0
+    for input_ids, labels in rows:
+        targets = torch.tensor(labels[1:])
+        losses.append(F.cross_entropy(plain_logits(model, input_ids)[:-1], targets, reduction="sum"))
+        count += int((targets != IGNORE).sum())
+    return sum(losses) / count
+
+
+def gradients(model: Coconut, loss: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True))
+
+
+def check_training(model: Coconut, n_latents: list[int], tolerance: float) -> None:
+    """The loss and every gradient are those of the plain definition."""
+    rows = make_rows(n_latents)
+    loss, wanted_loss = model(**collate_for_device(rows, EOS, LATENT)).loss, plain_loss(model, rows)
+    assert abs(loss - wanted_loss) < tolerance * wanted_loss
+    found, wanted = gradients(model, loss), gradients(model, wanted_loss)
+    assert [name for name in found if found[name] is None] == [name for name in wanted if wanted[name] is None]
+    largest = max(gradient.abs().max() for gradient in wanted.values() if gradient is not None)
+    for name, gradient in wanted.items():
+        if gradient is not None:
+            assert (found[name] - gradient).abs().max() < tolerance * largest, name
+
+
+@torch.no_grad()
+def check_generation(model: Coconut, n_latents: list[int], new: int = 4) -> None:
+    """A batch is decoded as its rows alone, and these as by recomputing everything for each token."""
+    prompts = [row[: row.index(END) + 1] for row, _ in make_rows(n_latents)]
+    together = model.generate(**collate_prompts(prompts, EOS), max_new_tokens=new)
+    for prompt, found in zip(prompts, together.tolist(), strict=True):
+        continued = list(prompt)
+        while len(continued) < len(prompt) + new and continued[-1] != EOS:
+            continued.append(int(plain_logits(model, continued, len(continued) - len(prompt))[-1].argmax()))
+        tokens = continued[len(prompt) :]
+        assert found == tokens + [EOS] * (len(found) - len(tokens))
+
+
+def check_family(family: str) -> None:
+    base = tiny_model(family)
+    if family in REFUSED:
+        for latent in (None, LATENT):
+            with pytest.raises(UserError, match=f"{base.config.model_type} .*{BY_ANY_METHOD}.*{REFUSED[family]}"):
+                vouch(make_model(base, latent))
+        return
+    without, model = make_model(base, None), make_model(base)
+    vouch(without)
+    FlopCounter.of(model)
+    tolerance = 1e-5 if dtype_of(family) == torch.float64 else 1e-4
+    if family in REFUSED_WITH_LATENTS:
+        with pytest.raises(UserError, match=f"{WITH_LATENTS}.*{REFUSED_WITH_LATENTS[family]}.* cot, no_cot, icot and"):
+            vouch(model)
+        vouch(make_model(base, thought="pause"))
+        model, n_latents = without, [0, 0, 0]
+    else:
+        vouch(model)
+        n_latents = [2, 0, 3]
+    check_training(model, n_latents, tolerance)
+    check_generation(model, n_latents)
+
+
+@pytest.mark.parametrize("family", QUICK)
+def test_a_family_of_each_kind_is_right_or_refused(family):
+    check_family(family)
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in QUICK])
+def test_every_other_family_is_right_or_refused(family):
+    check_family(family)
+
+
+# ---- the check itself ----
+
+
+def test_a_head_that_does_more_is_refused_whatever_the_method():
+    """Another objective trains without a sign: generation is right, where only the order of the logits counts."""
+    for change in (lambda logits: 1.01 * logits, lambda logits: 30 * torch.tanh(logits / 30)):
+        base = tiny_model("llama", torch.float32)
+        forward = base.forward
+
+        def changed(*args, forward=forward, change=change, **kwargs):
+            output = forward(*args, **kwargs)
+            output.logits = change(output.logits)
+            return output
+
+        base.forward = changed
+        with pytest.raises(UserError, match=f"{BY_ANY_METHOD}{HEAD}"):
+            vouch(make_model(base, latent=None))
+
+
+def test_a_head_module_that_does_more_is_run():
+    """Dory's LM head is a matrix and a scale for each word: the loss must not take the matrix alone."""
+    model = make_model(tiny_model("dory"))
+    with torch.no_grad():
+        model.base_causallm.lm_head.logit_scale.mul_(torch.linspace(0.5, 2, 40))
+    check_training(model, [2, 0, 3], 1e-5)
+
+
+@pytest.mark.parametrize("full_size", [False, True])
+@pytest.mark.parametrize(
+    ("breaks", "sentence"),
+    [
+        ("gradients", f"{WITH_LATENTS}over a cache its gradients"),
+        ("states", f"{WITH_LATENTS}what it computes over a cache"),
+        ("padding", f"{WITH_LATENTS}{PADDING}"),
+        ("raises", f"{BY_ANY_METHOD}{NO_EMBEDDINGS} .RuntimeError: strange.$"),
+    ],
+)
+def test_what_is_wrong_is_noticed(breaks, sentence, full_size, monkeypatch):
+    base = tiny_model("llama", torch.float32)
+    append, mask = kv_cache.Buffer.append, coconut._causal_mask
+    if breaks == "gradients":
+        monkeypatch.setattr(kv_cache.Buffer, "append", lambda self, states: append(self, states.detach()))
+    elif breaks == "states":
+        monkeypatch.setattr(kv_cache.Buffer, "append", lambda self, states: append(self, 0.9 * states))
+    elif breaks == "padding":
+        monkeypatch.setattr(coconut, "_causal_mask", lambda seen, *rest: mask(torch.ones_like(seen), *rest))
+    else:
+        monkeypatch.setattr(
+            type(base), "forward", lambda self, **_: (_ for _ in ()).throw(RuntimeError("strange\nnews"))
+        )
+    if full_size:
+        monkeypatch.setattr(families, "SMALL", 0)
+    with pytest.raises(UserError, match=sentence):
+        vouch(make_model(base))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("full_size", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "mixtral", "gemma3_text", "qwen3_5"])
+def test_a_right_model_is_right_in_every_size_and_dtype(family, full_size, dtype, monkeypatch):
+    if full_size:
+        monkeypatch.setattr(families, "SMALL", 0)
+    vouch(make_model(tiny_model(family, dtype)))
+
+
+@pytest.mark.parametrize("full_size", [False, True])
+def test_the_model_stays_as_it_was(full_size, monkeypatch):
+    if full_size:
+        monkeypatch.setattr(families, "SMALL", 0)
+    model = Coconut(tiny_model("gpt2"), LATENT, START, END, EOS, thought="projected").train()
+    model.base_causallm.transformer.wpe.weight.requires_grad_(False)
+    model.base_causallm.transformer.h[1].eval()
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    modes, weights = [module.training for module in model.modules()], copy.deepcopy(model.state_dict())
+    torch.manual_seed(5)
+    random = torch.get_rng_state()
+    vouch(model)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_weights_that_are_no_numbers_are_not_the_fault_of_a_family():
+    """The run says where it came to them."""
+    base = tiny_model("gpt2")
+    with torch.no_grad():
+        base.transformer.wte.weight[7] = float("nan")
+    vouch(make_model(base))
+    assert base.transformer.wte.weight[7].isnan().all()
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    """Its loss would be that of words which it has seen."""
+    with pytest.raises(UserError, match=f"{BY_ANY_METHOD}what it computes for a token depends on those after it"):
+        vouch(make_model(tiny_model("bert-generation", is_decoder=False), None))
+
+
+def test_generation_without_a_cache_is_as_long_as_it_says(monkeypatch):
+    model = make_model(tiny_model("llama"))
+    batch = collate_prompts([[5, 6, 7, START, END], [8, END]], EOS)
+    wanted = model.generate(**batch, max_new_tokens=6)
+    model.recomputes = True
+    monkeypatch.setattr(coconut, "make_cache", None)
+    assert torch.equal(model.generate(**batch, max_new_tokens=6), wanted)
+    model.eos_token_id = int(wanted[1, 0])
+    found = model.generate(**batch, max_new_tokens=6)
+    assert found[1].unique().tolist() == [model.eos_token_id]
+    assert model.generate(**batch, max_new_tokens=0).shape == (2, 0)
+
+
+def test_small_initial_weights_hide_nothing():
+    """As they come from the configuration Mamba's states hardly matter: without them the loss is the same to 1e-5."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(configure("mamba"))
+    with pytest.raises(UserError, match=WITH_LATENTS):
+        vouch(make_model(base))
+
+
+def test_thoughts_from_layers_need_blocks_that_run_once():
+    base = tiny_model("hrm_text")
+    vouch(make_model(base))
+    with pytest.raises(UserError, match=f"{WITH_LATENTS}thoughts from the layers need blocks that each run once"):
+        vouch(make_model(base, thought="suppressed"))
+    vouch(make_model(tiny_model("llama"), thought="suppressed"))
+    vouch(make_model(tiny_model("zamba2"), thought="suppressed"))  # whose blocks hold blocks
+
+
+def save_with_tokenizer(family: str, folder) -> str:
+    write_tiny(folder)
+    AutoModelForCausalLM.from_config(configure(family, vocab_size=60)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_what_is_loaded_is_vouched_for(tmp_path):
+    folder = save_with_tokenizer("jamba", tmp_path / "jamba")
+    with pytest.raises(UserError, match=f"the model family jamba .*{WITH_LATENTS}"):
+        load_model(Config(model_id=folder, method="coconut"), None)
+    for method in ("cot", "no_cot", "icot", "no_thoughts"):
+        load_model(Config(model_id=folder, method=method), None)
+    load_model(Config(model_id=folder, method="coconut", thought="pause"), None)
+    with pytest.raises(UserError, match=BY_ANY_METHOD):
+        load_model(Config(model_id=save_with_tokenizer("gemma3n_text", tmp_path / "gemma"), method="cot"), None)
+
+
+# ---- what families need beyond the check ----
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mllama"])
+def test_parameters_without_gradients_do_not_stop_ddp(family):
+    """A vision tower, or layers that only images need: DDP would wait for their gradients in its second step."""
+    model = make_model(tiny_model(family))
+    vouch(model)
+    assert model.leaves_parameters_out == (family == "mllama")
+    world = setup_distributed()
+    try:
+        wrapped = wrap(model, replace(world, size=2))
+        for _ in range(3):
+            wrapped(**collate_for_device(make_rows([2, 0, 3]), EOS, LATENT)).loss.backward()
+    finally:
+        cleanup_distributed()
+    trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert any("language_model" in name or "model.layers" in name for name in trained)
+    assert not any("vision" in name or "cross_attn" in name for name in trained)
+
+
+def test_a_wrapper_is_as_long_as_its_language_model():
+    assert make_model(tiny_model("gemma3")).max_positions == 64
+
+
+@pytest.mark.parametrize("family", sorted({*REFUSED, *REFUSED_WITH_LATENTS} & {*QUICK}))
+def test_flops_are_counted_of_refused_families_too(family):
+    assert FlopCounter.of(make_model(tiny_model(family))).training([10, 5], 4) > 0
+
+
+def test_flops_of_recurrent_layers_have_no_pairs():
+    assert FlopCounter.of(make_model(tiny_model("mamba2"))).per_pair == 0
+    # one layer of two has attention, in which 4 heads of 8 numbers each are multiplied twice
+    assert FlopCounter.of(make_model(tiny_model("qwen3_5"))).per_pair == 4 * 4 * 8
+
+
+def test_blocks_are_found_or_missed_with_a_sentence(monkeypatch):
+    model = make_model(tiny_model("biogpt"))  # does not name its blocks
+    prepare_blocks(model, Config(gradient_checkpointing=True))
+    check_training(model, [0, 0, 0], 1e-5)
+    for config, key in (
+        (Config(gradient_checkpointing=True), "gradient_checkpointing"),
+        (Config(compile=True), "compile"),
+    ):
+        monkeypatch.setattr("parallel.decoder_blocks", lambda _: [])
+        with pytest.raises(UserError, match=f"{key} works on decoder blocks, and the model family biogpt does not say"):
+            prepare_blocks(make_model(tiny_model("biogpt")), config)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "falcon_h1", "kimi_linear", "zamba2", "longcat_flash"])
+def test_checkpointed_blocks_replay_whatever_a_layer_keeps(family):
+    plain, model = (make_model(tiny_model(family)) for _ in range(2))
+    prepare_blocks(model, Config(gradient_checkpointing=True))
+    batch = collate_for_device(make_rows([2, 0, 3]), EOS, LATENT)
+    wanted, found = (gradients(each, each(**batch).loss) for each in (plain, model))
+    assert all((found[name] - gradient).abs().max() < 1e-9 for name, gradient in wanted.items())
