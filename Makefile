@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart quickstart-no-cot prosqa-mini thoughts test test-fast test-real test-families test-multinode torture \
+.PHONY: help quickstart quickstart-no-cot prosqa-mini thoughts table1 test test-fast test-real test-families test-multinode torture \
 	lint clean
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make quickstart-no-cot  the same without reasoning, to compare"
 	@echo "make prosqa-mini  the whole program on ProsQA with a tiny model, a few minutes"
 	@echo "make thoughts     every kind of thought on a small task, three seeds: about half an hour of one core"
+	@echo "make table1       all rows of Table 1 in miniature, 3 to 5 seeds each: about 90 minutes of one core, resumable"
 	@echo "make test         all tests, in two processes, a few minutes (one file: .venv/bin/python -m pytest FILE)"
 	@echo "make test-fast    the quick ones of every module, for while you are writing: about a minute"
 	@echo "make test-real    a pretrained model on real GSM8K rows, a few minutes"
@@ -44,6 +45,16 @@ quickstart: data/tiny_arithmetic/config.json data/arithmetic_test.json
 quickstart-no-cot: data/tiny_arithmetic/config.json data/arithmetic_test.json
 	$(BIN)/torchrun --nproc_per_node 2 run.py args/quickstart_no_cot.yaml
 	$(BIN)/python run.py args/quickstart_no_cot_eval.yaml
+
+data/machine/machine_train.json: preprocessing/machine.py | .venv/installed
+	$(BIN)/python preprocessing/machine.py --out data/machine
+
+data/machine/model/config.json: data/machine/machine_train.json preprocessing/tiny_model.py
+	$(BIN)/python preprocessing/tiny_model.py data/machine/machine_train.json --out data/machine/model \
+		--tokenizer char --shape llama --width 64 --positions 64
+
+table1: data/machine/model/config.json .venv/installed-dev
+	$(BIN)/python experiments/grid.py experiments/table1_mini.yaml
 
 data/prosqa_mini_train.json: preprocessing/prosqa.py | .venv/installed
 	$(BIN)/python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100

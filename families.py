@@ -103,6 +103,8 @@ def _tried(
     for seed in range(TRIES):
         try:
             problem = problem_of(model, tolerance, seed)
+        except (MemoryError, torch.OutOfMemoryError):  # which says nothing of a family
+            raise
         except Exception as error:  # whatever an unknown family may raise
             line = next(iter(str(error).strip().splitlines()), "")
             return f"its forward pass from embeddings fails ({type(error).__name__}{': ' if line else ''}{line})"

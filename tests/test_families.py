@@ -20,7 +20,7 @@ from family_table import (
     dtype_of,
     tiny_model,
 )
-from test_checkpoint import write_tiny
+from test_pretrained import write_tiny
 from transformers import AutoModelForCausalLM
 
 import coconut
