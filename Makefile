@@ -4,12 +4,11 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart quickstart-no-cot prosqa-mini thoughts table1 test test-fast test-real test-families test-multinode torture \
+.PHONY: help quickstart prosqa-mini thoughts table1 test test-fast test-real test-families test-multinode torture \
 	lint clean
 
 help:
-	@echo "make quickstart   train and evaluate Coconut on chained arithmetic: two ranks, CPU, about 10 minutes"
-	@echo "make quickstart-no-cot  the same without reasoning, to compare"
+	@echo "make quickstart   train and evaluate Coconut, and its control without feedback: two CPU cores, about 5 minutes"
 	@echo "make prosqa-mini  the whole program on ProsQA with a tiny model, a few minutes"
 	@echo "make thoughts     every kind of thought on a small task, three seeds: about half an hour of one core"
 	@echo "make table1       all rows of Table 1 in miniature, 3 to 5 seeds each: about 90 minutes of one core, resumable"
@@ -38,13 +37,8 @@ data/tiny_arithmetic/config.json: data/arithmetic_train.json preprocessing/tiny_
 	$(BIN)/python preprocessing/tiny_model.py data/arithmetic_train.json --out data/tiny_arithmetic \
 		--tokenizer char --shape llama --width 64 --untied
 
-quickstart: data/tiny_arithmetic/config.json data/arithmetic_test.json
-	$(BIN)/torchrun --nproc_per_node 2 run.py args/quickstart.yaml
-	$(BIN)/python run.py args/quickstart_eval.yaml
-
-quickstart-no-cot: data/tiny_arithmetic/config.json data/arithmetic_test.json
-	$(BIN)/torchrun --nproc_per_node 2 run.py args/quickstart_no_cot.yaml
-	$(BIN)/python run.py args/quickstart_no_cot_eval.yaml
+quickstart: data/machine/model/config.json .venv/installed-dev
+	$(BIN)/python experiments/grid.py experiments/quickstart.yaml --jobs 2 --out checkpoints/quickstart
 
 data/machine/machine_train.json: preprocessing/machine.py | .venv/installed
 	$(BIN)/python preprocessing/machine.py --out data/machine
@@ -107,4 +101,4 @@ lint: .venv/installed-dev
 	$(BIN)/shellcheck --severity=warning -x -P SCRIPTDIR slurm/* tests/*.sh preprocessing/*.bash benchmarks/*.sh
 
 clean:
-	rm -rf checkpoints/quickstart* checkpoints/prosqa_mini checkpoints/thoughts data/thoughts data/arithmetic_* data/tiny_* data/prosqa_mini_*
+	rm -rf checkpoints/quickstart* checkpoints/prosqa_mini checkpoints/thoughts data/machine data/thoughts data/arithmetic_* data/tiny_* data/prosqa_mini_*

@@ -367,12 +367,14 @@ def _preparation_hint(path: str) -> str:
         "prosqa_mini": "python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100",
         "prosqa": "python preprocessing/prosqa.py",
         "arithmetic": "python preprocessing/arithmetic.py",
+        "machine": "python preprocessing/machine.py --out data/machine",
         "tiny_arithmetic": "make data/tiny_arithmetic/config.json",
         "tiny_prosqa": "make data/tiny_prosqa/config.json",
     }
     how = next((how for word, how in hints.items() if Path(path).name.startswith(word)), None)
-    if Path(path).parent.as_posix().endswith("data/thoughts"):
-        how = "make data/thoughts/model/config.json"
+    for folder in ("data/thoughts", "data/machine"):
+        if Path(path).name == "model" and Path(path).parent.as_posix().endswith(folder):
+            how = f"make {folder}/model/config.json"
     return f" (make it with: {how})" if how else ""
 
 

@@ -26,7 +26,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from config import Config
-from utils import UserError, read_log, report
+from utils import UserError, read_log, report, tell
 
 # ---------------------------------------------------------------------------------------------------------------
 # What a grid is
@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             from tables import write_report
 
-            write_report(grid, jobs_of(grid, None, None, tuple(options.set)), options.out)
+            tell(write_report(grid, jobs_of(grid, None, None, tuple(options.set)), options.out))
     except UserError as error:
         return report(error)
     return 0

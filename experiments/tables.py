@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from examples import load_examples
+from utils import writing
 
 if TYPE_CHECKING:
     from grid import Grid, Job
@@ -21,15 +22,20 @@ LEARNT = 0.9  # from this accuracy on a seed counts as having learnt the task
 RESAMPLES = 10_000
 
 
-def write_report(grid: Grid, jobs: list[Job], out: Path) -> None:
-    """Writes what the finished runs have come to; nothing where there is none."""
+def write_report(grid: Grid, jobs: list[Job], out: Path) -> str:
+    """Writes what the finished runs have come to; returns the table, and where the rest is. Raises UserError."""
     results = collect(grid, jobs)
     if not results:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{grid.name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (out / f"{grid.name}.md").write_text(as_text(grid, results), encoding="utf-8")
-    draw(grid, results, out / f"{grid.name}.png")
+        return f"no run of {grid.name} is finished"
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{grid.name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (out / f"{grid.name}.md").write_text(as_text(grid, results), encoding="utf-8")
+        draw(grid, results, out / f"{grid.name}.png")
+    rows = table(grid, results)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "", f"the report: {out / grid.name}.md; its figure: {out / grid.name}.png"])
 
 
 def collect(grid: Grid, jobs: list[Job]) -> dict[str, list[dict]]:
@@ -81,7 +87,6 @@ def difference(rows: list[dict], control: list[dict]) -> tuple[float, float, flo
 def as_text(grid: Grid, results: dict[str, list[dict]]) -> str:
     """The text of results/NAME.md."""
     n_questions = len(next(iter(results.values()))[0]["correct"])
-    steps = list(next(iter(results.values()))[0]["by_steps"])
     lines = [f"# {grid.title}", "", f"    python experiments/grid.py experiments/{grid.name}.yaml", ""]
     if grid.about:
         lines += [grid.about.strip(), ""]
@@ -93,11 +98,8 @@ def as_text(grid: Grid, results: dict[str, list[dict]]) -> str:
         f"Minutes: training and validation, what a run begins with included, on one core.",
         "",
     ]
-    against = f" | less {grid.control} (95 %)" if grid.control in results else ""
-    by_steps = " / ".join(str(n) for n in steps)
-    lines.append(f"| run | paper | accuracy | seeds | learnt | by steps: {by_steps} | tokens | minutes{against} |")
-    lines.append("|---" * (8 + bool(against)) + "|")
-    lines += [table_row(grid, run, rows, results.get(grid.control)) for run, rows in results.items()]
+    head, *rows = table(grid, results)
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
     if grid.prediction:
         lines += ["", "## Predicted before the runs", "", grid.prediction.strip()]
     lines += ["", f"![accuracy by epoch]({grid.name}.png)", ""]
@@ -106,23 +108,31 @@ def as_text(grid: Grid, results: dict[str, list[dict]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table_row(grid: Grid, run: str, rows: list[dict], control: list[dict] | None) -> str:
+def table(grid: Grid, results: dict[str, list[dict]]) -> list[list[str]]:
+    """The cells of the report's table, the head first; without the columns that are empty."""
+    steps = " / ".join(str(n) for n in next(iter(results.values()))[0]["by_steps"])
+    head = ["run", "paper", "accuracy", "seeds", "learnt", f"by steps: {steps}", "tokens", "minutes"]
+    head.append(f"less {grid.control} (95 %)")
+    rows = [head, *(cells_of(grid, run, rows, results.get(grid.control, [])) for run, rows in results.items())]
+    filled = [column for column in range(len(head)) if any(row[column] for row in rows[1:])]
+    return [[row[column] for column in filled] for row in rows]
+
+
+def cells_of(grid: Grid, run: str, rows: list[dict], control: list[dict]) -> list[str]:
     spec, accuracy = grid.runs[run], [100 * row["accuracy"] for row in rows]
     spread = f" ± {statistics.stdev(accuracy):.1f}" if len(accuracy) > 1 else ""
-    cells = [
+    found = difference(rows, control) if run != grid.control else None
+    return [
         spec.label or run,
         spec.paper or "",
         f"{statistics.mean(accuracy):.1f}{spread}",
-        " ".join(f"{value:.1f}" for value in accuracy),
+        " ".join(f"{value:.1f}" for value in accuracy) if len(accuracy) > 1 else "",
         f"{sum(row['accuracy'] >= LEARNT for row in rows)} of {len(rows)}",
         " / ".join(f"{100 * statistics.mean(row['by_steps'][n] for row in rows):.0f}" for n in rows[0]["by_steps"]),
         f"{statistics.mean(row['tokens'] for row in rows):.1f}",
         f"{statistics.mean(row['seconds'] for row in rows) / 60:.1f}",
+        "" if found is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in found)),
     ]
-    if control is not None:
-        found = difference(rows, control) if run != grid.control else None
-        cells.append("" if found is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in found)))
-    return f"| {' | '.join(cells)} |"
 
 
 def draw(grid: Grid, results: dict[str, list[dict]], path: Path) -> None:

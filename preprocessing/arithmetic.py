@@ -1,4 +1,4 @@
-"""Writes the quickstart's data: chained arithmetic, written the way iCoT writes GSM8K.
+"""Writes chained arithmetic, written the way iCoT writes GSM8K.
 
 An example computes from left to right, modulo a small base:
 
