@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,6 +59,7 @@ class Grid:
     save_path: str
     runs: dict[str, RunSpec]
     test_path: str
+    needs: dict[str, str] = field(default_factory=dict)  # file -> the script, with its arguments, that makes it
     beginnings: dict[str, RunSpec] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     control: str | None = None  # the run that the others are compared with, question by question
@@ -180,6 +182,16 @@ class Job:
         return list({record["epoch"]: record for record in records}.values())
 
 
+def prepare(grid: Grid) -> None:
+    """Makes the files that the grid needs and that are not there. Raises UserError where a script fails."""
+    for path, script in grid.needs.items():
+        if not Path(path).exists():
+            print(f"making {path}", flush=True)
+            done = subprocess.run([sys.executable, *shlex.split(script)], capture_output=True, text=True, check=False)
+            if done.returncode or not Path(path).exists():
+                raise UserError(f"{path} could not be made by {script}: {done.stderr.strip().splitlines()[-1:]}")
+
+
 def jobs_of(grid: Grid, only: list[str] | None, seeds: list[int] | None, more: tuple[str, ...]) -> list[Job]:
     """All jobs, seed by seed, so that an interrupted grid has whole seeds; a beginning before what needs it."""
     if unknown := set(only or ()) - grid.runs.keys():
@@ -260,6 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         grid = read_grid(options.grid)
         jobs = jobs_of(grid, options.only, options.seeds, tuple(options.set))
+        prepare(grid)
         if options.dry_run:
             from costs import print_plan
 
