@@ -11,12 +11,11 @@ import difflib
 import json
 import re
 import sys
-import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from config_files import Layer, Value, override_layer, yaml_layers
+from config_files import Layer, Value, check_range, converted, override_layer, yaml_layers
 from utils import UserError, launched_ranks, report
 
 METHODS = ("coconut", "cot", "no_cot", "no_thoughts", "icot")
@@ -415,76 +414,14 @@ def _checked(cls, values: dict[str, Value], problems: list[str]) -> dict:
             continue
         written = values[field.name]
         try:
-            value = _converted(_as_written(written, annotations[field.name]), annotations[field.name])
-            _check_range(value, field.metadata)
+            value = converted(written, annotations[field.name])
+            check_range(value, field.metadata)
         except ValueError as error:
             shown = written.value if written.text is None or isinstance(written.value, str) else written.text
             problems.append(f"{field.name} {error}, not {shown!r}")
             continue
         result[field.name] = value
     return result
-
-
-def _as_written(written: Value, annotation):
-    """The value without what YAML 1.1 makes of a text: of 0123 an octal number, of 1:30 one to the base of 60, of a
-    name such as 2026-01-31 or `on` no text at all."""
-    value, text = written
-    if value is None or text is None:
-        return value
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    if str in options and bool not in options:
-        return text
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if re.fullmatch(r"[+-]?\d+", text):
-            return int(text)
-        if ":" in text:
-            return text
-    return value
-
-
-def _converted(value, annotation):
-    """`value` as the annotated type. Raises ValueError with what was expected."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    if value is None or value == "None":  # the reference writes the string None where YAML has null
-        if type(None) in options:
-            return None
-        raise ValueError("must be set")
-    for option in options:
-        if option is bool and isinstance(value, bool):
-            return value
-        if option is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if option is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
-                return float(value)  # YAML reads 1e-4 as text
-            except ValueError:
-                pass
-        if option is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            return str(value)
-        if option == list[int] and isinstance(value, list) and value and all(type(entry) is int for entry in value):
-            return value
-    names = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        list[int]: "a list of whole numbers",
-    }
-    raise ValueError("must be " + " or ".join(names[option] for option in options if option in names))
-
-
-def _check_range(value, metadata) -> None:
-    if metadata["choices"] and isinstance(value, str) and value not in metadata["choices"]:
-        raise ValueError("must be one of " + ", ".join(metadata["choices"]))
-    if metadata["check"]:
-        metadata["check"](value)
-    for number in value if isinstance(value, list) else [value]:
-        if not isinstance(number, (int, float)) or isinstance(number, bool):
-            continue
-        if metadata["low"] is not None and not number >= metadata["low"]:
-            raise ValueError(f"must be at least {metadata['low']}")
-        if metadata["high"] is not None and not number <= metadata["high"]:
-            raise ValueError(f"must be at most {metadata['high']}")
 
 
 def configure(description: str, schedule: typing.Callable[[Config, int], str]) -> Config:

@@ -5,6 +5,9 @@ A value is kept with its text: what YAML makes of `0123` or `on` is not what was
 
 from __future__ import annotations
 
+import re
+import types
+import typing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,3 +93,75 @@ def _read(text: str, name: str, problems: list[str]) -> dict[str, Value]:
         return {key: Value(value, texts.get(key)) for key, value in loaded.items()}
     finally:
         loader.dispose()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From what is written to a value of a type
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def converted(written: Value, annotation):
+    """What is written as the annotated type of a key. Raises ValueError with what was expected."""
+    return _converted(_as_written(written, annotation), annotation)
+
+
+def _as_written(written: Value, annotation):
+    """The value without what YAML 1.1 makes of a text: of 0123 an octal number, of 1:30 one to the base of 60, of a
+    name such as 2026-01-31 or `on` no text at all."""
+    value, text = written
+    if value is None or text is None:
+        return value
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if str in options and bool not in options:
+        return text
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if re.fullmatch(r"[+-]?\d+", text):
+            return int(text)
+        if ":" in text:
+            return text
+    return value
+
+
+def _converted(value, annotation):
+    """`value` as the annotated type. Raises ValueError with what was expected."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if value is None or value == "None":  # the reference writes the string None where YAML has null
+        if type(None) in options:
+            return None
+        raise ValueError("must be set")
+    for option in options:
+        if option is bool and isinstance(value, bool):
+            return value
+        if option is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if option is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)  # YAML reads 1e-4 as text
+            except ValueError:
+                pass
+        if option is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+        if option == list[int] and isinstance(value, list) and value and all(type(entry) is int for entry in value):
+            return value
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        list[int]: "a list of whole numbers",
+    }
+    raise ValueError("must be " + " or ".join(names[option] for option in options if option in names))
+
+
+def check_range(value, metadata) -> None:
+    if metadata["choices"] and isinstance(value, str) and value not in metadata["choices"]:
+        raise ValueError("must be one of " + ", ".join(metadata["choices"]))
+    if metadata["check"]:
+        metadata["check"](value)
+    for number in value if isinstance(value, list) else [value]:
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            continue
+        if metadata["low"] is not None and not number >= metadata["low"]:
+            raise ValueError(f"must be at least {metadata['low']}")
+        if metadata["high"] is not None and not number <= metadata["high"]:
+            raise ValueError(f"must be at most {metadata['high']}")

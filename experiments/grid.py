@@ -17,7 +17,7 @@ import os
 import shlex
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from config import Config
+from curriculum import stage_name
 from utils import UserError, read_log, report, tell
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def _known(cls, values, where: str, problems: list[str]) -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """One run of one seed."""
 
@@ -171,8 +172,10 @@ class Job:
     def commands(self) -> list[list[str]]:
         """What is still to do: to train, and to evaluate on the test split."""
         start = [sys.executable, str(ROOT / "run.py"), str(ROOT / self.grid.base), *self.overrides]
-        of_test = [text for text in start if text.partition("=")[0] not in ("load_model_path", "resume", "val_path")]
-        of_test += ["only_eval=true", f"load_model_path={self.folder}", f"val_path={self.grid.test_path}"]
+        of_training = ("from_scratch", "load_model_path", "resume", "val_path")
+        of_test = [text for text in start if text.partition("=")[0] not in of_training]
+        of_test += ["only_eval=true", "from_scratch=false", f"load_model_path={self.folder}"]
+        of_test.append(f"val_path={self.grid.test_path}")
         commands = [] if self.is_trained else [start]
         return commands if self.run in self.grid.beginnings or self.is_done else [*commands, of_test]
 
@@ -214,6 +217,7 @@ def work(jobs: list[Job], at_once: int) -> None:
 
     failed: list[str] = []
     waiting = [job for job in jobs if not job.is_done]
+    news = News(waiting)
     with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(waiting), unit="run", desc=jobs[0].grid.name) as bar:
         tasks: dict[str, Future] = {}
 
@@ -223,14 +227,39 @@ def work(jobs: list[Job], at_once: int) -> None:
                     tasks[job.begin.name].result()
                 if not job.begin.is_trained:
                     return  # of which there is a complaint already
-            bar.set_postfix_str(job.name)
             failed.extend(run_commands(job))
             bar.update()
 
         for job in waiting:
             tasks[job.name] = pool.submit(attend, job)
+        left = set(tasks.values())
+        while left:
+            _, left = wait(left, timeout=2)
+            for line in news.lines():
+                tqdm.write(line, file=sys.stderr)
+    for task in tasks.values():
+        task.result()
     if failed:
         raise UserError("; ".join(failed))
+
+
+class News:
+    """What the epochs of jobs have come to since it was asked last."""
+
+    def __init__(self, jobs: list[Job]):
+        self.told = {job: len(job.epochs()) for job in jobs}
+
+    def lines(self) -> list[str]:
+        found = []
+        for job, n_told in self.told.items():
+            epochs = job.epochs()
+            for record in epochs[n_told:]:
+                found.append(
+                    f"{job.name}: epoch {record['epoch'] + 1} of {job.config.num_epochs}, stage "
+                    f"{stage_name(record['stage'])}, validation accuracy {record['accuracy']:.1%}"
+                )
+            self.told[job] = len(epochs)
+        return found
 
 
 def run_commands(job: Job) -> list[str]:

@@ -25,6 +25,7 @@ def place(tmp_path_factory):
         (folder / f"{name}.json").write_text(json.dumps(examples))
     tiny_model.write_model([folder / "train.json"], folder / "model", "char", "llama", 16, 1, 2, 64)
     base = {"model_id": str(folder / "model"), "epochs_per_stage": 1, "max_latent_stage": 1, "num_epochs": 2}
+    base |= {"from_scratch": True}
     base |= {"train_path": str(folder / "train.json"), "val_path": str(folder / "valid.json"), "max_new_tokens": 2}
     (folder / "base.yaml").write_text(yaml.safe_dump(base | {"wandb": "disabled", "num_workers": 0}))
     content = {
