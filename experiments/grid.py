@@ -203,7 +203,8 @@ def jobs_of(grid: Grid, only: list[str] | None, seeds: list[int] | None, more: t
     every_seed = sorted({seed for spec in grid.runs.values() for seed in spec.seeds or grid.seeds})
     for seed in every_seed if seeds is None else seeds:
         for run, spec in grid.runs.items():
-            if (only is None or run in only) and seed in (spec.seeds or grid.seeds):
+            wanted = seeds is not None or seed in (spec.seeds or grid.seeds)
+            if wanted and (only is None or run in only):
                 job = Job(grid, run, seed, more)
                 if job.begin is not None:
                     found.setdefault(job.begin.name, job.begin)
@@ -287,7 +288,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path, help="a YAML file of experiments/")
     parser.add_argument("--only", nargs="+", metavar="RUN", help="some of its runs")
-    parser.add_argument("--seeds", type=int, nargs="+", help="(default: the grid's)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of all runs, and in the report (default: the grid's)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once (default: the number of cores)")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="set keys of every run")
     parser.add_argument("--dry-run", action="store_true", help="print commands and what they will cost, and stop")
@@ -315,7 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             from tables import write_report
 
-            tell(write_report(grid, jobs_of(grid, None, None, tuple(options.set)), options.out))
+            tell(write_report(grid, jobs_of(grid, None, options.seeds, tuple(options.set)), options.out))
     except UserError as error:
         return report(error)
     return 0

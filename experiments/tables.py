@@ -40,7 +40,7 @@ def write_report(grid: Grid, jobs: list[Job], out: Path) -> str:
 
 def collect(grid: Grid, jobs: list[Job]) -> dict[str, list[dict]]:
     """run -> for each finished seed: "seed"; of the test split "accuracy", "by_steps" (number of steps -> accuracy),
-    "tokens", "correct" (one 0 or 1 a question); "seconds" of training and validation; "epochs", for the curves."""
+    "tokens", "correct" (a 0 or 1 for each question); "seconds" of training and validation; "epochs", for the curves."""
     n_steps = [len(example["steps"]) for example in load_examples(grid.test_path)] if jobs else []
     results: dict[str, list[dict]] = {}
     for job in jobs:
@@ -62,7 +62,7 @@ def collect(grid: Grid, jobs: list[Job]) -> dict[str, list[dict]]:
                 "tokens": metrics["generated_tokens"],
                 "seconds": sum(record["train_seconds"] + record["seconds"] for record in epochs),
                 "epochs": [{name: record[name] for name in ("epoch", "stage", "accuracy")} for record in epochs],
-                "correct": correct,
+                "correct": "".join(map(str, correct)),
             }
         )
     return {run: results[run] for run in grid.runs if run in results}
@@ -71,8 +71,8 @@ def collect(grid: Grid, jobs: list[Job]) -> dict[str, list[dict]]:
 def difference(rows: list[dict], control: list[dict]) -> tuple[float, float, float] | None:
     """(mean, low, high): accuracy less the control's over the seeds that both have, with a 95 % bootstrap over the
     questions within each seed; a question's two answers stay together."""
-    of_control = {row["seed"]: np.array(row["correct"]) for row in control}
-    pairs = [np.array(row["correct"]) - of_control[row["seed"]] for row in rows if row["seed"] in of_control]
+    of_control = {row["seed"]: answers(row) for row in control}
+    pairs = [answers(row) - of_control[row["seed"]] for row in rows if row["seed"] in of_control]
     if not pairs:
         return None
     random = np.random.default_rng(0)
@@ -82,6 +82,11 @@ def difference(rows: list[dict], control: list[dict]) -> tuple[float, float, flo
         means += pair[drawn].mean(axis=1) / len(pairs)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(np.mean([pair.mean() for pair in pairs])), float(low), float(high)
+
+
+def answers(row: dict) -> np.ndarray:
+    """(questions,) int64, 1 where an answer is right."""
+    return np.array([int(digit) for digit in row["correct"]])
 
 
 def as_text(grid: Grid, results: dict[str, list[dict]]) -> str:
@@ -153,12 +158,14 @@ def draw(grid: Grid, results: dict[str, list[dict]], path: Path) -> None:
     for before, record in pairwise(staged):
         if record["stage"] != before["stage"]:
             panel.axvline(record["epoch"] + 0.5, color="0.7", linestyle=":")
-            panel.text(record["epoch"] + 0.55, 101, f"stage {record['stage']}", fontsize=7, color="0.4")
+            place = {"x": record["epoch"] + 0.55, "y": 1.01, "transform": panel.get_xaxis_transform()}
+            panel.text(**place, s=f"stage {record['stage']}", fontsize=7, color="0.4")
     if grid.chance is not None:
         panel.axhline(100 * grid.chance, color="0.5", linestyle="--", linewidth=1)
-        panel.text(0.5, 100 * grid.chance + 1, "chance", fontsize=7, color="0.4")
-    panel.set(xlabel="epoch", ylabel="validation accuracy, %", ylim=(0, 105), title=grid.title)
-    panel.title.set_y(1.03)
+        place = {"x": 0.995, "y": 100 * grid.chance + 0.7, "transform": panel.get_yaxis_transform()}
+        panel.text(**place, s="chance", fontsize=7, color="0.4", ha="right")
+    panel.set(xlabel="epoch", ylabel="validation accuracy, %", ylim=(0, 105))
+    panel.set_title(grid.title, y=1.05)
     panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=100, metadata={"Software": None})

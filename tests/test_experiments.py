@@ -154,8 +154,8 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(place, tmp_path, monkeypa
 
 
 def test_differences_are_paired_by_question():
-    mine = [{"seed": 0, "correct": [1, 1, 1, 0]}, {"seed": 1, "correct": [1, 1, 0, 0]}, {"seed": 2, "correct": [0] * 4}]
-    control = [{"seed": 0, "correct": [0, 0, 1, 0]}, {"seed": 1, "correct": [0, 0, 0, 0]}]
+    mine = [{"seed": 0, "correct": "1110"}, {"seed": 1, "correct": "1100"}, {"seed": 2, "correct": "0000"}]
+    control = [{"seed": 0, "correct": "0010"}, {"seed": 1, "correct": "0000"}]
     mean, low, high = tables.difference(mine, control)
     assert mean == 0.5
     assert 0 <= low < mean < high <= 1
