@@ -5,6 +5,7 @@ A value is kept with its text: what YAML makes of `0123` or `on` is not what was
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,9 +66,42 @@ def override_layer(overrides, problems: list[str]) -> list[Layer]:
     return [Layer("the command line", values)] if values else []
 
 
+class _Loader(yaml.SafeLoader):
+    """Takes whole numbers as they are written, within lists too: 010 is ten."""
+
+    def whole_number(self, node: yaml.ScalarNode) -> int:
+        if re.fullmatch(r"[+-]?\d+", node.value):
+            return int(node.value)
+        return self.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.whole_number)
+
+
+def _check_keys(node: yaml.Node, name: str, problems: list[str], seen: set[int]) -> None:
+    """Adds the keys that a mapping, or one within it, has twice. Raises ValueError where one is no plain text."""
+    if id(node) in seen:  # an alias stands for the node itself
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_keys(item, name, problems, seen)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"the key in line {line} is no plain text")
+        if key.value in lines:
+            problems.append(f"{name} has the key {key.value!r} twice, in lines {lines[key.value]} and {line}")
+        lines[key.value] = line
+        _check_keys(value, name, problems, seen)
+
+
 def _read(text: str, name: str, problems: list[str]) -> dict[str, Value]:
     """The keys of a YAML mapping. Raises YAMLError, and ValueError where a scalar cannot be what it seems to be."""
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -75,12 +109,7 @@ def _read(text: str, name: str, problems: list[str]) -> dict[str, Value]:
         if not isinstance(node, yaml.MappingNode):
             problems.append(f"{name} must hold `key: value` lines")
             return {}
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                problems.append(f"{name} has the key {key.value!r} twice, in lines {lines[key.value]} and {line}")
-            lines[str(key.value)] = line
+        _check_keys(node, name, problems, set())
         texts = {
             key.value: value.value
             for key, value in node.value
