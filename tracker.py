@@ -132,11 +132,11 @@ def _one_line(error: BaseException) -> str:
 
 def wandb_mode(wanted: str) -> str:
     """online | offline | disabled: what is wanted, but never a login prompt."""
-    mode = os.environ.get("WANDB_MODE", wanted)
+    mode = os.environ.get("WANDB_MODE") or wanted
     if mode != "online" or os.environ.get("WANDB_API_KEY"):
         return mode
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
     try:
         return "online" if netrc.netrc(os.environ.get("NETRC")).authenticators(host) else "offline"
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
         return "offline"

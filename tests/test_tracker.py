@@ -208,6 +208,10 @@ def test_wandb_is_offline_where_nobody_is_logged_in(monkeypatch, tmp_path):
     assert wandb_mode("disabled") == "disabled"
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
     assert wandb_mode("online") == "online"
+    (tmp_path / "netrc").write_bytes(b"\xff\xfe\x00")
+    assert wandb_mode("online") == "offline"
+    monkeypatch.setenv("WANDB_MODE", "")  # as good as not set
+    assert wandb_mode("disabled") == "disabled"
     (tmp_path / "netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert wandb_mode("online") == "online"
