@@ -39,6 +39,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 import parallel
 from config import Config
@@ -163,7 +165,7 @@ def save(
         retried((aside / OPTIMIZER).stat)  # which rank 0 has made, on another node perhaps
         torch.save(_random_state(world), aside / "trainer" / f"random_{world.rank}.pt")
         if world.is_main:
-            pretrained.model.base_causallm.save_pretrained(aside, state_dict=_under(PREFIX, weights))
+            _save_base(pretrained.model.base_causallm, aside, _under(PREFIX, weights))
             if learnt := _under(THOUGHT_PREFIX, weights):
                 save_file({name: value.contiguous() for name, value in learnt.items()}, aside / THOUGHT_FILE)
             pretrained.tokenizer.save_pretrained(aside)
@@ -188,6 +190,24 @@ def save(
         raise
     on_main_rank(world, lambda: _prune(config, progress))
     return target
+
+
+def _save_base(base: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """A Hugging Face folder of the model; its generation_config as it is.
+
+    transformers loads settings that contradict each other, such as a temperature without do_sample, of which published
+    models have many, but refuses to save them once one has been changed: here the stop tokens.
+    """
+    settings = base.generation_config if base.can_generate() else None
+    if settings is None:
+        base.save_pretrained(folder, state_dict=weights)
+        return
+    base.generation_config = GenerationConfig()
+    try:
+        base.save_pretrained(folder, state_dict=weights)
+    finally:
+        base.generation_config = settings
+    settings.to_json_file(folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
 
 
 def _description(config: Config, pretrained: Pretrained, stage: int) -> dict:
@@ -271,8 +291,12 @@ def _prune(config: Config, progress: Progress) -> None:
         return
     best = max(progress.best.items(), default=None)  # of the latest stage
     for path in [path for path in everything if _is_of_finished_epoch(path)][: -config.keep_checkpoints]:
-        accuracy = json.loads((path / "metrics.json").read_text(encoding="utf-8"))["accuracy"]
-        if (read_description(path)["stage"], accuracy) == best:
+        try:
+            accuracy = json.loads((path / "metrics.json").read_text(encoding="utf-8"))["accuracy"]
+            stage = read_description(path)["stage"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged: whoever owns it may want to restore it
+        if (stage, accuracy) == best:
             best = None
         else:
             _remove(path)
@@ -390,7 +414,7 @@ def changes(config: Config, run_dir: Path) -> dict[str, str]:
     "key 1, not 2"."""
     try:
         before = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+    except (OSError, yaml.YAMLError, ValueError):
         return {}
     if not isinstance(before, dict):
         return {}

@@ -287,7 +287,7 @@ class Config:
             found.append(f"resume {self.resume} leaves nothing of num_epochs {self.num_epochs}")
         if self.only_eval and self.load_model_path is None:
             found.append("only_eval needs load_model_path: the checkpoint to evaluate")
-        if re.search(r"[/\\]|^\.*$", self.name):
+        if re.search(r"[/\\\0]|^\.*$", self.name):
             found.append(f"name {self.name!r} must be a plain folder name")
         if isinstance(self.epochs_per_stage, list) and len(self.epochs_per_stage) > self.last_stage + 1:
             found.append(

@@ -68,9 +68,42 @@ def override_layer(overrides, problems: list[str]) -> list[Layer]:
     return [Layer("the command line", values)] if values else []
 
 
+class _Loader(yaml.SafeLoader):
+    """Takes whole numbers as they are written, within lists too: 010 is ten."""
+
+    def whole_number(self, node: yaml.ScalarNode) -> int:
+        if re.fullmatch(r"[+-]?\d+", node.value):
+            return int(node.value)
+        return self.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.whole_number)
+
+
+def _check_keys(node: yaml.Node, name: str, problems: list[str], seen: set[int]) -> None:
+    """Adds the keys that a mapping, or one within it, has twice. Raises ValueError where one is no plain text."""
+    if id(node) in seen:  # an alias stands for the node itself
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_keys(item, name, problems, seen)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"the key in line {line} is no plain text")
+        if key.value in lines:
+            problems.append(f"{name} has the key {key.value!r} twice, in lines {lines[key.value]} and {line}")
+        lines[key.value] = line
+        _check_keys(value, name, problems, seen)
+
+
 def _read(text: str, name: str, problems: list[str]) -> dict[str, Value]:
     """The keys of a YAML mapping. Raises YAMLError, and ValueError where a scalar cannot be what it seems to be."""
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -78,12 +111,7 @@ def _read(text: str, name: str, problems: list[str]) -> dict[str, Value]:
         if not isinstance(node, yaml.MappingNode):
             problems.append(f"{name} must hold `key: value` lines")
             return {}
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                problems.append(f"{name} has the key {key.value!r} twice, in lines {lines[key.value]} and {line}")
-            lines[str(key.value)] = line
+        _check_keys(node, name, problems, set())
         texts = {
             key.value: value.value
             for key, value in node.value
@@ -106,20 +134,16 @@ def converted(written: Value, annotation):
 
 
 def _as_written(written: Value, annotation):
-    """The value without what YAML 1.1 makes of a text: of 0123 an octal number, of 1:30 one to the base of 60, of a
-    name such as 2026-01-31 or `on` no text at all."""
+    """The value without what YAML 1.1 makes of a text: of 1:30 a number to the base of 60, of a name such as 0123,
+    2026-01-31 or `on` no text at all."""
     value, text = written
     if value is None or text is None:
         return value
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     if str in options and bool not in options:
         return text
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if re.fullmatch(r"[+-]?\d+", text):
-            return int(text)
-        if ":" in text:
-            return text
-    return value
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return text if is_number and ":" in text else value
 
 
 def _converted(value, annotation):

@@ -164,6 +164,7 @@ def validation_loss(pretrained: Pretrained, tokens: Tokens, stage: int, config: 
         batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
         with autocast(config, world):
             total += torch.tensor([model(**batch).loss.item() * count, count], dtype=torch.float64)
+    meet(world)  # all ranks, however much slower some are
     dist.all_reduce(total)  # all ranks
     return (total[0] / total[1]).item()
 

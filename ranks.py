@@ -24,14 +24,16 @@ import typing
 import uuid
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 
-from utils import UserError, launched_ranks, retried, writing
+from utils import Patient, UserError, launched_ranks, retried, writing
 
 LAUNCHER = os.getppid()  # of a rank: torchrun
 EXIT_HANDLERS_SECONDS = 15
+_patient: list = []  # the process group whose collectives have no limit, where there are several ranks
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def setup_distributed() -> World:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if size > 1:
+        _patient.append(dist.new_group(backend="gloo", timeout=timedelta(days=365)))
     return World(rank, local_rank, size, device)
 
 
@@ -136,6 +140,7 @@ def cleanup_distributed(orderly: bool = True) -> None:
     import torch.distributed as dist
 
     if dist.is_initialized() and (orderly or dist.get_world_size() == 1):
+        _patient.clear()
         dist.destroy_process_group()
 
 
@@ -144,11 +149,17 @@ def run_to_the_end(main: typing.Callable[..., int], *arguments) -> typing.NoRetu
 
     An exception that went on to Python's own exit would wait there for loader processes, which do not heed SIGTERM.
     """
+    if sys.stderr is not None:
+        sys.stderr = Patient(sys.stderr)
     code = 1
     try:
         code = main(*arguments)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     leave(code)
@@ -168,7 +179,7 @@ def leave(code: int) -> typing.NoReturn:
     end_children()
     atexit._run_exitfuncs()  # Python has no public call for this
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # nobody reads it any more
+        with suppress(OSError, AttributeError):  # nobody reads it any more, or it was closed from the beginning
             stream.flush()
     os._exit(code)
 
@@ -221,22 +232,21 @@ def on_every_rank(world: World, action: typing.Callable) -> list:
 def meet(world: World) -> None:
     """Waits for all ranks, without a limit: before a collective, to which some may come hours after the others.
 
-    Collectives give up after half an hour, and tokenizing, loading or generating may take longer. Should a rank die
-    meanwhile, torchrun ends the others. Collective: every rank must call it.
+    Collectives give up after half an hour, and tokenizing, loading or generating may take longer. Where a rank dies
+    meanwhile, the others end. Collective: every rank must call it.
     """
     if world.size == 1:
         return
-    from torch.distributed.distributed_c10d import _get_default_store
+    import torch.distributed as dist
 
-    store = _get_default_store()
-    number = store.add(f"meetings of rank {world.rank}", 1)
-    place, pause = f"meeting {number}", 0.001
-    store.add(place, 1)
-    if world.is_main:
-        store.delete_key(f"meeting {number - 2}")  # which everybody has left: all have come to the one after
-    while store.add(place, 0) < world.size:
+    work, pause = dist.barrier(_patient[-1], async_op=True), 0.001  # all ranks
+    while not work.is_completed():  # unlike wait, this leaves Python to heed signals
         time.sleep(pause)
         pause = min(2 * pause, 0.25)
+    try:
+        work.wait()
+    except RuntimeError:  # what there is to read is said by the rank that has failed
+        sys.exit(f"rank {world.rank} ends because another one has")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -108,9 +108,11 @@ def train(config: Config, world: World, interruption: Interruption) -> None:
     run.logger.hurry = interruption.came
     with run.logger:
         run.throughput = Throughput(FlopCounter.of(run.model), peak_flops(world.device))
+        ranks.meet(world)  # all ranks
         run.wrapped = parallel.wrap(run.model, world)
         restore(run, newest)
         announce(run, newest)
+        ranks.meet(world)  # all ranks: some may have read for longer
         while (epoch := run.progress.epoch) < config.num_epochs:
             stage = train_epoch(run, epoch)
             # a signal has come, or one may come during the validation, and the kill before its end
@@ -170,6 +172,9 @@ def prepare(config: Config, world: World, source: Path | None, progress: Progres
         )
     progress.data = data.train_digest
     logger = RunLogger(config.run_dir / "eval" if config.only_eval else config.run_dir, world.is_main)
+    # all ranks; before the log is opened: what fails from then on has to close it
+    for text in ranks.on_main_rank(world, lambda: evaluate.unreachable(loaded.tokenizer, data, config.val_path)):
+        logger.say(f"warning: {text}")
 
     def open_log() -> str | None:
         values = dataclasses.asdict(config)
@@ -177,8 +182,6 @@ def prepare(config: Config, world: World, source: Path | None, progress: Progres
         return logger.open(values, progress.wandb_id)
 
     progress.wandb_id = ranks.on_main_rank(world, open_log)  # all ranks
-    for text in evaluate.unreachable(loaded.tokenizer, data, config.val_path) if world.is_main else []:
-        logger.say(f"warning: {text}")
     return Run(config, world, loaded, data, logger, progress)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
 
-LIMITS = {"start": 90, "log": 20, "finish": 120}  # seconds
+LIMITS = {"start": 90, "log": 20, "finish": 120, "hurry": 5}  # seconds
 
 
 class Tracker:
@@ -70,7 +70,7 @@ class Tracker:
 
     def finish(self, exit_code: int, interrupted: bool, hurry: Callable[[], bool]) -> None:
         """Ends the run with the program's exit code; `interrupted` where a signal has stopped it and another job goes
-        on. Nothing is waited for once `hurry` says so."""
+        on. Once `hurry` says so, there are only seconds for it."""
         if self.run is None:
             return
         run = self.run
@@ -88,10 +88,13 @@ class Tracker:
         done: Future = Future()
         self._calls.put((action, done))
         end = time.monotonic() + LIMITS[what]
-        while not done.done() and time.monotonic() < end and not hurry():
+        hurried = False
+        while not done.done() and time.monotonic() < end:
+            if not hurried and hurry():
+                hurried, end = True, min(end, time.monotonic() + LIMITS["hurry"])
             wait([done], timeout=0.1)
         if not done.done():
-            problem = "a signal has come first" if hurry() else f"no answer within {LIMITS[what]} seconds"
+            problem = "a signal has come first" if hurried else f"no answer within {LIMITS[what]} seconds"
         elif (error := done.exception()) is not None:
             problem = _one_line(error)
         else:
@@ -129,11 +132,11 @@ def _one_line(error: BaseException) -> str:
 
 def wandb_mode(wanted: str) -> str:
     """online | offline | disabled: what is wanted, but never a login prompt."""
-    mode = os.environ.get("WANDB_MODE", wanted)
+    mode = os.environ.get("WANDB_MODE") or wanted
     if mode != "online" or os.environ.get("WANDB_API_KEY"):
         return mode
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
     try:
         return "online" if netrc.netrc(os.environ.get("NETRC")).authenticators(host) else "offline"
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
         return "offline"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -55,6 +56,25 @@ def launched_ranks() -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------------------
 # Progress and the run logger
 # ---------------------------------------------------------------------------------------------------------------
+
+
+class Patient:
+    """A stream that nobody reads any more, or whose disk is full, ends nothing: what it cannot take is lost."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
 
 
 def progress_bar(iterable, title: str, unit: str, shown: bool):
@@ -133,6 +153,8 @@ class RunLogger:
             with suppress(OSError):  # of what a full disk has kept from being written there was a complaint already
                 self.file.close()
         code = 0 if kind is None else 2 if issubclass(kind, UserError) else 1
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            code = 128 + signal.SIGINT
         self.tracker.finish(code, self.interrupted, self.hurry)
 
 

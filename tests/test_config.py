@@ -166,6 +166,17 @@ def test_a_key_that_is_set_twice_is_a_mistake(write, tmp_path):
     assert Config.from_file(write("lr: 1e-3"), ["lr=2"]).lr == 2
 
 
+def test_a_key_is_a_plain_text_and_nowhere_twice(write):
+    """F19, in mappings that are merged; a key that is a list was a TypeError."""
+    assert "has the key 'lr' twice, in lines 3 and 3" in problem(write("<<: {lr: 1e-3, lr: 1e-4}"))
+    assert "the key in line 3 is no plain text" in problem(write("? [lr, seed]\n: 1"))
+    assert "must be a whole number or a list of whole numbers" in problem(write("epochs_per_stage: &loop [*loop]"))
+
+
+def test_numbers_in_lists_are_as_they_are_written(write):
+    assert Config.from_file(write("epochs_per_stage: [010, 2]")).epochs_per_stage == [10, 2]
+
+
 @pytest.mark.parametrize("name", ["0123", "1_000", "2026-01-31", "on", "no", "1e3", "0x1F", "1:30", "12", "~x"])
 def test_names_are_as_they_are_written(write, name):
     """F19: YAML makes 83 of 0123."""

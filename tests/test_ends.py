@@ -131,6 +131,51 @@ ranks.cleanup_distributed()
 """
 
 
+ONE_RANK = """
+import os
+import runpy
+import signal
+import sys
+
+from coconut import Coconut
+
+
+def failing(*_, **__):
+    if os.environ["HOW"] == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise KeyError("no")
+
+
+if os.environ["RANK"] == "1":
+    Coconut.generate = failing
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fails", "dies"])
+def test_a_rank_that_is_waited_for_and_fails_ends_the_others_at_once(place, tmp_path, how):
+    """F0: the others waited on, for half a minute, until torchrun killed them."""
+    (tmp_path / "job.py").write_text(ONE_RANK)
+    begin = time.monotonic()
+    overrides = (*SHORT, f"name=waited-for-{how}", "batch_size_training=8")
+    done = launch(tmp_path / "job.py", ROOT / "run.py", place / "run.yaml", *overrides, n_ranks=2, HOW=how)
+    assert done.returncode == 1
+    assert time.monotonic() - begin < 30
+    assert "rank 0 ends because another one has" in done.stderr
+    assert "rank      : 1 " in done.stderr.partition("Root Cause")[2]
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(place):
+    """F9: the progress bar's exception ended the training where the log was on the full disk."""
+    command = [sys.executable, ROOT / "run.py", place / "run.yaml", *SHORT, "name=no-log"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=full, timeout=100, check=False)
+    assert done.returncode == 0
+    assert (place / "runs" / "no-log" / "checkpoint_1").is_dir()
+
+
 @pytest.mark.slow
 def test_ranks_wait_for_one_another_longer_than_collectives_do(tmp_path):
     """F4: rank 0 tokenized for longer than the collectives' limit, and the job was dead."""
@@ -138,6 +183,55 @@ def test_ranks_wait_for_one_another_longer_than_collectives_do(tmp_path):
     done = launch(tmp_path / "job.py", n_ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (done.stdout.count("tokens"), done.stdout.count("[0, 1]")) == (2, 2)
+
+
+SLOW_RANK = """
+import os
+import runpy
+import sys
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+import checkpoint
+import evaluate
+
+original = dist.init_process_group
+dist.init_process_group = lambda *a, **k: original(*a, timeout=timedelta(seconds=2), **k)
+
+
+def slow(room, name):
+    do, calls = getattr(room, name), []
+
+    def slowly(*arguments):
+        if not calls:
+            time.sleep(3.5)
+        calls.append(1)
+        return do(*arguments)
+
+    setattr(room, name, slowly)
+
+
+if os.environ["RANK"] == "1":
+    slow(evaluate, "collate")  # of the validation loss
+    slow(checkpoint, "load_random_state")
+else:
+    slow(evaluate, "unreachable")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_ranks_wait_wherever_one_may_be_slower(place, tmp_path):
+    """F4: in the validation loss, at the end of a restart, and while rank 0 looks through the answers."""
+    (tmp_path / "job.py").write_text(SLOW_RANK)
+    overrides = [text for text in SHORT if not text.startswith("num_epochs")] + ["name=slow-rank"]
+    for n_epochs in (1, 2):
+        arguments = (*overrides, "batch_size_training=8", f"num_epochs={n_epochs}")
+        done = launch(tmp_path / "job.py", ROOT / "run.py", place / "run.yaml", *arguments, n_ranks=2)
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_folder_that_is_not_shared_is_one_sentence(tmp_path, monkeypatch):

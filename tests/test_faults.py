@@ -330,6 +330,18 @@ def test_a_damaged_checkpoint_is_passed_over(place, two_epochs, here):
     assert len(list(run.glob("checkpoint_2.replaced-*"))) == 1
 
 
+@pytest.mark.parametrize("file", ["metrics.json", "coconut.json"])
+def test_an_old_checkpoint_that_is_damaged_stops_no_pruning(place, two_epochs, here, file):
+    """With keep_checkpoints every save ended in a traceback."""
+    run, arguments = two_epochs
+    os.truncate(run / "checkpoint_1" / file, 3)
+    (run / "config.yaml").write_bytes(b"\xff\xfe")
+    done = here(place / "run.yaml", *arguments, "num_epochs=3", "keep_checkpoints=1")
+    assert done.returncode == 0, done.stderr
+    assert (run / "checkpoint_1").is_dir()  # for whoever wants to restore it
+    assert (run / "checkpoint_3").is_dir()
+
+
 def test_only_damaged_checkpoints_are_an_error_and_no_new_start(place, two_epochs, here):
     run, arguments = two_epochs
     shutil.rmtree(run / "checkpoint_1")
@@ -470,6 +482,22 @@ def test_sharded_or_not_a_checkpoint_has_the_same_files(place, tmp_path):
         kept = json.loads(found[strategy]["generation_config.json"])
         assert {name: kept[name] for name in settings} == settings
     assert found["ddp"] == found["fsdp"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_settings_that_contradict_each_other_are_kept(place, tmp_path, strategy):
+    """F17: transformers refuses to save them once a stop token has been added, and an epoch of training was lost."""
+    shutil.copytree(place / "model", tmp_path / "model")
+    settings = {"eos_token_id": 5, "temperature": 0.6, "top_p": 0.9}  # without do_sample, as in many published models
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    overrides = [f"model_id={tmp_path / 'model'}", "max_train_examples=32", "max_new_tokens=2", f"strategy={strategy}"]
+    for n_epochs in (1, 2):
+        more = [f"name=contradicting-{strategy}", f"num_epochs={n_epochs}"]
+        assert run_module.main(Config.from_file(place / "run.yaml", settled(*overrides, *more))) == 0
+    folder = place / "runs" / f"contradicting-{strategy}" / "checkpoint_2"
+    kept = json.loads((folder / "generation_config.json").read_text())
+    kept.pop("transformers_version")
+    assert kept == settings | {"eos_token_id": [0, 5]}
 
 
 # ---- folders ----

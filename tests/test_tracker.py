@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -15,6 +16,7 @@ import run as run_module
 import tracker
 from config import Config
 from tracker import wandb_mode
+from utils import RunLogger
 
 SHORT = ("max_train_examples=32", "max_new_tokens=2", "num_epochs=1", "wandb=offline", "log_every_steps=1")
 
@@ -155,6 +157,39 @@ def test_the_tracker_learns_the_exit_code(place, use, monkeypatch):
     assert ended("exit-stopped") == [("mark_preempting",), ("finish", 0)]
 
 
+def test_a_stopped_run_has_seconds_to_say_so(place, use, monkeypatch, capsys):
+    """Nothing was waited for, and every run that a signal had stopped said that wandb had failed."""
+    module = use(Wandb({"finish": lambda: time.sleep(0.5)}))
+    original = run_module.train_step
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(run_module, "train_step", stopped)
+    main(place, *SHORT, "name=tracker-stopped")
+    assert "wandb failed" not in capsys.readouterr().err
+    assert module.calls[-2:] == [("mark_preempting",), ("finish", 0)]
+
+
+def test_an_interrupted_run_has_its_exit_code_too(use, tmp_path):
+    module = use(Wandb())
+    logger = RunLogger(tmp_path, is_main=True)
+    logger.open({"project": "p", "name": "n", "debug": False, "wandb": "offline"})
+    with pytest.raises(KeyboardInterrupt), logger:
+        raise KeyboardInterrupt
+    assert module.calls[-1] == ("finish", 130)
+
+
+def test_what_fails_before_the_first_step_leaves_no_log_open(place, use, monkeypatch):
+    """F22: such a run was 'finished' with 0, by wandb's own exit handler."""
+    module = use(Wandb())
+    monkeypatch.setattr("evaluate.unreachable", lambda *_: broken())
+    with pytest.raises(ConnectionResetError):
+        main(place, *SHORT, "name=tracker-early")
+    assert not module.calls or module.calls[-1][0] == "finish"
+
+
 def test_what_is_logged(place, use):
     module = use(Wandb())
     folder = main(place, *SHORT, "name=tracker-log")
@@ -173,6 +208,10 @@ def test_wandb_is_offline_where_nobody_is_logged_in(monkeypatch, tmp_path):
     assert wandb_mode("disabled") == "disabled"
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
     assert wandb_mode("online") == "online"
+    (tmp_path / "netrc").write_bytes(b"\xff\xfe\x00")
+    assert wandb_mode("online") == "offline"
+    monkeypatch.setenv("WANDB_MODE", "")  # as good as not set
+    assert wandb_mode("disabled") == "disabled"
     (tmp_path / "netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert wandb_mode("online") == "online"
