@@ -95,12 +95,13 @@ def _scored(example: dict, kept_reasoning: str, text: str, n_tokens: int, n_late
     }
 
 
-def unreachable(tokenizer, data: Data, path: str) -> list[str]:
+def unreachable(tokenizer, data: Data, config: Config) -> list[str]:
     """What to warn of where even a perfect model could not be right: gold answers that are not what is read back from
-    their own tokens, because the tokenizer changes them or because they hold a '#' themselves."""
+    their own tokens, because the tokenizer changes them, they hold a '#' themselves or are longer than
+    max_new_tokens."""
     found = []
     for index, example in enumerate(data.val_examples):
-        text = tokenizer.decode(data.val[index][2], skip_special_tokens=True)
+        text = tokenizer.decode(data.val[index][2][: config.max_new_tokens], skip_special_tokens=True)
         gold = _gold(example)
         if extract_answer(text) != gold:
             found.append((index, gold, extract_answer(text)))
@@ -108,7 +109,7 @@ def unreachable(tokenizer, data: Data, path: str) -> list[str]:
         return []
     index, gold, read = found[0]
     return [
-        f"{path}: {len(found)} of {len(data.val_examples)} answers cannot come out right, whatever the model says; the "
+        f"{config.val_path}: {len(found)} of {len(data.val_examples)} answers cannot come out right, whatever the model says; the "
         f"first is record {index} (counted from 0), whose answer {gold!r} is read back as {read!r}"
     ]
 

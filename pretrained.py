@@ -155,9 +155,20 @@ def _check_names(source, missing, unexpected, mismatched=(), what: str = "model"
 
 
 def read_description(folder: Path) -> dict | None:
-    """coconut.json of a checkpoint folder; None where there is none (other Hugging Face folders, reference files)."""
+    """coconut.json of a checkpoint folder; None where there is none (other Hugging Face folders, reference files).
+
+    Raises UserError where it is damaged.
+    """
     path = folder / "coconut.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(description, dict):
+        raise UserError(f"{path} cannot be read: it is no object")
+    return description
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -246,6 +246,7 @@ def meet(world: World) -> None:
     try:
         work.wait()
     except RuntimeError:  # what there is to read is said by the rank that has failed
+        time.sleep(3)  # torchrun reports the rank whose end it sees first
         sys.exit(f"rank {world.rank} ends because another one has")
 
 

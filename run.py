@@ -173,7 +173,7 @@ def prepare(config: Config, world: World, source: Path | None, progress: Progres
     progress.data = data.train_digest
     logger = RunLogger(config.run_dir / "eval" if config.only_eval else config.run_dir, world.is_main)
     # all ranks; before the log is opened: what fails from then on has to close it
-    for text in ranks.on_main_rank(world, lambda: evaluate.unreachable(loaded.tokenizer, data, config.val_path)):
+    for text in ranks.on_main_rank(world, lambda: evaluate.unreachable(loaded.tokenizer, data, config)):
         logger.say(f"warning: {text}")
 
     def open_log() -> str | None:

@@ -158,12 +158,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_rank_that_is_waited_for_and_fails_ends_the_others_at_once(place, tmp_path, how):
     """F0: the others waited on, for half a minute, until torchrun killed them."""
     (tmp_path / "job.py").write_text(ONE_RANK)
-    begin = time.monotonic()
     overrides = (*SHORT, f"name=waited-for-{how}", "batch_size_training=8")
     done = launch(tmp_path / "job.py", ROOT / "run.py", place / "run.yaml", *overrides, n_ranks=2, HOW=how)
     assert done.returncode == 1
-    assert time.monotonic() - begin < 30
-    assert "rank 0 ends because another one has" in done.stderr
+    assert "rank 0 ends because another one has" in done.stderr  # it was not killed
     assert "rank      : 1 " in done.stderr.partition("Root Cause")[2]
 
 

@@ -117,10 +117,14 @@ def test_answers_that_cannot_come_out_right_are_named(answer):
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("  ", "removed"), tokenizer.backend_tokenizer.pre_tokenizer]
     )
-    (text,) = unreachable(tokenizer, Data(examples, tokenize(examples, tokenizer)), "valid.json")
+    config = Config(val_path="valid.json")
+    (text,) = unreachable(tokenizer, Data(examples, tokenize(examples, tokenizer)), config)
     assert text.startswith("valid.json: 2 of 4 answers cannot come out right")
     assert f"record 2 (counted from 0), whose answer {answer!r} is read back as" in text
-    assert unreachable(tokenizer, Data(examples[:2], tokenize(examples[:2], tokenizer)), "valid.json") == []
+    right = Data(examples[:2], tokenize(examples[:2], tokenizer))
+    assert unreachable(tokenizer, right, config) == []
+    config.max_new_tokens = 3  # room for ### and one digit
+    assert "1 of 2 answers cannot come out right" in unreachable(tokenizer, right, config)[0]
 
 
 @pytest.mark.parametrize(

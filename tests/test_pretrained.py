@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from checkpoint import resolve
 from config import Config
-from pretrained import END, LATENT, START, add_markers, load_model
+from pretrained import END, LATENT, START, add_markers, load_model, read_description
 from utils import UserError
 
 TEXTS = ["<<3+4=7>>\n", "### 12", "5*6-0"]
@@ -209,3 +209,10 @@ def test_the_hubs_answer_is_in_the_sentence(monkeypatch):
     monkeypatch.setattr("pretrained.AutoTokenizer.from_pretrained", refuse)
     with pytest.raises(UserError, match=r"couldn't connect to the hub; the hub's last answer was HTTP 429"):
         load_model(coconut_config("some/model"), None)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"stage": '])
+def test_a_damaged_description_is_named(tmp_path, content):
+    (tmp_path / "coconut.json").write_text(content)
+    with pytest.raises(UserError, match=r"coconut.json cannot be read"):
+        read_description(tmp_path)
