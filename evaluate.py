@@ -109,8 +109,8 @@ def unreachable(tokenizer, data: Data, config: Config) -> list[str]:
         return []
     index, gold, read = found[0]
     return [
-        f"{config.val_path}: {len(found)} of {len(data.val_examples)} answers cannot come out right, whatever the model says; the "
-        f"first is record {index} (counted from 0), whose answer {gold!r} is read back as {read!r}"
+        f"{config.val_path}: {len(found)} of {len(data.val_examples)} answers cannot come out right, whatever the "
+        f"model says; the first is record {index} (counted from 0), whose answer {gold!r} is read back as {read!r}"
     ]
 
 
