@@ -33,7 +33,6 @@ from utils import Patient, UserError, launched_ranks, retried, writing
 
 LAUNCHER = os.getppid()  # of a rank: torchrun
 EXIT_HANDLERS_SECONDS = 15
-_patient: list = []  # the process group whose collectives have no limit, where there are several ranks
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class World:
     local_rank: int
     size: int
     device: typing.Any  # torch.device
+    patient: typing.Any = None  # the process group whose collectives have no limit, where there are several ranks
 
     @property
     def is_main(self) -> bool:
@@ -84,9 +84,8 @@ def setup_distributed() -> World:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if size > 1:
-        _patient.append(dist.new_group(backend="gloo", timeout=timedelta(days=365)))
-    return World(rank, local_rank, size, device)
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if size > 1 else None
+    return World(rank, local_rank, size, device, patient)
 
 
 def _die_with_launcher() -> None:
@@ -140,7 +139,6 @@ def cleanup_distributed(orderly: bool = True) -> None:
     import torch.distributed as dist
 
     if dist.is_initialized() and (orderly or dist.get_world_size() == 1):
-        _patient.clear()
         dist.destroy_process_group()
 
 
@@ -239,7 +237,7 @@ def meet(world: World) -> None:
         return
     import torch.distributed as dist
 
-    work, pause = dist.barrier(_patient[-1], async_op=True), 0.001  # all ranks
+    work, pause = dist.barrier(world.patient, async_op=True), 0.001  # all ranks
     while not work.is_completed():  # unlike wait, this leaves Python to heed signals
         time.sleep(pause)
         pause = min(2 * pause, 0.25)
