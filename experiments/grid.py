@@ -192,7 +192,8 @@ def prepare(grid: Grid) -> None:
             print(f"making {path}", flush=True)
             done = subprocess.run([sys.executable, *shlex.split(script)], capture_output=True, text=True, check=False)
             if done.returncode or not Path(path).exists():
-                raise UserError(f"{path} could not be made by {script}: {done.stderr.strip().splitlines()[-1:]}")
+                last_line = next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+                raise UserError(f"{path} could not be made by {script}: {last_line}")
 
 
 def jobs_of(grid: Grid, only: list[str] | None, seeds: list[int] | None, more: tuple[str, ...]) -> list[Job]:

@@ -92,7 +92,10 @@ def answers(row: dict) -> np.ndarray:
 def as_text(grid: Grid, results: dict[str, list[dict]]) -> str:
     """The text of results/NAME.md."""
     n_questions = len(next(iter(results.values()))[0]["correct"])
-    lines = [f"# {grid.title}", "", f"    python experiments/grid.py experiments/{grid.name}.yaml", ""]
+    seeds = sorted({row["seed"] for rows in results.values() for row in rows})
+    own = {seed for spec in grid.runs.values() for seed in spec.seeds or grid.seeds}
+    chosen = "" if own.issuperset(seeds) else f" --seeds {' '.join(map(str, seeds))}"
+    lines = [f"# {grid.title}", "", f"    python experiments/grid.py experiments/{grid.name}.yaml{chosen}", ""]
     if grid.about:
         lines += [grid.about.strip(), ""]
     chance = f" Chance is {grid.chance:.1%}." if grid.chance is not None else ""
