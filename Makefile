@@ -38,7 +38,7 @@ data/tiny_arithmetic/config.json: data/arithmetic_train.json preprocessing/tiny_
 		--tokenizer char --shape llama --width 64 --untied
 
 quickstart: data/machine/model/config.json .venv/installed-dev
-	$(BIN)/python experiments/grid.py experiments/quickstart.yaml --jobs 2 --out checkpoints/quickstart
+	$(BIN)/python experiments/grid.py experiments/quickstart.yaml --jobs 2 --out checkpoints/state_tracking
 
 data/machine/machine_train.json: preprocessing/machine.py | .venv/installed
 	$(BIN)/python preprocessing/machine.py --out data/machine
@@ -101,4 +101,4 @@ lint: .venv/installed-dev
 	$(BIN)/shellcheck --severity=warning -x -P SCRIPTDIR slurm/* tests/*.sh preprocessing/*.bash benchmarks/*.sh
 
 clean:
-	rm -rf checkpoints/quickstart* checkpoints/prosqa_mini checkpoints/thoughts data/machine data/thoughts data/arithmetic_* data/tiny_* data/prosqa_mini_*
+	rm -rf checkpoints/quickstart* checkpoints/state_tracking checkpoints/prosqa_mini checkpoints/thoughts data/machine data/thoughts data/arithmetic_* data/tiny_* data/prosqa_mini_*

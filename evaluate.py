@@ -1,6 +1,6 @@
 """How good a model is: validation loss, accuracy, CoT match, token counts; predictions on disk; a run's summary.
 
-python evaluate.py checkpoints/quickstart/coconut-0         # prints the table of a run again
+python evaluate.py checkpoints/state_tracking/coconut-0         # prints the table of a run again
 """
 
 from __future__ import annotations

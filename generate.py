@@ -1,9 +1,9 @@
 """Asks a trained model.
 
-    python generate.py checkpoints/quickstart/coconut-0 Msnqw                    # prints what it writes
-    python generate.py checkpoints/quickstart/coconut-0 Msnqw --show-thoughts    # and what its thoughts would say
-    python generate.py checkpoints/quickstart/coconut-0 --file data/machine/machine_test.json --json > answers.jsonl
-    echo '{"question": "Msnqw"}' | python generate.py checkpoints/quickstart/coconut-0 --json
+    python generate.py checkpoints/state_tracking/coconut-0 Msnqw                    # prints what it writes
+    python generate.py checkpoints/state_tracking/coconut-0 Msnqw --show-thoughts    # and what its thoughts would say
+    python generate.py checkpoints/state_tracking/coconut-0 --file data/machine/machine_test.json --json > answers.jsonl
+    echo '{"question": "Msnqw"}' | python generate.py checkpoints/state_tracking/coconut-0 --json
 
 Without a question and a file, questions come from standard input, a line each, and are answered one by one; a line or
 a file may hold JSON objects with a "question".

@@ -1,6 +1,6 @@
 """The table of a run, from its metrics.jsonl and its evaluation: each stage after its last epoch.
 
-python evaluate.py checkpoints/quickstart/coconut-0         # prints it
+python evaluate.py checkpoints/state_tracking/coconut-0         # prints it
 """
 
 from __future__ import annotations

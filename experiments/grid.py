@@ -213,6 +213,15 @@ def jobs_of(grid: Grid, only: list[str] | None, seeds: list[int] | None, more: t
     return list(found.values())
 
 
+def check_folders(jobs: list[Job]) -> None:
+    """Raises UserError where a job's folder holds a run with other keys: its results would be taken for this grid's."""
+    from checkpoint import changes  # which waits for torch
+
+    for job in jobs:
+        if others := changes(job.config, job.folder):
+            raise UserError(f"{job.folder} holds another run ({'; '.join(others.values())}); move it away")
+
+
 def work(jobs: list[Job], at_once: int) -> None:
     """Runs what is not done, so many at once, one core each. Raises UserError that lists what failed, at the end."""
     from tqdm import tqdm
@@ -311,6 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         for job in jobs:
             Config.from_file(ROOT / grid.base, job.spec.overrides)  # mistakes are found before the first run
+        check_folders(jobs)
         try:
             if not options.report:
                 work(jobs, options.jobs)

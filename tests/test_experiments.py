@@ -90,6 +90,9 @@ def test_a_grid_is_run_once_and_reported(place, started, capsys):
     capsys.readouterr()
     assert grid.main([*arguments, "--dry-run"]) == 0
     assert "0 of 5 runs are left" in capsys.readouterr().out
+    assert grid.main([*arguments, "--set", "lr=0.5"]) == 2
+    complaint = capsys.readouterr().err
+    assert f"{place / 'runs' / 'pause-3'} holds another run (lr 0.0001, not 0.5); move it away" in complaint
 
 
 def test_what_is_left_is_counted(place, tmp_path, capsys):
