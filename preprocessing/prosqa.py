@@ -17,6 +17,7 @@ is the same for both. Hops are uniform between the fewest and the most.
 
     python preprocessing/prosqa.py --mirror --nodes-a-side 5 --hops 2 --prefix mirror
     python preprocessing/prosqa.py --mirror --min-hops 1 --max-hops 3 --test-hops 3 4 --template compact --prefix mirror
+    python preprocessing/prosqa.py --mirror --chains --min-hops 1 --max-hops 4 --template compact --prefix chains
 
 --template compact writes a name as one character and a step as a name: edges from parent to child, the candidates, and
 last the root; steps are the nodes after the root, and the answer is the last of them:
@@ -115,7 +116,8 @@ class Settings:
     max_hops: int = 6
     names: tuple[str, ...] = tuple(NAMES)
     concepts: tuple[str, ...] = tuple(CONCEPTS)
-    nodes_a_side: int | None = None  # of a mirror, which `nodes` does not count for
+    nodes_a_side: int | None = None  # of a mirror, which `nodes` does not count for; of chains that of the longest
+    chains: bool = False  # of a mirror: no nodes beside those between root and leaf
     characters: str = ""  # of the compact template, which takes none of the names and concepts
 
     @property
@@ -253,7 +255,7 @@ def grow_side(rng: np.random.Generator, n_nodes: int, hops: int) -> Graph:
 def draw_mirror(rng: np.random.Generator, settings: Settings) -> Question:
     """A graph and its copy: node n of side s is number 2n + s. The candidates are the copies of a deepest leaf."""
     hops = int(rng.integers(settings.min_hops, settings.max_hops + 1))
-    side = grow_side(rng, settings.nodes_a_side, hops)
+    side = grow_side(rng, hops + 1 if settings.chains else settings.nodes_a_side, hops)
     leaf = int(rng.choice([node for node, depth in enumerate(side.depths) if depth == hops]))
     root = int(rng.integers(2))
     edges = [
@@ -386,6 +388,7 @@ def add_graph_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, help="nodes before isolated ones go (default: 28)")
     parser.add_argument("--mirror", action="store_true", help="a graph and its copy: no shortcuts")
     parser.add_argument("--nodes-a-side", type=int, help="of a mirror, with the root (default: 7)")
+    parser.add_argument("--chains", action="store_true", help="of a mirror: two chains, with nothing beside them")
     parser.add_argument("--hops", type=int, help="exactly so many steps")
     parser.add_argument("--min-hops", type=int, help="fewest steps (default: 3)")
     parser.add_argument("--max-hops", type=int, help="most steps (default: 6; of a mirror 3, or the fewest)")
@@ -423,8 +426,13 @@ def settle_graph(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         parser.error("--mirror takes --nodes-a-side, not --nodes")
     if options.nodes_a_side is not None and not options.mirror:
         parser.error("--nodes-a-side is an option of --mirror")
+    if options.chains and (not options.mirror or options.nodes_a_side is not None):
+        parser.error("--chains is an option of --mirror, whose nodes follow from the hops: leave --nodes-a-side out")
+    hops = settle_hops(parser, options)
     nodes = 28 if options.nodes is None else options.nodes
     side = 7 if options.nodes_a_side is None else options.nodes_a_side
+    if options.chains:
+        side = 1 + max(hops[1], *(options.test_hops or (0,)))
     if nodes < 4 or side < 2:
         parser.error("--nodes must be at least 4, --nodes-a-side at least 2")
     compact = options.template == "compact"
@@ -437,10 +445,11 @@ def settle_graph(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     vocabulary = options.vocabulary or max(26, 2 * side if options.mirror else nodes)
     return Settings(
         nodes,
-        *settle_hops(parser, options),
+        *hops,
         tuple(dict.fromkeys(options.names)),
         tuple(dict.fromkeys(options.concepts)),
         side if options.mirror else None,
+        options.chains,
         CHARACTERS[:vocabulary] if compact else "",
     )
 

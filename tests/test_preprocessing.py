@@ -250,6 +250,17 @@ def test_the_compact_template_says_the_graph(seed, side, hops, mirrored):
     assert len(example["steps"]) == named[example["answer"]]  # a shortest path
 
 
+def test_chains_have_nothing_beside_them(tmp_path):
+    arguments = ["--mirror", "--chains", "--min-hops", "1", "--max-hops", "3", "--test-hops", "4", "4"]
+    sizes = ["--train", "40", "--valid", "1", "--test", "5", "--out", str(tmp_path), "--prefix", "chains"]
+    assert prosqa.main([*arguments, *sizes, "--template", "compact"]) == 0
+    examples = load_examples(tmp_path / "chains_train.json") + load_examples(tmp_path / "chains_test.json")
+    assert {len(example["steps"]) for example in examples} == {1, 2, 3, 4}
+    for example in examples:
+        assert len(example["edges"]) == 2 * len(example["steps"])
+        assert len({tail for tail, _ in example["edges"]}) == len(example["edges"])
+
+
 def test_a_mirror_reads_like_the_authors_data():
     example = one_mirror(0, mirror(5, 2, characters=""))
     test_prosqa_reads_like_the_authors_data({"one": [example]})
@@ -310,6 +321,8 @@ def test_a_mirror_that_cannot_be_is_one_sentence(tmp_path, arguments, complaint,
     [
         ("--mirror --nodes 10", "--mirror takes --nodes-a-side, not --nodes"),
         ("--nodes-a-side 5", "--nodes-a-side is an option of --mirror"),
+        ("--chains", "--chains is an option of --mirror"),
+        ("--mirror --chains --nodes-a-side 5", "leave --nodes-a-side out"),
         ("--mirror --nodes-a-side 1", "--nodes-a-side at least 2"),
         ("--hops 2 --min-hops 1", "--hops says it all"),
         ("--hops 0", "it takes 1 <= min-hops <= max-hops"),
