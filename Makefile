@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help:
 	@echo "make quickstart   train and evaluate Coconut, and its control without feedback: two CPU cores, about 5 minutes"
 	@echo "make prosqa-mini  the whole program on ProsQA with a tiny model, a few minutes"
-	@echo "make thoughts     every kind of thought on a small task, three seeds: about half an hour of one core"
+	@echo "make thoughts     every kind of thought on state tracking, three seeds: about two hours of one core, resumable"
 	@echo "make table1       all rows of Table 1 in miniature, 3 to 5 seeds each: about 90 minutes of one core, resumable"
 	@echo "make test         all tests, in two processes, a few minutes (one file: .venv/bin/python -m pytest FILE)"
 	@echo "make test-fast    the quick ones of every module, for while you are writing: about a minute"
@@ -59,15 +59,8 @@ data/tiny_prosqa/config.json: data/prosqa_mini_train.json preprocessing/tiny_mod
 prosqa-mini: data/tiny_prosqa/config.json
 	$(BIN)/torchrun --nproc_per_node 2 run.py args/prosqa_mini.yaml
 
-data/thoughts/arithmetic_train.json: preprocessing/arithmetic.py | .venv/installed
-	$(BIN)/python preprocessing/arithmetic.py --out data/thoughts --base 4 --max-steps 3 --train 3200 --valid 500 --test 40
-
-data/thoughts/model/config.json: data/thoughts/arithmetic_train.json preprocessing/tiny_model.py
-	$(BIN)/python preprocessing/tiny_model.py data/thoughts/arithmetic_train.json --out data/thoughts/model \
-		--tokenizer char --shape llama --width 64 --untied
-
-thoughts: data/thoughts/model/config.json .venv/installed-dev
-	$(BIN)/python benchmarks/thoughts.py
+thoughts: .venv/installed-dev
+	$(BIN)/python experiments/grid.py experiments/thoughts.yaml
 
 # Two processes, as two ranks of a test take two cores anyway. Each begins with a half of the files, so that what the
 # tests of a file share is mostly made once; who is done first takes from the other's end.
@@ -101,4 +94,4 @@ lint: .venv/installed-dev
 	$(BIN)/shellcheck --severity=warning -x -P SCRIPTDIR slurm/* tests/*.sh preprocessing/*.bash benchmarks/*.sh
 
 clean:
-	rm -rf checkpoints/quickstart* checkpoints/state_tracking checkpoints/prosqa_mini checkpoints/thoughts data/machine data/thoughts data/arithmetic_* data/tiny_* data/prosqa_mini_*
+	rm -rf checkpoints/quickstart* checkpoints/state_tracking checkpoints/prosqa_mini data/machine data/arithmetic_* data/tiny_* data/prosqa_mini_*

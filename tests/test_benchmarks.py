@@ -3,19 +3,16 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 
-import arithmetic
 import pytest
-import tiny_model
 import torch
+import yaml
 from conftest import ROOT, load_script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import common
 import step
 
-import run
 from config import THOUGHTS, Config
 from dataset import collate_for_device
 from parallel import whole_weights
@@ -90,63 +87,20 @@ def test_they_run_and_write_json(small, tmp_path, capsys):
     assert "ratio" in capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def small_runs(tmp_path_factory) -> tuple[list[str], Path]:
-    """Overrides of args/thoughts.yaml with which a run takes no time, and where the results go."""
-    place = tmp_path_factory.mktemp("thoughts")
-    examples = arithmetic.make_splits({"train": 16, "valid": 4}, max_steps=3, base=5)
-    for name, split in examples.items():
-        (place / f"{name}.json").write_text(json.dumps(split))
-    tiny_model.write_model([place / "train.json"], place / "model", "char", "llama", 16, 1, 2, 64)
-    files = [f"{key}={place / name}" for key, name in (("train_path", "train.json"), ("val_path", "valid.json"))]
-    keys = [f"save_path={place / 'runs'}", f"model_id={place / 'model'}", "epochs_per_stage=[1,1,1,1]", "num_epochs=4"]
-    return [*files, *keys, "max_new_tokens=2"], place
-
-
-def test_every_thought_is_trained_from_one_model_a_seed(small_runs, monkeypatch):
-    """What is started, without starting it: run.py's main in this process instead."""
-    overrides, place = small_runs
-    started = []
-
-    def in_process(command):
-        started.append(command)
-        assert run.main(Config.from_file(command[2], command[3:])) == 0
-
-    monkeypatch.setattr(thoughts, "start", in_process)
-    arguments = ["--seeds", "3", "4", "--jobs", "1", "--out", str(place / "results"), "--set", *overrides]
-    assert thoughts.main([*arguments, "--only", "last", "pause", "no_cot"]) == 0
-    assert [keys[-2:] for keys in started[:2]] == [[f"name=stage-0-{seed}", "num_epochs=1"] for seed in (3, 4)]
-    assert len(started) == 2 + 3 * 2
-    assert thoughts.main([*arguments, "--only", "last"]) == 0
-    assert len(started) == 8  # nothing is repeated
-    records = epochs_of(place / "runs" / "last-4")
-    assert [record["stage"] for record in records] == [1, 2, 3]
-    text = (place / "results" / "thoughts.md").read_text()
-    rows = {line.split("|")[1].strip(" `"): line for line in text.splitlines() if line.startswith("| `")}
-    assert list(rows) == ["last", "pause", "no_cot"]
-    ends = [100 * epochs_of(place / "runs" / f"last-{seed}")[-1]["accuracy"] for seed in (3, 4)]
-    assert f"{sum(ends) / 2:.1f} ({min(ends):.1f} - {max(ends):.1f})" in rows["last"]
-    assert "of 2" in rows["last"]
-    assert (place / "results" / "thoughts.png").stat().st_size > 1000
-
-
-def epochs_of(folder: Path) -> list[dict]:
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [record for record in records if record["event"] == "epoch"]
-
-
-def test_every_thought_of_the_configuration_is_compared():
-    assert {spelling.partition(":")[0] for spelling in thoughts.THOUGHTS} == set(THOUGHTS)
-
-
-def test_a_failing_run_is_said(small_runs, capsys):
-    overrides, place = small_runs
-    failing = ["--seeds", "9", "--out", str(place / "none"), "--only", "pause", "--set", *overrides, "lr=-1"]
-    assert thoughts.main(failing) == 2
-    assert "lr must be at least 0" in capsys.readouterr().err
+def test_every_thought_is_compared():
+    runs = yaml.safe_load((ROOT / "experiments" / "thoughts.yaml").read_text())["runs"]
+    fed_back = {(spec.get("keys") or {}).get("thought", "last") for spec in runs.values()}
+    assert {spelling.partition(":")[0] for spelling in fed_back} == set(THOUGHTS)
 
 
 def test_costs_are_measured(monkeypatch):
     monkeypatch.setitem(common.SIZES, "tiny", (1, 16, 2))
     for generates in (True, False):
         assert thoughts.measure("last+suppressed", generates, "tiny")["peak_gib"] > 0
+
+
+def test_costs_are_a_table():
+    cost = {"seconds": 9.0, "peak_gib": 3.0, "generation_seconds": 3.5, "generation_peak_gib": 1.0}
+    text = thoughts.as_text({"last": cost}, "small")
+    assert "| `last` | 9.00 | 3.00 | 3.50 | 1.00 |" in text
+    assert "12 layers, width 768" in text
