@@ -61,8 +61,8 @@ def cost_of(job: Job) -> Cost:
     return Cost(config.num_epochs - config.resume, n_tokens, flops)
 
 
-def print_plan(jobs: list[Job]) -> None:
-    """A line for each job that is left, with its commands, and the sum."""
+def print_plan(jobs: list[Job], flops_per_second: float) -> None:
+    """A line for each job that is left, with its commands, and the sum; hours of a GPU that does so many FLOP/s."""
     logging.set_verbosity_error()
     speeds = [speed for job in jobs if job.is_trained and (speed := _tokens_per_second(job)) is not None]
     left = [(job, cost_of(job)) for job in jobs if not job.is_done]
@@ -78,7 +78,8 @@ def print_plan(jobs: list[Job]) -> None:
             f"about {tokens / speed / 60:.0f} minutes of a core, at the {speed:,.0f} tokens a second of finished runs"
         )
     else:
-        print("the time to expect is known once a run is finished")
+        print("the time to expect of this machine is known once a run is finished")
+    print(f"{flops / flops_per_second / 3600:.3g} hours of a GPU that does {flops_per_second:.3g} FLOP/s of it")
 
 
 def _tokens_per_second(job: Job) -> float | None:

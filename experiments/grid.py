@@ -4,9 +4,10 @@
     python experiments/grid.py experiments/table1_mini.yaml --jobs 2        # two runs at once, one core each
     python experiments/grid.py experiments/table1_mini.yaml --only coconut pause_as_thought --seeds 0
     python experiments/grid.py experiments/table1_mini.yaml --report        # the table of what there is, nothing is run
+    python experiments/grid.py experiments/paper_gsm.yaml --gpus 4 --slurm gsm.sbatch   # the paper's, as an array job
 
 Every run is run.py's own: training, then an evaluation on the test split. Finished runs are not repeated, and killed
-ones go on where they were: start the same command again.
+ones go on where they were: start the same command again. A signal stops the runs, which save first.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ import argparse
 import difflib
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing")]
 from config import Config
 from curriculum import stage_name
 from utils import UserError, read_log, report, tell
@@ -40,7 +44,8 @@ class RunSpec:
     """A row of a grid: one run for each seed."""
 
     keys: dict = field(default_factory=dict)  # of run.py, on top of the grid's base file
-    begins_with: str | None = None  # the beginning whose weights it takes, and after whose epochs it starts
+    base: str | None = None  # where it has another file than the grid
+    begins_with: str | None = None  # the beginning or run whose weights it takes, and after whose epochs it starts
     seeds: tuple[int, ...] | None = None  # where it has others than the grid
     label: str | None = None  # in tables and figures; default its name
     paper: str | None = None  # what the paper has for it
@@ -63,7 +68,7 @@ class Grid:
     needs: dict[str, str] = field(default_factory=dict)  # file -> the script, with its arguments, that makes it
     beginnings: dict[str, RunSpec] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
-    control: str | None = None  # the run that the others are compared with, question by question
+    controls: tuple[str, ...] = ()  # runs that the others are compared with, question by question
     chance: float | None = None  # accuracy of guessing
     prediction: str = ""  # written before the runs
     about: str = ""  # a paragraph for the report
@@ -95,10 +100,15 @@ def read_grid(path: Path) -> Grid:
             for run, spec in specs.items()
         }
     for run, spec in known["runs"].items():
-        if spec.begins_with is not None and spec.begins_with not in known["beginnings"]:
-            problems.append(f"{path}: run {run!r} begins with {spec.begins_with!r}, but there is no such beginning")
-    if known.get("control") is not None and known["control"] not in known["runs"]:
-        problems.append(f"{path}: control {known['control']!r} is no run of the grid")
+        begin = (known["beginnings"] | known["runs"]).get(spec.begins_with)
+        if spec.begins_with is not None and (begin is None or begin.begins_with is not None):
+            problems.append(
+                f"{path}: run {run!r} begins with {spec.begins_with!r}, but there is no such beginning, nor a run that "
+                "begins with nothing"
+            )
+    for control in known.get("controls", ()):
+        if control not in known["runs"]:
+            problems.append(f"{path}: control {control!r} is no run of the grid")
     if problems:
         raise UserError("; ".join(problems))
     return Grid(**{"name": path.stem, **known})
@@ -129,6 +139,7 @@ class Job:
     run: str
     seed: int
     more: tuple[str, ...] = ()  # key=value from the command line
+    n_gpus: int = 1
 
     @property
     def spec(self) -> RunSpec:
@@ -145,7 +156,7 @@ class Job:
     @property
     def begin(self) -> Job | None:
         """The job whose weights this one takes."""
-        return Job(self.grid, self.spec.begins_with, self.seed, self.more) if self.spec.begins_with else None
+        return replace(self, run=self.spec.begins_with) if self.spec.begins_with else None
 
     @cached_property
     def overrides(self) -> list[str]:
@@ -157,9 +168,13 @@ class Job:
         texts += [*self.spec.overrides, *self.more]
         return list({text.partition("=")[0]: text for text in texts}.values())
 
+    @property
+    def base(self) -> Path:
+        return ROOT / (self.spec.base or self.grid.base)
+
     @cached_property
     def config(self) -> Config:
-        return Config.from_file(ROOT / self.grid.base, self.overrides, needs_files=False)
+        return Config.from_file(self.base, self.overrides, needs_files=False)
 
     @property
     def is_trained(self) -> bool:
@@ -171,13 +186,19 @@ class Job:
 
     def commands(self) -> list[list[str]]:
         """What is still to do: to train, and to evaluate on the test split."""
-        start = [sys.executable, str(ROOT / "run.py"), str(ROOT / self.grid.base), *self.overrides]
+        start = [*self.launcher, str(ROOT / "run.py"), str(self.base), *self.overrides]
         of_training = ("from_scratch", "load_model_path", "resume", "val_path")
         of_test = [text for text in start if text.partition("=")[0] not in of_training]
         of_test += ["only_eval=true", "from_scratch=false", f"load_model_path={self.folder}"]
         of_test.append(f"val_path={self.grid.test_path}")
         commands = [] if self.is_trained else [start]
         return commands if self.run in self.grid.beginnings or self.is_done else [*commands, of_test]
+
+    @property
+    def launcher(self) -> list[str]:
+        if self.n_gpus <= 1:
+            return [sys.executable]
+        return ["bash", str(ROOT / "slurm/launch.sh"), "--standalone", "--nproc_per_node", str(self.n_gpus)]
 
     def epochs(self) -> list[dict]:
         """What metrics.jsonl says of its epochs; a restarted run repeats those that it had lost."""
@@ -196,7 +217,9 @@ def prepare(grid: Grid) -> None:
                 raise UserError(f"{path} could not be made by {script}: {last_line}")
 
 
-def jobs_of(grid: Grid, only: list[str] | None, seeds: list[int] | None, more: tuple[str, ...]) -> list[Job]:
+def jobs_of(
+    grid: Grid, only: list[str] | None, seeds: list[int] | None, more: tuple[str, ...], n_gpus: int = 1
+) -> list[Job]:
     """All jobs, seed by seed, so that an interrupted grid has whole seeds; a beginning before what needs it."""
     if unknown := set(only or ()) - grid.runs.keys():
         raise UserError(f"{grid.name} has no run {', '.join(sorted(unknown))}; there are {', '.join(grid.runs)}")
@@ -206,7 +229,7 @@ def jobs_of(grid: Grid, only: list[str] | None, seeds: list[int] | None, more: t
         for run, spec in grid.runs.items():
             wanted = seeds is not None or seed in (spec.seeds or grid.seeds)
             if wanted and (only is None or run in only):
-                job = Job(grid, run, seed, more)
+                job = Job(grid, run, seed, more, n_gpus)
                 if job.begin is not None:
                     found.setdefault(job.begin.name, job.begin)
                 found.setdefault(job.name, job)
@@ -222,13 +245,22 @@ def check_folders(jobs: list[Job]) -> None:
             raise UserError(f"{job.folder} holds another run ({'; '.join(others.values())}); move it away")
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Running them
+# ---------------------------------------------------------------------------------------------------------------
+
+
 def work(jobs: list[Job], at_once: int) -> None:
-    """Runs what is not done, so many at once, one core each. Raises UserError that lists what failed, at the end."""
+    """Runs what is not done, so many at once, one core or a share of the GPUs each. Raises UserError that lists what
+    failed, at the end."""
     from tqdm import tqdm
 
     failed: list[str] = []
     waiting = [job for job in jobs if not job.is_done]
     news = News(waiting)
+    places: SimpleQueue[str | None] = SimpleQueue()
+    for devices in shares(at_once, jobs[0].n_gpus):
+        places.put(devices)
     with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(waiting), unit="run", desc=jobs[0].grid.name) as bar:
         tasks: dict[str, Future] = {}
 
@@ -238,7 +270,11 @@ def work(jobs: list[Job], at_once: int) -> None:
                     tasks[job.begin.name].result()
                 if not job.begin.is_trained:
                     return  # of which there is a complaint already
-            failed.extend(run_commands(job))
+            devices = places.get()
+            try:
+                failed.extend(run_commands(job, devices))
+            finally:
+                places.put(devices)
             bar.update()
 
         for job in waiting:
@@ -250,8 +286,27 @@ def work(jobs: list[Job], at_once: int) -> None:
                 tqdm.write(line, file=sys.stderr)
     for task in tasks.values():
         task.result()
+    if CHILDREN.stopping.is_set():
+        raise UserError("stopped by a signal; start the same command again, and it goes on")
     if failed:
         raise UserError("; ".join(failed))
+
+
+def shares(at_once: int, n_gpus: int) -> list[str | None]:
+    """For each of the runs at once the GPUs that it sees, as CUDA_VISIBLE_DEVICES; None where there are none.
+
+    Runs share GPUs where there are more runs. Raises UserError where one run needs more than there are.
+    """
+    import torch
+
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = chosen.split(",") if chosen else [str(number) for number in range(torch.cuda.device_count())]
+    if n_gpus > max(1, len(devices)):
+        raise UserError(f"--gpus {n_gpus}: this machine has {len(devices)}")
+    if not devices:
+        return [None] * at_once
+    places = range(0, at_once * n_gpus, n_gpus)
+    return [",".join(devices[(place + gpu) % len(devices)] for gpu in range(n_gpus)) for place in places]
 
 
 class News:
@@ -273,13 +328,15 @@ class News:
         return found
 
 
-def run_commands(job: Job) -> list[str]:
+def run_commands(job: Job, devices: str | None) -> list[str]:
     """Runs what a job still needs, with its output in a file beside the run's folder; returns what went wrong."""
     log = job.folder.parent / "logs" / f"{job.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     for command in job.commands():
-        code = start(command, log)
-        if code:
+        if CHILDREN.stopping.is_set():
+            return []
+        code = start(command, log, devices)
+        if code and not CHILDREN.stopping.is_set():
             lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
             return [f"{job.name} failed with exit code {code}: {lines[-1] if lines else ''} (see {log})"]
         if not job.is_trained:
@@ -287,11 +344,43 @@ def run_commands(job: Job) -> list[str]:
     return []
 
 
-def start(command: list[str], log: Path) -> int:
-    """Runs a command on one core, its output appended to a file; returns its exit code."""
+def start(command: list[str], log: Path, devices: str | None) -> int:
+    """Runs a command on one core and the given GPUs, its output appended to a file; returns its exit code."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # of torchrun
+    if devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = devices
     with log.open("a", encoding="utf-8") as output:
-        return subprocess.run(command, env=environment, stdout=output, stderr=output, check=False).returncode
+        return CHILDREN.run(command, env=environment, stdout=output, stderr=output)
+
+
+class Children:
+    """The runs that are under way. A signal to the grid is handed to them, who then save; nothing more is started.
+
+    They are in sessions of their own: a Ctrl-C of the terminal reaches them by the grid alone, as a SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen] = set()
+        self.stopping = threading.Event()
+
+    def run(self, command: list[str], **options) -> int:
+        process = subprocess.Popen(command, start_new_session=True, **options)
+        self.running.add(process)
+        if self.stopping.is_set():  # since the caller looked
+            process.terminate()
+        try:
+            return process.wait()
+        finally:
+            self.running.discard(process)
+
+    def hand_on(self, number: int, _frame) -> None:
+        self.stopping.set()
+        for process in list(self.running):
+            process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+
+
+CHILDREN = Children()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -301,7 +390,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", help="of all runs, and in the report (default: the grid's)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once (default: the number of cores)")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="set keys of every run")
+    parser.add_argument("--gpus", type=int, default=1, help="of one run, where there are GPUs (default: 1)")
     parser.add_argument("--dry-run", action="store_true", help="print commands and what they will cost, and stop")
+    parser.add_argument(
+        "--peak", type=float, default=989e12, help="of a GPU, in FLOP/s, for --dry-run (default: an H100)"
+    )
+    parser.add_argument("--utilisation", type=float, default=0.3, help="of that peak, for --dry-run (default: 0.3)")
+    parser.add_argument("--slurm", type=Path, metavar="FILE", help="write a SLURM array script of the runs, and stop")
     parser.add_argument("--report", action="store_true", help="write the report of what there is, and stop")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="(default: results/)")
     return parser
@@ -311,18 +406,25 @@ def main(arguments: list[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     try:
         grid = read_grid(options.grid)
-        jobs = jobs_of(grid, options.only, options.seeds, tuple(options.set))
+        jobs = jobs_of(grid, options.only, options.seeds, tuple(options.set), options.gpus)
         prepare(grid)
         if options.dry_run:
             from costs import print_plan
 
-            print_plan(jobs)
+            print_plan(jobs, options.peak * options.utilisation)
             return 0
         for job in jobs:
-            Config.from_file(ROOT / grid.base, job.spec.overrides)  # mistakes are found before the first run
+            Config.from_file(job.base, job.spec.overrides)  # mistakes are found before the first run
+        if options.slurm is not None:
+            from slurm_array import write_array
+
+            tell(write_array(jobs, options.grid, options.slurm))
+            return 0
         check_folders(jobs)
         try:
             if not options.report:
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                    signal.signal(number, CHILDREN.hand_on)
                 work(jobs, options.jobs)
         finally:
             from tables import write_report

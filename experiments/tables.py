@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import shortcuts
 
 from examples import load_examples
 from utils import writing
@@ -40,7 +41,8 @@ def write_report(grid: Grid, jobs: list[Job], out: Path) -> str:
 
 def collect(grid: Grid, jobs: list[Job]) -> dict[str, list[dict]]:
     """run -> for each finished seed: "seed"; of the test split "accuracy", "by_steps" (number of steps -> accuracy),
-    "tokens", "correct" (a 0 or 1 for each question); "seconds" of training and validation; "epochs", for the curves."""
+    "tokens", "seconds_per_example" (in batches), "correct" (a 0 or 1 for each question); "seconds" of training and
+    validation; "epochs", for the curves."""
     n_steps = [len(example["steps"]) for example in load_examples(grid.test_path)] if jobs else []
     results: dict[str, list[dict]] = {}
     for job in jobs:
@@ -60,6 +62,7 @@ def collect(grid: Grid, jobs: list[Job]) -> dict[str, list[dict]]:
                 "accuracy": metrics["accuracy"],
                 "by_steps": by_steps,
                 "tokens": metrics["generated_tokens"],
+                "seconds_per_example": metrics["seconds_per_example"],
                 "seconds": sum(record["train_seconds"] + record["seconds"] for record in epochs),
                 "epochs": [{name: record[name] for name in ("epoch", "stage", "accuracy")} for record in epochs],
                 "correct": "".join(map(str, correct)),
@@ -102,9 +105,11 @@ def as_text(grid: Grid, results: dict[str, list[dict]]) -> str:
     lines += [
         f"Accuracy on {n_questions} test questions, in percent: mean and standard deviation over the seeds, then each "
         f"seed.{chance} Learnt: seeds that reach {LEARNT:.0%}. By steps: mean over the seeds, by the number of a "
-        f"question's steps. Tokens: as Table 1 of the paper counts them; each is a pass that waits for the one before. "
-        f"Minutes: training and validation, what a run begins with included, on one core.",
+        f"question's steps. Tokens: as Table 1 of the paper counts them, thoughts included; a generation takes one "
+        f"more forward pass than that, each waiting for the one before. ms: generation for a question, in batches. "
+        f"Minutes: training and validation, what a run begins with included.",
         "",
+        *rules(grid),
     ]
     head, *rows = table(grid, results)
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
@@ -119,17 +124,18 @@ def as_text(grid: Grid, results: dict[str, list[dict]]) -> str:
 def table(grid: Grid, results: dict[str, list[dict]]) -> list[list[str]]:
     """The cells of the report's table, the head first; without the columns that are empty."""
     steps = " / ".join(str(n) for n in next(iter(results.values()))[0]["by_steps"])
-    head = ["run", "paper", "accuracy", "seeds", "learnt", f"by steps: {steps}", "tokens", "minutes"]
-    head.append(f"less {grid.control} (95 %)")
-    rows = [head, *(cells_of(grid, run, rows, results.get(grid.control, [])) for run, rows in results.items())]
+    head = ["run", "paper", "accuracy", "seeds", "learnt", f"by steps: {steps}", "tokens", "ms", "minutes"]
+    head += [f"less {grid.runs[control].label or control} (95 %)" for control in grid.controls]
+    rows = [head, *(cells_of(grid, run, results) for run in results)]
     filled = [column for column in range(len(head)) if any(row[column] for row in rows[1:])]
     return [[row[column] for column in filled] for row in rows]
 
 
-def cells_of(grid: Grid, run: str, rows: list[dict], control: list[dict]) -> list[str]:
-    spec, accuracy = grid.runs[run], [100 * row["accuracy"] for row in rows]
+def cells_of(grid: Grid, run: str, results: dict[str, list[dict]]) -> list[str]:
+    spec, rows = grid.runs[run], results[run]
+    accuracy = [100 * row["accuracy"] for row in rows]
     spread = f" ± {statistics.stdev(accuracy):.1f}" if len(accuracy) > 1 else ""
-    found = difference(rows, control) if run != grid.control else None
+    less = [difference(rows, results.get(control, [])) if run != control else None for control in grid.controls]
     return [
         spec.label or run,
         spec.paper or "",
@@ -138,9 +144,22 @@ def cells_of(grid: Grid, run: str, rows: list[dict], control: list[dict]) -> lis
         f"{sum(row['accuracy'] >= LEARNT for row in rows)} of {len(rows)}",
         " / ".join(f"{100 * statistics.mean(row['by_steps'][n] for row in rows):.0f}" for n in rows[0]["by_steps"]),
         f"{statistics.mean(row['tokens'] for row in rows):.1f}",
+        f"{1000 * statistics.mean(row['seconds_per_example'] for row in rows):.2f}",
         f"{statistics.mean(row['seconds'] for row in rows) / 60:.1f}",
-        "" if found is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in found)),
+        *("" if found is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in found)) for found in less),
     ]
+
+
+def rules(grid: Grid) -> list[str]:
+    """What cheap rules get on the test questions, by steps, where these have a graph to look at."""
+    examples = load_examples(grid.test_path)
+    if not shortcuts.has_graph(examples[0]):
+        return []
+    steps = sorted({len(example["steps"]) for example in examples})
+    groups = [[example for example in examples if len(example["steps"]) == n] for n in steps]
+    right = [shortcuts.measure(group, grid.test_path) for group in groups]
+    shares = (f"{name} {' / '.join(f'{of_group[name]:.0f}' for of_group in right)}" for name in right[0])
+    return [f"What cheap rules get on them, for {' / '.join(map(str, steps))} steps: {', '.join(shares)}.", ""]
 
 
 def draw(grid: Grid, results: dict[str, list[dict]], path: Path) -> None:

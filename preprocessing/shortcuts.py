@@ -85,6 +85,11 @@ RULES: dict[str, Callable[[View, int], int]] = {
 }
 
 
+def has_graph(example: dict) -> bool:
+    """Whether these rules have something to look at: ProsQA's fields."""
+    return {"idx_to_symbol", "edges", "root", "target", "neg_target"} <= example.keys()
+
+
 def decide(example: dict) -> dict[str, float]:
     """Rule -> 1 where it takes the target, 0 where the other, 0.5 where it cannot tell.
 

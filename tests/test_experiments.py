@@ -1,16 +1,23 @@
 """Grids of runs: what is refused, what is run and in which order, what the report says."""
 
+import dataclasses
 import json
+import signal
+import subprocess
 import sys
+import time
 
 import arithmetic
+import prosqa
 import pytest
 import tiny_model
 import yaml
 from conftest import ROOT, load_script
+from test_table1 import ROWS
 
 import run
 from config import Config
+from utils import UserError
 
 sys.path.insert(0, str(ROOT / "experiments"))
 grid = load_script(ROOT / "experiments" / "grid.py")
@@ -34,7 +41,7 @@ def place(tmp_path_factory):
         "save_path": str(folder / "runs"),
         "test_path": str(folder / "test.json"),
         "seeds": [3],
-        "control": "pause",
+        "controls": ["pause"],
         "prediction": "Nothing is learnt.",
         "beginnings": {"words": {"keys": {"method": "cot", "num_epochs": 1}}},
         "runs": {
@@ -51,7 +58,7 @@ def started(monkeypatch) -> list[list[str]]:
     """What is started, in this process instead of others."""
     commands = []
 
-    def in_process(command, log):
+    def in_process(command, log, _):
         commands.append(command)
         log.touch()
         return run.main(Config.from_file(command[2], command[3:]))
@@ -121,7 +128,7 @@ def tokens(step: str) -> str:
         ({"runs": {"coconut": {"begins_with": "nobody"}}}, "begins with 'nobody', but there is no such beginning"),
         ({"seds": [1]}, "unknown key 'seds': did you mean 'seeds'?"),
         ({"runs": {"coconut": {"key": {}}}}, "coconut: unknown key 'key': did you mean 'keys'?"),
-        ({"control": "nobody"}, "control 'nobody' is no run of the grid"),
+        ({"controls": ["nobody"]}, "control 'nobody' is no run of the grid"),
         ({"base": "none.yaml"}, "none.yaml: No such file"),
     ],
 )
@@ -142,7 +149,7 @@ def test_an_unknown_run_is_named(place, capsys):
 def test_a_run_that_fails_is_said_and_the_others_go_on(place, tmp_path, monkeypatch, capsys):
     codes = iter([1, 0, 0])
 
-    def fails(_, log):
+    def fails(_, log, __):
         log.write_text("error: no\n")
         return next(codes)
 
@@ -165,3 +172,78 @@ def test_differences_are_paired_by_question():
     same = tables.difference(control, control)
     assert same == (0, 0, 0)
     assert tables.difference(mine[2:], control) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_grid_reaches_the_runs_and_starts_nothing_more(place, tmp_path, number):
+    """Its runs went on without it, and held their folders against the grid that was started again."""
+    content = yaml.safe_load((place / "small.yaml").read_text())
+    content |= {"save_path": str(tmp_path / "runs"), "beginnings": {}, "seeds": [3]}
+    content["runs"] = {"pause": {"keys": {"num_epochs": 5000}}, "coconut": {}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    command = [sys.executable, str(ROOT / "experiments/grid.py"), str(tmp_path / "small.yaml"), "--jobs", "1"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: (tmp_path / "runs/pause-3/metrics.jsonl").exists(), process)
+    process.send_signal(number)
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "stopped by a signal; start the same command again, and it goes on" in printed
+    assert "stopped by a signal" in (tmp_path / "runs/logs/pause-3.log").read_text()  # the run's own last line
+    assert not (tmp_path / "runs/coconut-3").exists()
+
+
+def wait_until(happened, process: subprocess.Popen) -> None:
+    while not happened():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+
+
+def test_runs_at_once_share_what_gpus_there_are(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    assert grid.shares(4, 1) == ["4", "5", "7", "4"]
+    assert grid.shares(2, 2) == ["4,5", "7,4"]
+    with pytest.raises(UserError, match="--gpus 4: this machine has 3"):
+        grid.shares(1, 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert grid.shares(2, 1) == [None, None]
+
+
+def test_a_run_on_several_gpus_has_several_ranks(place):
+    (job,) = grid.jobs_of(grid.read_grid(place / "small.yaml"), ["pause"], [3], (), n_gpus=2)
+    for command in job.commands():
+        launcher, script = command[: command.index(str(ROOT / "run.py"))], command[len(job.launcher)]
+        assert launcher == ["bash", str(ROOT / "slurm/launch.sh"), "--standalone", "--nproc_per_node", "2"]
+        assert script == str(ROOT / "run.py")
+
+
+@pytest.mark.parametrize("dataset", ["gsm", "prontoqa", "prosqa"])
+def test_the_grids_of_the_paper_name_every_row_of_table_1(dataset, tmp_path, capsys):
+    """24 files: those that test_table1.py runs."""
+    path = ROOT / "experiments" / f"paper_{dataset}.yaml"
+    of_paper = grid.read_grid(path)
+    jobs = grid.jobs_of(of_paper, None, [0], ())
+    assert {job.base.stem for job in jobs} == {f"{dataset}_{row}" for row in ROWS}
+    for job in jobs:
+        alone = Config.from_file(job.base, needs_files=False)
+        assert (job.config.num_epochs, job.config.resume) == (alone.num_epochs, alone.resume)
+        assert (job.config.load_model_path is None) == (alone.load_model_path is None)
+
+
+def test_an_array_has_a_task_for_each_seed_of_what_begins_together(place, tmp_path):
+    script = tmp_path / "new" / "small.sbatch"
+    arguments = [str(place / "small.yaml"), "--slurm", str(script), "--gpus", "4"]
+    assert grid.main([*arguments, "--set", f"save_path={tmp_path}"]) == 0
+    text = script.read_text()
+    for line in ("#SBATCH --array=0-2", "#SBATCH --gpus-per-node=4", '    "--only coconut --seeds 4"'):
+        assert f"\n{line}\n" in text
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+
+
+def test_the_report_says_what_cheap_rules_get(place, tmp_path):
+    settings = prosqa.Settings(min_hops=1, max_hops=2, nodes_a_side=4, characters="abcdefgh")
+    (tmp_path / "graphs.json").write_text(json.dumps(prosqa.make_splits({"test": 20}, settings, 0)["test"]))
+    found = dataclasses.replace(grid.read_grid(place / "small.yaml"), test_path=str(tmp_path / "graphs.json"))
+    assert tables.rules(found)[0].startswith("What cheap rules get on them, for 1 / 2 steps: chance 50 / 50, in-degree")
+    assert tables.rules(grid.read_grid(place / "small.yaml")) == []

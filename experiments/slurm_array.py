@@ -1,0 +1,69 @@
+"""A grid as a SLURM array job: a task for each run and seed, runs that begin with another in the task of that one."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils import writing
+
+if TYPE_CHECKING:
+    from grid import Job
+
+SCRIPT = """\
+#!/usr/bin/env bash
+# {title}
+#
+#     sbatch {script}
+#     python experiments/grid.py {grid} --report      # once they are done, or before
+#
+# A task that nears its time limit, or is preempted, saves, goes back into the queue, and continues. Adapt the lines
+# below to your cluster.
+#SBATCH --job-name={name}
+#SBATCH --array=0-{last}
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node={n_gpus}
+#SBATCH --cpus-per-task={n_cpus}
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%A_%a.out
+set -euo pipefail
+cd "${{SLURM_SUBMIT_DIR:-.}}"
+source slurm/common.sh
+
+tasks=(
+{tasks}
+)
+read -ra chosen <<< "${{tasks[$SLURM_ARRAY_TASK_ID]}}"
+run_steps on_nodes python experiments/grid.py {grid} --jobs 1 --gpus {n_gpus} "${{chosen[@]}}" \\
+    --out "{save_path}/reports/$SLURM_ARRAY_TASK_ID"
+"""
+
+
+def write_array(jobs: list[Job], grid: Path, script: Path) -> str:
+    """Writes the script; returns what to do with it. Raises UserError where it cannot be written."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for job in jobs:
+        if job.run in job.grid.runs:
+            first = job.spec.begins_with or job.run
+            groups.setdefault((first, job.seed), []).append(job.run)
+    tasks = [f"--only {' '.join(map(shlex.quote, runs))} --seeds {seed}" for (_, seed), runs in groups.items()]
+    text = SCRIPT.format(
+        title=jobs[0].grid.title,
+        name=jobs[0].grid.name,
+        grid=grid,
+        script=script,
+        save_path=jobs[0].grid.save_path,
+        n_gpus=jobs[0].n_gpus,
+        n_cpus=8 * jobs[0].n_gpus,
+        last=len(tasks) - 1,
+        tasks="\n".join(f'    "{task}"' for task in tasks),
+    )
+    with writing(script):
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text(text, encoding="utf-8")
+    return f"{len(tasks)} tasks; start them with: sbatch {script}"
