@@ -64,7 +64,10 @@ def collect(grid: Grid, jobs: list[Job]) -> dict[str, list[dict]]:
                 "tokens": metrics["generated_tokens"],
                 "seconds_per_example": metrics["seconds_per_example"],
                 "seconds": sum(record["train_seconds"] + record["seconds"] for record in epochs),
-                "epochs": [{name: record[name] for name in ("epoch", "stage", "accuracy")} for record in epochs],
+                "epochs": [
+                    {"epoch": epoch, "stage": record["stage"], "accuracy": record["accuracy"]}
+                    for epoch, record in enumerate(epochs)
+                ],
                 "correct": "".join(map(str, correct)),
             }
         )
