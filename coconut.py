@@ -29,6 +29,7 @@ from dataset import latent_columns as find_latent_columns
 from kv_cache import has_attention, make_cache
 from thoughts import Seen, StreamRecorder, Thought, decoder_blocks, decoder_of, make_thought
 
+Edit = Callable[[int, torch.Tensor, Seen], torch.Tensor]  # (its number from 0, thought (B, 1, D), its origin)
 NO_FILTERS = {"top_k": 0, "top_p": 1.0}  # Hugging Face's `generate` would take the likeliest 50
 
 
@@ -36,6 +37,7 @@ class CoconutOutput(NamedTuple):
     loss: torch.Tensor | None  # scalar
     inputs_embeds: torch.Tensor  # (B, T, D), with the thoughts filled in
     logits: torch.Tensor | None  # (B, T, V), only where no labels were given
+    thoughts: torch.Tensor | None = None  # (B, K, D) of inputs_embeds, where they are asked for
 
 
 class Coconut(nn.Module):
@@ -95,6 +97,8 @@ class Coconut(nn.Module):
         latent_columns: list[int] | None = None,
         supervised: torch.Tensor | None = None,
         left_padded: bool | None = None,
+        edit: Edit | None = None,
+        return_thoughts: bool = False,
     ) -> CoconutOutput:
         """Runs the latent passes and the mean cross-entropy of the supervised tokens.
 
@@ -108,18 +112,27 @@ class Coconut(nn.Module):
                 them; without them the model has to wait for the device to know.
             left_padded: whether rows are padded on the left; said either way, it promises that padding is at the ends
                 of rows only, and spares the first span, which is most of a sequence, an attention mask.
+            edit: called at each column with latents, with the thought's number from 0, the thought (B, 1, D), and what
+                it was made of; what it returns is fed in the thought's place. Where a thought does not wait (`pause`),
+                it is the latent token's embedding, and the latents are then gone through one by one all the same.
+            return_thoughts: whether the output holds the embeddings of the latent columns.
 
         Gradients flow through the thoughts and the cache: the whole chain is trained. The LM head runs on the
         supervised positions only; without labels it runs on all, and the logits are returned instead of a loss.
         """
         attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
-        hidden, embeds, _, _ = self._run(input_ids, attention_mask, position_ids, left_padded, latent_columns)
+        if return_thoughts and latent_columns is None:
+            latent_columns = find_latent_columns(input_ids, self.latent_token_id)
+        hidden, embeds, _, _ = self._run(
+            input_ids, attention_mask, position_ids, left_padded, latent_columns, edit=edit
+        )
+        thoughts = embeds[:, latent_columns] if return_thoughts else None
         if labels is None:
-            return CoconutOutput(None, embeds, self._logits(hidden))
+            return CoconutOutput(None, embeds, self._logits(hidden), thoughts)
         loss = self._loss(hidden, labels, supervised)
         for parameter in self.thought.parameters():
             loss = loss + 0 * parameter.sum()  # a batch without latents must not leave it without a gradient: DDP waits
-        return CoconutOutput(loss, embeds, None)
+        return CoconutOutput(loss, embeds, None, thoughts)
 
     @torch.no_grad()
     def generate(
@@ -128,6 +141,7 @@ class Coconut(nn.Module):
         attention_mask: torch.Tensor | None = None,
         max_new_tokens: int = 16,
         position_ids: torch.Tensor | None = None,
+        edit: Edit | None = None,
         **generation_options,
     ) -> torch.Tensor:
         """Greedy decoding of a batch of prompts, padded on the left; returns the new tokens only.
@@ -135,6 +149,7 @@ class Coconut(nn.Module):
         Args:
             input_ids, attention_mask, position_ids: (B, T) as in `forward`.
             max_new_tokens: N at most; decoding stops earlier once every row has said EOS.
+            edit: of the thoughts, as in `forward`.
             generation_options: for anything but greedy decoding, options of Hugging Face's `generate` (do_sample,
                 temperature, num_beams, ...), which then continues from the embeddings with the thoughts filled in. The
                 model's own generation_config does not count, nor do Hugging Face's defaults: without a top_k there is
@@ -145,7 +160,7 @@ class Coconut(nn.Module):
         attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
         left_padded = _is_left_padded(attention_mask)
         if generation_options:
-            _, embeds, _, _ = self._run(input_ids, attention_mask, position_ids, left_padded)
+            _, embeds, _, _ = self._run(input_ids, attention_mask, position_ids, left_padded, edit=edit)
             plain = {"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id, **NO_FILTERS}
             with _own_distribution(self.base_causallm):
                 return self.base_causallm.generate(
@@ -157,7 +172,7 @@ class Coconut(nn.Module):
         if self.recomputes:
             return self._generate_anew(input_ids, attention_mask, max_new_tokens)
         hidden, _, cache, attention_mask = self._run(
-            input_ids, attention_mask, position_ids, left_padded, new_columns=max_new_tokens
+            input_ids, attention_mask, position_ids, left_padded, new_columns=max_new_tokens, edit=edit
         )
         position = position_ids[:, -1:]  # (B, 1)
         hidden = hidden[:, -1:]  # (B, 1, D)
@@ -200,13 +215,14 @@ class Coconut(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        edit: Edit | None = None,
     ) -> torch.Tensor:
         """What the LM head makes of the positions before the latents, those that thoughts are made from: for rows as in
-        `generate`, whose K latents stand in the same columns, (B, K, V)."""
+        `generate`, whose K latents stand in the same columns, (B, K, V). `edit` as in `forward`."""
         attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
         columns = find_latent_columns(input_ids, self.latent_token_id)
         left_padded = _is_left_padded(attention_mask)
-        hidden, _, _, _ = self._run(input_ids, attention_mask, position_ids, left_padded, columns)
+        hidden, _, _, _ = self._run(input_ids, attention_mask, position_ids, left_padded, columns, edit=edit)
         return self._logits(hidden[:, [column - 1 for column in columns]])
 
     def _run(
@@ -217,6 +233,7 @@ class Coconut(nn.Module):
         left_padded: bool | None,
         columns: list[int] | None = None,
         new_columns: int = 0,
+        edit: Edit | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, Cache | None, torch.Tensor]:
         """All spans of a batch: last hidden states (B, T, D), filled input embeddings (B, T, D), the cache, where there
         are latents or new columns are to follow, and the attention mask of its columns, (B, T)."""
@@ -224,7 +241,7 @@ class Coconut(nn.Module):
         is_latent = input_ids == self.latent_token_id if self.latent_token_id is not None else None  # (B, T)
         if columns is None:
             columns = find_latent_columns(input_ids, self.latent_token_id)
-        if not self.thought.sequential:
+        if not self.thought.sequential and edit is None:
             columns = []
         if columns and columns[0] == 0:
             raise ValueError("a latent token has no position before it: a sequence must begin with another token")
@@ -241,9 +258,12 @@ class Coconut(nn.Module):
         # one split, not a slice for each span: the backward of a slice fills a tensor of the size of the whole
         widths = [end - begin for begin, end in pairwise(bounds)]
         spans = embeds.split(widths, dim=1) if columns else [embeds]
-        for span, (begin, end) in zip(spans, pairwise(bounds), strict=True):
+        for number, (span, (begin, end)) in enumerate(zip(spans, pairwise(bounds), strict=True), start=-1):
             if begin > 0:
-                thought = self.thought(Seen(hidden_spans[-1][:, -1:], span[:, :1], stream, prepared))  # (B, 1, D)
+                seen = Seen(hidden_spans[-1][:, -1:], span[:, :1], stream, prepared)
+                thought = self.thought(seen) if self.thought.sequential else seen.embedding  # (B, 1, D)
+                if edit is not None:
+                    thought = edit(number, thought, seen)
                 # rows with an ordinary token in this column keep its embedding
                 first = torch.where(is_latent[:, begin, None, None], thought.to(span.dtype), span[:, :1])
                 span = torch.cat([first, span[:, 1:]], dim=1) if end - begin > 1 else first

@@ -131,6 +131,9 @@ class Config:
         "with pad_latent_to_max off, evaluate with at most as many steps of thought as the example has (reference)",
         free=True,
     )
+    eval_latents: int | None = _key(
+        None, "in an eval-only run of method coconut, so many latent thoughts whatever the stage", low=0, free=True
+    )
 
     icot_tokens_per_epoch: int = _key(8, "icot: reasoning tokens removed more with each epoch", low=1)
     icot_remove_all_after: int | None = _key(None, "icot: remove everything once so many tokens are removed", low=1)
@@ -287,6 +290,8 @@ class Config:
             found.append(f"resume {self.resume} leaves nothing of num_epochs {self.num_epochs}")
         if self.only_eval and self.load_model_path is None:
             found.append("only_eval needs load_model_path: the checkpoint to evaluate")
+        if self.eval_latents is not None and not (self.only_eval and self.method == "coconut"):
+            found.append("eval_latents is for eval-only runs of method coconut")
         if re.search(r"[/\\\0]|^\.*$", self.name):
             found.append(f"name {self.name!r} must be a plain folder name")
         if isinstance(self.epochs_per_stage, list) and len(self.epochs_per_stage) > self.last_stage + 1:
@@ -371,9 +376,10 @@ def _preparation_hint(path: str) -> str:
         "tiny_prosqa": "make data/tiny_prosqa/config.json",
     }
     how = next((how for word, how in hints.items() if Path(path).name.startswith(word)), None)
-    for folder in ("data/thoughts", "data/machine"):
-        if Path(path).name == "model" and Path(path).parent.as_posix().endswith(folder):
-            how = f"make {folder}/model/config.json"
+    if Path(path).as_posix().endswith("data/machine/model"):
+        how = "make data/machine/model/config.json"
+    if "mirrored" in Path(path).parent.name:  # with its chains and its model
+        how = f"python experiments/grid.py experiments/{Path(path).parent.name}.yaml --dry-run"
     return f" (make it with: {how})" if how else ""
 
 

@@ -128,10 +128,13 @@ def prompt(
     """The token ids that generation starts from: what `training_sequence` puts before the supervised tokens.
 
     With config.eval_latents_from_steps and no padding to max_latent_stage, at most n steps of thought: the
-    reference's rule, which tells the model how many steps the gold solution has.
+    reference's rule, which tells the model how many steps the gold solution has. config.eval_latents says how many
+    thoughts, whatever the stage (paper, Section 5: forced switches to language).
     """
     n_latents, _ = thoughts_and_dropped(len(steps), stage, config)
-    if config.eval_latents_from_steps and not config.pad_latent_to_max:
+    if config.eval_latents is not None:
+        n_latents = config.eval_latents
+    elif config.eval_latents_from_steps and not config.pad_latent_to_max:
         n_latents = min(n_latents, len(steps) * config.c_thought)
     return _prefix(question, n_latents, config, markers)
 

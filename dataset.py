@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -325,9 +325,14 @@ def sequence_lengths(tokens: Tokens, config: Config, stage: int) -> np.ndarray:
 
 
 def longest_sequence(tokens: Tokens, config: Config) -> tuple[int, int]:
-    """(length, index in the file) of the longest training sequence of any stage."""
+    """(length, index in the file) of the longest training sequence of any stage, or of the thoughts that an evaluation
+    forces and an answer."""
     stages = range(config.last_stage + 1) if config.method in ("coconut", "no_thoughts") else [0]
-    lengths = np.max([sequence_lengths(tokens, config, stage) for stage in stages], axis=0)
+    of_stages = [sequence_lengths(tokens, config, stage) for stage in stages]
+    if config.eval_latents is not None:
+        forced = replace(config, c_thought=1, max_latent_stage=config.eval_latents, pad_latent_to_max=True)
+        of_stages.append(sequence_lengths(tokens, forced, forced.last_stage))
+    lengths = np.max(of_stages, axis=0)
     index = int(lengths.argmax())
     return int(lengths[index]), index if tokens.chosen is None else int(tokens.chosen[index])
 

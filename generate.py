@@ -89,7 +89,7 @@ def load(checkpoint: str, n_thoughts: int | None = None) -> Asked:
     if n_thoughts is not None:
         if config.method != "coconut":
             raise UserError(f"--thoughts is for models with latents, but {folder} is of method {config.method}")
-        config.c_thought, config.max_latent_stage, stage = 1, n_thoughts, n_thoughts
+        config.eval_latents = n_thoughts
     model, tokenizer, markers = load_model(config, folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Asked(model.to(device).eval(), tokenizer, markers, config, stage)

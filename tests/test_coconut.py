@@ -361,3 +361,67 @@ def test_hugging_face_options_continue_from_the_thoughts(family):
     sampled = model.generate(**batch, max_new_tokens=8, do_sample=True, temperature=5.0)
     assert sampled.shape[0] == 3
     assert sampled.tolist() != greedy.tolist()
+
+
+# ---- edited thoughts ----
+
+
+@pytest.mark.parametrize("spelling", ["last", "pause", "normalised", "last+suppressed"])
+def test_an_edit_that_changes_nothing_changes_nothing(family, spelling):
+    """Of `pause`, whose latents are then gone through one by one, as much as of the others."""
+    model, rows = make_variant(family, spelling), make_rows([3, 0, 2])
+    batch = collate_for_device(rows, pad_token_id=EOS, latent_token_id=LATENT)
+    seen = []
+
+    def same(number, thought, made_of):
+        seen.append((number, tuple(thought.shape), tuple(made_of.hidden.shape)))
+        return thought
+
+    loss, edited = model(**batch).loss, model(**batch, edit=same).loss
+    assert abs(loss - edited) < 1e-12
+    width = model.base_causallm.config.hidden_size
+    assert seen == [(number, (3, 1, width), (3, 1, width)) for number in range(3)]
+    wanted, found = gradients(model, loss), gradients(model, edited)
+    assert max((wanted[name] - found[name]).abs().max() for name in wanted) < 1e-12
+    ids = collate_prompts(prompts([3, 3]), EOS)
+    assert (
+        model.generate(**ids, max_new_tokens=5, edit=same).tolist() == model.generate(**ids, max_new_tokens=5).tolist()
+    )
+    assert (model.thought_logits(**ids) - model.thought_logits(**ids, edit=same)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("spelling", ["last", "pause"])
+def test_an_edited_thought_is_what_the_model_is_fed(family, spelling):
+    """Against the base model on embeddings in which the thoughts stand, made one by one."""
+    model, row = make_model(family, thought=spelling), prompts([3])[0]
+    base, first = model.base_causallm, row.index(LATENT)
+    torch.manual_seed(3)
+    strange = torch.randn(1, 1, base.config.hidden_size, dtype=torch.float64)
+
+    def edit(number, thought, _):
+        return strange if number == 1 else thought
+
+    embeds = base.get_input_embeddings()(torch.tensor([row])).detach()
+    for number in range(3):
+        if spelling == "last":
+            hidden = base.get_decoder()(inputs_embeds=embeds[:, : first + number]).last_hidden_state[:, -1]
+            embeds[:, first + number] = hidden.detach()
+        if number == 1:
+            embeds[:, first + number] = strange[:, 0]
+    output = model(torch.tensor([row]), edit=edit, return_thoughts=True)
+    assert (output.thoughts - embeds[:, first : first + 3]).abs().max() < 1e-12
+    assert (output.logits - base(inputs_embeds=embeds).logits).abs().max() < 1e-9
+    said = model.generate(torch.tensor([row]), max_new_tokens=1, edit=edit)
+    assert said.item() == base(inputs_embeds=embeds).logits[0, -1].argmax()
+    sampled = model.generate(torch.tensor([row]), max_new_tokens=1, edit=edit, num_beams=2)
+    assert sampled[0, 0] == said[0, 0]
+
+
+def test_thoughts_are_returned_where_they_are_asked_for(family):
+    model = make_model(family)
+    batch = collate(make_rows([2, 2]), pad_token_id=EOS, latent_token_id=LATENT)
+    assert model(**batch).thoughts is None
+    output = model(**batch, return_thoughts=True)
+    columns = (batch["input_ids"][0] == LATENT).nonzero().flatten()
+    assert (output.thoughts - output.inputs_embeds[:, columns]).abs().max() == 0
+    assert output.thoughts.shape == (2, 2, model.base_causallm.config.hidden_size)

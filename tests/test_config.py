@@ -128,6 +128,7 @@ def test_overrides_win_and_extends_is_read(write, tmp_path):
         ("batch_size_training: 0", "batch_size_training must be at least 1"),
         ("seed: null", "seed must be set"),
         ("only_eval: True", "only_eval needs load_model_path"),
+        ("eval_latents: 2", "eval_latents is for eval-only runs of method coconut"),
         ("load_model_path: YOUR_PATH_TO_COCONUT_CKPT", "load_model_path is still the placeholder"),
         ("save_path: YOUR_PATH_TO_SAVE_THE_MODEL", "save_path is still the placeholder"),
         ("load_model_path: no/such", "load_model_path 'no/such' does not exist"),

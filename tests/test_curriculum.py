@@ -101,6 +101,14 @@ def test_the_references_rule_for_evaluation_needs_a_switch():
     assert sequence(5, **keys, eval_latents_from_steps=True)[0].count(T) == 5
 
 
+@pytest.mark.parametrize("n_latents", [0, 1, 7])
+@pytest.mark.parametrize("stage", [0, 2, 7])
+def test_an_evaluation_may_force_any_number_of_thoughts(stage, n_latents):
+    config = Config(only_eval=True, eval_latents=n_latents)
+    assert prompt(Q, S, stage, config, M) == [*Q, M.start, *[T] * n_latents, M.end]
+    assert training_sequence(Q, S, A, stage, config, M) == sequence(stage)  # the loss is that of the stage
+
+
 @given(
     n_steps=st.integers(0, 7),
     stage=st.integers(0, 9),

@@ -183,6 +183,14 @@ def test_lengths_are_those_of_the_sequences(data_file, tmp_path, method, pad):
     assert longest_sequence(tokens, config)[0] >= max(wanted)
 
 
+def test_forced_thoughts_count_for_the_longest_sequence(data_file, tmp_path):
+    """A prompt that does not fit was first found out in the middle of the evaluation."""
+    config = Config(only_eval=True, eval_latents=50)
+    tokens = Tokens.open(cache_tokens(str(data_file), character_tokenizer(), tmp_path, show_progress=False))
+    wanted = max(len(tokens[i][0]) + 2 + 50 + len(tokens[i][2]) + 1 for i in range(len(tokens)))
+    assert longest_sequence(tokens, config)[0] == wanted
+
+
 # ---- files ----
 
 EXAMPLES = [
