@@ -128,7 +128,7 @@ class Coconut(nn.Module):
         )
         thoughts = embeds[:, latent_columns] if return_thoughts else None
         if labels is None:
-            return CoconutOutput(None, embeds, self._logits(hidden), thoughts)
+            return CoconutOutput(None, embeds, self.head(hidden), thoughts)
         loss = self._loss(hidden, labels, supervised)
         for parameter in self.thought.parameters():
             loss = loss + 0 * parameter.sum()  # a batch without latents must not leave it without a gradient: DDP waits
@@ -179,7 +179,7 @@ class Coconut(nn.Module):
         finished = torch.zeros_like(position, dtype=torch.bool)  # (B, 1)
         tokens = []
         for _ in range(max_new_tokens):
-            token = self._logits(hidden).argmax(-1).masked_fill(finished, self.eos_token_id)  # (B, 1)
+            token = self.head(hidden).argmax(-1).masked_fill(finished, self.eos_token_id)  # (B, 1)
             tokens.append(token)
             finished = finished | (token == self.eos_token_id)
             if len(tokens) == max_new_tokens or finished.all():
@@ -203,11 +203,25 @@ class Coconut(nn.Module):
             mask = (columns < lengths).long()
             hidden = self._run(ids, mask, columns.expand_as(ids), left_padded=False, columns=[])[0]  # (B, T + N, D)
             last = hidden.gather(1, (lengths - 1)[..., None].expand(-1, 1, hidden.shape[-1]))  # (B, 1, D)
-            token = self._logits(last).argmax(-1).masked_fill(finished, self.eos_token_id)  # (B, 1)
+            token = self.head(last).argmax(-1).masked_fill(finished, self.eos_token_id)  # (B, 1)
             tokens.append(token)
             ids = ids.scatter(1, lengths, token)
             lengths, finished = lengths + 1, finished | (token == self.eos_token_id)
         return torch.cat(tokens, dim=1) if tokens else input_ids[:, :0]
+
+    @torch.no_grad()
+    def states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        edit: Edit | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last hidden states and input embeddings with the thoughts filled in, (B, T, D) each, for rows as in
+        `generate`; `head` makes logits of the former. `edit` as in `forward`."""
+        attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
+        left_padded = _is_left_padded(attention_mask)
+        return self._run(input_ids, attention_mask, position_ids, left_padded, edit=edit)[:2]
 
     @torch.no_grad()
     def thought_logits(
@@ -219,11 +233,9 @@ class Coconut(nn.Module):
     ) -> torch.Tensor:
         """What the LM head makes of the positions before the latents, those that thoughts are made from: for rows as in
         `generate`, whose K latents stand in the same columns, (B, K, V). `edit` as in `forward`."""
-        attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
         columns = find_latent_columns(input_ids, self.latent_token_id)
-        left_padded = _is_left_padded(attention_mask)
-        hidden, _, _, _ = self._run(input_ids, attention_mask, position_ids, left_padded, columns, edit=edit)
-        return self._logits(hidden[:, [column - 1 for column in columns]])
+        hidden, _ = self.states(input_ids, attention_mask, position_ids, edit)
+        return self.head(hidden[:, [column - 1 for column in columns]])
 
     def _run(
         self,
@@ -331,9 +343,9 @@ class Coconut(nn.Module):
         if hasattr(F, "linear_cross_entropy") and self._softcap is None and self._head_is_a_matrix:
             head = self.base_causallm.get_output_embeddings()
             return F.linear_cross_entropy(self._scaled(hidden), head.weight, targets, linear_bias=head.bias)
-        return F.cross_entropy(self._logits(hidden), targets)
+        return F.cross_entropy(self.head(hidden), targets)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., V), as the model's own forward makes them."""
         logits = self.base_causallm.get_output_embeddings()(self._scaled(hidden))
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)

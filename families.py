@@ -218,7 +218,7 @@ def _is_head_known(probe: Coconut, seed: int, tolerance: float) -> bool:
         handle.remove()
     if not given:
         raise RuntimeError("its decoder is not found")
-    ours = probe._logits(given[-1])
+    ours = probe.head(given[-1])
     return ours.shape == theirs.shape and not _differs(_exact(ours), _exact(theirs), tolerance)
 
 
@@ -239,7 +239,7 @@ def _problem_of_decoding(model: Coconut, tolerance: Tolerance, seed: int) -> str
         position, mask = position + 1, torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         token = torch.cat([_tensor(probe.base_causallm, row.input_ids[column:][:1]) for row in rows])
         hidden.append(probe._span(probe._embed(token), mask, position, True, cache))
-    logits = _exact(probe._logits(torch.cat(hidden, dim=1)))  # (B, 3, V)
+    logits = _exact(probe.head(torch.cat(hidden, dim=1)))  # (B, 3, V)
     whole, padded = (
         _differs(ours, theirs[0, -3:], tolerance.logits) for ours, theirs in zip(logits, wanted, strict=True)
     )
