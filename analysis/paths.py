@@ -1,0 +1,251 @@
+"""What an output on ProsQA is: a shortest path, a longer one, a hallucination ... (paper, Section 5); and the graphs.
+
+A graph is made from an example of ProsQA, the authors' or ours, mirrored or not, in either template; nodes go by name.
+An output is what a model writes when it is made to begin with language after k latent thoughts:
+
+    graph = from_example(example)
+    classify(graph, extract_steps(text), extract_answer(text), k)   # both from evaluate.py
+
+The classes. The path is what is written; the answer is looked at only where there is no path, as the paper scores
+answers apart: a right path before a wrong answer is a 'correct path', and accuracy is what says the rest.
+
+    correct path     a shortest path from the node asked about (the root) to the target, or the end of one
+    longer path      another path from the root to the target, or the end of one
+    hallucination    an edge that is not in the graph or does not go on from the one before; a path to the target that
+                     does not come from the root; a broken step
+    wrong target     a path of the graph, or the end of one, that ends in another node than the target
+    correct label    no steps, and the right answer
+    incorrect label  no steps, and another answer of its form
+    other            neither a step nor an answer: the paper has no name for it
+
+With k > 0 a path may lack its beginning, which was thought: it is judged by the shortest beginning that makes it whole.
+The beginning may have any number of edges, none and more than k included, for what a thought stands for is what is
+asked. With k = 0 nothing can be lacking: a path begins with a source.
+
+A 'wrong target' need not come from the root: a path from another source, all of whose edges exist, is a walk through
+the wrong part of the graph and nothing made up. On mirrored data it is the other component, or another leaf of the
+right one. The compact template writes only the nodes after the first, so there the source is any that has such an edge,
+the root if it has: both templates give a path the same class.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
+
+from utils import UserError
+
+CORRECT_PATH = "correct path"
+LONGER_PATH = "longer path"
+HALLUCINATION = "hallucination"
+WRONG_TARGET = "wrong target"
+CORRECT_LABEL = "correct label"
+INCORRECT_LABEL = "incorrect label"
+OTHER = "other"
+CLASSES = (CORRECT_PATH, LONGER_PATH, HALLUCINATION, WRONG_TARGET, CORRECT_LABEL, INCORRECT_LABEL, OTHER)
+
+FIELDS = ("answer", "idx_to_symbol", "edges", "root", "target", "neg_target")
+SENTENCE = re.compile(r"[^.]+ is a [^.]+\.")  # a step, or an answer, of whatever names
+NAME = re.compile(r"[^.,#]+")  # what can be read back from a sentence and from an answer
+CHARACTER = re.compile(r"\w")  # a step, or an answer, of the compact template
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A directed acyclic graph and what is asked of it: is `root` a `target`, which it reaches, or an `other`?"""
+
+    names: tuple[str, ...]
+    edges: frozenset[tuple[str, str]]  # (parent, child)
+    root: str
+    target: str
+    other: str
+    compact: bool  # the template: a step is a name, else a sentence
+
+    @cached_property
+    def children(self) -> dict[str, list[str]]:
+        """Name -> the names that its edges lead to, in the order of the names."""
+        return {name: [child for child in self.names if (name, child) in self.edges] for name in self.names}
+
+    @cached_property
+    def parents(self) -> dict[str, list[str]]:
+        """Name -> the names whose edges lead to it, in the order of the names."""
+        return {name: [parent for parent in self.names if (parent, name) in self.edges] for name in self.names}
+
+    @cached_property
+    def sources(self) -> frozenset[str]:
+        """Where a path can begin: the nodes without parents, and the root, which in ProsQA is one of them."""
+        return frozenset(name for name in self.names if not self.parents[name]) | {self.root}
+
+    @cached_property
+    def answer(self) -> str:
+        """The right answer, as the data have it."""
+        return self.target if self.compact else f"{self.root} is a {self.target}."
+
+    @cached_property
+    def sentences(self) -> dict[str, tuple[str, str]]:
+        """Sentence -> its edge: 'Every lempus is a rorpus.', but 'Alex is a lempus.' of a node without parents."""
+        return {
+            f"{'Every ' if self.parents[parent] else ''}{parent} is a {child}.": (parent, child)
+            for parent, child in self.edges
+        }
+
+
+def from_example(example: dict) -> Graph:
+    """The graph of an example with ProsQA's fields.
+
+    Raises UserError that says, without the example's number, which field is lacking or does not fit: the names must
+    differ and be readable in the template, the edges go round in no circle, and the root reach the target alone.
+    """
+    for field in FIELDS:
+        if field not in example:
+            raise UserError(f"the example lacks {field!r}")
+    names, edges = example["idx_to_symbol"], example["edges"]
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and len({*names}) == len(names)):
+        raise UserError("the example's 'idx_to_symbol' is no list of different names")
+    if not (isinstance(edges, list) and all(isinstance(edge, list | tuple) and len(edge) == 2 for edge in edges)):
+        raise UserError("the example's 'edges' is no list of pairs")
+    asked = [example[field] for field in ("root", "target", "neg_target")]
+    for node in (*asked, *(node for edge in edges for node in edge)):
+        if not (isinstance(node, int) and 0 <= node < len(names)):
+            raise UserError(f"the example speaks of node {node!r}, and has {len(names)} names, counted from 0")
+    root, target, other = (names[node] for node in asked)
+    named = frozenset((names[parent], names[child]) for parent, child in edges)
+    graph = Graph(tuple(names), named, root, target, other, compact=example["answer"] == target)
+    problem = _problem(graph, example["answer"])
+    if problem:
+        raise UserError(f"the example's {problem}")
+    return graph
+
+
+def _problem(graph: Graph, answer: str) -> str | None:
+    if answer != graph.answer:
+        return f"answer {answer!r} is neither {graph.target!r} nor {graph.answer!r}"
+    for name in graph.names:
+        if not (CHARACTER if graph.compact else NAME).fullmatch(name):
+            return f"name {name!r} cannot be read back from a written {'character' if graph.compact else 'sentence'}"
+    try:
+        TopologicalSorter(graph.children).prepare()
+    except CycleError as error:
+        return f"edges go round in a circle: {' - '.join(error.args[1])}"
+    from_root = depths(graph)
+    if not from_root.get(graph.target):
+        return f"target {graph.target!r} cannot be reached from its root {graph.root!r}"
+    if graph.other in from_root:
+        return f"neg_target {graph.other!r} can be reached from its root {graph.root!r}, as the target can"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Distances
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def distances(graph: Graph, start: str) -> dict[str, int]:
+    """Name -> the fewest edges that lead to it from `start`, which is itself at 0; unreachable nodes are left out."""
+    return _fewest_edges(graph.children, [start])
+
+
+def reachable(graph: Graph, start: str) -> set[str]:
+    """The nodes that paths from `start` lead to, itself included."""
+    return {*distances(graph, start)}
+
+
+def depths(graph: Graph) -> dict[str, int]:
+    """Name -> its distance from the root, as `distances`."""
+    return distances(graph, graph.root)
+
+
+def height(graph: Graph, longest: bool = False) -> dict[str, int]:
+    """Name -> the fewest edges from it to a leaf, or the most; a leaf has 0 (paper, Section 5, has the fewest)."""
+    choose = max if longest else min
+    heights: dict[str, int] = {}
+    for name in TopologicalSorter(graph.children).static_order():  # children first
+        heights[name] = choose((1 + heights[child] for child in graph.children[name]), default=0)
+    return heights
+
+
+def frontier(graph: Graph, k: int) -> set[str]:
+    """The nodes at distance k from the root: what a search by breadth holds after k steps."""
+    return {name for name, depth in depths(graph).items() if depth == k}
+
+
+def same_depth_unreachable(graph: Graph, k: int) -> set[str]:
+    """What `frontier` is to be held against: nodes that the root does not reach, k edges from the nearest source that
+    is not asked about."""
+    from_others = _fewest_edges(graph.children, graph.sources - {graph.root})
+    return {name for name, depth in from_others.items() if depth == k} - reachable(graph, graph.root)
+
+
+def _fewest_edges(neighbours: dict[str, list[str]], starts: Iterable[str]) -> dict[str, int]:
+    found = dict.fromkeys(starts, 0)
+    outermost, edges = {*found}, 0
+    while outermost:
+        edges += 1
+        outermost = {neighbour for name in outermost for neighbour in neighbours[name]} - found.keys()
+        found |= dict.fromkeys(outermost, edges)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The class of an output
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def classify(graph: Graph, written: str, answer: str, k: int = 0) -> str:
+    """The class of an output that began with language after k thoughts: one of CLASSES, whatever the text.
+
+    written: the reasoning, what precedes the first '#'; answer: the answer as `evaluate.extract_answer` gives it. In
+    either, spaces and line breaks count as one another, but a right answer is what evaluation takes for one.
+    """
+    assert k >= 0
+    form = CHARACTER if graph.compact else SENTENCE
+    written = " ".join(written.split())
+    has_answer = form.fullmatch(" ".join(answer.split()))
+    if not written and has_answer:
+        return CORRECT_LABEL if answer.strip() == graph.answer else INCORRECT_LABEL
+    steps = [*written.replace(" ", "")] if graph.compact else _split_sentences(written)
+    if not has_answer and not any(form.fullmatch(step) for step in steps):
+        return OTHER
+    path = _compact_path(graph, steps, k) if graph.compact else _path(graph, steps, k)
+    if path is None:
+        return HALLUCINATION
+    return _class_of_path(graph, path, k)
+
+
+def _split_sentences(text: str) -> list[str]:
+    """The sentences with their full stops; last what has none."""
+    return [part.strip() for part in re.split(r"(?<=\.)", text) if part.strip()]
+
+
+def _path(graph: Graph, sentences: list[str], k: int) -> list[str] | None:
+    """The nodes that the sentences lead through, the first subject included; None where they are no path, or one that
+    without a thought begins in the middle."""
+    edges = [graph.sentences.get(sentence) for sentence in sentences]
+    if None in edges or any(before[1] != after[0] for before, after in pairwise(edges)):
+        return None
+    path = [edges[0][0], *(child for _, child in edges)]
+    return path if k or path[0] in graph.sources else None
+
+
+def _compact_path(graph: Graph, names: list[str], k: int) -> list[str] | None:
+    """The same of the compact template, whose first name is already a child."""
+    before = graph.parents.get(names[0])
+    if not before or any(edge not in graph.edges for edge in pairwise(names)):
+        return None
+    return names if k or graph.sources & {*before} else None
+
+
+def _class_of_path(graph: Graph, path: list[str], k: int) -> str:
+    """The class of a path of the graph, which may lack its beginning."""
+    if path[-1] != graph.target:
+        return WRONG_TARGET
+    from_root = depths(graph)
+    beginning = from_root.get(path[0])  # edges, of the shortest
+    if beginning is None or (k == 0 and beginning > 1):  # it began with another source
+        return HALLUCINATION
+    shortest = beginning + len(path) - 1 == from_root[graph.target]
+    return CORRECT_PATH if shortest else LONGER_PATH

@@ -1,0 +1,427 @@
+"""Outputs on ProsQA have the class of a plain definition, in both templates; distances are those of all paths."""
+
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import prosqa
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from analysis import paths
+from analysis.paths import CLASSES, Graph, classify, from_example
+from evaluate import extract_answer, extract_steps
+from utils import UserError
+
+# Two ways from Tom (a) to the target t over two edges more, by c or d; a longer one over c and e. f is a leaf beside;
+# Alex (b) leads to the other candidate o over g, and over c to what Tom reaches too. h leads to t, and Sam (s) to h.
+EDGES = "ac ad ct dt ce et af bg go bc sh ht"
+SYMBOLS = "abcdefghost"
+WORDS = {"a": "Tom", "b": "Alex", "s": "Sam"} | {name: f"{name}umpus" for name in "cdefghot"}
+
+
+def example_of(pairs: str = EDGES, compact: bool = True, **changed) -> dict:
+    """a is asked about: t or o?"""
+    names = list(SYMBOLS) if compact else [WORDS[symbol] for symbol in SYMBOLS]
+    return {
+        "question": "?",
+        "steps": [],
+        "answer": "t" if compact else "Tom is a tumpus.",
+        "idx_to_symbol": names,
+        "edges": [[SYMBOLS.index(parent), SYMBOLS.index(child)] for parent, child in pairs.split()],
+        "root": SYMBOLS.index("a"),
+        "target": SYMBOLS.index("t"),
+        "neg_target": SYMBOLS.index("o"),
+    } | changed
+
+
+COMPACT, SENTENCES = from_example(example_of()), from_example(example_of(compact=False))
+
+
+def in_sentences(nodes: str) -> str:
+    """A walk as the sentences that it would be, whether or not there are such edges."""
+    every = {symbol: "" if symbol in "abs" else "Every " for symbol in SYMBOLS}
+    return "\n".join(f"{every[tail]}{WORDS[tail]} is a {WORDS[head]}." for tail, head in pairwise(nodes))
+
+
+@pytest.mark.parametrize("answer", ["t", "o", ""])  # it decides nothing where there is a path
+@pytest.mark.parametrize(
+    ("walk", "whole", "partial"),  # the class with k = 0, and with k > 0; the compact template leaves out the first
+    [
+        ("act", "correct path", "correct path"),
+        ("adt", "correct path", "correct path"),
+        ("acet", "longer path", "longer path"),
+        ("ct", "hallucination", "correct path"),
+        ("cet", "hallucination", "longer path"),
+        ("et", "hallucination", "longer path"),
+        ("af", "wrong target", "wrong target"),
+        ("ac", "wrong target", "wrong target"),
+        ("ace", "wrong target", "wrong target"),
+        ("bgo", "wrong target", "wrong target"),
+        ("go", "hallucination", "wrong target"),
+        ("sht", "hallucination", "hallucination"),
+        ("ht", "hallucination", "hallucination"),
+        ("ag", "hallucination", "hallucination"),
+        ("at", "hallucination", "hallucination"),
+        ("acdt", "hallucination", "hallucination"),
+        ("acct", "hallucination", "hallucination"),
+        ("acact", "hallucination", "hallucination"),
+        ("actt", "hallucination", "hallucination"),
+        ("acta", "hallucination", "hallucination"),
+        ("tc", "hallucination", "hallucination"),
+        ("tca", "hallucination", "hallucination"),
+    ],
+)
+def test_walks_in_sentences(walk, whole, partial, answer):
+    sentence = f"Tom is a {WORDS[answer]}." if answer else ""
+    assert classify(SENTENCES, in_sentences(walk), sentence) == whole
+    assert {classify(SENTENCES, in_sentences(walk), sentence, k) for k in (1, 2, 6)} == {partial}
+
+
+@pytest.mark.parametrize("answer", ["t", "o", ""])
+@pytest.mark.parametrize(
+    ("written", "whole", "partial"),
+    [
+        ("ct", "correct path", "correct path"),
+        ("dt", "correct path", "correct path"),
+        ("cet", "longer path", "longer path"),
+        ("t", "hallucination", "correct path"),
+        ("et", "hallucination", "longer path"),
+        ("f", "wrong target", "wrong target"),
+        ("c", "wrong target", "wrong target"),
+        ("e", "hallucination", "wrong target"),
+        ("go", "wrong target", "wrong target"),  # from b, which is not written
+        ("o", "hallucination", "wrong target"),
+        ("ht", "hallucination", "hallucination"),  # from s, which is not asked about
+        ("h", "wrong target", "wrong target"),
+        ("act", "hallucination", "hallucination"),  # nothing leads to a
+        ("a", "hallucination", "hallucination"),
+        ("cdt", "hallucination", "hallucination"),
+        ("cct", "hallucination", "hallucination"),
+        ("ctt", "hallucination", "hallucination"),
+        ("ctct", "hallucination", "hallucination"),
+        ("tc", "hallucination", "hallucination"),
+        ("x", "hallucination", "hallucination"),
+        ("cx", "hallucination", "hallucination"),
+        ("c,t", "hallucination", "hallucination"),
+        ("c.", "hallucination", "hallucination"),
+    ],
+)
+def test_walks_in_characters(written, whole, partial, answer):
+    for text in (written, "\n".join(written), f" {' '.join(written)}\n"):
+        assert classify(COMPACT, text, answer) == whole
+        assert {classify(COMPACT, text, answer, k) for k in (1, 2, 6)} == {partial}
+
+
+@pytest.mark.parametrize("k", [0, 1, 6])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Tom is a cumpus.\nEvery cumpus is a tumpus.\n### Tom is a tumpus.", "correct path"),
+        ("Tom is a cumpus. Every cumpus is a tumpus. ### Tom is a tumpus.", "correct path"),
+        ("  Tom  is a\ncumpus.Every   cumpus is a tumpus. \n\n###  Tom is a tumpus.", "correct path"),
+        ("Tom is a cumpus.\nEvery dumpus is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is a cumpus.\nTom is a cumpus.\nEvery cumpus is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Every cumpus is a tumpus.\nTom is a cumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is a cumpus.\nTom is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is a cumpus.\nEvery Tom is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Every Tom is a cumpus.\nEvery cumpus is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("cumpus is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Alex is a dumpus.\nEvery dumpus is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is a wumpus.\nEvery wumpus is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is a cumpus.\nEvery cumpus is\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is a cumpus.\nEvery cumpus is a tumpus", "hallucination"),
+        ("Tom is a cumpus.\nEvery cumpus is a tumpus..\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is a cumpus.\n.Every cumpus is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is a cumpus and a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("### Tom is a tumpus.", "correct label"),
+        ("\n\n###Tom is a tumpus.\n", "correct label"),
+        ("### Tom is a  tumpus.", "incorrect label"),  # evaluation takes it for wrong
+        ("### Tom is a oumpus.", "incorrect label"),
+        ("### Alex is a tumpus.", "incorrect label"),
+        ("### Tom is a wumpus.", "incorrect label"),
+        ("### tumpus", "other"),
+        ("### Tom is a", "other"),
+        ("### Tom is a tumpus. Tom is a tumpus.", "other"),
+        ("Tom is\n### tumpus", "other"),
+        ("Every cumpus", "other"),
+        ("###", "other"),
+        (" \n", "other"),
+        ("", "other"),
+    ],
+)
+def test_texts_in_sentences(text, expected, k):
+    assert classify(SENTENCES, extract_steps(text), extract_answer(text), k) == expected
+
+
+def test_a_beginning_is_not_that_of_another_source():
+    """With Alex an eumpus, the character e can come first; the root does not reach it in one edge, only in two."""
+    graph = from_example(example_of(EDGES + " be"))
+    assert classify(graph, "et", "t") == "hallucination"
+    assert classify(graph, "e", "t") == "wrong target"
+    assert classify(graph, "et", "t", 1) == "longer path"
+
+
+@pytest.mark.parametrize("k", [0, 1, 6])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("c\nt\n### t", "correct path"),
+        ("### t", "correct label"),
+        ("###t", "correct label"),
+        ("### o", "incorrect label"),
+        ("### x", "incorrect label"),
+        ("### ct", "other"),
+        ("### ?", "other"),
+        ("?### ?", "other"),
+        ("?### t", "hallucination"),
+        ("###", "other"),
+        ("", "other"),
+    ],
+)
+def test_texts_in_characters(text, expected, k):
+    assert classify(COMPACT, extract_steps(text), extract_answer(text), k) == expected
+
+
+def test_the_classes_are_stacked_in_the_papers_order():
+    assert CLASSES[:4] == ("correct path", "longer path", "hallucination", "wrong target")
+    assert CLASSES[4:] == ("correct label", "incorrect label", "other")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Graphs that the generator draws
+# ---------------------------------------------------------------------------------------------------------------
+
+LETTERS = prosqa.CHARACTERS[:26]
+KINDS = {
+    "paper": prosqa.Settings(),
+    "paper, compact": prosqa.Settings(nodes=20, characters=LETTERS),
+    "small": prosqa.Settings(nodes=12, min_hops=2),
+    "small, compact": prosqa.Settings(nodes=12, min_hops=2, characters=LETTERS),
+    "mirror": prosqa.Settings(nodes_a_side=7, min_hops=1, max_hops=4),
+    "mirror, compact": prosqa.Settings(nodes_a_side=7, min_hops=1, max_hops=4, characters=LETTERS),
+    "chains, compact": prosqa.Settings(nodes_a_side=7, min_hops=1, max_hops=6, chains=True, characters=LETTERS),
+}
+
+
+@st.composite
+def drawn(draw, kinds=tuple(KINDS)) -> tuple[dict, Graph, np.random.Generator]:
+    """An example of one of the kinds, its graph, and a generator for what is drawn of it."""
+    settings, rng = KINDS[draw(st.sampled_from(kinds))], np.random.default_rng(draw(st.integers(0, 2**32)))
+    while (example := prosqa.make_example(rng, settings)) is None:
+        pass
+    return example, from_example(example), rng
+
+
+def steps_of(graph: Graph, path: list[str]) -> list[str]:
+    """The steps in the data's words, the path's first node included."""
+    concepts = {child for _, child in graph.edges}
+    text = prosqa.compact([], [], path) if graph.compact else prosqa.sentences([], [], path, concepts)
+    return text["steps"]
+
+
+def path_to(rng: np.random.Generator, example: dict, root: int, target: int) -> list[str]:
+    """A shortest path, drawn, as names."""
+    nodes = prosqa.shortest_path(rng, [tuple(edge) for edge in example["edges"]], root, target)
+    return [example["idx_to_symbol"][node] for node in nodes]
+
+
+def all_paths(graph: Graph) -> list[tuple[str, ...]]:
+    """Every path of an edge or more that begins with a source, by the plainest search."""
+    heads = {child for _, child in graph.edges}
+    paths = [(name,) for name in graph.names if name not in heads]
+    for path in paths:  # which grows
+        paths += [(*path, child) for parent, child in graph.edges if parent == path[-1]]
+    return [path for path in paths if len(path) > 1]
+
+
+def plainly(graph: Graph, whole: list[tuple[str, ...]], walk: list[str], k: int) -> str:
+    """The class of written nodes by the definition: whole paths that they are, or with k > 0 end."""
+    skipped = int(graph.compact)  # the first node is not written
+    fits = [path for path in whole if path[skipped:] == tuple(walk) or (k and path[skipped:][-len(walk) :] == walk)]
+    if not fits:
+        return "hallucination"
+    if walk[-1] != graph.target:
+        return "wrong target"
+    lengths = [len(path) for path in fits if path[0] == graph.root]
+    if not lengths:
+        return "hallucination"
+    shortest = min(len(path) for path in whole if (path[0], path[-1]) == (graph.root, graph.target))
+    return "correct path" if min(lengths) == shortest else "longer path"
+
+
+@given(drawn(), st.integers(0, 6))
+def test_gold_steps_are_a_correct_path(of_example, k):
+    """With k = 0 all of them; with thoughts what remains from any step on, whether or not k steps are gone."""
+    example, graph, _ = of_example
+    steps = example["steps"]
+    for first in range(len(steps) if k else 1):
+        for separator in "\n", " ", "":
+            written = separator.join(steps[first:])
+            assert classify(graph, written, example["answer"], k) == "correct path"
+    assert classify(graph, "", example["answer"], k) == "correct label"
+    assert classify(graph, "", example["answer"].replace(graph.target, graph.other), k) == "incorrect label"
+
+
+@given(drawn())
+def test_every_other_shortest_path_is_correct(of_example):
+    example, graph, rng = of_example
+    path = path_to(rng, example, example["root"], example["target"])
+    steps = steps_of(graph, path)
+    for k in range(len(steps)):
+        assert classify(graph, "\n".join(steps[k:]), example["answer"], k) == "correct path"
+
+
+@given(drawn())
+def test_the_other_component_is_a_wrong_target(of_example):
+    """Whatever the answer that comes after it."""
+    example, graph, rng = of_example
+    steps = steps_of(graph, path_to(rng, example, 1 - example["root"], example["neg_target"]))
+    for k in range(len(steps)):
+        assert classify(graph, "\n".join(steps[k:]), example["answer"], k) == "wrong target"
+
+
+@given(drawn(), st.data())
+def test_a_step_less_or_two_exchanged_are_no_path(of_example, data):
+    """Without the last step, the path ends too early; without another, it does not connect."""
+    example, graph, _ = of_example
+    steps, answer = example["steps"], example["answer"]
+    place = data.draw(st.integers(0, len(steps) - 1))
+    less = "\n".join(steps[:place] + steps[place + 1 :])
+    if place < len(steps) - 1:
+        assert classify(graph, less, answer) == "hallucination"
+        exchanged = [*steps[:place], steps[place + 1], steps[place], *steps[place + 2 :]]
+        assert {classify(graph, "\n".join(exchanged), answer, k) for k in (0, 1, 6)} == {"hallucination"}
+    else:
+        assert classify(graph, less, answer) == ("wrong target" if place else "correct label")
+
+
+@settings(max_examples=200)
+@given(drawn(kinds=[kind for kind in KINDS if not kind.startswith("paper")]), st.integers(0, 2), st.data())
+def test_walks_have_the_class_of_the_plain_definition(of_example, k, data):
+    """Walks along the edges, with a jump here and there, from any node on."""
+    _, graph, rng = of_example
+    whole = all_paths(graph)
+    for _ in range(30):
+        walk = [str(rng.choice(graph.names if rng.random() < 0.5 else [graph.root]))]
+        for _ in range(rng.integers(1, 7)):
+            ways = graph.children[walk[-1]]
+            if rng.random() < 0.1:
+                ways = graph.names
+            if not ways:
+                break
+            walk.append(str(rng.choice(ways)))
+        if len(walk) == 1:
+            continue
+        nodes = tuple(walk[1:] if graph.compact else walk)
+        assert classify(graph, "\n".join(steps_of(graph, walk)), "", k) == plainly(graph, whole, nodes, k)
+
+
+@st.composite
+def texts(draw, graph: Graph, example: dict) -> str:
+    """Anything, or what outputs are made of in any order."""
+    words = ["Every", " is a ", ".", " ", "\n", "#", "### ", ",", *graph.names, *graph.sentences, *example["steps"]]
+    pieces = st.lists(st.sampled_from(words) | st.text(max_size=3), max_size=12)
+    return draw(st.text() | pieces.map("".join))
+
+
+@settings(max_examples=300)
+@given(drawn(), st.integers(0, 6), st.data())
+def test_every_text_has_a_class(of_example, k, data):
+    example, graph, _ = of_example
+    text = data.draw(texts(graph, example))
+    assert classify(graph, extract_steps(text), extract_answer(text), k) in CLASSES
+    other = data.draw(texts(graph, example))
+    assert classify(graph, text, other, k) in CLASSES
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Distances
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_distances_of_a_graph():
+    assert paths.distances(COMPACT, "c") == {"c": 0, "e": 1, "t": 1}
+    assert paths.depths(COMPACT) == {"a": 0, "c": 1, "d": 1, "f": 1, "t": 2, "e": 2}
+    assert paths.reachable(COMPACT, "b") == set("bcetgo")
+    assert paths.height(COMPACT) == dict(zip(SYMBOLS, (1, 2, 1, 1, 1, 0, 1, 1, 0, 2, 0), strict=True))
+    assert paths.height(COMPACT, longest=True) == dict(zip(SYMBOLS, (3, 3, 2, 1, 1, 0, 1, 1, 0, 2, 0), strict=True))
+    assert [paths.frontier(COMPACT, k) for k in range(4)] == [{"a"}, {"c", "d", "f"}, {"t", "e"}, set()]
+    unreachable = [paths.same_depth_unreachable(COMPACT, k) for k in range(4)]
+    assert unreachable == [{"b", "s"}, {"g", "h"}, {"o"}, set()]
+
+
+@given(drawn(kinds=("small", "mirror, compact", "chains, compact")))
+def test_distances_are_lengths_of_paths(of_example):
+    example, graph, _ = of_example
+    parts = {path[place:] for path in all_paths(graph) for place in range(len(path))}
+    lengths = {}
+    for path in parts:
+        lengths.setdefault((path[0], path[-1]), []).append(len(path) - 1)
+    leaves = {name for name in graph.names if name not in {parent for parent, _ in graph.edges}}
+    for start in graph.names:
+        expected = {end: min(lengths[start, end]) for end in graph.names if (start, end) in lengths} | {start: 0}
+        assert paths.distances(graph, start) == expected
+        to_leaves = [length for leaf in leaves for length in lengths.get((start, leaf), [])]
+        assert paths.height(graph)[start] == min(to_leaves, default=0)
+        assert paths.height(graph, longest=True)[start] == max(to_leaves, default=0)
+    assert paths.depths(graph)[graph.target] == len(example["steps"])
+
+
+@given(drawn(kinds=("mirror", "mirror, compact", "chains, compact")))
+def test_a_mirrors_frontiers_are_copies(of_example):
+    """What is unreachable at a depth are the copies of what is reachable: node n of side s is number 2n + s."""
+    example, graph, _ = of_example
+    names = example["idx_to_symbol"]
+    copy = {name: names[number ^ 1] for number, name in enumerate(names)}
+    for k in range(len(names)):
+        assert paths.same_depth_unreachable(graph, k) == {copy[name] for name in paths.frontier(graph, k)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What cannot be read
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def without(field: str) -> dict:
+    return {name: value for name, value in example_of().items() if name != field}
+
+
+@pytest.mark.parametrize(
+    ("example", "said"),
+    [
+        *((without(field), f"lacks '{field}'") for field in paths.FIELDS),
+        (example_of(idx_to_symbol=list("abcdefghoss")), "no list of different names"),
+        (example_of(idx_to_symbol="abcdefghost"), "no list of different names"),
+        (example_of(idx_to_symbol=[0, 1]), "no list of different names"),
+        (example_of(edges=[[0, 1, 2]]), "no list of pairs"),
+        (example_of(edges=7), "no list of pairs"),
+        (example_of(edges=[[0, 11]]), "node 11, and has 11 names"),
+        (example_of(root=-1), "node -1, "),
+        (example_of(target="t"), "node 't', "),
+        (example_of(answer="o"), "answer 'o' is neither 't' nor 'a is a t.'"),
+        (example_of(answer=3), "answer 3 is neither"),
+        (example_of(EDGES + " ec"), "edges go round in a circle: "),
+        (example_of(EDGES + " ff"), "edges go round in a circle: f - f"),
+        (example_of("ac dt bo"), "target 't' cannot be reached from its root 'a'"),
+        (example_of(root=SYMBOLS.index("t")), "target 't' cannot be reached from its root 't'"),
+        (example_of(EDGES + " co"), "neg_target 'o' can be reached from its root 'a', as the target can"),
+        (example_of(idx_to_symbol=["Tom", *SYMBOLS[1:]]), "name 'Tom' cannot be read back from a written character"),
+        (example_of(answer="a is a t.", idx_to_symbol=["a", "b.", *SYMBOLS[2:]]), "'b.' cannot be read back"),
+    ],
+)
+def test_an_example_without_a_graph_is_refused(example, said):
+    with pytest.raises(UserError) as caught:
+        from_example(example)
+    assert said in str(caught.value)
+    assert str(caught.value).startswith("the example")
+
+
+def test_it_waits_for_no_torch():
+    code = "import sys, analysis.paths; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
