@@ -1,0 +1,203 @@
+"""Looks at the thoughts of a checkpoint, beside those of a control: what they hold, and whether they are used.
+
+    python -m analysis checkpoints/state_tracking/coconut-0 --control checkpoints/state_tracking/pause_as_thought-0 \\
+        --data data/machine/machine_test.json --out results/analysis_machine
+    python -m analysis CHECKPOINT --data FILE --out FOLDER --only probe sweep         # some of it; the rest is kept
+    python -m analysis CHECKPOINT --data FILE --out FOLDER --page                     # the page again from the numbers
+
+FOLDER/index.html is the page. A JSON file beside it holds the numbers of each part: probe (what thoughts hold), sweep
+(other numbers of thoughts), search (graphs: is there a frontier?), interventions (what if a thought is changed?),
+examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+PARTS = ("probe", "sweep", "search", "interventions", "examples")
+OWN, CONTROL = "Coconut", "pause as thought"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="a checkpoint folder, or a run's folder: its newest checkpoint")
+    parser.add_argument("--control", metavar="CHECKPOINT", help="the same without feedback: every figure has its twin")
+    parser.add_argument("--data", type=Path, required=True, help="questions: state tracking, or graphs as ProsQA's")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the page and its numbers")
+    parser.add_argument("--names", nargs=2, default=[OWN, CONTROL], help=f"of the two (default: {OWN!r}, {CONTROL!r})")
+    parser.add_argument("--questions", type=int, default=500, metavar="N", help="the first so many (default: 500)")
+    parser.add_argument("--thoughts", type=int, metavar="K", help="(default: as the last stage was trained)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure anew (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of donors and noise (default: 0)")
+    parser.add_argument("--page", action="store_true", help="write the page from the numbers that are there, and stop")
+    return parser
+
+
+if __name__ == "__main__":
+    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+
+from tqdm import tqdm
+from transformers.utils import logging
+
+from analysis import interventions, probe, search, sweep
+from analysis.report import write_page
+from analysis.subject import Subject
+from analysis.tasks import Graphs, Machine, Task, load_task
+from utils import UserError, report, tell, writing
+
+EXAMPLES = 8  # questions that the page shows whole
+
+
+def measure_probe(subject: Subject, task: Task, _) -> dict:
+    """Values of next steps after 0 to K thoughts; on state tracking also whether thoughts hold the state."""
+    found = {
+        "next step": probe.next_step(task, probe.values(subject, task, subject.n_thoughts)),
+        "shape": probe.shape(subject),
+    }
+    if isinstance(task, Machine):
+        found["decoded"] = probe.decoded(subject, task)
+    return found
+
+
+def measure_sweep(subject: Subject, task: Task, _) -> list[dict]:
+    return sweep.sweep(subject, task)
+
+
+def measure_search(subject: Subject, task: Task, _) -> dict | None:
+    """Graphs only. The first and the second thought are what the paper compares."""
+    if not isinstance(task, Graphs):
+        return None
+    deepest = min(subject.n_thoughts, max(len(example["steps"]) for example in task.examples) - 1)
+    values = probe.values(subject, task, deepest)
+    return {
+        "parallelism": [search.parallelism(task, values[k]) for k in range(1, min(deepest, 2) + 1)],
+        "frontier": [search.frontier(task, values[k], k) for k in range(deepest + 1)],
+        "by height": {
+            kind: [
+                {"thoughts": k, **row}
+                for k in range(deepest + 1)
+                for row in search.by_height(task, values[k], k, kind == "longest")
+            ]
+            for kind in ("shortest", "longest")
+        },
+        "trees": [
+            [search.tree(task, index, values[k]) for k in range(deepest + 1)]
+            for index in range(min(EXAMPLES, len(task.examples)))
+        ],
+    }
+
+
+def measure_interventions(subject: Subject, task: Task, seed: int) -> dict:
+    """Every intervention at all places; on state tracking also transplants."""
+    rows = []
+    places = interventions.places(subject.n_thoughts)
+    tried = interventions.interventions(subject, task, seed)
+    for intervention in tqdm(tried, desc="interventions", unit="intervention"):
+        for place, numbers in places.items():
+            found = interventions.measure(subject, task, intervention, numbers)
+            rows.append({"kind": intervention.kind, "name": intervention.name, "place": place, **found})
+    found = {
+        "rows": rows,
+        "another question": interventions.with_another_question(subject, task, seed),
+        "fewer": interventions.with_fewer(subject, task),
+    }
+    if isinstance(task, Machine):
+        found["transplants"] = interventions.transplants(subject, task, seed)
+    return found
+
+
+def measure_examples(subject: Subject, task: Task, _) -> list[dict]:
+    """What the page shows of single questions."""
+    few = subject.asking(task.examples[:EXAMPLES])
+    outputs = few.written()
+    return [
+        {
+            "question": example["question"],
+            "steps": example["steps"],
+            "answer": example["answer"],
+            "output": output,
+            "words": words,
+        }
+        for example, output, words in zip(few.examples, outputs, probe.words(few, EXAMPLES), strict=True)
+    ]
+
+
+MEASURES = {
+    "probe": measure_probe,
+    "sweep": measure_sweep,
+    "search": measure_search,
+    "interventions": measure_interventions,
+    "examples": measure_examples,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.questions < 2 or (options.thoughts is not None and options.thoughts < 1):
+        parser.error("--questions must be at least 2, --thoughts at least 1")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        if not options.page:
+            measure(options)
+        tell(f"the page: {write_page(options.out)}")
+    except UserError as error:
+        return report(error)
+    return 0
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Writes FOLDER/PART.json for each part that is asked for, and FOLDER/about.json. Raises UserError."""
+    task = load_task(options.data, options.questions)
+    checkpoints = dict(zip(options.names, [options.checkpoint, options.control], strict=True))
+    subjects = {
+        name: Subject.load(checkpoint, task.examples, options.thoughts)
+        for name, checkpoint in checkpoints.items()
+        if checkpoint is not None
+    }
+    about = {
+        "kind": task.kind,
+        "data": str(options.data),
+        "questions": len(task.examples),
+        "seed": options.seed,
+        "classes": task.classes,
+        "checkpoints": {name: checkpoint for name, checkpoint in checkpoints.items() if checkpoint is not None},
+        "thoughts": {name: subject.n_thoughts for name, subject in subjects.items()},
+    }
+    if isinstance(task, Machine):
+        about["states"] = len(task.states)
+    write_json(options.out / "about.json", about)
+    for part in PARTS:
+        if part in options.only:
+            found = {}
+            for name, subject in subjects.items():
+                tell(f"{part}: {name}")
+                found[name] = MEASURES[part](subject, task, options.seed)
+            write_json(options.out / f"{part}.json", found)
+
+
+def write_json(path: Path, content) -> None:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rounded(content), indent=1) + "\n", encoding="utf-8")
+
+
+def rounded(content):
+    """Numbers to five digits after the point: what is beyond differs between machines, and fills the files."""
+    if isinstance(content, float):
+        return round(content, 5)
+    if isinstance(content, dict):
+        return {name: rounded(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [rounded(value) for value in content]
+    return content
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Whether thoughts are used: what becomes of the answers when they are changed.
+
+Legend: N questions, K thoughts, D hidden size.
+
+Every intervention puts something in the place of some thoughts and lets the model go on: later thoughts are made from
+the changed ones. What is put there is a (N, K, D) of content, a vector for each question and thought:
+
+    controls   itself (nothing changes); the question with its parts in another order
+    content    the mean thought of that number; noise of the mean and covariance of that number; the latent token's
+               embedding (what `pause` feeds); the question's own thoughts in another order; zeros (off the manifold:
+               no thought looks like that)
+    donors     the thoughts of another question: any, one with as many steps, one with the same answer, and the twin,
+               which begins elsewhere and so has a known other answer
+    removal    no later position may attend to the thought (the length stays); fewer thoughts (it does not)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from analysis.subject import Change, Subject
+from analysis.tasks import Machine, Task
+from evaluate import extract_answer
+
+MEASURES = ("questions", "accuracy", "donor", "gold", "T", "escape")
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What is put in the place of thoughts, and what should come of it."""
+
+    name: str
+    kind: str  # control, content, donor, removal
+    content: torch.Tensor | None  # (N, K, D); None hides thoughts instead
+    donors: tuple[str | None, ...] | None = None  # the donors' answers, None where a question has no donor
+
+
+def interventions(subject: Subject, task: Task, seed: int = 0) -> list[Intervention]:
+    """All that is tried, but other questions and other numbers of thoughts. Draws follow from the seed."""
+    random = np.random.default_rng(seed)
+    thoughts = subject.thoughts()  # (N, K, D)
+    count, k, _ = thoughts.shape
+    answers = [example["answer"] for example in task.examples]
+    lengths = [len(example["steps"]) for example in task.examples]
+    latent = subject.model.base_causallm.get_input_embeddings().weight[subject.asked.markers.latent]
+    mean = thoughts.mean(0)
+    turned = torch.stack([thoughts[:, (number + 1) % k] for number in range(k)], dim=1)
+    found = [
+        Intervention("itself", "control", thoughts),
+        Intervention("mean", "content", mean.expand_as(thoughts)),
+        Intervention("noise", "content", _noise(thoughts, random)),
+        Intervention("pause embedding", "content", latent.detach().float().cpu().expand_as(thoughts)),
+        Intervention("in another order", "content", turned),
+        Intervention("zeros (off the manifold)", "content", torch.zeros_like(thoughts)),
+    ]
+    for name, allowed in (
+        ("any other question", lambda mine, other: True),
+        ("as many steps", lambda mine, other: lengths[mine] == lengths[other]),
+        ("the same answer", lambda mine, other: answers[mine] == answers[other]),
+    ):
+        chosen = _donors(count, allowed, random)
+        content = thoughts[[mine if donor is None else donor for mine, donor in enumerate(chosen)]]
+        of_donors = tuple(None if donor is None else answers[donor] for donor in chosen)
+        found.append(Intervention(name, "donor", content, of_donors))
+    twins = task.twins()
+    content = subject.asking(twins).thoughts(k)
+    found.append(Intervention("the twin", "donor", content, tuple(twin["answer"] for twin in twins)))
+    found.append(Intervention("not attended to", "removal", None))
+    return found
+
+
+def _noise(thoughts: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
+    """(N, K, D) of normal noise with the mean and covariance of each number."""
+    drawn = []
+    for of_number in thoughts.unbind(1):
+        mean, covariance = of_number.mean(0).numpy(), np.cov(of_number.numpy(), rowvar=False)
+        drawn.append(random.multivariate_normal(mean, covariance, len(of_number), method="eigh").astype(np.float32))
+    return torch.from_numpy(np.stack(drawn, axis=1))
+
+
+def _donors(count: int, allowed, random: np.random.Generator) -> list[int | None]:
+    """For each question another one that is allowed, or None."""
+    found: list[int | None] = []
+    for mine in range(count):
+        order = (int(other) for other in random.permutation(count) if other != mine)
+        found.append(next((other for other in order if allowed(mine, other)), None))
+    return found
+
+
+def places(n_thoughts: int) -> dict[str, frozenset[int]]:
+    """Which thoughts are changed: name -> their numbers, from 0."""
+    every = range(n_thoughts)
+    found = {"all": frozenset(every)}
+    if n_thoughts > 1:
+        found |= {"all but the last": frozenset(every[:-1]), "the last": frozenset(every[-1:])}
+        found |= {f"thought {number + 1}": frozenset([number]) for number in every[:-1]}
+    return found
+
+
+def measure(
+    subject: Subject, task: Task, intervention: Intervention, numbers: frozenset[int]
+) -> dict[str, float | int | None]:
+    """What comes of it, over the questions that have as many steps as the first changed thought has a number, and a
+    donor where one is needed:
+
+        accuracy: the answer is still right
+        donor: the answer is the donor's, of those donors whose answer is another
+        gold: mean probability of the right answer when an answer is forced
+        T: gold / (gold + other), escape: 1 - gold - other, where there is another candidate
+    """
+    donors = intervention.donors
+    asked = [
+        index
+        for index, example in enumerate(task.examples)
+        if len(example["steps"]) > min(numbers) and (donors is None or donors[index] is not None)
+    ]
+    if intervention.content is None:
+        change, hidden = None, numbers
+    else:
+        change, hidden = Change(intervention.content, numbers), frozenset()
+    outputs = subject.written(change=change, hidden_columns=hidden)
+    said = [extract_answer(output) for output in outputs]
+    answers, others = [example["answer"] for example in task.examples], task.others()
+    found: dict = {
+        "questions": len(asked),
+        "accuracy": _share(said[index] == answers[index] for index in asked),
+        "donor": None,
+        **dict.fromkeys(("gold", "T", "escape")),
+    }
+    if donors is not None:
+        found["donor"] = _share(said[index] == donors[index] for index in asked if donors[index] != answers[index])
+    if change is not None:
+        names = [[answer] if other is None else [answer, other] for answer, other in zip(answers, others, strict=True)]
+        shares = subject.values(names, task.answer_prefix, change=change).numpy()[asked]
+        found["gold"] = float(shares[:, 0].mean())
+        if others[0] is not None:
+            both = shares.sum(1)
+            found["T"] = float((shares[:, 0] / np.maximum(both, 1e-12)).mean())
+            found["escape"] = float((1 - both).mean())
+    return found
+
+
+def _share(outcomes) -> float | None:
+    found = list(outcomes)
+    return sum(found) / len(found) if found else None
+
+
+def with_another_question(subject: Subject, task: Task, seed: int = 0) -> dict:
+    """The control without a change of thoughts: the question's parts in another order."""
+    what, examples = task.redrawn(np.random.default_rng(seed))
+    said = [extract_answer(output) for output in subject.asking(examples).written()]
+    return {
+        "what": what,
+        "questions": len(said),
+        "accuracy": _share(mine == example["answer"] for mine, example in zip(said, task.examples, strict=True)),
+        "of the new question": _share(mine == example["answer"] for mine, example in zip(said, examples, strict=True)),
+    }
+
+
+def with_fewer(subject: Subject, task: Task) -> list[dict]:
+    """Thoughts taken away from the end, without keeping the length."""
+    found = []
+    for k in range(subject.n_thoughts):
+        said = [extract_answer(output) for output in subject.written(k)]
+        right = (mine == example["answer"] for mine, example in zip(said, task.examples, strict=True))
+        found.append({"thoughts": k, "questions": len(said), "accuracy": _share(right)})
+    return found
+
+
+def transplants(subject: Subject, task: Machine, seed: int = 0) -> list[dict]:
+    """The k-th thought of another question, after k steps in another state: how often the answer is where the rest of
+    this question's buttons lead from there, and how often it stays what it was. Over questions and donors that have k
+    steps, and where the two differ."""
+    random = np.random.default_rng(seed)
+    thoughts, found = subject.thoughts(), []
+    for k in range(1, subject.n_thoughts + 1):
+        has = [len(example["steps"]) >= k for example in task.examples]
+        donors = _donors(len(has), lambda mine, other: has[mine] and has[other], random)  # noqa: B023
+        content = thoughts[[mine if donor is None else donor for mine, donor in enumerate(donors)]]
+        said = [extract_answer(output) for output in subject.written(change=Change(content, frozenset([k - 1])))]
+        asked = []
+        for index, donor in enumerate(donors):
+            if donor is not None:
+                wanted = task.after_transplant(index, donor, k)
+                if wanted != task.examples[index]["answer"]:
+                    asked.append((said[index] == wanted, said[index] == task.examples[index]["answer"]))
+        found.append(
+            {
+                "thought": k,
+                "questions": len(asked),
+                "where it leads": _share(new for new, _ in asked),
+                "where it was": _share(old for _, old in asked),
+            }
+        )
+    return found

@@ -1,0 +1,122 @@
+"""What thoughts hold: what can be read from them, and how likely names are when language is forced after them.
+
+Legend: N questions, K thoughts, D hidden size, C names. Everything returned is ready for JSON.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from analysis.subject import Subject
+from analysis.tasks import Graphs, Machine, Task
+
+TOP = 5  # words shown of a thought
+FOLDS = 2
+RIDGE = 1e-2  # of the linear probe, relative to the mean eigenvalue of the thoughts' covariance
+
+
+def values(subject: Subject, task: Task, n_thoughts: int) -> np.ndarray:
+    """(n_thoughts + 1, N, C): each name's value after 0, 1, ... thoughts (paper, Section 5.2)."""
+    names = task.names()
+    return np.stack([subject.values(names, task.step_prefix, k).numpy() for k in range(n_thoughts + 1)])
+
+
+def next_step(task: Task, of_names: np.ndarray) -> list[dict]:
+    """For each number of thoughts, over the questions that have a step after them: how likely the right next step is,
+    how often it is the likeliest name, and how much probability lies on no name at all."""
+    found = []
+    for k, shares in enumerate(of_names):
+        asked = [index for index, example in enumerate(task.examples) if len(example["steps"]) > k]
+        if not asked:
+            break
+        gold = [task.names()[index].index(spelled_step(task, index, k)) for index in asked]
+        right = shares[asked, gold]
+        found.append(
+            {
+                "thoughts": k,
+                "questions": len(asked),
+                "value": float(right.mean()),
+                "renormalised": float((right / shares[asked].sum(1)).mean()),
+                "first": float((shares[asked].argmax(1) == gold).mean()),
+                "elsewhere": float(1 - shares[asked].sum(1).mean()),
+            }
+        )
+    return found
+
+
+def spelled_step(task: Task, index: int, k: int) -> str:
+    """The name that the (k + 1)-th step of a question leads to, as `names` spells it."""
+    step = task.examples[index]["steps"][k]
+    return task.spelled(step.removesuffix(".").split()[-1]) if isinstance(task, Graphs) else step
+
+
+def decoded(subject: Subject, task: Machine) -> list[dict]:
+    """For each thought, over the questions that have so many steps: how often the state after as many steps is the
+    likeliest word of the LM head where the thought is made, and how often a linear probe finds it in the hidden state
+    there (ridge regression to the states, fitted on one half of the questions and tested on the other)."""
+    readings = subject.readings()  # (N, K, D)
+    head = subject.model.base_causallm.get_output_embeddings().weight
+    ids = [subject.tokenizer(state, add_special_tokens=False)["input_ids"][-1] for state in task.states]
+    found = []
+    for k in range(subject.n_thoughts):
+        asked = [index for index, example in enumerate(task.examples) if len(example["steps"]) > k]
+        if not asked:
+            break
+        gold = np.array([task.states.index(task.examples[index]["steps"][k]) for index in asked])
+        states = readings[asked, k]
+        with torch.no_grad():
+            words = subject.model.head(states.to(head))[:, ids].argmax(1).cpu().numpy()
+        found.append(
+            {
+                "thought": k + 1,
+                "questions": len(asked),
+                "head": float((words == gold).mean()),
+                "probe": probe_accuracy(states.numpy(), gold, len(task.states)),
+            }
+        )
+    return found
+
+
+def probe_accuracy(states: np.ndarray, classes: np.ndarray, n_classes: int) -> float:
+    """How often a linear map of (N, D) finds the class, each half of the rows judged by a map fitted to the other."""
+    fold = np.arange(len(states)) % FOLDS
+    right = np.zeros(len(states), dtype=bool)
+    for number in range(FOLDS):
+        of_fit, of_test = fold != number, fold == number
+        mean = states[of_fit].mean(0)
+        inputs = np.c_[states - mean, np.ones(len(states))].astype(np.float64)
+        gram = inputs[of_fit].T @ inputs[of_fit]
+        gram += RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
+        weights = np.linalg.solve(gram, inputs[of_fit].T @ np.eye(n_classes)[classes[of_fit]])
+        right[of_test] = (inputs[of_test] @ weights).argmax(1) == classes[of_test]
+    return float(right.mean())
+
+
+def shape(subject: Subject) -> list[dict]:
+    """For each thought its mean norm, and its mean cosine with the thought before."""
+    thoughts = subject.thoughts().numpy()  # (N, K, D)
+    norms = np.linalg.norm(thoughts, axis=2)  # (N, K)
+    found = []
+    for k in range(thoughts.shape[1]):
+        cosine = None
+        if k:
+            product = (thoughts[:, k] * thoughts[:, k - 1]).sum(1)
+            cosine = float((product / (norms[:, k] * norms[:, k - 1])).mean())
+        found.append({"thought": k + 1, "norm": float(norms[:, k].mean()), "cosine with the one before": cosine})
+    return found
+
+
+def words(subject: Subject, count: int) -> list[list[list[tuple[str, float]]]]:
+    """For each of the first questions and each thought the TOP likeliest words where it is made, with their shares."""
+    found: list[list[list[tuple[str, float]]]] = []
+    for _, inputs in subject.asking(subject.examples[:count]).batches():
+        top = subject.model.thought_logits(**inputs).float().softmax(-1).topk(TOP)
+        for ids, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+            found.append(
+                [
+                    [(subject.tokenizer.decode([token]), share) for token, share in zip(*pairs, strict=True)]
+                    for pairs in zip(ids, shares, strict=True)
+                ]
+            )
+    return found

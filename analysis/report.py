@@ -1,0 +1,380 @@
+"""The page of an analysis, from the numbers that `python -m analysis` has written: the same numbers, the same bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+
+from analysis import figures
+from analysis.page import Example, Figure, Section, page
+from utils import UserError, writing
+
+Found = dict  # of a part: subject -> its numbers
+
+
+def write_page(folder: Path) -> Path:
+    """Writes FOLDER/index.html; returns its path. Raises UserError where there are no numbers."""
+    about = read(folder, "about")
+    if about is None:
+        raise UserError(f"{folder} holds no analysis: about.json is missing")
+    found = {part: numbers for part in SECTIONS if (numbers := read(folder, part))}
+    sections = [SECTIONS[part](numbers, about) for part, numbers in found.items() if any(numbers.values())]
+    facts = [
+        *((f"{name}, {about['thoughts'][name]} thoughts", source) for name, source in about["checkpoints"].items()),
+        ("data", f"{about['data']}, {about['questions']} questions"),
+        ("seed of donors and noise", str(about["seed"])),
+    ]
+    title = "Thoughts: state tracking" if about["kind"] == "machine" else "Thoughts: search in graphs"
+    path = folder / "index.html"
+    with writing(path):
+        path.write_text(page(title, answers(found, about), sections, facts), encoding="utf-8")
+    return path
+
+
+def read(folder: Path, part: str):
+    """The numbers of a part; None where it was not measured."""
+    path = folder / f"{part}.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The sceptic's questions, a number each
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def answers(found: dict[str, Found], about: dict) -> str:
+    """The first lines of the page."""
+    paragraphs = []
+    if "probe" in found and about["kind"] == "machine":
+        shares = {name: mean(row["probe"] for row in of["decoded"]) for name, of in found["probe"].items()}
+        paragraphs.append(
+            "Do the hidden states that thoughts are made from hold the state? A linear probe finds the right one of "
+            f"{about['states']} in: {said(shares)} (mean over the thoughts)."
+        )
+    if "search" in found and any(found["search"].values()):
+        areas = {name: [row["auc"] for row in of["frontier"] if "auc" in row] for name, of in found["search"].items()}
+        told = ", ".join(f"{name} {' / '.join(f'{area:.2f}' for area in of)}" for name, of in areas.items())
+        paragraphs.append(
+            "Do they hold a frontier? The area under the curve of reachable nodes against nodes of the same depth that "
+            f"cannot be reached, after 0, 1, ... thoughts: {told} (0.5 is nothing)."
+        )
+    if "interventions" in found:
+        of_all = found["interventions"]
+        paragraphs.append(followed(of_all, about))
+        told = []
+        for name, of in of_all.items():
+            itself, noise, average = (row_of(of, what, "all")["accuracy"] for what in ("itself", "noise", "mean"))
+            told.append(f"{name} {percent(itself)}, with noise {percent(noise)}, with the mean {percent(average)}")
+        paragraphs.append(f"Does anything change when nothing is in them? Accuracy: {'; '.join(told)}.")
+    return "\n\n".join(paragraphs)
+
+
+def followed(found: Found, about: dict) -> str:
+    """Whether the answer goes where a thought of another question would lead."""
+    if about["kind"] == "machine":
+        shares = {name: [row["where it leads"] for row in of["transplants"]] for name, of in found.items()}
+        told = ", ".join(f"{name} {' / '.join(map(percent, of))}" for name, of in shares.items())
+        return (
+            "Does the answer follow a state that is put there? With the k-th thought of another question, k = 1, 2, ..., it "
+            f"is where the rest of this question's buttons lead from the other's state in: {told}."
+        )
+    shares = {name: row_of(of, "the twin", "all")["donor"] for name, of in found.items()}
+    return (
+        "Does the answer follow thoughts that are put there? With all thoughts of the same graph, asked about the "
+        f"other root, it is that question's answer in: {said(shares)}."
+    )
+
+
+def row_of(found: dict, name: str, place: str) -> dict:
+    return next(row for row in found["rows"] if (row["name"], row["place"]) == (name, place))
+
+
+def said(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {percent(share)}" for name, share in shares.items())
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sections
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def line_of(rows: list[dict], x: str, y: str, factor: float = 100) -> list[tuple[float, float]]:
+    return [(row[x], factor * row[y]) for row in rows if row.get(y) is not None]
+
+
+def table_of(rows_by_subject: dict[str, list[dict]], head: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table whose first column is the subject."""
+    rows = [[name, *(cell(row.get(key)) for key in head)] for name, of in rows_by_subject.items() for row in of]
+    return ["", *head], rows
+
+
+def cell(value) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def probe_section(found: Found, about: dict) -> Section:
+    next_steps = {name: of["next step"] for name, of in found.items()}
+    drawn = [
+        Figure(
+            figures.svg(
+                figures.lines(
+                    {name: line_of(rows, "thoughts", "value") for name, rows in next_steps.items()},
+                    "thoughts, then language",
+                    "value of the right step, %",
+                )
+            ),
+            "When language is forced after k thoughts: the probability of the right next step, over the questions that "
+            "have one. Renormalised: over the names; first: how often it is the likeliest name; elsewhere: the "
+            "probability that is on no name.",
+            *table_of(next_steps, ["thoughts", "questions", "value", "renormalised", "first", "elsewhere"]),
+        )
+    ]
+    if about["kind"] == "machine":
+        decoded = {name: of["decoded"] for name, of in found.items()}
+        lines = {
+            f"{name}, {label}": line_of(rows, "thought", key)
+            for key, label in (("head", "LM head"), ("probe", "linear probe"))
+            for name, rows in decoded.items()
+        }
+        drawn.append(
+            Figure(
+                figures.svg(figures.lines(lines, "thought", "state read rightly, %")),
+                "How often the state after k steps is read where the k-th thought is made: by the LM head, and by a "
+                f"linear probe fitted to other questions. Chance is {percent(1 / about['states'])}.",
+                *table_of(decoded, ["thought", "questions", "head", "probe"]),
+            )
+        )
+    shapes = {name: of["shape"] for name, of in found.items()}
+    drawn.append(
+        Figure(
+            "",
+            "Norms of the thoughts, and the cosine of each with the one before.",
+            *table_of(shapes, ["thought", "norm", "cosine with the one before"]),
+        )
+    )
+    return Section(
+        "What thoughts hold",
+        "A value is the probability of a name when the model has to go on with language (paper, Section 5.2). That "
+        "something can be read does not say that it is used: for that thoughts must be changed.",
+        drawn,
+    )
+
+
+def sweep_section(found: Found, about: dict) -> Section:
+    drawn = []
+    for name, rows in found.items():
+        parts = {label: [100 * row["classes"][label] / row["questions"] for row in rows] for label in about["classes"]}
+        table = [[str(row["thoughts"]), percent(row["accuracy"]), *map(str, row["classes"].values())] for row in rows]
+        drawn.append(
+            Figure(
+                figures.svg(
+                    figures.stacked(
+                        [str(row["thoughts"]) for row in rows],
+                        {label: shares for label, shares in parts.items() if any(shares)},
+                        "outputs, %",
+                    )
+                ),
+                f"{name}: what is written after 0, 1, ... thoughts, in the last stage of {about['thoughts'][name]}.",
+                ["thoughts", "accuracy", *about["classes"]],
+                table,
+            )
+        )
+    return Section(
+        "With another number of thoughts",
+        "A switch to language is forced after so many thoughts (paper, Section 5.1). After many thoughts little is "
+        "written, and little can be wrong with it: bars of different numbers are not directly comparable.",
+        drawn,
+    )
+
+
+def interventions_section(found: Found, about: dict) -> Section:
+    rows_by_subject = {name: of["rows"] for name, of in found.items()}
+    rows = next(iter(rows_by_subject.values()))
+    names, places = (list(dict.fromkeys(row[key] for row in rows)) for key in ("name", "place"))
+
+    def accuracies(subject: str, pairs: list[tuple[str, str]]) -> list[float | None]:
+        shares = (row_of(found[subject], name, place)["accuracy"] for name, place in pairs)
+        return [None if share is None else 100 * share for share in shares]
+
+    drawn = [
+        Figure(
+            figures.svg(
+                figures.bars(
+                    names,
+                    {subject: accuracies(subject, [(name, "all") for name in names]) for subject in found},
+                    "accuracy, %",
+                    rotate=True,
+                )
+            ),
+            "Accuracy when all thoughts are replaced, by what they are replaced with. The table has every place, and "
+            "counts the questions that have the first of the replaced thoughts. Donor: the answer is the donor's, "
+            "where that is another; gold: probability of the right answer; T: gold / (gold + other candidate); escape: the "
+            "probability of neither.",
+            *table_of(
+                rows_by_subject,
+                ["kind", "name", "place", "questions", "accuracy", "donor", "gold", "T", "escape"],
+            ),
+        )
+    ]
+    for subject in found:
+        lines = {
+            name: accuracies(subject, [(name, place) for place in places])
+            for name in ("mean", "noise", "any other question", "the twin")
+        }
+        drawn.append(
+            Figure(
+                figures.svg(figures.bars(places, lines, "accuracy, %", rotate=True)),
+                f"{subject}: accuracy by which thoughts are replaced, and with what (numbers above).",
+                [],
+                [],
+            )
+        )
+    if about["kind"] == "machine":
+        drawn.insert(0, transplant_figure(found, about))
+    others = {name: [of["another question"]] for name, of in found.items()}
+    drawn.append(
+        Figure(
+            "",
+            "The thoughts left alone, the question changed: how often the answer of the old question comes out, and "
+            "that of the new one.",
+            *table_of(others, ["what", "questions", "accuracy", "of the new question"]),
+        )
+    )
+    fewer = {name: of["fewer"] for name, of in found.items()}
+    drawn.append(
+        Figure("", "Thoughts taken away from the end.", *table_of(fewer, ["thoughts", "questions", "accuracy"]))
+    )
+    return Section(
+        "Are thoughts used?",
+        "A thought is replaced, and the model goes on from there: later thoughts are made anew. Without feedback all "
+        "thoughts are one embedding, whatever the question: another question's thoughts then change nothing, by "
+        "construction.",
+        drawn,
+    )
+
+
+def transplant_figure(found: Found, about: dict) -> Figure:
+    transplants = {name: of["transplants"] for name, of in found.items()}
+    lines = {
+        f"{name}, {label}": line_of(rows, "thought", key)
+        for key, label in (("where it leads", "follows"), ("where it was", "stays"))
+        for name, rows in transplants.items()
+    }
+    return Figure(
+        figures.svg(figures.lines(lines, "number of the thought that is transplanted", "answers, %")),
+        "The k-th thought of another question is put into this one. Follows: the answer is where the rest of this "
+        "question's buttons lead from the other question's state after k steps. Stays: it is what it was. Chance is "
+        f"{percent(1 / about['states'])}.",
+        *table_of(transplants, ["thought", "questions", "where it leads", "where it was"]),
+    )
+
+
+def search_section(found: Found, about: dict) -> Section:
+    frontiers = {name: [row for row in of["frontier"] if "auc" in row] for name, of in found.items()}
+    parallel = {
+        f"{name}, thought {number}": [(place, 100 * share) for place, share in enumerate(row["mean"], 1)]
+        for name, of in found.items()
+        for number, row in enumerate(of["parallelism"], 1)
+    }
+    heights = {name: of["by height"]["shortest"] for name, of in found.items()}
+    by_height = {
+        f"{name}, {'right' if right else 'wrong'} nodes": line_of(
+            [row for row in rows if row["right"] == right and row["thoughts"] == 1], "height", "value"
+        )
+        for name, rows in heights.items()
+        for right in (True, False)
+    }
+    drawn = [
+        Figure(
+            figures.svg(
+                figures.lines(
+                    {name: line_of(rows, "thoughts", "auc", 1) for name, rows in frontiers.items()},
+                    "thoughts, then language",
+                    "area under the curve",
+                )
+            ),
+            "Are the nodes that can be reached at depth k + 1 valued above nodes of the same depth that cannot be? "
+            "After k thoughts; 0.5 is chance. Frontier, others: their mean values, renormalised over the names.",
+            *table_of(frontiers, ["thoughts", "questions", "auc", "frontier", "others"]),
+        ),
+        Figure(
+            figures.svg(figures.lines(parallel, "likeliest names together", "of the value of all names, %")),
+            "How many ways are kept open: the share of the value that the likeliest 1, 2, 3 names have together, after "
+            "the first and the second thought (paper, Section 5.3: less parallel later).",
+            ["", "1", "2", "3"],
+            [[name, *(f"{share:.1f}" for _, share in points)] for name, points in parallel.items()],
+        ),
+        Figure(
+            figures.svg(
+                figures.scatter(
+                    {name: points for name, points in by_height.items() if points},
+                    "height: fewest edges to a leaf",
+                    "value within the frontier, %",
+                )
+            ),
+            "The value of the frontier's nodes after one thought by their height, nodes on a shortest path to the "
+            "target apart from the others (paper, Section 5.4). search.json has the longest way to a leaf as well.",
+            *table_of(heights, ["thoughts", "height", "right", "nodes", "value"]),
+        ),
+    ]
+    trees = [
+        Example(f"question {number + 1}: its graph after each thought", trees_of(found, number))
+        for number in range(len(next(iter(found.values()))["trees"]))
+    ]
+    return Section(
+        "Is it a search?",
+        "A node's value after k thoughts: how likely its name is as the next step, renormalised over all names.",
+        drawn,
+        trees,
+    )
+
+
+def trees_of(found: Found, number: int) -> str:
+    """A question's graph with its values, for each subject after each number of thoughts, as HTML."""
+    parts = []
+    for name, of in found.items():
+        for k, numbers in enumerate(of["trees"][number]):
+            tree = figures.tree(**{**numbers, "edges": [tuple(edge) for edge in numbers["edges"]]})
+            parts.append(f"<h3>{escape(name)}, thoughts: {k}</h3>{figures.svg(tree)}")
+    return "".join(parts)
+
+
+def examples_section(found: Found, about: dict) -> Section:
+    examples = []
+    for number, example in enumerate(next(iter(found.values()))):
+        lines = [f"{key}: {example[key]}" for key in ("question", "answer")]
+        lines.insert(1, f"steps: {' '.join(example['steps'])}")
+        for name, of in found.items():
+            lines += ["", f"{name} writes: {of[number]['output'].strip()}"]
+            for place, words in enumerate(of[number]["words"], 1):
+                lines.append(f"thought {place}: " + "  ".join(f"{word!r} {share:.0%}" for word, share in words))
+        body = f"<pre>{escape(chr(10).join(lines))}</pre>"
+        examples.append(Example(f"question {number + 1}: {example['question'][:60]}", body))
+    return Section("Questions", "The likeliest words of the LM head where each thought is made.", [], examples)
+
+
+SECTIONS = {
+    "probe": probe_section,
+    "interventions": interventions_section,
+    "search": search_section,
+    "sweep": sweep_section,
+    "examples": examples_section,
+}

@@ -1,0 +1,89 @@
+"""Whether thoughts hold a search: values of nodes, the frontier, how many ways are kept open (paper, Section 5).
+
+A node's value after k thoughts is how likely its name is when language is forced there: the next step leads to depth
+k + 1. Legend: N questions, C names.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from analysis import paths
+from analysis.tasks import Graphs
+
+TOP = 3
+
+
+def parallelism(task: Graphs, values: np.ndarray) -> dict:
+    """How much of the value of all names the likeliest 1, 2 and 3 have together: {"mean": [3], "curves": [3][21]}, the
+    curves being the quantiles over the questions, of one (N, C) of values.
+
+    Raises no error where a question has fewer names: they count as 0.
+    """
+    total = values.sum(1, keepdims=True)
+    shares = np.sort(values / np.maximum(total, 1e-12), axis=1)[:, ::-1][:, :TOP].cumsum(1)  # (N, 3)
+    curves = np.quantile(shares, np.linspace(0, 1, 21), axis=0).T
+    return {"mean": shares.mean(0).tolist(), "curves": curves.tolist()}
+
+
+def frontier(task: Graphs, values: np.ndarray, k: int) -> dict:
+    """After k thoughts: how often a node that a search by breadth would have reached at depth k + 1 is valued above one
+    of the same depth that cannot be reached (the area under the ROC curve, ties as half), within a question; and the
+    mean values of both, renormalised over the names."""
+    areas, of_frontier, of_others = [], [], []
+    for graph, example, row in zip(task.graphs, task.examples, values, strict=True):
+        place = {name: number for number, name in enumerate(example["idx_to_symbol"])}
+        row = row / max(row.sum(), 1e-12)
+        inside = row[[place[name] for name in sorted(paths.frontier(graph, k + 1))]]
+        outside = row[[place[name] for name in sorted(paths.same_depth_unreachable(graph, k + 1))]]
+        if len(inside) and len(outside):
+            areas.append(((inside[:, None] > outside).mean() + (inside[:, None] >= outside).mean()) / 2)
+            of_frontier.extend(inside)
+            of_others.extend(outside)
+    if not areas:
+        return {"thoughts": k, "questions": 0}
+    return {
+        "thoughts": k,
+        "questions": len(areas),
+        "auc": float(np.mean(areas)),
+        "frontier": float(np.mean(of_frontier)),
+        "others": float(np.mean(of_others)),
+    }
+
+
+def by_height(task: Graphs, values: np.ndarray, k: int, longest: bool = False) -> list[dict]:
+    """After k thoughts: the mean value of the frontier's nodes, renormalised over the frontier, by their distance to a
+    leaf; right ones, on a shortest path to the target, apart from the others."""
+    found: dict[tuple[int, bool], list[float]] = {}
+    for graph, example, row in zip(task.graphs, task.examples, values, strict=True):
+        place = {name: number for number, name in enumerate(example["idx_to_symbol"])}
+        nodes = sorted(paths.frontier(graph, k + 1))
+        if len(nodes) < 2:
+            continue  # the only node has all of the value
+        shares = row[[place[name] for name in nodes]]
+        shares = shares / max(shares.sum(), 1e-12)
+        heights, left = paths.height(graph, longest), paths.depths(graph)[graph.target] - (k + 1)
+        for name, share in zip(nodes, shares, strict=True):
+            is_right = paths.distances(graph, name).get(graph.target) == left
+            found.setdefault((heights[name], is_right), []).append(float(share))
+    return [
+        {"height": height, "right": is_right, "nodes": len(shares), "value": float(np.mean(shares))}
+        for (height, is_right), shares in sorted(found.items())
+    ]
+
+
+def tree(task: Graphs, index: int, values: np.ndarray) -> dict:
+    """What `figures.tree` draws of a question: layers, edges, renormalised values of one (N, C) of values, roles."""
+    graph, example = task.graphs[index], task.examples[index]
+    row = values[index, : len(example["idx_to_symbol"])]
+    row = row / max(row.sum(), 1e-12)
+    layers = paths.depths(graph)
+    for source in sorted(graph.sources - {graph.root}):
+        for name, depth in paths.distances(graph, source).items():
+            layers[name] = min(depth, layers.get(name, depth))
+    return {
+        "nodes": layers,
+        "edges": sorted(graph.edges),
+        "values": dict(zip(example["idx_to_symbol"], map(float, row), strict=True)),
+        "marked": {graph.root: "root", graph.target: "target", graph.other: "other"},
+    }

@@ -1,0 +1,209 @@
+"""A trained model and the questions that it is asked: its thoughts, what it writes, and how likely it finds names.
+
+Legend: N questions, B of them in a batch, K thoughts, D hidden size, C names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from transformers import DynamicCache
+
+from coconut import Edit
+from curriculum import prompt
+from dataset import collate_prompts
+from generate import Asked, load
+from thoughts import decoder_of
+from utils import UserError, progress_bar
+
+
+class Batch(NamedTuple):
+    rows: slice  # of the questions
+    inputs: dict[str, torch.Tensor]  # input_ids, attention_mask, position_ids: (B, T) int64, padded on the left
+
+
+class Change(NamedTuple):
+    """Thoughts that are put in the place of a model's own."""
+
+    content: torch.Tensor  # (N, K, D)
+    numbers: frozenset[int]  # which thoughts, from 0
+
+    def of(self, rows: slice) -> Edit:
+        """The edit of a batch."""
+
+        def edit(number: int, thought: torch.Tensor, _) -> torch.Tensor:
+            return self.content[rows, number, None].to(thought) if number in self.numbers else thought
+
+        return edit
+
+
+class Subject:
+    """A model, and questions.
+
+    Args:
+        asked: the model, as generate.py loads it.
+        examples: {question, answer, steps, ...} each.
+        n_thoughts: as many as it is asked with; default as many as its stage was trained with.
+        batch: questions at once.
+    """
+
+    def __init__(self, asked: Asked, examples: list[dict], n_thoughts: int | None = None, batch: int = 250):
+        self.asked, self.examples, self.batch = asked, examples, batch
+        self.model, self.tokenizer = asked.model, asked.tokenizer
+        self._ids = asked.tokenizer([example["question"] + "\n" for example in examples])["input_ids"]
+        self.n_thoughts = self._row([], n_thoughts).count(asked.markers.latent)
+
+    @classmethod
+    def load(cls, checkpoint: str, examples: list[dict], n_thoughts: int | None = None) -> Subject:
+        """Raises UserError where there is no such checkpoint, or where it has no thoughts to look at."""
+        subject = cls(load(checkpoint, n_thoughts), examples, n_thoughts)
+        if subject.n_thoughts == 0:
+            config = subject.asked.config
+            raise UserError(
+                f"{checkpoint} has no thoughts to look at: it is of method {config.method}, stage {subject.asked.stage}"
+            )
+        return subject
+
+    def asking(self, examples: list[dict]) -> Subject:
+        """The same model with other questions."""
+        return Subject(self.asked, examples, self.n_thoughts, self.batch)
+
+    def _row(self, question: list[int], n_thoughts: int | None) -> list[int]:
+        config = replace(self.asked.config, eval_latents=n_thoughts)
+        return prompt(question, [], self.asked.stage, config, self.asked.markers)
+
+    def batches(
+        self, n_thoughts: int | None = None, forced: list[int] | None = None, title: str = ""
+    ) -> Iterator[Batch]:
+        """All questions, each followed by its thoughts and by the tokens that are forced upon the model.
+
+        Raises UserError where one does not fit into the model.
+        """
+        n_thoughts = self.n_thoughts if n_thoughts is None else n_thoughts
+        rows = [self._row(ids, n_thoughts) + (forced or []) for ids in self._ids]
+        longest, limit = max(map(len, rows)), self.model.max_positions or math.inf
+        if longest >= limit:
+            raise UserError(f"a question of {longest} tokens with its thoughts leaves no room in {limit} positions")
+        device = self.model.base_causallm.device
+        begins = range(0, len(rows), self.batch)
+        for begin in progress_bar(begins, title, "batch", shown=bool(title)):
+            chosen = slice(begin, begin + self.batch)
+            inputs = collate_prompts(rows[chosen], self.asked.markers.eos)
+            yield Batch(chosen, {name: tensor.to(device) for name, tensor in inputs.items()})
+
+    def thoughts(self, n_thoughts: int | None = None) -> torch.Tensor:
+        """(N, K, D) float32: what the latent positions are fed."""
+        found = []
+        for _, inputs in self.batches(n_thoughts):
+            _, embeds = self.model.states(**inputs)
+            columns = (inputs["input_ids"][0] == self.asked.markers.latent).nonzero().flatten()
+            found.append(embeds[:, columns].float().cpu())
+        return torch.cat(found)
+
+    def readings(self) -> torch.Tensor:
+        """(N, K, D) float32: the last hidden states that the thoughts are made from, those before the latents; without
+        feedback they are made all the same."""
+        found = []
+        for _, inputs in self.batches():
+            hidden, _ = self.model.states(**inputs)
+            columns = (inputs["input_ids"][0] == self.asked.markers.latent).nonzero().flatten() - 1
+            found.append(hidden[:, columns].float().cpu())
+        return torch.cat(found)
+
+    def written(
+        self,
+        n_thoughts: int | None = None,
+        change: Change | None = None,
+        hidden_columns: frozenset[int] = frozenset(),
+        max_new_tokens: int = 64,
+    ) -> list[str]:
+        """What the model writes to each question.
+
+        hidden_columns: the numbers of thoughts that no later position may attend to.
+        """
+        texts = []
+        for rows, inputs in self.batches(n_thoughts):
+            if hidden_columns:
+                first = (inputs["input_ids"][0] == self.asked.markers.latent).nonzero().flatten()[0]
+                mask = inputs["attention_mask"].clone()
+                mask[:, [int(first) + number for number in sorted(hidden_columns)]] = 0
+                inputs = {**inputs, "attention_mask": mask}
+            edit = change.of(rows) if change is not None else None
+            room = min(max_new_tokens, (self.model.max_positions or math.inf) - inputs["input_ids"].shape[1])
+            for row in self.model.generate(**inputs, max_new_tokens=room, edit=edit).tolist():
+                eos = self.asked.markers.eos
+                new = row[: row.index(eos)] if eos in row else row
+                texts.append(self.tokenizer.decode(new, skip_special_tokens=True))
+        return texts
+
+    @torch.no_grad()
+    def values(
+        self, names: list[list[str]], forced: str = "", n_thoughts: int | None = None, change: Change | None = None
+    ) -> torch.Tensor:
+        """(N, C) float32: for each of a question's C names the product of its tokens' probabilities, when the model has
+        to go on with `forced` after its thoughts, and then with the name (paper, Section 5.2). 0 where a question has
+        fewer names.
+        """
+        count = max(map(len, names))
+        tokens = [
+            [self.tokenizer(forced + name, add_special_tokens=False)["input_ids"] for name in row] for row in names
+        ]
+        common = _common_prefix([ids for row in tokens for ids in row])
+        width = max(len(ids) for row in tokens for ids in row) - len(common)
+        rest = torch.full((len(names), count, width), -1)
+        for place, row in enumerate(tokens):
+            for number, ids in enumerate(row):
+                rest[place, number, : len(ids) - len(common)] = torch.tensor(ids[len(common) :])
+        found = []
+        for rows, inputs in self.batches(n_thoughts, common):
+            edit = change.of(rows) if change is not None else None
+            found.append(self._continued(inputs, rest[rows].to(inputs["input_ids"].device), edit).exp().cpu())
+        values = torch.cat(found)
+        for place, row in enumerate(names):
+            values[place, len(row) :] = 0
+        return values
+
+    def _continued(self, inputs: dict[str, torch.Tensor], names: torch.Tensor, edit: Edit | None) -> torch.Tensor:
+        """(B, C) float32: log-probability of each name, (B, C, n) int64 with -1 where it has fewer tokens.
+
+        The thoughts are made once, and the names share the cache of what is before them.
+        """
+        hidden, embeds = self.model.states(**inputs, edit=edit)
+        first = self.model.head(hidden[:, -1]).float().log_softmax(-1)  # (B, V)
+        total = first.gather(1, names[:, :, 0].clamp(min=0))  # (B, C)
+        n_rows, count, width = names.shape
+        if width == 1:
+            return total
+        base, mask = self.model.base_causallm, inputs["attention_mask"]
+        cache = DynamicCache(config=base.config)
+        decoder_of(base)(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=inputs["position_ids"], past_key_values=cache
+        )
+        cache.batch_repeat_interleave(count)
+        flat = names.flatten(0, 1)  # (B * C, n)
+        positions = (
+            inputs["position_ids"][:, -1:].repeat_interleave(count, 0) + 1 + torch.arange(width - 1, device=mask.device)
+        )
+        mask = torch.cat([mask.repeat_interleave(count, 0), torch.ones_like(flat[:, :-1])], dim=1)
+        states = decoder_of(base)(
+            inputs_embeds=base.get_input_embeddings()(flat[:, :-1].clamp(min=0)),
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+        ).last_hidden_state
+        later = self.model.head(states).float().log_softmax(-1)  # (B * C, n - 1, V)
+        shares = later.gather(2, flat[:, 1:, None].clamp(min=0))[..., 0].masked_fill(flat[:, 1:] < 0, 0)
+        return total + shares.sum(1).view(n_rows, count)
+
+
+def _common_prefix(rows: list[list[int]]) -> list[int]:
+    """The tokens with which all rows begin, leaving each at least one."""
+    length = min(map(len, rows)) - 1
+    for place in range(length):
+        if len({row[place] for row in rows}) > 1:
+            return rows[0][:place]
+    return rows[0][:length]

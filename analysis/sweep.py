@@ -1,0 +1,29 @@
+"""What becomes of the answers with another number of thoughts: 0 to K + 2, then language (paper, Section 5.1)."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from analysis.subject import Subject
+from analysis.tasks import Task
+from evaluate import extract_answer
+
+
+def sweep(subject: Subject, task: Task) -> list[dict]:
+    """For each number of thoughts the accuracy, and how many outputs are of each of the task's classes."""
+    found = []
+    for k in range(subject.n_thoughts + 3):
+        outputs = subject.written(k)
+        classes = Counter(task.classify(index, output, k) for index, output in enumerate(outputs))
+        right = sum(
+            extract_answer(output) == example["answer"] for output, example in zip(outputs, task.examples, strict=True)
+        )
+        found.append(
+            {
+                "thoughts": k,
+                "questions": len(outputs),
+                "accuracy": right / len(outputs),
+                "classes": {name: classes[name] for name in task.classes},
+            }
+        )
+    return found

@@ -1,0 +1,192 @@
+"""What there is to know about a question beside its answer: states, graphs, what would follow from another thought.
+
+Two kinds of data are understood: state tracking (preprocessing/machine.py, with PREFIX_machine.json beside the file),
+and graphs with ProsQA's fields (the paper's and the mirrored ones, in sentences or compact).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from analysis import paths
+from evaluate import extract_answer, extract_steps
+from examples import load_examples
+from utils import UserError
+
+
+class Task:
+    """Questions of one kind.
+
+    Attributes:
+        examples: {question, answer, steps, ...} each.
+        classes: what an output can be, in the order in which they are stacked.
+        step_prefix: the text that is forced before the name of a next step.
+        answer_prefix: the text that is forced before the name of the answer.
+    """
+
+    kind: str
+    classes: tuple[str, ...]
+
+    def __init__(self, examples: list[dict]):
+        self.examples = examples
+
+    def names(self) -> list[list[str]]:
+        """For each question all that a step can lead to, as it is written after step_prefix."""
+        raise NotImplementedError
+
+    def classify(self, index: int, output: str, n_thoughts: int) -> str:
+        """Which of `classes` an output is."""
+        raise NotImplementedError
+
+    def others(self) -> list[str | None]:
+        """For each question a wrong answer that is as good as the right one to who has not reasoned."""
+        raise NotImplementedError
+
+    def twins(self) -> list[dict]:
+        """For each question one that differs in where it begins, and so in its answer."""
+        raise NotImplementedError
+
+    def redrawn(self, random) -> tuple[str, list[dict]]:
+        """(what was done, questions): the same with their parts in another order."""
+        raise NotImplementedError
+
+
+class Machine(Task):
+    """State tracking: from a start state each button leads to a state."""
+
+    kind = "machine"
+    classes = ("right steps and answer", "right answer only", "wrong answer")
+    step_prefix = ""
+    answer_prefix = "### "
+
+    def __init__(self, examples: list[dict], permutations: dict[str, dict[str, str]]):
+        super().__init__(examples)
+        self.permutations = permutations
+        self.states = sorted(next(iter(permutations.values())))
+
+    def names(self) -> list[list[str]]:
+        return [self.states] * len(self.examples)
+
+    def classify(self, index: int, output: str, n_thoughts: int) -> str:
+        example = self.examples[index]
+        if extract_answer(output) != example["answer"]:
+            return self.classes[2]
+        left = "".join(example["steps"][n_thoughts:])
+        return self.classes[0] if "".join(extract_steps(output).split()) == left else self.classes[1]
+
+    def others(self) -> list[str | None]:
+        return [None] * len(self.examples)
+
+    def follow(self, state: str, buttons: str) -> str:
+        """Where a word of buttons leads."""
+        for button in buttons:
+            state = self.permutations[button][state]
+        return state
+
+    def _example(self, start: str, buttons: str) -> dict:
+        steps = [self.follow(start, buttons[: number + 1]) for number in range(len(buttons))]
+        return {"question": start + buttons, "steps": steps, "answer": steps[-1]}
+
+    def twins(self) -> list[dict]:
+        """The same words, pressed in the state that comes next in the alphabet."""
+        found = []
+        for example in self.examples:
+            start, buttons = example["question"][0], example["question"][1:]
+            other = self.states[(self.states.index(start) + 1) % len(self.states)]
+            found.append(self._example(other, buttons))
+        return found
+
+    def redrawn(self, random) -> tuple[str, list[dict]]:
+        """Another order of buttons is another question; its own answer is what should come out."""
+        found = []
+        for example in self.examples:
+            buttons = "".join(random.permutation(list(example["question"][1:])))
+            found.append(self._example(example["question"][0], buttons))
+        return "buttons in another order", found
+
+    def after_transplant(self, index: int, donor: int, k: int) -> str:
+        """Where this question's buttons after the k-th lead from the donor's state after k."""
+        return self.follow(self.examples[donor]["steps"][k - 1], self.examples[index]["question"][1 + k :])
+
+
+class Graphs(Task):
+    """ProsQA: which of two candidates can be reached from the root?"""
+
+    kind = "graphs"
+    classes = tuple(paths.CLASSES)
+
+    def __init__(self, examples: list[dict]):
+        super().__init__(examples)
+        self.graphs = [paths.from_example(example) for example in examples]
+        self.compact = all(graph.compact for graph in self.graphs)
+        self.step_prefix = "" if self.compact else "Every"
+        self.answer_prefix = "### " if self.compact else "###"
+
+    def spelled(self, name: str) -> str:
+        """A name as it follows the step's prefix."""
+        return name if self.compact else f" {name}"
+
+    def names(self) -> list[list[str]]:
+        return [[self.spelled(name) for name in example["idx_to_symbol"]] for example in self.examples]
+
+    def classify(self, index: int, output: str, n_thoughts: int) -> str:
+        return paths.classify(self.graphs[index], extract_steps(output), _answer_or_nothing(output), n_thoughts)
+
+    def others(self) -> list[str | None]:
+        return [self.with_answer(example, "neg_target") for example in self.examples]
+
+    def with_answer(self, example: dict, which: str) -> str:
+        """The answer that names the target or the other candidate."""
+        name = example["idx_to_symbol"][example[which]]
+        return name if self.compact else f"{example['idx_to_symbol'][example['root']]} is a {name}."
+
+    def twins(self) -> list[dict]:
+        """Asked about the root of the other candidate, where it has one of its own."""
+        found = []
+        for example, graph in zip(self.examples, self.graphs, strict=True):
+            roots = [name for name in sorted(graph.sources) if graph.other in paths.distances(graph, name)]
+            if not roots:
+                raise UserError(f"{example['question'][:40]!r}: the other candidate is under no root of its own")
+            number = example["idx_to_symbol"].index(roots[0])
+            asked, root = example["idx_to_symbol"][example["root"]], roots[0]
+            head, _, tail = example["question"].rpartition(asked)
+            twin = {**example, "question": head + root + tail, "root": number}
+            twin |= {"target": example["neg_target"], "neg_target": example["target"]}
+            found.append({**twin, "answer": self.with_answer(twin, "target"), "steps": example["steps"]})
+        return found
+
+    def redrawn(self, random) -> tuple[str, list[dict]]:
+        """The order of the edges says nothing: the answers are to stay."""
+        found = []
+        for example in self.examples:
+            if self.compact:
+                facts, _, rest = example["question"].partition("?")
+                question = " ".join(random.permutation(facts.split(" "))) + "?" + rest
+            else:
+                *facts, last = example["question"].split(". ")
+                question = ". ".join([*random.permutation(facts), last])
+            found.append({**example, "question": question})
+        return "edges in another order", found
+
+
+def _answer_or_nothing(output: str) -> str:
+    """The answer, where there is one: without a '#' the text is all reasoning."""
+    return extract_answer(output) if "#" in output else ""
+
+
+def load_task(path: Path, count: int | None = None) -> Task:
+    """The questions of a data file, and what is known about them. Raises UserError where they are of no known kind."""
+    examples = load_examples(path)[:count]
+    if all("neg_target" in example for example in examples):
+        try:
+            return Graphs(examples)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    machine = path.with_name(path.name.rpartition("_")[0] + "_machine.json")
+    if machine.is_file():
+        return Machine(examples, json.loads(machine.read_text(encoding="utf-8"))["permutations"])
+    raise UserError(
+        f"{path} is of no kind that can be analysed: neither graphs with ProsQA's fields, nor state tracking with "
+        f"{machine.name} beside it"
+    )
