@@ -227,12 +227,8 @@ def epoch_table(run: Run) -> Figure:
         + [cell(EPOCH_COLUMNS[name][1], columns[name].get(epoch)) for name in filled]
         for epoch, record in run.epochs.items()
     ]
-    return Figure(
-        "",
-        f"{run.name}: tokens are those generated, with thoughts; seconds of training",
-        ["epoch", "stage", *filled],
-        rows,
-    )
+    caption = f"{run.name}: tokens are those generated, with thoughts; seconds of training"
+    return Figure("", caption, ["epoch", "stage", *filled], rows)
 
 
 def differences(runs: list[Run]) -> Section:

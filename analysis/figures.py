@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from io import StringIO
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from statistics import mean
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -160,8 +160,8 @@ def add_marks(panel: Axes, marks: Sequence[tuple[float, str]]) -> None:
     for x, label in sorted(marks):
         if not kept or x - kept[-1][0] > 1.5 * SMALL * point:
             kept.append((x, label))
-    room = [after - x for (x, _), (after, _) in zip(kept, [*kept[1:], (right, "")], strict=True)]
-    tight = any(space < SMALL * LETTER * len(label) * point for space, (_, label) in zip(room, kept, strict=True))
+    neighbours = pairwise([*kept, (right, "")])
+    tight = any(after - x < SMALL * LETTER * len(label) * point for (x, label), (after, _) in neighbours)
     turned = {"rotation": 90, "ha": "center"} if tight else {"ha": "left"}
     for x, label in kept:
         panel.axvline(x, color=INK, alpha=0.5, linestyle=":", linewidth=1)
