@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from io import StringIO
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from statistics import mean
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -145,6 +145,8 @@ def lines(
             x, low, high = zip(*band, strict=True)
             panel.fill_between(x, low, high, color=style.colour, alpha=FAINT, linewidth=0)
     panel.set(xlabel=xlabel, ylabel=ylabel)
+    if all(float(x).is_integer() for points in series.values() for x, _ in points):
+        panel.xaxis.get_major_locator().set_params(integer=True)  # epochs have no halves
     add_marks(panel, marks)
     add_legend(figure, handles, list(series))
     return figure
@@ -158,13 +160,21 @@ def add_marks(panel: Axes, marks: Sequence[tuple[float, str]]) -> None:
     for x, label in sorted(marks):
         if not kept or x - kept[-1][0] > 1.5 * SMALL * point:
             kept.append((x, label))
-    room = [after - x for (x, _), (after, _) in zip(kept, [*kept[1:], (right, "")], strict=True)]
-    tight = any(space < SMALL * LETTER * len(label) * point for space, (_, label) in zip(room, kept, strict=True))
+    neighbours = pairwise([*kept, (right, "")])
+    tight = any(after - x < SMALL * LETTER * len(label) * point for (x, label), (after, _) in neighbours)
     turned = {"rotation": 90, "ha": "center"} if tight else {"ha": "left"}
     for x, label in kept:
         panel.axvline(x, color=INK, alpha=0.5, linestyle=":", linewidth=1)
         panel.text(x, 1.01, label, transform=panel.get_xaxis_transform(), fontsize=SMALL, va="bottom", **turned)
     panel.set_xlim(left, right)
+
+
+@rc_context(LOOK)
+def make_logarithmic(figure: Figure) -> None:
+    """Gives a figure a logarithmic y axis, with plain numbers at the powers of ten."""
+    figure.axes[0].set_yscale("log")
+    figure.axes[0].yaxis.set_major_formatter("{x:g}")
+    figure.axes[0].yaxis.set_minor_formatter("")
 
 
 @rc_context(LOOK)
@@ -251,7 +261,7 @@ def name_groups(panel: Axes, groups: list[str], ylabel: str, rotate: bool) -> No
 # ---------------------------------------------------------------------------------------------------------------
 
 # role -> marker, number of its colour, its area as a share of its square
-SHAPES = {"root": ("s", 0, 1.0), "target": ("*", 1, 0.28), "other": ("D", 2, 1.0)}
+SHAPES = {"root": ("s", 0, 1.0), "target": ("*", 1, 0.28), "other": ("^", 2, 0.5)}
 PLAIN = ("o", 6, 0.785)
 LARGEST = 1000  # square points, of a node with the value 1
 SMALLEST = 30  # that can still be seen
@@ -273,8 +283,7 @@ def tree(
     shapes = {name: SHAPES[marked[name]] if name in marked else PLAIN for name in nodes}
     size = {name: max(SMALLEST, LARGEST * values.get(name, 0)) / shapes[name][2] for name in nodes}  # square points
     radius = {name: size[name] ** 0.5 / 2 for name in nodes}
-    words = SMALL * LETTER * max(map(len, nodes))
-    column = (12 + max(words, 2 * max(radius.values()))) / 72  # inches
+    column = (12 + max(SMALL * LETTER * max(map(len, nodes)), 2 * max(radius.values()))) / 72  # inches
     figure, panel = blank(max(WIDTH, column * max(map(len, rows))), 1.2 * len(rows) + 0.2)
     places = {
         name: ((place + 0.5) / len(row), -depth) for depth, row in enumerate(rows) for place, name in enumerate(row)
@@ -287,10 +296,10 @@ def tree(
         panel.annotate("", xy=places[end], xytext=places[start], arrowprops=arrow)
     for name, (x, y) in places.items():
         marker, number, _ = shapes[name]
-        panel.scatter(x, y, s=size[name], marker=marker, color=STYLES[number].colour, alpha=0.75, linewidths=0)
+        panel.scatter(x, y, s=size[name], marker=marker, color=STYLES[number].colour, linewidths=0, zorder=4)
         words = [name, f"{values[name]:.0%}" if name in values else "", marked.get(name, "")]
         below = {"xytext": (0, -radius[name] - 2), "textcoords": "offset points", "va": "top", "ha": "center"}
-        panel.annotate("\n".join(filter(None, words)), (x, y), **below, fontsize=SMALL)
+        panel.annotate("\n".join(filter(None, words)), (x, y), **below, fontsize=SMALL, zorder=5)
     panel.set(xlim=(0, 1), ylim=(0.7 - len(rows), 0.4))
     panel.axis("off")
     return figure

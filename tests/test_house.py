@@ -11,7 +11,7 @@ from conftest import ROOT
 ROOMS = [
     *("tracker", "utils", "config_files", "config", "ranks", "curriculum", "examples", "dataset"),
     *("thoughts", "kv_cache", "coconut", "families", "pretrained", "parallel", "checkpoint"),
-    *("table", "evaluate", "throughput", "show_data", "generate", "run"),
+    *("table", "evaluate", "throughput", "show_data", "generate", "report", "run"),
 ]
 
 
@@ -37,9 +37,9 @@ def test_imports_run_one_way(room):
     assert not imported_by(room) & set(later)
 
 
-@pytest.mark.parametrize("room", ["utils", "config", "curriculum", "examples", "dataset", "ranks", "table"])
+@pytest.mark.parametrize("room", ["utils", "config", "curriculum", "examples", "dataset", "ranks", "table", "report"])
 def test_what_reads_configurations_and_data_does_not_wait_for_torch(room):
-    code = f"import sys, {room}; print({{'torch', 'transformers', 'wandb'}} & set(sys.modules))"
+    code = f"import sys, {room}; print({{'torch', 'transformers', 'wandb', 'matplotlib'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

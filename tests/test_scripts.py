@@ -18,9 +18,9 @@ SCRIPTS = [
 
 @pytest.fixture(scope="module")
 def without_torch(tmp_path_factory) -> dict[str, str]:
-    """An environment in which importing torch or transformers fails."""
+    """An environment in which importing torch, transformers or matplotlib fails."""
     folder = tmp_path_factory.mktemp("broken")
-    for name in ("torch", "transformers"):
+    for name in ("torch", "transformers", "matplotlib"):
         (folder / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')")
     return {**os.environ, "PYTHONPATH": str(folder)}
 
@@ -36,6 +36,7 @@ def test_they_are_all_there():
         "evaluate",
         "generate",
         "show_data",
+        "report",
         "benchmarks/step",
         "preprocessing/prosqa",
         "tests/torture",
@@ -59,6 +60,7 @@ MISTAKES = [
     ("preprocessing/prosqa.py", "--nodes", "3"),
     ("preprocessing/arithmetic.py", "--train", "0"),
     ("preprocessing/prontoqa_generate.py", "--check", "a", "b", "c"),
+    ("report.py", "no_such_run"),
     ("benchmarks/step.py", "--repeats", "0"),
     ("benchmarks/thoughts.py", "--only", "no_such_thought"),
 ]

@@ -1,0 +1,150 @@
+"""report.py: what a run's log holds, however it ended, is on the page."""
+
+import json
+import math
+import re
+
+import pytest
+import yaml
+from test_page import Reader
+
+import report
+
+
+def step(number: int, loss: float, stage: int = 0) -> dict:
+    return {"event": "step", "step": number, "stage": stage, "loss": loss, "lr": 1e-4, "tokens_per_second": 1234.0}
+
+
+def epoch(number: int, accuracy: float, stage: int = 0, loss: float = 0.5) -> dict:
+    record = {"event": "epoch", "step": 10 * number, "epoch": number, "stage": stage, "loss": loss, "cot_match": 0.5}
+    record |= {"accuracy": accuracy, "generated_tokens": 7.25, "train_loss": 1.25, "train_seconds": 61.0}
+    return record | {"seconds": 1.0}
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(name: str, records: list[dict], config: dict | None = None, tail: str = ""):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / "metrics.jsonl").write_text(lines + tail, encoding="utf-8")
+        if config is not None:
+            (folder / "config.yaml").write_text("# git commit: unknown\n" + yaml.safe_dump(config), encoding="utf-8")
+        return folder
+
+    return make
+
+
+def written(*folders, capsys) -> Reader:
+    """The page on these runs."""
+    assert report.main([*map(str, folders)]) == 0
+    out = folders[0] / "report.html"
+    assert capsys.readouterr().out == f"the page: {out}\n"
+    return Reader(out.read_text(encoding="utf-8"))
+
+
+def complaint(*arguments, capsys) -> str:
+    assert report.main([*map(str, arguments)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def test_a_restarted_run_counts_what_was_written_last(make_run, capsys):
+    records = [step(1, 4.0), step(2, 3.0), epoch(0, 0.25), step(3, 99.0), step(3, 2.0), epoch(1, 0.75), epoch(1, 0.5)]
+    folder = make_run("again", records)
+    (run,) = report.read_runs([folder])
+    assert {number: record["loss"] for number, record in run.steps.items()} == {1: 4.0, 2: 3.0, 3: 2.0}
+    text = written(folder, capsys=capsys).text
+    assert "2 epochs, 3 steps; stage 0, validation accuracy 50.0%" in text
+    assert "75.0%" not in text
+
+
+def test_nan_and_a_torn_line_are_no_obstacle(make_run, capsys):
+    records = [step(1, 4.0), step(2, math.nan), step(3, math.inf), step(4, 1.0), epoch(0, 0.25, loss=math.nan)]
+    folder = make_run("torn", records, {"num_epochs": 3, "method": "coconut"}, tail='{"event": "step", "step": 5, "lo')
+    text = written(folder, capsys=capsys).text
+    assert "torn: losses that are not finite: 2, the first at step 2." in text
+    assert "1 of 3 epochs, 4 steps" in text
+
+
+def test_a_run_that_has_just_begun_is_shown_as_far_as_it_is(make_run, capsys):
+    text = written(make_run("young", [step(1, 4.0)]), capsys=capsys).text
+    assert "0 epochs, 1 steps" in text
+    assert "No epoch is finished yet." in text
+    epochs_alone = written(make_run("old", [epoch(0, 0.5)]), capsys=capsys).text
+    assert "The logs hold no step." in epochs_alone
+
+
+def test_runs_are_shown_over_each_other_with_what_tells_them_apart(make_run, capsys):
+    config = {"name": "one", "lr": 0.001, "thought": "last", "load_model_path": None, "epochs_per_stage": [3, 1]}
+    records = [step(1, 4.0), epoch(0, 0.25), step(2, 3.0, stage=1), epoch(1, 0.5, stage=1)]
+    one = make_run("one", records, config)
+    two = make_run("two", records[:2], config | {"name": "two", "thought": "pause", "load_model_path": "models/x"})
+    three = make_run("three", records[:2])
+    reader = written(one, two, three, capsys=capsys)
+    labels = [attributes["aria-label"] for _, attributes in reader.tags if attributes.get("role") == "img"]
+    assert labels == [
+        "training loss by optimizer step; dotted: where a stage of one begins",
+        "tokens a second by optimizer step; dotted: where a stage of one begins",
+        "validation loss after each epoch; dotted: where a stage of one begins",
+        "accuracy after each epoch; dotted: where a stage of one begins",
+    ]
+    assert reader.text.count("stage 1") == 4 + 1  # in the figures and among the facts
+    html = (one / "report.html").read_text(encoding="utf-8")
+    assert "<td>thought</td><td>last</td><td>pause</td>" in html
+    assert "<td>load_model_path</td><td>null</td><td>models/x</td>" in html
+    assert "<td>lr</td>" not in html
+    assert "three has no config.yaml." in reader.text
+    again = html
+    written(one, two, three, capsys=capsys)
+    assert (one / "report.html").read_text(encoding="utf-8") == again
+
+
+def test_runs_of_one_name_are_called_by_their_paths(make_run, capsys):
+    folders = [make_run(f"{parent}/run", [step(1, 4.0)], {"lr": 1}) for parent in ("a", "b")]
+    text = written(*folders, capsys=capsys).text
+    assert all(str(folder) in text for folder in folders)
+    assert "All keys but their names are the same." in text
+
+
+def test_a_long_run_is_thinned_to_means(make_run):
+    (run,) = report.read_runs([make_run("long", [step(number, number % 2) for number in range(1, 4001)])])
+    figure = report.over_steps([run], "loss", "training loss", "{:.4g}")
+    assert "means of 8 steps each" in figure.caption
+    assert len(figure.rows) == report.ROWS
+    assert figure.rows[0] == ["1 to 334", "0.5"]
+    assert len(figure.svg) < 60_000
+    means = report.averaged({1: 1.0, 2: 3.0, 3: math.nan, 5: 7.0, 6: math.inf}, 2)
+    assert means == pytest.approx({0: 2.0, 1: math.nan, 2: 7.0}, nan_ok=True)
+
+
+def test_losses_that_span_decades_stand_on_a_logarithmic_axis(make_run):
+    """Between its powers of ten matplotlib wrote labels in TeX, where they were few."""
+    for name, lowest, ticks in (("far", 0.002, {"0.01", "0.1", "1"}), ("near", 0.5, {"1.0", "3.5"})):
+        (run,) = report.read_runs([make_run(name, [step(1, 4.0), step(2, lowest)])])
+        svg = report.over_steps([run], "loss", "training loss", "{:.4g}").svg
+        assert ticks <= set(re.findall(r">([\d.]+)</text>", svg))
+        assert "mathdefault" not in svg
+
+
+def test_mistakes_are_one_sentence(make_run, tmp_path, capsys):
+    assert "no_such_run is not the folder of a run: it holds no metrics.jsonl" in complaint(
+        "no_such_run", capsys=capsys
+    )
+    empty = make_run("empty", [], tail='{"event": "st')
+    assert "metrics.jsonl has no step and no epoch yet" in complaint(empty, capsys=capsys)
+    run = make_run("run", [step(1, 4.0)])
+    assert "run is given more than once" in complaint(run, tmp_path / "run" / ".", capsys=capsys)
+    assert "cannot be written" in complaint(run, "--out", run, capsys=capsys)
+    (run / "config.yaml").write_text("lr: [1\n")
+    assert f"cannot read {run / 'config.yaml'}" in complaint(run, capsys=capsys)
+    (run / "config.yaml").write_text("- 1\n")
+    assert f"{run / 'config.yaml'} must hold" in complaint(run, capsys=capsys)
+
+
+def test_without_matplotlib_it_says_what_to_install(make_run, monkeypatch, capsys):
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    assert "pip install -r requirements-dev.txt" in complaint(make_run("run", [step(1, 4.0)]), capsys=capsys)
