@@ -82,8 +82,8 @@ def followed(found: Found, about: dict) -> str:
         shares = {name: [row["where it leads"] for row in of["transplants"]] for name, of in found.items()}
         told = ", ".join(f"{name} {' / '.join(map(percent, of))}" for name, of in shares.items())
         return (
-            "Does the answer follow a state that is put there? With the k-th thought of another question, k = 1, 2, ..., it "
-            f"is where the rest of this question's buttons lead from the other's state in: {told}."
+            "Does the answer follow a state that is put in? With the k-th thought of another question (k = 1, 2, ...) "
+            f"it is where the rest of this question's buttons lead from the other's state in: {told}."
         )
     shares = {name: row_of(of, "the twin", "all")["donor"] for name, of in found.items()}
     return (
@@ -226,8 +226,8 @@ def interventions_section(found: Found, about: dict) -> Section:
             ),
             "Accuracy when all thoughts are replaced, by what they are replaced with. The table has every place, and "
             "counts the questions that have the first of the replaced thoughts. Donor: the answer is the donor's, "
-            "where that is another; gold: probability of the right answer; T: gold / (gold + other candidate); escape: the "
-            "probability of neither.",
+            "where that is another; gold: probability of the right answer; T: gold / (gold + other candidate); escape: "
+            "the probability of neither.",
             *table_of(
                 rows_by_subject,
                 ["kind", "name", "place", "questions", "accuracy", "donor", "gold", "T", "escape"],

@@ -61,11 +61,11 @@ def cost_of(job: Job) -> Cost:
     return Cost(config.num_epochs - config.resume, n_tokens, flops)
 
 
-def print_plan(jobs: list[Job], flops_per_second: float) -> None:
+def print_plan(jobs: list[Job], waiting: list[Job], flops_per_second: float) -> None:
     """A line for each job that is left, with its commands, and the sum; hours of a GPU that does so many FLOP/s."""
     logging.set_verbosity_error()
     speeds = [speed for job in jobs if job.is_trained and (speed := _tokens_per_second(job)) is not None]
-    left = [(job, cost_of(job)) for job in jobs if not job.is_done]
+    left = [(job, cost_of(job)) for job in waiting]
     for job, cost in left:
         print(f"\n# {job.name}: {cost.epochs} epochs, {cost.tokens:,.0f} tokens, {cost.flops:.2e} FLOPs")
         for command in job.commands():

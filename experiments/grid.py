@@ -7,13 +7,17 @@
     python experiments/grid.py experiments/paper_gsm.yaml --gpus 4 --slurm gsm.sbatch   # the paper's, as an array job
 
 Every run is run.py's own: training, then an evaluation on the test split. Finished runs are not repeated, and killed
-ones go on where they were: start the same command again. A signal stops the runs, which save first.
+ones go on where they were: start the same command again. A signal stops the runs, which save first. A run that
+results/NAME.json remembers, with the same keys and data, counts as finished where its checkpoint is gone (not so with
+--anew).
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
+import json
 import os
 import shlex
 import signal
@@ -21,7 +25,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
@@ -200,6 +204,17 @@ class Job:
             return [sys.executable]
         return ["bash", str(ROOT / "slurm/launch.sh"), "--standalone", "--nproc_per_node", str(self.n_gpus)]
 
+    @cached_property
+    def digest(self) -> str:
+        """Of all that decides its result: keys, data, the model's shape."""
+        found = hashlib.sha256()
+        free = {key.name for key in fields(Config) if key.metadata["free"]}
+        keys = {name: value for name, value in asdict(self.config).items() if name not in free}
+        found.update(json.dumps(keys, sort_keys=True).encode())
+        for path in (self.config.train_path, self.grid.test_path, Path(self.config.model_id) / "config.json"):
+            found.update(Path(path).read_bytes() if Path(path).is_file() else str(path).encode())
+        return found.hexdigest()[:16] + (self.begin.digest if self.begin else "")
+
     def epochs(self) -> list[dict]:
         """What metrics.jsonl says of its epochs; a restarted run repeats those that it had lost."""
         records = [record for record in read_log(self.folder / "metrics.jsonl") if record["event"] == "epoch"]
@@ -215,6 +230,16 @@ def prepare(grid: Grid) -> None:
             if done.returncode or not Path(path).exists():
                 last_line = next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
                 raise UserError(f"{path} could not be made by {script}: {last_line}")
+
+
+def read_results(grid: Grid, out: Path) -> dict[str, dict]:
+    """What an earlier report holds: digest of a job -> its row. Raises UserError where the file is damaged."""
+    path = out / f"{grid.name}.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return {row["digest"]: row for rows in results.values() for row in rows}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not what this program wrote ({error!r}); move it away, or use --anew") from None
 
 
 def jobs_of(
@@ -250,18 +275,24 @@ def check_folders(jobs: list[Job]) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def work(jobs: list[Job], at_once: int) -> None:
+def left_of(jobs: list[Job], recorded: dict[str, dict]) -> list[Job]:
+    """What is to be run: jobs that are neither done nor recorded, and what they begin with."""
+    runs = [job for job in jobs if job.run in job.grid.runs and not job.is_done and job.digest not in recorded]
+    needed = {job.name for job in runs} | {job.begin.name for job in runs if job.begin is not None}
+    return [job for job in jobs if job.name in needed and not job.is_done]
+
+
+def work(waiting: list[Job], at_once: int) -> None:
     """Runs what is not done, so many at once, one core or a share of the GPUs each. Raises UserError that lists what
     failed, at the end."""
     from tqdm import tqdm
 
     failed: list[str] = []
-    waiting = [job for job in jobs if not job.is_done]
     news = News(waiting)
     places: SimpleQueue[str | None] = SimpleQueue()
-    for devices in shares(at_once, jobs[0].n_gpus):
+    for devices in shares(at_once, waiting[0].n_gpus):
         places.put(devices)
-    with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(waiting), unit="run", desc=jobs[0].grid.name) as bar:
+    with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(waiting), unit="run", desc=waiting[0].grid.name) as bar:
         tasks: dict[str, Future] = {}
 
         def attend(job: Job) -> None:
@@ -397,6 +428,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--utilisation", type=float, default=0.3, help="of that peak, for --dry-run (default: 0.3)")
     parser.add_argument("--slurm", type=Path, metavar="FILE", help="write a SLURM array script of the runs, and stop")
+    parser.add_argument("--anew", action="store_true", help="run again what only results/NAME.json remembers")
     parser.add_argument("--report", action="store_true", help="write the report of what there is, and stop")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="(default: results/)")
     return parser
@@ -408,10 +440,12 @@ def main(arguments: list[str] | None = None) -> int:
         grid = read_grid(options.grid)
         jobs = jobs_of(grid, options.only, options.seeds, tuple(options.set), options.gpus)
         prepare(grid)
+        recorded = {} if options.anew else read_results(grid, options.out)
+        waiting = left_of(jobs, recorded)
         if options.dry_run:
             from costs import print_plan
 
-            print_plan(jobs, options.peak * options.utilisation)
+            print_plan(jobs, waiting, options.peak * options.utilisation)
             return 0
         for job in jobs:
             Config.from_file(job.base, job.spec.overrides)  # mistakes are found before the first run
@@ -422,14 +456,17 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         check_folders(jobs)
         try:
-            if not options.report:
+            if waiting and not options.report:
                 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                     signal.signal(number, CHILDREN.hand_on)
-                work(jobs, options.jobs)
+                work(waiting, options.jobs)
         finally:
             from tables import write_report
 
-            tell(write_report(grid, jobs_of(grid, None, options.seeds, tuple(options.set)), options.out))
+            shown = jobs_of(grid, None, options.seeds, tuple(options.set), options.gpus)
+            seeds = {job.seed for job in shown} | {row["seed"] for row in recorded.values()}
+            every = jobs_of(grid, None, sorted(seeds), tuple(options.set), options.gpus)
+            tell(write_report(grid, every, recorded, {job.name for job in shown}, options.out))
     except UserError as error:
         return report(error)
     return 0

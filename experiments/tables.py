@@ -23,14 +23,17 @@ LEARNT = 0.9  # from this accuracy on a seed counts as having learnt the task
 RESAMPLES = 10_000
 
 
-def write_report(grid: Grid, jobs: list[Job], out: Path) -> str:
-    """Writes what the finished runs have come to; returns the table, and where the rest is. Raises UserError."""
-    results = collect(grid, jobs)
+def write_report(grid: Grid, jobs: list[Job], recorded: dict[str, dict], shown: set[str], out: Path) -> str:
+    """Writes what the finished runs have come to; returns the table, and where the rest is. The numbers are of all
+    jobs, table and figure of those whose names are shown. Raises UserError."""
+    everything = collect(grid, jobs, recorded)
+    results = {run: [row for row in rows if f"{run}-{row['seed']}" in shown] for run, rows in everything.items()}
+    results = {run: rows for run, rows in results.items() if rows}
     if not results:
         return f"no run of {grid.name} is finished"
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"{grid.name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (out / f"{grid.name}.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
         (out / f"{grid.name}.md").write_text(as_text(grid, results), encoding="utf-8")
         draw(grid, results, out / f"{grid.name}.png")
     rows = table(grid, results)
@@ -39,26 +42,30 @@ def write_report(grid: Grid, jobs: list[Job], out: Path) -> str:
     return "\n".join([*lines, "", f"the report: {out / grid.name}.md; its figure: {out / grid.name}.png"])
 
 
-def collect(grid: Grid, jobs: list[Job]) -> dict[str, list[dict]]:
-    """run -> for each finished seed: "seed"; of the test split "accuracy", "by_steps" (number of steps -> accuracy),
-    "tokens", "seconds_per_example" (in batches), "correct" (a 0 or 1 for each question); "seconds" of training and
-    validation; "epochs", for the curves."""
+def collect(grid: Grid, jobs: list[Job], recorded: dict[str, dict]) -> dict[str, list[dict]]:
+    """run -> for each finished seed, from its folder or as it was recorded under its digest: "seed", "digest"; of the
+    test split "accuracy", "by_steps" (number of steps -> accuracy), "tokens", "seconds_per_example" (in batches),
+    "correct" (a 0 or 1 for each question); "seconds" of training and validation; "epochs", for the curves."""
     n_steps = [len(example["steps"]) for example in load_examples(grid.test_path)] if jobs else []
     results: dict[str, list[dict]] = {}
     for job in jobs:
-        if job.run not in grid.runs or not job.is_done:
+        if job.run not in grid.runs or not (job.is_done or job.digest in recorded):
+            continue
+        if not job.is_done:
+            results.setdefault(job.run, []).append(recorded[job.digest])
             continue
         lines = (job.folder / "eval" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
         correct = [int(json.loads(line)["correct"]) for line in lines]
         metrics = json.loads((job.folder / "eval" / "metrics.json").read_text(encoding="utf-8"))
         epochs = [*(job.begin.epochs() if job.begin else ()), *job.epochs()]
         by_steps = {
-            n: statistics.mean(right for right, steps in zip(correct, n_steps, strict=True) if steps == n)
+            str(n): statistics.mean(right for right, steps in zip(correct, n_steps, strict=True) if steps == n)
             for n in sorted(set(n_steps))
         }
         results.setdefault(job.run, []).append(
             {
                 "seed": job.seed,
+                "digest": job.digest,
                 "accuracy": metrics["accuracy"],
                 "by_steps": by_steps,
                 "tokens": metrics["generated_tokens"],

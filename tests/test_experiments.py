@@ -174,6 +174,28 @@ def test_differences_are_paired_by_question():
     assert tables.difference(mine[2:], control) is None
 
 
+def test_what_a_report_remembers_is_not_run_again(place, started, tmp_path, capsys):
+    """Without their checkpoints results were trained again, and those of seeds not asked for were lost."""
+    first = [str(place / "small.yaml"), "--jobs", "1", "--out", str(tmp_path), "--only", "coconut"]
+    assert grid.main([*first, "--seeds", "3", "4"]) == 0
+    before = json.loads((tmp_path / "small.json").read_text())["coconut"]
+    content = yaml.safe_load((place / "small.yaml").read_text()) | {"save_path": str(tmp_path / "elsewhere")}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    moved = [str(tmp_path / "small.yaml"), "--jobs", "1", "--out", str(tmp_path), "--only", "coconut"]
+    started.clear()
+    assert grid.main([*moved, "--seeds", "3"]) == 0
+    assert started == []
+    assert json.loads((tmp_path / "small.json").read_text())["coconut"] == before
+    assert "| seeds |" not in (tmp_path / "small.md").read_text()  # one is shown
+    assert grid.main([*moved, "--seeds", "3", "--set", "lr=0.001"]) == 0  # another run
+    assert [name_of(command) for command in started] == ["words-3", "coconut-3", "coconut-3 test"]
+    assert grid.main([*moved, "--seeds", "3", "--set", "lr=0.002", "--dry-run"]) == 0
+    (tmp_path / "small.json").write_text("[]")
+    capsys.readouterr()
+    assert grid.main([*moved, "--seeds", "3"]) == 2
+    assert "small.json is not what this program wrote" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_grid_reaches_the_runs_and_starts_nothing_more(place, tmp_path, number):
