@@ -41,16 +41,16 @@ STYLES = [
     Style("#808080", "X", (0, (3, 3)), "+++"),
 ]
 INK = "#010203"  # text and axes: `svg` makes it currentColor, the colour of the page's text
+LETTERS, SMALL = 10, 8  # points; small are the names of marks
 LOOK = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     **{"axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False},
-    **{"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "hatch.linewidth": 0.8},
+    **{"axes.spines.top": False, "axes.spines.right": False, "font.size": LETTERS, "hatch.linewidth": 0.8},
     **{"axes.grid": True, "axes.axisbelow": True, "grid.color": INK, "grid.alpha": 0.12, "lines.linewidth": 1.5},
     **{"svg.fonttype": "none", "svg.hashsalt": "coconut", "text.parse_math": False},
 }
 WIDTH, HEIGHT = 7.2, 4.0  # inches
-SMALL = 8  # points, of what is written within a drawing
-LETTER = 0.6  # of its size is a letter wide, at most
+LETTER = 0.6  # of its size is a letter wide, or less
 FAINT = 0.3  # opacity of areas
 SHRUNK = 0.75  # of its width has a drawing on a narrow screen: a smaller one could not be read
 
@@ -64,7 +64,8 @@ def svg(figure: Figure) -> str:
     """A figure as an <svg> element: the text is text, in the page's font; neutral colours are that of the page's text;
     the background is transparent.
 
-    The same numbers give the same bytes. Ids begin with a digest of the drawing, so that several fit in one page.
+    The same numbers give the same bytes. Ids begin with a digest of the drawing, so that several fit in one page; only
+    drawings that are alike to the byte share theirs.
     """
     file = StringIO()
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
@@ -109,7 +110,7 @@ def style_of(number: int) -> Style:
 def add_legend(figure: Figure, handles: Sequence, names: Sequence[str]) -> None:
     """Names under the drawing, where they hide nothing; those of one series alone are the caption's affair."""
     if len(names) > 1:
-        column = 50 + 10 * LETTER * max(map(len, names))  # points
+        column = 50 + LETTERS * LETTER * max(map(len, names))  # points
         columns = int(max(1, min(len(names), 72 * figure.get_figwidth() // column)))
         figure.legend(handles, names, loc="outside lower center", ncols=columns)
 
@@ -283,8 +284,8 @@ def tree(
     shapes = {name: SHAPES[marked[name]] if name in marked else PLAIN for name in nodes}
     size = {name: max(SMALLEST, LARGEST * values.get(name, 0)) / shapes[name][2] for name in nodes}  # square points
     radius = {name: size[name] ** 0.5 / 2 for name in nodes}
-    column = (12 + max(SMALL * LETTER * max(map(len, nodes)), 2 * max(radius.values()))) / 72  # inches
-    figure, panel = blank(max(WIDTH, column * max(map(len, rows))), 1.2 * len(rows) + 0.2)
+    column = (12 + max(LETTERS * LETTER * max(map(len, nodes)), 2 * max(radius.values()))) / 72  # inches
+    figure, panel = blank(max(WIDTH, column * max(map(len, rows))), 1.3 * len(rows) + 0.2)
     places = {
         name: ((place + 0.5) / len(row), -depth) for depth, row in enumerate(rows) for place, name in enumerate(row)
     }
@@ -299,7 +300,7 @@ def tree(
         panel.scatter(x, y, s=size[name], marker=marker, color=STYLES[number].colour, linewidths=0, zorder=4)
         words = [name, f"{values[name]:.0%}" if name in values else "", marked.get(name, "")]
         below = {"xytext": (0, -radius[name] - 2), "textcoords": "offset points", "va": "top", "ha": "center"}
-        panel.annotate("\n".join(filter(None, words)), (x, y), **below, fontsize=SMALL, zorder=5)
+        panel.annotate("\n".join(filter(None, words)), (x, y), **below, zorder=5)
     panel.set(xlim=(0, 1), ylim=(0.7 - len(rows), 0.4))
     panel.axis("off")
     return figure
