@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-FOLDERS = (ROOT, ROOT / "benchmarks", ROOT / "preprocessing", ROOT / "tests")
+FOLDERS = (ROOT, ROOT / "analysis", ROOT / "benchmarks", ROOT / "preprocessing", ROOT / "tests")
 SCRIPTS = [
     str(path.relative_to(ROOT))
     for folder in FOLDERS

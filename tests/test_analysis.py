@@ -1,0 +1,429 @@
+"""Analyses of models whose thoughts are known, because they are made by hand."""
+
+import json
+import sys
+
+import machine
+import numpy as np
+import prosqa
+import pytest
+import tiny_model
+import torch
+from conftest import ROOT
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from analysis import __main__ as command
+from analysis import interventions, probe, search, sweep
+from analysis.report import write_page
+from analysis.subject import Change, Subject
+from analysis.tasks import Graphs, Machine, load_task
+from coconut import Coconut
+from config import Config
+from generate import Asked
+from pretrained import load_tokenizer, mark
+
+SURE = -30.0  # a logit of what is not said
+
+
+class ByHand(LlamaModel):
+    """Follows a question without any weights. Of the 2 V dimensions the first V are the set of letters that a position
+    holds, the others which token it is; a hidden state has the logits of the next token there.
+
+    A position holds what follows from the one that it was made from: a thought is read from its embedding, whatever
+    stands there. `follow(question, letters, count)` is the set after one more step, None where there is none.
+    """
+
+    def forward(self, inputs_embeds, attention_mask, past_key_values=None, **_):
+        if past_key_values is not None:
+            states = inputs_embeds[:, None]
+            inputs_embeds = past_key_values.update(states, states, 0)[0][:, 0]  # (B, T, D) of all columns so far
+            new = states.shape[2]
+        else:
+            new = inputs_embeds.shape[1]
+        hidden = torch.stack([self.row(*row) for row in zip(inputs_embeds, attention_mask, strict=True)])
+        return BaseModelOutputWithPast(last_hidden_state=hidden[:, -new:], past_key_values=past_key_values)
+
+    def row(self, embeds, mask):
+        size, tokens = embeds.shape[1] // 2, self.tokens
+        letters, count, question, answering, rows = set(), None, "", False, []
+        for embed, seen in zip(embeds, mask, strict=True):
+            identity = embed[size:]
+            is_token = identity.max() == 1 and identity.count_nonzero() == 1
+            token = tokens[int(identity.argmax())] if is_token else None
+            said = set()
+            if not seen:
+                pass
+            elif count is None and token != "\n":
+                question += token
+            elif token == "\n" and count is None:
+                letters, count = {self.start(question)}, 0
+                said = self.go(question, letters, count)
+            elif token == "###":
+                answering, said = True, {" "}
+            elif token == " ":
+                said = self.answer(question, letters)
+            elif answering:
+                said = {"<|endoftext|>"}
+            else:  # a thought or a written letter
+                held = embed[:size]
+                letters = {tokens[place] for place in (held == held.max()).nonzero().flatten() if held.max() > 0}
+                count += 1
+                said = self.go(question, letters, count)
+            after = self.follow(question, letters, count) if count is not None else None
+            row = torch.full((2 * size,), SURE)
+            row[:size] = 0
+            for letter in letters if after is None else after:
+                row[tokens.index(letter)] = 1.0
+            for word in said or {"###"}:
+                row[size + tokens.index(word)] = 0.0
+            rows.append(row)
+        return torch.stack(rows)
+
+    def go(self, question, letters, count):
+        """What is said next: a letter that follows, or the answer's mark."""
+        return self.follow(question, letters, count) or {"###"}
+
+    def answer(self, question, letters):
+        return letters
+
+
+class FollowsMachine(ByHand):
+    def start(self, question):
+        return question[0]
+
+    def follow(self, question, letters, count):
+        if count >= len(question) - 1 or not letters:
+            return None
+        return {self.permutations[question[1 + count]][letter] for letter in letters}
+
+
+class Searches(ByHand):
+    def start(self, question):
+        return question[-1]
+
+    def follow(self, question, letters, count):
+        edges = question.partition("?")[0].split(" ")
+        return {pair[1] for pair in edges if pair[0] in letters} or None
+
+    def answer(self, question, letters):
+        return set(question.partition("?")[2][:2]) & letters or {"###"}
+
+
+def subject_of(kind, examples, folder, **known) -> Subject:
+    """A subject whose model is made by hand, asked with as many thoughts as the longest question has steps."""
+    folder.mkdir(exist_ok=True)
+    (folder / "data.json").write_text(json.dumps(examples))
+    tiny_model.write_model([folder / "data.json"], folder / "model", "char", "llama", 16, 1, 2, 64)
+    config = Config(model_id=str(folder / "model"), latent_markers="none", step_separator="", max_latent_stage=9)
+    tokenizer = load_tokenizer(config)
+    markers = mark(tokenizer, "coconut")
+    size = len(tokenizer)
+    shape = LlamaConfig(
+        vocab_size=size, hidden_size=2 * size, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=128, tie_word_embeddings=False, attn_implementation="eager",
+    )  # fmt: skip
+    base = LlamaForCausalLM(shape)
+    base.model = kind(shape)
+    base.model.tokens = [tokenizer.decode([token]) for token in range(size)]
+    for name, value in known.items():
+        setattr(base.model, name, value)
+    with torch.no_grad():
+        letters = [len(token) == 1 and token.isalpha() for token in base.model.tokens]
+        holds = torch.diag(torch.tensor(letters, dtype=torch.float32))
+        base.get_input_embeddings().weight.copy_(torch.cat([holds, torch.eye(size)], dim=1))
+        base.get_output_embeddings().weight.copy_(torch.cat([torch.zeros(size, size), torch.eye(size)], dim=1))
+    model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos).eval()
+    asked = Asked(model, tokenizer, markers, config, stage=10)
+    return Subject(asked, examples, max(len(example["steps"]) for example in examples), batch=7)
+
+
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory):
+    """(subject, task) of state tracking."""
+    folder = tmp_path_factory.mktemp("tracking")
+    sizes = ["--train", "60", "--valid", "5", "--test", "40", "--states", "6", "--buttons", "6", "--out", str(folder)]
+    assert machine.main([*sizes, "--min-steps", "2", "--max-steps", "4"]) == 0
+    task = load_task(folder / "machine_test.json")
+    return subject_of(FollowsMachine, task.examples, folder, permutations=task.permutations), task
+
+
+@pytest.fixture(scope="module")
+def searching(tmp_path_factory):
+    """(subject, task) of mirrored graphs."""
+    settings = prosqa.Settings(min_hops=2, max_hops=3, nodes_a_side=6, characters=prosqa.CHARACTERS[:26])
+    task = Graphs(prosqa.make_splits({"test": 40}, settings, 5)["test"])
+    return subject_of(Searches, task.examples, tmp_path_factory.mktemp("searching")), task
+
+
+def test_a_model_that_follows_the_machine_is_always_right(tracking):
+    subject, task = tracking
+    assert isinstance(task, Machine)
+    assert [output.strip() for output in subject.written()] == [f"### {e['answer']}" for e in task.examples]
+    for row in sweep.sweep(subject, task):
+        assert row["accuracy"] == 1
+        assert row["classes"] == {"right steps and answer": 40, "right answer only": 0, "wrong answer": 0}
+
+
+def test_its_thoughts_hold_the_states(tracking):
+    subject, task = tracking
+    for row in probe.decoded(subject, task):
+        assert row["head"] == 1 or row["thought"] > 2  # a word of two is over: the mark of the answer follows
+        assert row["probe"] > 0.8
+    steps = probe.next_step(task, probe.values(subject, task, subject.n_thoughts))
+    lengths = [len(example["steps"]) for example in task.examples]
+    assert [row["questions"] for row in steps] == [sum(n > k for n in lengths) for k in range(4)]
+    for row in steps:
+        assert row["value"] == pytest.approx(1, abs=1e-5)
+        assert row["first"] == 1
+        assert row["elsewhere"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_transplanted_state_leads_where_the_buttons_say(tracking):
+    subject, task = tracking
+    for row in interventions.transplants(subject, task):
+        assert row["where it leads"] == 1
+        assert row["where it was"] == 0
+        assert row["questions"] > 0
+
+
+def test_interventions_come_out_as_computed_by_hand(tracking):
+    subject, task = tracking
+    tried = {one.name: one for one in interventions.interventions(subject, task)}
+    places = interventions.places(subject.n_thoughts)
+    assert places["all but the last"] == {0, 1, 2}
+    assert places["the last"] == {3}
+
+    def found(name, place):
+        return interventions.measure(subject, task, tried[name], places[place])
+
+    itself = found("itself", "all")
+    assert (itself["accuracy"], itself["questions"], itself["donor"]) == (1, 40, None)
+    assert itself["gold"] == pytest.approx(1, abs=1e-5)
+    four = sum(len(example["steps"]) == 4 for example in task.examples)
+    assert found("itself", "the last")["questions"] == four
+    for name in ("any other question", "the twin"):  # the last thought holds the donor's last state
+        assert found(name, "all")["donor"] == 1
+    same = found("the same answer", "all")
+    assert same["accuracy"] == 1
+    assert same["donor"] is None  # a donor with the same answer says nothing new
+    assert found("pause embedding", "the last")["accuracy"] == 0  # it holds nothing
+    assert found("zeros (off the manifold)", "all")["accuracy"] == 0
+    twins = task.twins()
+    assert all(twin["question"][1:] == e["question"][1:] for twin, e in zip(twins, task.examples, strict=True))
+    for twin in twins:
+        assert twin["answer"] == task.follow(twin["question"][0], twin["question"][1:])
+
+
+def test_another_order_of_buttons_has_an_answer_of_its_own(tracking):
+    subject, task = tracking
+    found = interventions.with_another_question(subject, task)
+    assert found["of the new question"] == 1
+    assert found["accuracy"] < 1
+    fewer = interventions.with_fewer(subject, task)
+    assert [row["accuracy"] for row in fewer] == [1] * subject.n_thoughts  # it writes what it has not thought
+
+
+def test_hidden_thoughts_are_not_attended_to(tracking):
+    """The model made by hand reads its last thought: without it, it goes on from the one before."""
+    subject, task = tracking
+    said = subject.written(hidden_columns=frozenset({subject.n_thoughts - 1}))
+    for example, output in zip(task.examples, said, strict=True):
+        wanted = example["answer"] if len(example["steps"]) < 4 else example["steps"][2]
+        assert output.strip().endswith(wanted)
+
+
+def test_noise_has_the_mean_and_covariance_of_its_number():
+    torch.manual_seed(0)
+    thoughts = torch.randn(20_000, 2, 3) @ torch.tensor([[1.0, 0, 0], [2, 1, 0], [0, 0, 0.1]]) + 5
+    noise = interventions._noise(thoughts, np.random.default_rng(0))
+    assert noise.shape == thoughts.shape
+    for number in range(2):
+        assert (noise[:, number].mean(0) - thoughts[:, number].mean(0)).abs().max() < 0.1
+        difference = np.cov(noise[:, number].numpy().T) - np.cov(thoughts[:, number].numpy().T)
+        assert np.abs(difference).max() < 0.2
+
+
+def test_donors_are_others_and_allowed():
+    random = np.random.default_rng(0)
+    lengths = [2, 2, 3, 2]
+    donors = interventions._donors(4, lambda mine, other: lengths[mine] == lengths[other], random)
+    assert donors[2] is None
+    assert all(donor != mine and lengths[donor] == 2 for mine, donor in enumerate(donors) if mine != 2)
+
+
+def test_a_search_by_breadth_has_the_values_of_its_frontier(searching):
+    subject, task = searching
+    values = probe.values(subject, task, 2)
+    for k in range(2):
+        row = search.frontier(task, values[k], k)
+        assert row["auc"] == 1
+        assert row["others"] == pytest.approx(0, abs=1e-5)
+        for index, (graph, example) in enumerate(zip(task.graphs, task.examples, strict=True)):
+            children = {name for name in graph.names if graph_depth(graph, name) == k + 1}
+            tree = search.tree(task, index, values[k])
+            for name in example["idx_to_symbol"]:
+                # nodes that another way reaches at a greater depth are in the set too
+                if name in children:
+                    held = [other for other, share in tree["values"].items() if share > 1e-6]
+                    assert tree["values"][name] == pytest.approx(1 / len(held), abs=1e-5)
+            assert tree["nodes"][graph.root] == 0
+            assert tree["marked"][graph.target] == "target"
+            assert set(tree["nodes"]) == set(graph.names)
+    means = search.parallelism(task, values[1])["mean"]
+    assert means == sorted(means)
+    assert means[2] <= 1 + 1e-6
+
+
+def graph_depth(graph, name):
+    from analysis import paths
+
+    return paths.depths(graph).get(name)
+
+
+def test_the_height_of_a_node_is_held_against_its_value(searching):
+    subject, task = searching
+    rows = search.by_height(task, probe.values(subject, task, 1)[1], 1)
+    assert sum(row["nodes"] for row in rows) > 0
+    assert {row["right"] for row in rows} <= {True, False}
+    assert all(0 <= row["value"] <= 1 for row in rows)
+
+
+def test_the_twin_of_a_graph_is_asked_about_the_other_root(searching):
+    subject, task = searching
+    twins = task.twins()
+    for twin, example, graph in zip(twins, task.examples, task.graphs, strict=True):
+        assert twin["question"][:-1] == example["question"][:-1]
+        assert twin["answer"] == graph.other
+    assert Graphs(twins).graphs[0].target == task.graphs[0].other
+    twin = next(one for one in interventions.interventions(subject, task) if one.name == "the twin")
+    found = interventions.measure(subject, task, twin, frozenset(range(subject.n_thoughts)))
+    assert found["donor"] == 1
+    assert found["T"] == pytest.approx(0, abs=1e-5)
+    assert found["escape"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_order_of_edges_says_nothing(searching):
+    subject, task = searching
+    assert interventions.with_another_question(subject, task)["accuracy"] == 1
+
+
+def test_sentences_have_twins_and_orders_too():
+    settings = prosqa.Settings(min_hops=2, max_hops=3, nodes_a_side=6)
+    task = Graphs(prosqa.make_splits({"test": 5}, settings, 5)["test"])
+    for twin, example, graph in zip(task.twins(), task.examples, task.graphs, strict=True):
+        assert twin["answer"].endswith(f"is a {graph.other}.")
+        root = twin["answer"].partition(" is a ")[0]
+        assert f"Is {root} a " in twin["question"]
+        assert twin["question"].partition("Is ")[0].split() == example["question"].partition("Is ")[0].split()
+    _, redrawn = task.redrawn(np.random.default_rng(0))
+    for new, example in zip(redrawn, task.examples, strict=True):
+        assert sorted(new["question"].split(". ")) == sorted(example["question"].split(". "))
+        assert new["question"].split(". ")[-1] == example["question"].split(". ")[-1]
+
+
+# ---- values of names of several tokens ----
+
+
+@pytest.mark.parametrize("markers", ["both", "none"])
+def test_a_value_is_the_product_of_its_tokens_probabilities(tmp_path, markers):
+    """Against whole sequences without a cache; batches of questions of different lengths, edited thoughts too."""
+    settings = prosqa.Settings(min_hops=2, max_hops=3, nodes_a_side=4)
+    examples = prosqa.make_splits({"test": 5}, settings, 5)["test"]
+    (tmp_path / "data.json").write_text(json.dumps(examples))
+    tiny_model.write_model([tmp_path / "data.json"], tmp_path / "model", "char", "llama", 16, 2, 2, 1024)
+    config = Config(model_id=str(tmp_path / "model"), latent_markers=markers)
+    tokenizer = load_tokenizer(config)
+    marks = mark(tokenizer, "coconut")
+    torch.manual_seed(1)
+    shape = LlamaConfig.from_pretrained(tmp_path / "model", vocab_size=len(tokenizer), torch_dtype="float32")
+    model = Coconut(LlamaForCausalLM(shape).float(), marks.latent, marks.start, marks.end, marks.eos).eval()
+    subject = Subject(Asked(model, tokenizer, marks, config, 2), examples, 2, batch=2)
+    names = [[" lempus", " rorpus", " tumpus"][: 2 + index % 2] for index in range(5)]
+    content = torch.randn(5, 2, 16)
+    for change in (None, Change(content, frozenset({1}))):
+        found = subject.values(names, "Every", change=change)
+        for index, row in enumerate(names):
+            for number, name in enumerate(row):
+                question = tokenizer(examples[index]["question"] + "\n")["input_ids"]
+                latents = [marks.latent] * 2
+                before = [*question, marks.start, *latents, marks.end] if markers == "both" else [*question, *latents]
+                every = tokenizer("Every")["input_ids"]
+                ids = [*before, *every, *tokenizer(name)["input_ids"]]
+                edit = change.of(slice(index, index + 1)) if change else None
+                logits = model(torch.tensor([ids]), edit=edit).logits[0].log_softmax(-1)
+                begin = len(before) + len(every)
+                # the space that all names begin with is forced as well
+                wanted = sum(logits[place - 1, ids[place]] for place in range(begin + 1, len(ids))).exp()
+                assert found[index, number] == pytest.approx(wanted.item(), rel=1e-4)
+        assert found[0, 2] == 0
+
+
+# ---- the program ----
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two checkpoints that know nothing, and a data file of each kind."""
+    import run
+
+    folder = tmp_path_factory.mktemp("trained")
+    sizes = ["--train", "40", "--valid", "4", "--test", "12", "--out", str(folder)]
+    assert machine.main([*sizes, "--states", "5", "--buttons", "5", "--min-steps", "2", "--max-steps", "3"]) == 0
+    mirror = ["--mirror", "--nodes-a-side", "4", "--hops", "2", "--template", "compact", "--prefix", "mirror"]
+    assert prosqa.main([*mirror, *sizes]) == 0
+    for kind in ("machine", "mirror"):
+        data, model = folder / f"{kind}_train.json", folder / f"{kind}_model"
+        tiny_model.write_model([data], model, "char", "llama", 16, 1, 2, 64)
+        for thought in ("last", "pause"):
+            keys = [f"model_id={model}", f"train_path={data}", f"val_path={folder / f'{kind}_valid.json'}"]
+            keys += [f"save_path={folder}", f"name={kind}-{thought}", f"thought={thought}", "num_epochs=1"]
+            keys += ["epochs_per_stage=[1]", "max_latent_stage=2", "curriculum=none", "global_batch_size=20"]
+            keys += ["batch_size_training=20"]
+            assert run.main(Config.from_file(ROOT / "args" / "machine.yaml", keys)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["machine", "mirror"])
+def test_the_page_has_every_part_and_can_be_made_again(trained, tmp_path, kind, capsys):
+    arguments = [str(trained / f"{kind}-last"), "--control", str(trained / f"{kind}-pause")]
+    arguments += ["--data", str(trained / f"{kind}_test.json"), "--out", str(tmp_path), "--questions", "10"]
+    assert command.main(arguments) == 0
+    text = (tmp_path / "index.html").read_text()
+    titles = ["What thoughts hold", "Are thoughts used?", "With another number of thoughts", "Questions"]
+    for title in titles if kind == "machine" else [*titles, "Is it a search?"]:
+        assert f">{title}</h2>" in text
+    assert "pause as thought" in text
+    assert "<script" not in text
+    (tmp_path / "index.html").unlink()
+    assert command.main([*arguments, "--page"]) == 0
+    assert (tmp_path / "index.html").read_text() == text
+    rows = json.loads((tmp_path / "interventions.json").read_text())["Coconut"]["rows"]
+    assert {row["kind"] for row in rows} == {"control", "content", "donor", "removal"}
+    assert command.main([*arguments, "--only", "sweep"]) == 0
+    assert (tmp_path / "index.html").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["none"], "none"),
+        (["{}/machine-last", "--data", "{}/none.json"], "none.json"),
+        (["{}/machine-last", "--data", "{}/machine_model/config.json"], "config.json"),
+    ],
+)
+def test_what_cannot_be_analysed_is_one_sentence(trained, tmp_path, arguments, complaint, capsys):
+    arguments = [argument.format(trained) for argument in arguments]
+    data = [] if "--data" in arguments else ["--data", str(trained / "machine_test.json")]
+    assert command.main([*arguments, *data, "--out", str(tmp_path / "new")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert complaint in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_page_without_numbers_is_one_sentence(tmp_path, capsys):
+    assert command.main(["x", "--data", "y", "--out", str(tmp_path), "--page"]) == 2
+    assert "holds no analysis: about.json is missing" in capsys.readouterr().err
+    assert write_page is not None
+    assert sys.version_info
