@@ -186,7 +186,7 @@ class Coconut(nn.Module):
                 break
             position = position + 1
             attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
-            hidden = self._span(self._embed(token), attention_mask, position, left_padded is not False, cache)
+            hidden = self.span(self._embed(token), attention_mask, position, left_padded is not False, cache)
         return torch.cat(tokens, dim=1) if tokens else input_ids[:, :0]
 
     def _generate_anew(
@@ -286,7 +286,7 @@ class Coconut(nn.Module):
             if moved is not None:
                 span, positions = moved(span), moved(positions)
             with self._recorder.recording(moved and moved.last) if records else nullcontext() as states:
-                hidden = self._span(span, attention_mask[:, :end], positions, masked, cache)
+                hidden = self.span(span, attention_mask[:, :end], positions, masked, cache)
             if moved is not None:
                 hidden = moved.back(hidden)
             stream = torch.stack(states) if records else None  # (layers + 1, B, 1, D)
@@ -297,7 +297,7 @@ class Coconut(nn.Module):
             return hidden_spans[0], embeds, cache, attention_mask
         return torch.cat(hidden_spans, dim=1), torch.cat(embed_spans, dim=1), cache, attention_mask
 
-    def _span(
+    def span(
         self,
         embeds: torch.Tensor,
         attention_mask: torch.Tensor,

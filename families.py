@@ -238,7 +238,7 @@ def _problem_of_decoding(model: Coconut, tolerance: Tolerance, seed: int) -> str
     for column in (-2, -1):
         position, mask = position + 1, torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         token = torch.cat([_tensor(probe.base_causallm, row.input_ids[column:][:1]) for row in rows])
-        hidden.append(probe._span(probe._embed(token), mask, position, True, cache))
+        hidden.append(probe.span(probe._embed(token), mask, position, True, cache))
     logits = _exact(probe.head(torch.cat(hidden, dim=1)))  # (B, 3, V)
     whole, padded = (
         _differs(ours, theirs[0, -3:], tolerance.logits) for ours, theirs in zip(logits, wanted, strict=True)

@@ -17,7 +17,6 @@ from coconut import Edit
 from curriculum import prompt
 from dataset import collate_prompts
 from generate import Asked, load
-from thoughts import decoder_of
 from utils import UserError, progress_bar
 
 
@@ -178,23 +177,15 @@ class Subject:
         n_rows, count, width = names.shape
         if width == 1:
             return total
-        base, mask = self.model.base_causallm, inputs["attention_mask"]
-        cache = DynamicCache(config=base.config)
-        decoder_of(base)(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=inputs["position_ids"], past_key_values=cache
-        )
+        mask, positions = inputs["attention_mask"], inputs["position_ids"]
+        cache = DynamicCache(config=self.model.base_causallm.config)
+        self.model.span(embeds, mask, positions, masked=True, cache=cache)
         cache.batch_repeat_interleave(count)
         flat = names.flatten(0, 1)  # (B * C, n)
-        positions = (
-            inputs["position_ids"][:, -1:].repeat_interleave(count, 0) + 1 + torch.arange(width - 1, device=mask.device)
-        )
+        after = positions[:, -1:].repeat_interleave(count, 0) + 1 + torch.arange(width - 1, device=mask.device)
         mask = torch.cat([mask.repeat_interleave(count, 0), torch.ones_like(flat[:, :-1])], dim=1)
-        states = decoder_of(base)(
-            inputs_embeds=base.get_input_embeddings()(flat[:, :-1].clamp(min=0)),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-        ).last_hidden_state
+        tokens = self.model.base_causallm.get_input_embeddings()(flat[:, :-1].clamp(min=0))
+        states = self.model.span(tokens, mask, after, masked=True, cache=cache)  # (B * C, n - 1, D)
         later = self.model.head(states).float().log_softmax(-1)  # (B * C, n - 1, V)
         shares = later.gather(2, flat[:, 1:, None].clamp(min=0))[..., 0].masked_fill(flat[:, 1:] < 0, 0)
         return total + shares.sum(1).view(n_rows, count)

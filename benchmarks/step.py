@@ -67,7 +67,7 @@ from dataset import collate_for_device
 
 
 def floor_loss(model: Coconut, batch: dict) -> torch.Tensor:
-    hidden = model._span(model._embed(batch["input_ids"]), batch["attention_mask"], batch["position_ids"], False, None)
+    hidden = model.span(model._embed(batch["input_ids"]), batch["attention_mask"], batch["position_ids"], False, None)
     return model._loss(hidden, batch["labels"], batch["supervised"])
 
 
@@ -81,11 +81,11 @@ def no_cache_loss(model: Coconut, batch: dict) -> torch.Tensor:
     embeds = model._embed(batch["input_ids"])
     mask, positions = batch["attention_mask"], batch["position_ids"]
     for column in batch["latent_columns"]:
-        hidden = model._span(embeds[:, :column], mask[:, :column], positions[:, :column], True, None)
+        hidden = model.span(embeds[:, :column], mask[:, :column], positions[:, :column], True, None)
         is_latent = batch["input_ids"][:, column, None, None] == MARKERS.latent
         filled = torch.where(is_latent, hidden[:, -1:], embeds[:, column : column + 1])
         embeds = torch.cat([embeds[:, :column], filled, embeds[:, column + 1 :]], dim=1)
-    return model._loss(model._span(embeds, mask, positions, True, None), batch["labels"], batch["supervised"])
+    return model._loss(model.span(embeds, mask, positions, True, None), batch["labels"], batch["supervised"])
 
 
 def make_sides(options: argparse.Namespace, stage: int, names: list[str]) -> dict[str, Callable[[], None]]:
