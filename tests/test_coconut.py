@@ -254,13 +254,13 @@ def test_default_positions_are_those_of_the_collator(family):
 
 def test_every_token_is_processed_once(family, monkeypatch):
     model, lengths = make_model(family), []
-    span = Coconut._span
+    span = Coconut.span
 
     def counting(self, embeds, *others):
         lengths.append(embeds.shape[1])
         return span(self, embeds, *others)
 
-    monkeypatch.setattr(Coconut, "_span", counting)
+    monkeypatch.setattr(Coconut, "span", counting)
     batch = collate(make_rows([4, 4, 4]), pad_token_id=EOS, latent_token_id=LATENT)
     model(**batch)
     first = int(batch["input_ids"].eq(LATENT).any(dim=0).nonzero()[0])

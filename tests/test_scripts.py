@@ -49,7 +49,7 @@ def test_help_does_not_wait_for_torch(script, without_torch):
     """Those of tiny_model.py and of most benchmarks took six to nine seconds."""
     done = start(script, without_torch, "--help")
     assert done.returncode == 0, done.stderr
-    assert script.rpartition("/")[2] in done.stdout
+    assert script.rpartition("/")[2].replace("__main__.py", "python -m analysis") in done.stdout
     assert "usage: " in done.stdout
 
 
