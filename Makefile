@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart prosqa-mini thoughts table1 test test-fast test-real test-families test-multinode torture \
+.PHONY: help quickstart prosqa-mini thoughts table1 analysis test test-fast test-real test-families test-multinode torture \
 	lint clean
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make prosqa-mini  the whole program on ProsQA with a tiny model, a few minutes"
 	@echo "make thoughts     every kind of thought on state tracking, three seeds: about two hours of one core, resumable"
 	@echo "make table1       all rows of Table 1 in miniature, 3 to 5 seeds each: about 90 minutes of one core, resumable"
+	@echo "make analysis     what thoughts hold and whether they are used, on state tracking and mirrored ProsQA: pages"
 	@echo "make test         all tests, in two processes, a few minutes (one file: .venv/bin/python -m pytest FILE)"
 	@echo "make test-fast    the quick ones of every module, for while you are writing: about a minute"
 	@echo "make test-real    a pretrained model on real GSM8K rows, a few minutes"
@@ -49,6 +50,15 @@ data/machine/model/config.json: data/machine/machine_train.json preprocessing/ti
 
 table1: data/machine/model/config.json .venv/installed-dev
 	$(BIN)/python experiments/grid.py experiments/table1_mini.yaml
+
+# The checkpoints are those of quickstart and mirrored2; they are trained where they are missing.
+ANALYSE = $(BIN)/python -m analysis $(1)/coconut-0 --control $(1)/pause_as_thought-0 --data $(2) --out $(3)
+analysis: .venv/installed-dev
+	$(BIN)/python experiments/grid.py experiments/quickstart.yaml --anew --jobs 2 --out checkpoints/state_tracking
+	$(call ANALYSE,checkpoints/state_tracking,data/machine/machine_test.json,results/analysis_machine)
+	$(BIN)/python experiments/grid.py experiments/mirrored2.yaml --anew --jobs 2 --out checkpoints/mirrored2 \
+		--only coconut pause_as_thought --seeds 0
+	$(call ANALYSE,checkpoints/mirrored2,data/mirrored2/mirror_test.json,results/analysis_mirrored)
 
 data/prosqa_mini_train.json: preprocessing/prosqa.py | .venv/installed
 	$(BIN)/python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100
@@ -94,4 +104,4 @@ lint: .venv/installed-dev
 	$(BIN)/shellcheck --severity=warning -x -P SCRIPTDIR slurm/* tests/*.sh preprocessing/*.bash benchmarks/*.sh
 
 clean:
-	rm -rf checkpoints/quickstart* checkpoints/state_tracking checkpoints/prosqa_mini data/machine data/arithmetic_* data/tiny_* data/prosqa_mini_*
+	rm -rf checkpoints/quickstart* checkpoints/state_tracking checkpoints/mirrored2 checkpoints/prosqa_mini data/machine data/mirrored2 data/arithmetic_* data/tiny_* data/prosqa_mini_*

@@ -34,6 +34,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--thoughts", type=int, metavar="K", help="(default: as the last stage was trained)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure anew (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of donors and noise (default: 0)")
+    parser.add_argument(
+        "--show", type=int, nargs="+", default=range(8), help="questions to show whole (default: 0 to 7)"
+    )
     parser.add_argument("--page", action="store_true", help="write the page from the numbers that are there, and stop")
     return parser
 
@@ -50,10 +53,8 @@ from analysis.subject import Subject
 from analysis.tasks import Graphs, Machine, Task, load_task
 from utils import UserError, report, tell, writing
 
-EXAMPLES = 8  # questions that the page shows whole
 
-
-def measure_probe(subject: Subject, task: Task, _) -> dict:
+def measure_probe(subject: Subject, task: Task, options: argparse.Namespace) -> dict:
     """Values of next steps after 0 to K thoughts; on state tracking also whether thoughts hold the state."""
     found = {
         "next step": probe.next_step(task, probe.values(subject, task, subject.n_thoughts)),
@@ -64,11 +65,11 @@ def measure_probe(subject: Subject, task: Task, _) -> dict:
     return found
 
 
-def measure_sweep(subject: Subject, task: Task, _) -> list[dict]:
+def measure_sweep(subject: Subject, task: Task, options: argparse.Namespace) -> list[dict]:
     return sweep.sweep(subject, task)
 
 
-def measure_search(subject: Subject, task: Task, _) -> dict | None:
+def measure_search(subject: Subject, task: Task, options: argparse.Namespace) -> dict | None:
     """Graphs only. The first and the second thought are what the paper compares."""
     if not isinstance(task, Graphs):
         return None
@@ -87,44 +88,34 @@ def measure_search(subject: Subject, task: Task, _) -> dict | None:
         },
         "trees": [
             [search.tree(task, index, values[k]) for k in range(deepest + 1)]
-            for index in range(min(EXAMPLES, len(task.examples)))
+            for index in options.show
+            if index < len(task.examples)
         ],
     }
 
 
-def measure_interventions(subject: Subject, task: Task, seed: int) -> dict:
+def measure_interventions(subject: Subject, task: Task, options: argparse.Namespace) -> dict:
     """Every intervention at all places; on state tracking also transplants."""
     rows = []
     places = interventions.places(subject.n_thoughts)
-    tried = interventions.interventions(subject, task, seed)
+    tried = interventions.interventions(subject, task, options.seed)
     for intervention in tqdm(tried, desc="interventions", unit="intervention"):
         for place, numbers in places.items():
             found = interventions.measure(subject, task, intervention, numbers)
             rows.append({"kind": intervention.kind, "name": intervention.name, "place": place, **found})
     found = {
         "rows": rows,
-        "another question": interventions.with_another_question(subject, task, seed),
+        "another question": interventions.with_another_question(subject, task, options.seed),
         "fewer": interventions.with_fewer(subject, task),
     }
     if isinstance(task, Machine):
-        found["transplants"] = interventions.transplants(subject, task, seed)
+        found["transplants"] = interventions.transplants(subject, task, options.seed)
     return found
 
 
-def measure_examples(subject: Subject, task: Task, _) -> list[dict]:
+def measure_examples(subject: Subject, task: Task, options: argparse.Namespace) -> list[dict]:
     """What the page shows of single questions."""
-    few = subject.asking(task.examples[:EXAMPLES])
-    outputs = few.written()
-    return [
-        {
-            "question": example["question"],
-            "steps": example["steps"],
-            "answer": example["answer"],
-            "output": output,
-            "words": words,
-        }
-        for example, output, words in zip(few.examples, outputs, probe.words(few, EXAMPLES), strict=True)
-    ]
+    return probe.close_up(subject, task, [number for number in options.show if number < len(task.examples)])
 
 
 MEASURES = {
@@ -139,8 +130,8 @@ MEASURES = {
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
-    if options.questions < 2 or (options.thoughts is not None and options.thoughts < 1):
-        parser.error("--questions must be at least 2, --thoughts at least 1")
+    if min(options.show) < 0 or options.questions < 2 or (options.thoughts is not None and options.thoughts < 1):
+        parser.error("--questions must be at least 2, --thoughts at least 1, --show at least 0")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
@@ -178,7 +169,7 @@ def measure(options: argparse.Namespace) -> None:
             found = {}
             for name, subject in subjects.items():
                 tell(f"{part}: {name}")
-                found[name] = MEASURES[part](subject, task, options.seed)
+                found[name] = MEASURES[part](subject, task, options)
             write_json(options.out / f"{part}.json", found)
 
 

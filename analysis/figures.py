@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from itertools import pairwise, zip_longest
+from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -95,6 +96,12 @@ def svg(figure: Figure) -> str:
             else:
                 element.set(name, re.sub(r"^#|(?<=url\()#", f"#f{digest}-", value))
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def picture(figure: Figure, path: Path) -> None:
+    """Writes a figure as a PNG on white, for where a page cannot be shown."""
+    with rc_context(LOOK):
+        figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
 
 
 def blank(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:

@@ -107,16 +107,45 @@ def shape(subject: Subject) -> list[dict]:
     return found
 
 
-def words(subject: Subject, count: int) -> list[list[list[tuple[str, float]]]]:
-    """For each of the first questions and each thought the TOP likeliest words where it is made, with their shares."""
-    found: list[list[list[tuple[str, float]]]] = []
-    for _, inputs in subject.asking(subject.examples[:count]).batches():
-        top = subject.model.thought_logits(**inputs).float().softmax(-1).topk(TOP)
-        for ids, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True):
-            found.append(
-                [
-                    [(subject.tokenizer.decode([token]), share) for token, share in zip(*pairs, strict=True)]
-                    for pairs in zip(ids, shares, strict=True)
-                ]
+def close_up(subject: Subject, task: Task, chosen: list[int]) -> list[dict]:
+    """Chosen questions by themselves: what is written, and for each number of thoughts the likeliest words of the LM
+    head where the next thought is made, the likeliest names when language is forced, the probability of no name, the
+    norm of the thought, and its cosine with the one before."""
+    few = subject.asking([task.examples[index] for index in chosen])
+    names = [task.names()[index] for index in chosen]
+    outputs, heads, thoughts = few.written(), words(few), few.thoughts().numpy()
+    found = []
+    for place, example in enumerate(few.examples):
+        kept = {key: example[key] for key in ("question", "steps", "answer")}
+        found.append({**kept, "output": outputs[place], "words": heads[place], "after": []})
+    for k in range(few.n_thoughts + 1):
+        values = few.values(names, task.step_prefix, k).numpy()
+        for place, row in enumerate(values):
+            best = row[: len(names[place])].argsort()[::-1][:TOP]
+            norm = cosine = None
+            if k:
+                norm = float(np.linalg.norm(thoughts[place, k - 1]))
+            if k > 1:
+                before = thoughts[place, k - 2]
+                cosine = float(thoughts[place, k - 1] @ before / (norm * np.linalg.norm(before)))
+            found[place]["after"].append(
+                {
+                    "thoughts": k,
+                    "names": [(names[place][number].strip(), float(row[number])) for number in best],
+                    "elsewhere": float(1 - row.sum()),
+                    "norm": norm,
+                    "cosine": cosine,
+                }
             )
+    return found
+
+
+def words(subject: Subject) -> list[list[list[tuple[str, float]]]]:
+    """For each question and each thought the TOP likeliest words where it is made, with their shares."""
+    found: list[list[list[tuple[str, float]]]] = []
+    for _, inputs in subject.batches():
+        top = subject.model.thought_logits(**inputs).float().softmax(-1).topk(TOP)  # (B, K, TOP) each
+        for ids, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+            rows = (zip(*pairs, strict=True) for pairs in zip(ids, shares, strict=True))
+            found.append([[(subject.tokenizer.decode([token]), share) for token, share in row] for row in rows])
     return found

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from analysis import figures
-from analysis.page import Example, Figure, Section, page
+from analysis.page import Example, Figure, Section, page, table_html
 from utils import UserError, writing
 
 Found = dict  # of a part: subject -> its numbers
@@ -29,6 +29,8 @@ def write_page(folder: Path) -> Path:
     title = "Thoughts: state tracking" if about["kind"] == "machine" else "Thoughts: search in graphs"
     path = folder / "index.html"
     with writing(path):
+        if about["kind"] == "machine" and "interventions" in found:
+            figures.picture(transplant_lines(found["interventions"]), folder / "transplants.png")
         path.write_text(page(title, answers(found, about), sections, facts), encoding="utf-8")
     return path
 
@@ -237,7 +239,7 @@ def interventions_section(found: Found, about: dict) -> Section:
     for subject in found:
         lines = {
             name: accuracies(subject, [(name, place) for place in places])
-            for name in ("mean", "noise", "any other question", "the twin")
+            for name in ("itself", "mean", "noise", "any other question", "the twin")
         }
         drawn.append(
             Figure(
@@ -271,15 +273,19 @@ def interventions_section(found: Found, about: dict) -> Section:
     )
 
 
+def transplant_lines(found: Found) -> figures.Figure:
+    lines = {
+        f"{name}, {label}": line_of(of["transplants"], "thought", key)
+        for key, label in (("where it leads", "follows"), ("where it was", "stays"))
+        for name, of in found.items()
+    }
+    return figures.lines(lines, "number of the thought that is transplanted", "answers, %")
+
+
 def transplant_figure(found: Found, about: dict) -> Figure:
     transplants = {name: of["transplants"] for name, of in found.items()}
-    lines = {
-        f"{name}, {label}": line_of(rows, "thought", key)
-        for key, label in (("where it leads", "follows"), ("where it was", "stays"))
-        for name, rows in transplants.items()
-    }
     return Figure(
-        figures.svg(figures.lines(lines, "number of the thought that is transplanted", "answers, %")),
+        figures.svg(transplant_lines(found)),
         "The k-th thought of another question is put into this one. Follows: the answer is where the rest of this "
         "question's buttons lead from the other question's state after k steps. Stays: it is what it was. Chance is "
         f"{percent(1 / about['states'])}.",
@@ -360,15 +366,33 @@ def trees_of(found: Found, number: int) -> str:
 def examples_section(found: Found, about: dict) -> Section:
     examples = []
     for number, example in enumerate(next(iter(found.values()))):
-        lines = [f"{key}: {example[key]}" for key in ("question", "answer")]
-        lines.insert(1, f"steps: {' '.join(example['steps'])}")
+        parts = [f"steps: {' '.join(example['steps'])}", f"answer: {example['answer']}"]
+        body = "".join(f"<p>{escape(part)}</p>" for part in (example["question"], *parts))
         for name, of in found.items():
-            lines += ["", f"{name} writes: {of[number]['output'].strip()}"]
-            for place, words in enumerate(of[number]["words"], 1):
-                lines.append(f"thought {place}: " + "  ".join(f"{word!r} {share:.0%}" for word, share in words))
-        body = f"<pre>{escape(chr(10).join(lines))}</pre>"
+            body += f"<h3>{escape(name)} writes: {escape(of[number]['output'].strip())}</h3>{close_up(of[number])}"
         examples.append(Example(f"question {number + 1}: {example['question'][:60]}", body))
-    return Section("Questions", "The likeliest words of the LM head where each thought is made.", [], examples)
+    return Section(
+        "Questions",
+        "After each thought: the likeliest words of the LM head where the next one is made, and the likeliest names "
+        "when language is forced there instead.",
+        [],
+        examples,
+    )
+
+
+def close_up(example: dict) -> str:
+    """What a question's thoughts say, as a table."""
+
+    def shares(pairs: list) -> str:
+        return "  ".join(f"{word!r} {share:.0%}" for word, share in pairs if share >= 0.005)
+
+    words = [*map(shares, example["words"]), ""]  # after the last thought none is made
+    rows = [
+        [str(row["thoughts"]), word, shares(row["names"]), *(cell(row[key]) for key in ("elsewhere", "norm", "cosine"))]
+        for word, row in zip(words, example["after"], strict=True)
+    ]
+    head = ["thoughts", "words where the next is made", "names as the next step", "elsewhere", "norm", "cosine"]
+    return table_html(head, rows)
 
 
 SECTIONS = {
