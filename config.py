@@ -369,7 +369,9 @@ class Config:
 def _preparation_hint(path: str) -> str:
     hints = {
         "prosqa_mini": "python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100",
-        "prosqa": "python preprocessing/prosqa.py",
+        "prosqa_": "python preprocessing/prosqa.py",
+        **{name: f"python preprocessing/ood.py {name}" for name in ("gsm_hard", "svamp", "multiarith")},
+        "gsm_": "bash preprocessing/gsm_icot.bash",
         "arithmetic": "python preprocessing/arithmetic.py",
         "machine": "python preprocessing/machine.py --out data/machine",
         "tiny_arithmetic": "make data/tiny_arithmetic/config.json",

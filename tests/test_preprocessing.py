@@ -1,12 +1,16 @@
 """What the generators promise."""
 
+import hashlib
+import http.server
 import json
 import re
+import threading
 from itertools import pairwise
 
 import arithmetic
 import files
 import gsm_icot
+import ood
 import prontoqa
 import prontoqa_generate
 import prosqa
@@ -452,6 +456,137 @@ def test_real_gsm_files_become_the_reference_s_format(name, count, without, comm
             "steps": [] if steps == [""] else steps,
             "answer": rest.split("##")[-1].strip(),
         }
+
+
+# ---- GSM-Hard, SVAMP, MultiArith ----
+
+ORIGINALS = {
+    "gsm_hard": "".join(
+        json.dumps({"input": f"{place}: 1  and é\u2028?", "code": "", "target": target}, ensure_ascii=False) + "\n"
+        for place, target in enumerate([-9867630.0, 5186630.5999999996, 9284017268534.4, 2.0107e-06, 64.0, 0.0])
+    ),
+    "svamp": json.dumps(
+        [
+            {"ID": "chal-1", "Body": "It has 3. It gets 4", "Question": "How many?", "Answer": 7.0, "Type": "Addition"},
+            {"ID": "chal-2", "Body": "It has 3. ", "Question": "How many?", "Answer": 3.0, "Type": "Addition"},
+        ]
+    ),
+    "multiarith": json.dumps(
+        [{"iIndex": n, "sQuestion": f" 2 and {n // 2}? ", "lEquations": [], "lSolutions": [n / 1]} for n in range(8)]
+    ),
+}
+
+
+@pytest.fixture
+def originals(tmp_path, monkeypatch):
+    """Small files in place of the original ones."""
+    (tmp_path / "served").mkdir()
+    for name, text in ORIGINALS.items():
+        content = text.encode()
+        path = tmp_path / "served" / f"{name}.txt"
+        path.write_bytes(content)
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        monkeypatch.setitem(ood.SOURCES, name, ood.SOURCES[name]._replace(url=path.as_uri(), blob=blob))
+    return tmp_path / "served"
+
+
+def test_the_fields_sets_are_downloaded_and_converted(originals, tmp_path, capsys):
+    out = tmp_path / "new" / "data"
+    assert ood.main([*ORIGINALS, "--out", str(out)]) == 0
+    made = {path.stem: load_examples(path) for path in out.iterdir()}
+    assert [example["answer"] for example in made["gsm_hard"]] == [
+        *("-9867630", "5186630.6", "9284017268534.4", "0.0000020107", "64", "0"),
+    ]
+    assert made["gsm_hard"][1] == {"question": "1: 1  and é\u2028?", "steps": [], "answer": "5186630.6"}
+    assert made["svamp"] == [
+        {"question": "It has 3. It gets 4. How many?", "steps": [], "answer": "7", "id": "chal-1", "type": "Addition"},
+        {"question": "It has 3. How many?", "steps": [], "answer": "3", "id": "chal-2", "type": "Addition"},
+    ]
+    assert made["multiarith"][3] == {"question": "2 and 1?", "steps": [], "answer": "3", "index": 3}
+    assert [example["index"] for example in made["multiarith"]] == list(range(8))
+    assert [example["index"] for example in made["multiarith_180"]] == [0, 1, 5, 6]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].endswith("gsm_hard.json: 6 examples, 1 negative answers, 3 not whole, 0 duplicate questions")
+    assert printed[2].endswith("multiarith.json: 8 examples, 0 negative answers, 0 not whole, 4 duplicate questions")
+    assert ood.main([*ORIGINALS, "--out", str(out)]) == 0  # once more: the same
+
+
+def test_the_fields_sets_from_files(originals, tmp_path, capsys):
+    out = tmp_path / "data"
+    assert ood.main(["svamp", "--from", str(originals / "svamp.txt"), "--out", str(out)]) == 0
+    before = (out / "svamp.json").read_bytes()
+    capsys.readouterr()
+    for file, complaint in (
+        (originals / "gsm_hard.txt", "gsm_hard.txt is not the expected svamp.txt: its blob id is "),
+        (tmp_path / "none", "cannot read .*none: No such file"),
+        (tmp_path, "cannot read .*: Is a directory"),
+    ):
+        assert ood.main(["svamp", "--from", str(file), "--out", str(out)]) == 2
+        assert re.fullmatch(f"error: .*{complaint}.*\n", capsys.readouterr().err)
+    assert (out / "svamp.json").read_bytes() == before
+    (out / "svamp.json").write_text("mine")
+    assert ood.main(["svamp", "--out", str(out)]) == 2
+    assert "svamp.json is there, with other content: move it away" in capsys.readouterr().err
+    assert (out / "svamp.json").read_text() == "mine"
+    with pytest.raises(SystemExit):
+        ood.main(["svamp", "multiarith", "--from", str(originals / "svamp.txt")])
+
+
+def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(originals, tmp_path, capsys, monkeypatch):
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/gone":
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"half")
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here = f"http://127.0.0.1:{server.server_port}"
+    try:
+        for url, reason in (
+            (f"{here}/gone", "Not Found"),
+            (f"{here}/half", "it broke off after 4 bytes"),
+            ("http://127.0.0.1:9/closed", ".*refused"),
+            ((originals / "none").as_uri(), ".*No such file.*"),
+        ):
+            monkeypatch.setitem(ood.SOURCES, "svamp", ood.SOURCES["svamp"]._replace(url=url))
+            assert ood.main(["svamp", "--out", str(tmp_path / "data")]) == 2
+            complaint = capsys.readouterr().err
+            assert re.fullmatch(f"error: {re.escape(url)} cannot be had: {reason}; a copy .*--from FILE\n", complaint)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not (tmp_path / "data").exists()
+
+
+def test_codis_split_has_180():
+    assert len(set(ood.CODI_180.split())) == len(ood.CODI_180.split()) == 180
+
+
+@needs_data
+def test_the_original_files(tmp_path, capsys):
+    for name, file in (("gsm_hard", "gsmhardv2.jsonl"), ("svamp", "SVAMP.json")):
+        assert ood.main([name, "--from", str(DATA / file), "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].endswith("1,319 examples, 146 negative answers, 299 not whole, 0 duplicate questions")
+    assert printed[1].endswith("1,000 examples, 0 negative answers, 0 not whole, 0 duplicate questions")
+    targets = [json.loads(line)["target"] for line in (DATA / "gsmhardv2.jsonl").read_text().splitlines()]
+    answers = [float(example["answer"]) for example in load_examples(tmp_path / "gsm_hard.json")]
+    assert max(abs(answer - target) for answer, target in zip(answers, targets, strict=True)) < 1e-7
+    assert sum(0 < abs(answer) < 1e-3 for answer in answers) == 31
+    questions = [example["question"] for example in load_examples(tmp_path / "gsm_hard.json")]
+    assert sum("  " in question for question in questions) == 335
+    bodies = [row["Body"] for row in json.loads((DATA / "SVAMP.json").read_text())]
+    questions = [example["question"] for example in load_examples(tmp_path / "svamp.json")]
+    added = [question[len(body)] == "." for body, question in zip(bodies, questions, strict=True)]
+    assert sum(added) == 358
 
 
 # ---- ProntoQA ----
