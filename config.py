@@ -206,6 +206,13 @@ class Config:
     # evaluation and checkpoints
     eval_batch_size: int = _key(32, "prompts generated from at once on one rank", low=1, free=True)
     max_new_tokens: int = _key(128, "longest generation", low=1, free=True)
+    answer_match: str = _key(
+        "text",
+        "text | number: an answer is right where it is the gold answer's text without commas (reference), or where the "
+        "last number in it is less than 0.001 from the gold answer",
+        choices=("text", "number"),
+        free=True,
+    )
     save_only_improve: bool = _key(
         False, "save only when validation accuracy is the best of its stage so far", free=True
     )

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import json
 import math
+import re
 import time
 
 import numpy as np
@@ -25,12 +26,37 @@ from curriculum import IGNORE, kept_reasoning, prompt
 from dataset import Data, StageDataset, Tokens, collate, collate_prompts
 from pretrained import Pretrained
 from ranks import World, meet
-from utils import progress_bar
+from utils import UserError, progress_bar
+
+# a sign counts where no word, number or bracket precedes it: 12-3 holds 12 and 3; a point after the digits belongs to
+# the number and may end a sentence
+NUMBER = re.compile(r"(?:(?<![\w.)\]])[-+])?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+TOLERANCE = 1e-3  # numbers that differ by less are the same
 
 
 def extract_answer(text: str) -> str:
     """The answer in a generated text: what follows its last '#', without commas (the reference's rule)."""
     return text.split("#")[-1].replace(",", "").strip()
+
+
+def extract_number(text: str) -> float | None:
+    """The number that a generated text answers with: the last one after its last '#', or in all of it where there is
+    no '#', commas taken out; None where there is none."""
+    numbers = NUMBER.findall(extract_answer(text).replace("\N{MINUS SIGN}", "-"))
+    return float(numbers[-1]) if numbers else None
+
+
+def number_of(gold: str) -> float | None:
+    """The number that a gold answer without commas is, and nothing beside it; None where it is none."""
+    return float(gold) if NUMBER.fullmatch(gold) else None
+
+
+def is_right(text: str, gold: str, answer_match: str) -> bool:
+    """Whether a generated text has the gold answer (without commas), by the rule that `answer_match` names."""
+    if answer_match == "text":
+        return extract_answer(text) == gold
+    answer, number = extract_number(text), number_of(gold)
+    return None not in (answer, number) and abs(answer - number) < TOLERANCE
 
 
 def extract_steps(text: str) -> str:
@@ -45,7 +71,8 @@ def evaluate(
 
     Returns, on every rank, the metrics and, in the order of the data, the predictions:
         loss: mean cross-entropy of the supervised tokens of the stage, over all tokens of the set
-        accuracy: share of answers that equal the gold answer, both without commas
+        accuracy: share of answers that are right by the rule of config.answer_match
+        accuracy_text, accuracy_number: by either rule, where all gold answers are numbers
         cot_match: share of generations whose written reasoning is exactly what the stage leaves of it
         generated_tokens: mean number of new tokens without EOS, plus latent thoughts, as Table 1 counts them; pause
             tokens are not counted, since nothing is generated for them
@@ -64,17 +91,16 @@ def evaluate(
     predictions = []
     for index, example in enumerate(data.val_examples):
         kept = pretrained.tokenizer.decode(kept_reasoning(data.val[index][1], stage, config)).strip()
-        predictions.append({"index": index, **_scored(example, kept, *outputs[index])})
+        predictions.append({"index": index, **_scored(example, kept, config.answer_match, *outputs[index])})
+    means = {"accuracy": "correct", "cot_match": "cot_correct", "generated_tokens": "generated_tokens"}
+    if all(number_of(prediction["gold"]) is not None for prediction in predictions):
+        for rule in ("text", "number"):
+            means[f"accuracy_{rule}"] = f"correct_{rule}"
+            for prediction in predictions:
+                prediction[f"correct_{rule}"] = is_right(prediction["output"], prediction["gold"], rule)
     metrics = {
         "loss": loss,
-        **{
-            name: float(np.mean([prediction[key] for prediction in predictions]))
-            for name, key in (
-                ("accuracy", "correct"),
-                ("cot_match", "cot_correct"),
-                ("generated_tokens", "generated_tokens"),
-            )
-        },
+        **{name: float(np.mean([prediction[key] for prediction in predictions])) for name, key in means.items()},
         "examples": len(predictions),
         "seconds": seconds.item(),
         "seconds_per_example": seconds.item() / len(predictions),
@@ -82,14 +108,14 @@ def evaluate(
     return metrics, predictions
 
 
-def _scored(example: dict, kept_reasoning: str, text: str, n_tokens: int, n_latents: int) -> dict:
-    gold, answer = _gold(example), extract_answer(text)
+def _scored(example: dict, kept_reasoning: str, answer_match: str, text: str, n_tokens: int, n_latents: int) -> dict:
+    gold = _gold(example)
     return {
         "question": example["question"],
         "gold": gold,
         "output": text,
-        "answer": answer,
-        "correct": answer == gold,
+        "answer": extract_answer(text),
+        "correct": is_right(text, gold, answer_match),
         "cot_correct": extract_steps(text) == kept_reasoning,
         "generated_tokens": n_tokens + n_latents,
     }
@@ -98,12 +124,20 @@ def _scored(example: dict, kept_reasoning: str, text: str, n_tokens: int, n_late
 def unreachable(tokenizer, data: Data, config: Config) -> list[str]:
     """What to warn of where even a perfect model could not be right: gold answers that are not what is read back from
     their own tokens, because the tokenizer changes them, they hold a '#' themselves or are longer than
-    max_new_tokens."""
+    max_new_tokens.
+
+    Raises UserError where answers are to be compared as numbers, and one is none.
+    """
     found = []
     for index, example in enumerate(data.val_examples):
         text = tokenizer.decode(data.val[index][2][: config.max_new_tokens], skip_special_tokens=True)
         gold = _gold(example)
-        if extract_answer(text) != gold:
+        if config.answer_match == "number" and number_of(gold) is None:
+            raise UserError(
+                f"answer_match number needs numbers, but the answer of record {index} (counted from 0) of "
+                f"{config.val_path} is {gold!r}"
+            )
+        if not is_right(text, gold, config.answer_match):
             found.append((index, gold, extract_answer(text)))
     if not found:
         return []

@@ -117,6 +117,7 @@ def test_overrides_win_and_extends_is_read(write, tmp_path):
         ("method: magic", "method must be one of coconut, cot"),
         ("seed: many", "seed must be a whole number, not 'many'"),
         ("seed: 1.5", "seed must be a whole number"),
+        ("answer_match: float", "answer_match must be one of text, number, not 'float'"),
         ("bf16: 1", "bf16 must be true or false"),
         ("lr: fast", "lr must be a number"),
         ("method: icot\nuniform_prob: 0.5", "icot removes single tokens"),

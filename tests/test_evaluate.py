@@ -12,7 +12,17 @@ from coconut import Coconut
 from config import Config
 from curriculum import Markers
 from dataset import Data, StageDataset, collate, tokenize
-from evaluate import as_files, evaluate, extract_answer, extract_steps, unreachable, validation_loss
+from evaluate import (
+    as_files,
+    evaluate,
+    extract_answer,
+    extract_number,
+    extract_steps,
+    is_right,
+    number_of,
+    unreachable,
+    validation_loss,
+)
 from pretrained import Pretrained
 from run import stage_to_evaluate
 from table import main, summary
@@ -32,6 +42,61 @@ from utils import UserError
 def test_extraction(text, answer, steps):
     assert extract_answer(text) == answer
     assert extract_steps(text) == steps
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("#### 1,000.0", 1000),
+        ("-3", -3),
+        ("### -1,234.50", -1234.5),
+        ("3.50 dollars", 3.5),
+        ("no number", None),
+        ("5 ### none", None),  # what stands before the last mark does not count
+        ("### 1 ### 2 and 3.", 3),
+        ("### 1.5e3", 1500),
+        ("### 2E-2", 0.02),
+        ("### .5", 0.5),
+        ("### $-4 a day", -4),
+        ("### \N{MINUS SIGN}3", -3),
+        ("### 12-3", 3),  # a difference, no negative number
+        ("### (7)-2", 2),
+        ("### 50%", 50),
+        ("### 1/2", 2),  # fractions are not read
+        ("### 1 000", 0),  # a blank ends a number
+        ("### 3e", 3),
+        ("", None),
+    ],
+)
+def test_the_number_of_an_answer(text, number):
+    assert extract_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "by_text", "by_number"),
+    [
+        ("### 1,000.0", "1000", False, True),
+        ("### 1,000", "1000", True, True),
+        ("### 5.3333", "5.3333333333", False, True),
+        ("### 5.332", "5.3333333333", False, False),
+        ("### 7 apples", "7", False, True),
+        ("### -3", "3", False, False),
+        ("### 9284017268534.4", "9284017268534.4", True, True),
+        ("### 0", "0.0000020107", False, True),  # the tolerance is absolute, as in the field
+        ("### 1e999", "7", False, False),
+        ("### none", "7", False, False),
+        ("### Tom", "Tom", True, False),
+        ("### 7", "7 apples", False, False),  # a gold answer is a number, and nothing beside it, or it is none
+    ],
+)
+def test_the_two_rules(text, gold, by_text, by_number):
+    assert is_right(text, gold, "text") == by_text
+    assert is_right(text, gold, "number") == by_number
+
+
+def test_what_counts_as_a_gold_number():
+    assert [number_of(text) for text in ("-9867630", "0.0000020107", "5.", "1e3")] == [-9867630, 2.0107e-6, 5, 1000]
+    assert [number_of(text) for text in ("", "Tom", "7 apples", "50%", "1/2", "$3", "nan", "inf")] == [None] * 8
 
 
 EXAMPLES = [
@@ -54,19 +119,26 @@ class Scripted(Coconut):
         return torch.tensor([row + [0] * (width - len(row)) for row in rows])
 
 
-def test_scores(world):
-    tokenizer = tiny_model.make_tokenizer([json.dumps(EXAMPLES), "### ", "\n"], "char")
+def scripted(script: dict[str, str]) -> Pretrained:
+    tokenizer = tiny_model.make_tokenizer([json.dumps(EXAMPLES), json.dumps(script), "### ", "\n"], "char")
     vocabulary = len(tokenizer)
     tokenizer.add_tokens(["<|start-latent|>", "<|end-latent|>", "<|latent|>"])
     markers = Markers(vocabulary, vocabulary + 2, vocabulary + 1, 0)
     base = tiny_base("gpt2", dtype=torch.float32)
     base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model = Scripted(base, markers.latent, markers.start, markers.end, 0)
-    model.tokenizer = tokenizer
-    model.script = {"1+2": "### 3", "2*3+1": "<<6+1=7>>\n### 1007", "5": "### 6", "5-1-1-1": "<<4-1=3>>\n### 2"}
+    model.tokenizer, model.script = tokenizer, script
+    return Pretrained(model, tokenizer, markers)
+
+
+SCRIPT = {"1+2": "### 3", "2*3+1": "<<6+1=7>>\n### 1007", "5": "### 6", "5-1-1-1": "<<4-1=3>>\n### 2"}
+
+
+def test_scores(world):
+    loaded = scripted(SCRIPT)
+    model, tokenizer, markers = loaded
     config = Config(eval_batch_size=2, batch_size_training=3)
     tokens = tokenize(EXAMPLES, tokenizer)
-    loaded = Pretrained(model, tokenizer, markers)
     metrics, predictions = evaluate(loaded, Data(EXAMPLES, tokens), 1, config, world)
     assert [p["correct"] for p in predictions] == [True, True, False, True]
     assert [p["cot_correct"] for p in predictions] == [True, True, True, False]
@@ -82,6 +154,30 @@ def test_scores(world):
     assert validation_loss(loaded, tokens, 1, config, world) == metrics["loss"]
     files = as_files(metrics, predictions)
     assert json.loads(files["predictions.jsonl"].splitlines()[1])["gold"] == "1007"
+
+
+@pytest.mark.parametrize(("answer_match", "accuracy"), [("text", 0.25), ("number", 0.75)])
+def test_correct_follows_the_rule_and_both_are_there(world, answer_match, accuracy):
+    loaded = scripted({**SCRIPT, "2*3+1": "### 1,007.0", "5-1-1-1": "### 2.0004 in all"})
+    config = Config(answer_match=answer_match)
+    data = Data(EXAMPLES, tokenize(EXAMPLES, loaded.tokenizer))
+    metrics, predictions = evaluate(loaded, data, 1, config, world)
+    assert (metrics["accuracy"], metrics["accuracy_text"], metrics["accuracy_number"]) == (accuracy, 0.25, 0.75)
+    assert [p["correct_text"] for p in predictions] == [True, False, False, False]
+    assert [p["correct_number"] for p in predictions] == [True, True, False, True]
+    assert all(p["correct"] == p[f"correct_{answer_match}"] for p in predictions)
+    assert unreachable(loaded.tokenizer, data, config) == []
+
+
+def test_where_an_answer_is_no_number_there_is_one_score(world):
+    examples = [*EXAMPLES[:3], {**EXAMPLES[3], "answer": "2 or 3"}]
+    loaded = scripted({**SCRIPT, "or": ""})
+    data = Data(examples, tokenize(examples, loaded.tokenizer))
+    metrics, predictions = evaluate(loaded, data, 1, Config(), world)
+    assert metrics["accuracy"] == 0.5
+    assert not any("_text" in key or "_number" in key for key in (*metrics, *predictions[0]))
+    with pytest.raises(UserError, match=r"needs numbers, but the answer of record 3 .* of some\.json is '2 or 3'"):
+        unreachable(loaded.tokenizer, data, Config(answer_match="number", val_path="some.json"))
 
 
 def test_the_summary_takes_what_was_written_last(tmp_path, capsys):
