@@ -35,6 +35,7 @@ THOUGHTS = {
     "embedding+suppressed": "[:T]",
 }
 PLACEHOLDER = re.compile(r"YOUR_\w+")
+NO_FILE_NAME = re.compile(r"[/\\\0]|^\.*$")  # of what a name must not be, since files and folders bear it
 
 
 def split_thought(spelling: str) -> tuple[str, int | float | None]:
@@ -156,7 +157,11 @@ class Config:
 
     # the data
     train_path: str | None = _key(None, "JSON list of {question, answer, steps}", free=True)
-    val_path: str | None = _key(None, "the same, for validation and for eval-only runs", free=True)
+    val_path: str | dict[str, str] | None = _key(
+        None,
+        "the same, for validation and for eval-only runs; these take several files too, as {name: path, other: path}",
+        free=True,
+    )
     max_train_examples: int | None = _key(None, "train on the first so many examples", low=1)
     max_train_tokens: int | None = _key(
         None, "leave out training examples that are longer than this with all steps written", low=1
@@ -266,6 +271,12 @@ class Config:
     def run_dir(self) -> Path:
         return Path(self.save_path) / (f"{self.name}-debug" if self.debug else self.name)
 
+    def by_set(self) -> dict[str, Config]:
+        """The files of val_path by their names, each as the configuration that evaluates it alone; a single path has
+        the name ""."""
+        paths = self.val_path if isinstance(self.val_path, dict) else {"": self.val_path}
+        return {name: dataclasses.replace(self, val_path=path) for name, path in paths.items()}
+
     @property
     def last_stage(self) -> int:
         """The stage in which every written step is gone: one past max_latent_stage (paper, Section 4.1)."""
@@ -299,8 +310,15 @@ class Config:
             found.append("only_eval needs load_model_path: the checkpoint to evaluate")
         if self.eval_latents is not None and not (self.only_eval and self.method == "coconut"):
             found.append("eval_latents is for eval-only runs of method coconut")
-        if re.search(r"[/\\\0]|^\.*$", self.name):
+        if NO_FILE_NAME.search(self.name):
             found.append(f"name {self.name!r} must be a plain folder name")
+        if isinstance(self.val_path, dict):
+            if not self.only_eval:
+                found.append("val_path names several files, which is for eval-only runs: a training run takes one path")
+            elif not self.val_path:
+                found.append("val_path is an empty mapping: set it to a path, or to {name: path, other: path}")
+            unfit = [name for name in self.val_path if NO_FILE_NAME.search(name)]
+            found += [f"val_path: the name {name!r} must be a plain one, for a file bears it" for name in unfit]
         if isinstance(self.epochs_per_stage, list) and len(self.epochs_per_stage) > self.last_stage + 1:
             found.append(
                 f"epochs_per_stage has {len(self.epochs_per_stage)} entries, but there are only {self.last_stage + 1} "
@@ -324,11 +342,12 @@ class Config:
 
     def _path_problems(self) -> list[str]:
         found = []
-        for name, value in vars(self).items():
+        val_paths = {f"val_path {name}".strip(): one.val_path for name, one in self.by_set().items()}
+        for name, value in {**vars(self), **val_paths}.items():
             if isinstance(value, str) and PLACEHOLDER.search(value):
                 found.append(f"{name} is still the placeholder {value!r}: set it to your own path")
-        for name in ("train_path", "val_path", "load_model_path"):
-            value = getattr(self, name)
+        paths = {"train_path": self.train_path, **val_paths, "load_model_path": self.load_model_path}
+        for name, value in paths.items():
             if name == "train_path" and self.only_eval:
                 continue
             if value is None:

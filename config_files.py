@@ -15,10 +15,10 @@ import yaml
 
 
 class Value(NamedTuple):
-    """What YAML makes of a value, and the text where it was a plain scalar."""
+    """What YAML makes of a value, and the text where it was a plain scalar, or the texts of a mapping of these."""
 
     value: object
-    text: str | None
+    text: str | dict[str, str] | None
 
 
 class Layer(NamedTuple):
@@ -62,7 +62,7 @@ def override_layer(overrides, problems: list[str]) -> list[Layer]:
         given[name] = text
         try:
             # as the value of a key, so that it is read as in a file
-            values[name] = _read(f"value: {value}", "", problems)["value"]
+            values[name] = _read(f"value: {value}", f"{text!r} on the command line", problems)["value"]
         except (yaml.YAMLError, ValueError, KeyError):
             problems.append(f"{text!r} on the command line has no valid value")
     return [Layer("the command line", values)] if values else []
@@ -112,15 +112,22 @@ def _read(text: str, name: str, problems: list[str]) -> dict[str, Value]:
             problems.append(f"{name} must hold `key: value` lines")
             return {}
         _check_keys(node, name, problems, set())
-        texts = {
-            key.value: value.value
-            for key, value in node.value
-            if isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.ScalarNode)
-        }
+        texts = {key.value: _text(value) for key, value in node.value if isinstance(key, yaml.ScalarNode)}
         loaded = loader.construct_document(node)
         return {key: Value(value, texts.get(key)) for key, value in loaded.items()}
     finally:
         loader.dispose()
+
+
+def _text(node: yaml.Node) -> str | dict[str, str] | None:
+    """What is written where a plain scalar stands, or a mapping of plain scalars; None where it is anything else."""
+    if isinstance(node, yaml.ScalarNode):
+        return node.value
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    if not all(isinstance(part, yaml.ScalarNode) for pair in node.value for part in pair):
+        return None
+    return {key.value: value.value for key, value in node.value}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -140,6 +147,8 @@ def _as_written(written: Value, annotation):
     if value is None or text is None:
         return value
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if isinstance(text, dict):
+        return text if dict[str, str] in options else value
     if str in options and bool not in options:
         return text
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -167,12 +176,15 @@ def _converted(value, annotation):
             return str(value)
         if option == list[int] and isinstance(value, list) and value and all(type(entry) is int for entry in value):
             return value
+        if option == dict[str, str] and isinstance(value, dict) and all(isinstance(v, str) for v in value.values()):
+            return value
     names = {
         bool: "true or false",
         int: "a whole number",
         float: "a number",
         str: "text",
         list[int]: "a list of whole numbers",
+        dict[str, str]: "a mapping of names to texts",
     }
     raise ValueError("must be " + " or ".join(names[option] for option in options if option in names))
 

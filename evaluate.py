@@ -211,5 +211,25 @@ def autocast(config: Config, world: World) -> torch.autocast:
 
 def as_files(metrics: dict, predictions: list[dict]) -> dict[str, str]:
     """The contents of metrics.json and predictions.jsonl, name -> text."""
-    lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
-    return {"metrics.json": json.dumps(metrics, indent=1) + "\n", "predictions.jsonl": "".join(lines)}
+    return {"metrics.json": json.dumps(metrics, indent=1) + "\n", "predictions.jsonl": _lines(predictions)}
+
+
+def of_sets(results: dict[str, tuple[dict, list[dict]]]) -> tuple[dict, dict[str, str]]:
+    """What `evaluate` has returned for each set of a run, by the sets' names -> (metrics, the run's files).
+
+    A single path has the name "": its metrics and files are as they are. Of several sets the metrics are {"sets":
+    {name: metrics}}, with the accuracy's 95 % interval, and the files are metrics.json and predictions_NAME.jsonl each.
+    """
+    if "" in results:
+        return results[""][0], as_files(*results[""])
+    sets, files = {}, {}
+    for name, (metrics, predictions) in results.items():
+        interval = table.wilson(metrics["accuracy"], metrics["examples"])
+        sets[name] = {**metrics, "accuracy_95": interval}
+        files[f"predictions_{name}.jsonl"] = _lines(predictions)
+    metrics = {"sets": sets}
+    return metrics, {"metrics.json": json.dumps(metrics, indent=1) + "\n", **files}
+
+
+def _lines(predictions: list[dict]) -> str:
+    return "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)

@@ -19,6 +19,7 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ class Run:
     config: Config
     world: World
     pretrained: Pretrained
-    data: Data
+    sets: dict[str, Data]  # by the names of val_path; of the name "" where that is a single path
     logger: RunLogger
     progress: Progress
     interruption: Interruption | None = None
@@ -73,6 +74,11 @@ class Run:
     @property
     def model(self) -> torch.nn.Module:
         return self.pretrained.model
+
+    @property
+    def data(self) -> Data:
+        """Of a training run, which has one set."""
+        return self.sets[""]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -129,25 +135,31 @@ def train(config: Config, world: World, interruption: Interruption) -> None:
 
 
 def evaluate_only(config: Config, world: World) -> None:
-    """Evaluates load_model_path on val_path; results go to save_path/name/eval."""
+    """Evaluates load_model_path on each file of val_path; results go to save_path/name/eval."""
     source = checkpoint.find_weights(config, world)
     warnings = checkpoint.check_method(config, source)
     run = prepare(config, world, source, Progress())
     stage, more = stage_to_evaluate(config, read_description(source) or {})
+    sets, results = config.by_set(), {}
     with run.logger:
         for text in (*warnings, *more):
             run.logger.say(f"warning: {text}")
-        run.logger.say(f"evaluating {source} at stage {stage} on {config.val_path} ({len(run.data.val)} examples)")
         parallel.gather_weights(run.model)  # all ranks
-        metrics, predictions = evaluate.evaluate(run.pretrained, run.data, stage, config, world, "evaluating")
-        metrics |= {"stage": stage, "checkpoint": str(source), "file": config.val_path}
+        for name, one in sets.items():
+            data = run.sets[name]
+            run.logger.say(f"evaluating {source} at stage {stage} on {one.val_path} ({len(data.val)} examples)")
+            metrics, predictions = evaluate.evaluate(run.pretrained, data, stage, one, world, "evaluating")  # all ranks
+            metrics |= {"stage": stage, "checkpoint": str(source), "file": one.val_path}
+            results[name] = metrics, predictions
 
         def publish() -> None:
+            metrics, files = evaluate.of_sets(results)
             tell(summary(config.run_dir, metrics))  # first: should the disk be full, it is not lost
-            for name, text in evaluate.as_files(metrics, predictions).items():
+            for name, text in files.items():
                 with writing(config.run_dir / "eval" / name):
                     (config.run_dir / "eval" / name).write_text(text, encoding="utf-8")
-            run.logger.log("eval", **metrics)
+            for name, (metrics, _) in results.items():
+                run.logger.log(f"eval/{name}" if name else "eval", **metrics)
 
         ranks.on_main_rank(world, publish)  # all ranks
 
@@ -163,8 +175,10 @@ def prepare(config: Config, world: World, source: Path | None, progress: Progres
     logging.set_verbosity_error()
     ranks.seed_everything(config.seed)  # every rank makes the same new weights
     loaded = parallel.load(config, world, source)
-    data = dataset.load_data(config, world, loaded.tokenizer)
-    dataset.check_lengths(config, loaded.model.max_positions, data)
+    sets, by_set = {}, config.by_set()
+    for name, one in by_set.items():
+        sets[name] = data = dataset.load_data(one, world, loaded.tokenizer)  # of a training run, the only one
+        dataset.check_lengths(one, loaded.model.max_positions, data)
     if progress.data not in (None, data.train_digest) and not config.continue_changed:
         raise UserError(
             f"{source} was trained on other data than {config.train_path} now holds: choose another name, or set "
@@ -173,8 +187,10 @@ def prepare(config: Config, world: World, source: Path | None, progress: Progres
     progress.data = data.train_digest
     logger = RunLogger(config.run_dir / "eval" if config.only_eval else config.run_dir, world.is_main)
     # all ranks; before the log is opened: what fails from then on has to close it
-    for text in ranks.on_main_rank(world, lambda: evaluate.unreachable(loaded.tokenizer, data, config)):
-        logger.say(f"warning: {text}")
+    for name, one in by_set.items():
+        look = partial(evaluate.unreachable, loaded.tokenizer, sets[name], one)
+        for text in ranks.on_main_rank(world, look):
+            logger.say(f"warning: {text}")
 
     def open_log() -> str | None:
         values = dataclasses.asdict(config)
@@ -182,7 +198,7 @@ def prepare(config: Config, world: World, source: Path | None, progress: Progres
         return logger.open(values, progress.wandb_id)
 
     progress.wandb_id = ranks.on_main_rank(world, open_log)  # all ranks
-    return Run(config, world, loaded, data, logger, progress)
+    return Run(config, world, loaded, sets, logger, progress)
 
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from curriculum import stage_name
@@ -15,7 +16,7 @@ from utils import UserError, read_log, report
 
 def summary(run_dir: Path, evaluation: dict | None = None) -> str:
     """The table of a run: each stage after its last epoch, then the results of an evaluation where there are any, those
-    that are given or those in the run's folder.
+    that are given or those in the run's folder; of several sets in a table of their own.
 
     Raises UserError where the folder holds no finished epoch and no evaluation.
     """
@@ -32,12 +33,16 @@ def summary(run_dir: Path, evaluation: dict | None = None) -> str:
         rows.append((f"validation, stage {stage_name(stage)}", n_epochs, record, f"{seconds:.0f}"))
     if evaluation is None and evaluation_file.exists():
         evaluation = json.loads(evaluation_file.read_text(encoding="utf-8"))
-    if evaluation is not None:
+    sets = (evaluation or {}).get("sets")
+    if evaluation is not None and not sets:
         title = f"{Path(evaluation['file']).stem}, stage {stage_name(evaluation['stage'])}"
         rows.append((title, "", evaluation, f"{evaluation['seconds']:.1f}"))
-    if not rows:
+    if not rows and not sets:
         raise UserError(f"{run_dir} holds neither a finished epoch nor an evaluation")
-    return "\n".join([HEADER, *(row_of(*row) for row in rows)])
+    tables = [[HEADER, *(row_of(*row) for row in rows)]] if rows else []
+    if sets:
+        tables.append([SETS_HEADER, *(row_of_set(*found) for found in sets.items())])
+    return "\n\n".join("\n".join(lines) for lines in tables)
 
 
 HEADER = f"{'':32}{'epochs':>7}{'accuracy':>10}{'tokens':>8}{'loss':>8}{'seconds':>9}"
@@ -49,6 +54,29 @@ def row_of(title: str, n_epochs: int | str, record: dict, seconds: str) -> str:
         f"{title:32}{n_epochs:>7}{record['accuracy']:>10.1%}{record['generated_tokens']:>8.1f}"
         f"{record['loss']:>8.3f}{seconds:>9}"
     )
+
+
+SETS_HEADER = f"{'':32}{'n':>7}{'accuracy':>10}{'95 %':>16}{'tokens':>8}{'loss':>8}{'seconds':>9}"
+
+
+def row_of_set(name: str, record: dict) -> str:
+    """A line of the table of an evaluation on several sets: `record` holds the metrics of one."""
+    title = f"{name}, stage {stage_name(record['stage'])}"
+    low, high = record["accuracy_95"]
+    return (
+        f"{title:32}{record['examples']:>7,}{record['accuracy']:>10.1%}{f'{low:.1%} to {high:.1%}':>16}"
+        f"{record['generated_tokens']:>8.1f}{record['loss']:>8.3f}{record['seconds']:>9.1f}"
+    )
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of n questions (Wilson's score interval): what a set of so few of them leaves open,
+    at 0 and 100 % too."""
+    z = 1.959964  # the normal distribution's 97.5 % point
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = ((middle + side) / (1 + z * z / n) for side in (-half, half))
+    return max(low, 0.0), min(high, 1.0)
 
 
 def main(description: str, arguments: list[str] | None = None) -> int:

@@ -175,6 +175,49 @@ def test_a_key_is_a_plain_text_and_nowhere_twice(write):
     assert "must be a whole number or a list of whole numbers" in problem(write("epochs_per_stage: &loop [*loop]"))
 
 
+def test_an_evaluation_takes_several_files(write, tmp_path):
+    """Their names are as they are written: YAML makes 83 of 0123, and True of on."""
+    (tmp_path / "010").write_text("[]")
+    text = f"only_eval: true\nload_model_path: {tmp_path}/weights\n"
+    path = write(text)
+    path.write_text(
+        path.read_text().replace(f"val_path: {tmp_path}/valid.json", f"val_path:\n  0123: {tmp_path}/valid.json")
+    )
+    config = Config.from_file(path)
+    assert config.val_path == {"0123": f"{tmp_path}/valid.json"}
+    config = Config.from_file(path, [f"val_path={{on: {tmp_path}/train.json, b: {tmp_path}/valid.json}}"])
+    assert {name: one.val_path for name, one in config.by_set().items()} == {
+        "on": f"{tmp_path}/train.json",
+        "b": f"{tmp_path}/valid.json",
+    }
+    utils.write_config(dataclasses.asdict(config), tmp_path / "out", world_size=1)
+    assert Config.from_file(tmp_path / "out" / "config.yaml") == config
+    single = Config.from_file(path, [f"val_path={tmp_path}/010"])
+    assert single.by_set() == {"": single}
+
+
+def test_what_is_wrong_with_several_files_is_said_at_once(write, tmp_path):
+    path = write(f"only_eval: true\nload_model_path: {tmp_path}/weights")
+    files = f"{{a: none.json, svamp: data/no/svamp.json, there: {tmp_path}/valid.json, folder: {tmp_path}}}"
+    lines = problem(path, f"val_path={files}").splitlines()
+    assert lines[1:] == [
+        "  - val_path a 'none.json' does not exist",
+        "  - val_path svamp 'data/no/svamp.json' does not exist (make it with: python preprocessing/ood.py svamp)",
+        f"  - val_path folder '{tmp_path}' is no file",
+    ]
+    assert "val_path is an empty mapping" in problem(path, "val_path={}")
+    assert "the name '../a' must be a plain one" in problem(path, f"val_path={{../a: {tmp_path}/valid.json}}")
+    assert "command line has the key 'a' twice" in problem(path, "val_path={a: x, a: y}")
+    assert "val_path a is still the placeholder" in problem(path, "val_path={a: YOUR_PATH}")
+    for wrong in ("[a, b]", "{a: [b]}", "{a: {b: c}}"):
+        assert "val_path must be text or a mapping of names to texts" in problem(path, f"val_path={wrong}")
+
+
+def test_a_training_run_takes_one_file(write, tmp_path):
+    text = problem(write(""), f"val_path={{a: {tmp_path}/valid.json}}")
+    assert text.endswith("val_path names several files, which is for eval-only runs: a training run takes one path")
+
+
 def test_numbers_in_lists_are_as_they_are_written(write):
     assert Config.from_file(write("epochs_per_stage: [010, 2]")).epochs_per_stage == [10, 2]
 

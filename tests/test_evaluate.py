@@ -20,12 +20,13 @@ from evaluate import (
     extract_steps,
     is_right,
     number_of,
+    of_sets,
     unreachable,
     validation_loss,
 )
 from pretrained import Pretrained
 from run import stage_to_evaluate
-from table import main, summary
+from table import main, summary, wilson
 from utils import UserError
 
 
@@ -178,6 +179,36 @@ def test_where_an_answer_is_no_number_there_is_one_score(world):
     assert not any("_text" in key or "_number" in key for key in (*metrics, *predictions[0]))
     with pytest.raises(UserError, match=r"needs numbers, but the answer of record 3 .* of some\.json is '2 or 3'"):
         unreachable(loaded.tokenizer, data, Config(answer_match="number", val_path="some.json"))
+
+
+def test_the_interval_of_a_share():
+    """As R's prop.test(x, n, correct = FALSE) gives it."""
+    assert wilson(8 / 10, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
+    assert wilson(1, 20) == pytest.approx((0.8389, 1), abs=1e-4)
+
+
+def test_several_sets_are_one_table_and_a_file_each(tmp_path):
+    found = {"loss": 1.5, "generated_tokens": 8.25, "seconds": 61.0, "stage": 4, "file": "data/svamp.json"}
+    results = {
+        "svamp": ({**found, "accuracy": 0.5, "examples": 1000}, [{"index": 0}, {"index": 1}]),
+        "multiarith": ({**found, "accuracy": 0.8, "examples": 10}, [{"index": 0}]),
+    }
+    metrics, files = of_sets(results)
+    assert sorted(files) == ["metrics.json", "predictions_multiarith.jsonl", "predictions_svamp.jsonl"]
+    assert json.loads(files["predictions_svamp.jsonl"].splitlines()[1]) == {"index": 1}
+    assert json.loads(files["metrics.json"]) == json.loads(json.dumps(metrics))
+    assert metrics["sets"]["svamp"] == {**results["svamp"][0], "accuracy_95": wilson(0.5, 1000)}
+    assert summary(tmp_path, metrics).splitlines() == [
+        "                                      n  accuracy            95 %  tokens    loss  seconds",
+        "svamp, stage 4                    1,000     50.0%  46.9% to 53.1%     8.2   1.500     61.0",
+        "multiarith, stage 4                  10     80.0%  49.0% to 94.3%     8.2   1.500     61.0",
+    ]
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "metrics.json").write_text(files["metrics.json"])
+    assert summary(tmp_path) == summary(tmp_path, metrics)
+    only = results["svamp"]
+    assert of_sets({"": only}) == (only[0], as_files(*only))
 
 
 def test_the_summary_takes_what_was_written_last(tmp_path, capsys):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import arithmetic
 import forked
@@ -158,6 +159,74 @@ def test_an_eval_only_run_agrees_with_training(place, trained):
             for folder in (place / "runs" / name / "eval", run / "checkpoint_3")
         ]
         assert lines[0] == lines[1]
+
+
+SETS = "{{first: {place}/valid.json, words: {place}/words.json, third: {place}/valid.json}}"
+
+
+@pytest.fixture(scope="session")
+def words(place) -> Path:
+    """Answers that are no numbers, and no steps."""
+    examples = json.loads((place / "valid.json").read_text())[:7]
+    path = place / "words.json"
+    path.write_text(json.dumps([{**example, "answer": "+-", "steps": []} for example in examples]))
+    return path
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_several_files_are_evaluated_in_one_run(place, trained, words, here, ranks):
+    run, _ = trained
+    arguments = (place / "run.yaml", "only_eval=true", f"load_model_path={run}", f"name=sets-{ranks}")
+    done = (here if ranks == 1 else together)(*arguments, f"val_path={SETS.format(place=place)}")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:5] for line in done.stdout.splitlines()[-4:]] == [
+        ["n", "accuracy", "95", "%", "tokens"],
+        *(["first,", "stage", "2", "30", ANY], ["words,", "stage", "2", "7", ANY], ["third,", "stage", "2", "30", ANY]),
+    ]
+    folder = place / "runs" / f"sets-{ranks}" / "eval"
+    wanted = json.loads((run / "checkpoint_3" / "metrics.json").read_text())
+    found = json.loads((folder / "metrics.json").read_text())["sets"]
+    assert list(found) == ["first", "words", "third"]
+    for name in ("first", "third"):
+        for key in ("accuracy", "accuracy_text", "accuracy_number", "cot_match", "generated_tokens", "examples"):
+            assert found[name][key] == wanted[key]
+        assert found[name]["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+        low, high = found[name]["accuracy_95"]
+        assert low <= wanted["accuracy"] < high < 0.2
+        predictions = (folder / f"predictions_{name}.jsonl").read_text()
+        assert predictions == (run / "checkpoint_3" / "predictions.jsonl").read_text()
+    assert found["words"]["examples"] == len((folder / "predictions_words.jsonl").read_text().splitlines()) == 7
+    assert "accuracy_number" not in found["words"]
+    assert found["words"]["file"] == str(words)
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["event"] for record in log] == ["eval/first", "eval/words", "eval/third"]
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.yaml", "metrics.json", "metrics.jsonl"),
+        *(f"predictions_{name}.jsonl" for name in found),
+    }
+
+
+def test_a_single_file_is_evaluated_as_ever(place, trained, words, here):
+    """Other programs read these files: names, keys, lines."""
+    run, _ = trained
+    arguments = (place / "run.yaml", "only_eval=true", f"load_model_path={run}", "name=single", f"val_path={words}")
+    done = here(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"evaluating {run / 'checkpoint_3'} at stage 2 on {words} (7 examples)\n" in done.stderr
+    lines = done.stdout.splitlines()[-2:]
+    assert lines[0].split() == ["epochs", "accuracy", "tokens", "loss", "seconds"]
+    assert lines[1].startswith("words, stage 2   ")
+    folder = place / "runs" / "single" / "eval"
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.yaml", "metrics.json", "metrics.jsonl", "predictions.jsonl"),
+    }
+    assert list(json.loads((folder / "metrics.json").read_text())) == [
+        *("loss", "accuracy", "cot_match", "generated_tokens", "examples", "seconds", "seconds_per_example"),
+        *("stage", "checkpoint", "file"),
+    ]
+    assert list(json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])) == [
+        *("index", "question", "gold", "output", "answer", "correct", "cot_correct", "generated_tokens"),
+    ]
 
 
 def test_one_rank_with_doubled_accumulation_gives_the_same_weights(place, trained):
@@ -395,12 +464,21 @@ BAD = {
     ),
     "too long": (["name=long", "c_thought=60", "max_latent_stage=3"], "makes .* tokens, but .* has only 128 positions"),
     "no model": (["model_id={place}/none", "name=new"], "model_id .*/none' does not exist"),
+    "several files": (["name=new", "val_path={{a: {place}/valid.json}}"], "a training run takes one path"),
+    "missing sets": (
+        ["only_eval=true", "load_model_path={place}/runs/run", "val_path={{a: {place}/no.json}}"],
+        "val_path a .*no.json' does not exist",
+    ),
+    "no numbers": (
+        ["only_eval=true", "load_model_path={place}/runs/run", "answer_match=number", f"val_path={SETS}", "name=new"],
+        "needs numbers, but the answer of record 0 .counted from 0. of .*words.json is '.-'",
+    ),
     "no thought": (["thought=first", "name=new"], "thought must be one of last, layer:N, .*, not 'first'"),
     "no layer": (["thought=layer:5", "name=new"], "thought 'layer:5' must be between layer:-2 and layer:1"),
 }
 
 
-AFTER_THE_RANKS_MET = ("no steps", "checkpoint of another model")
+AFTER_THE_RANKS_MET = ("no steps", "checkpoint of another model", "no numbers")
 
 
 @pytest.mark.parametrize(
@@ -408,7 +486,7 @@ AFTER_THE_RANKS_MET = ("no steps", "checkpoint of another model")
     [(case, 0) for case in BAD]
     + [pytest.param(case, 2, marks=pytest.mark.slow) for case in ("mistyped key", *AFTER_THE_RANKS_MET)],
 )
-def test_bad_input_gets_one_sentence_and_spoils_nothing(place, trained, here, case, ranks):
+def test_bad_input_gets_one_sentence_and_spoils_nothing(place, trained, words, here, case, ranks):
     run, _ = trained
     (place / "no_steps.json").write_text(
         json.dumps([{"question": "1", "answer": "1", "steps": []}, {"question": "1", "answer": "1"}])
