@@ -5,7 +5,7 @@
       checkpoint_12/                       after 12 epochs
         model.safetensors config.json ...  a Hugging Face folder with its tokenizer
         thought.safetensors                what the thought has learnt, where it learns
-        coconut.json                       method, stage, c_thought, thought, markers
+        coconut.json                       method, stage, c_thought, thought, markers, the validation file
         trainer/                           what only a restart needs
         predictions.jsonl  metrics.json
       checkpoint_12_step_3400/             within the 13th epoch: for a restart only, without the last two files
@@ -71,6 +71,7 @@ class Progress:
     best: dict[int, float] = field(default_factory=dict)  # stage -> best validation accuracy
     wandb_id: str | None = None
     data: str | None = None  # digest of the training data, as dataset.cache_tokens names it
+    val: str | None = None  # SHA-256 of the validation file
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def save(
             pretrained.tokenizer.save_pretrained(aside)
             for file, text in (files or {}).items():
                 (aside / file).write_text(text, encoding="utf-8")
-            _write_json(aside / "coconut.json", _description(config, pretrained, stage))
+            _write_json(aside / "coconut.json", _description(config, pretrained, stage, progress))
             state = {"format": FORMAT, "world_size": world.size, **asdict(progress)}
             _write_json(aside / "trainer" / "state.json", state)
 
@@ -210,10 +211,12 @@ def _save_base(base: PreTrainedModel, folder: Path, weights: dict[str, torch.Ten
     settings.to_json_file(folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
 
 
-def _description(config: Config, pretrained: Pretrained, stage: int) -> dict:
-    """coconut.json: what the model's sequences look like."""
+def _description(config: Config, pretrained: Pretrained, stage: int, progress: Progress) -> dict:
+    """coconut.json: what the model's sequences look like, and which file it was validated on, and so chosen by."""
     chosen = {name: getattr(config, name) for name in DESCRIBED}
-    return {"format": FORMAT, "stage": stage, **chosen, "markers": pretrained.markers._asdict()}
+    validated_on = {"file": config.val_path, "sha256": progress.val}
+    markers = pretrained.markers._asdict()
+    return {"format": FORMAT, "stage": stage, **chosen, "markers": markers, "validated_on": validated_on}
 
 
 def _under(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -407,6 +410,18 @@ def check_method(config: Config, source: Path) -> list[str]:
     if {"method", "thought"} & others.keys():
         raise UserError(f"{source} is of another configuration ({'; '.join(others.values())})")
     return [f"{source} is of another configuration: {text}" for text in others.values()]
+
+
+def check_unseen(source: Path, digests: dict[str, str]) -> list[str]:
+    """What to warn of where a file that is to be evaluated on (path -> SHA-256) is the one that the checkpoint was
+    chosen by, under whatever name."""
+    chosen_by = (read_description(source) or {}).get("validated_on") or {}
+    return [
+        f"{path} is what {source} was validated on (as {chosen_by['file']}): a checkpoint looks better than it is on "
+        f"the set that chose it"
+        for path, digest in digests.items()
+        if digest == chosen_by.get("sha256")
+    ]
 
 
 def changes(config: Config, run_dir: Path) -> dict[str, str]:

@@ -29,7 +29,7 @@ import numpy as np
 
 from config import Config
 from curriculum import IGNORE, Markers, stage_of_example, thoughts_and_dropped, training_sequence
-from examples import load_examples, read_examples
+from examples import content_digest, load_examples, read_examples
 from ranks import World, ignore_signals, on_main_rank, under_debugger
 from utils import UserError, progress_bar, retried, sync_to_disk, writing
 
@@ -181,6 +181,7 @@ class Data:
 
     val_examples: list[dict]
     val: Tokens
+    val_digest: str | None = None  # of the file's bytes
     train: Tokens | None = None
     train_digest: str | None = None
 
@@ -197,7 +198,8 @@ def load_data(config: Config, world: World, tokenizer) -> Data:
         separator = config.step_separator
         return on_main_rank(world, lambda: cache_tokens(path, tokenizer, cache, limit, step_separator=separator))
 
-    data = Data(val_examples, Tokens.open(tokens_of(config.val_path, limits["val"])))
+    val = Tokens.open(tokens_of(config.val_path, limits["val"]))
+    data = Data(val_examples, val, content_digest(config.val_path))
     if not config.only_eval:
         folder = tokens_of(config.train_path, limits["train"])
         data.train, data.train_digest = Tokens.open(folder), folder.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -15,6 +16,14 @@ JSON_SPACE = re.compile(r"[ \t\n\r]*")
 def load_examples(path: str | Path, limit: int | None = None) -> list[dict]:
     """The examples of a file, or its first `limit`, as `read_examples` yields them."""
     return list(read_examples(path, limit))
+
+
+def content_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal: which data it is, whatever its name. Raises UserError."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def read_examples(path: str | Path, limit: int | None = None) -> Iterator[dict]:

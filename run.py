@@ -141,8 +141,9 @@ def evaluate_only(config: Config, world: World) -> None:
     run = prepare(config, world, source, Progress())
     stage, more = stage_to_evaluate(config, read_description(source) or {})
     sets, results = config.by_set(), {}
+    warnings += more + checkpoint.check_unseen(source, {sets[n].val_path: run.sets[n].val_digest for n in sets})
     with run.logger:
-        for text in (*warnings, *more):
+        for text in warnings:
             run.logger.say(f"warning: {text}")
         parallel.gather_weights(run.model)  # all ranks
         for name, one in sets.items():
@@ -184,7 +185,7 @@ def prepare(config: Config, world: World, source: Path | None, progress: Progres
             f"{source} was trained on other data than {config.train_path} now holds: choose another name, or set "
             f"continue_changed=true"
         )
-    progress.data = data.train_digest
+    progress.data, progress.val = data.train_digest, data.val_digest
     logger = RunLogger(config.run_dir / "eval" if config.only_eval else config.run_dir, world.is_main)
     # all ranks; before the log is opened: what fails from then on has to close it
     for name, one in by_set.items():

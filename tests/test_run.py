@@ -229,6 +229,23 @@ def test_a_single_file_is_evaluated_as_ever(place, trained, words, here):
     ]
 
 
+def test_the_set_that_chose_a_checkpoint_is_no_test(place, trained, words, here):
+    """Under another name it is the same set; which one it was stands in the checkpoint."""
+    run, _ = trained
+    content = (place / "valid.json").read_bytes()
+    described = json.loads((run / "checkpoint_3" / "coconut.json").read_text())["validated_on"]
+    assert described == {"file": str(place / "valid.json"), "sha256": hashlib.sha256(content).hexdigest()}
+    (place / "copy.json").write_bytes(content)
+    arguments = (place / "run.yaml", "only_eval=true", f"load_model_path={run}", "name=chosen", "max_new_tokens=2")
+    done = here(*arguments, f"val_path={{copy: {place}/copy.json, words: {words}}}")
+    assert done.returncode == 0, done.stderr
+    (warning,) = [line for line in done.stderr.splitlines() if "was validated on" in line]
+    assert warning.startswith(f"warning: {place / 'copy.json'} is what {run / 'checkpoint_3'} was validated on (as ")
+    assert "was validated on" not in here(*arguments, f"val_path={words}").stderr
+    arguments = (*arguments[:2], "method=coconut", f"load_model_path={place / 'model'}", "name=plain")
+    assert "was validated on" not in here(*arguments, "max_new_tokens=2").stderr  # of whom nothing is known
+
+
 def test_one_rank_with_doubled_accumulation_gives_the_same_weights(place, trained):
     run, _ = trained
     main(place, "name=alone", "gradient_accumulation_steps=2", "max_new_tokens=2")
