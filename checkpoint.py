@@ -20,7 +20,6 @@ import errno
 import hashlib
 import json
 import random
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -44,6 +43,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 import parallel
 from config import Config
+from load_path import best, checkpoints, is_of_finished_epoch, ours, rating, resolve
 from pretrained import THOUGHT_FILE, Pretrained, read_description
 from ranks import World, on_every_rank, on_main_rank
 from utils import UserError, retried, sync_to_disk
@@ -77,43 +77,6 @@ class Progress:
 # ---------------------------------------------------------------------------------------------------------------
 # Finding
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, but for obviously damaged ones (see `damage`). Anything else in the
-    folder is a stranger, and left alone."""
-    needed = ("coconut.json", "trainer/state.json")
-    return [path for path in _ours(run_dir) if all((path / name).is_file() for name in needed)]
-
-
-def _ours(run_dir: Path) -> list[Path]:
-    """What this program has written under the name of a checkpoint, whole or not, oldest first."""
-    found = []
-    for path in run_dir.glob("checkpoint_*"):
-        numbers = re.fullmatch(r"checkpoint_(\d+)(?:_step_(\d+))?", path.name)
-        if numbers and ((path / "coconut.json").is_file() or (path / "trainer").is_dir()):
-            found.append((int(numbers[1]), int(numbers[2] or 0), path))
-    return [path for *_, path in sorted(found)]
-
-
-def _is_of_finished_epoch(path: Path) -> bool:
-    return "_step_" not in path.name
-
-
-def resolve(load_model_path: str) -> Path:
-    """What load_model_path points to: a file of the reference, a Hugging Face folder, or a run's newest checkpoint.
-
-    Raises UserError where it is none of these.
-    """
-    path = Path(load_model_path)
-    if path.is_file() or (path / "config.json").is_file():
-        return path
-    if found := checkpoints(path):
-        return next((folder for folder in reversed(found) if _is_of_finished_epoch(folder)), found[-1])
-    raise UserError(
-        f"load_model_path {load_model_path!r} is no checkpoint: neither a file, nor a folder with a config.json, nor "
-        f"a run's folder with a whole checkpoint in it"
-    )
 
 
 def find_weights(config: Config, world: World) -> Path | None:
@@ -189,7 +152,7 @@ def save(
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
         raise
-    on_main_rank(world, lambda: _prune(config, progress))
+    on_main_rank(world, lambda: _prune(config))
     return target
 
 
@@ -281,34 +244,27 @@ def _digests(paths: list[Path]) -> list[str]:
         return list(pool.map(digest, paths))
 
 
-def _prune(config: Config, progress: Progress) -> None:
+def _prune(config: Config) -> None:
     """Removes what is no longer needed: checkpoints for restarts, but for the newest two since the last finished epoch;
-    and finished epochs beyond keep_checkpoints, but never the first with the best accuracy of the latest stage."""
+    and finished epochs beyond keep_checkpoints, but never the best (`load_path.best`)."""
     everything = checkpoints(config.run_dir)
-    finished = [place for place, path in enumerate(everything) if _is_of_finished_epoch(path)]
+    finished = [place for place, path in enumerate(everything) if is_of_finished_epoch(path)]
     needed = everything[max(finished[-1] if finished else 0, len(everything) - 2) :]
     for path in everything:
-        if not _is_of_finished_epoch(path) and path not in needed:
+        if not is_of_finished_epoch(path) and path not in needed:
             _remove(path)
     if config.keep_checkpoints is None:
         return
-    best = max(progress.best.items(), default=None)  # of the latest stage
-    for path in [path for path in everything if _is_of_finished_epoch(path)][: -config.keep_checkpoints]:
-        try:
-            accuracy = json.loads((path / "metrics.json").read_text(encoding="utf-8"))["accuracy"]
-            stage = read_description(path)["stage"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged: whoever owns it may want to restore it
-        if (stage, accuracy) == best:
-            best = None
-        else:
+    kept = best(config.run_dir)
+    for path in [path for path in everything if is_of_finished_epoch(path)][: -config.keep_checkpoints]:
+        if path != kept and rating(path) is not None:  # damaged: whoever owns it may want to restore it
             _remove(path)
 
 
 def remove_restarts(run_dir: Path) -> None:
     """Removes the checkpoints that only a restart needs: the run is done."""
     for path in checkpoints(run_dir):
-        if not _is_of_finished_epoch(path):
+        if not is_of_finished_epoch(path):
             _remove(path)
 
 
@@ -354,7 +310,7 @@ def newest_whole(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     lose what may still be saved.
     """
     damaged = []
-    for path in reversed(_ours(run_dir)):
+    for path in reversed(ours(run_dir)):
         problem = damage(path)
         if problem is None:
             return path

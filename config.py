@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config_files import Layer, Value, check_range, converted, override_layer, yaml_layers
+from load_path import is_on_hub, run_of
 from utils import UserError, launched_ranks, report
 
 METHODS = ("coconut", "cot", "no_cot", "no_thoughts", "icot")
@@ -147,8 +148,8 @@ class Config:
     from_scratch: bool = _key(False, "take only the shape of model_id; initialise its weights from seed")
     load_model_path: str | None = _key(
         None,
-        "weights to start from or to evaluate: a checkpoint folder, a run's folder (its newest checkpoint), "
-        "a Hugging Face folder, or a file of the reference",
+        "weights to start from or to evaluate: a checkpoint folder, a run's folder (its newest checkpoint), RUN@best, "
+        "RUN@12 (after 12 epochs), a Hugging Face folder, a file of the reference, or org/name:file on the hub",
         free=True,
     )
     resume: int = _key(
@@ -354,8 +355,10 @@ class Config:
                 if name != "load_model_path":
                     found.append(f"{name} is missing: set it to a JSON list of question, answer and steps")
             elif not PLACEHOLDER.search(value):
-                if name == "load_model_path" and self._continues():
-                    continue  # the run's own checkpoint wins over it
+                if name == "load_model_path":
+                    if self._continues() or is_on_hub(value):
+                        continue  # the run's own checkpoint wins over it; the hub is asked later
+                    value = str(run_of(value))
                 if not Path(value).exists():
                     found.append(f"{name} {value!r} does not exist{_preparation_hint(value)}")
                 elif name != "load_model_path" and not Path(value).is_file():
@@ -378,7 +381,7 @@ class Config:
         """Whether a checkpoint has all that model_id would be asked for: shape, weights and tokenizer."""
         if self._continues():
             return True
-        source = Path(self.load_model_path or "")
+        source = run_of(self.load_model_path or "")
         return self.load_model_path is not None and (
             (source / "config.json").is_file() or any(source.glob("checkpoint_*/config.json"))
         )

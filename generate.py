@@ -51,12 +51,13 @@ from typing import NamedTuple
 import torch
 from transformers.utils import logging
 
-from checkpoint import DESCRIBED, resolve
+from checkpoint import DESCRIBED
 from coconut import Coconut
 from config import Config
 from curriculum import Markers, prompt
 from dataset import collate_prompts
 from evaluate import extract_answer
+from load_path import resolve
 from pretrained import load_model, read_description
 from utils import UserError, report
 

@@ -48,7 +48,7 @@ class Pretrained(NamedTuple):
 
 
 def load_model(config: Config, source: Path | None, cached: bool = False) -> Pretrained:
-    """From `source` where it is given (see `checkpoint.resolve`), else from config.model_id.
+    """From `source` where it is given (see `load_path.resolve`), else from config.model_id.
 
     For the method coconut the tokenizer gets the three markers and the model an embedding row for each, where they
     have none yet. `cached`: what is on the hub has been downloaded already, and the hub need not be asked.

@@ -11,8 +11,9 @@ from test_pretrained import coconut_config
 from test_pretrained import tiny as tiny  # a fixture
 
 import checkpoint
-from checkpoint import Progress, resolve
+from checkpoint import Progress
 from config import Config
+from load_path import resolve
 from pretrained import Pretrained, load_model
 from utils import UserError
 
@@ -42,6 +43,53 @@ def test_only_whole_checkpoints_are_found(tiny, tmp_path, world):
     assert not list(run.glob(".writing-checkpoint_13"))
     with pytest.raises(UserError, match="is no checkpoint"):
         resolve(str(tmp_path))
+
+
+def rated(tiny, tmp_path, world) -> Path:
+    """A run with two stages; the first is the easier one."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
+    parts = load_model(config, None)
+    for epoch, stage, accuracy in ((1, 0, 0.9), (2, 1, 0.5), (3, 1, 0.7), (4, 1, 0.7), (5, 1, 0.1)):
+        save(config, world, parts, epoch, accuracy, stage)
+    return config.run_dir
+
+
+def test_a_checkpoint_can_be_chosen(tiny, tmp_path, world):
+    run = rated(tiny, tmp_path, world)
+    assert resolve(str(run)).name == "checkpoint_5"
+    assert resolve(f"{run}@best").name == "checkpoint_4"  # of the last stage; of two as good the later
+    assert resolve(f"{run}@2").name == "checkpoint_2"
+    (run / "checkpoint_4" / "metrics.json").write_text("{")
+    assert resolve(f"{run}@best").name == "checkpoint_3"
+    with pytest.raises(UserError, match=r"comes best, or after how many epochs, of which .* has 1, 2, 3, 4, 5"):
+        resolve(f"{run}@last")
+    with pytest.raises(UserError, match="is no run's folder with a whole checkpoint in it"):
+        resolve(f"{tmp_path}@best")
+    strange = tmp_path / "a@best"
+    run.rename(strange)
+    assert resolve(str(strange)).name == "checkpoint_5"  # a folder may be called so
+    for path in strange.glob("*/metrics.json"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"no checkpoint of .* says how accurate it is"):
+        resolve(f"{strange}@best")
+
+
+def test_a_file_of_the_hub_is_downloaded(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(repo, file):
+        asked.append((repo, file))
+        if file == "none":
+            raise huggingface_hub.errors.EntryNotFoundError("404 no such file")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert resolve("someone/coconut-gsm:checkpoint_33") == tmp_path / "checkpoint_33"
+    assert asked == [("someone/coconut-gsm", "checkpoint_33")]
+    with pytest.raises(UserError, match="'someone/coconut-gsm:none' cannot be had from the hub: 404 no such file"):
+        resolve("someone/coconut-gsm:none")
 
 
 def learned(tiny, tmp_path, world) -> tuple[Config, Path]:
@@ -93,7 +141,7 @@ def test_old_checkpoints_go_but_never_the_best(tiny, tmp_path, world):
     parts = load_model(config, None)
     for epoch, accuracy in ((1, 0.2), (2, 0.5), (3, 0.4), (4, 0.5), (5, 0.1)):
         save(config, world, parts, epoch, accuracy)
-    assert [path.name for path in checkpoint.checkpoints(config.run_dir)] == ["checkpoint_2", "checkpoint_5"]
+    assert [path.name for path in checkpoint.checkpoints(config.run_dir)] == ["checkpoint_4", "checkpoint_5"]
 
 
 def test_optimizer_and_random_state_come_back(tiny, tmp_path, world):

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from checkpoint import resolve
 from config import Config
+from load_path import resolve
 from pretrained import END, LATENT, START, add_markers, load_model, read_description
 from utils import UserError
 

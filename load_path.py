@@ -1,0 +1,123 @@
+"""What load_model_path points to: a run's checkpoints, one of them by a choice, a folder, a file, a file on the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from utils import UserError
+
+HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>[^:]+)")
+
+
+class Choice(NamedTuple):
+    """RUN@best or RUN@12: one of a run's checkpoints."""
+
+    run: Path
+    which: str
+
+
+def split_choice(load_model_path: str) -> Choice | None:
+    """None where it is no choice: a path that exists may have an @ in its name."""
+    run, at, which = load_model_path.rpartition("@")
+    return Choice(Path(run), which) if at and run and not Path(load_model_path).exists() else None
+
+
+def run_of(load_model_path: str) -> Path:
+    """The path without a choice."""
+    choice = split_choice(load_model_path)
+    return choice.run if choice is not None else Path(load_model_path)
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, but for obviously damaged ones (see `checkpoint.damage`). Anything else
+    in the folder is a stranger, and left alone."""
+    needed = ("coconut.json", "trainer/state.json")
+    return [path for path in ours(run_dir) if all((path / name).is_file() for name in needed)]
+
+
+def ours(run_dir: Path) -> list[Path]:
+    """What this program has written under the name of a checkpoint, whole or not, oldest first."""
+    found = []
+    for path in run_dir.glob("checkpoint_*"):
+        numbers = re.fullmatch(r"checkpoint_(\d+)(?:_step_(\d+))?", path.name)
+        if numbers and ((path / "coconut.json").is_file() or (path / "trainer").is_dir()):
+            found.append((int(numbers[1]), int(numbers[2] or 0), path))
+    return [path for *_, path in sorted(found)]
+
+
+def is_of_finished_epoch(path: Path) -> bool:
+    return "_step_" not in path.name
+
+
+def rating(path: Path) -> tuple[int, float] | None:
+    """(stage, validation accuracy) of a checkpoint; None where it does not say, or is damaged."""
+    try:
+        stage = json.loads((path / "coconut.json").read_text(encoding="utf-8"))["stage"]
+        return stage, json.loads((path / "metrics.json").read_text(encoding="utf-8"))["accuracy"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def best(run_dir: Path) -> Path | None:
+    """The checkpoint with the best validation accuracy of the latest stage, of several the latest: earlier stages have
+    steps written, and are easier. None where none says how good it is."""
+    rated = [(path, rating(path)) for path in reversed(checkpoints(run_dir)) if is_of_finished_epoch(path)]
+    return max((pair for pair in rated if pair[1] is not None), key=lambda pair: pair[1], default=(None, None))[0]
+
+
+def resolve(load_model_path: str) -> Path:
+    """The folder or file: a file of the reference, a Hugging Face folder, a run's newest checkpoint, RUN@best, RUN@12
+    (after 12 epochs), or org/name:file, which is downloaded from the hub.
+
+    Raises UserError where it is none of these.
+    """
+    path, choice = Path(load_model_path), split_choice(load_model_path)
+    if choice is not None:
+        return _chosen(load_model_path, *choice)
+    if path.is_file() or (path / "config.json").is_file():
+        return path
+    if found := checkpoints(path):
+        return next((folder for folder in reversed(found) if is_of_finished_epoch(folder)), found[-1])
+    if is_on_hub(load_model_path):
+        return _downloaded(load_model_path)
+    raise UserError(
+        f"load_model_path {load_model_path!r} is no checkpoint: neither a file, nor a folder with a config.json, nor "
+        f"a run's folder with a whole checkpoint in it"
+    )
+
+
+def _chosen(load_model_path: str, run: Path, which: str) -> Path:
+    there = [path.name.removeprefix("checkpoint_") for path in checkpoints(run) if is_of_finished_epoch(path)]
+    if not there:
+        raise UserError(f"load_model_path {load_model_path!r}: {run} is no run's folder with a whole checkpoint in it")
+    if which == "best":
+        if found := best(run):
+            return found
+        raise UserError(f"load_model_path {load_model_path!r}: no checkpoint of {run} says how accurate it is")
+    if which not in there:
+        raise UserError(
+            f"load_model_path {load_model_path!r}: after the @ comes best, or after how many epochs, of which {run} "
+            f"has {', '.join(there)}"
+        )
+    return run / f"checkpoint_{which}"
+
+
+def is_on_hub(load_model_path: str) -> bool:
+    """Whether it is spelled as a file on the hub, org/name:file, and is no folder here."""
+    spelled = HUB_FILE.fullmatch(load_model_path)
+    return spelled is not None and not Path(spelled["repo"]).exists()
+
+
+def _downloaded(load_model_path: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    spelled = HUB_FILE.fullmatch(load_model_path)
+    try:
+        return Path(hf_hub_download(spelled["repo"], spelled["file"]))
+    except (OSError, ValueError, EntryNotFoundError) as error:  # no connection, a wrong name, what the hub answers
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"load_model_path {load_model_path!r} cannot be had from the hub: {reason}") from None
