@@ -124,6 +124,6 @@ def test_pause_gets_no_feedback(place):
     config = Config.from_file(ROOT / "args" / "prosqa_pause.yaml", [f"model_id={place / 'prosqa'}"], needs_files=False)
     model, _, markers = load_model(config, None)
     spans = []
-    model.span = lambda *arguments, span=model._span: spans.append(1) or span(*arguments)
+    model.span = lambda *arguments, span=model.span: spans.append(1) or span(*arguments)
     model(torch.tensor([[5, markers.start, markers.latent, markers.latent, markers.end, 6]]))
     assert len(spans) == 1
