@@ -1,6 +1,7 @@
 """How good a model is: validation loss, accuracy, CoT match, token counts; predictions on disk; a run's summary.
 
-python evaluate.py checkpoints/state_tracking/coconut-0         # prints the table of a run again
+python evaluate.py checkpoints/NAME                              # the table of a run, and its best checkpoint
+python evaluate.py checkpoints/NAME --all data/gsm_test.json     # evaluates every checkpoint that is kept
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The table of a run, from its metrics.jsonl and its evaluation: each stage after its last epoch.
 
-python evaluate.py checkpoints/state_tracking/coconut-0         # prints it
+python evaluate.py checkpoints/NAME                              # prints it, and names the best checkpoint
+python evaluate.py checkpoints/NAME --all data/gsm_test.json     # evaluates every checkpoint that is kept
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 from curriculum import stage_name
-from utils import UserError, read_log, report
+from load_path import best, checkpoints, is_of_finished_epoch, rating
+from utils import UserError, progress_bar, read_log, report
 
 
 def summary(run_dir: Path, evaluation: dict | None = None) -> str:
@@ -79,13 +83,54 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return max(low, 0.0), min(high, 1.0)
 
 
+def named_best(run_dir: Path) -> str | None:
+    """A line on the checkpoint that RUN@best stands for; None where there is none."""
+    found = best(run_dir)
+    if found is None:
+        return None
+    stage, accuracy = rating(found)
+    return (
+        f"best in validation: {found.name}, stage {stage_name(stage)}, {accuracy:.1%} (load_model_path={run_dir}@best)"
+    )
+
+
+def evaluate_all(run_dir: Path, file: str) -> str:
+    """Evaluates every checkpoint of a finished epoch by run.py, one after the other; returns a table, the best in
+    validation marked. Results go to RUN/evaluations/CHECKPOINT/eval. Raises UserError where one fails."""
+    paths = [path for path in checkpoints(run_dir) if is_of_finished_epoch(path)]
+    if not paths:
+        raise UserError(f"{run_dir} holds no checkpoint of a finished epoch")
+    rows, folder, chosen = [HEADER], run_dir / "evaluations", best(run_dir)
+    for path in progress_bar(paths, "evaluating", "checkpoint", shown=True):
+        keys = {"only_eval": "true", "from_scratch": "false", "load_model_path": path, "val_path": file, "resume": 0}
+        keys |= {"save_path": folder, "name": path.name, "wandb": "disabled"}
+        script = Path(__file__).with_name("run.py")
+        command = [sys.executable, script, run_dir / "config.yaml", *(f"{key}={value}" for key, value in keys.items())]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if line.strip()]
+            raise UserError(
+                f"{path} could not be evaluated: {said[-1].removeprefix('error: ') if said else 'no reason given'}"
+            )
+        metrics = json.loads((folder / path.name / "eval" / "metrics.json").read_text(encoding="utf-8"))
+        mark = ", best" if path == chosen else ""
+        rows.append(
+            row_of(f"{path.name}, stage {stage_name(metrics['stage'])}{mark}", "", metrics, f"{metrics['seconds']:.1f}")
+        )
+    return "\n".join(rows)
+
+
 def main(description: str, arguments: list[str] | None = None) -> int:
     """`python evaluate.py RUN`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run: save_path/name")
+    parser.add_argument("--all", metavar="FILE", help="evaluate all of its checkpoints on this data file")
     options = parser.parse_args(arguments)
     try:
-        print(summary(options.run))
+        if options.all is not None:
+            print(evaluate_all(options.run, options.all))
+        else:
+            print(*filter(None, (summary(options.run), named_best(options.run))), sep="\n")
     except UserError as error:
         return report(error)
     return 0

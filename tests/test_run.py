@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,9 @@ from conftest import ROOT, settled
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import load_path
 import run as run_module
+import table
 from config import Config
 
 PROSQA = ROOT.parent / "shared" / "data" / "prosqa_valid.json"
@@ -443,6 +446,29 @@ def test_coconut_starts_from_a_cot_run(place, here):
     assert done.returncode == 0, done.stderr
     assert "starting with epoch 1, stage 1" in done.stderr
     assert [record["epoch"] for record in epochs(place / "runs" / "from-words")] == [1, 2]
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_named_and_all_can_be_evaluated(place, trained, capsys, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run)
+    accuracy = {path: load_path.rating(path) for path in load_path.checkpoints(run)}
+    best = max(accuracy, key=lambda path: (accuracy[path], int(path.name.partition("_")[2])))
+    assert table.main("", [str(run)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"best in validation: {best.name}, stage ")
+    assert last.endswith(f"(load_model_path={run}@best)")
+    assert table.main("", [str(run), "--all", str(place / "valid.json")]) == 0
+    rows = {line.partition(",")[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
+    assert list(rows) == [path.name for path in accuracy]
+    assert [name for name, line in rows.items() if ", best " in line] == [best.name]
+    for path, (_, share) in accuracy.items():  # on the file that they were validated on
+        assert f" {share:.1%} " in rows[path.name]
+    assert table.main("", [str(run), "--all", "none.json"]) == 2
+    assert "checkpoint_1 could not be evaluated: " in (said := capsys.readouterr().err)
+    assert "none.json" in said
+    assert table.main("", [str(tmp_path), "--all", "none.json"]) == 2
+    assert "holds no checkpoint of a finished epoch" in capsys.readouterr().err
 
 
 def test_help_names_the_keys():
