@@ -73,21 +73,22 @@ def measure_search(subject: Subject, task: Task, options: argparse.Namespace) ->
     """Graphs only. The first and the second thought are what the paper compares."""
     if not isinstance(task, Graphs):
         return None
-    deepest = min(subject.n_thoughts, max(len(example["steps"]) for example in task.examples) - 1)
+    deepest = max(task.fewest, min(subject.n_thoughts, max(len(example["steps"]) for example in task.examples) - 1))
+    counts = range(task.fewest, deepest + 1)
     values = probe.values(subject, task, deepest)
     return {
         "parallelism": [search.parallelism(task, values[k]) for k in range(1, min(deepest, 2) + 1)],
-        "frontier": [search.frontier(task, values[k], k) for k in range(deepest + 1)],
+        "frontier": [search.frontier(task, values[k], k) for k in counts],
         "by height": {
             kind: [
                 {"thoughts": k, **row}
-                for k in range(deepest + 1)
+                for k in counts
                 for row in search.by_height(task, values[k], k, kind == "longest")
             ]
             for kind in ("shortest", "longest")
         },
         "trees": [
-            [search.tree(task, index, values[k]) for k in range(deepest + 1)]
+            [search.tree(task, index, values[k]) for k in counts]
             for index in options.show
             if index < len(task.examples)
         ],

@@ -134,7 +134,7 @@ def measure(
         found["donor"] = _share(said[index] == donors[index] for index in asked if donors[index] != answers[index])
     if change is not None:
         names = [[answer] if other is None else [answer, other] for answer, other in zip(answers, others, strict=True)]
-        shares = subject.values(names, task.answer_prefix, change=change).numpy()[asked]
+        shares = subject.values(names, "### ", change=change).numpy()[asked]
         found["gold"] = float(shares[:, 0].mean())
         if others[0] is not None:
             both = shares.sum(1)

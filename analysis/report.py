@@ -61,11 +61,13 @@ def answers(found: dict[str, Found], about: dict) -> str:
             f"{about['states']} in: {said(shares)} (mean over the thoughts)."
         )
     if "search" in found and any(found["search"].values()):
-        areas = {name: [row["auc"] for row in of["frontier"] if "auc" in row] for name, of in found["search"].items()}
-        told = ", ".join(f"{name} {' / '.join(f'{area:.2f}' for area in of)}" for name, of in areas.items())
+        rows = {name: [row for row in of["frontier"] if "auc" in row] for name, of in found["search"].items()}
+        first = min((row["thoughts"] for of in rows.values() for row in of), default=0)
+        areas = {name: " / ".join(f"{row['auc']:.2f}" for row in of) for name, of in rows.items()}
+        told = ", ".join(f"{name} {of}" for name, of in areas.items())
         paragraphs.append(
             "Do they hold a frontier? The area under the curve of reachable nodes against nodes of the same depth that "
-            f"cannot be reached, after 0, 1, ... thoughts: {told} (0.5 is nothing)."
+            f"cannot be reached, after {first}, {first + 1}, ... thoughts: {told} (0.5 is nothing)."
         )
     if "interventions" in found:
         of_all = found["interventions"]
@@ -143,9 +145,9 @@ def probe_section(found: Found, about: dict) -> Section:
                     "value of the right step, %",
                 )
             ),
-            "When language is forced after k thoughts: the probability of the right next step, over the questions that "
-            "have one. Renormalised: over the names; first: how often it is the likeliest name; elsewhere: the "
-            "probability that is on no name.",
+            "When language is forced after k thoughts: the probability of the name with which the right next step "
+            "begins, over the questions that have one. Renormalised: over the names; first: how often it is the "
+            "likeliest name; elsewhere: the probability that is on no name.",
             *table_of(next_steps, ["thoughts", "questions", "value", "renormalised", "first", "elsewhere"]),
         )
     ]
@@ -317,8 +319,9 @@ def search_section(found: Found, about: dict) -> Section:
                     "area under the curve",
                 )
             ),
-            "Are the nodes that can be reached at depth k + 1 valued above nodes of the same depth that cannot be? "
-            "After k thoughts; 0.5 is chance. Frontier, others: their mean values, renormalised over the names.",
+            "Are the nodes that a search by breadth would name next valued above nodes of the same depth that cannot "
+            "be reached? After k thoughts they are k + 1 edges from the root, or k in sentences, which begin with the "
+            "node before; 0.5 is chance. Frontier, others: their mean values, renormalised over the names.",
             *table_of(frontiers, ["thoughts", "questions", "auc", "frontier", "others"]),
         ),
         Figure(
@@ -357,9 +360,9 @@ def trees_of(found: Found, number: int) -> str:
     """A question's graph with its values, for each subject after each number of thoughts, as HTML."""
     parts = []
     for name, of in found.items():
-        for k, numbers in enumerate(of["trees"][number]):
+        for row, numbers in zip(of["frontier"], of["trees"][number], strict=True):
             tree = figures.tree(**{**numbers, "edges": [tuple(edge) for edge in numbers["edges"]]})
-            parts.append(f"<h3>{escape(name)}, thoughts: {k}</h3>{figures.svg(tree)}")
+            parts.append(f"<h3>{escape(name)}, thoughts: {row['thoughts']}</h3>{figures.svg(tree)}")
     return "".join(parts)
 
 

@@ -21,19 +21,26 @@ class Task:
     Attributes:
         examples: {question, answer, steps, ...} each.
         classes: what an output can be, in the order in which they are stacked.
-        step_prefix: the text that is forced before the name of a next step.
-        answer_prefix: the text that is forced before the name of the answer.
+        step_prefix: the text that is forced before a name, the first of a next step.
+        fewest: thoughts after which steps begin so.
     """
 
     kind: str
     classes: tuple[str, ...]
+    step_prefix: str = ""
+    fewest: int = 0
 
     def __init__(self, examples: list[dict]):
         self.examples = examples
 
     def names(self) -> list[list[str]]:
-        """For each question all that a step can lead to, as it is written after step_prefix."""
+        """For each question all names that a step can begin with after step_prefix."""
         raise NotImplementedError
+
+    def next_name(self, index: int, k: int) -> str | None:
+        """The name with which the (k + 1)-th step of a question begins; None where it has none, or fewer steps."""
+        steps = self.examples[index]["steps"]
+        return steps[k] if self.fewest <= k < len(steps) else None
 
     def classify(self, index: int, output: str, n_thoughts: int) -> str:
         """Which of `classes` an output is."""
@@ -57,8 +64,6 @@ class Machine(Task):
 
     kind = "machine"
     classes = ("right steps and answer", "right answer only", "wrong answer")
-    step_prefix = ""
-    answer_prefix = "### "
 
     def __init__(self, examples: list[dict], permutations: dict[str, dict[str, str]]):
         super().__init__(examples)
@@ -111,7 +116,12 @@ class Machine(Task):
 
 
 class Graphs(Task):
-    """ProsQA: which of two candidates can be reached from the root?"""
+    """ProsQA: which of two candidates can be reached from the root?
+
+    A compact step is the name that it leads to. A sentence begins with the name that it comes from, one edge nearer to
+    the root: after k thoughts 'Every' is followed by a node at distance k (paper, Section 5.2). The first step begins
+    with the root, without 'Every'.
+    """
 
     kind = "graphs"
     classes = tuple(paths.CLASSES)
@@ -120,15 +130,19 @@ class Graphs(Task):
         super().__init__(examples)
         self.graphs = [paths.from_example(example) for example in examples]
         self.compact = all(graph.compact for graph in self.graphs)
-        self.step_prefix = "" if self.compact else "Every"
-        self.answer_prefix = "### " if self.compact else "###"
-
-    def spelled(self, name: str) -> str:
-        """A name as it follows the step's prefix."""
-        return name if self.compact else f" {name}"
+        if not self.compact:
+            self.step_prefix, self.fewest = "Every ", 1
 
     def names(self) -> list[list[str]]:
-        return [[self.spelled(name) for name in example["idx_to_symbol"]] for example in self.examples]
+        return [example["idx_to_symbol"] for example in self.examples]
+
+    def next_name(self, index: int, k: int) -> str | None:
+        step = super().next_name(index, k)
+        return step if step is None or self.compact else step.removeprefix(self.step_prefix).partition(" is a ")[0]
+
+    def distance(self, k: int) -> int:
+        """Edges from the root to the nodes that steps begin with after k thoughts."""
+        return k + 1 if self.compact else k
 
     def classify(self, index: int, output: str, n_thoughts: int) -> str:
         return paths.classify(self.graphs[index], extract_steps(output), _answer_or_nothing(output), n_thoughts)
