@@ -9,7 +9,7 @@ from pathlib import Path
 
 from analysis import figures
 from analysis.page import Example, Figure, Section, page, table_html
-from utils import UserError, writing
+from utils import UserError, write_whole, writing
 
 Found = dict  # of a part: subject -> its numbers
 
@@ -28,10 +28,10 @@ def write_page(folder: Path) -> Path:
     ]
     title = "Thoughts: state tracking" if about["kind"] == "machine" else "Thoughts: search in graphs"
     path = folder / "index.html"
-    with writing(path):
-        if about["kind"] == "machine" and "interventions" in found:
+    if about["kind"] == "machine" and "interventions" in found:
+        with writing(folder / "transplants.png"):
             figures.picture(transplant_lines(found["interventions"]), folder / "transplants.png")
-        path.write_text(page(title, answers(found, about), sections, facts), encoding="utf-8")
+    write_whole(path, page(title, answers(found, about), sections, facts))
     return path
 
 
@@ -55,7 +55,8 @@ def answers(found: dict[str, Found], about: dict) -> str:
     """The first lines of the page."""
     paragraphs = []
     if "probe" in found and about["kind"] == "machine":
-        shares = {name: mean(row["probe"] for row in of["decoded"]) for name, of in found["probe"].items()}
+        decoded = {name: [row["probe"] for row in of["decoded"]] for name, of in found["probe"].items()}
+        shares = {name: mean(share for share in of if share is not None) for name, of in decoded.items()}
         paragraphs.append(
             "Do the hidden states that thoughts are made from hold the state? A linear probe finds the right one of "
             f"{about['states']} in: {said(shares)} (mean over the thoughts)."
@@ -97,10 +98,11 @@ def followed(found: Found, about: dict) -> str:
 
 
 def row_of(found: dict, name: str, place: str) -> dict:
-    return next(row for row in found["rows"] if (row["name"], row["place"]) == (name, place))
+    """Empty where there is no such place: a control may have fewer thoughts."""
+    return next((row for row in found["rows"] if (row["name"], row["place"]) == (name, place)), {})
 
 
-def said(shares: dict[str, float]) -> str:
+def said(shares: dict[str, float | None]) -> str:
     return ", ".join(f"{name} {percent(share)}" for name, share in shares.items())
 
 
@@ -108,9 +110,9 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
-def mean(values: Iterable[float]) -> float:
+def mean(values: Iterable[float]) -> float | None:
     found = list(values)
-    return sum(found) / len(found)
+    return sum(found) / len(found) if found else None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -211,11 +213,11 @@ def sweep_section(found: Found, about: dict) -> Section:
 
 def interventions_section(found: Found, about: dict) -> Section:
     rows_by_subject = {name: of["rows"] for name, of in found.items()}
-    rows = next(iter(rows_by_subject.values()))
+    rows = [row for of in rows_by_subject.values() for row in of]
     names, places = (list(dict.fromkeys(row[key] for row in rows)) for key in ("name", "place"))
 
     def accuracies(subject: str, pairs: list[tuple[str, str]]) -> list[float | None]:
-        shares = (row_of(found[subject], name, place)["accuracy"] for name, place in pairs)
+        shares = (row_of(found[subject], name, place).get("accuracy") for name, place in pairs)
         return [None if share is None else 100 * share for share in shares]
 
     drawn = [

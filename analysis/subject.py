@@ -58,12 +58,19 @@ class Subject:
 
     @classmethod
     def load(cls, checkpoint: str, examples: list[dict], n_thoughts: int | None = None) -> Subject:
-        """Raises UserError where there is no such checkpoint, or where it has no thoughts to look at."""
+        """Raises UserError where there is no such checkpoint, or where it has no thoughts to look at, or not one a
+        step."""
         subject = cls(load(checkpoint, n_thoughts), examples, n_thoughts)
+        config, stage = subject.asked.config, subject.asked.stage
         if subject.n_thoughts == 0:
-            config = subject.asked.config
+            more = " (--thoughts K asks it with K)" if config.method == "coconut" else ""
             raise UserError(
-                f"{checkpoint} has no thoughts to look at: it is of method {config.method}, stage {subject.asked.stage}"
+                f"{checkpoint} has no thoughts to look at: it is of method {config.method}, stage {stage}{more}"
+            )
+        if config.c_thought != 1:
+            raise UserError(
+                f"{checkpoint} has {config.c_thought} thoughts a step (c_thought), but what is measured of the k-th "
+                "thought is of the k-th step"
             )
         return subject
 

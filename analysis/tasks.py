@@ -50,8 +50,8 @@ class Task:
         """For each question a wrong answer that is as good as the right one to who has not reasoned."""
         raise NotImplementedError
 
-    def twins(self) -> list[dict]:
-        """For each question one that differs in where it begins, and so in its answer."""
+    def twins(self) -> list[dict | None]:
+        """For each question one that differs in where it begins, and so in its answer, where there is one."""
         raise NotImplementedError
 
     def redrawn(self, random) -> tuple[str, list[dict]]:
@@ -89,17 +89,18 @@ class Machine(Task):
             state = self.permutations[button][state]
         return state
 
-    def _example(self, start: str, buttons: str) -> dict:
+    def question_of(self, start: str, buttons: str) -> dict:
+        """The question of where a word of buttons leads from a state, with its steps and answer. Raises KeyError."""
         steps = [self.follow(start, buttons[: number + 1]) for number in range(len(buttons))]
         return {"question": start + buttons, "steps": steps, "answer": steps[-1]}
 
-    def twins(self) -> list[dict]:
+    def twins(self) -> list[dict | None]:
         """The same words, pressed in the state that comes next in the alphabet."""
-        found = []
+        found: list[dict | None] = []
         for example in self.examples:
             start, buttons = example["question"][0], example["question"][1:]
             other = self.states[(self.states.index(start) + 1) % len(self.states)]
-            found.append(self._example(other, buttons))
+            found.append(self.question_of(other, buttons))
         return found
 
     def redrawn(self, random) -> tuple[str, list[dict]]:
@@ -107,7 +108,7 @@ class Machine(Task):
         found = []
         for example in self.examples:
             buttons = "".join(random.permutation(list(example["question"][1:])))
-            found.append(self._example(example["question"][0], buttons))
+            found.append(self.question_of(example["question"][0], buttons))
         return "buttons in another order", found
 
     def after_transplant(self, index: int, donor: int, k: int) -> str:
@@ -128,7 +129,12 @@ class Graphs(Task):
 
     def __init__(self, examples: list[dict]):
         super().__init__(examples)
-        self.graphs = [paths.from_example(example) for example in examples]
+        self.graphs = []
+        for number, example in enumerate(examples):
+            try:
+                self.graphs.append(paths.from_example(example))
+            except UserError as error:
+                raise UserError(f"record {number} (counted from 0): {error}") from None
         self.compact = all(graph.compact for graph in self.graphs)
         if not self.compact:
             self.step_prefix, self.fewest = "Every ", 1
@@ -155,17 +161,18 @@ class Graphs(Task):
         name = example["idx_to_symbol"][example[which]]
         return name if self.compact else f"{example['idx_to_symbol'][example['root']]} is a {name}."
 
-    def twins(self) -> list[dict]:
-        """Asked about the root of the other candidate, where it has one of its own."""
-        found = []
+    def twins(self) -> list[dict | None]:
+        """Asked about the root of the other candidate, where it has one that does not lead to the right one as well."""
+        found: list[dict | None] = []
         for example, graph in zip(self.examples, self.graphs, strict=True):
-            roots = [name for name in sorted(graph.sources) if graph.other in paths.distances(graph, name)]
+            leads_to = {name: paths.distances(graph, name) for name in sorted(graph.sources)}
+            roots = [name for name, ends in leads_to.items() if graph.other in ends and graph.target not in ends]
             if not roots:
-                raise UserError(f"{example['question'][:40]!r}: the other candidate is under no root of its own")
-            number = example["idx_to_symbol"].index(roots[0])
-            asked, root = example["idx_to_symbol"][example["root"]], roots[0]
-            head, _, tail = example["question"].rpartition(asked)
-            twin = {**example, "question": head + root + tail, "root": number}
+                found.append(None)
+                continue
+            asks = "" if self.compact else "Is "
+            head, _, tail = example["question"].rpartition(asks + graph.root)
+            twin = {**example, "question": head + asks + roots[0] + tail, "root": graph.names.index(roots[0])}
             twin |= {"target": example["neg_target"], "neg_target": example["target"]}
             found.append({**twin, "answer": self.with_answer(twin, "target"), "steps": example["steps"]})
         return found
@@ -191,7 +198,9 @@ def _answer_or_nothing(output: str) -> str:
 
 def load_task(path: Path, count: int | None = None) -> Task:
     """The questions of a data file, and what is known about them. Raises UserError where they are of no known kind."""
-    examples = load_examples(path)[:count]
+    examples = load_examples(path, count)
+    if len(examples) < 2:
+        raise UserError(f"{path} holds a single question: thoughts are held against those of others")
     if all("neg_target" in example for example in examples):
         try:
             return Graphs(examples)
@@ -199,8 +208,24 @@ def load_task(path: Path, count: int | None = None) -> Task:
             raise UserError(f"{path}: {error}") from None
     machine = path.with_name(path.name.rpartition("_")[0] + "_machine.json")
     if machine.is_file():
-        return Machine(examples, json.loads(machine.read_text(encoding="utf-8"))["permutations"])
+        return _load_machine(examples, path, machine)
     raise UserError(
         f"{path} is of no kind that can be analysed: neither graphs with ProsQA's fields, nor state tracking with "
         f"{machine.name} beside it"
     )
+
+
+def _load_machine(examples: list[dict], path: Path, machine: Path) -> Machine:
+    """State tracking; raises UserError where the questions are not of this machine."""
+    try:
+        task = Machine(examples, json.loads(machine.read_text(encoding="utf-8"))["permutations"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(f"{machine} is not what preprocessing/machine.py wrote ({error!r})") from None
+    for number, example in enumerate(examples):
+        try:
+            followed = task.question_of(example["question"][:1], example["question"][1:])
+        except (KeyError, IndexError):
+            followed = None
+        if followed is None or any(example[field] != value for field, value in followed.items()):
+            raise UserError(f"{path}: record {number} (counted from 0) is no question of {machine}")
+    return task

@@ -13,13 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from analysis import __main__ as command
-from analysis import interventions, paths, probe, search, sweep
+from analysis import interventions, paths, probe, report, search, sweep
 from analysis.subject import Change, Subject
 from analysis.tasks import Graphs, Machine, load_task
 from coconut import Coconut
 from config import Config
 from generate import Asked
 from pretrained import load_tokenizer, mark
+from utils import UserError
 
 SURE = -30.0  # a logit of what is not said
 
@@ -481,6 +482,107 @@ def test_the_page_has_every_part_and_can_be_made_again(trained, tmp_path, kind, 
     assert {row["kind"] for row in rows} == {"control", "content", "donor", "removal"}
     assert command.main([*arguments, "--only", "sweep"]) == 0
     assert (tmp_path / "index.html").read_text() == text
+
+
+def test_numbers_of_two_analyses_are_not_mixed(trained, tmp_path, capsys):
+    """What was kept had another control, or other questions: a traceback, or a page that said nothing of it."""
+    data = ["--data", str(trained / "machine_test.json"), "--out", str(tmp_path)]
+    own, control = [str(trained / "machine-last"), *data], ["--control", str(trained / "machine-pause")]
+    assert command.main([*own, *control, "--only", "sweep", "examples"]) == 0
+    before = (tmp_path / "about.json").read_text()
+    assert command.main([*own, "--only", "probe"]) == 2
+    assert "holds sweep, examples of another analysis (about.json): measure all parts" in capsys.readouterr().err
+    assert (tmp_path / "about.json").read_text() == before
+    assert command.main([*own, "--only", "sweep", "examples", "--show", "100"]) == 0  # nothing of the old is left
+    assert json.loads((tmp_path / "examples.json").read_text()) == {"Coconut": []}
+    with pytest.raises(SystemExit):
+        command.main([*own, "--names", "a", "a"])
+
+
+def test_a_control_may_have_fewer_thoughts(trained, tmp_path):
+    """A traceback: the page looked for places that it does not have."""
+    about = {"kind": "graphs", "states": 5}
+    rows = [{"kind": "control", "name": "itself", "place": place, "accuracy": 0.5} for place in ("all", "thought 1")]
+    rows += [{**row, "name": name} for row in rows for name in ("mean", "noise", "any other question", "the twin")]
+    of = {"rows": rows, "another question": {}, "fewer": []}
+    few = {**of, "rows": [row for row in rows if row["place"] == "all"]}
+    assert "thought 1" in report.interventions_section({"a": few, "b": of}, about).figures[1].svg
+
+
+def test_few_questions_have_no_numbers_instead_of_a_traceback(tracking, searching):
+    """A mean of nothing is no number, and a probe fitted to nothing is none."""
+    subject, task = tracking
+    few = Machine(sorted(task.examples, key=lambda example: len(example["steps"]))[-1:], task.permutations)
+    few.examples += [example for example in task.examples if len(example["steps"]) == 2][:2]
+    rows = probe.decoded(subject.asking(few.examples), few)
+    assert [row["questions"] for row in rows] == [3, 3, 1, 1]
+    assert rows[-1]["probe"] is None
+    assert rows[0]["probe"] is not None
+    subject, task = searching
+    nobody = interventions.Intervention("none", "donor", subject.thoughts(), (None,) * len(task.examples))
+    found = interventions.measure(subject, task, nobody, frozenset({0}))
+    assert {found[key] for key in ("accuracy", "donor", "gold", "T", "escape")} == {None}
+    assert probe.close_up(subject, task, []) == []
+
+
+def test_a_twin_has_one_answer():
+    """Its root might lead to both candidates: no answer was another question's."""
+    edges = [[0, 2], [1, 3], [4, 2], [4, 3]]  # Adam leads to both, Wren to the other one
+    facts = "Tom is a wug. Wren is a dax. Adam is a wug. Adam is a dax."
+    names = {"idx_to_symbol": ["Tom", "Wren", "wug", "dax", "Adam"], "edges": edges}
+    asked = {"root": 0, "target": 2, "neg_target": 3, "answer": "Tom is a wug.", "steps": ["Tom is a wug."]}
+    example = {"question": f"{facts} Is Tom a wug or dax?", **names, **asked}
+    (twin,) = Graphs([example]).twins()
+    assert twin["question"] == f"{facts} Is Wren a wug or dax?"
+    assert twin["answer"] == "Wren is a dax."
+    without = {**example, "edges": [edge for edge in edges if edge != [1, 3]]}
+    assert Graphs([without]).twins() == [None]
+
+
+def test_questions_of_another_machine_are_refused(trained, tmp_path):
+    for name in ("machine_test.json", "machine_machine.json"):
+        (tmp_path / name).write_text((trained / name).read_text())
+    examples = json.loads((tmp_path / "machine_test.json").read_text())
+    load_task(tmp_path / "machine_test.json")
+    for question in ("", "aB", examples[1]["question"] + "a"):
+        examples[1]["question"] = question
+        (tmp_path / "machine_test.json").write_text(json.dumps(examples))
+        with pytest.raises(UserError, match=r"record 1 \(counted from 0\) is no question of .*machine_machine.json"):
+            load_task(tmp_path / "machine_test.json")
+    for text in ("{", "[]", "{}", '{"permutations": {}}'):
+        (tmp_path / "machine_machine.json").write_text(text)
+        with pytest.raises(UserError, match=r"machine_machine.json is not what preprocessing/machine.py wrote"):
+            load_task(tmp_path / "machine_test.json")
+
+
+def test_a_damaged_graph_is_named(trained, tmp_path):
+    examples = json.loads((trained / "mirror_test.json").read_text())
+    del examples[2]["edges"]
+    (tmp_path / "graphs.json").write_text(json.dumps(examples))
+    with pytest.raises(UserError, match=r"graphs.json: record 2 \(counted from 0\): the example lacks 'edges'"):
+        load_task(tmp_path / "graphs.json")
+    (tmp_path / "graphs.json").write_text(json.dumps(examples[:1]))
+    with pytest.raises(UserError, match=r"graphs.json holds a single question"):
+        load_task(tmp_path / "graphs.json")
+
+
+def test_thoughts_are_one_a_step(trained, tmp_path):
+    """The k-th of two a step was measured as the k-th step."""
+    (tmp_path / "two").symlink_to(sorted((trained / "machine-last").glob("checkpoint_*"))[-1])
+    folder = tmp_path / "checkpoint_1"
+    folder.mkdir()
+    for path in (tmp_path / "two").iterdir():
+        if path.name != "coconut.json":
+            (folder / path.name).symlink_to(path)
+    description = json.loads((tmp_path / "two" / "coconut.json").read_text())
+    examples = json.loads((trained / "machine_test.json").read_text())
+    for changed, complaint in (
+        ({"c_thought": 2}, r"has 2 thoughts a step \(c_thought\)"),
+        ({"stage": 0}, r"no thoughts to look at: it is of method coconut, stage 0 \(--thoughts K asks it with K\)"),
+    ):
+        (folder / "coconut.json").write_text(json.dumps(description | changed))
+        with pytest.raises(UserError, match=complaint):
+            Subject.load(str(folder), examples)
 
 
 @pytest.mark.parametrize(
