@@ -181,6 +181,15 @@ def writing(path: Path | str) -> Iterator[None]:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file, and its folder, so that there is never half of it: aside, and renamed. Raises UserError."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")  # others may write the same file
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+
+
 def retried(action: Callable, seconds: float = 30):
     """The result of an action that looks for what another process has just written: where there are several nodes,
     their file system may show it only a while later."""
@@ -216,11 +225,7 @@ def write_config(values: dict, folder: Path, world_size: int) -> None:
         except PackageNotFoundError:
             comments.append(f"{package}: not installed")
     text = "".join(f"# {line}\n" for line in comments) + yaml.safe_dump(values, sort_keys=False)
-    with writing(folder / "config.yaml"):
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / ".config.yaml"
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(folder / "config.yaml")  # never half of it
+    write_whole(folder / "config.yaml", text)
 
 
 def _git_commit() -> str:

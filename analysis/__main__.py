@@ -48,10 +48,10 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from analysis import interventions, probe, search, sweep
-from analysis.report import write_page
+from analysis.report import read, write_page
 from analysis.subject import Subject
 from analysis.tasks import Graphs, Machine, Task, load_task
-from utils import UserError, report, tell, writing
+from utils import UserError, report, tell, write_whole
 
 
 def measure_probe(subject: Subject, task: Task, options: argparse.Namespace) -> dict:
@@ -73,21 +73,22 @@ def measure_search(subject: Subject, task: Task, options: argparse.Namespace) ->
     """Graphs only. The first and the second thought are what the paper compares."""
     if not isinstance(task, Graphs):
         return None
-    deepest = min(subject.n_thoughts, max(len(example["steps"]) for example in task.examples) - 1)
+    deepest = max(task.fewest, min(subject.n_thoughts, max(len(example["steps"]) for example in task.examples) - 1))
+    counts = range(task.fewest, deepest + 1)
     values = probe.values(subject, task, deepest)
     return {
         "parallelism": [search.parallelism(task, values[k]) for k in range(1, min(deepest, 2) + 1)],
-        "frontier": [search.frontier(task, values[k], k) for k in range(deepest + 1)],
+        "frontier": [search.frontier(task, values[k], k) for k in counts],
         "by height": {
             kind: [
                 {"thoughts": k, **row}
-                for k in range(deepest + 1)
+                for k in counts
                 for row in search.by_height(task, values[k], k, kind == "longest")
             ]
             for kind in ("shortest", "longest")
         },
         "trees": [
-            [search.tree(task, index, values[k]) for k in range(deepest + 1)]
+            [search.tree(task, index, values[k]) for k in counts]
             for index in options.show
             if index < len(task.examples)
         ],
@@ -132,6 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if min(options.show) < 0 or options.questions < 2 or (options.thoughts is not None and options.thoughts < 1):
         parser.error("--questions must be at least 2, --thoughts at least 1, --show at least 0")
+    if options.names[0] == options.names[1]:
+        parser.error("--names must be two different ones")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
@@ -163,6 +166,7 @@ def measure(options: argparse.Namespace) -> None:
     }
     if isinstance(task, Machine):
         about["states"] = len(task.states)
+    check_kept(options, about)
     write_json(options.out / "about.json", about)
     for part in PARTS:
         if part in options.only:
@@ -173,10 +177,24 @@ def measure(options: argparse.Namespace) -> None:
             write_json(options.out / f"{part}.json", found)
 
 
+def check_kept(options: argparse.Namespace, about: dict) -> None:
+    """A page is of one analysis. Raises UserError where numbers of another would stay beside the new ones; removes
+    those that are about to be replaced."""
+    before = read(options.out, "about")
+    if before is None or before == json.loads(json.dumps(about)):
+        return
+    there = [part for part in PARTS if (options.out / f"{part}.json").is_file()]
+    if kept := [part for part in there if part not in options.only]:
+        raise UserError(
+            f"{options.out} holds {', '.join(kept)} of another analysis (about.json): measure all parts, or choose "
+            "another --out"
+        )
+    for part in there:
+        (options.out / f"{part}.json").unlink()
+
+
 def write_json(path: Path, content) -> None:
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(rounded(content), indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(rounded(content), indent=1) + "\n")
 
 
 def rounded(content):

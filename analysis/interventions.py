@@ -45,7 +45,8 @@ def interventions(subject: Subject, task: Task, seed: int = 0) -> list[Intervent
     count, k, _ = thoughts.shape
     answers = [example["answer"] for example in task.examples]
     lengths = [len(example["steps"]) for example in task.examples]
-    latent = subject.model.base_causallm.get_input_embeddings().weight[subject.asked.markers.latent]
+    embedding = subject.model.base_causallm.get_input_embeddings()
+    latent = embedding(torch.tensor(subject.asked.markers.latent, device=embedding.weight.device))
     mean = thoughts.mean(0)
     turned = torch.stack([thoughts[:, (number + 1) % k] for number in range(k)], dim=1)
     found = [
@@ -66,8 +67,8 @@ def interventions(subject: Subject, task: Task, seed: int = 0) -> list[Intervent
         of_donors = tuple(None if donor is None else answers[donor] for donor in chosen)
         found.append(Intervention(name, "donor", content, of_donors))
     twins = task.twins()
-    content = subject.asking(twins).thoughts(k)
-    found.append(Intervention("the twin", "donor", content, tuple(twin["answer"] for twin in twins)))
+    content = subject.asking([twin or own for twin, own in zip(twins, task.examples, strict=True)]).thoughts(k)
+    found.append(Intervention("the twin", "donor", content, tuple(twin and twin["answer"] for twin in twins)))
     found.append(Intervention("not attended to", "removal", None))
     return found
 
@@ -132,9 +133,9 @@ def measure(
     }
     if donors is not None:
         found["donor"] = _share(said[index] == donors[index] for index in asked if donors[index] != answers[index])
-    if change is not None:
+    if change is not None and asked:
         names = [[answer] if other is None else [answer, other] for answer, other in zip(answers, others, strict=True)]
-        shares = subject.values(names, task.answer_prefix, change=change).numpy()[asked]
+        shares = subject.values(names, "### ", change=change).numpy()[asked]
         found["gold"] = float(shares[:, 0].mean())
         if others[0] is not None:
             both = shares.sum(1)

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from analysis.subject import Subject
-from analysis.tasks import Graphs, Machine, Task
+from analysis.tasks import Machine, Task
+from generate import decoded_thoughts
 
-TOP = 5  # words shown of a thought
+TOP = 5  # names shown
 FOLDS = 2
 RIDGE = 1e-2  # of the linear probe, relative to the mean eigenvalue of the thoughts' covariance
 
@@ -23,21 +24,21 @@ def values(subject: Subject, task: Task, n_thoughts: int) -> np.ndarray:
 
 
 def next_step(task: Task, of_names: np.ndarray) -> list[dict]:
-    """For each number of thoughts, over the questions that have a step after them: how likely the right next step is,
-    how often it is the likeliest name, and how much probability lies on no name at all."""
-    found = []
+    """For each number of thoughts, over the questions that have a step after them: how likely the name is that begins
+    the right next step, how often it is the likeliest name, and how much probability lies on no name at all."""
+    found, names = [], task.names()
     for k, shares in enumerate(of_names):
-        asked = [index for index, example in enumerate(task.examples) if len(example["steps"]) > k]
-        if not asked:
-            break
-        gold = [task.names()[index].index(spelled_step(task, index, k)) for index in asked]
-        right = shares[asked, gold]
+        following = [(index, name) for index in range(len(names)) if (name := task.next_name(index, k)) is not None]
+        if not following:
+            continue
+        asked = [index for index, _ in following]
+        right = shares[asked, gold := [names[index].index(name) for index, name in following]]
         found.append(
             {
                 "thoughts": k,
                 "questions": len(asked),
                 "value": float(right.mean()),
-                "renormalised": float((right / shares[asked].sum(1)).mean()),
+                "renormalised": float((right / np.maximum(shares[asked].sum(1), 1e-12)).mean()),
                 "first": float((shares[asked].argmax(1) == gold).mean()),
                 "elsewhere": float(1 - shares[asked].sum(1).mean()),
             }
@@ -45,16 +46,10 @@ def next_step(task: Task, of_names: np.ndarray) -> list[dict]:
     return found
 
 
-def spelled_step(task: Task, index: int, k: int) -> str:
-    """The name that the (k + 1)-th step of a question leads to, as `names` spells it."""
-    step = task.examples[index]["steps"][k]
-    return task.spelled(step.removesuffix(".").split()[-1]) if isinstance(task, Graphs) else step
-
-
 def decoded(subject: Subject, task: Machine) -> list[dict]:
-    """For each thought, over the questions that have so many steps: how often the state after as many steps is the
-    likeliest word of the LM head where the thought is made, and how often a linear probe finds it in the hidden state
-    there (ridge regression to the states, fitted on one half of the questions and tested on the other)."""
+    """For each thought, over the questions that have so many steps: how often the state after as many steps is what
+    the LM head finds likeliest of the states where the thought is made, and how often a linear probe finds it in the
+    hidden state there (ridge regression to the states, fitted on one half of the questions and tested on the other)."""
     readings = subject.readings()  # (N, K, D)
     head = subject.model.base_causallm.get_output_embeddings().weight
     ids = [subject.tokenizer(state, add_special_tokens=False)["input_ids"][-1] for state in task.states]
@@ -72,7 +67,7 @@ def decoded(subject: Subject, task: Machine) -> list[dict]:
                 "thought": k + 1,
                 "questions": len(asked),
                 "head": float((words == gold).mean()),
-                "probe": probe_accuracy(states.numpy(), gold, len(task.states)),
+                "probe": probe_accuracy(states.numpy(), gold, len(task.states)) if len(asked) >= FOLDS else None,
             }
         )
     return found
@@ -111,9 +106,12 @@ def close_up(subject: Subject, task: Task, chosen: list[int]) -> list[dict]:
     """Chosen questions by themselves: what is written, and for each number of thoughts the likeliest words of the LM
     head where the next thought is made, the likeliest names when language is forced, the probability of no name, the
     norm of the thought, and its cosine with the one before."""
+    if not chosen:
+        return []
     few = subject.asking([task.examples[index] for index in chosen])
     names = [task.names()[index] for index in chosen]
-    outputs, heads, thoughts = few.written(), words(few), few.thoughts().numpy()
+    outputs, thoughts = few.written(), few.thoughts().numpy()
+    heads = [words for _, inputs in few.batches() for words in decoded_thoughts(few.asked, inputs)]
     found = []
     for place, example in enumerate(few.examples):
         kept = {key: example[key] for key in ("question", "steps", "answer")}
@@ -121,7 +119,7 @@ def close_up(subject: Subject, task: Task, chosen: list[int]) -> list[dict]:
     for k in range(few.n_thoughts + 1):
         values = few.values(names, task.step_prefix, k).numpy()
         for place, row in enumerate(values):
-            best = row[: len(names[place])].argsort()[::-1][:TOP]
+            best = row[: len(names[place])].argsort()[::-1][:TOP] if k >= task.fewest else []
             norm = cosine = None
             if k:
                 norm = float(np.linalg.norm(thoughts[place, k - 1]))
@@ -131,21 +129,10 @@ def close_up(subject: Subject, task: Task, chosen: list[int]) -> list[dict]:
             found[place]["after"].append(
                 {
                     "thoughts": k,
-                    "names": [(names[place][number].strip(), float(row[number])) for number in best],
-                    "elsewhere": float(1 - row.sum()),
+                    "names": [(names[place][number], float(row[number])) for number in best],
+                    "elsewhere": float(1 - row.sum()) if k >= task.fewest else None,
                     "norm": norm,
                     "cosine": cosine,
                 }
             )
-    return found
-
-
-def words(subject: Subject) -> list[list[list[tuple[str, float]]]]:
-    """For each question and each thought the TOP likeliest words where it is made, with their shares."""
-    found: list[list[list[tuple[str, float]]]] = []
-    for _, inputs in subject.batches():
-        top = subject.model.thought_logits(**inputs).float().softmax(-1).topk(TOP)  # (B, K, TOP) each
-        for ids, shares in zip(top.indices.tolist(), top.values.tolist(), strict=True):
-            rows = (zip(*pairs, strict=True) for pairs in zip(ids, shares, strict=True))
-            found.append([[(subject.tokenizer.decode([token]), share) for token, share in row] for row in rows])
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from analysis import figures
 from analysis.page import Example, Figure, Section, page, table_html
-from utils import UserError, writing
+from utils import UserError, write_whole, writing
 
 Found = dict  # of a part: subject -> its numbers
 
@@ -28,10 +28,10 @@ def write_page(folder: Path) -> Path:
     ]
     title = "Thoughts: state tracking" if about["kind"] == "machine" else "Thoughts: search in graphs"
     path = folder / "index.html"
-    with writing(path):
-        if about["kind"] == "machine" and "interventions" in found:
+    if about["kind"] == "machine" and "interventions" in found:
+        with writing(folder / "transplants.png"):
             figures.picture(transplant_lines(found["interventions"]), folder / "transplants.png")
-        path.write_text(page(title, answers(found, about), sections, facts), encoding="utf-8")
+    write_whole(path, page(title, answers(found, about), sections, facts))
     return path
 
 
@@ -55,17 +55,20 @@ def answers(found: dict[str, Found], about: dict) -> str:
     """The first lines of the page."""
     paragraphs = []
     if "probe" in found and about["kind"] == "machine":
-        shares = {name: mean(row["probe"] for row in of["decoded"]) for name, of in found["probe"].items()}
+        decoded = {name: [row["probe"] for row in of["decoded"]] for name, of in found["probe"].items()}
+        shares = {name: mean(share for share in of if share is not None) for name, of in decoded.items()}
         paragraphs.append(
             "Do the hidden states that thoughts are made from hold the state? A linear probe finds the right one of "
             f"{about['states']} in: {said(shares)} (mean over the thoughts)."
         )
     if "search" in found and any(found["search"].values()):
-        areas = {name: [row["auc"] for row in of["frontier"] if "auc" in row] for name, of in found["search"].items()}
-        told = ", ".join(f"{name} {' / '.join(f'{area:.2f}' for area in of)}" for name, of in areas.items())
+        rows = {name: [row for row in of["frontier"] if "auc" in row] for name, of in found["search"].items()}
+        first = min((row["thoughts"] for of in rows.values() for row in of), default=0)
+        areas = {name: " / ".join(f"{row['auc']:.2f}" for row in of) for name, of in rows.items()}
+        told = ", ".join(f"{name} {of}" for name, of in areas.items())
         paragraphs.append(
             "Do they hold a frontier? The area under the curve of reachable nodes against nodes of the same depth that "
-            f"cannot be reached, after 0, 1, ... thoughts: {told} (0.5 is nothing)."
+            f"cannot be reached, after {first}, {first + 1}, ... thoughts: {told} (0.5 is nothing)."
         )
     if "interventions" in found:
         of_all = found["interventions"]
@@ -95,10 +98,11 @@ def followed(found: Found, about: dict) -> str:
 
 
 def row_of(found: dict, name: str, place: str) -> dict:
-    return next(row for row in found["rows"] if (row["name"], row["place"]) == (name, place))
+    """Empty where there is no such place: a control may have fewer thoughts."""
+    return next((row for row in found["rows"] if (row["name"], row["place"]) == (name, place)), {})
 
 
-def said(shares: dict[str, float]) -> str:
+def said(shares: dict[str, float | None]) -> str:
     return ", ".join(f"{name} {percent(share)}" for name, share in shares.items())
 
 
@@ -106,9 +110,9 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
-def mean(values: Iterable[float]) -> float:
+def mean(values: Iterable[float]) -> float | None:
     found = list(values)
-    return sum(found) / len(found)
+    return sum(found) / len(found) if found else None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -143,9 +147,9 @@ def probe_section(found: Found, about: dict) -> Section:
                     "value of the right step, %",
                 )
             ),
-            "When language is forced after k thoughts: the probability of the right next step, over the questions that "
-            "have one. Renormalised: over the names; first: how often it is the likeliest name; elsewhere: the "
-            "probability that is on no name.",
+            "When language is forced after k thoughts: the probability of the name with which the right next step "
+            "begins, over the questions that have one. Renormalised: over the names; first: how often it is the "
+            "likeliest name; elsewhere: the probability that is on no name.",
             *table_of(next_steps, ["thoughts", "questions", "value", "renormalised", "first", "elsewhere"]),
         )
     ]
@@ -209,11 +213,11 @@ def sweep_section(found: Found, about: dict) -> Section:
 
 def interventions_section(found: Found, about: dict) -> Section:
     rows_by_subject = {name: of["rows"] for name, of in found.items()}
-    rows = next(iter(rows_by_subject.values()))
+    rows = [row for of in rows_by_subject.values() for row in of]
     names, places = (list(dict.fromkeys(row[key] for row in rows)) for key in ("name", "place"))
 
     def accuracies(subject: str, pairs: list[tuple[str, str]]) -> list[float | None]:
-        shares = (row_of(found[subject], name, place)["accuracy"] for name, place in pairs)
+        shares = (row_of(found[subject], name, place).get("accuracy") for name, place in pairs)
         return [None if share is None else 100 * share for share in shares]
 
     drawn = [
@@ -317,8 +321,9 @@ def search_section(found: Found, about: dict) -> Section:
                     "area under the curve",
                 )
             ),
-            "Are the nodes that can be reached at depth k + 1 valued above nodes of the same depth that cannot be? "
-            "After k thoughts; 0.5 is chance. Frontier, others: their mean values, renormalised over the names.",
+            "Are the nodes that a search by breadth would name next valued above nodes of the same depth that cannot "
+            "be reached? After k thoughts they are k + 1 edges from the root, or k in sentences, which begin with the "
+            "node before; 0.5 is chance. Frontier, others: their mean values, renormalised over the names.",
             *table_of(frontiers, ["thoughts", "questions", "auc", "frontier", "others"]),
         ),
         Figure(
@@ -357,9 +362,9 @@ def trees_of(found: Found, number: int) -> str:
     """A question's graph with its values, for each subject after each number of thoughts, as HTML."""
     parts = []
     for name, of in found.items():
-        for k, numbers in enumerate(of["trees"][number]):
+        for row, numbers in zip(of["frontier"], of["trees"][number], strict=True):
             tree = figures.tree(**{**numbers, "edges": [tuple(edge) for edge in numbers["edges"]]})
-            parts.append(f"<h3>{escape(name)}, thoughts: {k}</h3>{figures.svg(tree)}")
+            parts.append(f"<h3>{escape(name)}, thoughts: {row['thoughts']}</h3>{figures.svg(tree)}")
     return "".join(parts)
 
 

@@ -1,7 +1,7 @@
 """Whether thoughts hold a search: values of nodes, the frontier, how many ways are kept open (paper, Section 5).
 
-A node's value after k thoughts is how likely its name is when language is forced there: the next step leads to depth
-k + 1. Legend: N questions, C names.
+A node's value after k thoughts is how likely its name is when language is forced there: the next step begins with a
+node at `Graphs.distance(k)` from the root. Legend: N questions, C names.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ def parallelism(task: Graphs, values: np.ndarray) -> dict:
 
 
 def frontier(task: Graphs, values: np.ndarray, k: int) -> dict:
-    """After k thoughts: how often a node that a search by breadth would have reached at depth k + 1 is valued above one
-    of the same depth that cannot be reached (the area under the ROC curve, ties as half), within a question; and the
-    mean values of both, renormalised over the names."""
+    """After k thoughts: how often a node that a search by breadth would name next is valued above one of the same depth
+    that cannot be reached (the area under the ROC curve, ties as half), within a question; and the mean values of both,
+    renormalised over the names."""
     areas, of_frontier, of_others = [], [], []
+    distance = task.distance(k)
     for graph, example, row in zip(task.graphs, task.examples, values, strict=True):
         place = {name: number for number, name in enumerate(example["idx_to_symbol"])}
         row = row / max(row.sum(), 1e-12)
-        inside = row[[place[name] for name in sorted(paths.frontier(graph, k + 1))]]
-        outside = row[[place[name] for name in sorted(paths.same_depth_unreachable(graph, k + 1))]]
+        inside = row[[place[name] for name in sorted(paths.frontier(graph, distance))]]
+        outside = row[[place[name] for name in sorted(paths.same_depth_unreachable(graph, distance))]]
         if len(inside) and len(outside):
             areas.append(((inside[:, None] > outside).mean() + (inside[:, None] >= outside).mean()) / 2)
             of_frontier.extend(inside)
@@ -55,14 +56,15 @@ def by_height(task: Graphs, values: np.ndarray, k: int, longest: bool = False) -
     """After k thoughts: the mean value of the frontier's nodes, renormalised over the frontier, by their distance to a
     leaf; right ones, on a shortest path to the target, apart from the others."""
     found: dict[tuple[int, bool], list[float]] = {}
+    distance = task.distance(k)
     for graph, example, row in zip(task.graphs, task.examples, values, strict=True):
         place = {name: number for number, name in enumerate(example["idx_to_symbol"])}
-        nodes = sorted(paths.frontier(graph, k + 1))
+        nodes = sorted(paths.frontier(graph, distance))
         if len(nodes) < 2:
             continue  # the only node has all of the value
         shares = row[[place[name] for name in nodes]]
         shares = shares / max(shares.sum(), 1e-12)
-        heights, left = paths.height(graph, longest), paths.depths(graph)[graph.target] - (k + 1)
+        heights, left = paths.height(graph, longest), paths.depths(graph)[graph.target] - distance
         for name, share in zip(nodes, shares, strict=True):
             is_right = paths.distances(graph, name).get(graph.target) == left
             found.setdefault((heights[name], is_right), []).append(float(share))

@@ -17,7 +17,7 @@ from coconut import Edit
 from curriculum import prompt
 from dataset import collate_prompts
 from generate import Asked, load
-from utils import UserError, progress_bar
+from utils import UserError
 
 
 class Batch(NamedTuple):
@@ -58,12 +58,19 @@ class Subject:
 
     @classmethod
     def load(cls, checkpoint: str, examples: list[dict], n_thoughts: int | None = None) -> Subject:
-        """Raises UserError where there is no such checkpoint, or where it has no thoughts to look at."""
+        """Raises UserError where there is no such checkpoint, or where it has no thoughts to look at, or not one a
+        step."""
         subject = cls(load(checkpoint, n_thoughts), examples, n_thoughts)
+        config, stage = subject.asked.config, subject.asked.stage
         if subject.n_thoughts == 0:
-            config = subject.asked.config
+            more = " (--thoughts K asks it with K)" if config.method == "coconut" else ""
             raise UserError(
-                f"{checkpoint} has no thoughts to look at: it is of method {config.method}, stage {subject.asked.stage}"
+                f"{checkpoint} has no thoughts to look at: it is of method {config.method}, stage {stage}{more}"
+            )
+        if config.c_thought != 1:
+            raise UserError(
+                f"{checkpoint} has {config.c_thought} thoughts a step (c_thought), but what is measured of the k-th "
+                "thought is of the k-th step"
             )
         return subject
 
@@ -76,9 +83,10 @@ class Subject:
         return prompt(question, [], self.asked.stage, config, self.asked.markers)
 
     def batches(
-        self, n_thoughts: int | None = None, forced: list[int] | None = None, title: str = ""
+        self, n_thoughts: int | None = None, forced: list[int] | None = None, size: int | None = None
     ) -> Iterator[Batch]:
-        """All questions, each followed by its thoughts and by the tokens that are forced upon the model.
+        """All questions, each followed by its thoughts and by the tokens that are forced upon the model, as many at
+        once as `size` or `batch` says.
 
         Raises UserError where one does not fit into the model.
         """
@@ -88,9 +96,9 @@ class Subject:
         if longest >= limit:
             raise UserError(f"a question of {longest} tokens with its thoughts leaves no room in {limit} positions")
         device = self.model.base_causallm.device
-        begins = range(0, len(rows), self.batch)
-        for begin in progress_bar(begins, title, "batch", shown=bool(title)):
-            chosen = slice(begin, begin + self.batch)
+        size = size or self.batch
+        for begin in range(0, len(rows), size):
+            chosen = slice(begin, begin + size)
             inputs = collate_prompts(rows[chosen], self.asked.markers.eos)
             yield Batch(chosen, {name: tensor.to(device) for name, tensor in inputs.items()})
 
@@ -118,13 +126,12 @@ class Subject:
         n_thoughts: int | None = None,
         change: Change | None = None,
         hidden_columns: frozenset[int] = frozenset(),
-        max_new_tokens: int = 64,
     ) -> list[str]:
-        """What the model writes to each question.
+        """What the model writes to each question, twice as much at most as the longest steps and answer.
 
         hidden_columns: the numbers of thoughts that no later position may attend to.
         """
-        texts = []
+        texts, longest = [], 2 * self._longest_answer()
         for rows, inputs in self.batches(n_thoughts):
             if hidden_columns:
                 first = (inputs["input_ids"][0] == self.asked.markers.latent).nonzero().flatten()[0]
@@ -132,12 +139,21 @@ class Subject:
                 mask[:, [int(first) + number for number in sorted(hidden_columns)]] = 0
                 inputs = {**inputs, "attention_mask": mask}
             edit = change.of(rows) if change is not None else None
-            room = min(max_new_tokens, (self.model.max_positions or math.inf) - inputs["input_ids"].shape[1])
+            room = min(longest, (self.model.max_positions or math.inf) - inputs["input_ids"].shape[1])
             for row in self.model.generate(**inputs, max_new_tokens=room, edit=edit).tolist():
                 eos = self.asked.markers.eos
                 new = row[: row.index(eos)] if eos in row else row
                 texts.append(self.tokenizer.decode(new, skip_special_tokens=True))
         return texts
+
+    def _longest_answer(self) -> int:
+        """Tokens of the longest written steps and answer, EOS included."""
+        separator = self.asked.config.step_separator
+        texts = [
+            "".join(step + separator for step in example["steps"]) + "### " + example["answer"]
+            for example in self.examples
+        ]
+        return 1 + max(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
 
     @torch.no_grad()
     def values(
@@ -145,20 +161,24 @@ class Subject:
     ) -> torch.Tensor:
         """(N, C) float32: for each of a question's C names the product of its tokens' probabilities, when the model has
         to go on with `forced` after its thoughts, and then with the name (paper, Section 5.2). 0 where a question has
-        fewer names.
+        fewer names. A space at the end of `forced` is of the name where the tokenizer has it so.
         """
         count = max(map(len, names))
-        tokens = [
-            [self.tokenizer(forced + name, add_special_tokens=False)["input_ids"] for name in row] for row in names
-        ]
-        common = _common_prefix([ids for row in tokens for ids in row])
+
+        def ids_of(text: str) -> list[int]:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        tokens = [[ids_of(forced + name) for name in row] for row in names]
+        common = _common_prefix(ids_of(forced), [ids for row in tokens for ids in row])
         width = max(len(ids) for row in tokens for ids in row) - len(common)
         rest = torch.full((len(names), count, width), -1)
         for place, row in enumerate(tokens):
             for number, ids in enumerate(row):
                 rest[place, number, : len(ids) - len(common)] = torch.tensor(ids[len(common) :])
         found = []
-        for rows, inputs in self.batches(n_thoughts, common):
+        # each name of several tokens takes a copy of its question's cache
+        size = self.batch if width == 1 else max(1, self.batch // count)
+        for rows, inputs in self.batches(n_thoughts, common, size):
             edit = change.of(rows) if change is not None else None
             found.append(self._continued(inputs, rest[rows].to(inputs["input_ids"].device), edit).exp().cpu())
         values = torch.cat(found)
@@ -191,10 +211,9 @@ class Subject:
         return total + shares.sum(1).view(n_rows, count)
 
 
-def _common_prefix(rows: list[list[int]]) -> list[int]:
-    """The tokens with which all rows begin, leaving each at least one."""
-    length = min(map(len, rows)) - 1
-    for place in range(length):
-        if len({row[place] for row in rows}) > 1:
-            return rows[0][:place]
-    return rows[0][:length]
+def _common_prefix(forced: list[int], rows: list[list[int]]) -> list[int]:
+    """The first of the forced tokens, those with which all rows begin; each row has at least one after them."""
+    length = min(len(forced), *(len(row) - 1 for row in rows))
+    while any(row[:length] != forced[:length] for row in rows):
+        length -= 1
+    return forced[:length]

@@ -21,19 +21,26 @@ class Task:
     Attributes:
         examples: {question, answer, steps, ...} each.
         classes: what an output can be, in the order in which they are stacked.
-        step_prefix: the text that is forced before the name of a next step.
-        answer_prefix: the text that is forced before the name of the answer.
+        step_prefix: the text that is forced before a name, the first of a next step.
+        fewest: thoughts after which steps begin so.
     """
 
     kind: str
     classes: tuple[str, ...]
+    step_prefix: str = ""
+    fewest: int = 0
 
     def __init__(self, examples: list[dict]):
         self.examples = examples
 
     def names(self) -> list[list[str]]:
-        """For each question all that a step can lead to, as it is written after step_prefix."""
+        """For each question all names that a step can begin with after step_prefix."""
         raise NotImplementedError
+
+    def next_name(self, index: int, k: int) -> str | None:
+        """The name with which the (k + 1)-th step of a question begins; None where it has none, or fewer steps."""
+        steps = self.examples[index]["steps"]
+        return steps[k] if self.fewest <= k < len(steps) else None
 
     def classify(self, index: int, output: str, n_thoughts: int) -> str:
         """Which of `classes` an output is."""
@@ -43,8 +50,8 @@ class Task:
         """For each question a wrong answer that is as good as the right one to who has not reasoned."""
         raise NotImplementedError
 
-    def twins(self) -> list[dict]:
-        """For each question one that differs in where it begins, and so in its answer."""
+    def twins(self) -> list[dict | None]:
+        """For each question one that differs in where it begins, and so in its answer, where there is one."""
         raise NotImplementedError
 
     def redrawn(self, random) -> tuple[str, list[dict]]:
@@ -57,8 +64,6 @@ class Machine(Task):
 
     kind = "machine"
     classes = ("right steps and answer", "right answer only", "wrong answer")
-    step_prefix = ""
-    answer_prefix = "### "
 
     def __init__(self, examples: list[dict], permutations: dict[str, dict[str, str]]):
         super().__init__(examples)
@@ -84,17 +89,18 @@ class Machine(Task):
             state = self.permutations[button][state]
         return state
 
-    def _example(self, start: str, buttons: str) -> dict:
+    def question_of(self, start: str, buttons: str) -> dict:
+        """The question of where a word of buttons leads from a state, with its steps and answer. Raises KeyError."""
         steps = [self.follow(start, buttons[: number + 1]) for number in range(len(buttons))]
         return {"question": start + buttons, "steps": steps, "answer": steps[-1]}
 
-    def twins(self) -> list[dict]:
+    def twins(self) -> list[dict | None]:
         """The same words, pressed in the state that comes next in the alphabet."""
-        found = []
+        found: list[dict | None] = []
         for example in self.examples:
             start, buttons = example["question"][0], example["question"][1:]
             other = self.states[(self.states.index(start) + 1) % len(self.states)]
-            found.append(self._example(other, buttons))
+            found.append(self.question_of(other, buttons))
         return found
 
     def redrawn(self, random) -> tuple[str, list[dict]]:
@@ -102,7 +108,7 @@ class Machine(Task):
         found = []
         for example in self.examples:
             buttons = "".join(random.permutation(list(example["question"][1:])))
-            found.append(self._example(example["question"][0], buttons))
+            found.append(self.question_of(example["question"][0], buttons))
         return "buttons in another order", found
 
     def after_transplant(self, index: int, donor: int, k: int) -> str:
@@ -111,24 +117,38 @@ class Machine(Task):
 
 
 class Graphs(Task):
-    """ProsQA: which of two candidates can be reached from the root?"""
+    """ProsQA: which of two candidates can be reached from the root?
+
+    A compact step is the name that it leads to. A sentence begins with the name that it comes from, one edge nearer to
+    the root: after k thoughts 'Every' is followed by a node at distance k (paper, Section 5.2). The first step begins
+    with the root, without 'Every'.
+    """
 
     kind = "graphs"
     classes = tuple(paths.CLASSES)
 
     def __init__(self, examples: list[dict]):
         super().__init__(examples)
-        self.graphs = [paths.from_example(example) for example in examples]
+        self.graphs = []
+        for number, example in enumerate(examples):
+            try:
+                self.graphs.append(paths.from_example(example))
+            except UserError as error:
+                raise UserError(f"record {number} (counted from 0): {error}") from None
         self.compact = all(graph.compact for graph in self.graphs)
-        self.step_prefix = "" if self.compact else "Every"
-        self.answer_prefix = "### " if self.compact else "###"
-
-    def spelled(self, name: str) -> str:
-        """A name as it follows the step's prefix."""
-        return name if self.compact else f" {name}"
+        if not self.compact:
+            self.step_prefix, self.fewest = "Every ", 1
 
     def names(self) -> list[list[str]]:
-        return [[self.spelled(name) for name in example["idx_to_symbol"]] for example in self.examples]
+        return [example["idx_to_symbol"] for example in self.examples]
+
+    def next_name(self, index: int, k: int) -> str | None:
+        step = super().next_name(index, k)
+        return step if step is None or self.compact else step.removeprefix(self.step_prefix).partition(" is a ")[0]
+
+    def distance(self, k: int) -> int:
+        """Edges from the root to the nodes that steps begin with after k thoughts."""
+        return k + 1 if self.compact else k
 
     def classify(self, index: int, output: str, n_thoughts: int) -> str:
         return paths.classify(self.graphs[index], extract_steps(output), _answer_or_nothing(output), n_thoughts)
@@ -141,17 +161,18 @@ class Graphs(Task):
         name = example["idx_to_symbol"][example[which]]
         return name if self.compact else f"{example['idx_to_symbol'][example['root']]} is a {name}."
 
-    def twins(self) -> list[dict]:
-        """Asked about the root of the other candidate, where it has one of its own."""
-        found = []
+    def twins(self) -> list[dict | None]:
+        """Asked about the root of the other candidate, where it has one that does not lead to the right one as well."""
+        found: list[dict | None] = []
         for example, graph in zip(self.examples, self.graphs, strict=True):
-            roots = [name for name in sorted(graph.sources) if graph.other in paths.distances(graph, name)]
+            leads_to = {name: paths.distances(graph, name) for name in sorted(graph.sources)}
+            roots = [name for name, ends in leads_to.items() if graph.other in ends and graph.target not in ends]
             if not roots:
-                raise UserError(f"{example['question'][:40]!r}: the other candidate is under no root of its own")
-            number = example["idx_to_symbol"].index(roots[0])
-            asked, root = example["idx_to_symbol"][example["root"]], roots[0]
-            head, _, tail = example["question"].rpartition(asked)
-            twin = {**example, "question": head + root + tail, "root": number}
+                found.append(None)
+                continue
+            asks = "" if self.compact else "Is "
+            head, _, tail = example["question"].rpartition(asks + graph.root)
+            twin = {**example, "question": head + asks + roots[0] + tail, "root": graph.names.index(roots[0])}
             twin |= {"target": example["neg_target"], "neg_target": example["target"]}
             found.append({**twin, "answer": self.with_answer(twin, "target"), "steps": example["steps"]})
         return found
@@ -177,7 +198,9 @@ def _answer_or_nothing(output: str) -> str:
 
 def load_task(path: Path, count: int | None = None) -> Task:
     """The questions of a data file, and what is known about them. Raises UserError where they are of no known kind."""
-    examples = load_examples(path)[:count]
+    examples = load_examples(path, count)
+    if len(examples) < 2:
+        raise UserError(f"{path} holds a single question: thoughts are held against those of others")
     if all("neg_target" in example for example in examples):
         try:
             return Graphs(examples)
@@ -185,8 +208,24 @@ def load_task(path: Path, count: int | None = None) -> Task:
             raise UserError(f"{path}: {error}") from None
     machine = path.with_name(path.name.rpartition("_")[0] + "_machine.json")
     if machine.is_file():
-        return Machine(examples, json.loads(machine.read_text(encoding="utf-8"))["permutations"])
+        return _load_machine(examples, path, machine)
     raise UserError(
         f"{path} is of no kind that can be analysed: neither graphs with ProsQA's fields, nor state tracking with "
         f"{machine.name} beside it"
     )
+
+
+def _load_machine(examples: list[dict], path: Path, machine: Path) -> Machine:
+    """State tracking; raises UserError where the questions are not of this machine."""
+    try:
+        task = Machine(examples, json.loads(machine.read_text(encoding="utf-8"))["permutations"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(f"{machine} is not what preprocessing/machine.py wrote ({error!r})") from None
+    for number, example in enumerate(examples):
+        try:
+            followed = task.question_of(example["question"][:1], example["question"][1:])
+        except (KeyError, IndexError):
+            followed = None
+        if followed is None or any(example[field] != value for field, value in followed.items()):
+            raise UserError(f"{path}: record {number} (counted from 0) is no question of {machine}")
+    return task

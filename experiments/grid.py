@@ -9,7 +9,7 @@
 Every run is run.py's own: training, then an evaluation on the test split. Finished runs are not repeated, and killed
 ones go on where they were: start the same command again. A signal stops the runs, which save first. A run that
 results/NAME.json remembers, with the same keys and data, counts as finished where its checkpoint is gone (not so with
---anew).
+--anew). What it remembers of other keys stays there, and out of the table.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ import signal
 import subprocess
 import sys
 import threading
+import typing
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
+from types import NoneType, UnionType
 
 import yaml
 
@@ -36,7 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing")]
 from config import Config
 from curriculum import stage_name
-from utils import UserError, read_log, report, tell
+from examples import load_examples
+from utils import UserError, read_log, report, tell, writing
 
 # ---------------------------------------------------------------------------------------------------------------
 # What a grid is
@@ -95,7 +98,7 @@ def read_grid(path: Path) -> Grid:
     problems: list[str] = []
     known = _known(Grid, values, str(path), problems)
     for name in ("title", "base", "save_path", "runs", "test_path"):
-        if name not in known:
+        if name not in values:
             problems.append(f"{path} lacks {name!r}")
     for name in ("runs", "beginnings"):
         specs = known.get(name) or {}
@@ -119,15 +122,43 @@ def read_grid(path: Path) -> Grid:
 
 
 def _known(cls, values, where: str, problems: list[str]) -> dict:
-    """The fields of a class that are set; what is no field of it is a problem."""
-    names = {item.name for item in fields(cls)}
+    """The fields of a class that are set; what is no field of it, or of another type, is a problem."""
+    kinds = typing.get_type_hints(cls)
     if not isinstance(values, dict):
         problems.append(f"{where} must hold `key: value` lines")
         return {}
-    for name in values.keys() - names:
-        close = difflib.get_close_matches(str(name), names, 1)
-        problems.append(f"{where}: unknown key {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in names}
+    found = {}
+    for name, value in values.items():
+        if name not in kinds:
+            close = difflib.get_close_matches(str(name), kinds, 1)
+            problems.append(f"{where}: unknown key {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
+        elif not _is_of(value, kinds[name]):
+            problems.append(f"{where}: {name!r} must be {_in_words(kinds[name])}, not {value!r}")
+        else:
+            found[name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def _options(kind) -> list:
+    return list(typing.get_args(kind)) if isinstance(kind, UnionType) else [kind]
+
+
+def _is_of(value, kind) -> bool:
+    """Whether what YAML has read is of the annotated type of a field."""
+    for option in _options(kind):
+        plain, inner = typing.get_origin(option) or option, typing.get_args(option)
+        if plain is tuple and isinstance(value, list) and all(isinstance(item, inner[0]) for item in value):
+            return True
+        if plain is not tuple and isinstance(value, (int, float) if plain is float else plain):
+            return True
+    return False
+
+
+def _in_words(kind) -> str:
+    words = {dict: "`key: value` lines", str: "text", float: "a number", tuple[int, ...]: "a list of whole numbers"}
+    words |= {tuple[str, ...]: "a list of texts"}
+    known = [option for option in _options(kind) if option is not NoneType]
+    return " or ".join(words[option if option in words else typing.get_origin(option)] for option in known)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -155,7 +186,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        return Path(self.grid.save_path) / self.name
+        return self.config.run_dir
 
     @property
     def begin(self) -> Job | None:
@@ -186,7 +217,26 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        return self.is_trained and (self.run in self.grid.beginnings or (self.folder / "eval/metrics.json").is_file())
+        return self.is_trained and (self.run in self.grid.beginnings or self.is_evaluated)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether there is an evaluation, a whole one, on the questions that are now in test_path."""
+        if not (self.folder / "eval/metrics.json").is_file():
+            return False
+        try:
+            answered = [prediction["question"] for prediction in self.predictions()]
+        except (OSError, ValueError):
+            return False  # the evaluation was killed while it wrote
+        return answered == [example["question"] for example in self.test_examples()]
+
+    def predictions(self) -> list[dict]:
+        """Of its evaluation, in the order of the questions. Raises OSError and ValueError where it is not whole."""
+        text = (self.folder / "eval/predictions.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.removesuffix("\n").split("\n")]  # an output may hold U+2028
+
+    def test_examples(self) -> list[dict]:
+        return load_examples(self.grid.test_path, self.config.max_eval_examples)
 
     def commands(self) -> list[list[str]]:
         """What is still to do: to train, and to evaluate on the test split."""
@@ -232,14 +282,21 @@ def prepare(grid: Grid) -> None:
                 raise UserError(f"{path} could not be made by {script}: {last_line}")
 
 
-def read_results(grid: Grid, out: Path) -> dict[str, dict]:
-    """What an earlier report holds: digest of a job -> its row. Raises UserError where the file is damaged."""
+def read_results(grid: Grid, out: Path) -> dict[str, list[dict]]:
+    """The rows of each run in an earlier report; those of an old one lack the digest. Raises UserError where the file
+    is damaged."""
     path = out / f"{grid.name}.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return {row["digest"]: row for rows in results.values() for row in rows}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not what this program wrote ({error!r}); move it away, or use --anew") from None
+        by_digest(results)
+        return results
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not what this program wrote ({error!r}); move it away") from None
+
+
+def by_digest(results: dict[str, list[dict]]) -> dict[str, dict]:
+    """Digest of a job -> its row, for the rows that say with which keys they were made."""
+    return {row["digest"]: row for rows in results.values() for row in rows if "digest" in row and "seed" in row}
 
 
 def jobs_of(
@@ -362,7 +419,9 @@ class News:
 def run_commands(job: Job, devices: str | None) -> list[str]:
     """Runs what a job still needs, with its output in a file beside the run's folder; returns what went wrong."""
     log = job.folder.parent / "logs" / f"{job.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    with writing(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
     for command in job.commands():
         if CHILDREN.stopping.is_set():
             return []
@@ -435,24 +494,29 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if min(options.jobs, options.gpus) < 1 or not min(options.peak, options.utilisation) > 0:
+        parser.error("--jobs and --gpus must be at least 1, --peak and --utilisation more than 0")
+    if fixed := {"name", "seed"} & {text.partition("=")[0] for text in options.set}:
+        parser.error(f"--set cannot set {' and '.join(sorted(fixed))}: each run has its own")
     try:
         grid = read_grid(options.grid)
         jobs = jobs_of(grid, options.only, options.seeds, tuple(options.set), options.gpus)
         prepare(grid)
-        recorded = {} if options.anew else read_results(grid, options.out)
-        waiting = left_of(jobs, recorded)
+        results = read_results(grid, options.out)
+        waiting = left_of(jobs, {} if options.anew else by_digest(results))
         if options.dry_run:
             from costs import print_plan
 
             print_plan(jobs, waiting, options.peak * options.utilisation)
             return 0
         for job in jobs:
-            Config.from_file(job.base, job.spec.overrides)  # mistakes are found before the first run
+            Config.from_file(job.base, [*job.spec.overrides, *job.more])  # mistakes are found before the first run
         if options.slurm is not None:
             from slurm_array import write_array
 
-            tell(write_array(jobs, options.grid, options.slurm))
+            tell(write_array(waiting, options.grid, options.slurm))
             return 0
         check_folders(jobs)
         try:
@@ -463,10 +527,11 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             from tables import write_report
 
+            results = read_results(grid, options.out)  # again: another grid may have written it
             shown = jobs_of(grid, None, options.seeds, tuple(options.set), options.gpus)
-            seeds = {job.seed for job in shown} | {row["seed"] for row in recorded.values()}
+            seeds = {job.seed for job in shown} | {row["seed"] for row in by_digest(results).values()}
             every = jobs_of(grid, None, sorted(seeds), tuple(options.set), options.gpus)
-            tell(write_report(grid, every, recorded, {job.name for job in shown}, options.out))
+            tell(write_report(grid, every, results, {job.name for job in shown}, options.out))
     except UserError as error:
         return report(error)
     return 0

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import writing
+from utils import write_whole
 
 if TYPE_CHECKING:
     from grid import Job
@@ -16,7 +16,7 @@ SCRIPT = """\
 # {title}
 #
 #     sbatch {script}
-#     python experiments/grid.py {grid} --report      # once they are done, or before
+#     python experiments/grid.py {grid}{keys} --report      # once they are done, or before
 #
 # A task that nears its time limit, or is preempted, saves, goes back into the queue, and continues. Adapt the lines
 # below to your cluster.
@@ -39,31 +39,33 @@ tasks=(
 {tasks}
 )
 read -ra chosen <<< "${{tasks[$SLURM_ARRAY_TASK_ID]}}"
-run_steps on_nodes python experiments/grid.py {grid} --jobs 1 --gpus {n_gpus} "${{chosen[@]}}" \\
+run_steps on_nodes python experiments/grid.py {grid} --jobs 1 --gpus {n_gpus} "${{chosen[@]}}"{keys} \\
     --out "{save_path}/reports/$SLURM_ARRAY_TASK_ID"
 """
 
 
 def write_array(jobs: list[Job], grid: Path, script: Path) -> str:
-    """Writes the script; returns what to do with it. Raises UserError where it cannot be written."""
+    """Writes the script for the jobs that are left; returns what to do with it. Raises UserError where it cannot be
+    written."""
     groups: dict[tuple[str, int], list[str]] = {}
     for job in jobs:
         if job.run in job.grid.runs:
             first = job.spec.begins_with or job.run
             groups.setdefault((first, job.seed), []).append(job.run)
+    if not groups:
+        return "nothing is left to run, and no script written"
     tasks = [f"--only {' '.join(map(shlex.quote, runs))} --seeds {seed}" for (_, seed), runs in groups.items()]
     text = SCRIPT.format(
         title=jobs[0].grid.title,
         name=jobs[0].grid.name,
         grid=grid,
         script=script,
-        save_path=jobs[0].grid.save_path,
+        save_path=jobs[0].config.save_path,
+        keys=f" --set {shlex.join(jobs[0].more)}" if jobs[0].more else "",
         n_gpus=jobs[0].n_gpus,
         n_cpus=8 * jobs[0].n_gpus,
         last=len(tasks) - 1,
         tasks="\n".join(f'    "{task}"' for task in tasks),
     )
-    with writing(script):
-        script.parent.mkdir(parents=True, exist_ok=True)
-        script.write_text(text, encoding="utf-8")
+    write_whole(script, text)
     return f"{len(tasks)} tasks; start them with: sbatch {script}"

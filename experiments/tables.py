@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import shortcuts
 
+from checkpoint import changes
 from examples import load_examples
-from utils import writing
+from utils import write_whole, writing
 
 if TYPE_CHECKING:
     from grid import Grid, Job
@@ -23,39 +24,53 @@ LEARNT = 0.9  # from this accuracy on a seed counts as having learnt the task
 RESAMPLES = 10_000
 
 
-def write_report(grid: Grid, jobs: list[Job], recorded: dict[str, dict], shown: set[str], out: Path) -> str:
+def write_report(grid: Grid, jobs: list[Job], before: dict[str, list[dict]], shown: set[str], out: Path) -> str:
     """Writes what the finished runs have come to; returns the table, and where the rest is. The numbers are of all
-    jobs, table and figure of those whose names are shown. Raises UserError."""
-    everything = collect(grid, jobs, recorded)
+    jobs, and what the file held before of others; table and figure are of the jobs whose names are shown. Raises
+    UserError."""
+    everything = collect(grid, jobs, before)
     results = {run: [row for row in rows if f"{run}-{row['seed']}" in shown] for run, rows in everything.items()}
     results = {run: rows for run, rows in results.items() if rows}
     if not results:
         return f"no run of {grid.name} is finished"
+    write_whole(out / f"{grid.name}.json", json.dumps(with_others(everything, before), indent=1) + "\n")
+    write_whole(out / f"{grid.name}.md", as_text(grid, results))
     with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"{grid.name}.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-        (out / f"{grid.name}.md").write_text(as_text(grid, results), encoding="utf-8")
-        draw(grid, results, out / f"{grid.name}.png")
+        draw(grid, results, {job.run for job in jobs if job.config.method != "icot"}, out / f"{grid.name}.png")
     rows = table(grid, results)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, "", f"the report: {out / grid.name}.md; its figure: {out / grid.name}.png"])
 
 
-def collect(grid: Grid, jobs: list[Job], recorded: dict[str, dict]) -> dict[str, list[dict]]:
+def with_others(results: dict[str, list[dict]], before: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The rows, and those of before that are of other keys, or that do not say of which and have no successor."""
+    digests = {row["digest"] for rows in results.values() for row in rows}
+    found = {}
+    for run in dict.fromkeys([*results, *before]):
+        rows = results.get(run, [])
+        seeds = {row["seed"] for row in rows}
+        others = (row for row in before.get(run, []) if row.get("digest") not in digests)
+        found[run] = rows + [row for row in others if "digest" in row or row["seed"] not in seeds]
+    return found
+
+
+def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """run -> for each finished seed, from its folder or as it was recorded under its digest: "seed", "digest"; of the
     test split "accuracy", "by_steps" (number of steps -> accuracy), "tokens", "seconds_per_example" (in batches),
     "correct" (a 0 or 1 for each question); "seconds" of training and validation; "epochs", for the curves."""
-    n_steps = [len(example["steps"]) for example in load_examples(grid.test_path)] if jobs else []
+    recorded = {row["digest"]: row for rows in before.values() for row in rows if "digest" in row}
     results: dict[str, list[dict]] = {}
     for job in jobs:
-        if job.run not in grid.runs or not (job.is_done or job.digest in recorded):
+        if job.run not in grid.runs:
             continue
-        if not job.is_done:
-            results.setdefault(job.run, []).append(recorded[job.digest])
+        # a folder may hold a run with other keys, of which there was no complaint as it was not asked for
+        if not job.is_done or changes(job.config, job.folder):
+            if job.digest in recorded:
+                results.setdefault(job.run, []).append(recorded[job.digest])
             continue
-        lines = (job.folder / "eval" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-        correct = [int(json.loads(line)["correct"]) for line in lines]
+        n_steps = [len(example["steps"]) for example in job.test_examples()]
+        correct = [int(prediction["correct"]) for prediction in job.predictions()]
         metrics = json.loads((job.folder / "eval" / "metrics.json").read_text(encoding="utf-8"))
         epochs = [*(job.begin.epochs() if job.begin else ()), *job.epochs()]
         by_steps = {
@@ -172,8 +187,9 @@ def rules(grid: Grid) -> list[str]:
     return [f"What cheap rules get on them, for {' / '.join(map(str, steps))} steps: {', '.join(shares)}.", ""]
 
 
-def draw(grid: Grid, results: dict[str, list[dict]], path: Path) -> None:
-    """Validation accuracy by epoch: a line a seed, a colour and a marker a run; dotted where a stage begins."""
+def draw(grid: Grid, results: dict[str, list[dict]], staged: set[str], path: Path) -> None:
+    """Validation accuracy by epoch: a line a seed, a colour and a marker a run; dotted where a stage begins, of the
+    runs whose stages are of steps and not of tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,8 +202,8 @@ def draw(grid: Grid, results: dict[str, list[dict]], path: Path) -> None:
             epochs = [record["epoch"] + 1 for record in row["epochs"]]
             accuracy = [100 * record["accuracy"] for record in row["epochs"]]
             panel.plot(epochs, accuracy, label=(grid.runs[run].label or run) if place == 0 else None, **style)
-    staged = max((row["epochs"] for rows in results.values() for row in rows), key=lambda epochs: epochs[-1]["stage"])
-    for before, record in pairwise(staged):
+    courses = [row["epochs"] for run, rows in results.items() if run in staged for row in rows if row["epochs"]]
+    for before, record in pairwise(max(courses, key=lambda epochs: epochs[-1]["stage"], default=[])):
         if record["stage"] != before["stage"]:
             panel.axvline(record["epoch"] + 0.5, color="0.7", linestyle=":")
             place = {"x": record["epoch"] + 0.55, "y": 1.01, "transform": panel.get_xaxis_transform()}

@@ -13,13 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from analysis import __main__ as command
-from analysis import interventions, probe, search, sweep
+from analysis import interventions, paths, probe, report, search, sweep
 from analysis.subject import Change, Subject
 from analysis.tasks import Graphs, Machine, load_task
 from coconut import Coconut
 from config import Config
 from generate import Asked
 from pretrained import load_tokenizer, mark
+from utils import UserError
 
 SURE = -30.0  # a logit of what is not said
 
@@ -327,38 +328,115 @@ def test_sentences_have_twins_and_orders_too():
 # ---- values of names of several tokens ----
 
 
-@pytest.mark.parametrize("markers", ["both", "none"])
-def test_a_value_is_the_product_of_its_tokens_probabilities(tmp_path, markers):
-    """Against whole sequences without a cache; batches of questions of different lengths, edited thoughts too."""
-    settings = prosqa.Settings(min_hops=2, max_hops=3, nodes_a_side=4)
-    examples = prosqa.make_splits({"test": 5}, settings, 5)["test"]
-    (tmp_path / "data.json").write_text(json.dumps(examples))
-    tiny_model.write_model([tmp_path / "data.json"], tmp_path / "model", "char", "llama", 16, 2, 2, 1024)
-    config = Config(model_id=str(tmp_path / "model"), latent_markers=markers)
+def random_subject(folder, examples, markers="both") -> Subject:
+    """A subject whose model has random weights and a token for each character."""
+    (folder / "data.json").write_text(json.dumps(examples))
+    tiny_model.write_model([folder / "data.json"], folder / "model", "char", "llama", 16, 2, 2, 1024)
+    config = Config(model_id=str(folder / "model"), latent_markers=markers)
     tokenizer = load_tokenizer(config)
     marks = mark(tokenizer, "coconut")
     torch.manual_seed(1)
-    shape = LlamaConfig.from_pretrained(tmp_path / "model", vocab_size=len(tokenizer), torch_dtype="float32")
+    shape = LlamaConfig.from_pretrained(folder / "model", vocab_size=len(tokenizer), torch_dtype="float32")
     model = Coconut(LlamaForCausalLM(shape).float(), marks.latent, marks.start, marks.end, marks.eos).eval()
-    subject = Subject(Asked(model, tokenizer, marks, config, 2), examples, 2, batch=2)
-    names = [[" lempus", " rorpus", " tumpus"][: 2 + index % 2] for index in range(5)]
+    return Subject(Asked(model, tokenizer, marks, config, 2), examples, 2, batch=6)
+
+
+def sentences_of(count: int) -> list[dict]:
+    return prosqa.make_splits({"test": count}, prosqa.Settings(min_hops=2, max_hops=3, nodes_a_side=4), 5)["test"]
+
+
+def log_probability(subject: Subject, index: int, forced: str, name: str, change: Change | None = None) -> float:
+    """Of a name after a question, its thoughts and what is forced: a whole sequence, without a cache."""
+    (model, tokenizer, marks, config, _), example = subject.asked, subject.examples[index]
+    latents = [marks.latent] * subject.n_thoughts
+    if config.latent_markers == "both":
+        latents = [marks.start, *latents, marks.end]
+    before = [*tokenizer(example["question"] + "\n")["input_ids"], *latents, *tokenizer(forced)["input_ids"]]
+    ids = [*before, *tokenizer(name)["input_ids"]]
+    edit = change.of(slice(index, index + 1)) if change else None
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]), edit=edit).logits[0].log_softmax(-1)
+    return sum(logits[place - 1, ids[place]] for place in range(len(before), len(ids))).item()
+
+
+@pytest.mark.parametrize("markers", ["both", "none"])
+def test_a_value_is_the_product_of_its_tokens_probabilities(tmp_path, markers):
+    """Against whole sequences without a cache; batches of questions of different lengths, edited thoughts too."""
+    subject = random_subject(tmp_path, sentences_of(5), markers)
+    names = [["lempus", "rorpus", "tumpus"][: 2 + index % 2] for index in range(5)]
     content = torch.randn(5, 2, 16)
     for change in (None, Change(content, frozenset({1}))):
-        found = subject.values(names, "Every", change=change)
+        found = subject.values(names, "Every ", change=change)
         for index, row in enumerate(names):
             for number, name in enumerate(row):
-                question = tokenizer(examples[index]["question"] + "\n")["input_ids"]
-                latents = [marks.latent] * 2
-                before = [*question, marks.start, *latents, marks.end] if markers == "both" else [*question, *latents]
-                every = tokenizer("Every")["input_ids"]
-                ids = [*before, *every, *tokenizer(name)["input_ids"]]
-                edit = change.of(slice(index, index + 1)) if change else None
-                logits = model(torch.tensor([ids]), edit=edit).logits[0].log_softmax(-1)
-                begin = len(before) + len(every)
-                # the space that all names begin with is forced as well
-                wanted = sum(logits[place - 1, ids[place]] for place in range(begin + 1, len(ids))).exp()
-                assert found[index, number] == pytest.approx(wanted.item(), rel=1e-4)
+                wanted = np.exp(log_probability(subject, index, "Every ", name, change))
+                assert found[index, number] == pytest.approx(wanted, rel=1e-4)
         assert found[0, 2] == 0
+
+
+def test_a_value_does_not_depend_on_the_other_names(tmp_path):
+    """What all names of a file began with was forced as well, and left out of their values."""
+    subject = random_subject(tmp_path, sentences_of(2))
+    found = subject.values([["Alex is a lempus.", "Alex is a lorpus."]] * 2, "### ")
+    wanted = np.exp(log_probability(subject, 1, "### ", "Alex is a lorpus."))
+    assert found[1, 1] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_names_of_several_tokens_are_few_at_once(tmp_path, monkeypatch):
+    """Each has a copy of its question's cache: 250 questions of 28 names would not fit a GPU."""
+    subject, sizes = random_subject(tmp_path, sentences_of(5)), []
+    plain = Subject._continued
+    monkeypatch.setattr(
+        Subject,
+        "_continued",
+        lambda self, inputs, names, edit: sizes.append(len(names)) or plain(self, inputs, names, edit),
+    )
+    subject.values([["lempus", "rorpus", "tumpus"]] * 5, "Every ")
+    assert sizes == [2, 2, 1]
+
+
+def test_sentences_begin_with_the_node_before(tmp_path):
+    """The name after 'Every' was taken for the one that the step leads to; an answer was forced without its space."""
+    examples = sentences_of(5)
+    task, subject = Graphs(examples), random_subject(tmp_path, examples)
+    assert task.next_name(0, 0) is None  # 'Alex is a lempus.'
+    for index, (graph, example) in enumerate(zip(task.graphs, examples, strict=True)):
+        for k in range(1, len(example["steps"])):
+            name = task.next_name(index, k)
+            assert example["steps"][k].startswith(f"Every {name} is a ")
+            assert name in paths.frontier(graph, task.distance(k))
+    rows = probe.next_step(task, probe.values(subject, task, 2))
+    assert [row["thoughts"] for row in rows] == [1, 2][: max(len(example["steps"]) for example in examples) - 1]
+    last = rows[-1]["thoughts"]
+    subject.n_thoughts = last
+    asked = [index for index, example in enumerate(examples) if len(example["steps"]) > last]
+    wanted = [np.exp(log_probability(subject, index, "Every ", task.next_name(index, last))) for index in asked]
+    assert rows[-1]["value"] == pytest.approx(np.mean(wanted), rel=1e-4)
+    subject.n_thoughts = 2
+    itself = interventions.interventions(subject, task)[0]
+    found = interventions.measure(subject, task, itself, frozenset({0, 1}))
+    wanted = [np.exp(log_probability(subject, index, "### ", e["answer"])) for index, e in enumerate(examples)]
+    assert found["gold"] == pytest.approx(np.mean(wanted), rel=1e-4)
+
+
+def test_there_is_room_for_all_steps_and_the_answer(tmp_path):
+    """After 64 tokens the long answers of sentences were cut off, and counted as wrong."""
+    examples = sentences_of(2)
+    subject, rooms = random_subject(tmp_path, examples), []
+    subject.model.generate = lambda **options: rooms.append(options["max_new_tokens"]) or torch.zeros(2, 1).long()
+    subject.written(0)
+    assert rooms[0] > 64
+    lengths = [sum(len(step) + 1 for step in e["steps"]) + 2 + len(e["answer"]) + 1 for e in examples]  # '###' is one
+    assert rooms[0] == 2 * max(lengths)
+
+
+def test_names_may_have_spaces():
+    """Of a name of several words the last one was looked for."""
+    example = sentences_of(1)[0]
+    old = Graphs([example]).next_name(0, 1)
+    new = f"big {old}"
+    example = json.loads(json.dumps(example).replace(old, new))
+    assert Graphs([example]).next_name(0, 1) == new
 
 
 # ---- the program ----
@@ -404,6 +482,107 @@ def test_the_page_has_every_part_and_can_be_made_again(trained, tmp_path, kind, 
     assert {row["kind"] for row in rows} == {"control", "content", "donor", "removal"}
     assert command.main([*arguments, "--only", "sweep"]) == 0
     assert (tmp_path / "index.html").read_text() == text
+
+
+def test_numbers_of_two_analyses_are_not_mixed(trained, tmp_path, capsys):
+    """What was kept had another control, or other questions: a traceback, or a page that said nothing of it."""
+    data = ["--data", str(trained / "machine_test.json"), "--out", str(tmp_path)]
+    own, control = [str(trained / "machine-last"), *data], ["--control", str(trained / "machine-pause")]
+    assert command.main([*own, *control, "--only", "sweep", "examples"]) == 0
+    before = (tmp_path / "about.json").read_text()
+    assert command.main([*own, "--only", "probe"]) == 2
+    assert "holds sweep, examples of another analysis (about.json): measure all parts" in capsys.readouterr().err
+    assert (tmp_path / "about.json").read_text() == before
+    assert command.main([*own, "--only", "sweep", "examples", "--show", "100"]) == 0  # nothing of the old is left
+    assert json.loads((tmp_path / "examples.json").read_text()) == {"Coconut": []}
+    with pytest.raises(SystemExit):
+        command.main([*own, "--names", "a", "a"])
+
+
+def test_a_control_may_have_fewer_thoughts(trained, tmp_path):
+    """A traceback: the page looked for places that it does not have."""
+    about = {"kind": "graphs", "states": 5}
+    rows = [{"kind": "control", "name": "itself", "place": place, "accuracy": 0.5} for place in ("all", "thought 1")]
+    rows += [{**row, "name": name} for row in rows for name in ("mean", "noise", "any other question", "the twin")]
+    of = {"rows": rows, "another question": {}, "fewer": []}
+    few = {**of, "rows": [row for row in rows if row["place"] == "all"]}
+    assert "thought 1" in report.interventions_section({"a": few, "b": of}, about).figures[1].svg
+
+
+def test_few_questions_have_no_numbers_instead_of_a_traceback(tracking, searching):
+    """A mean of nothing is no number, and a probe fitted to nothing is none."""
+    subject, task = tracking
+    few = Machine(sorted(task.examples, key=lambda example: len(example["steps"]))[-1:], task.permutations)
+    few.examples += [example for example in task.examples if len(example["steps"]) == 2][:2]
+    rows = probe.decoded(subject.asking(few.examples), few)
+    assert [row["questions"] for row in rows] == [3, 3, 1, 1]
+    assert rows[-1]["probe"] is None
+    assert rows[0]["probe"] is not None
+    subject, task = searching
+    nobody = interventions.Intervention("none", "donor", subject.thoughts(), (None,) * len(task.examples))
+    found = interventions.measure(subject, task, nobody, frozenset({0}))
+    assert {found[key] for key in ("accuracy", "donor", "gold", "T", "escape")} == {None}
+    assert probe.close_up(subject, task, []) == []
+
+
+def test_a_twin_has_one_answer():
+    """Its root might lead to both candidates: no answer was another question's."""
+    edges = [[0, 2], [1, 3], [4, 2], [4, 3]]  # Adam leads to both, Wren to the other one
+    facts = "Tom is a wug. Wren is a dax. Adam is a wug. Adam is a dax."
+    names = {"idx_to_symbol": ["Tom", "Wren", "wug", "dax", "Adam"], "edges": edges}
+    asked = {"root": 0, "target": 2, "neg_target": 3, "answer": "Tom is a wug.", "steps": ["Tom is a wug."]}
+    example = {"question": f"{facts} Is Tom a wug or dax?", **names, **asked}
+    (twin,) = Graphs([example]).twins()
+    assert twin["question"] == f"{facts} Is Wren a wug or dax?"
+    assert twin["answer"] == "Wren is a dax."
+    without = {**example, "edges": [edge for edge in edges if edge != [1, 3]]}
+    assert Graphs([without]).twins() == [None]
+
+
+def test_questions_of_another_machine_are_refused(trained, tmp_path):
+    for name in ("machine_test.json", "machine_machine.json"):
+        (tmp_path / name).write_text((trained / name).read_text())
+    examples = json.loads((tmp_path / "machine_test.json").read_text())
+    load_task(tmp_path / "machine_test.json")
+    for question in ("", "aB", examples[1]["question"] + "a"):
+        examples[1]["question"] = question
+        (tmp_path / "machine_test.json").write_text(json.dumps(examples))
+        with pytest.raises(UserError, match=r"record 1 \(counted from 0\) is no question of .*machine_machine.json"):
+            load_task(tmp_path / "machine_test.json")
+    for text in ("{", "[]", "{}", '{"permutations": {}}'):
+        (tmp_path / "machine_machine.json").write_text(text)
+        with pytest.raises(UserError, match=r"machine_machine.json is not what preprocessing/machine.py wrote"):
+            load_task(tmp_path / "machine_test.json")
+
+
+def test_a_damaged_graph_is_named(trained, tmp_path):
+    examples = json.loads((trained / "mirror_test.json").read_text())
+    del examples[2]["edges"]
+    (tmp_path / "graphs.json").write_text(json.dumps(examples))
+    with pytest.raises(UserError, match=r"graphs.json: record 2 \(counted from 0\): the example lacks 'edges'"):
+        load_task(tmp_path / "graphs.json")
+    (tmp_path / "graphs.json").write_text(json.dumps(examples[:1]))
+    with pytest.raises(UserError, match=r"graphs.json holds a single question"):
+        load_task(tmp_path / "graphs.json")
+
+
+def test_thoughts_are_one_a_step(trained, tmp_path):
+    """The k-th of two a step was measured as the k-th step."""
+    (tmp_path / "two").symlink_to(sorted((trained / "machine-last").glob("checkpoint_*"))[-1])
+    folder = tmp_path / "checkpoint_1"
+    folder.mkdir()
+    for path in (tmp_path / "two").iterdir():
+        if path.name != "coconut.json":
+            (folder / path.name).symlink_to(path)
+    description = json.loads((tmp_path / "two" / "coconut.json").read_text())
+    examples = json.loads((trained / "machine_test.json").read_text())
+    for changed, complaint in (
+        ({"c_thought": 2}, r"has 2 thoughts a step \(c_thought\)"),
+        ({"stage": 0}, r"no thoughts to look at: it is of method coconut, stage 0 \(--thoughts K asks it with K\)"),
+    ):
+        (folder / "coconut.json").write_text(json.dumps(description | changed))
+        with pytest.raises(UserError, match=complaint):
+            Subject.load(str(folder), examples)
 
 
 @pytest.mark.parametrize(

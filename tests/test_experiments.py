@@ -130,6 +130,12 @@ def tokens(step: str) -> str:
         ({"runs": {"coconut": {"key": {}}}}, "coconut: unknown key 'key': did you mean 'keys'?"),
         ({"controls": ["nobody"]}, "control 'nobody' is no run of the grid"),
         ({"base": "none.yaml"}, "none.yaml: No such file"),
+        ({"runs": ["coconut"]}, "'runs' must be `key: value` lines, not ['coconut']"),
+        ({"seeds": 3}, "'seeds' must be a list of whole numbers, not 3"),
+        ({"seeds": ["a"]}, "'seeds' must be a list of whole numbers, not ['a']"),
+        ({"controls": "pause"}, "'controls' must be a list of texts, not 'pause'"),
+        ({"runs": {"coconut": {"paper": 97.0}}}, "coconut: 'paper' must be text, not 97.0"),
+        ({"runs": {"coconut": {"keys": None}}}, "coconut: 'keys' must be `key: value` lines, not None"),
     ],
 )
 def test_what_is_wrong_with_a_grid_is_one_sentence(place, tmp_path, change, complaint, capsys):
@@ -194,6 +200,151 @@ def test_what_a_report_remembers_is_not_run_again(place, started, tmp_path, caps
     capsys.readouterr()
     assert grid.main([*moved, "--seeds", "3"]) == 2
     assert "small.json is not what this program wrote" in capsys.readouterr().err
+
+
+def moved(place, folder, **changed) -> list[str]:
+    """The arguments of the small grid, with other keys, whose runs and results are in a folder of their own."""
+    content = yaml.safe_load((place / "small.yaml").read_text()) | {"save_path": str(folder / "runs")} | changed
+    (folder / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return [str(folder / "small.yaml"), "--jobs", "1", "--out", str(folder)]
+
+
+def remembered(folder) -> dict[str, list[dict]]:
+    return json.loads((folder / "small.json").read_text())
+
+
+def test_no_result_is_lost_with_a_report_of_others(place, started, tmp_path):
+    """With --set, --anew or another key, what results/NAME.json remembered of other runs was overwritten."""
+    arguments = moved(place, tmp_path, beginnings={}, runs={"pause": {}, "coconut": {}})
+    assert grid.main(arguments) == 0
+    first = remembered(tmp_path)
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    assert grid.main([*arguments, "--only", "pause", "--anew"]) == 0
+    assert remembered(tmp_path)["coconut"] == first["coconut"]
+    (tmp_path / "runs").rename(tmp_path / "gone too")
+    assert grid.main([*arguments, "--only", "pause", "--set", "lr=0.5"]) == 0
+    (other, own) = remembered(tmp_path)["pause"]
+    assert other["digest"] != own["digest"] == first["pause"][0]["digest"]
+    assert remembered(tmp_path)["coconut"] == first["coconut"]
+    assert "| coconut |" not in (tmp_path / "small.md").read_text()  # there is none with lr=0.5
+    started.clear()
+    (tmp_path / "runs").rename(tmp_path / "gone as well")
+    assert grid.main(arguments) == 0
+    assert started == []
+
+
+def test_results_without_a_digest_give_way(place, started, tmp_path):
+    """A file of an earlier version was refused."""
+    rows = [{"seed": 3, "accuracy": 0.25}, {"seed": 4, "accuracy": 0.5}]
+    (tmp_path / "small.json").write_text(json.dumps({"pause": rows, "gone": rows}))
+    assert grid.main([*moved(place, tmp_path), "--only", "pause"]) == 0
+    new, old = remembered(tmp_path)["pause"]
+    assert new["seed"] == 3
+    assert "digest" in new
+    assert old == rows[1]
+    assert remembered(tmp_path)["gone"] == rows
+
+
+def test_a_folder_with_other_keys_is_no_result(place, started, tmp_path, capsys):
+    """Where another run was asked for, its old result was taken for that of the new keys, and remembered so."""
+    assert grid.main([*moved(place, tmp_path), "--only", "pause"]) == 0
+    before = remembered(tmp_path)["pause"]
+    keys = {"thought": "pause", "lr": 0.5}
+    content = yaml.safe_load((tmp_path / "small.yaml").read_text())
+    arguments = moved(place, tmp_path, runs=content["runs"] | {"pause": {"keys": keys}})
+    assert grid.main([*arguments, "--only", "coconut", "--seeds", "3"]) == 0
+    assert remembered(tmp_path)["pause"] == before
+    assert "| pause |" not in (tmp_path / "small.md").read_text()
+
+
+@pytest.mark.parametrize("change", ["other questions", "half a line", "no line"])
+def test_an_evaluation_is_of_all_questions_or_done_again(place, started, tmp_path, change):
+    """A traceback where it was killed as it wrote, or where the test split had been made anew."""
+    (tmp_path / "test.json").write_text((place / "test.json").read_text())
+    arguments = [*moved(place, tmp_path, test_path=str(tmp_path / "test.json")), "--only", "pause"]
+    assert grid.main(arguments) == 0
+    started.clear()
+    (tmp_path / "small.json").unlink()
+    predictions = tmp_path / "runs/pause-3/eval/predictions.jsonl"
+    if change == "other questions":
+        (tmp_path / "test.json").write_text(json.dumps(json.loads((place / "test.json").read_text())[:4]))
+    elif change == "half a line":
+        predictions.write_text(predictions.read_text()[:-20])
+    else:
+        predictions.unlink()
+    assert grid.main(arguments) == 0
+    assert [name_of(command) for command in started] == ["pause-3 test"]
+    assert len(remembered(tmp_path)["pause"][0]["correct"]) == (4 if change == "other questions" else 6)
+
+
+def test_a_part_of_the_test_split_is_reported_too(place, started, tmp_path):
+    """A traceback: the report counted the steps of all questions."""
+    assert grid.main([*moved(place, tmp_path), "--only", "pause", "--set", "max_eval_examples=2"]) == 0
+    assert len(remembered(tmp_path)["pause"][0]["correct"]) == 2
+    predictions = tmp_path / "runs/pause-3/eval/predictions.jsonl"
+    predictions.write_text(predictions.read_text().replace('"output": "', '"output": "\u2028'))  # a line break to some
+    (job,) = grid.jobs_of(grid.read_grid(tmp_path / "small.yaml"), ["pause"], [3], ("max_eval_examples=2",))
+    assert job.is_done
+
+
+def test_results_are_never_half_written(place, started, tmp_path, monkeypatch, capsys):
+    """A kill in the middle of writing left a torn file, and all of its results were lost."""
+    arguments = [*moved(place, tmp_path), "--only", "pause"]
+    assert grid.main(arguments) == 0
+    before = (tmp_path / "small.json").read_text()
+
+    def torn(path, text, **_):
+        path.open("w").write(text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", torn)
+    capsys.readouterr()
+    assert grid.main([*arguments, "--report"]) == 2
+    assert "small.json cannot be written: No space left on device" in capsys.readouterr().err
+    assert (tmp_path / "small.json").read_text() == before
+
+
+def test_keys_of_the_command_line_reach_every_run(place, started, tmp_path, capsys):
+    """With --set save_path the grid looked for its runs elsewhere, and --set could not mend a file's missing path."""
+    base = yaml.safe_load((place / "base.yaml").read_text()) | {"val_path": "YOUR_PATH_TO_VALID"}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    arguments = [*moved(place, tmp_path, base=str(tmp_path / "base.yaml")), "--only", "pause"]
+    assert grid.main(arguments) == 2
+    keys = [f"save_path={tmp_path / 'there'}", f"val_path={place / 'valid.json'}"]
+    assert grid.main([*arguments, "--set", *keys]) == 0
+    assert (tmp_path / "there/pause-3/eval/metrics.json").is_file()
+    assert "| pause |" in (tmp_path / "small.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "options", [["--jobs", "0"], ["--gpus", "0"], ["--peak", "0"], ["--set", "name=a"], ["--set", "lr=1", "seed=2"]]
+)
+def test_options_that_cannot_be(place, tmp_path, options, capsys):
+    with pytest.raises(SystemExit):
+        grid.main([str(place / "small.yaml"), "--out", str(tmp_path), *options])
+    assert options[0] in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(place, tmp_path, capsys):
+    """A traceback out of the thread of a run."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "logs").write_text("no folder")
+    assert grid.main([*moved(place, tmp_path), "--only", "pause"]) == 2
+    assert "pause-3.log cannot be written: " in capsys.readouterr().err
+
+
+def test_stages_of_tokens_are_not_drawn(place, tmp_path, monkeypatch):
+    """iCoT's number of removed tokens was drawn as the stages of all runs."""
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    stages = {"coconut": [0, 0, 1], "pause": [8, 16, 1 << 30]}  # as if that were iCoT
+    results = {
+        run: [{"epochs": [{"epoch": epoch, "stage": stage, "accuracy": 0.5} for epoch, stage in enumerate(of)]}]
+        for run, of in stages.items()
+    }
+    tables.draw(grid.read_grid(place / "small.yaml"), results, {"coconut"}, tmp_path / "a.png")
+    tables.draw(grid.read_grid(place / "small.yaml"), {"pause": results["pause"]}, {"coconut"}, tmp_path / "a.png")
+    assert [[text.get_text() for text in figure.axes[0].texts] for figure in drawn] == [["stage 1"], []]
 
 
 @pytest.mark.slow
@@ -261,6 +412,19 @@ def test_an_array_has_a_task_for_each_seed_of_what_begins_together(place, tmp_pa
     for line in ("#SBATCH --array=0-2", "#SBATCH --gpus-per-node=4", '    "--only coconut --seeds 4"'):
         assert f"\n{line}\n" in text
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    assert f'"${{chosen[@]}}" --set save_path={tmp_path} ' in text
+
+
+def test_an_array_is_of_what_is_left(place, started, tmp_path, capsys):
+    """What results/NAME.json remembers was run again, and --set was forgotten."""
+    arguments = moved(place, tmp_path)
+    assert grid.main([*arguments, "--only", "pause"]) == 0
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    assert grid.main([*arguments, "--slurm", str(tmp_path / "a.sbatch")]) == 0
+    assert "pause" not in (tmp_path / "a.sbatch").read_text().partition("tasks=(")[2].partition(")")[0]
+    assert grid.main([*arguments, "--only", "pause", "--slurm", str(tmp_path / "b.sbatch")]) == 0
+    assert "nothing is left to run" in capsys.readouterr().out
+    assert not (tmp_path / "b.sbatch").exists()
 
 
 def test_the_report_says_what_cheap_rules_get(place, tmp_path):

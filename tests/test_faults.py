@@ -390,7 +390,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint(place, two_e
 
 FULL_DISKS = {  # what is on a full disk -> overrides, what stands there before
     "metrics.jsonl": (),
-    ".config.yaml": (),
+    "config.yaml": (),
     "eval/predictions.jsonl": ("only_eval=true",),
     "eval/metrics.json": ("only_eval=true",),
     "nonfinite.jsonl": ("lr=1e30", "weight_decay=0", "log_every_steps=1"),
@@ -400,16 +400,17 @@ FULL_DISKS = {  # what is on a full disk -> overrides, what stands there before
 @pytest.mark.parametrize("file", FULL_DISKS)
 def test_a_full_disk_is_one_sentence(place, trained_once, capsys, file):
     """F9: OSError tracebacks; an hour's evaluation printed nothing."""
-    name = "full-" + file.strip(".").replace("/", "-")
+    name = "full-" + file.replace("/", "-")
     target = place / "runs" / name / file
     target.parent.mkdir(parents=True)
-    target.symlink_to("/dev/full")
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    (aside if file == "config.yaml" else target).symlink_to("/dev/full")
     overrides = ["num_epochs=1", "max_train_examples=32", "max_new_tokens=2", f"name={name}", *FULL_DISKS[file]]
     config = Config.from_file(place / "run.yaml", settled(*overrides, f"load_model_path={trained_once}"))
     assert run_module.main(config) == 2
     printed = capsys.readouterr()
     (complaint,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
-    assert f"{target.name.strip('.')} cannot be written: No space left on device" in complaint
+    assert f"{target.name} cannot be written: No space left on device" in complaint
     assert ("accuracy" in printed.out) == config.only_eval  # the table, before it is written
 
 
