@@ -163,18 +163,15 @@ class Subject:
         to go on with `forced` after its thoughts, and then with the name (paper, Section 5.2). 0 where a question has
         fewer names. A space at the end of `forced` is of the name where the tokenizer has it so.
         """
-        count = max(map(len, names))
-
-        def ids_of(text: str) -> list[int]:
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-        tokens = [[ids_of(forced + name) for name in row] for row in names]
-        common = _common_prefix(ids_of(forced), [ids for row in tokens for ids in row])
-        width = max(len(ids) for row in tokens for ids in row) - len(common)
-        rest = torch.full((len(names), count, width), -1)
-        for place, row in enumerate(tokens):
-            for number, ids in enumerate(row):
-                rest[place, number, : len(ids) - len(common)] = torch.tensor(ids[len(common) :])
+        count, every = max(map(len, names)), sorted({name for row in names for name in row})
+        ids = self.tokenizer([forced + name for name in every], add_special_tokens=False)["input_ids"]
+        common = _common_prefix(self.tokenizer(forced, add_special_tokens=False)["input_ids"], ids)
+        width = max(map(len, ids)) - len(common)
+        padded = {
+            name: (row[len(common) :] + [-1] * width)[:width] for name, row in zip(every, ids, strict=True)
+        }  # the same for all questions that have the name
+        missing = [-1] * width
+        rest = torch.tensor([[padded[name] for name in row] + [missing] * (count - len(row)) for row in names])
         found = []
         # each name of several tokens takes a copy of its question's cache
         size = self.batch if width == 1 else max(1, self.batch // count)
