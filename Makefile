@@ -58,7 +58,7 @@ analysis: .venv/installed-dev
 	$(call ANALYSE,checkpoints/state_tracking,data/machine/machine_test.json,results/analysis_machine)
 	$(BIN)/python experiments/grid.py experiments/mirrored2.yaml --anew --jobs 2 --out checkpoints/mirrored2 \
 		--only coconut pause_as_thought --seeds 0
-	$(call ANALYSE,checkpoints/mirrored2,data/mirrored2/mirror_test.json,results/analysis_mirrored)
+	$(call ANALYSE,checkpoints/mirrored2,data/mirrored2/mirror_test.json,results/analysis_mirrored --steps 2 --show 0 1 2 3)
 
 data/prosqa_mini_train.json: preprocessing/prosqa.py | .venv/installed
 	$(BIN)/python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100

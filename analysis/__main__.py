@@ -34,6 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--thoughts", type=int, metavar="K", help="(default: as the last stage was trained)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure anew (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of donors and noise (default: 0)")
+    parser.add_argument("--steps", type=int, metavar="N", help="only questions with so many steps (default: all)")
     parser.add_argument(
         "--show", type=int, nargs="+", default=range(8), help="questions to show whole (default: 0 to 7)"
     )
@@ -148,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> None:
     """Writes FOLDER/PART.json for each part that is asked for, and FOLDER/about.json. Raises UserError."""
-    task = load_task(options.data, options.questions)
+    task = load_task(options.data, options.questions, options.steps)
     checkpoints = dict(zip(options.names, [options.checkpoint, options.control], strict=True))
     subjects = {
         name: Subject.load(checkpoint, task.examples, options.thoughts)
@@ -159,6 +160,7 @@ def measure(options: argparse.Namespace) -> None:
         "kind": task.kind,
         "data": str(options.data),
         "questions": len(task.examples),
+        "steps": options.steps,
         "seed": options.seed,
         "classes": task.classes,
         "checkpoints": {name: checkpoint for name, checkpoint in checkpoints.items() if checkpoint is not None},

@@ -23,7 +23,7 @@ def write_page(folder: Path) -> Path:
     sections = [SECTIONS[part](numbers, about) for part, numbers in found.items() if any(numbers.values())]
     facts = [
         *((f"{name}, {about['thoughts'][name]} thoughts", source) for name, source in about["checkpoints"].items()),
-        ("data", f"{about['data']}, {about['questions']} questions"),
+        ("data", f"{about['data']}, {about['questions']} questions{of_steps(about)}"),
         ("seed of donors and noise", str(about["seed"])),
     ]
     title = "Thoughts: state tracking" if about["kind"] == "machine" else "Thoughts: search in graphs"
@@ -33,6 +33,10 @@ def write_page(folder: Path) -> Path:
             figures.picture(transplant_lines(found["interventions"]), folder / "transplants.png")
     write_whole(path, page(title, answers(found, about), sections, facts))
     return path
+
+
+def of_steps(about: dict) -> str:
+    return "" if about.get("steps") is None else f" of {about['steps']} steps"
 
 
 def read(folder: Path, part: str):

@@ -7,6 +7,8 @@ and graphs with ProsQA's fields (the paper's and the mirrored ones, in sentences
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from analysis import paths
@@ -196,19 +198,33 @@ def _answer_or_nothing(output: str) -> str:
     return extract_answer(output) if "#" in output else ""
 
 
-def load_task(path: Path, count: int | None = None) -> Task:
-    """The questions of a data file, and what is known about them. Raises UserError where they are of no known kind."""
-    examples = load_examples(path, count)
+def load_task(path: Path, count: int | None = None, steps: int | None = None) -> Task:
+    """The first questions of a data file, with `steps` the first that have so many, and what is known about them.
+
+    Raises UserError where they are of no known kind, or too few.
+    """
+    examples = load_examples(path, count if steps is None else None)
+    kind = _kind_of(examples, path)
+    if steps is not None:  # after the records were looked at: what is said of one names its place in the file
+        examples = [example for example in examples if len(example["steps"]) == steps][:count]
     if len(examples) < 2:
-        raise UserError(f"{path} holds a single question: thoughts are held against those of others")
-    if all("neg_target" in example for example in examples):
+        raise UserError(
+            f"{path} holds too few such questions ({len(examples)}): thoughts are held against those of others"
+        )
+    return kind(examples)
+
+
+def _kind_of(examples: list[dict], path: Path) -> Callable[[list[dict]], Task]:
+    """What makes a task of questions of this file. Raises UserError where one is damaged, or of no known kind."""
+    if examples and all("neg_target" in example for example in examples):
         try:
-            return Graphs(examples)
+            Graphs(examples)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+        return Graphs
     machine = path.with_name(path.name.rpartition("_")[0] + "_machine.json")
     if machine.is_file():
-        return _load_machine(examples, path, machine)
+        return partial(Machine, permutations=_load_machine(examples, path, machine).permutations)
     raise UserError(
         f"{path} is of no kind that can be analysed: neither graphs with ProsQA's fields, nor state tracking with "
         f"{machine.name} beside it"

@@ -562,7 +562,7 @@ def test_a_damaged_graph_is_named(trained, tmp_path):
     with pytest.raises(UserError, match=r"graphs.json: record 2 \(counted from 0\): the example lacks 'edges'"):
         load_task(tmp_path / "graphs.json")
     (tmp_path / "graphs.json").write_text(json.dumps(examples[:1]))
-    with pytest.raises(UserError, match=r"graphs.json holds a single question"):
+    with pytest.raises(UserError, match=r"graphs.json holds too few such questions \(1\)"):
         load_task(tmp_path / "graphs.json")
 
 
@@ -601,6 +601,16 @@ def test_what_cannot_be_analysed_is_one_sentence(trained, tmp_path, arguments, c
     assert said.count("\n") == 1
     assert complaint in said
     assert not (tmp_path / "new").exists()
+
+
+def test_questions_of_one_length_can_be_chosen(tmp_path):
+    sizes = ["--train", "60", "--valid", "5", "--test", "40", "--states", "6", "--buttons", "6", "--out", str(tmp_path)]
+    assert machine.main([*sizes, "--min-steps", "2", "--max-steps", "3"]) == 0
+    task = load_task(tmp_path / "machine_test.json", 5, steps=3)
+    every = load_task(tmp_path / "machine_test.json").examples
+    assert task.examples == [example for example in every if len(example["steps"]) == 3][:5]
+    with pytest.raises(UserError, match=r"too few such questions \(0\)"):
+        load_task(tmp_path / "machine_test.json", steps=4)
 
 
 def test_a_page_without_numbers_is_one_sentence(tmp_path, capsys):
