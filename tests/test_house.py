@@ -11,7 +11,7 @@ from conftest import ROOT
 ROOMS = [
     *("tracker", "utils", "config_files", "config", "ranks", "curriculum", "examples", "dataset"),
     *("thoughts", "kv_cache", "coconut", "families", "pretrained", "parallel", "checkpoint"),
-    *("table", "evaluate", "throughput", "show_data", "generate", "report", "run"),
+    *("table", "evaluate", "throughput", "trained", "show_data", "generate", "report", "run"),
 ]
 
 
