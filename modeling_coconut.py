@@ -136,9 +136,12 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
                 what is added to them, and no more is generated than the model has positions for. Sampling leaves no
                 word out, unless top_k says so: Hugging Face's own default takes the likeliest 50.
 
-        Raises ValueError where a question leaves no room for an answer.
+        Raises ValueError where there are no questions, and where one leaves no room for an answer.
         """
         questions = options.pop("input_ids", inputs)
+        if questions is None:
+            raise ValueError("generate takes questions, as input_ids")
+        questions = questions.to(self.device)
         options.pop("token_type_ids", None)
         input_ids, attention_mask = self.prompts(questions, options.pop("attention_mask", None))
         settings = generation_config or self.generation_config

@@ -193,6 +193,8 @@ def test_sampling_beams_and_lengths_are_those_of_transformers(folders):
     assert whole.generate(**questions, max_new_tokens=1000).shape[1] < 64  # positions
     with pytest.raises(ValueError, match="a question of 66 tokens leaves no room in 64 positions"):
         whole.generate(torch.ones((1, 61), dtype=torch.long))
+    with pytest.raises(ValueError, match="generate takes questions"):
+        whole.generate(inputs_embeds=torch.zeros((1, 3, 32)))
 
 
 def test_the_folder(folders):
@@ -280,6 +282,7 @@ def test_a_card_of_a_checkpoint_without_its_run_says_so(folders):
 
 
 def complaint(capsys, *arguments) -> str:
+    capsys.readouterr()
     assert export.main([*map(str, arguments)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
