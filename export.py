@@ -34,6 +34,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.utils import logging
 
 from card import card
+from checkpoint import damage
 from config import split_thought
 from families import COARSE, ORDINARY
 from modeling_coconut import CoconutConfig, CoconutForCausalLM
@@ -53,11 +54,16 @@ def export(checkpoint: str, out: Path, force: bool = False) -> list[str]:
     Raises UserError where the checkpoint is none or cannot be exported, and where `out` holds something: only with
     `force`, and only what was exported before, is replaced.
     """
-    if force and out.exists() and not (out / MODELLING).is_file() and any(out.iterdir() if out.is_dir() else [out]):
-        raise UserError(f"{out} is no exported model: it holds no {MODELLING}, and is not replaced")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not (out / MODELLING).is_file():
+            raise UserError(f"{out} is there already, and is no exported model: choose another name")
+        if not force:
+            raise UserError(f"{out} holds an exported model already: choose another name, or --force to replace it")
     with whole_folder(out, replace=force) as aside:
         model = Coconut.from_pretrained(checkpoint)
         folder = Path(model.config.model_id)
+        if (folder / "trainer").is_dir() and (problem := damage(folder)):
+            raise UserError(f"{folder} is damaged: {problem}")
         whole = exported(model)
         warnings = _differing_prompts(model, whole, folder)
         n_latents = whole.config.appended.count(whole.config.latent_token_id)
@@ -118,6 +124,8 @@ def _with_newline(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[i
         if before[-1:] == [token] and after[: len(before) - 1] == before[:-1]:  # a text of its own
             joined[token] = after[len(before) - 1 :]
             added[tuple(after[len(before) :])] += joined[token][0] == token
+    if not added:
+        raise UserError("the tokenizer puts tokens of its own behind a text: a question could not be continued")
     newline = list(added.most_common(1)[0][0])
     return newline, {token: ids for token, ids in joined.items() if ids != [token, *newline]}
 
@@ -133,16 +141,12 @@ def _check(model: Coconut, whole: CoconutForCausalLM) -> None:
     tolerance = (COARSE if wanted.dtype.itemsize == 2 else ORDINARY).logits
     try:
         found = whole(input_ids=ids, attention_mask=mask).logits[:, -1]
-        differs = (found - wanted).norm() > tolerance * wanted.norm()
+        problem = None if (found - wanted).norm() <= tolerance * wanted.norm() else "its logits are others there"
     except Exception as error:  # whatever an unknown family may raise
-        differs = True
-        wanted = error
-    if differs:
-        why = f" ({type(wanted).__name__})" if isinstance(wanted, Exception) else ""
-        raise UserError(
-            f"a {model.base_causallm.config.model_type} cannot be exported: from its cache in transformers come other "
-            f"logits than here{why}"
-        )
+        problem = f"it fails there with a {type(error).__name__}"
+    if problem is not None:
+        family = model.base_causallm.config.model_type
+        raise UserError(f"a {family} cannot be exported, to run over transformers' own cache: {problem}")
 
 
 def _differing_prompts(model: Coconut, whole: CoconutForCausalLM, folder: Path) -> list[str]:

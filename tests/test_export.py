@@ -240,7 +240,9 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
     )
     utils.write_config(dataclasses.asdict(config), run, 2, "a fast one")
     (run / "checkpoint_4" / "trainer").mkdir()
-    (run / "checkpoint_4" / "trainer" / "state.json").write_text('{"epoch": 2, "step": 90, "data": "abc123"}')
+    (run / "checkpoint_4" / "trainer" / "state.json").write_text(
+        '{"format": 1, "epoch": 2, "step": 90, "data": "abc123"}'
+    )
     epochs = [{"event": "epoch", "epoch": n, "train_seconds": 1700.0, "seconds": 100.0} for n in (0, 1, 1, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
     found = {"accuracy": 0.3456, "cot_match": 0.1, "generated_tokens": 8.25, "examples": 300}
@@ -295,7 +297,7 @@ def test_what_is_there_is_kept(checkpoints, tmp_path, capsys):
     out.mkdir()
     assert export.main([str(source), str(out)]) == 0  # an empty folder is no loss
     before = (out / "config.json").read_text()
-    assert "is there already, and nothing of it is overwritten" in complaint(capsys, checkpoints["llama"], out)
+    assert "holds an exported model already" in complaint(capsys, checkpoints["llama"], out)
     assert (out / "config.json").read_text() == before
     assert export.main([str(checkpoints["llama"]), str(out), "--force"]) == 0
     assert (out / "config.json").read_text() != before
@@ -304,8 +306,8 @@ def test_what_is_there_is_kept(checkpoints, tmp_path, capsys):
     (tmp_path / "mine" / "thesis.tex").write_text("all of it")
     (tmp_path / "file").write_text("some of it")
     for name in ("mine", "file"):
-        assert "is there already" in complaint(capsys, source, tmp_path / name)
-        assert "is no exported model" in complaint(capsys, source, tmp_path / name, "--force")
+        for options in ([], ["--force"]):
+            assert "is there already, and is no exported model" in complaint(capsys, source, tmp_path / name, *options)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "all of it"
     assert (tmp_path / "file").read_text() == "some of it"
 
@@ -326,7 +328,11 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(checkpoints, tmp_path, ca
 
     (own / "coconut.json").write_text(json.dumps(description))
     monkeypatch.setattr(CoconutForCausalLM, "think", lambda self, hidden, *_: hidden + 1)
-    assert "a llama cannot be exported" in complaint(capsys, own, out)
+    assert "a llama cannot be exported, to run over transformers' own cache: its logits are others" in complaint(
+        capsys, own, out
+    )
+    (own / "trainer").mkdir()
+    assert "is damaged: trainer/state.json: No such file" in complaint(capsys, own, out)
     assert not out.exists()
 
 
