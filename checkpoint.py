@@ -129,13 +129,10 @@ def save(
         retried((aside / OPTIMIZER).stat)  # which rank 0 has made, on another node perhaps
         torch.save(_random_state(world), aside / "trainer" / f"random_{world.rank}.pt")
         if world.is_main:
-            _save_base(pretrained.model.base_causallm, aside, _under(PREFIX, weights))
-            if learnt := _under(THOUGHT_PREFIX, weights):
-                save_file({name: value.contiguous() for name, value in learnt.items()}, aside / THOUGHT_FILE)
-            pretrained.tokenizer.save_pretrained(aside)
+            validated_on = {"file": config.val_path, "sha256": progress.val}  # and so chosen by
+            write_model(aside, config, pretrained, stage, weights, validated_on)
             for file, text in (files or {}).items():
                 (aside / file).write_text(text, encoding="utf-8")
-            _write_json(aside / "coconut.json", _description(config, pretrained, stage, progress))
             state = {"format": FORMAT, "world_size": world.size, **asdict(progress)}
             _write_json(aside / "trainer" / "state.json", state)
 
@@ -156,6 +153,27 @@ def save(
     return target
 
 
+def write_model(
+    folder: Path,
+    config: Config,
+    pretrained: Pretrained,
+    stage: int,
+    weights: dict[str, torch.Tensor],
+    validated_on: dict | None = None,
+) -> None:
+    """Model, thought and tokenizer, and coconut.json, which says what the model's sequences look like, and which file it
+    was validated on; weights: those of pretrained.model, whole."""
+    _save_base(pretrained.model.base_causallm, folder, _under(PREFIX, weights))
+    if learnt := _under(THOUGHT_PREFIX, weights):
+        save_file({name: value.contiguous() for name, value in learnt.items()}, folder / THOUGHT_FILE)
+    pretrained.tokenizer.save_pretrained(folder)
+    chosen = {name: getattr(config, name) for name in DESCRIBED}
+    description = {"format": FORMAT, "stage": stage, **chosen, "markers": pretrained.markers._asdict()}
+    if validated_on is not None:
+        description["validated_on"] = validated_on
+    _write_json(folder / "coconut.json", description)
+
+
 def _save_base(base: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
     """A Hugging Face folder of the model; its generation_config as it is.
 
@@ -172,14 +190,6 @@ def _save_base(base: PreTrainedModel, folder: Path, weights: dict[str, torch.Ten
     finally:
         base.generation_config = settings
     settings.to_json_file(folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
-
-
-def _description(config: Config, pretrained: Pretrained, stage: int, progress: Progress) -> dict:
-    """coconut.json: what the model's sequences look like, and which file it was validated on, and so chosen by."""
-    chosen = {name: getattr(config, name) for name in DESCRIBED}
-    validated_on = {"file": config.val_path, "sha256": progress.val}
-    markers = pretrained.markers._asdict()
-    return {"format": FORMAT, "stage": stage, **chosen, "markers": markers, "validated_on": validated_on}
 
 
 def _under(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

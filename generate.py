@@ -6,7 +6,7 @@
     echo '{"question": "Msnqw"}' | python generate.py checkpoints/state_tracking/coconut-0 --json
 
 Without a question and a file, questions come from standard input, a line each, and are answered one by one; a line or
-a file may hold JSON objects with a "question".
+a file may hold JSON objects with a "question". On a terminal there is a prompt, with a history of lines, and :help.
 """
 
 from __future__ import annotations
@@ -15,16 +15,21 @@ import argparse
 import sys
 from pathlib import Path
 
-TOP = 5  # words shown of a thought
+HELP = """\
+a line is a question; beside questions there are
+  :thoughts K   K latent thoughts from now on; without K as many as the model's stage was trained with
+  :show         show the likeliest words at each thought, or no longer
+  :help         this
+  :quit         or Ctrl-D, or Ctrl-C"""
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint folder, or a run's folder: its newest checkpoint")
+    parser.add_argument("checkpoint", help="a checkpoint folder, a run's folder (its newest checkpoint), or a hub id")
     parser.add_argument("question", nargs="?")
     parser.add_argument("--file", type=Path, help="questions: a JSON list as in data/, or lines of text or JSON")
     parser.add_argument("--thoughts", type=int, metavar="K", help="latent thoughts (default: as its stage trained)")
-    parser.add_argument("--show-thoughts", action="store_true", help=f"the {TOP} likeliest words at each thought")
+    parser.add_argument("--show-thoughts", action="store_true", help="the likeliest words at each thought")
     parser.add_argument("--sample", action="store_true", help="draw the words instead of taking the likeliest")
     parser.add_argument("--temperature", type=float, default=1.0, help="with --sample (default: %(default)s)")
     parser.add_argument("--top-k", type=int, metavar="K", help="with --sample, of the K likeliest (default: of all)")
@@ -42,28 +47,23 @@ if __name__ == "__main__":
     make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
 
 import json
-import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple
 
 import torch
 from transformers.utils import logging
 
-from checkpoint import DESCRIBED
-from coconut import Coconut
 from config import Config
-from curriculum import Markers, prompt
-from dataset import collate_prompts
-from evaluate import extract_answer
-from load_path import resolve
-from pretrained import load_model, read_description
+from curriculum import Markers
+from trained import Coconut
 from utils import UserError, report
 
 
 class Asked(NamedTuple):
-    """A model, and the prompt that it was trained for."""
+    """A model, and the prompt that it was trained for, as parts: what analysis/ takes."""
 
     model: Coconut
     tokenizer: object
@@ -78,64 +78,12 @@ def load(checkpoint: str, n_thoughts: int | None = None) -> Asked:
 
     Raises UserError where it is none, or where there is no latent to ask for.
     """
-    folder = resolve(checkpoint)
-    description = read_description(folder)
-    if description is None:
-        raise UserError(
-            f"{folder} lacks coconut.json, which says how a model was trained: it is no checkpoint of run.py"
-        )
-    known = {name: description[name] for name in DESCRIBED if name in description}
-    config = Config(model_id=str(folder), **known)
-    stage = description["stage"]
-    if n_thoughts is not None:
-        if config.method != "coconut":
-            raise UserError(f"--thoughts is for models with latents, but {folder} is of method {config.method}")
-        config.eval_latents = n_thoughts
-    model, tokenizer, markers = load_model(config, folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Asked(model.to(device).eval(), tokenizer, markers, config, stage)
+    model = _load(checkpoint)
+    return Asked(model, model.tokenizer, model.markers, model.config_with(n_thoughts), model.stage)
 
 
-def answer(
-    asked: Asked, questions: list[str], max_new_tokens: int = 128, show_thoughts: bool = False, **sampling
-) -> list[dict]:
-    """What the model says to each question: {"output", "answer"}, and with show_thoughts "thoughts", for each latent
-    the TOP likeliest [token, probability] pairs of the position that the thought is made from.
-
-    sampling: options of Coconut.generate; without any it decodes greedily.
-    Raises UserError where a question does not fit the model.
-    """
-    ids = asked.tokenizer([question + "\n" for question in questions])["input_ids"]
-    prompts = [prompt(row, [], asked.stage, asked.config, asked.markers) for row in ids]
-    limit = asked.model.max_positions or math.inf
-    for question, row in zip(questions, prompts, strict=True):
-        if len(row) >= limit:
-            raise UserError(f"a question of {len(row)} tokens leaves no room in {limit} positions: {question[:60]!r}")
-    batch = collate_prompts(prompts, asked.markers.eos)
-    device = asked.model.base_causallm.device
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    room = min(max_new_tokens, limit - batch["input_ids"].shape[1])
-    rows = asked.model.generate(**batch, max_new_tokens=room, **sampling).tolist()
-    results = []
-    for row in rows:
-        new = row[: row.index(asked.markers.eos)] if asked.markers.eos in row else row
-        text = asked.tokenizer.decode(new, skip_special_tokens=True)
-        results.append({"output": text, "answer": extract_answer(text)})
-    if show_thoughts:
-        for result, thoughts in zip(results, decoded_thoughts(asked, batch), strict=True):
-            result["thoughts"] = thoughts
-    return results
-
-
-def decoded_thoughts(asked: Asked, batch: dict[str, torch.Tensor]) -> list[list[list[tuple[str, float]]]]:
-    """For each row, for each latent: (token, probability) pairs, the likeliest first (paper, Section 5.2)."""
-    top = asked.model.thought_logits(**batch).float().softmax(dim=-1).topk(TOP)  # (B, K, TOP) each
-
-    def pairs(ids: list[int], shares: list[float]) -> list[tuple[str, float]]:
-        return [(asked.tokenizer.decode([token]), round(share, 4)) for token, share in zip(ids, shares, strict=True)]
-
-    rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return [[pairs(ids, shares) for ids, shares in zip(*row, strict=True)] for row in rows]
+def _load(checkpoint: str) -> Coconut:
+    return Coconut.from_pretrained(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def records_of_file(path: Path) -> list[dict]:
@@ -180,12 +128,54 @@ def as_json(record: dict, result: dict) -> str:
     return json.dumps(kept | result, ensure_ascii=False)
 
 
-def as_text(result: dict) -> str:
+def as_text(_, result: dict) -> str:
     """A line for each thought, then what the model wrote."""
     lines = []
     for number, words in enumerate(result.get("thoughts", []), start=1):
         lines.append(f"thought {number}: " + "  ".join(f"{token!r} {share:.1%}" for token, share in words))
     return "\n".join([*lines, result["output"].rstrip("\n")])
+
+
+def converse(checkpoint: str, asking: dict, written: Callable[[dict, dict], str]) -> int:
+    """A prompt on a terminal, until its end or Ctrl-C; `asking` are the options of Coconut.answers, which commands
+    change. A question that cannot be answered is said to be so, and the next one is waited for."""
+    with suppress(ImportError):  # not on every system
+        import readline  # noqa: F401 (it gives `input` a history, and keys to move in a line)
+    try:
+        model = _load(checkpoint)
+        model.config_with(asking["n_thoughts"])
+        print("a question, or :help", flush=True)
+        while (line := input("> ").strip()) != ":quit":
+            try:
+                if line.startswith(":"):
+                    print(_obey(line, model, asking), flush=True)
+                elif line:
+                    (result,) = model.answers([line], **asking)
+                    print(written({"question": line}, result), flush=True)
+            except UserError as error:
+                print(f"error: {error}", flush=True)
+    except (EOFError, KeyboardInterrupt):
+        print()
+    return 0
+
+
+def _obey(line: str, model: Coconut, asking: dict) -> str:
+    """Carries out a command; returns what there is to say. Raises UserError where it is none."""
+    command, _, argument = line.partition(" ")
+    argument = argument.strip()
+    if command == ":help":
+        return HELP
+    if command == ":show":
+        asking["show_thoughts"] = not asking["show_thoughts"]
+        return f"the words at thoughts are {'shown' if asking['show_thoughts'] else 'no longer shown'}"
+    if command != ":thoughts":
+        raise UserError(f"there is no {command}; :help says what there is")
+    if argument and not argument.isdecimal():
+        raise UserError(f":thoughts takes a number, at least 0, not {argument!r}")
+    number = int(argument) if argument else None
+    model.config_with(number)
+    asking["n_thoughts"] = number
+    return f"{'as many thoughts as in training' if number is None else f'{number} thoughts'} from now on"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -202,19 +192,23 @@ def main(arguments: list[str] | None = None) -> int:
     if options.sample:
         chosen = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
         sampling = {"do_sample": True} | {name: value for name, value in chosen.items() if value is not None}
+    asking = {"max_new_tokens": options.max_new_tokens, "n_thoughts": options.thoughts}
+    asking |= {"show_thoughts": options.show_thoughts, **sampling}
     try:
         if options.question is not None:
             records = iter([{"question": options.question}])
         elif options.file is not None:
             records = iter(records_of_file(options.file))
+        elif sys.stdin.isatty():
+            return converse(options.checkpoint, asking, as_json if options.json else as_text)
         else:
             records = records_of_lines(sys.stdin, "standard input")
-        asked = load(options.checkpoint, options.thoughts)
+        model = _load(options.checkpoint)
+        model.config_with(options.thoughts)  # no answer is waited for where it is an error
         while batch := list(islice(records, options.batch if options.file else 1)):
-            questions = [record["question"] for record in batch]
-            results = answer(asked, questions, options.max_new_tokens, options.show_thoughts, **sampling)
+            results = model.answers([record["question"] for record in batch], **asking)
             for record, result in zip(batch, results, strict=True):
-                print(as_json(record, result) if options.json else as_text(result), flush=True)
+                print(as_json(record, result) if options.json else as_text(record, result), flush=True)
     except UserError as error:
         return report(error)
     except BrokenPipeError:  # the reader has seen enough; the interpreter must not flush to it again

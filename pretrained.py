@@ -47,7 +47,9 @@ class Pretrained(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def load_model(config: Config, source: Path | None, cached: bool = False) -> Pretrained:
+def load_model(
+    config: Config, source: Path | None, cached: bool = False, model_class: type[Coconut] = Coconut
+) -> Pretrained:
     """From `source` where it is given (see `load_path.resolve`), else from config.model_id.
 
     For the method coconut the tokenizer gets the three markers and the model an embedding row for each, where they
@@ -81,7 +83,7 @@ def load_model(config: Config, source: Path | None, cached: bool = False) -> Pre
         markers = mark(tokenizer, config.method)
     base.config.use_cache = True
     _stop_at(base, markers.eos)
-    model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
+    model = model_class(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
     if folder is not None:
         _load_thought(model.thought, config.thought, folder)
     vouch(model)

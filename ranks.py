@@ -12,6 +12,7 @@ import fcntl
 import functools
 import multiprocessing
 import os
+import platform
 import random
 import re
 import signal
@@ -128,6 +129,15 @@ def _other_threads() -> dict[str, list[str]]:
                 status = (task / "status").read_text()
                 found[task.name] = re.findall(r"^(?:State|\w+_ctxt_switches):\s*(\w+)", status, re.M)
     return found
+
+
+def hardware(world: World) -> str:
+    """What this rank computes on, in words."""
+    import torch
+
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name(world.device)
+    return f"CPU, {platform.machine()}, {os.cpu_count()} cores"
 
 
 def cleanup_distributed(orderly: bool = True) -> None:

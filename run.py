@@ -195,7 +195,7 @@ def prepare(config: Config, world: World, source: Path | None, progress: Progres
 
     def open_log() -> str | None:
         values = dataclasses.asdict(config)
-        write_config(values, logger.folder, world.size)
+        write_config(values, logger.folder, world.size, ranks.hardware(world))
         return logger.open(values, progress.wandb_id)
 
     progress.wandb_id = ranks.on_main_rank(world, open_log)  # all ranks

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
+from safetensors import SafetensorError
 
 from tracker import Tracker, wandb_mode
 
@@ -213,12 +215,44 @@ def sync_to_disk(path: Path, deep: bool = True) -> None:
             os.close(handle)
 
 
-def write_config(values: dict, folder: Path, world_size: int) -> None:
-    """Writes a resolved configuration, the commit and the library versions to folder/config.yaml.
+@contextmanager
+def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill, which gets the name `target` when it is full: a kill leaves nothing half under that name.
+
+    Raises UserError where it cannot be written, and where target holds something and is not to be replaced.
+    """
+    target = target.resolve()  # '.' has no name
+    aside, old = (target.with_name(f".{what}-{target.name}") for what in ("writing", "replaced"))
+    with writing(target):
+        if old.exists() and not target.exists():
+            old.rename(target)  # a kill came between the two names below
+        if target.exists() and not replace and not (target.is_dir() and not any(target.iterdir())):
+            raise UserError(f"{target} is there already, and nothing of it is overwritten")
+        for path in (aside, old):
+            shutil.rmtree(path, ignore_errors=True)
+        aside.mkdir(parents=True)
+        try:
+            yield aside
+            sync_to_disk(aside)
+            if target.exists():
+                target.rename(old)
+            aside.rename(target)
+        except BaseException as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, SafetensorError):  # what it makes of an OSError
+                raise OSError(error) from error
+            raise
+        sync_to_disk(target.parent, deep=False)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_config(values: dict, folder: Path, world_size: int, hardware: str = "unknown") -> None:
+    """Writes a resolved configuration, the commit, the hardware and the library versions to folder/config.yaml.
 
     The file is itself a configuration: `python run.py FOLDER/config.yaml` repeats the run. Raises UserError.
     """
-    comments = [f"git commit: {_git_commit()}", f"python: {sys.version.split()[0]}", f"world size: {world_size}"]
+    comments = [f"git commit: {_git_commit()}", f"python: {sys.version.split()[0]}"]
+    comments += [f"world size: {world_size}", f"hardware: {hardware}"]
     for package in ("torch", "transformers", "numpy", "wandb"):
         try:
             comments.append(f"{package}: {version(package)}")

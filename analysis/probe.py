@@ -10,7 +10,7 @@ import torch
 
 from analysis.subject import Subject
 from analysis.tasks import Machine, Task
-from generate import decoded_thoughts
+from trained import decoded_thoughts
 
 TOP = 5  # names shown
 FOLDS = 2
@@ -111,7 +111,7 @@ def close_up(subject: Subject, task: Task, chosen: list[int]) -> list[dict]:
     few = subject.asking([task.examples[index] for index in chosen])
     names = [task.names()[index] for index in chosen]
     outputs, thoughts = few.written(), few.thoughts().numpy()
-    heads = [words for _, inputs in few.batches() for words in decoded_thoughts(few.asked, inputs)]
+    heads = [words for _, inputs in few.batches() for words in decoded_thoughts(few.model, few.tokenizer, inputs)]
     found = []
     for place, example in enumerate(few.examples):
         kept = {key: example[key] for key in ("question", "steps", "answer")}

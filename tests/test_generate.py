@@ -1,11 +1,17 @@
 """generate.py: what it asks, what it prints, what it refuses."""
 
+import fcntl
 import io
 import json
 import os
+import pty
 import re
+import select
 import shutil
+import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -113,7 +119,7 @@ def test_a_model_without_latents_is_asked_too(folders, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["{cot}", "3+4", "--thoughts", "2"], "--thoughts is for models with latents"),
+        (["{cot}", "3+4", "--thoughts", "2"], "a number of thoughts is for models with latents"),
         (["{tiny}", "3+4"], "lacks coconut.json"),
         (["none", "3+4"], "'none' is no checkpoint"),
         (["{coconut}", "3" * 60], "a question of 67 tokens leaves no room in 40 positions"),
@@ -158,3 +164,104 @@ def test_sampling_leaves_no_word_out():
     found = model.generate(torch.tensor([[5, 298, 297, 299]]), max_new_tokens=500, do_sample=True, eos_token_id=[])
     assert len(set(found[0].tolist())) > 150
     assert base.generation_config.top_k != 0  # the model's own settings are as they were
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# On a terminal
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """generate.py on a pseudo-terminal of its own."""
+
+    def __init__(self, *arguments):
+        self.end, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "generate.py"), *map(str, arguments), "--max-new-tokens", "6"],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+            env={**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"},
+        )
+        os.close(theirs)
+
+    def until(self, text: str, seconds: float = 60) -> str:
+        """What comes up to and with a text."""
+        found, end = "", time.monotonic() + seconds
+        while text not in found:
+            assert select.select([self.end], [], [], max(0, end - time.monotonic()))[0], found
+            found += os.read(self.end, 4096).decode()
+        return found
+
+    def type(self, keys: str, until: str = "\n> ") -> str:
+        os.write(self.end, keys.encode())
+        return self.until(until).replace("\r", "")
+
+
+@pytest.fixture
+def terminal(folders):
+    found = Terminal(folders["coconut"])
+    yield found
+    found.process.kill()
+    found.process.wait()
+    os.close(found.end)
+
+
+@pytest.mark.slow
+def test_a_conversation(folders, terminal, capsys):
+    outputs = [ask(capsys, folders["coconut"], "3+4", *more)[0]["output"] for more in ([], ["--thoughts", 1])]
+    first, other = (re.sub(r"\s+", " ", output).strip() for output in outputs)
+    assert "a question, or :help" in terminal.until("> ")
+
+    def say(keys: str) -> str:
+        return re.sub(r"\s+", " ", terminal.type(keys))
+
+    assert first in say("3+4\n")
+    assert first in say("\x1b[A\n")  # the line before
+    assert ":thoughts K" in say(":help\n")
+    assert "1 thoughts from now on" in say(":thoughts 1\n")
+    assert other in say("3+4\n")
+    assert "are shown" in say(":show\n")
+    shown = say("3+4\n")
+    assert shown.count("thought 1: ") == 1
+    assert "thought 2: " not in shown
+    assert "no longer shown" in say(":show\n")
+    assert "as many thoughts as in training" in say(":thoughts\n")
+    shown = say("3+4\n")
+    assert first in shown
+    assert "thought 1" not in shown
+    say(":show\n")
+    assert say("3+4\n").count("thought ") == 4
+    for keys, sentence in (
+        (":thoughts many\n", "error: :thoughts takes a number, at least 0, not 'many'"),
+        (":thoughts -1\n", "error: :thoughts takes a number"),
+        (":thinks\n", "error: there is no :thinks; :help says what there is"),
+        ("3" * 60 + "\n", "error: a question of 67 tokens leaves no room in 40 positions"),
+        ("\n", "> "),
+    ):
+        assert sentence in say(keys)
+    os.write(terminal.end, b":quit\n")
+    assert terminal.process.wait(timeout=30) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["\x03", "\x04"], ids=["Ctrl-C", "Ctrl-D"])
+def test_a_conversation_ends_cleanly(terminal, key):
+    terminal.until("> ")
+    os.write(terminal.end, key.encode())
+    assert terminal.process.wait(timeout=30) == 0
+    found = os.read(terminal.end, 4096).decode() if select.select([terminal.end], [], [], 0)[0] else ""
+    assert "Traceback" not in found
+
+
+def test_a_conversation_with_a_model_without_thoughts(folders, capsys, monkeypatch):
+    lines = iter([":thoughts 2", "3+4", ":quit", "never"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert generate.main([str(folders["cot"])]) == 0
+    assert "error: a number of thoughts is for models with latents" in capsys.readouterr().out
+    assert next(lines) == "never"
+    assert generate.main([str(folders["cot"]), "--thoughts", "2"]) == 2
+    assert generate.main(["none"]) == 2

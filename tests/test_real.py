@@ -9,10 +9,14 @@ import gsm_icot
 import pytest
 import torch
 from conftest import ROOT
+from elsewhere import written_elsewhere
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import export
 import run
 from config import Config
+from dataset import collate_prompts
+from trained import Coconut
 
 # rows in iCoT's format, such as its valid.txt
 ROWS = Path(os.environ.get("COCONUT_GSM_ROWS", ROOT.parent / "shared" / "data" / "gsm_valid.txt"))
@@ -116,3 +120,12 @@ def test_cot_then_coconut_then_evaluation_and_a_restart(place, smollm2):
         for line in (evaluation.run_dir / "eval" / "predictions.jsonl").read_text().splitlines()
     ]
     assert sum("#" in output or "<<" in output for output in outputs) >= 4, outputs  # it has taken on the format
+
+    # exported, it writes elsewhere what it writes here, token by token
+    assert export.export(str(latent.run_dir), place / "exported") == []
+    questions = [example["question"] for example in json.loads((place / "valid.json").read_text())[:4]]
+    model = Coconut.from_pretrained(latent.run_dir)
+    batch = collate_prompts(model.prompts(questions), model.markers.eos)
+    written = model.generate(**batch, max_new_tokens=24).tolist()
+    assert all(model.markers.latent in row for row in batch["input_ids"].tolist())
+    assert written_elsewhere({"": place / "exported"}, questions, 24, place)[""]["batch"] == written

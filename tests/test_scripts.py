@@ -35,6 +35,7 @@ def test_they_are_all_there():
         "run",
         "evaluate",
         "generate",
+        "export",
         "show_data",
         "report",
         "benchmarks/step",

@@ -1,0 +1,156 @@
+"""The model card of an exported checkpoint: what its folder and that of its run say of it, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from curriculum import stage_name
+from utils import UserError, read_log
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- coconut
+- latent-reasoning
+---
+# {name}
+
+{what}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+questions = tokenizer(["..."], padding=True, return_tensors="pt")
+rows = model.generate(**questions)
+print(tokenizer.batch_decode(rows[:, questions["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+`generate` adds to each question what training put there: {added}. `modeling_coconut.py` is all of the code.
+"""
+METHODS = {
+    "coconut": "Coconut (chain of continuous thought, [arXiv 2412.06769](https://arxiv.org/abs/2412.06769))",
+    "cot": "chain of thought in words",
+    "no_cot": "answers without reasoning",
+    "no_thoughts": "Coconut's curriculum without latent thoughts",
+    "icot": "iCoT ([arXiv 2405.14838](https://arxiv.org/abs/2405.14838))",
+}
+
+
+def card(checkpoint: Path, name: str, n_parameters: int, n_latents: int, has_markers: bool) -> str:
+    """The text of README.md.
+
+    Args:
+        checkpoint: its folder; that of its run is the one that it is in.
+        name: of the folder that the card is for.
+        n_latents, has_markers: what stands between a question and its answer.
+
+    Raises UserError where a file that it reads is damaged.
+    """
+    description = _read(checkpoint / "coconut.json")
+    method, stage = description["method"], stage_name(description["stage"])
+    added = "a newline"
+    if n_latents:
+        added += f", then {n_latents} latent positions (thought `{description.get('thought', 'last')}`)"
+        added += " between a start and an end marker" if has_markers else ""
+    what = f"A model of {n_parameters:,} parameters, trained by the method `{method}`: {METHODS[method]}. Its stage is "
+    parts = [CARD.format(name=name, what=f"{what}{stage}.", added=added)]
+    run_dir = checkpoint.parent
+    config_file = run_dir / "config.yaml"
+    if re.fullmatch(r"checkpoint_\d+(_step_\d+)?", checkpoint.name) and config_file.is_file():
+        text = config_file.read_text(encoding="utf-8")
+        config, notes = _config(config_file, text)
+        parts.append(_training(checkpoint, config, notes))
+        parts.append(_accuracies(checkpoint, config))
+        parts.append(_repeating(run_dir, config, notes, text))
+    else:
+        parts.append("## Training\n\nNothing is known of the run: the checkpoint is not in its folder.\n")
+    return "\n".join(part for part in parts if part)
+
+
+def _training(checkpoint: Path, config: dict, notes: dict[str, str]) -> str:
+    state = _read(checkpoint / "trainer" / "state.json")
+    rows = {
+        "method": f"`{config.get('method')}`, thought `{config.get('thought')}`, c_thought {config.get('c_thought')}",
+        "starts from": f"`{config.get('load_model_path') or config.get('model_id')}`"
+        + (", its shape only" if config.get("from_scratch") and not config.get("load_model_path") else ""),
+        "data": f"`{config.get('train_path')}`",
+        "digest of the data": f"`{state.get('data', 'unknown')}` (with tokenizer and limits)",
+        "epochs, optimizer steps": f"{state.get('epoch', 'unknown')}, {state.get('step', 'unknown')}",
+        "seed": config.get("seed"),
+        "hours": _hours(checkpoint.parent, state.get("epoch", 0)),
+        "hardware": f"{notes.get('hardware', 'unknown')}; ranks: {notes.get('world size', 'unknown')}",
+        "commit of the trainer": notes.get("git commit", "unknown"),
+        "versions": ", ".join(f"{name} {notes[name]}" for name in ("python", "torch", "transformers") if name in notes),
+    }
+    return "## Training\n\n| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+
+
+def _hours(run_dir: Path, n_epochs: int) -> str:
+    """Of the epochs up to the checkpoint, with their validations."""
+    # a restarted run repeats the epochs that it had lost: what was written last counts
+    epochs = {r["epoch"]: r for r in read_log(run_dir / "metrics.jsonl") if r["event"] == "epoch"}
+    seconds = [r["train_seconds"] + r["seconds"] for epoch, r in epochs.items() if epoch < n_epochs]
+    if not seconds or len(seconds) < n_epochs:
+        return f"{sum(seconds) / 3600:.2f}, of {len(seconds)} epochs: of the others nothing is known"
+    return f"{sum(seconds) / 3600:.2f}, with {len(seconds)} validations"
+
+
+def _accuracies(checkpoint: Path, config: dict) -> str:
+    """A row for the validation after the checkpoint's epoch, and one for a test of this checkpoint in its run."""
+    rows = []
+    if (checkpoint / "metrics.json").is_file():
+        rows.append((f"`{config.get('val_path')}` (validation)", _read(checkpoint / "metrics.json")))
+    evaluation = checkpoint.parent / "eval" / "metrics.json"
+    if evaluation.is_file():
+        found = _read(evaluation)
+        if Path(found.get("checkpoint", "")).name == checkpoint.name:
+            rows.append((f"`{found.get('file')}`", found))
+    if not rows:
+        return ""
+    lines = ["| data | n | accuracy | CoT match | generated tokens |", "|---|---|---|---|---|"]
+    for title, found in rows:
+        shares = " | ".join(f"{found[key]:.1%}" for key in ("accuracy", "cot_match"))
+        lines.append(f"| {title} | {found['examples']} | {shares} | {found['generated_tokens']:.1f} |")
+    how = "Greedy decoding; the answer is what follows the last `#`, without commas, and must be the gold answer."
+    return "\n".join(["## Accuracy", "", *lines, "", how, ""])
+
+
+def _repeating(run_dir: Path, config: dict, notes: dict[str, str], text: str) -> str:
+    commit = notes.get("git commit", "unknown").split()[0]
+    return (
+        f"## To repeat it\n\nIn the trainer's repository, with this folder's `config.yaml`:\n\n"
+        f"    git checkout {commit}\n"
+        f"    torchrun --nproc_per_node {notes.get('world size', '1')} run.py config.yaml name={config.get('name')}\n"
+        f"    python export.py {config.get('save_path')}/{config.get('name')} {run_dir.name}\n\n"
+        f"## Configuration\n\n```yaml\n{text.strip()}\n```\n"
+    )
+
+
+def _config(path: Path, text: str) -> tuple[dict, dict[str, str]]:
+    """The keys of a run, and what is noted above them: commit, versions, ranks, hardware."""
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a configuration: it cannot be put into the model card")
+    notes = dict(re.findall(r"^# ([^:\n]+): (.*)$", text, re.MULTILINE))
+    return config, notes
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} cannot be read: it is no object")
+    return content

@@ -1,0 +1,382 @@
+"""export.py, modeling_coconut.py and card.py: a folder that needs none of this code, and says what it is."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_model
+import torch
+from conftest import ROOT
+from elsewhere import written_elsewhere
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer
+
+import checkpoint
+import config as config_module
+import export
+import thoughts
+import utils
+from config import Config
+from dataset import collate_prompts
+from modeling_coconut import CoconutForCausalLM
+from pretrained import load_model
+from trained import Coconut
+
+QUESTIONS = ["3+4", "5*6-0*2", "9?", "7!?", "12"]
+NEW = 8  # tokens
+# a tokenizer that joins a newline to the mark before it, as Llama 3's and Qwen2's do
+JOINING = r"###|\d|[?!]\n|[\s\S]"
+LLAMA = {"shape": "llama", "thought": "last"}
+CASES = {
+    "gpt2": {"shape": "gpt2", "thought": "last"},
+    "llama": LLAMA,
+    "llama untied": LLAMA | {"tied": False},
+    "qwen2": {"shape": "qwen2", "thought": "last"},
+    "gpt2 bf16": {"shape": "gpt2", "bf16_weights": True, "thought": "projected+normalised"},
+    "llama bf16": LLAMA | {"bf16_weights": True, "tied": False},
+    "no markers": LLAMA | {"latent_markers": "none"},
+    "two a step": LLAMA | {"c_thought": 2, "latent_markers": "none"},
+    "last stage": LLAMA | {"stage": 9, "c_thought": 2},
+    "stage 0": LLAMA | {"stage": 0},
+    **{method: LLAMA | {"method": method} for method in ("cot", "no_cot", "icot", "no_thoughts")},
+    **{
+        thought: {"shape": "gpt2" if "layer" in thought else "llama", "tied": False, "thought": thought}
+        for thought in (
+            *("pause", "projected", "normalised", "projected+normalised", "realigned", "layer:-2", "layer:0.5"),
+            *("layer:-1", "suppressed", "suppressed:0.2", "last+suppressed", "embedding+suppressed"),
+        )
+    },
+}
+
+
+def make_checkpoint(folder: Path, thought: str = "last", stage: int = 2, tied: bool = True, **keys) -> Path:
+    """A checkpoint with random weights, as run.py writes it."""
+    shape = keys.pop("shape", "llama")
+    tokenizer = tiny_model.make_tokenizer([f"### \n{''.join(QUESTIONS)}0123456789?\n!\n"], "joining")
+    base = tiny_model.RandomModel(shape, 32, 3, 4, tied=tied or shape == "gpt2", positions=64).build(len(tokenizer))
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    keys = {"method": "coconut", "c_thought": 1, "max_latent_stage": 3} | keys
+    config = Config(model_id=str(folder / "base"), thought=thought, **keys)
+    pretrained = load_model(config, None)
+    torch.manual_seed(3)
+    with torch.no_grad():  # the usual initialisation is so small that everything is nearly linear
+        for parameter in pretrained.model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6.0).add_(0.01 * torch.randn_like(parameter))
+    target = folder / "run" / "checkpoint_4"
+    target.mkdir(parents=True)
+    checkpoint.write_model(target, config, pretrained, stage, pretrained.model.state_dict())
+    return target
+
+
+@pytest.fixture(scope="module", autouse=True)
+def joining():
+    """The tokenizer's pieces."""
+    tiny_model.PIECES["joining"] = JOINING
+    yield
+    del tiny_model.PIECES["joining"]
+
+
+class Made(dict):
+    """By name, made when they are first asked for."""
+
+    def __init__(self, make: Callable[[str], Path]):
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = self.make(name)
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """One for each case."""
+    place = tmp_path_factory.mktemp("checkpoints")
+    return Made(lambda name: make_checkpoint(place / name.replace(" ", "_"), **CASES[name]))
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoints, tmp_path_factory) -> dict[str, Path]:
+    """The exported models."""
+    place = tmp_path_factory.mktemp("exported")
+
+    def make(name: str) -> Path:
+        assert export.export(str(checkpoints[name]), place / name) == []
+        return place / name
+
+    return Made(make)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(folders, tmp_path_factory) -> dict[str, list]:
+    """What the exported models write where there is none of this code."""
+    return written_elsewhere({name: folders[name] for name in CASES}, QUESTIONS, NEW, tmp_path_factory.mktemp("else"))
+
+
+def tokens_of(model: Coconut, questions: list[str]) -> list[list[int]]:
+    """This model's own new tokens."""
+    batch = collate_prompts(model.prompts(questions), model.markers.eos)
+    return model.generate(**batch, max_new_tokens=NEW).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_it_writes_elsewhere_what_it_writes_here(case, checkpoints, elsewhere):
+    model, found = Coconut.from_pretrained(checkpoints[case]), elsewhere[case]
+    wanted = tokens_of(model, QUESTIONS)
+    assert found["batch"] == wanted
+    assert len({tuple(row) for row in wanted}) > 1
+    assert found["singles"] == [tokens_of(model, [question])[0] for question in QUESTIONS[:2]]
+    assert found["dtype"] == ("torch.bfloat16" if "bf16" in case else "torch.float32")
+
+
+def test_the_thoughts_matter_to_what_is_compared(checkpoints, folders):
+    """Were they left out, the logits would be others."""
+    for case in ("llama", "realigned", "suppressed", "layer:-2"):
+        model, whole = Coconut.from_pretrained(checkpoints[case]), CoconutForCausalLM.from_pretrained(folders[case])
+        ids, mask = whole.prompts(torch.tensor([model.tokenizer("3+4")["input_ids"]]))
+        logits = whole(input_ids=ids, attention_mask=mask).logits
+        torch.testing.assert_close(logits, model(ids, mask).logits, rtol=1e-4, atol=1e-4)
+        whole.config.thought = "pause"
+        assert (whole(input_ids=ids, attention_mask=mask).logits[:, -1] - logits[:, -1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("case", ["llama", "two a step", "cot"])
+def test_a_newline_is_put_in_as_the_tokenizer_does(case, checkpoints, folders):
+    """Appending its token to those of a question is another prompt, where the two are one token."""
+    model, whole = Coconut.from_pretrained(checkpoints[case]), CoconutForCausalLM.from_pretrained(folders[case])
+    tokenizer = AutoTokenizer.from_pretrained(folders[case], trust_remote_code=True)
+    ids, mask = whole.prompts(**tokenizer_arguments(tokenizer, QUESTIONS))
+    rows = [row[-n:] for row, n in zip(ids.tolist(), mask.sum(dim=1).tolist(), strict=True)]
+    assert rows == model.prompts(QUESTIONS)
+    assert len(whole.config.endings) == 2  # "?" and "!"
+    assert whole.prompts(torch.zeros((1, 0), dtype=torch.long))[0][0].tolist() == model.prompts([""])[0]
+
+
+def tokenizer_arguments(tokenizer, questions: list[str]) -> dict[str, torch.Tensor]:
+    found = tokenizer(questions, padding=True, return_tensors="pt")
+    return {"questions": found["input_ids"], "attention_mask": found["attention_mask"]}
+
+
+def test_prompts_that_would_differ_are_counted(checkpoints, tmp_path, monkeypatch):
+    folder = shutil.copytree(checkpoints["llama"], tmp_path / "checkpoint_4")
+    (folder / "predictions.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS))
+    assert export.export(str(folder), tmp_path / "right") == []
+    rightly = export._with_newline
+    monkeypatch.setattr(export, "_with_newline", lambda tokenizer: (rightly(tokenizer)[0], {}))
+    (warning,) = export.export(str(folder), tmp_path / "wrong")
+    assert warning.startswith("2 of 5 validation questions get other tokens than in training")
+
+
+def test_sampling_beams_and_lengths_are_those_of_transformers(folders):
+    whole = CoconutForCausalLM.from_pretrained(folders["llama"])
+    tokenizer = AutoTokenizer.from_pretrained(folders["llama"], trust_remote_code=True)
+    questions = tokenizer(QUESTIONS, padding=True, return_tensors="pt")
+    width = questions["input_ids"].shape[1]
+    greedy = whole.generate(**questions, max_new_tokens=NEW)
+    assert whole.generate(**questions, do_sample=True, top_k=1, max_new_tokens=NEW).equal(greedy)
+    torch.manual_seed(0)
+    hot = whole.generate(**questions, do_sample=True, temperature=9.0, num_return_sequences=3, max_new_tokens=NEW)
+    assert hot.shape == (15, width + NEW)
+    assert len({tuple(row) for row in hot[:3].tolist()}) == 3
+    assert whole.generate(**questions, max_length=width + 3).shape[1] <= width + 3
+    beams = whole.generate(**questions, num_beams=3, max_new_tokens=NEW, return_dict_in_generate=True).sequences
+    assert beams[:, :width].equal(questions["input_ids"])
+    assert whole.generate(**questions, max_new_tokens=1000).shape[1] < 64  # positions
+    with pytest.raises(ValueError, match="a question of 66 tokens leaves no room in 64 positions"):
+        whole.generate(torch.ones((1, 61), dtype=torch.long))
+    with pytest.raises(ValueError, match="generate takes questions"):
+        whole.generate(inputs_embeds=torch.zeros((1, 3, 32)))
+
+
+def test_the_folder(folders):
+    folder = folders["projected"]
+    assert {path.name for path in folder.iterdir()} == {
+        *("README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_coconut.py"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["auto_map"] == {
+        "AutoConfig": "modeling_coconut.CoconutConfig",
+        "AutoModelForCausalLM": "modeling_coconut.CoconutForCausalLM",
+    }
+    assert str(folder.parent) not in json.dumps(settings)
+    assert "checkpoint" not in json.dumps(settings)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert (generation["do_sample"], generation["eos_token_id"]) == (False, 0)
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        names = set(weights.keys())
+    assert "thought.weight" in names
+    assert {name.partition(".")[0] for name in names} == {"thought", "base_causallm"}
+    assert (folder / "modeling_coconut.py").read_text() == (ROOT / "modeling_coconut.py").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert set(tokenizer("3+4")) == {"input_ids", "attention_mask"}
+    assert tokenizer.padding_side == "left"
+
+
+def test_the_modelling_file_imports_only_torch_and_transformers():
+    lines = (ROOT / "modeling_coconut.py").read_text().splitlines()
+    imported = {line.split()[1].partition(".")[0] for line in lines if line.startswith(("import ", "from "))}
+    assert imported == {"inspect", "contextlib", "typing", "torch", "transformers"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The card
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
+    run = shutil.copytree(checkpoints["two a step"].parent, tmp_path / "mine")
+    config = Config(
+        name="mine", c_thought=2, seed=7, train_path="data/some_train.json", val_path="data/some_valid.json"
+    )
+    utils.write_config(dataclasses.asdict(config), run, 2, "a fast one")
+    (run / "checkpoint_4" / "trainer").mkdir()
+    (run / "checkpoint_4" / "trainer" / "state.json").write_text(
+        '{"format": 1, "epoch": 2, "step": 90, "data": "abc123"}'
+    )
+    epochs = [{"event": "epoch", "epoch": n, "train_seconds": 1700.0, "seconds": 100.0} for n in (0, 1, 1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
+    found = {"accuracy": 0.3456, "cot_match": 0.1, "generated_tokens": 8.25, "examples": 300}
+    (run / "checkpoint_4" / "metrics.json").write_text(json.dumps(found))
+    (run / "eval").mkdir()
+    tested = found | {"examples": 1000, "accuracy": 0.5, "file": "data/test.json", "checkpoint": "mine/checkpoint_4"}
+    (run / "eval" / "metrics.json").write_text(json.dumps(tested))
+    export.export(str(run), tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    for part in (
+        *("# out\n", "`coconut`: Coconut (chain of continuous thought", "Its stage is 2.", "4 latent positions"),
+        *("`data/some_train.json`", "`abc123`", "| seed | 7 |", "| hours | 1.00, with 2 validations |"),
+        *("| hardware | a fast one; ranks: 2 |", "| epochs, optimizer steps | 2, 90 |", "torch 2."),
+        "| `data/some_valid.json` (validation) | 300 | 34.6% | 10.0% | 8.2 |",
+        "| `data/test.json` | 1000 | 50.0% | 10.0% | 8.2 |",
+        "torchrun --nproc_per_node 2 run.py config.yaml name=mine",
+        (run / "config.yaml").read_text().strip(),
+    ):
+        assert part in text, part
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert f"git checkout {commit.stdout.strip() or 'unknown'}\n" in text
+    assert (tmp_path / "out" / "config.yaml").read_text() == (run / "config.yaml").read_text()
+    # of an evaluation of another checkpoint it says nothing
+    (run / "eval" / "metrics.json").write_text(json.dumps(tested | {"checkpoint": "mine/checkpoint_3"}))
+    export.export(str(run), tmp_path / "again")
+    assert "data/test.json" not in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_a_card_of_a_checkpoint_without_its_run_says_so(folders):
+    text = (folders["llama"] / "README.md").read_text()
+    assert "Nothing is known of the run" in text
+    assert "2 latent positions (thought `last`) between a start and an end marker" in text
+    assert "latent positions" not in (folders["cot"] / "README.md").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Mistakes, and kills
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def complaint(capsys, *arguments) -> str:
+    capsys.readouterr()
+    assert export.main([*map(str, arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_what_is_there_is_kept(checkpoints, tmp_path, capsys):
+    source, out = checkpoints["stage 0"], tmp_path / "out"
+    out.mkdir()
+    assert export.main([str(source), str(out)]) == 0  # an empty folder is no loss
+    before = (out / "config.json").read_text()
+    assert "holds an exported model already" in complaint(capsys, checkpoints["llama"], out)
+    assert (out / "config.json").read_text() == before
+    assert export.main([str(checkpoints["llama"]), str(out), "--force"]) == 0
+    assert (out / "config.json").read_text() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("all of it")
+    (tmp_path / "file").write_text("some of it")
+    for name in ("mine", "file"):
+        for options in ([], ["--force"]):
+            assert "is there already, and is no exported model" in complaint(capsys, source, tmp_path / name, *options)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "all of it"
+    assert (tmp_path / "file").read_text() == "some of it"
+
+
+def test_what_cannot_be_exported_is_said_in_a_sentence(checkpoints, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert "'none' is no checkpoint" in complaint(capsys, "none", out)
+    assert "lacks coconut.json" in complaint(capsys, checkpoints["llama"].parent.parent / "base", out)
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in complaint(capsys, checkpoints["llama"], tmp_path / "file" / "out")
+
+    monkeypatch.setitem(thoughts.REGISTRY, "gated", thoughts.Last)
+    monkeypatch.setitem(config_module.THOUGHTS, "gated", "")
+    own = shutil.copytree(checkpoints["llama"], tmp_path / "own")
+    description = json.loads((own / "coconut.json").read_text())
+    (own / "coconut.json").write_text(json.dumps(description | {"thought": "gated"}))
+    assert "the thought gated is not among those that an exported model can have" in complaint(capsys, own, out)
+
+    (own / "coconut.json").write_text(json.dumps(description))
+    monkeypatch.setattr(CoconutForCausalLM, "think", lambda self, hidden, *_: hidden + 1)
+    assert "a llama cannot be exported, to run over transformers' own cache: its logits are others" in complaint(
+        capsys, own, out
+    )
+    (own / "trainer").mkdir()
+    assert "is damaged: trainer/state.json: No such file" in complaint(capsys, own, out)
+    assert not out.exists()
+
+
+def test_a_full_disk_leaves_nothing_half(checkpoints, tmp_path, capsys, monkeypatch):
+    for error in (OSError(28, "No space left on device"), SafetensorError("No space left on device")):
+
+        def full(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(CoconutForCausalLM, "save_pretrained", full)
+        assert "cannot be written: No space left on device" in complaint(capsys, checkpoints["llama"], tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import utils
+
+if sys.argv[2] == "between":
+    rename = Path.rename
+    Path.rename = lambda self, to: os.kill(os.getpid(), 9) if self.name.startswith(".writing") else rename(self, to)
+with utils.whole_folder(Path(sys.argv[1]), replace=True) as aside:
+    (aside / "half").write_text("")
+    if sys.argv[2] == "within":
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("when", ["within", "between"])
+def test_a_kill_loses_nothing(tmp_path, when):
+    out = tmp_path / "out"
+    with utils.whole_folder(out) as aside:
+        (aside / "whole").write_text("")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(out), when], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (out / "half").exists()
+    if when == "within":
+        assert (out / "whole").exists()
+    # the next one begins with what there was
+    with pytest.raises(RuntimeError), utils.whole_folder(out, replace=True):
+        raise RuntimeError
+    assert [path.name for path in out.iterdir()] == ["whole"]
+    with utils.whole_folder(out, replace=True) as aside:
+        (aside / "new").write_text("")
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

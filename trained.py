@@ -1,0 +1,170 @@
+"""A trained model with all that it takes to ask it: its tokenizer, its markers, and the stage that it is of.
+
+    model = Coconut.from_pretrained("checkpoints/state_tracking/coconut-0")
+    model.ask("Msnqw")
+
+The Coconut of coconut.py knows tensors and nothing of files; what reads folders is built on it. So it is here, above
+checkpoint.py and pretrained.py, that a Coconut comes from a folder and goes into one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.utils import PushToHubMixin
+
+import coconut
+from checkpoint import DESCRIBED, write_model
+from config import Config
+from curriculum import Markers, prompt
+from dataset import collate_prompts
+from evaluate import extract_answer
+from load_path import resolve
+from pretrained import Pretrained, load_model, not_loadable, read_description
+from utils import UserError, whole_folder
+
+TOP = 5  # words shown of a thought
+
+
+class Coconut(coconut.Coconut, PushToHubMixin):
+    """coconut.Coconut, which this is, and beside it, from `from_pretrained`:
+
+    tokenizer: the model's, with the markers.
+    markers: their ids.
+    config: the keys that say what its sequences look like, `checkpoint.DESCRIBED`; the others have their defaults.
+    stage: of the curriculum, at which it is asked.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    markers: Markers
+    config: Config
+    stage: int
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Coconut:
+        """The model of a checkpoint folder, of a run's folder (its newest checkpoint), or of what `push_to_hub` has put
+        on the hub, by its id; on the CPU, in the dtype that it was saved in, ready to be asked.
+
+        Raises UserError where it is none of these.
+        """
+        folder = _folder_of(source)
+        description = read_description(folder)
+        if description is None:
+            if (folder / "modeling_coconut.py").is_file():
+                raise UserError(
+                    f"{folder} is what export.py writes: AutoModelForCausalLM.from_pretrained reads it, with "
+                    f"trust_remote_code=True"
+                )
+            raise UserError(
+                f"{folder} lacks coconut.json, which says how a model was trained: it is no checkpoint of run.py"
+            )
+        known = {name: description[name] for name in DESCRIBED if name in description}
+        config = Config(model_id=str(folder), **known)
+        config.bf16_weights = _dtype_of(folder) == torch.bfloat16
+        model, tokenizer, markers = load_model(config, folder, model_class=cls)
+        model.tokenizer, model.markers, model.config, model.stage = tokenizer, markers, config, description["stage"]
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, **_) -> None:
+        """Writes what `from_pretrained` reads, as a checkpoint has it: AutoModelForCausalLM reads the folder too, and
+        then has the model without its thoughts. It appears whole.
+
+        Raises UserError where the folder holds something already, or cannot be written.
+        """
+        with whole_folder(Path(folder)) as aside:
+            write_model(aside, self.config, self.as_pretrained(), self.stage, self.state_dict())
+
+    def as_pretrained(self) -> Pretrained:
+        return Pretrained(self, self.tokenizer, self.markers)
+
+    def ask(self, question: str, **options) -> str:
+        """What the model writes after a question; options as of `answers`."""
+        return self.answers([question], **options)[0]["output"]
+
+    def answers(
+        self,
+        questions: list[str],
+        max_new_tokens: int = 128,
+        n_thoughts: int | None = None,
+        show_thoughts: bool = False,
+        **sampling,
+    ) -> list[dict]:
+        """What the model writes after each question, as one batch: {"output", "answer"}, and with show_thoughts
+        "thoughts", for each latent the TOP likeliest [token, probability] pairs of the position that the thought is
+        made from (paper, Section 5.2).
+
+        n_thoughts: so many latents, instead of those of its stage.
+        sampling: options of `generate`; without any it decodes greedily.
+        Raises UserError where a question does not fit the model, and where it has no latents to count.
+        """
+        prompts = self.prompts(questions, n_thoughts)
+        limit = self.max_positions or math.inf
+        for question, row in zip(questions, prompts, strict=True):
+            if len(row) >= limit:
+                raise UserError(
+                    f"a question of {len(row)} tokens leaves no room in {limit} positions: {question[:60]!r}"
+                )
+        batch = collate_prompts(prompts, self.markers.eos)
+        batch = {name: tensor.to(self.base_causallm.device) for name, tensor in batch.items()}
+        room = min(max_new_tokens, limit - batch["input_ids"].shape[1])
+        results = []
+        for row in self.generate(**batch, max_new_tokens=room, **sampling).tolist():
+            new = row[: row.index(self.markers.eos)] if self.markers.eos in row else row
+            text = self.tokenizer.decode(new, skip_special_tokens=True)
+            results.append({"output": text, "answer": extract_answer(text)})
+        if show_thoughts:
+            for result, thoughts in zip(results, decoded_thoughts(self, self.tokenizer, batch), strict=True):
+                result["thoughts"] = thoughts
+        return results
+
+    def prompts(self, questions: list[str], n_thoughts: int | None = None) -> list[list[int]]:
+        """The token ids that each answer follows."""
+        config = self.config_with(n_thoughts)
+        ids = self.tokenizer([question + "\n" for question in questions])["input_ids"]
+        return [prompt(row, [], self.stage, config, self.markers) for row in ids]
+
+    def config_with(self, n_thoughts: int | None) -> Config:
+        """With so many latents, where it is a number. Raises UserError where there are none to count."""
+        if n_thoughts is None:
+            return self.config
+        if self.config.method != "coconut":
+            raise UserError(
+                f"a number of thoughts is for models with latents, and this one is of method {self.config.method}"
+            )
+        return replace(self.config, eval_latents=n_thoughts)
+
+
+def decoded_thoughts(
+    model: coconut.Coconut, tokenizer: PreTrainedTokenizerBase, batch: dict[str, torch.Tensor]
+) -> list[list[list[tuple[str, float]]]]:
+    """For each row, for each latent: TOP (token, probability) pairs of the position before it, the likeliest first."""
+    top = model.thought_logits(**batch).float().softmax(dim=-1).topk(TOP)  # (B, K, TOP) each
+
+    def pairs(ids: list[int], shares: list[float]) -> list[tuple[str, float]]:
+        return [(tokenizer.decode([token]), round(share, 4)) for token, share in zip(ids, shares, strict=True)]
+
+    rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [[pairs(ids, shares) for ids, shares in zip(*row, strict=True)] for row in rows]
+
+
+def _folder_of(source: str | Path) -> Path:
+    """A local checkpoint, or where the hub's files have been put. Raises UserError."""
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return resolve(str(source))
+    try:
+        return Path(snapshot_download(str(source)))
+    except Exception as error:  # whatever the hub, or the way to it, makes of it
+        raise not_loadable("checkpoint", source, error) from None
+
+
+def _dtype_of(folder: Path) -> torch.dtype | None:
+    try:
+        return AutoConfig.from_pretrained(folder).dtype
+    except (OSError, ValueError):
+        return None  # load_model says what is wrong
