@@ -161,8 +161,8 @@ def write_model(
     weights: dict[str, torch.Tensor],
     validated_on: dict | None = None,
 ) -> None:
-    """Model, thought and tokenizer, and coconut.json, which says what the model's sequences look like, and which file it
-    was validated on; weights: those of pretrained.model, whole."""
+    """Model, thought and tokenizer, and coconut.json, which says what the model's sequences look like, and which file
+    it was validated on; weights: those of pretrained.model, whole."""
     _save_base(pretrained.model.base_causallm, folder, _under(PREFIX, weights))
     if learnt := _under(THOUGHT_PREFIX, weights):
         save_file({name: value.contiguous() for name, value in learnt.items()}, folder / THOUGHT_FILE)
