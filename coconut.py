@@ -142,14 +142,16 @@ class Coconut(nn.Module):
         max_new_tokens: int = 16,
         position_ids: torch.Tensor | None = None,
         edit: Edit | None = None,
+        return_thoughts: bool = False,
         **generation_options,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Greedy decoding of a batch of prompts, padded on the left; returns the new tokens only.
 
         Args:
             input_ids, attention_mask, position_ids: (B, T) as in `forward`.
             max_new_tokens: N at most; decoding stops earlier once every row has said EOS.
             edit: of the thoughts, as in `forward`.
+            return_thoughts: whether to return (tokens, thoughts), the latter (B, K, D).
             generation_options: for anything but greedy decoding, options of Hugging Face's `generate` (do_sample,
                 temperature, num_beams, ...), which then continues from the embeddings with the thoughts filled in. The
                 model's own generation_config does not count, nor do Hugging Face's defaults: without a top_k there is
@@ -163,19 +165,35 @@ class Coconut(nn.Module):
             _, embeds, _, _ = self._run(input_ids, attention_mask, position_ids, left_padded, edit=edit)
             plain = {"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id, **NO_FILTERS}
             with _own_distribution(self.base_causallm):
-                return self.base_causallm.generate(
+                tokens = self.base_causallm.generate(
                     inputs_embeds=embeds,
                     attention_mask=attention_mask,
                     max_new_tokens=max_new_tokens,
                     **{**plain, **generation_options},
                 )
-        if self.recomputes:
-            return self._generate_anew(input_ids, attention_mask, max_new_tokens)
-        hidden, _, cache, attention_mask = self._run(
-            input_ids, attention_mask, position_ids, left_padded, new_columns=max_new_tokens, edit=edit
-        )
-        position = position_ids[:, -1:]  # (B, 1)
-        hidden = hidden[:, -1:]  # (B, 1, D)
+        elif self.recomputes:
+            embeds = self._embed(input_ids)
+            tokens = self._generate_anew(input_ids, attention_mask, max_new_tokens)
+        else:
+            hidden, embeds, cache, attention_mask = self._run(
+                input_ids, attention_mask, position_ids, left_padded, new_columns=max_new_tokens, edit=edit
+            )
+            masked = left_padded is not False
+            tokens = self._decode(hidden[:, -1:], cache, attention_mask, position_ids[:, -1:], masked, max_new_tokens)
+        if not return_thoughts:
+            return tokens
+        return tokens, embeds[:, find_latent_columns(input_ids, self.latent_token_id)]
+
+    def _decode(
+        self,
+        hidden: torch.Tensor,
+        cache: Cache,
+        attention_mask: torch.Tensor,
+        position: torch.Tensor,
+        masked: bool,
+        max_new_tokens: int,
+    ) -> torch.Tensor:
+        """Greedy decoding over the cache, from the hidden state (B, 1, D) at the position (B, 1) of the last column."""
         finished = torch.zeros_like(position, dtype=torch.bool)  # (B, 1)
         tokens = []
         for _ in range(max_new_tokens):
@@ -186,8 +204,8 @@ class Coconut(nn.Module):
                 break
             position = position + 1
             attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
-            hidden = self.span(self._embed(token), attention_mask, position, left_padded is not False, cache)
-        return torch.cat(tokens, dim=1) if tokens else input_ids[:, :0]
+            hidden = self.span(self._embed(token), attention_mask, position, masked, cache)
+        return torch.cat(tokens, dim=1) if tokens else position[:, :0]
 
     def _generate_anew(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, max_new_tokens: int
@@ -230,12 +248,15 @@ class Coconut(nn.Module):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         edit: Edit | None = None,
-    ) -> torch.Tensor:
+        return_thoughts: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """What the LM head makes of the positions before the latents, those that thoughts are made from: for rows as in
-        `generate`, whose K latents stand in the same columns, (B, K, V). `edit` as in `forward`."""
+        `generate`, whose K latents stand in the same columns, (B, K, V); with return_thoughts (logits, thoughts), the
+        latter (B, K, D). `edit` as in `forward`."""
         columns = find_latent_columns(input_ids, self.latent_token_id)
-        hidden, _ = self.states(input_ids, attention_mask, position_ids, edit)
-        return self.head(hidden[:, [column - 1 for column in columns]])
+        hidden, embeds = self.states(input_ids, attention_mask, position_ids, edit)
+        logits = self.head(hidden[:, [column - 1 for column in columns]])
+        return (logits, embeds[:, columns]) if return_thoughts else logits
 
     def _run(
         self,

@@ -210,7 +210,8 @@ def sweep_section(found: Found, about: dict) -> Section:
     return Section(
         "With another number of thoughts",
         "A switch to language is forced after so many thoughts (paper, Section 5.1). After many thoughts little is "
-        "written, and little can be wrong with it: bars of different numbers are not directly comparable.",
+        "written, and little can be wrong with it: bars of different numbers are not directly comparable. In mirrored "
+        "graphs a wrong target is the other component, or another leaf of the right one.",
         drawn,
     )
 

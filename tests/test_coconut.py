@@ -425,3 +425,14 @@ def test_thoughts_are_returned_where_they_are_asked_for(family):
     columns = (batch["input_ids"][0] == LATENT).nonzero().flatten()
     assert (output.thoughts - output.inputs_embeds[:, columns]).abs().max() == 0
     assert output.thoughts.shape == (2, 2, model.base_causallm.config.hidden_size)
+    ids = collate_prompts(prompts([2, 2]), EOS)
+    wanted = model(**ids, return_thoughts=True).thoughts
+    for said in (
+        model.generate(**ids, max_new_tokens=3, return_thoughts=True),
+        model.generate(**ids, max_new_tokens=3, return_thoughts=True, num_beams=2),
+        model.thought_logits(**ids, return_thoughts=True),
+    ):
+        assert (said[1] - wanted).abs().max() < 1e-12
+    assert torch.equal(
+        model.generate(**ids, max_new_tokens=3, return_thoughts=True)[0], model.generate(**ids, max_new_tokens=3)
+    )
