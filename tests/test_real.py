@@ -8,7 +8,7 @@ from pathlib import Path
 import gsm_icot
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, settled
 from elsewhere import written_elsewhere
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,24 +55,21 @@ def place(tmp_path_factory, smollm2) -> Path:
 
 
 def configure(place: Path, smollm2: Path, name: str, *more: str) -> Config:
-    return Config.from_file(
-        ROOT / "args" / "gsm_cot.yaml",
-        [
-            f"name={name}",
-            f"save_path={place}",
-            f"model_id={smollm2}",
-            f"train_path={place / 'train.json'}",
-            f"val_path={place / 'valid.json'}",
-            "global_batch_size=8",
-            "batch_size_training=8",
-            "lr=1e-4",
-            "num_epochs=2",
-            "max_new_tokens=48",
-            "num_workers=0",
-            "save_only_improve=false",
-            *more,
-        ],
-    )
+    keys = [
+        f"name={name}",
+        f"save_path={place}",
+        f"model_id={smollm2}",
+        f"train_path={place / 'train.json'}",
+        f"val_path={place / 'valid.json'}",
+        "global_batch_size=8",
+        "batch_size_training=8",
+        "lr=1e-4",
+        "num_epochs=2",
+        "max_new_tokens=48",
+        "num_workers=0",
+        "save_only_improve=false",
+    ]
+    return Config.from_file(ROOT / "args" / "gsm_cot.yaml", settled(*keys, *more))
 
 
 def losses(config: Config) -> list[float]:
