@@ -85,7 +85,7 @@ def _training(checkpoint: Path, config: dict, notes: dict[str, str]) -> str:
         "digest of the data": f"`{state.get('data', 'unknown')}` (with tokenizer and limits)",
         "epochs, optimizer steps": f"{state.get('epoch', 'unknown')}, {state.get('step', 'unknown')}",
         "seed": config.get("seed"),
-        "hours": _hours(checkpoint.parent, state.get("epoch", 0)),
+        "hours": _hours(checkpoint.parent, range(config.get("resume") or 0, state.get("epoch", 0))),
         "hardware": f"{notes.get('hardware', 'unknown')}; ranks: {notes.get('world size', 'unknown')}",
         "commit of the trainer": notes.get("git commit", "unknown"),
         "versions": ", ".join(f"{name} {notes[name]}" for name in ("python", "torch", "transformers") if name in notes),
@@ -93,14 +93,13 @@ def _training(checkpoint: Path, config: dict, notes: dict[str, str]) -> str:
     return "## Training\n\n| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
 
 
-def _hours(run_dir: Path, n_epochs: int) -> str:
-    """Of the epochs up to the checkpoint, with their validations."""
+def _hours(run_dir: Path, trained: range) -> str:
+    """Of these epochs, from 0, with their validations."""
     # a restarted run repeats the epochs that it had lost: what was written last counts
     epochs = {r["epoch"]: r for r in read_log(run_dir / "metrics.jsonl") if r["event"] == "epoch"}
-    seconds = [r["train_seconds"] + r["seconds"] for epoch, r in epochs.items() if epoch < n_epochs]
-    if not seconds or len(seconds) < n_epochs:
-        return f"{sum(seconds) / 3600:.2f}, of {len(seconds)} epochs: of the others nothing is known"
-    return f"{sum(seconds) / 3600:.2f}, with {len(seconds)} validations"
+    seconds = [r["train_seconds"] + r["seconds"] for epoch, r in epochs.items() if epoch in trained]
+    # advance_at passes over epochs
+    return f"{sum(seconds) / 3600:.2f}, of {len(seconds)} epochs with their validations" if seconds else "unknown"
 
 
 def _accuracies(checkpoint: Path, config: dict) -> str:

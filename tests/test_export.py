@@ -254,7 +254,7 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
     text = (tmp_path / "out" / "README.md").read_text()
     for part in (
         *("# out\n", "`coconut`: Coconut (chain of continuous thought", "Its stage is 2.", "4 latent positions"),
-        *("`data/some_train.json`", "`abc123`", "| seed | 7 |", "| hours | 1.00, with 2 validations |"),
+        *("`data/some_train.json`", "`abc123`", "| seed | 7 |", "| hours | 1.00, of 2 epochs with their validations |"),
         *("| hardware | a fast one; ranks: 2 |", "| epochs, optimizer steps | 2, 90 |", "torch 2."),
         "| `data/some_valid.json` (validation) | 300 | 34.6% | 10.0% | 8.2 |",
         "| `data/test.json` | 1000 | 50.0% | 10.0% | 8.2 |",
