@@ -369,7 +369,7 @@ def work(waiting: list[Job], at_once: int) -> None:
             tasks[job.name] = pool.submit(attend, job)
         left = set(tasks.values())
         while left:
-            _, left = wait(left, timeout=2)
+            _, left = wait(left, timeout=10)  # reading all logs again takes a while
             for line in news.lines():
                 tqdm.write(line, file=sys.stderr)
     for task in tasks.values():
