@@ -181,12 +181,12 @@ def same_depth_unreachable(graph: Graph, k: int) -> set[str]:
 
 
 def _fewest_edges(neighbours: dict[str, list[str]], starts: Iterable[str]) -> dict[str, int]:
-    found = dict.fromkeys(starts, 0)
+    found = dict.fromkeys(sorted(starts), 0)
     outermost, edges = {*found}, 0
     while outermost:
         edges += 1
         outermost = {neighbour for name in outermost for neighbour in neighbours[name]} - found.keys()
-        found |= dict.fromkeys(outermost, edges)
+        found |= dict.fromkeys(sorted(outermost), edges)  # an order that is the same in every process
     return found
 
 

@@ -1,5 +1,7 @@
 """Outputs on ProsQA have the class of a plain definition, in both templates; distances are those of all paths."""
 
+import json
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -425,3 +427,20 @@ def test_it_waits_for_no_torch():
     code = "import sys, analysis.paths; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_distances_are_in_the_same_order_in_every_process(tmp_path):
+    """The order of a set of names is another in each: the same analysis wrote another file, and drew other trees."""
+    edges = [[0, node] for node in range(1, 9)] + [[1, 10]]
+    example = {"idx_to_symbol": list("abcdefghijk"), "edges": [*edges, [9, 8]], "root": 0, "target": 10}
+    example |= {"neg_target": 9, "answer": "k", "steps": ["b", "k"]}
+    code = (
+        "import json, sys; from analysis import paths; graph = paths.from_example(json.loads(sys.argv[1])); "
+        "print(list(paths.depths(graph)), list(paths._fewest_edges(graph.children, graph.sources)))"
+    )
+    said = set()
+    for seed in "0123":
+        command = [sys.executable, "-c", code, json.dumps(example)]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        said.add(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(said) == 1
