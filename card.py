@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import yaml
 
 from curriculum import stage_name
-from utils import UserError, read_log
+from utils import UserError, read_log, read_object
 
 CARD = """\
 ---
@@ -54,7 +53,7 @@ def card(checkpoint: Path, name: str, n_parameters: int, n_latents: int, has_mar
 
     Raises UserError where a file that it reads is damaged.
     """
-    description = _read(checkpoint / "coconut.json")
+    description = read_object(checkpoint / "coconut.json")
     method, stage = description["method"], stage_name(description["stage"])
     added = "a newline"
     if n_latents:
@@ -76,7 +75,7 @@ def card(checkpoint: Path, name: str, n_parameters: int, n_latents: int, has_mar
 
 
 def _training(checkpoint: Path, config: dict, notes: dict[str, str]) -> str:
-    state = _read(checkpoint / "trainer" / "state.json")
+    state = read_object(checkpoint / "trainer" / "state.json")
     rows = {
         "method": f"`{config.get('method')}`, thought `{config.get('thought')}`, c_thought {config.get('c_thought')}",
         "starts from": f"`{config.get('load_model_path') or config.get('model_id')}`"
@@ -106,10 +105,10 @@ def _accuracies(checkpoint: Path, config: dict) -> str:
     """A row for the validation after the checkpoint's epoch, and one for a test of this checkpoint in its run."""
     rows = []
     if (checkpoint / "metrics.json").is_file():
-        rows.append((f"`{config.get('val_path')}` (validation)", _read(checkpoint / "metrics.json")))
+        rows.append((f"`{config.get('val_path')}` (validation)", read_object(checkpoint / "metrics.json")))
     evaluation = checkpoint.parent / "eval" / "metrics.json"
     if evaluation.is_file():
-        found = _read(evaluation)
+        found = read_object(evaluation)
         if Path(found.get("checkpoint", "")).name == checkpoint.name:
             rows.append((f"`{found.get('file')}`", found))
     if not rows:
@@ -143,13 +142,3 @@ def _config(path: Path, text: str) -> tuple[dict, dict[str, str]]:
         raise UserError(f"{path} is not a configuration: it cannot be put into the model card")
     notes = dict(re.findall(r"^# ([^:\n]+): (.*)$", text, re.MULTILINE))
     return config, notes
-
-
-def _read(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} cannot be read: it is no object")
-    return content

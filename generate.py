@@ -51,38 +51,16 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
-from typing import NamedTuple
 
 import torch
 from transformers.utils import logging
 
-from config import Config
-from curriculum import Markers
 from trained import Coconut
 from utils import UserError, report
 
 
-class Asked(NamedTuple):
-    """A model, and the prompt that it was trained for, as parts: what analysis/ takes."""
-
-    model: Coconut
-    tokenizer: object
-    markers: Markers
-    config: Config
-    stage: int
-
-
-def load(checkpoint: str, n_thoughts: int | None = None) -> Asked:
-    """The model of a checkpoint folder or a run's folder, on a GPU where there is one; with n_thoughts latents instead
-    of those of its stage.
-
-    Raises UserError where it is none, or where there is no latent to ask for.
-    """
-    model = _load(checkpoint)
-    return Asked(model, model.tokenizer, model.markers, model.config_with(n_thoughts), model.stage)
-
-
-def _load(checkpoint: str) -> Coconut:
+def load(checkpoint: str) -> Coconut:
+    """The model of a checkpoint folder or a run's folder, on a GPU where there is one. Raises UserError."""
     return Coconut.from_pretrained(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -142,7 +120,7 @@ def converse(checkpoint: str, asking: dict, written: Callable[[dict, dict], str]
     with suppress(ImportError):  # not on every system
         import readline  # noqa: F401 (it gives `input` a history, and keys to move in a line)
     try:
-        model = _load(checkpoint)
+        model = load(checkpoint)
         model.config_with(asking["n_thoughts"])
         print("a question, or :help", flush=True)
         while (line := input("> ").strip()) != ":quit":
@@ -203,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
             return converse(options.checkpoint, asking, as_json if options.json else as_text)
         else:
             records = records_of_lines(sys.stdin, "standard input")
-        model = _load(options.checkpoint)
+        model = load(options.checkpoint)
         model.config_with(options.thoughts)  # no answer is waited for where it is an error
         while batch := list(islice(records, options.batch if options.file else 1)):
             results = model.answers([record["question"] for record in batch], **asking)

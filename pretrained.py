@@ -6,7 +6,6 @@ Face folder, to which a checkpoint of this program adds coconut.json and, where 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +27,7 @@ from config import Config
 from curriculum import Markers
 from families import vouch
 from thoughts import Thought
-from utils import UserError
+from utils import UserError, read_object
 
 START, END, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"
 THOUGHT_FILE = "thought.safetensors"
@@ -162,15 +161,7 @@ def read_description(folder: Path) -> dict | None:
     Raises UserError where it is damaged.
     """
     path = folder / "coconut.json"
-    if not path.is_file():
-        return None
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(description, dict):
-        raise UserError(f"{path} cannot be read: it is no object")
-    return description
+    return read_object(path) if path.is_file() else None
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -183,6 +183,17 @@ def writing(path: Path | str) -> Iterator[None]:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def read_object(path: Path) -> dict:
+    """A JSON file that holds an object. Raises UserError where it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} cannot be read: it is no object")
+    return content
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file, and its folder, so that there is never half of it: aside, and renamed. Raises UserError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")  # others may write the same file

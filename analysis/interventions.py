@@ -25,8 +25,6 @@ from analysis.subject import Change, Subject
 from analysis.tasks import Machine, Task
 from evaluate import extract_answer
 
-MEASURES = ("questions", "accuracy", "donor", "gold", "T", "escape")
-
 
 @dataclass(frozen=True)
 class Intervention:

@@ -11,13 +11,24 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from coconut import Edit
-from curriculum import prompt
+from coconut import Coconut, Edit
+from config import Config
+from curriculum import Markers, prompt
 from dataset import collate_prompts
-from generate import Asked, load
+from generate import load
 from utils import UserError
+
+
+class Asked(NamedTuple):
+    """A model, and what its prompts are made with."""
+
+    model: Coconut
+    tokenizer: PreTrainedTokenizerBase
+    markers: Markers
+    config: Config
+    stage: int
 
 
 class Batch(NamedTuple):
@@ -44,7 +55,7 @@ class Subject:
     """A model, and questions.
 
     Args:
-        asked: the model, as generate.py loads it.
+        asked: the model.
         examples: {question, answer, steps, ...} each.
         n_thoughts: as many as it is asked with; default as many as its stage was trained with.
         batch: questions at once.
@@ -60,7 +71,9 @@ class Subject:
     def load(cls, checkpoint: str, examples: list[dict], n_thoughts: int | None = None) -> Subject:
         """Raises UserError where there is no such checkpoint, or where it has no thoughts to look at, or not one a
         step."""
-        subject = cls(load(checkpoint, n_thoughts), examples, n_thoughts)
+        model = load(checkpoint)
+        asked = Asked(model, model.tokenizer, model.markers, model.config_with(n_thoughts), model.stage)
+        subject = cls(asked, examples, n_thoughts)
         config, stage = subject.asked.config, subject.asked.stage
         if subject.n_thoughts == 0:
             more = " (--thoughts K asks it with K)" if config.method == "coconut" else ""

@@ -14,11 +14,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from analysis import __main__ as command
 from analysis import interventions, paths, probe, report, search, sweep
-from analysis.subject import Change, Subject
+from analysis.subject import Asked, Change, Subject
 from analysis.tasks import Graphs, Machine, load_task
 from coconut import Coconut
 from config import Config
-from generate import Asked
 from pretrained import load_tokenizer, mark
 from utils import UserError
 
