@@ -52,7 +52,8 @@ class RunSpec:
 
     keys: dict = field(default_factory=dict)  # of run.py, on top of the grid's base file
     base: str | None = None  # where it has another file than the grid
-    begins_with: str | None = None  # the beginning or run whose weights it takes, and after whose epochs it starts
+    begins_with: str | None = None  # the beginning or run whose weights it takes; it starts after that one's epochs,
+    # or, where that one was trained on other data, at epoch 0
     seeds: tuple[int, ...] | None = None  # where it has others than the grid
     label: str | None = None  # in tables and figures; default its name
     paper: str | None = None  # what the paper has for it
@@ -193,13 +194,19 @@ class Job:
         """The job whose weights this one takes."""
         return replace(self, run=self.spec.begins_with) if self.spec.begins_with else None
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the job that it begins with is a part of its own curriculum, and not a lesson on other data."""
+        return self.begin is not None and "train_path" not in self.begin.spec.keys
+
     @cached_property
     def overrides(self) -> list[str]:
         """All that it sets on top of the base file; of each key the last counts."""
         texts = [f"save_path={self.grid.save_path}", f"name={self.name}", f"seed={self.seed}"]
         if self.begin is not None:
-            texts += [f"load_model_path={self.begin.folder}", f"resume={self.begin.config.num_epochs}"]
-            texts.append("from_scratch=false")
+            texts += [f"load_model_path={self.begin.folder}", "from_scratch=false"]
+            if self.goes_on:
+                texts.append(f"resume={self.begin.config.num_epochs}")
         texts += [*self.spec.overrides, *self.more]
         return list({text.partition("=")[0]: text for text in texts}.values())
 

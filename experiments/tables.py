@@ -72,7 +72,8 @@ def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[
         n_steps = [len(example["steps"]) for example in job.test_examples()]
         correct = [int(prediction["correct"]) for prediction in job.predictions()]
         metrics = json.loads((job.folder / "eval" / "metrics.json").read_text(encoding="utf-8"))
-        epochs = [*(job.begin.epochs() if job.begin else ()), *job.epochs()]
+        earlier = job.begin.epochs() if job.begin else []
+        epochs = [*earlier, *job.epochs()] if job.goes_on else job.epochs()
         by_steps = {
             str(n): statistics.mean(right for right, steps in zip(correct, n_steps, strict=True) if steps == n)
             for n in sorted(set(n_steps))
@@ -85,7 +86,7 @@ def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[
                 "by_steps": by_steps,
                 "tokens": metrics["generated_tokens"],
                 "seconds_per_example": metrics["seconds_per_example"],
-                "seconds": sum(record["train_seconds"] + record["seconds"] for record in epochs),
+                "seconds": sum(record["train_seconds"] + record["seconds"] for record in [*earlier, *job.epochs()]),
                 "epochs": [
                     {"epoch": epoch, "stage": record["stage"], "accuracy": record["accuracy"]}
                     for epoch, record in enumerate(epochs)

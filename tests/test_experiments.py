@@ -17,7 +17,7 @@ from test_table1 import ROWS
 
 import run
 from config import Config
-from utils import UserError
+from utils import UserError, read_log
 
 sys.path.insert(0, str(ROOT / "experiments"))
 grid = load_script(ROOT / "experiments" / "grid.py")
@@ -402,6 +402,25 @@ def test_the_grids_of_the_paper_name_every_row_of_table_1(dataset, tmp_path, cap
         alone = Config.from_file(job.base, needs_files=False)
         assert (job.config.num_epochs, job.config.resume) == (alone.num_epochs, alone.resume)
         assert (job.config.load_model_path is None) == (alone.load_model_path is None)
+
+
+def test_a_lesson_on_other_data_is_no_part_of_the_curriculum(place, started, tmp_path):
+    """What begins with it starts at epoch 0, and its curve too; its minutes count."""
+    content = yaml.safe_load((place / "small.yaml").read_text())
+    content["save_path"] = str(tmp_path)
+    content["beginnings"]["words"]["keys"] |= {"train_path": str(place / "valid.json"), "num_epochs": 3}
+    del content["runs"]["pause"], content["controls"]
+    content["runs"]["coconut"]["seeds"] = [3]
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
+    assert grid.main([str(tmp_path / "small.yaml"), "--jobs", "1", "--out", str(tmp_path / "results")]) == 0
+    assert [name_of(command) for command in started] == ["words-3", "coconut-3", "coconut-3 test"]
+    assert not any(text.startswith("resume=") for text in started[1])
+    (row,) = json.loads((tmp_path / "results" / "small.json").read_text())["coconut"]
+    assert [record["stage"] for record in row["epochs"]] == [0, 1]
+    logs = [read_log(tmp_path / name / "metrics.jsonl") for name in ("words-3", "coconut-3")]
+    epochs = [record for log in logs for record in log if record["event"] == "epoch"]
+    assert len(epochs) == 5
+    assert row["seconds"] == pytest.approx(sum(record["train_seconds"] + record["seconds"] for record in epochs))
 
 
 def test_an_array_has_a_task_for_each_seed_of_what_begins_together(place, tmp_path):
