@@ -15,8 +15,8 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+import config_checks
 from config_files import Layer, Value, check_range, converted, override_layer, yaml_layers
-from load_path import is_on_hub, run_of
 from utils import UserError, launched_ranks, report
 
 METHODS = ("coconut", "cot", "no_cot", "no_thoughts", "icot")
@@ -35,8 +35,6 @@ THOUGHTS = {
     "last+suppressed": "[:T]",
     "embedding+suppressed": "[:T]",
 }
-PLACEHOLDER = re.compile(r"YOUR_\w+")
-NO_FILE_NAME = re.compile(r"[/\\\0]|^\.*$")  # of what a name must not be, since files and folders bear it
 
 
 def split_thought(spelling: str) -> tuple[str, int | float | None]:
@@ -302,89 +300,7 @@ class Config:
 
     def problems(self, world_size: int = 1, needs_files: bool = True) -> list[str]:
         """What is impossible about this configuration on this machine, a sentence each."""
-        found = self._path_problems() if needs_files else []
-        if Path(self.save_path).is_file():
-            found.append(f"save_path {self.save_path!r} is a file, not a folder")
-        if self.resume >= self.num_epochs and not self.only_eval:
-            found.append(f"resume {self.resume} leaves nothing of num_epochs {self.num_epochs}")
-        if self.only_eval and self.load_model_path is None:
-            found.append("only_eval needs load_model_path: the checkpoint to evaluate")
-        if self.eval_latents is not None and not (self.only_eval and self.method == "coconut"):
-            found.append("eval_latents is for eval-only runs of method coconut")
-        if NO_FILE_NAME.search(self.name):
-            found.append(f"name {self.name!r} must be a plain folder name")
-        if isinstance(self.val_path, dict):
-            if not self.only_eval:
-                found.append("val_path names several files, which is for eval-only runs: a training run takes one path")
-            elif not self.val_path:
-                found.append("val_path is an empty mapping: set it to a path, or to {name: path, other: path}")
-            unfit = [name for name in self.val_path if NO_FILE_NAME.search(name)]
-            found += [f"val_path: the name {name!r} must be a plain one, for a file bears it" for name in unfit]
-        if isinstance(self.epochs_per_stage, list) and len(self.epochs_per_stage) > self.last_stage + 1:
-            found.append(
-                f"epochs_per_stage has {len(self.epochs_per_stage)} entries, but there are only {self.last_stage + 1} "
-                f"stages: 0 to max_latent_stage + 1"
-            )
-        if self.method == "icot" and self.uniform_prob > 0:
-            found.append("uniform_prob mixes stages of whole steps, but method icot removes single tokens")
-        if self.method == "icot" and self.advance_at is not None:
-            found.append("advance_at ends stages of whole epochs, but method icot's stages are within an epoch")
-        if self.from_scratch and self.load_model_path is not None:
-            found.append("from_scratch and load_model_path exclude each other")
-        if self.bf16 and self.bf16_weights:
-            found.append("bf16 (mixed precision) and bf16_weights (everything in bfloat16) exclude each other")
-        if self.compile and self.gradient_checkpointing:
-            found.append("compile and gradient_checkpointing exclude each other")
-        try:
-            self.passes(world_size)
-        except UserError as error:
-            found.append(str(error))
-        return found
-
-    def _path_problems(self) -> list[str]:
-        found = []
-        val_paths = {f"val_path {name}".strip(): one.val_path for name, one in self.by_set().items()}
-        for name, value in {**vars(self), **val_paths}.items():
-            if isinstance(value, str) and PLACEHOLDER.search(value):
-                found.append(f"{name} is still the placeholder {value!r}: set it to your own path")
-        paths = {"train_path": self.train_path, **val_paths, "load_model_path": self.load_model_path}
-        for name, value in paths.items():
-            if name == "train_path" and self.only_eval:
-                continue
-            if value is None:
-                if name != "load_model_path":
-                    found.append(f"{name} is missing: set it to a JSON list of question, answer and steps")
-            elif not PLACEHOLDER.search(value):
-                if name == "load_model_path":
-                    if self._continues() or is_on_hub(value):
-                        continue  # the run's own checkpoint wins over it; the hub is asked later
-                    value = str(run_of(value))
-                if not Path(value).exists():
-                    found.append(f"{name} {value!r} does not exist{_preparation_hint(value)}")
-                elif name != "load_model_path" and not Path(value).is_file():
-                    found.append(f"{name} {value!r} is no file")
-        model = Path(self.model_id)
-        is_path = (
-            model.is_absolute()
-            or self.model_id.startswith(".")
-            or (len(model.parts) > 1 and model.parents[-2].is_dir())
-        )
-        if is_path and not PLACEHOLDER.search(self.model_id) and not model.is_dir() and not self._has_model_elsewhere():
-            found.append(f"model_id {self.model_id!r} does not exist{_preparation_hint(self.model_id)}")
-        return found
-
-    def _continues(self) -> bool:
-        """Whether the run has a checkpoint of its own."""
-        return not self.only_eval and any(self.run_dir.glob("checkpoint_*/coconut.json"))
-
-    def _has_model_elsewhere(self) -> bool:
-        """Whether a checkpoint has all that model_id would be asked for: shape, weights and tokenizer."""
-        if self._continues():
-            return True
-        source = run_of(self.load_model_path or "")
-        return self.load_model_path is not None and (
-            (source / "config.json").is_file() or any(source.glob("checkpoint_*/config.json"))
-        )
+        return (config_checks.paths(self) if needs_files else []) + config_checks.combinations(self, world_size)
 
     @classmethod
     def describe(cls) -> str:
@@ -393,25 +309,6 @@ class Config:
         for field in dataclasses.fields(cls):
             lines.append(f"  {field.name} = {json.dumps(field.default)}\n      {field.metadata['help']}")
         return "\n".join(lines)
-
-
-def _preparation_hint(path: str) -> str:
-    hints = {
-        "prosqa_mini": "python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100",
-        "prosqa_": "python preprocessing/prosqa.py",
-        **{name: f"python preprocessing/ood.py {name}" for name in ("gsm_hard", "svamp", "multiarith")},
-        "gsm_": "bash preprocessing/gsm_icot.bash",
-        "arithmetic": "python preprocessing/arithmetic.py",
-        "machine": "python preprocessing/machine.py --out data/machine",
-        "tiny_arithmetic": "make data/tiny_arithmetic/config.json",
-        "tiny_prosqa": "make data/tiny_prosqa/config.json",
-    }
-    how = next((how for word, how in hints.items() if Path(path).name.startswith(word)), None)
-    if Path(path).as_posix().endswith("data/machine/model"):
-        how = "make data/machine/model/config.json"
-    if "mirrored" in Path(path).parent.name:  # with its chains and its model
-        how = f"python experiments/grid.py experiments/{Path(path).parent.name}.yaml --dry-run"
-    return f" (make it with: {how})" if how else ""
 
 
 def _merge(values: dict[str, Value], layer: Layer, problems: list[str]) -> None:
