@@ -35,7 +35,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from transformers import GenerationConfig, PreTrainedModel
@@ -46,6 +48,7 @@ from config import Config
 from load_path import best, checkpoints, is_of_finished_epoch, ours, rating, resolve
 from pretrained import THOUGHT_FILE, Pretrained, read_description
 from ranks import World, on_every_rank, on_main_rank
+from sim_cot import SimCot
 from utils import UserError, retried, sync_to_disk
 
 FORMAT = 2  # of coconut.json and trainer/state.json
@@ -137,8 +140,10 @@ def save(
             _write_json(aside / "trainer" / "state.json", state)
 
     def write_optimizer() -> None:
-        state = get_optimizer_state_dict(pretrained.model, optimizer)["state"]
-        dcp.save({"optimizer": {"state": state}}, checkpoint_id=aside / OPTIMIZER)
+        state = {"optimizer": {"state": get_optimizer_state_dict(pretrained.model, optimizer)["state"]}}
+        if isinstance(pretrained.model, SimCot):
+            state["step_decoder"] = get_model_state_dict(pretrained.model.step_decoder)
+        dcp.save(state, checkpoint_id=aside / OPTIMIZER)
 
     try:
         on_main_rank(world, lambda: _writing(target, make_room))
@@ -438,6 +443,17 @@ def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.
     }
     dcp.load({"optimizer": {"state": whole["state"]}}, storage_reader=reader)
     set_optimizer_state_dict(model, optimizer, optim_state_dict=whole, options=StateDictOptions(strict=False))
+
+
+def load_step_decoder(folder: Path, model: SimCot) -> bool:
+    """Gives the step decoder the weights that it had in a checkpoint; False where that has none. Collective."""
+    reader = dcp.FileSystemReader(folder / OPTIMIZER)
+    if not any(name.startswith("step_decoder.") for name in reader.read_metadata().state_dict_metadata):
+        return False
+    state = get_model_state_dict(model.step_decoder)
+    dcp.load({"step_decoder": state}, storage_reader=reader)
+    set_model_state_dict(model.step_decoder, state)
+    return True
 
 
 def load_random_state(folder: Path, world: World) -> bool:

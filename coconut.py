@@ -38,6 +38,7 @@ class CoconutOutput(NamedTuple):
     inputs_embeds: torch.Tensor  # (B, T, D), with the thoughts filled in
     logits: torch.Tensor | None  # (B, T, V), only where no labels were given
     thoughts: torch.Tensor | None = None  # (B, K, D) of inputs_embeds, where they are asked for
+    auxiliary: torch.Tensor | None = None  # scalar, of methods that add to the loss: a sum over the batch's units
 
 
 class Coconut(nn.Module):

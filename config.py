@@ -105,6 +105,21 @@ class Config:
         "layer, counted from the end where negative, or a share of the layers such as 0.5, T a threshold",
         check=split_thought,
     )
+    step_decoder: str = _key(
+        "none",
+        "none | pretrained | copy: in training, a second model must say from each step's thoughts what the step was "
+        "(SIM-CoT): model_id with its pretrained weights, or a copy of this model as it begins",
+        choices=("none", "pretrained", "copy"),
+    )
+    step_decoder_weight: float = _key(1.0, "of that model's loss beside the answer's", low=0)
+    step_decoder_reduction: str = _key(
+        "sum", "sum | mean: of its loss over the tokens of a step", choices=("sum", "mean")
+    )
+    step_decoder_surplus: str = _key(
+        "answer",
+        "answer | none: what the thoughts stand for that an example has beyond its steps",
+        choices=("answer", "none"),
+    )
     c_thought: int = _key(1, "latent thoughts that replace one written step", low=0)
     max_latent_stage: int = _key(6, "stage after which no more thoughts are added and all steps are dropped", low=0)
     epochs_per_stage: int | list[int] = _key(

@@ -44,6 +44,13 @@ def combinations(config, world_size: int) -> list[str]:
         found.append("uniform_prob mixes stages of whole steps, but method icot removes single tokens")
     if config.method == "icot" and config.advance_at is not None:
         found.append("advance_at ends stages of whole epochs, but method icot's stages are within an epoch")
+    if config.step_decoder != "none" and not config.only_eval:
+        if config.method != "coconut" or config.thought == "pause" or not config.c_thought:
+            found.append(
+                "step_decoder explains thoughts: it needs method coconut, a thought that is fed back, c_thought"
+            )
+        if config.step_decoder == "pretrained" and config.from_scratch:
+            found.append("step_decoder pretrained takes weights of model_id, and from_scratch has none: set it to copy")
     if config.from_scratch and config.load_model_path is not None:
         found.append("from_scratch and load_model_path exclude each other")
     if config.bf16 and config.bf16_weights:

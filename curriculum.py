@@ -31,8 +31,6 @@ class Markers(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The curriculum and the sequences (paper, Section 3 and Figure 2)
-# ---------------------------------------------------------------------------------------------------------------
 # Stages
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -161,7 +159,23 @@ def training_sequence(
     return before + after, [IGNORE] * len(before) + after
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def explained_steps(steps: Sequence[str], max_latent_stage: int) -> list[str]:
+    """What the groups of thoughts stand for, the first for the first step and so on; the group of max_latent_stage for
+    all further steps too, a newline between them (SIM-CoT, arXiv 2509.20317)."""
+    if len(steps) <= max_latent_stage:
+        return list(steps)
+    return [*steps[: max_latent_stage - 1], "\n".join(steps[max_latent_stage - 1 :])] if max_latent_stage else []
+
+
+def explanations(
+    texts: Sequence[Sequence[int]], answer: Sequence[int], n_latents: int, config: Config
+) -> list[Sequence[int] | None]:
+    """Of each group of a row's latents the tokens that it stands for, without EOS, or None; `texts` are those of
+    `explained_steps`."""
+    surplus = answer if config.step_decoder_surplus == "answer" else None
+    return [texts[group] if group < len(texts) else surplus for group in range(n_latents // config.c_thought)]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Steps
 # ---------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Tokens are kept once, in flat memory-mapped arrays that all ranks share. The seq
 asked for, so that an epoch starts at once whatever the size of the data. Everything random here is a function of
 (seed, epoch, example): no number of ranks, workers or restarts changes it.
 
-All is numpy until the last moment, when `_padded` makes tensors: data can be read without waiting for torch.
+All is numpy until the last moment, when `padded` makes tensors: data can be read without waiting for torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from config import Config
-from curriculum import IGNORE, Markers, stage_of_example, thoughts_and_dropped, training_sequence
+from curriculum import IGNORE, Markers, explained_steps, stage_of_example, thoughts_and_dropped, training_sequence
 from examples import content_digest, load_examples, read_examples
 from ranks import World, ignore_signals, on_main_rank, under_debugger
 from utils import UserError, progress_bar, retried, sync_to_disk, writing
@@ -57,6 +56,7 @@ class Tokens:
     def __init__(self, ids: np.ndarray, texts: np.ndarray, examples: np.ndarray):
         self.ids, self.texts, self.examples = ids, texts, examples
         self.chosen: np.ndarray | None = None  # where examples are left out, the numbers of the others
+        self.explained: Tokens | None = None  # where there is a step decoder: what it has to say, in place of the steps
 
     def __len__(self) -> int:
         return len(self.examples) - 1 if self.chosen is None else len(self.chosen)
@@ -128,11 +128,12 @@ def cache_tokens(
     limit: int | None = None,
     show_progress: bool = True,
     step_separator: str = "\n",
+    explained: int | None = None,
 ) -> Path:
     """Tokenizes the data file `path` into a folder under `folder`, unless it is there already; returns that folder.
 
     Its name is a digest of the file's bytes, the tokenizer, the limit and the separator. It appears whole or not at
-    all.
+    all. With `explained`, a max_latent_stage, the steps are those of `curriculum.explained_steps`.
     """
     try:
         with Path(path).open("rb") as file:
@@ -142,10 +143,15 @@ def cache_tokens(
     identity = [type(tokenizer).__name__, _what_decides_ids(tokenizer), limit, CACHE_VERSION]
     if step_separator != "\n":
         identity.append(step_separator)
+    if explained is not None:
+        identity.append({"explained": explained})
     digest.update(json.dumps(identity).encode())
     target = folder / digest.hexdigest()[:32]
     if not target.exists():
-        tokens = tokenize(read_examples(path, limit), tokenizer, show_progress, step_separator)
+        examples = read_examples(path, limit)
+        if explained is not None:
+            examples = ({**example, "steps": explained_steps(example["steps"], explained)} for example in examples)
+        tokens = tokenize(examples, tokenizer, show_progress, step_separator)
         with writing(target):
             _write_cache(tokens, target)
     return target
@@ -194,9 +200,10 @@ def load_data(config: Config, world: World, tokenizer) -> Data:
         limits = {name: min(limit or DEBUG_EXAMPLES[name], DEBUG_EXAMPLES[name]) for name, limit in limits.items()}
     val_examples = load_examples(config.val_path, limits["val"])
 
-    def tokens_of(path: str, limit: int | None) -> Path:
-        separator = config.step_separator
-        return on_main_rank(world, lambda: cache_tokens(path, tokenizer, cache, limit, step_separator=separator))
+    def tokens_of(path: str, limit: int | None, explained: int | None = None) -> Path:
+        separator = config.step_separator if explained is None else ""
+        options = {"step_separator": separator, "explained": explained}
+        return on_main_rank(world, lambda: cache_tokens(path, tokenizer, cache, limit, **options))
 
     val = Tokens.open(tokens_of(config.val_path, limits["val"]))
     data = Data(val_examples, val, content_digest(config.val_path))
@@ -207,6 +214,10 @@ def load_data(config: Config, world: World, tokenizer) -> Data:
             data.train.leave_out_longer_than(config.max_train_tokens)
             if len(data.train) == 0:
                 raise UserError(f"max_train_tokens {config.max_train_tokens} leaves no example of {config.train_path}")
+        if config.step_decoder != "none":
+            folder = tokens_of(config.train_path, limits["train"], config.max_latent_stage)
+            data.train.explained = Tokens.open(folder)
+            data.train.explained.chosen = data.train.chosen
     return data
 
 
@@ -235,6 +246,8 @@ class StageDataset:
     do (validation).
     """
 
+    counts_units = False  # whether batches have `units`: what the model's auxiliary loss is a sum over
+
     def __init__(self, tokens: Tokens, config: Config, markers: Markers, epoch: int | None = None):
         self.tokens, self.config, self.markers, self.epoch = tokens, config, markers, epoch
 
@@ -245,11 +258,16 @@ class StageDataset:
             stage = stage_of_example(self.config, stage, self.epoch, index, len(steps))
         return training_sequence(question, steps, answer, stage, self.config, self.markers)
 
+    def collate(self, rows: list[tuple]) -> dict:
+        """Items -> the arguments of the model's forward."""
+        return collate_for_device(rows, self.markers.eos, self.markers.latent)
 
-def _padded(rows: list[Sequence[int]], lefts: list[int], fill: int) -> torch.Tensor:
-    """Rows of int, each after lefts[i] paddings, as one (B, T) int64 tensor."""
+
+def padded(rows: list[Sequence[int]], fill: int, lefts: list[int] | None = None) -> torch.Tensor:
+    """Rows of int, each after lefts[i] paddings, or none, as one (B, T) int64 tensor."""
     import torch
 
+    lefts = [0] * len(rows) if lefts is None else lefts
     width = max(left + len(row) for row, left in zip(rows, lefts, strict=True))
     result = np.full((len(rows), width), fill, dtype=np.int64)
     for line, row, left in zip(result, rows, lefts, strict=True):
@@ -259,9 +277,9 @@ def _padded(rows: list[Sequence[int]], lefts: list[int], fill: int) -> torch.Ten
 
 def _batch(rows: list[Sequence[int]], lefts: list[int], pad_token_id: int) -> dict[str, torch.Tensor]:
     return {
-        "input_ids": _padded(rows, lefts, pad_token_id),
-        "attention_mask": _padded([[1] * len(row) for row in rows], lefts, 0),
-        "position_ids": _padded([range(len(row)) for row in rows], lefts, 0),
+        "input_ids": padded(rows, pad_token_id, lefts),
+        "attention_mask": padded([[1] * len(row) for row in rows], 0, lefts),
+        "position_ids": padded([range(len(row)) for row in rows], 0, lefts),
     }
 
 
@@ -275,7 +293,7 @@ def collate(rows: list[tuple[list[int], list[int]]], pad_token_id: int, latent_t
     column = max((place for place in first if place is not None), default=0)
     lefts = [0 if place is None else column - place for place in first]
     batch = _batch([ids for ids, _ in rows], lefts, pad_token_id)
-    batch["labels"] = _padded([labels for _, labels in rows], lefts, IGNORE)
+    batch["labels"] = padded([labels for _, labels in rows], IGNORE, lefts)
     return batch
 
 
@@ -436,10 +454,8 @@ class PlannedBatches:
 
 
 @contextmanager
-def batches_of(
-    tokens: Tokens, config: Config, markers: Markers, epoch: int, plan: EpochPlan, stages: Sequence[int]
-) -> Iterator[Iterator[dict]]:
-    """The batches of a plan, a micro-batch each, as `collate_for_device` makes them; its steps have these `stages`.
+def batches_of(dataset: StageDataset, plan: EpochPlan, stages: Sequence[int]) -> Iterator[Iterator[dict]]:
+    """The batches of a plan, a micro-batch each, as the dataset collates them; its steps have these `stages`.
 
     The loader processes end with the context, whatever ends it: left to themselves they would hold up the program's
     exit for ever, since they do not heed SIGTERM.
@@ -447,10 +463,11 @@ def batches_of(
     import torch
     from torch.utils.data import DataLoader
 
+    config = dataset.config
     loader = DataLoader(
-        StageDataset(tokens, config, markers, epoch),
+        dataset,
         batch_sampler=PlannedBatches(plan, stages),
-        collate_fn=partial(collate_for_device, pad_token_id=markers.eos, latent_token_id=markers.latent),
+        collate_fn=dataset.collate,
         num_workers=0 if under_debugger() or why_no_loader_processes(config) else config.num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),

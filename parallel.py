@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from coconut import Coconut
 from config import Config
 from kv_cache import checkpoint_blocks
+from methods import method_of
 from pretrained import Pretrained, load_model, shape_of
 from ranks import World, on_every_rank, on_main_rank
 from thoughts import decoder_blocks
@@ -46,13 +47,17 @@ def load(config: Config, world: World, source: Path | None) -> Pretrained:
         return loaded
     # rank 0 reads the model, into its CPU's memory; the others learn what it looks like
     whole: list = []
-    base_config, generation_config, tokenizer, markers, recomputes = on_main_rank(
+    base_config, decoder_config, generation_config, tokenizer, markers, recomputes = on_main_rank(
         world, lambda: whole.append(load_model(config, source)) or _shape(*whole[0])
     )
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(base_config, dtype=base_config.dtype)
         base.generation_config = generation_config
-        model = Coconut(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
+        model_class = method_of(config).model
+        model = model_class(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
+        if decoder_config is not None:
+            decoder = AutoModelForCausalLM.from_config(decoder_config, dtype=decoder_config.dtype)
+            model.attach(decoder, config.step_decoder_weight)
     model.recomputes = recomputes
     prepare_blocks(model, config)
     _shard(model, config)
@@ -87,12 +92,18 @@ def choose_strategy(config: Config, world: World, source: Path | None) -> str:
 
 
 def blocks_of(model: Coconut, purpose: str) -> list[nn.Module]:
-    """The decoder blocks. Raises UserError where the purpose, a key of the configuration, would find none."""
-    blocks = decoder_blocks(model.base_causallm)
+    """The decoder blocks, a step decoder's too. Raises UserError where the purpose, a key of the configuration, would
+    find none."""
+    blocks = [block for part in parts_of(model) for block in decoder_blocks(part.base_causallm)]
     if not blocks:
         family = model.base_causallm.config.model_type
         raise UserError(f"{purpose} works on decoder blocks, and the model family {family} does not say which they are")
     return blocks
+
+
+def parts_of(model: Coconut) -> list[Coconut]:
+    """The model, and the step decoder where it has one."""
+    return [module for module in model.modules() if isinstance(module, Coconut)]
 
 
 def prepare_blocks(model: Coconut, config: Config) -> None:
@@ -118,9 +129,13 @@ def is_sharded(model: nn.Module) -> bool:
 
 def _shape(model: Coconut, tokenizer, markers) -> tuple:
     """What another rank needs to make the same model without its weights."""
-    base_config = model.base_causallm.config
-    base_config.dtype = model.base_causallm.dtype
-    return base_config, model.base_causallm.generation_config, tokenizer, markers, model.recomputes
+    for part in parts_of(model):
+        part.base_causallm.config.dtype = part.base_causallm.dtype
+    base_config, decoder_config = ([part.base_causallm.config for part in parts_of(model)] + [None])[:2]
+    return (
+        *(base_config, decoder_config, model.base_causallm.generation_config),
+        *(tokenizer, markers, model.recomputes),
+    )
 
 
 def _shard(model: Coconut, config: Config) -> None:
@@ -128,14 +143,16 @@ def _shard(model: Coconut, config: Config) -> None:
     options = {"reshard_after_forward": False, "mp_policy": bf16 if config.bf16 else MixedPrecisionPolicy()}
     for block in blocks_of(model, "strategy: fsdp"):
         fully_shard(block, **options)
-    fully_shard(model, **options)
+    for part in reversed(parts_of(model)):
+        fully_shard(part, **options)
     register_fsdp_forward_method(model, "generate")
 
 
 def _fill(model: Coconut, whole: Coconut | None, world: World) -> None:
     """Materialises a model that was made on the meta device with the weights that rank 0 has. All ranks."""
     model.to_empty(device=world.device)
-    model.base_causallm.tie_weights()  # materialising has made two of tied weights
+    for part in parts_of(model):
+        part.base_causallm.tie_weights()  # materialising has made two of tied weights
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, whole.state_dict() if whole is not None else {}, options=options)
     theirs = dict(whole.named_buffers()) if whole is not None else {}
@@ -196,6 +213,9 @@ def gradients_meet(wrapped: nn.Module, now: bool) -> Iterator[None]:
 
         # each pass over a block ends with its gradients: they wait until the backward pass has come to the first span
         meet(False)
+        for decoder in parts_of(wrapped)[1:]:  # runs once, and all of its backward pass comes before the latents'
+            decoder.set_requires_gradient_sync(now)
+            decoder.set_reshard_after_backward(now)
         wrapped.set_is_last_backward(now)
         wrapped.before_first_span = (lambda: meet(True)) if now else None
     yield

@@ -6,6 +6,7 @@ Face folder, to which a checkpoint of this program adds coconut.json and, where 
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,8 @@ from coconut import Coconut
 from config import Config
 from curriculum import Markers
 from families import vouch
+from methods import method_of
+from sim_cot import SimCot
 from thoughts import Thought
 from utils import UserError, read_object
 
@@ -47,12 +50,13 @@ class Pretrained(NamedTuple):
 
 
 def load_model(
-    config: Config, source: Path | None, cached: bool = False, model_class: type[Coconut] = Coconut
+    config: Config, source: Path | None, cached: bool = False, model_class: type[Coconut] | None = None
 ) -> Pretrained:
     """From `source` where it is given (see `load_path.resolve`), else from config.model_id.
 
     For the method coconut the tokenizer gets the three markers and the model an embedding row for each, where they
     have none yet. `cached`: what is on the hub has been downloaded already, and the hub need not be asked.
+    `model_class`: default, what the configuration trains with.
     Raises UserError where names or shapes do not fit the model that model_id names.
     """
     folder = source if source is not None and source.is_dir() else None
@@ -82,11 +86,25 @@ def load_model(
         markers = mark(tokenizer, config.method)
     base.config.use_cache = True
     _stop_at(base, markers.eos)
+    model_class = model_class or method_of(config).model
     model = model_class(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
     if folder is not None:
         _load_thought(model.thought, config.thought, folder)
     vouch(model)
+    if isinstance(model, SimCot):
+        model.attach(_load_step_decoder(config, base, cached), config.step_decoder_weight)
     return Pretrained(model, tokenizer, markers)
+
+
+def _load_step_decoder(config: Config, base: PreTrainedModel, cached: bool) -> PreTrainedModel:
+    """A causal LM of its own, without the markers' rows where it is not a copy. A restart then gives it the weights
+    that it had come to (`checkpoint.load_step_decoder`)."""
+    if config.step_decoder == "copy":
+        return copy.deepcopy(base)
+    try:
+        return AutoModelForCausalLM.from_pretrained(config.model_id, dtype=base.dtype, local_files_only=cached)
+    except Exception as error:
+        raise not_loadable("model_id", config.model_id, error) from None
 
 
 def _stop_at(base: PreTrainedModel, eos: int) -> None:

@@ -36,8 +36,10 @@ import parallel
 import ranks
 from checkpoint import Progress
 from dataset import Data, EpochPlan, MicroBatch
+from methods import method_of
 from pretrained import Pretrained, read_description
 from ranks import Interruption, World
+from sim_cot import SimCot
 from table import summary
 from throughput import FlopCounter, Throughput, peak_flops
 from utils import RunLogger, UserError, progress_bar, report, tell, write_config, writing
@@ -52,6 +54,7 @@ class Step(NamedTuple):
     lr: float
     stage: int
     passes: list[tuple[list[int], torch.Tensor]]  # (examples, mean loss) of each of this rank's micro-batches
+    auxiliary: torch.Tensor | None = None  # this rank's share of what a method adds to the loss, scalar
 
 
 @dataclass
@@ -237,6 +240,8 @@ def restore(run: Run, newest: Path | None) -> None:
     ranks.seed_everything(run.config.seed, run.world.rank, run.progress.step)
     if newest is not None:
         checkpoint.load_optimizer(newest, run.model, run.optimizer)
+        if isinstance(run.model, SimCot) and not checkpoint.load_step_decoder(newest, run.model):
+            run.logger.say(f"{newest} has no step decoder: it begins anew")
         if not checkpoint.load_random_state(newest, run.world):
             run.logger.say("the number of ranks has changed: dropout goes on with new random numbers")
     elif run.config.resume:
@@ -284,11 +289,11 @@ def train_epoch(run: Run, epoch: int) -> int:
     plan = plan_of_epoch(run, epoch, run.world.rank, progress.seen)
     first = n_steps - len(plan)
     stages = [curriculum.stage_of_step(config, epoch, step, n_steps) for step in range(n_steps)]
-    markers = run.pretrained.markers
+    examples = method_of(config).dataset(run.data.train, config, run.pretrained.markers, epoch)
     run.wrapped.train()
     title = f"epoch {epoch} stage {curriculum.stage_name(stages[-1])}"
     with (
-        dataset.batches_of(run.data.train, config, markers, epoch, plan, stages[first:]) as batches,
+        dataset.batches_of(examples, plan, stages[first:]) as batches,
         progress_bar(plan, title, "step", shown=run.world.is_main) as bar,
     ):
         begin, before = time.perf_counter(), progress.seconds
@@ -297,8 +302,8 @@ def train_epoch(run: Run, epoch: int) -> int:
             if curriculum.optimizer_is_due(config, epoch, step, n_steps, lambda *place: trained_on(run, *place)):
                 run.optimizer = make_optimizer(run)
             lr = config.lr * curriculum.lr_factor(config, epoch, step, n_steps)
-            loss, passes = train_step(run, planned.micro_batches, batches, lr)
-            run.unlogged.append(Step(loss, lr, stages[step], passes))
+            loss, passes, auxiliary = train_step(run, planned.micro_batches, batches, lr)
+            run.unlogged.append(Step(loss, lr, stages[step], passes, auxiliary))
             progress.seen += planned.n_examples
             is_last = step + 1 == n_steps
             save_now = not is_last and config.save_every_steps and progress.step % config.save_every_steps == 0
@@ -332,28 +337,36 @@ def trained_on(run: Run, epoch: int, step: int):
         yield index, run.data.train[index][1]
 
 
-def train_step(run: Run, micro_batches: list[MicroBatch], batches, lr: float) -> tuple[torch.Tensor, list]:
+def train_step(
+    run: Run, micro_batches: list[MicroBatch], batches, lr: float
+) -> tuple[torch.Tensor, list, torch.Tensor | None]:
     """Forward and backward of each micro-batch, then one optimizer step. Gradients meet at the last backward.
 
-    Returns this rank's share of the step's loss, and of each micro-batch its examples and its own loss: scalars that
-    are still on the device.
+    Returns this rank's share of the step's loss, of each micro-batch its examples and its own loss, and this rank's
+    share of what a method adds to the loss (see `units_of_step`): scalars that are still on the device.
     """
     config, world = run.config, run.world
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    step_loss, passes = torch.zeros((), device=world.device), []
-    for number, micro in enumerate(micro_batches):
-        begin = time.perf_counter()
-        batch = next(batches)
-        run.throughput.waiting += time.perf_counter() - begin
+    step_loss, auxiliary, passes = torch.zeros((), device=world.device), None, []
+    drawn = draw(run, batches, len(micro_batches))
+    if method_of(config).dataset.counts_units:
+        drawn = list(drawn)
+        units = units_of_step(drawn, micro_batches, world)  # all ranks
+    for number, (micro, batch) in enumerate(zip(micro_batches, drawn, strict=True)):
         run.throughput.add(batch["attention_mask"].sum(dim=1).tolist(), len(batch["supervised"]))
         for name, value in batch.items():
             if isinstance(value, torch.Tensor):
                 batch[name] = value.to(world.device, non_blocking=True)
         with parallel.gradients_meet(run.wrapped, now=number + 1 == len(micro_batches)):
             with evaluate.autocast(config, world):
-                loss = run.wrapped(**batch).loss
-            (loss * micro.weight).backward()  # all ranks, where it is the last: gradients are averaged
+                output = run.wrapped(**batch)
+            loss = output.loss
+            share = loss * micro.weight
+            if output.auxiliary is not None:
+                added = output.auxiliary * (world.size * (micro.weight > 0) / units)
+                share, auxiliary = share + added, (0 if auxiliary is None else auxiliary) + added.detach()
+            share.backward()  # all ranks, where it is the last: gradients are averaged
         passes.append((micro.indices, loss.detach()))
         step_loss += loss.detach() * micro.weight
     norm = None
@@ -365,7 +378,26 @@ def train_step(run: Run, micro_batches: list[MicroBatch], batches, lr: float) ->
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.progress.step += 1
-    return step_loss, passes
+    return step_loss, passes, auxiliary
+
+
+def draw(run: Run, batches, count: int):
+    """The next so many batches, each when it is asked for."""
+    for _ in range(count):
+        begin = time.perf_counter()
+        batch = next(batches)
+        run.throughput.waiting += time.perf_counter() - begin
+        yield batch
+
+
+def units_of_step(batches: list[dict], micro_batches: list[MicroBatch], world: World) -> torch.Tensor:
+    """How many there are, in a step's batches on all ranks, of what a method adds up in its auxiliary loss, so that the
+    loss is their mean whatever rank or micro-batch they are in; at least 1. Collective."""
+    taken = (batch.pop("units") for batch in batches)
+    mine = sum(units for units, micro in zip(taken, micro_batches, strict=True) if micro.weight)
+    units = torch.tensor(float(mine), device=world.device)
+    dist.all_reduce(units)  # all ranks
+    return units.clamp(min=1)
 
 
 def log_steps(run: Run, epoch: int) -> list[float]:
@@ -373,15 +405,18 @@ def log_steps(run: Run, epoch: int) -> list[float]:
 
     Raises UserError on every rank where one is not finite, unless skip_nonfinite is set.
     """
-    losses = torch.stack([step.loss for step in run.unlogged])
+    values = [(step.loss, *(() if step.auxiliary is None else (step.auxiliary,))) for step in run.unlogged]
+    losses = torch.stack([torch.stack(value) for value in values])  # (steps, 1), with an auxiliary loss (steps, 2)
     dist.all_reduce(losses)  # all ranks: each holds its share of every step's loss
-    losses = (losses / run.world.size).tolist()
+    losses, *auxiliary = (losses / run.world.size).T.tolist()
     speed = run.throughput.report(run.world.size)  # all ranks
-    numbered = list(enumerate(zip(losses, run.unlogged, strict=True), start=run.progress.step - len(losses) + 1))
+    first = run.progress.step - len(losses) + 1
+    numbered = list(enumerate(zip(losses, run.unlogged, strict=True), start=first))
 
     def write() -> None:
         for number, (loss, step) in numbered:
-            run.logger.log("step", step=number, epoch=epoch, stage=step.stage, loss=loss, lr=step.lr, **speed)
+            added = {"auxiliary_loss": auxiliary[0][number - first]} if auxiliary else {}
+            run.logger.log("step", step=number, epoch=epoch, stage=step.stage, loss=loss, **added, lr=step.lr, **speed)
 
     ranks.on_main_rank(run.world, write)  # all ranks
     for number, (loss, step) in numbered:

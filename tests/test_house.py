@@ -12,7 +12,7 @@ ROOMS = [
     *("modeling_coconut", "tracker", "utils", "load_path", "config_files"),
     *("config_checks", "config", "ranks", "curriculum"),
     *("examples", "dataset"),
-    *("thoughts", "kv_cache", "coconut", "families", "pretrained", "parallel", "checkpoint"),
+    *("thoughts", "kv_cache", "coconut", "sim_cot", "methods", "families", "pretrained", "parallel", "checkpoint"),
     *("table", "card", "evaluate", "throughput", "trained", "show_data", "generate", "export", "report", "run"),
 ]
 
