@@ -56,7 +56,8 @@ MANIFEST = "trainer/manifest.json"  # file -> SHA-256
 OPTIMIZER = "trainer/optimizer"
 # keys that say what a model's sequences look like
 DESCRIBED = (
-    *("method", "thought", "c_thought", "max_latent_stage", "pad_latent_to_max", "latent_markers", "step_separator"),
+    *("method", "thought", "latent_passes", "c_thought", "max_latent_stage", "pad_latent_to_max"),
+    *("latent_markers", "step_separator"),
 )
 PREFIX, THOUGHT_PREFIX = "base_causallm.", "thought."
 

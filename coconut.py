@@ -27,7 +27,10 @@ from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedMo
 from curriculum import IGNORE
 from dataset import latent_columns as find_latent_columns
 from kv_cache import has_attention, make_cache
+from latent_block import run_block
+from padding import Shift, causal_mask, is_left_padded, masks_and_positions
 from thoughts import Seen, StreamRecorder, Thought, decoder_blocks, decoder_of, make_thought
+from utils import UserError
 
 Edit = Callable[[int, torch.Tensor, Seen], torch.Tensor]  # (its number from 0, thought (B, 1, D), its origin)
 NO_FILTERS = {"top_k": 0, "top_p": 1.0}  # Hugging Face's `generate` would take the likeliest 50
@@ -50,6 +53,9 @@ class Coconut(nn.Module):
         start_latent_id, end_latent_id: the markers around the latents, ordinary tokens to the model.
         eos_token_id: ends a generation.
         thought: what is fed back, as config.THOUGHTS spells it; its parameters are under the prefix `thought.`.
+        latent_passes: None for latents one after the other; for latents in parallel (latent_block.py) the number of
+            passes after the first, or "stage" for as many passes in all as there are groups of c_thought latents.
+        c_thought: latents of a group.
 
     Raises UserError where there is no such thought, or not for this model.
     """
@@ -62,6 +68,8 @@ class Coconut(nn.Module):
         end_latent_id: int | None,
         eos_token_id: int,
         thought: str = "last",
+        latent_passes: int | str | None = None,
+        c_thought: int = 1,
     ):
         super().__init__()
         self.base_causallm = base_causallm
@@ -71,6 +79,9 @@ class Coconut(nn.Module):
         self.eos_token_id = eos_token_id
         self.thought = make_thought(thought, base_causallm)
         self._recorder = StreamRecorder(decoder_blocks(base_causallm)) if self.thought.needs_layers else None
+        self.latent_passes, self.c_thought = latent_passes, c_thought
+        if latent_passes is not None and self.thought.needs_layers:
+            raise UserError(f"thought {thought} needs the layers, which latents that are made in parallel do not give")
         accepted = inspect.signature(type(decoder_of(base_causallm)).forward).parameters
         # transformers renames the argument during 5.x
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
@@ -121,7 +132,7 @@ class Coconut(nn.Module):
         Gradients flow through the thoughts and the cache: the whole chain is trained. The LM head runs on the
         supervised positions only; without labels it runs on all, and the logits are returned instead of a loss.
         """
-        attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
+        attention_mask, position_ids = masks_and_positions(input_ids, attention_mask, position_ids)
         if return_thoughts and latent_columns is None:
             latent_columns = find_latent_columns(input_ids, self.latent_token_id)
         hidden, embeds, _, _ = self._run(
@@ -160,8 +171,8 @@ class Coconut(nn.Module):
 
         Returns: (B, N) int64; each row ends with EOS, where it came to say it, and is filled up with EOS.
         """
-        attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
-        left_padded = _is_left_padded(attention_mask)
+        attention_mask, position_ids = masks_and_positions(input_ids, attention_mask, position_ids)
+        left_padded = is_left_padded(attention_mask)
         if generation_options:
             _, embeds, _, _ = self._run(input_ids, attention_mask, position_ids, left_padded, edit=edit)
             plain = {"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id, **NO_FILTERS}
@@ -213,7 +224,7 @@ class Coconut(nn.Module):
     ) -> torch.Tensor:
         """`generate` for prompts without latents, without a cache, and with the padding on the right, where it changes
         nothing."""
-        ids, lengths = _Shift(attention_mask)(input_ids), attention_mask.sum(dim=1, keepdim=True)  # (B, T), (B, 1)
+        ids, lengths = Shift(attention_mask)(input_ids), attention_mask.sum(dim=1, keepdim=True)  # (B, T), (B, 1)
         ids = F.pad(ids, (0, max_new_tokens), value=self.eos_token_id)
         columns = torch.arange(ids.shape[1], device=ids.device)
         finished = torch.zeros_like(lengths, dtype=torch.bool)  # (B, 1)
@@ -238,8 +249,8 @@ class Coconut(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Last hidden states and input embeddings with the thoughts filled in, (B, T, D) each, for rows as in
         `generate`; `head` makes logits of the former. `edit` as in `forward`."""
-        attention_mask, position_ids = _masks(input_ids, attention_mask, position_ids)
-        left_padded = _is_left_padded(attention_mask)
+        attention_mask, position_ids = masks_and_positions(input_ids, attention_mask, position_ids)
+        left_padded = is_left_padded(attention_mask)
         return self._run(input_ids, attention_mask, position_ids, left_padded, edit=edit)[:2]
 
     @torch.no_grad()
@@ -279,6 +290,11 @@ class Coconut(nn.Module):
             columns = []
         if columns and columns[0] == 0:
             raise ValueError("a latent token has no position before it: a sequence must begin with another token")
+        if columns and self.latent_passes is not None:
+            if edit is not None:
+                raise ValueError("thoughts that are made in parallel cannot be edited one by one")
+            masked = left_padded is not False
+            return run_block(self, input_ids, attention_mask, position_ids, masked, columns, new_columns)
         keeps = bool(columns) or new_columns > 0
         width = input_ids.shape[1] + new_columns
         cache = None if self.recomputes else make_cache(self.base_causallm.config, width, keeps)
@@ -286,7 +302,7 @@ class Coconut(nn.Module):
         prepared = self._prepare_thought() if columns else None
         shift = None
         if left_padded and self._makes_masks:
-            shift = _Shift(attention_mask[:, : bounds[1]])
+            shift = Shift(attention_mask[:, : bounds[1]])
             attention_mask = torch.cat([shift(attention_mask[:, : bounds[1]]), attention_mask[:, bounds[1] :]], dim=1)
         hidden_spans, embed_spans, stream = [], [], None
         # one split, not a slice for each span: the backward of a slice fills a tensor of the size of the whole
@@ -319,6 +335,17 @@ class Coconut(nn.Module):
             return hidden_spans[0], embeds, cache, attention_mask
         return torch.cat(hidden_spans, dim=1), torch.cat(embed_spans, dim=1), cache, attention_mask
 
+    def latent_updates(self, n_columns: int) -> int:
+        """How often the inputs of a block of so many columns are made anew: the passes over it less one."""
+        return max(n_columns // self.c_thought - 1, 0) if self.latent_passes == "stage" else self.latent_passes
+
+    def still_updated(self, is_latent: torch.Tensor, number: int) -> torch.Tensor:
+        """(B, 1): whether a row of (B, K) latents takes part in this update, counted from 1. With "stage" a row has as
+        many passes as it has groups of latents, whatever others have."""
+        if self.latent_passes != "stage":
+            return torch.ones_like(is_latent[:, :1])
+        return number < is_latent.sum(dim=1, keepdim=True) // self.c_thought
+
     def span(
         self,
         embeds: torch.Tensor,
@@ -339,7 +366,7 @@ class Coconut(nn.Module):
             arguments["position_ids"] = position_ids
         mask = attention_mask if self._has_attention else attention_mask[:, -embeds.shape[1] :]
         if self._makes_masks:
-            mask = _causal_mask(attention_mask, embeds.shape[1], masked)
+            mask = causal_mask(attention_mask, embeds.shape[1], masked)
         return decoder_of(self.base_causallm)(inputs_embeds=embeds, attention_mask=mask, **arguments).last_hidden_state
 
     @cached_property
@@ -429,61 +456,3 @@ def _input_embeddings(base: PreTrainedModel) -> torch.Tensor:
     if type(module).forward is nn.Embedding.forward:
         return module.weight
     return module(torch.arange(len(module.weight), device=module.weight.device))
-
-
-class _Shift:
-    """Moves the rows of (B, t, ...) to the left, so that their padding stands on the right, and back.
-
-    There no token sees it, and attention needs no mask: its kernels then skip what is not causal, which is half of the
-    work, and on GPUs are the flash kernels. The keys in the cache stay where they were moved to; it is their positions,
-    not their columns, that attention knows.
-    """
-
-    def __init__(self, attention_mask: torch.Tensor):
-        length = attention_mask.shape[1]
-        column = torch.arange(length, device=attention_mask.device)
-        padding = (attention_mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)  # (B, 1)
-        self.source, self.target = (column + padding) % length, (column - padding) % length  # (B, t)
-        self.last = self.target[:, -1]  # (B,): where what was the last column is
-
-    def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        return _take(values, self.source)
-
-    def back(self, values: torch.Tensor) -> torch.Tensor:
-        return _take(values, self.target)
-
-
-def _take(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(B, t, ...) -> the given columns of each row; columns is (B, t) int64."""
-    return values.gather(1, columns if values.ndim == 2 else columns[..., None].expand(-1, -1, values.shape[-1]))
-
-
-def _is_left_padded(attention_mask: torch.Tensor) -> bool | None:
-    """Whether rows are padded on the left; None where padding is elsewhere too. It waits for the device."""
-    if attention_mask.all():
-        return False
-    return True if (attention_mask[:, 1:] >= attention_mask[:, :-1]).all() else None
-
-
-def _causal_mask(attention_mask: torch.Tensor, length: int, masked: bool) -> torch.Tensor | None:
-    """What the last `length` of the columns of attention_mask, (B, T), attend to: (B, 1, length, T) bool.
-
-    transformers would make the same mask, but it asks the device whether a row is padded. None leaves causality to the
-    attention kernel, which can do it for spans of the whole sequence and of one column. Padding attends to itself: a
-    softmax over nothing is no number.
-    """
-    end = attention_mask.shape[1]
-    if not masked and length in (1, end):
-        return None
-    key = torch.arange(end, device=attention_mask.device)
-    query = key[end - length :, None]
-    return (key <= query) & (attention_mask[:, None, None, :].bool() | (key == query))
-
-
-def _masks(input_ids, attention_mask, position_ids):
-    """Fills in the defaults of `forward` and `generate`."""
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    if position_ids is None:
-        position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0) * attention_mask.long()
-    return attention_mask, position_ids

@@ -31,6 +31,7 @@ THOUGHTS = {
     "normalised": "",
     "projected+normalised": "",
     "realigned": "",
+    "looped": "",
     "suppressed": "[:T]",
     "last+suppressed": "[:T]",
     "embedding+suppressed": "[:T]",
@@ -48,6 +49,15 @@ def split_thought(spelling: str) -> tuple[str, int | float | None]:
         raise ValueError(f"must be one of {', '.join(name + takes for name, takes in THOUGHTS.items())}")
     number = None if not text else float(text) if "." in text else int(text)
     return name, number
+
+
+def split_passes(spelling: str) -> int | str | None:
+    """What Coconut is given as latent_passes: None where it is sequential, a number, or "stage". Raises ValueError."""
+    if spelling == "sequential":
+        return None
+    if spelling != "stage" and not re.fullmatch(r"\d+", spelling):
+        raise ValueError("must be sequential, a number from 0 on, or stage")
+    return spelling if spelling == "stage" else int(spelling)
 
 
 def _key(
@@ -104,6 +114,12 @@ class Config:
         "what a latent position is fed: " + " | ".join(name + takes for name, takes in THOUGHTS.items()) + "; N is a "
         "layer, counted from the end where negative, or a share of the layers such as 0.5, T a threshold",
         check=split_thought,
+    )
+    latent_passes: str = _key(
+        "sequential",
+        "sequential | T | stage: thoughts one after the other, or all at once: in T passes after that with the latent "
+        "token's embedding (PCCoT), or in as many passes as they stand for steps (LOTUS)",
+        check=split_passes,
     )
     step_decoder: str = _key(
         "none",
@@ -280,6 +296,7 @@ class Config:
     def __post_init__(self):
         if isinstance(self.reset_optimizer, bool):
             self.reset_optimizer = "epoch" if self.reset_optimizer else "never"
+        self.latent_passes = str(self.latent_passes)
 
     @property
     def run_dir(self) -> Path:

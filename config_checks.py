@@ -44,6 +44,11 @@ def combinations(config, world_size: int) -> list[str]:
         found.append("uniform_prob mixes stages of whole steps, but method icot removes single tokens")
     if config.method == "icot" and config.advance_at is not None:
         found.append("advance_at ends stages of whole epochs, but method icot's stages are within an epoch")
+    in_parallel = config.latent_passes != "sequential"
+    if in_parallel and config.method != "coconut":
+        found.append(f"latent_passes {config.latent_passes} is for the latents of method coconut")
+    if config.thought == "looped" and not in_parallel:
+        found.append("thought looped is of latents that are made in parallel: set latent_passes to stage, or a number")
     if config.step_decoder != "none" and not config.only_eval:
         if config.method != "coconut" or config.thought == "pause" or not config.c_thought:
             found.append(

@@ -43,7 +43,7 @@ from utils import UserError, report, whole_folder
 
 MODELLING = "modeling_coconut.py"  # as transformers names it, after the module
 KNOWN = (
-    *("last", "pause", "projected", "normalised", "projected+normalised", "realigned", "layer"),
+    *("last", "pause", "projected", "normalised", "projected+normalised", "realigned", "looped", "layer"),
     *("suppressed", "last+suppressed", "embedding+suppressed"),
 )
 
@@ -92,13 +92,15 @@ def exported(model: Coconut) -> CoconutForCausalLM:
     if model.recomputes:
         raise UserError(f"a {base.config.model_type} cannot be exported: it generates rightly without a cache only")
     newline, endings = _with_newline(model.tokenizer)
+    appended = model.prompts([""])[0][len(model.tokenizer("\n")["input_ids"]) :]
     settings = CoconutConfig(
         text_config=base.config,
         thought=f"layer:{model.thought.index}" if name == "layer" else thought,
+        latent_passes=_passes(model, appended.count(model.latent_token_id)),
         latent_token_id=model.latent_token_id,
         newline=newline,
         endings=endings,
-        appended=model.prompts([""])[0][len(model.tokenizer("\n")["input_ids"]) :],
+        appended=appended,
         dtype=base.dtype,
     )
     with torch.device("meta"):
@@ -111,6 +113,11 @@ def exported(model: Coconut) -> CoconutForCausalLM:
     whole.generation_config = GenerationConfig(do_sample=False, max_new_tokens=128, **end)
     _check(model, whole.eval())
     return whole
+
+
+def _passes(model: Coconut, n_latents: int) -> int | None:
+    """How often the thoughts of a model whose latents are made in parallel are made anew."""
+    return None if model.latent_passes is None or not n_latents else model.latent_updates(n_latents)
 
 
 def _with_newline(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[int, list[int]]]:

@@ -32,6 +32,8 @@ from transformers.cache_utils import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from utils import UserError
+
 
 def make_cache(config: PretrainedConfig, capacity: int, keeps: bool = True) -> Cache | None:
     """A cache for up to `capacity` columns, of the layers that transformers itself would take, each in the form that
@@ -102,6 +104,45 @@ class GrowingLayer(DynamicLayer):
         finally:
             for buffer, (length_now, link) in zip(buffers, now, strict=True):
                 buffer.memory.length, buffer.link = length_now, link
+
+
+class BlockLayer(DynamicLayer):
+    """The keys and values of one layer for passes over one block: each pass sees the first `kept` columns and its own,
+    and leaves the former; with None it leaves all."""
+
+    def __init__(self, kept: int):
+        super().__init__()
+        self.kept: int | None = kept
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the kept columns with (B, H, t, d) states behind them."""
+        if self.is_initialized:
+            key_states = torch.cat([self.keys, key_states], dim=-2)
+            value_states = torch.cat([self.values, value_states], dim=-2)
+        self.keys, self.values = key_states[..., : self.kept, :], value_states[..., : self.kept, :]
+        self.is_initialized = True
+        return key_states, value_states
+
+
+def forked_cache(config: PretrainedConfig, kept: int) -> Cache:
+    """A cache of BlockLayers. Raises UserError where a layer keeps a state that cannot be taken back."""
+    layers = DynamicCache(config=config).layers
+    if not all(type(layer) in PLAIN_LAYERS for layer in layers):
+        raise UserError(
+            f"latent_passes needs attention in every layer, and the model family {config.model_type} has not"
+        )
+    return Cache(layers=[BlockLayer(kept) for _ in layers])
+
+
+def grown(cache: Cache, capacity: int) -> Cache:
+    """What the layers of a cache hold, in one that grows to `capacity` columns without copying."""
+    layers = []
+    for layer in cache.layers:
+        layers.append(GrowingLayer(capacity))
+        layers[-1].update(layer.keys, layer.values)
+    return Cache(layers=layers)
 
 
 class State(torch.Tensor):

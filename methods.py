@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from transformers import PreTrainedModel
+
 from coconut import Coconut
-from config import Config
+from config import Config, split_passes
+from curriculum import Markers
 from dataset import StageDataset
 from sim_cot import ExplainedDataset, SimCot
 
@@ -13,6 +16,15 @@ from sim_cot import ExplainedDataset, SimCot
 class Method(NamedTuple):
     model: type[Coconut]
     dataset: type[StageDataset]
+
+
+def make_model(
+    config: Config, base: PreTrainedModel, markers: Markers, model_class: type[Coconut] | None = None
+) -> Coconut:
+    """A causal LM as the configuration trains it; model_class: default, that of its method."""
+    tokens = (markers.latent, markers.start, markers.end, markers.eos)
+    passes = {"latent_passes": split_passes(config.latent_passes), "c_thought": config.c_thought}
+    return (model_class or method_of(config).model)(base, *tokens, thought=config.thought, **passes)
 
 
 def method_of(config: Config) -> Method:

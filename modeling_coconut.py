@@ -40,6 +40,7 @@ class CoconutConfig(PreTrainedConfig):
     Args:
         text_config: the configuration of the language model, or its dictionary.
         thought: what a latent position is fed, see `CoconutForCausalLM.think`.
+        latent_passes: None for thoughts one after the other; for all at once, in how many passes each is made anew.
         latent_token_id: the token whose embedding a thought replaces; None where there are no thoughts.
         newline: the tokens of the newline that ends a question.
         endings: the tokens that stand for a question's last token and the newline together, by that last token, where
@@ -54,6 +55,7 @@ class CoconutConfig(PreTrainedConfig):
         self,
         text_config=None,
         thought="last",
+        latent_passes=None,
         latent_token_id=None,
         newline=(),
         endings=None,
@@ -64,6 +66,7 @@ class CoconutConfig(PreTrainedConfig):
             text_config = AutoConfig.for_model(**text_config)
         self.text_config = text_config
         self.thought = thought
+        self.latent_passes = latent_passes
         self.latent_token_id = latent_token_id
         self.newline = list(newline)
         self.endings = {str(token): list(tokens) for token, tokens in (endings or {}).items()}
@@ -192,6 +195,8 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask = torch.ones_like(input_ids)
         decoder, positions = self.get_decoder(), _positions(attention_mask)
         accepted = _accepted(decoder)
+        if self.config.latent_passes is not None:
+            return self._embed_at_once(embeds, is_latent, columns, attention_mask, positions)
         cache = DynamicCache(config=self.config.text_config)
         options = {"cache" if "cache" in accepted else "past_key_values": cache, "use_cache": True}
         prepared = self._prepare()
@@ -210,6 +215,20 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
             begin = column
         return embeds
 
+    def _embed_at_once(self, embeds, is_latent, columns, attention_mask, positions):
+        """`embed` with all thoughts made at once, and anew in each pass from the hidden states of the pass before."""
+        decoder, prepared, end = self.get_decoder(), self._prepare(), columns[-1] + 1
+        learned, before = embeds[:, columns], [column - 1 for column in columns]
+        options = {"position_ids": positions[:, :end]} if "position_ids" in _accepted(decoder) else {}
+        for _ in range(self.config.latent_passes):
+            hidden = decoder(
+                inputs_embeds=embeds[:, :end], attention_mask=attention_mask[:, :end], use_cache=False, **options
+            ).last_hidden_state
+            of = columns if self.config.thought == "looped" else before
+            thoughts = self.think(hidden[:, of], learned, None, prepared).to(embeds.dtype)  # (B, K, D)
+            embeds[:, columns] = torch.where(is_latent[:, columns, None], thoughts, learned)
+        return embeds
+
     def think(self, hidden, embedding, stream, prepared):
         """What a latent position is fed, (B, 1, D), with h the last hidden state of the position before, after the
         final norm, e the latent token's embedding, and r_0 .. r_L the residual stream of the position before:
@@ -220,6 +239,7 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
             normalised              h, rescaled to the mean norm of the input embeddings
             projected+normalised    both, in this order
             realigned               h A, A the least squares map from the output to the input embeddings
+            looped                  e + h, h that of the same position in the pass before
             layer:N                 the N-th of transformers' hidden_states, the L-th of which is h
             suppressed[:T]          the sum over the later half of the blocks l of r_{l-1} where |r_{l-1}| - |r_l| > T
             last+suppressed[:T], embedding+suppressed[:T]       that plus h, or plus e
@@ -237,6 +257,8 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         if name.endswith("normalised"):
             exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             return exact * (prepared / exact.norm(dim=-1, keepdim=True))
+        if name == "looped":
+            return embedding + hidden
         return hidden @ prepared.to(hidden.dtype) if name == "realigned" else hidden
 
     def _prepare(self):

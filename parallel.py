@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from coconut import Coconut
 from config import Config
 from kv_cache import checkpoint_blocks
-from methods import method_of
+from methods import make_model
 from pretrained import Pretrained, load_model, shape_of
 from ranks import World, on_every_rank, on_main_rank
 from thoughts import decoder_blocks
@@ -53,8 +53,7 @@ def load(config: Config, world: World, source: Path | None) -> Pretrained:
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(base_config, dtype=base_config.dtype)
         base.generation_config = generation_config
-        model_class = method_of(config).model
-        model = model_class(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
+        model = make_model(config, base, markers)
         if decoder_config is not None:
             decoder = AutoModelForCausalLM.from_config(decoder_config, dtype=decoder_config.dtype)
             model.attach(decoder, config.step_decoder_weight)

@@ -27,7 +27,7 @@ from coconut import Coconut
 from config import Config
 from curriculum import Markers
 from families import vouch
-from methods import method_of
+from methods import make_model
 from sim_cot import SimCot
 from thoughts import Thought
 from utils import UserError, read_object
@@ -86,8 +86,7 @@ def load_model(
         markers = mark(tokenizer, config.method)
     base.config.use_cache = True
     _stop_at(base, markers.eos)
-    model_class = model_class or method_of(config).model
-    model = model_class(base, markers.latent, markers.start, markers.end, markers.eos, thought=config.thought)
+    model = make_model(config, base, markers, model_class)
     if folder is not None:
         _load_thought(model.thought, config.thought, folder)
     vouch(model)

@@ -27,7 +27,10 @@ RIDGE = 1e-4  # of `realigned`, relative to the mean eigenvalue of the output em
 
 
 class Seen(NamedTuple):
-    """What a thought may be made of. The hidden states and the embedding carry gradients."""
+    """What a thought may be made of. The hidden states and the embedding carry gradients.
+
+    Where latents are made in parallel (latent_block.py) there are K positions at once in place of the 1, and no stream.
+    """
 
     hidden: torch.Tensor  # (B, 1, D) last hidden state of the position before, after the final norm
     embedding: torch.Tensor  # (B, 1, D) input embedding of the token at this position: in latent rows the latent token
@@ -45,6 +48,7 @@ class Thought(nn.Module):
 
     sequential = True  # whether a latent position waits for the hidden states of the position before it
     needs_layers = False  # whether the thought needs the residual stream between the blocks
+    in_place = False  # whether `hidden` is that of the same position, in the pass before over a block of latents
 
     def __init__(self, base: PreTrainedModel, number: int | float | None = None):
         super().__init__()
@@ -103,6 +107,17 @@ class Pause(Thought):
     """
 
     sequential = False
+
+
+@register("looped")
+class Looped(Thought):
+    """The latent token's embedding plus the last hidden state of the same position in the pass before: e_p + h_p
+    (LOTUS, arXiv 2606.31779). In the first pass it is e_p. For latents that are made in parallel only."""
+
+    in_place = True
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return seen.embedding + seen.hidden
 
 
 @register("projected")

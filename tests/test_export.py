@@ -44,6 +44,8 @@ CASES = {
     "two a step": LLAMA | {"c_thought": 2, "latent_markers": "none"},
     "last stage": LLAMA | {"stage": 9, "c_thought": 2},
     "stage 0": LLAMA | {"stage": 0},
+    "in parallel": LLAMA | {"latent_passes": 1, "c_thought": 2},
+    "looped": LLAMA | {"latent_passes": "stage", "thought": "looped", "c_thought": 2},
     **{method: LLAMA | {"method": method} for method in ("cot", "no_cot", "icot", "no_thoughts")},
     **{
         thought: {"shape": "gpt2" if "layer" in thought else "llama", "tied": False, "thought": thought}

@@ -185,13 +185,13 @@ def test_a_head_module_that_does_more_is_run():
 )
 def test_what_is_wrong_is_noticed(breaks, sentence, full_size, monkeypatch):
     base = tiny_model("llama", torch.float32)
-    append, mask = kv_cache.Buffer.append, coconut._causal_mask
+    append, mask = kv_cache.Buffer.append, coconut.causal_mask
     if breaks == "gradients":
         monkeypatch.setattr(kv_cache.Buffer, "append", lambda self, states: append(self, states.detach()))
     elif breaks == "states":
         monkeypatch.setattr(kv_cache.Buffer, "append", lambda self, states: append(self, 0.9 * states))
     elif breaks == "padding":
-        monkeypatch.setattr(coconut, "_causal_mask", lambda seen, *rest: mask(torch.ones_like(seen), *rest))
+        monkeypatch.setattr(coconut, "causal_mask", lambda seen, *rest: mask(torch.ones_like(seen), *rest))
     else:
         monkeypatch.setattr(
             type(base), "forward", lambda self, **_: (_ for _ in ()).throw(RuntimeError("strange\nnews"))

@@ -1,0 +1,172 @@
+"""Latents in parallel: as many passes as latents are Coconut; fewer are the plain definition of PCCoT, or of LOTUS."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_base
+from test_coconut import END, EOS, LATENT, START, gradients, make_model, make_rows, plain_loss
+from test_run import epochs, main, together, weights
+from test_run import place as place  # a fixture
+from transformers import AutoModelForCausalLM, MambaConfig
+
+from coconut import Coconut
+from config import Config
+from dataset import collate_for_device, collate_prompts
+from utils import UserError
+
+ROWS = [[3, 3, 3], [2, 0, 5], [1, 4, 2]]
+
+
+def make_parallel(family: str, passes: int | str, tied: bool = True, thought: str = "last", c_thought: int = 1):
+    base = tiny_base(family, tied)
+    return Coconut(base, LATENT, START, END, EOS, thought, latent_passes=passes, c_thought=c_thought).eval()
+
+
+def batch_of(rows) -> dict:
+    return collate_for_device(rows, pad_token_id=EOS, latent_token_id=LATENT)
+
+
+def plain_parallel(model: Coconut, rows, in_place: bool = False, c_thought: int = 1) -> torch.Tensor:
+    """The definition, each row by itself, everything computed anew in each pass."""
+    base, losses, count = model.base_causallm, [], 0
+    for input_ids, labels in rows:
+        embeds = base.get_input_embeddings()(torch.tensor([input_ids]))
+        latents = [column for column, token in enumerate(input_ids) if token == LATENT]
+        updates = model.latent_passes
+        if updates == "stage":
+            updates = max(len(latents) // c_thought - 1, 0)
+        learned = [embeds[:, column] for column in latents]
+        for _ in range(updates if latents else 0):
+            end = latents[-1] + 1
+            states = base.get_decoder()(inputs_embeds=embeds[:, :end]).last_hidden_state
+            fed = [
+                e + states[:, column] if in_place else states[:, column - 1]
+                for e, column in zip(learned, latents, strict=True)
+            ]
+            embeds = torch.cat([embeds[:, : latents[0]], torch.stack(fed, dim=1), embeds[:, end:]], dim=1)
+        logits = base(inputs_embeds=embeds).logits[0]
+        targets = torch.tensor(labels[1:])
+        losses.append(F.cross_entropy(logits[:-1], targets, reduction="sum"))
+        count += int((targets != -100).sum())
+    return sum(losses) / count
+
+
+def largest(model: Coconut, loss: torch.Tensor, plain: torch.Tensor) -> float:
+    found, wanted = gradients(model, loss), gradients(model, plain)
+    return max(abs(loss - plain).item(), *((found[name] - wanted[name]).abs().max().item() for name in wanted))
+
+
+@pytest.mark.parametrize("n_latents", ROWS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("more", [0, 2])
+def test_with_as_many_passes_as_latents_it_is_coconut(family, tied, n_latents, more):
+    rows = make_rows(n_latents)
+    model = make_parallel(family, max(n_latents) + more, tied)
+    loss = model(**batch_of(rows)).loss
+    assert largest(model, loss, plain_loss(model, rows)) < 1e-9
+    fewer = make_parallel(family, max(n_latents) - 1, tied)
+    assert max(n_latents) == 1 or abs(fewer(**batch_of(rows)).loss - loss) > 1e-6  # "if and only if"
+
+
+@pytest.mark.parametrize("n_latents", ROWS)
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_with_fewer_it_is_the_plain_definition(family, passes, n_latents):
+    rows, model = make_rows(n_latents), make_parallel(family, passes)
+    assert largest(model, model(**batch_of(rows)).loss, plain_parallel(model, rows)) < 1e-9
+    if passes == 0:
+        pause = make_model(family, thought="pause")
+        assert abs(pause(**batch_of(rows)).loss - model(**batch_of(rows)).loss) < 1e-12
+
+
+@pytest.mark.parametrize("n_latents", [[4, 4, 4], [2, 0, 6], [2, 4, 8]])
+@pytest.mark.parametrize("tied", [True, False])
+def test_looped_latents_have_a_pass_for_each_step_of_their_own_row(family, tied, n_latents):
+    rows = make_rows(n_latents)
+    model = make_parallel(family, "stage", tied, "looped", c_thought=2)
+    loss = model(**batch_of(rows)).loss
+    assert largest(model, loss, plain_parallel(model, rows, in_place=True, c_thought=2)) < 1e-9
+
+
+def test_thoughts_with_more_to_them_are_made_in_parallel_too(family):
+    rows = make_rows([3, 1, 2])
+    for thought in ("normalised", "projected", "realigned"):
+        sequential = make_model(family, thought=thought)
+        model = make_parallel(family, 3, thought=thought)
+        assert abs(model(**batch_of(rows)).loss - sequential(**batch_of(rows)).loss) < 1e-9
+
+
+@pytest.mark.parametrize("markers", [True, False])
+@pytest.mark.parametrize("passes", [1, 2, "stage"])
+def test_generation_is_that_of_the_definition_batched_and_alone(family, passes, markers):
+    model = make_parallel(family, passes, thought="looped" if passes == "stage" else "last")
+    generator = torch.Generator().manual_seed(3)
+    prompts = []
+    for n_words, n_latents in ((3, 2), (6, 2), (4, 3)):
+        words = torch.randint(4, 30, (n_words,), generator=generator).tolist()
+        prompts.append([*words, *[START] * markers, *[LATENT] * n_latents, *[END] * markers])
+    for chosen in ([0, 1], [2]):
+        rows = [prompts[index] for index in chosen]
+        tokens = model.generate(**collate_prompts(rows, EOS), max_new_tokens=5).tolist()
+        for row, found in zip(rows, tokens, strict=True):
+            written: list[int] = []
+            while len(written) < 5 and EOS not in written:
+                written.append(int(plain_logits(model, row, written).argmax()))
+            assert (model(torch.tensor([row])).logits[0, -1] - plain_logits(model, row, [])).abs().max() < 1e-9
+            assert found == written + [EOS] * (len(found) - len(written))
+
+
+def plain_logits(model: Coconut, prompt: list[int], written: list[int]) -> torch.Tensor:
+    """Of the last position; what is written may be the latent token, which is then a token like any other."""
+    base, latents = model.base_causallm, [column for column, token in enumerate(prompt) if token == LATENT]
+    embeds = base.get_input_embeddings()(torch.tensor([prompt + written]))
+    learned, in_place = embeds.clone(), model.thought.in_place
+    for _ in range(len(latents) - 1 if model.latent_passes == "stage" else model.latent_passes):
+        states = base.get_decoder()(inputs_embeds=embeds).last_hidden_state
+        embeds = embeds.clone()
+        for column in latents:
+            embeds[:, column] = learned[:, column] + states[:, column] if in_place else states[:, column - 1]
+    return base(inputs_embeds=embeds).logits[0, -1]
+
+
+def test_what_cannot_be_made_in_parallel_is_refused():
+    with pytest.raises(UserError, match="needs the layers"):
+        make_parallel("gpt2", 2, thought="layer:-2")
+    model = make_parallel("gpt2", 2)
+    row = torch.tensor([[5, LATENT, 6, LATENT, 7]])
+    with pytest.raises(ValueError, match="one block"):
+        model(row)
+    with pytest.raises(ValueError, match="edited"):
+        model(torch.tensor([[5, LATENT, 7]]), edit=lambda _, thought, __: thought)
+    shape = MambaConfig(vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=2, eos_token_id=0)
+    mamba = Coconut(AutoModelForCausalLM.from_config(shape), LATENT, START, END, EOS, latent_passes=2)
+    with pytest.raises(UserError, match="attention in every layer"):
+        mamba(torch.tensor([[5, LATENT, 7]]))
+    for keys in ({"latent_passes": "3", "method": "cot"}, {"thought": "looped"}):
+        assert Config(**keys).problems(needs_files=False)
+
+
+SHORT = ("max_train_examples=48", "max_new_tokens=2", "num_epochs=3", "global_batch_size=16", "uniform_prob=0.4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [("latent_passes=1",), ("latent_passes=stage", "thought=looped")])
+def test_ranks_agree_and_a_restart_is_bitwise_the_same(place, keys):
+    name = keys[0].partition("=")[2]
+    alone = main(place, *SHORT, *keys, f"name=block-{name}", "batch_size_training=4")
+    wanted = weights(alone / "checkpoint_3")
+    for strategy in ("ddp", "fsdp"):
+        more = (f"name=block-{name}-{strategy}", f"strategy={strategy}", "batch_size_training=4")
+        together(place / "run.yaml", *SHORT, *keys, *more)
+        found = weights(place / "runs" / f"block-{name}-{strategy}" / "checkpoint_3")
+        assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 2e-6
+    sharded = main(
+        place, *SHORT, *keys, f"name=block-{name}-kept", "batch_size_training=4", "gradient_checkpointing=true"
+    )
+    found = weights(sharded / "checkpoint_3")
+    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 2e-6
+    main(place, *SHORT, *keys, f"name=block-{name}-parts", "batch_size_training=4", "num_epochs=2")
+    parts = main(place, *SHORT, *keys, f"name=block-{name}-parts", "batch_size_training=4")
+    assert all(torch.equal(value, wanted[name]) for name, value in weights(parts / "checkpoint_3").items())
+    evaluated = main(place, *keys, f"name=block-{name}-eval", "only_eval=true", f"load_model_path={alone}")
+    assert (evaluated / "eval" / "metrics.json").is_file()
+    assert epochs(alone)[-1]["stage"] == 2
