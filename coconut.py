@@ -41,6 +41,7 @@ class CoconutOutput(NamedTuple):
     inputs_embeds: torch.Tensor  # (B, T, D), with the thoughts filled in
     logits: torch.Tensor | None  # (B, T, V), only where no labels were given
     thoughts: torch.Tensor | None = None  # (B, K, D) of inputs_embeds, where they are asked for
+    hidden: torch.Tensor | None = None  # (B, T, D) last hidden states, where they are asked for
     auxiliary: torch.Tensor | None = None  # scalar, of methods that add to the loss: a sum over the batch's units
 
 
@@ -111,6 +112,7 @@ class Coconut(nn.Module):
         left_padded: bool | None = None,
         edit: Edit | None = None,
         return_thoughts: bool = False,
+        return_hidden: bool = False,
     ) -> CoconutOutput:
         """Runs the latent passes and the mean cross-entropy of the supervised tokens.
 
@@ -128,6 +130,7 @@ class Coconut(nn.Module):
                 it was made of; what it returns is fed in the thought's place. Where a thought does not wait (`pause`),
                 it is the latent token's embedding, and the latents are then gone through one by one all the same.
             return_thoughts: whether the output holds the embeddings of the latent columns.
+            return_hidden: whether it holds the last hidden states.
 
         Gradients flow through the thoughts and the cache: the whole chain is trained. The LM head runs on the
         supervised positions only; without labels it runs on all, and the logits are returned instead of a loss.
@@ -139,12 +142,13 @@ class Coconut(nn.Module):
             input_ids, attention_mask, position_ids, left_padded, latent_columns, edit=edit
         )
         thoughts = embeds[:, latent_columns] if return_thoughts else None
+        states = hidden if return_hidden else None
         if labels is None:
-            return CoconutOutput(None, embeds, self.head(hidden), thoughts)
+            return CoconutOutput(None, embeds, self.head(hidden), thoughts, states)
         loss = self._loss(hidden, labels, supervised)
         for parameter in self.thought.parameters():
             loss = loss + 0 * parameter.sum()  # a batch without latents must not leave it without a gradient: DDP waits
-        return CoconutOutput(loss, embeds, None, thoughts)
+        return CoconutOutput(loss, embeds, None, thoughts, states)
 
     @torch.no_grad()
     def generate(

@@ -121,6 +121,9 @@ class Config:
         "token's embedding (PCCoT), or in as many passes as they stand for steps (LOTUS)",
         check=split_passes,
     )
+    latent_labels: float = _key(
+        0.0, "weight of what the latents are told that they stand for, the tokens of their step (LOTUS: 0.05)", low=0
+    )
     step_decoder: str = _key(
         "none",
         "none | pretrained | copy: in training, a second model must say from each step's thoughts what the step was "

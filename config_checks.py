@@ -49,6 +49,10 @@ def combinations(config, world_size: int) -> list[str]:
         found.append(f"latent_passes {config.latent_passes} is for the latents of method coconut")
     if config.thought == "looped" and not in_parallel:
         found.append("thought looped is of latents that are made in parallel: set latent_passes to stage, or a number")
+    if config.latent_labels and config.method != "coconut":
+        found.append("latent_labels are for the latents of method coconut")
+    if config.latent_labels and config.step_decoder != "none":
+        found.append("latent_labels and step_decoder exclude each other")
     if config.step_decoder != "none" and not config.only_eval:
         if config.method != "coconut" or config.thought == "pause" or not config.c_thought:
             found.append(

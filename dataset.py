@@ -246,7 +246,9 @@ class StageDataset:
     do (validation).
     """
 
-    counts_units = False  # whether batches have `units`: what the model's auxiliary loss is a sum over
+    # whether batches have `units`: {"auxiliary": over how many things the model's auxiliary loss is a sum}, and with
+    # "loss" how many tokens its loss is a mean of, where it is to be a mean over a whole step's, not a mean of means
+    counts_units = False
 
     def __init__(self, tokens: Tokens, config: Config, markers: Markers, epoch: int | None = None):
         self.tokens, self.config, self.markers, self.epoch = tokens, config, markers, epoch

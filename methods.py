@@ -10,6 +10,7 @@ from coconut import Coconut
 from config import Config, split_passes
 from curriculum import Markers
 from dataset import StageDataset
+from lotus import LabelledDataset, Lotus
 from sim_cot import ExplainedDataset, SimCot
 
 
@@ -24,7 +25,10 @@ def make_model(
     """A causal LM as the configuration trains it; model_class: default, that of its method."""
     tokens = (markers.latent, markers.start, markers.end, markers.eos)
     passes = {"latent_passes": split_passes(config.latent_passes), "c_thought": config.c_thought}
-    return (model_class or method_of(config).model)(base, *tokens, thought=config.thought, **passes)
+    model = (model_class or method_of(config).model)(base, *tokens, thought=config.thought, **passes)
+    if isinstance(model, Lotus):
+        model.latent_labels_weight = config.latent_labels
+    return model
 
 
 def method_of(config: Config) -> Method:
@@ -33,4 +37,6 @@ def method_of(config: Config) -> Method:
         return Method(Coconut, StageDataset)
     if config.step_decoder != "none":
         return Method(SimCot, ExplainedDataset)
+    if config.latent_labels:
+        return Method(Lotus, LabelledDataset)
     return Method(Coconut, StageDataset)

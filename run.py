@@ -349,10 +349,11 @@ def train_step(
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     step_loss, auxiliary, passes = torch.zeros((), device=world.device), None, []
-    drawn = draw(run, batches, len(micro_batches))
+    drawn, units = draw(run, batches, len(micro_batches)), {}
     if method_of(config).dataset.counts_units:
         drawn = list(drawn)
-        units = units_of_step(drawn, micro_batches, world)  # all ranks
+        counts = [batch.pop("units") for batch in drawn]
+        units = units_of_step(counts, micro_batches, world)  # all ranks
     for number, (micro, batch) in enumerate(zip(micro_batches, drawn, strict=True)):
         run.throughput.add(batch["attention_mask"].sum(dim=1).tolist(), len(batch["supervised"]))
         for name, value in batch.items():
@@ -361,14 +362,16 @@ def train_step(
         with parallel.gradients_meet(run.wrapped, now=number + 1 == len(micro_batches)):
             with evaluate.autocast(config, world):
                 output = run.wrapped(**batch)
-            loss = output.loss
-            share = loss * micro.weight
+            loss, weight = output.loss, micro.weight
+            if "loss" in units:
+                weight = counts[number]["loss"] * (world.size * (micro.weight > 0) / units["loss"])
+            share = loss * weight
             if output.auxiliary is not None:
-                added = output.auxiliary * (world.size * (micro.weight > 0) / units)
+                added = output.auxiliary * (world.size * (micro.weight > 0) / units["auxiliary"])
                 share, auxiliary = share + added, (0 if auxiliary is None else auxiliary) + added.detach()
             share.backward()  # all ranks, where it is the last: gradients are averaged
         passes.append((micro.indices, loss.detach()))
-        step_loss += loss.detach() * micro.weight
+        step_loss += loss.detach() * weight
     norm = None
     if config.max_grad_norm is not None or config.skip_nonfinite:
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
@@ -390,14 +393,14 @@ def draw(run: Run, batches, count: int):
         yield batch
 
 
-def units_of_step(batches: list[dict], micro_batches: list[MicroBatch], world: World) -> torch.Tensor:
-    """How many there are, in a step's batches on all ranks, of what a method adds up in its auxiliary loss, so that the
-    loss is their mean whatever rank or micro-batch they are in; at least 1. Collective."""
-    taken = (batch.pop("units") for batch in batches)
-    mine = sum(units for units, micro in zip(taken, micro_batches, strict=True) if micro.weight)
-    units = torch.tensor(float(mine), device=world.device)
-    dist.all_reduce(units)  # all ranks
-    return units.clamp(min=1)
+def units_of_step(counts: list[dict], micro_batches: list[MicroBatch], world: World) -> dict[str, torch.Tensor]:
+    """The units of a step's batches (see StageDataset) on all ranks, scalars on the device and at least 1: with them a
+    loss is a mean whatever rank or micro-batch its parts are in. Collective."""
+    taken = [count for count, micro in zip(counts, micro_batches, strict=True) if micro.weight]
+    names = list(counts[0])
+    totals = torch.tensor([float(sum(count[name] for count in taken)) for name in names], device=world.device)
+    dist.all_reduce(totals)  # all ranks
+    return dict(zip(names, totals.clamp(min=1), strict=True))
 
 
 def log_steps(run: Run, epoch: int) -> list[float]:

@@ -35,7 +35,7 @@ class ExplainedDataset(StageDataset):
         return input_ids, labels, explanations(texts, answer, n_latents, self.config)
 
     def collate(self, rows: list[tuple]) -> dict:
-        """`StageDataset.collate`, with the arguments of `SimCot.forward`, and `units`, the number of groups.
+        """`StageDataset.collate`, with the arguments of `SimCot.forward`, and `units`: the number of groups.
 
         Where there is none, one stands in that counts nothing: the decoder's weights must have a gradient, since DDP
         waits for it.
@@ -49,7 +49,7 @@ class ExplainedDataset(StageDataset):
             for number, text in enumerate(texts)
             if text is not None
         ]
-        batch["units"] = len(groups)
+        batch["units"] = {"auxiliary": len(groups)}
         counted = [len(targets) if self.config.step_decoder_reduction == "mean" else 1 for _, _, targets in groups]
         if not groups:
             groups, counted = [(0, 0, [eos])], [0]
