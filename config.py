@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import config_checks
+from config_checks import WITH_LATENTS
 from config_files import Layer, Value, check_range, converted, override_layer, yaml_layers
 from utils import UserError, launched_ranks, report
 
-METHODS = ("coconut", "cot", "no_cot", "no_thoughts", "icot")
+METHODS = ("coconut", "cot", "no_cot", "no_thoughts", "icot", "codi")
 METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")  # keys of the reference that became `method`
 # thoughts.py defines them; they are named here, with what may follow the name, so that a configuration is checked
 # without torch: layer is written as layer:-2 or layer:0.5, and suppressed may name its threshold, as suppressed:0.3
@@ -32,6 +33,7 @@ THOUGHTS = {
     "projected+normalised": "",
     "realigned": "",
     "looped": "",
+    "mlp": "[:P]",
     "suppressed": "[:T]",
     "last+suppressed": "[:T]",
     "embedding+suppressed": "[:T]",
@@ -44,7 +46,7 @@ def split_thought(spelling: str) -> tuple[str, int | float | None]:
     Raises ValueError that lists what there is.
     """
     name, colon, text = spelling.partition(":")
-    numbers = {"": "", ":N": r":(-?\d+|\d*\.\d+)", "[:T]": r"(:(\d+|\d*\.\d+))?"}
+    numbers = {"": "", ":N": r":(-?\d+|\d*\.\d+)", "[:T]": r"(:(\d+|\d*\.\d+))?", "[:P]": r"(:[1-9]\d*)?"}
     if name not in THOUGHTS or not re.fullmatch(numbers[THOUGHTS[name]], colon + text):
         raise ValueError(f"must be one of {', '.join(name + takes for name, takes in THOUGHTS.items())}")
     number = None if not text else float(text) if "." in text else int(text)
@@ -112,7 +114,7 @@ class Config:
     thought: str = _key(
         "last",
         "what a latent position is fed: " + " | ".join(name + takes for name, takes in THOUGHTS.items()) + "; N is a "
-        "layer, counted from the end where negative, or a share of the layers such as 0.5, T a threshold",
+        "layer, counted from the end where negative, or a share of the layers such as 0.5, T a threshold, P a width",
         check=split_thought,
     )
     latent_passes: str = _key(
@@ -120,6 +122,9 @@ class Config:
         "sequential | T | stage: thoughts one after the other, or all at once: in T passes after that with the latent "
         "token's embedding (PCCoT), or in as many passes as they stand for steps (LOTUS)",
         check=split_passes,
+    )
+    distillation: float = _key(
+        1.0, "codi: weight of the distance between the student's states and the teacher's", low=0
     )
     latent_labels: float = _key(
         0.0, "weight of what the latents are told that they stand for, the tokens of their step (LOTUS: 0.05)", low=0
@@ -310,6 +315,11 @@ class Config:
         the name ""."""
         paths = self.val_path if isinstance(self.val_path, dict) else {"": self.val_path}
         return {name: dataclasses.replace(self, val_path=path) for name, path in paths.items()}
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether the method's sequences have latent positions."""
+        return self.method in WITH_LATENTS
 
     @property
     def last_stage(self) -> int:

@@ -12,6 +12,7 @@ from load_path import is_on_hub, run_of
 from utils import UserError
 
 PLACEHOLDER = re.compile(r"YOUR_\w+")
+WITH_LATENTS = ("coconut", "codi")  # the methods whose sequences have latent positions
 NO_FILE_NAME = re.compile(r"[/\\\0]|^\.*$")  # of what a name must not be, since files and folders bear it
 
 
@@ -24,8 +25,8 @@ def combinations(config, world_size: int) -> list[str]:
         found.append(f"resume {config.resume} leaves nothing of num_epochs {config.num_epochs}")
     if config.only_eval and config.load_model_path is None:
         found.append("only_eval needs load_model_path: the checkpoint to evaluate")
-    if config.eval_latents is not None and not (config.only_eval and config.method == "coconut"):
-        found.append("eval_latents is for eval-only runs of method coconut")
+    if config.eval_latents is not None and not (config.only_eval and config.method in WITH_LATENTS):
+        found.append("eval_latents is for eval-only runs of method coconut or codi")
     if NO_FILE_NAME.search(config.name):
         found.append(f"name {config.name!r} must be a plain folder name")
     if isinstance(config.val_path, dict):
@@ -44,9 +45,17 @@ def combinations(config, world_size: int) -> list[str]:
         found.append("uniform_prob mixes stages of whole steps, but method icot removes single tokens")
     if config.method == "icot" and config.advance_at is not None:
         found.append("advance_at ends stages of whole epochs, but method icot's stages are within an epoch")
+    if config.method == "codi" and (config.uniform_prob or config.advance_at is not None):
+        found.append(
+            "uniform_prob and advance_at are of stages, and method codi has always the thoughts of the last one"
+        )
+    if config.method == "codi" and not config.c_thought * config.max_latent_stage * config.pad_latent_to_max:
+        found.append("method codi thinks max_latent_stage x c_thought thoughts: it needs both, and pad_latent_to_max")
+    if config.method == "codi" and (config.step_decoder != "none" or config.latent_labels):
+        found.append("step_decoder and latent_labels are of stages, and method codi has none")
     in_parallel = config.latent_passes != "sequential"
-    if in_parallel and config.method != "coconut":
-        found.append(f"latent_passes {config.latent_passes} is for the latents of method coconut")
+    if in_parallel and config.method not in WITH_LATENTS:
+        found.append(f"latent_passes {config.latent_passes} is for latents, and method {config.method} has none")
     if config.thought == "looped" and not in_parallel:
         found.append("thought looped is of latents that are made in parallel: set latent_passes to stage, or a number")
     if config.latent_labels and config.method != "coconut":

@@ -38,14 +38,14 @@ class Markers(NamedTuple):
 def stage_of(config: Config, epoch: int) -> int:
     """The scheduled stage of an epoch (both from 0); at most config.last_stage, in which every written step is gone.
 
-    For icot the stage is the number of removed tokens, which grows within an epoch (see `stage_of_step`): here what it
-    has come to in the last step of the epoch.
+    Method codi has the last stage only. For icot the stage is the number of removed tokens, which grows within an epoch
+    (see `stage_of_step`): here what it has come to in the last step of the epoch.
     """
     if config.method in ("cot", "no_cot"):
         return 0
     if config.method == "icot":
         return stage_of_step(config, epoch, config.icot_tokens_per_epoch - 1, config.icot_tokens_per_epoch)
-    if config.curriculum == "none":
+    if config.curriculum == "none" or config.method == "codi":
         return config.last_stage
     if isinstance(config.epochs_per_stage, int):
         return min(epoch // config.epochs_per_stage, config.last_stage)
@@ -113,7 +113,7 @@ def kept_reasoning(steps: Sequence[Sequence[int]], stage: int, config: Config) -
 
 
 def _prefix(question: Sequence[int], n_latents: int, config: Config, markers: Markers) -> list[int]:
-    if config.method != "coconut":
+    if not config.has_latents:
         return list(question)
     if config.latent_markers == "none":
         return [*question, *[markers.latent] * n_latents]
@@ -157,6 +157,28 @@ def training_sequence(
     if after[-1:] != [markers.eos]:
         after.append(markers.eos)
     return before + after, [IGNORE] * len(before) + after
+
+
+class Retelling(NamedTuple):
+    """What a method tells its model of an example beside the sequence of the stage: other texts in place of the steps,
+    and under which name their tokens are kept."""
+
+    name: dict
+    steps: Callable[[Sequence[str]], list[str]]
+
+
+def retelling(config: Config) -> Retelling | None:
+    if config.step_decoder != "none":
+        n_groups = config.max_latent_stage
+        return Retelling({"explained": n_groups}, lambda steps: explained_steps(steps, n_groups))
+    if config.method == "codi":
+        return Retelling({"teacher": "all steps but the last, blanks between them"}, teacher_steps)
+    return None
+
+
+def teacher_steps(steps: Sequence[str]) -> list[str]:
+    """The reasoning of CODI's teacher as one text: all steps but the last, joined by blanks."""
+    return [" ".join(steps[:-1])] if len(steps) > 1 else []
 
 
 def explained_steps(steps: Sequence[str], max_latent_stage: int) -> list[str]:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from config import Config
-from curriculum import IGNORE, Markers, explained_steps, stage_of_example, thoughts_and_dropped, training_sequence
+from curriculum import IGNORE, Markers, Retelling, retelling, stage_of_example, thoughts_and_dropped, training_sequence
 from examples import content_digest, load_examples, read_examples
 from ranks import World, ignore_signals, on_main_rank, under_debugger
 from utils import UserError, progress_bar, retried, sync_to_disk, writing
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 DEBUG_EXAMPLES = {"train": 5000, "val": 32}
+ANSWER_PREFIX = "### "
 CACHE_VERSION = 1  # raise it when `tokenize` changes
 
 
@@ -56,7 +57,8 @@ class Tokens:
     def __init__(self, ids: np.ndarray, texts: np.ndarray, examples: np.ndarray):
         self.ids, self.texts, self.examples = ids, texts, examples
         self.chosen: np.ndarray | None = None  # where examples are left out, the numbers of the others
-        self.explained: Tokens | None = None  # where there is a step decoder: what it has to say, in place of the steps
+        self.retold: Tokens | None = None  # of curriculum.retelling: with other texts in place of the steps
+        self.answer_prefix: list[int] = []  # what stands before the answer itself, where a method asks for it
 
     def __len__(self) -> int:
         return len(self.examples) - 1 if self.chosen is None else len(self.chosen)
@@ -97,7 +99,9 @@ def tokenize(examples: Iterable[dict], tokenizer, show_progress: bool = False, s
     for part in batched(bar, 1000):
         questions = tokenizer([e["question"] + "\n" for e in part])["input_ids"]
         others = [
-            text for e in part for text in (*(step + step_separator for step in e["steps"]), "### " + e["answer"])
+            text
+            for e in part
+            for text in (*(step + step_separator for step in e["steps"]), ANSWER_PREFIX + e["answer"])
         ]
         rest = iter(tokenizer(others, add_special_tokens=False)["input_ids"] if others else [])
         n_texts = [len(example["steps"]) + 2 for example in part]
@@ -128,12 +132,12 @@ def cache_tokens(
     limit: int | None = None,
     show_progress: bool = True,
     step_separator: str = "\n",
-    explained: int | None = None,
+    retold: Retelling | None = None,
 ) -> Path:
     """Tokenizes the data file `path` into a folder under `folder`, unless it is there already; returns that folder.
 
     Its name is a digest of the file's bytes, the tokenizer, the limit and the separator. It appears whole or not at
-    all. With `explained`, a max_latent_stage, the steps are those of `curriculum.explained_steps`.
+    all. With `retold` there are other texts in place of the steps.
     """
     try:
         with Path(path).open("rb") as file:
@@ -143,14 +147,14 @@ def cache_tokens(
     identity = [type(tokenizer).__name__, _what_decides_ids(tokenizer), limit, CACHE_VERSION]
     if step_separator != "\n":
         identity.append(step_separator)
-    if explained is not None:
-        identity.append({"explained": explained})
+    if retold is not None:
+        identity.append(retold.name)
     digest.update(json.dumps(identity).encode())
     target = folder / digest.hexdigest()[:32]
     if not target.exists():
         examples = read_examples(path, limit)
-        if explained is not None:
-            examples = ({**example, "steps": explained_steps(example["steps"], explained)} for example in examples)
+        if retold is not None:
+            examples = ({**example, "steps": retold.steps(example["steps"])} for example in examples)
         tokens = tokenize(examples, tokenizer, show_progress, step_separator)
         with writing(target):
             _write_cache(tokens, target)
@@ -200,9 +204,8 @@ def load_data(config: Config, world: World, tokenizer) -> Data:
         limits = {name: min(limit or DEBUG_EXAMPLES[name], DEBUG_EXAMPLES[name]) for name, limit in limits.items()}
     val_examples = load_examples(config.val_path, limits["val"])
 
-    def tokens_of(path: str, limit: int | None, explained: int | None = None) -> Path:
-        separator = config.step_separator if explained is None else ""
-        options = {"step_separator": separator, "explained": explained}
+    def tokens_of(path: str, limit: int | None, retold: Retelling | None = None) -> Path:
+        options = {"step_separator": config.step_separator if retold is None else "", "retold": retold}
         return on_main_rank(world, lambda: cache_tokens(path, tokenizer, cache, limit, **options))
 
     val = Tokens.open(tokens_of(config.val_path, limits["val"]))
@@ -214,10 +217,10 @@ def load_data(config: Config, world: World, tokenizer) -> Data:
             data.train.leave_out_longer_than(config.max_train_tokens)
             if len(data.train) == 0:
                 raise UserError(f"max_train_tokens {config.max_train_tokens} leaves no example of {config.train_path}")
-        if config.step_decoder != "none":
-            folder = tokens_of(config.train_path, limits["train"], config.max_latent_stage)
-            data.train.explained = Tokens.open(folder)
-            data.train.explained.chosen = data.train.chosen
+        if (retold := retelling(config)) is not None:
+            data.train.retold = Tokens.open(tokens_of(config.train_path, limits["train"], retold))
+            data.train.answer_prefix = tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
+            data.train.retold.chosen = data.train.chosen
     return data
 
 
@@ -341,7 +344,7 @@ def sequence_lengths(tokens: Tokens, config: Config, stage: int) -> np.ndarray:
         reasoning = np.maximum(reasoning - stage, 0)
     question = tokens.texts[starts + 1] - tokens.texts[starts]
     answer = tokens.texts[ends] - tokens.texts[ends - 1] + 1  # EOS
-    if config.method == "coconut" and config.latent_markers == "both":
+    if config.has_latents and config.latent_markers == "both":
         latents = latents + 2
     return question + latents + reasoning + answer
 
@@ -349,7 +352,7 @@ def sequence_lengths(tokens: Tokens, config: Config, stage: int) -> np.ndarray:
 def longest_sequence(tokens: Tokens, config: Config) -> tuple[int, int]:
     """(length, index in the file) of the longest training sequence of any stage, or of the thoughts that an evaluation
     forces and an answer."""
-    stages = range(config.last_stage + 1) if config.method in ("coconut", "no_thoughts") else [0]
+    stages = range(config.last_stage + 1) if config.has_latents or config.method == "no_thoughts" else [0]
     of_stages = [sequence_lengths(tokens, config, stage) for stage in stages]
     if config.eval_latents is not None:
         forced = replace(config, c_thought=1, max_latent_stage=config.eval_latents, pad_latent_to_max=True)

@@ -43,7 +43,7 @@ from utils import UserError, report, whole_folder
 
 MODELLING = "modeling_coconut.py"  # as transformers names it, after the module
 KNOWN = (
-    *("last", "pause", "projected", "normalised", "projected+normalised", "realigned", "looped", "layer"),
+    *("last", "pause", "projected", "normalised", "projected+normalised", "realigned", "looped", "mlp", "layer"),
     *("suppressed", "last+suppressed", "embedding+suppressed"),
 )
 
@@ -108,6 +108,8 @@ def exported(model: Coconut) -> CoconutForCausalLM:
     whole.base_causallm = base
     if thought.startswith("projected"):
         whole.thought.weight = model.thought.weight
+    if name == "mlp":
+        whole.thought = model.thought.layers
     # as Coconut.generate decodes, whatever the model's own settings are
     end = {"eos_token_id": model.markers.eos, "pad_token_id": model.markers.eos}
     whole.generation_config = GenerationConfig(do_sample=False, max_new_tokens=128, **end)

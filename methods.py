@@ -7,6 +7,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel
 
 from coconut import Coconut
+from codi import Codi, TaughtDataset
 from config import Config, split_passes
 from curriculum import Markers
 from dataset import StageDataset
@@ -26,6 +27,8 @@ def make_model(
     tokens = (markers.latent, markers.start, markers.end, markers.eos)
     passes = {"latent_passes": split_passes(config.latent_passes), "c_thought": config.c_thought}
     model = (model_class or method_of(config).model)(base, *tokens, thought=config.thought, **passes)
+    if isinstance(model, Codi):
+        model.distillation = config.distillation
     if isinstance(model, Lotus):
         model.latent_labels_weight = config.latent_labels
     return model
@@ -35,6 +38,8 @@ def method_of(config: Config) -> Method:
     """In an eval-only run all are Coconut: what a method adds is for training."""
     if config.only_eval:
         return Method(Coconut, StageDataset)
+    if config.method == "codi":
+        return Method(Codi, TaughtDataset)
     if config.step_decoder != "none":
         return Method(SimCot, ExplainedDataset)
     if config.latent_labels:

@@ -92,9 +92,14 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.base_causallm = AutoModelForCausalLM.from_config(config.text_config)
-        if config.thought.startswith("projected"):
-            width = self.get_input_embeddings().weight.shape[1]
+        name, _, number = config.thought.partition(":")
+        width = self.get_input_embeddings().weight.shape[1]
+        if name.startswith("projected"):
             self.thought = nn.Linear(width, width, bias=False)
+        if name == "mlp":
+            inner = int(number or width)
+            layers = (nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width), nn.LayerNorm(width))
+            self.thought = nn.Sequential(*layers)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -236,6 +241,7 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
             last                    h (the paper)
             pause                   e (`embed` does not come here: nothing waits for a hidden state)
             projected               W h, W learned
+            mlp[:P]                 LayerNorm(V GELU(W h + a) + b), P rows of W, D if it is not said
             normalised              h, rescaled to the mean norm of the input embeddings
             projected+normalised    both, in this order
             realigned               h A, A the least squares map from the output to the input embeddings
@@ -252,7 +258,7 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
             before, after = later[:-1], later[1:]
             taken = (before * (before.abs() - after.abs() > float(number or 0))).sum(dim=0)
             return taken + {"last": hidden, "embedding": embedding}.get(name.partition("+")[0], 0)
-        if name.startswith("projected"):
+        if name.startswith("projected") or name == "mlp":
             hidden = self.thought(hidden)
         if name.endswith("normalised"):
             exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from coconut import Coconut
-from config import Config
+from config import WITH_LATENTS, Config
 from curriculum import Markers
 from families import vouch
 from methods import make_model
@@ -54,7 +54,7 @@ def load_model(
 ) -> Pretrained:
     """From `source` where it is given (see `load_path.resolve`), else from config.model_id.
 
-    For the method coconut the tokenizer gets the three markers and the model an embedding row for each, where they
+    For a method with latents the tokenizer gets the three markers and the model an embedding row for each, where they
     have none yet. `cached`: what is on the hub has been downloaded already, and the hub need not be asked.
     `model_class`: default, what the configuration trains with.
     Raises UserError where names or shapes do not fit the model that model_id names.
@@ -80,7 +80,7 @@ def load_model(
     if source is not None and folder is None:
         n_markers = len({START, END, LATENT} - set(tokenizer.get_vocab()))
         has_marker_rows = _load_reference_file(base, source, rows_with_markers=len(tokenizer) + n_markers)
-    if config.method == "coconut":
+    if config.has_latents:
         markers = add_markers(tokenizer, base, initialise=not has_marker_rows)
     else:
         markers = mark(tokenizer, config.method)
@@ -229,7 +229,7 @@ def _http_status(error: BaseException | None) -> int | None:
 def mark(tokenizer, method: str) -> Markers:
     """The ids of the markers, for the methods that have them; the tokenizer gets those that it lacks, in the
     reference's order."""
-    if method != "coconut":
+    if method not in WITH_LATENTS:
         return Markers(None, None, None, tokenizer.eos_token_id)
     tokenizer.add_tokens([START, END, LATENT])
     start, end, latent = tokenizer.convert_tokens_to_ids([START, END, LATENT])

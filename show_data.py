@@ -82,7 +82,7 @@ def length_table(tokens: Tokens, stage: int, config: Config, markers: Markers) -
 
 def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool) -> str:
     """What the script prints. Raises UserError."""
-    if config.method in ("coconut", "no_thoughts") and stage > config.last_stage:
+    if (config.has_latents or config.method == "no_thoughts") and stage > config.last_stage:
         raise UserError(f"there is no stage {stage}: the last one of this configuration is {config.last_stage}")
     examples = load_examples(path)
     tokenizer = load_tokenizer(config)

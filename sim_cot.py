@@ -30,7 +30,7 @@ class ExplainedDataset(StageDataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[int], list[int], list[list[int] | None]]:
         input_ids, labels = super().__getitem__(key)
-        _, texts, answer = self.tokens.explained[key[0]]
+        _, texts, answer = self.tokens.retold[key[0]]
         n_latents = input_ids.count(self.markers.latent)
         return input_ids, labels, explanations(texts, answer, n_latents, self.config)
 

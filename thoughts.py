@@ -109,6 +109,24 @@ class Pause(Thought):
     sequential = False
 
 
+@register("mlp")
+class Mlp(Thought):
+    """LayerNorm(V GELU(W h_{t-1} + a) + b) with learned W, (P, D), and V, (D, P): CODI's projection (arXiv 2502.21074).
+
+    P is D unless spelled mlp:P. The weights begin as torch makes them, in the model's dtype.
+    """
+
+    def __init__(self, base: PreTrainedModel, number: int | float | None = None):
+        super().__init__(base, number)
+        width = base.get_input_embeddings().weight.shape[1]
+        inner = int(number or width)
+        layers = (nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width), nn.LayerNorm(width))
+        self.layers = nn.Sequential(*layers).to(base.dtype)
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return self.layers(seen.hidden)
+
+
 @register("looped")
 class Looped(Thought):
     """The latent token's embedding plus the last hidden state of the same position in the pass before: e_p + h_p

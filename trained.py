@@ -133,7 +133,7 @@ class Coconut(coconut.Coconut, PushToHubMixin):
         """With so many latents, where it is a number. Raises UserError where there are none to count."""
         if n_thoughts is None:
             return self.config
-        if self.config.method != "coconut":
+        if not self.config.has_latents:
             raise UserError(
                 f"a number of thoughts is for models with latents, and this one is of method {self.config.method}"
             )

@@ -76,7 +76,7 @@ class Subject:
         subject = cls(asked, examples, n_thoughts)
         config, stage = subject.asked.config, subject.asked.stage
         if subject.n_thoughts == 0:
-            more = " (--thoughts K asks it with K)" if config.method == "coconut" else ""
+            more = " (--thoughts K asks it with K)" if config.has_latents else ""
             raise UserError(
                 f"{checkpoint} has no thoughts to look at: it is of method {config.method}, stage {stage}{more}"
             )

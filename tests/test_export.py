@@ -51,7 +51,7 @@ CASES = {
         thought: {"shape": "gpt2" if "layer" in thought else "llama", "tied": False, "thought": thought}
         for thought in (
             *("pause", "projected", "normalised", "projected+normalised", "realigned", "layer:-2", "layer:0.5"),
-            *("layer:-1", "suppressed", "suppressed:0.2", "last+suppressed", "embedding+suppressed"),
+            *("mlp", "mlp:24", "layer:-1", "suppressed", "suppressed:0.2", "last+suppressed", "embedding+suppressed"),
         )
     },
 }

@@ -37,7 +37,7 @@ def make_tokens(n_steps: list[int], max_latent_stage: int):
     ]
     tokens = tokenize(examples, words)
     told = [{**example, "steps": explained_steps(example["steps"], max_latent_stage)} for example in examples]
-    tokens.explained = tokenize(told, words, step_separator="")
+    tokens.retold = tokenize(told, words, step_separator="")
     return examples, tokens, words
 
 

@@ -8,7 +8,7 @@ from config import THOUGHTS, Config
 from thoughts import REGISTRY, Seen, StreamRecorder, decoder_blocks, make_thought
 from utils import UserError
 
-SPELLINGS = [name + {":N": ":-2", "[:T]": ":0.1", "": ""}[takes] for name, takes in THOUGHTS.items()]
+SPELLINGS = [name + {":N": ":-2", "[:T]": ":0.1", "[:P]": ":8", "": ""}[takes] for name, takes in THOUGHTS.items()]
 
 
 def seen(layers: int = 4, width: int = 32, **parts) -> Seen:
