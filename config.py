@@ -71,10 +71,11 @@ def _key(
     high: float | None = None,
     check: typing.Callable | None = None,
     free: bool = False,
+    later: bool = False,
 ):
     """A key with its limits; `free` where it does not decide what the weights become, so that it may change between a
-    run and its continuation."""
-    limits = {"choices": choices, "low": low, "high": high, "check": check, "free": free}
+    run and its continuation; `later` where results of experiments/ are older than the key, and had its default."""
+    limits = {"choices": choices, "low": low, "high": high, "check": check, "free": free, "later": later}
     return dataclasses.field(default=default, metadata={"help": text, **limits})
 
 
@@ -122,27 +123,33 @@ class Config:
         "sequential | T | stage: thoughts one after the other, or all at once: in T passes after that with the latent "
         "token's embedding (PCCoT), or in as many passes as they stand for steps (LOTUS)",
         check=split_passes,
+        later=True,
     )
     distillation: float = _key(
-        1.0, "codi: weight of the distance between the student's states and the teacher's", low=0
+        1.0, "codi: weight of the distance between the student's states and the teacher's", low=0, later=True
     )
     latent_labels: float = _key(
-        0.0, "weight of what the latents are told that they stand for, the tokens of their step (LOTUS: 0.05)", low=0
+        0.0,
+        "weight of what the latents are told that they stand for, the tokens of their step (LOTUS: 0.05)",
+        low=0,
+        later=True,
     )
     step_decoder: str = _key(
         "none",
         "none | pretrained | copy: in training, a second model must say from each step's thoughts what the step was "
         "(SIM-CoT): model_id with its pretrained weights, or a copy of this model as it begins",
         choices=("none", "pretrained", "copy"),
+        later=True,
     )
-    step_decoder_weight: float = _key(1.0, "of that model's loss beside the answer's", low=0)
+    step_decoder_weight: float = _key(1.0, "of that model's loss beside the answer's", low=0, later=True)
     step_decoder_reduction: str = _key(
-        "sum", "sum | mean: of its loss over the tokens of a step", choices=("sum", "mean")
+        "sum", "sum | mean: of its loss over the tokens of a step", choices=("sum", "mean"), later=True
     )
     step_decoder_surplus: str = _key(
         "answer",
         "answer | none: what the thoughts stand for that an example has beyond its steps",
         choices=("answer", "none"),
+        later=True,
     )
     c_thought: int = _key(1, "latent thoughts that replace one written step", low=0)
     max_latent_stage: int = _key(6, "stage after which no more thoughts are added and all steps are dropped", low=0)

@@ -265,8 +265,10 @@ class Job:
     def digest(self) -> str:
         """Of all that decides its result: keys, data, the model's shape."""
         found = hashlib.sha256()
+        values = asdict(self.config)
         free = {key.name for key in fields(Config) if key.metadata["free"]}
-        keys = {name: value for name, value in asdict(self.config).items() if name not in free}
+        free |= {key.name for key in fields(Config) if key.metadata["later"] and values[key.name] == key.default}
+        keys = {name: value for name, value in values.items() if name not in free}
         found.update(json.dumps(keys, sort_keys=True).encode())
         for path in (self.config.train_path, self.grid.test_path, Path(self.config.model_id) / "config.json"):
             found.update(Path(path).read_bytes() if Path(path).is_file() else str(path).encode())

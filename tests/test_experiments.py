@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import arithmetic
 import prosqa
@@ -421,6 +422,22 @@ def test_a_lesson_on_other_data_is_no_part_of_the_curriculum(place, started, tmp
     epochs = [record for log in logs for record in log if record["event"] == "epoch"]
     assert len(epochs) == 5
     assert row["seconds"] == pytest.approx(sum(record["train_seconds"] + record["seconds"] for record in epochs))
+
+
+def test_a_key_that_came_later_leaves_results_as_they_are_until_it_is_used(place):
+    """Every recorded run would have counted as another one."""
+    of_grid = grid.read_grid(place / "small.yaml")
+    digests = [
+        grid.jobs_of(of_grid, ["pause"], [3], more)[0].digest
+        for more in ((), ("distillation=1.0",), ("distillation=2.0",), ("lr=0.5",))
+    ]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+    known = json.loads((ROOT / "results" / "table1_mini.json").read_text())
+    of_grid = grid.read_grid(ROOT / "experiments" / "table1_mini.yaml")
+    if Path(of_grid.test_path).is_file():  # its data belong to what is compared
+        (job,) = grid.jobs_of(of_grid, ["coconut"], [0], ())
+        assert job.digest in {row["digest"] for row in known["coconut"]}
 
 
 def test_an_array_has_a_task_for_each_seed_of_what_begins_together(place, tmp_path):
