@@ -5,6 +5,7 @@
       checkpoint_12/                       after 12 epochs
         model.safetensors config.json ...  a Hugging Face folder with its tokenizer
         thought.safetensors                what the thought has learnt, where it learns
+        adapter/                           LoRA's updates, where there are some
         coconut.json                       method, stage, c_thought, thought, markers, the validation file
         trainer/                           what only a restart needs
         predictions.jsonl  metrics.json
@@ -43,6 +44,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+import lora
 import parallel
 from config import Config
 from load_path import best, checkpoints, is_of_finished_epoch, ours, rating, resolve
@@ -57,7 +59,7 @@ OPTIMIZER = "trainer/optimizer"
 # keys that say what a model's sequences look like
 DESCRIBED = (
     *("method", "thought", "latent_passes", "c_thought", "max_latent_stage", "pad_latent_to_max"),
-    *("latent_markers", "step_separator"),
+    *("latent_markers", "step_separator", "lora_rank", "lora_alpha"),
 )
 PREFIX, THOUGHT_PREFIX = "base_causallm.", "thought."
 
@@ -169,7 +171,10 @@ def write_model(
 ) -> None:
     """Model, thought and tokenizer, and coconut.json, which says what the model's sequences look like, and which file
     it was validated on; weights: those of pretrained.model, whole."""
-    _save_base(pretrained.model.base_causallm, folder, _under(PREFIX, weights))
+    base_weights, updates = lora.split(_under(PREFIX, weights))
+    _save_base(pretrained.model.base_causallm, folder, base_weights)
+    if updates:
+        lora.save(folder, updates, config.lora_rank, config.lora_alpha)
     if learnt := _under(THOUGHT_PREFIX, weights):
         save_file({name: value.contiguous() for name, value in learnt.items()}, folder / THOUGHT_FILE)
     pretrained.tokenizer.save_pretrained(folder)

@@ -196,6 +196,10 @@ class Config:
         "RUN@12 (after 12 epochs), a Hugging Face folder, a file of the reference, or org/name:file on the hub",
         free=True,
     )
+    lora_rank: int | None = _key(
+        None, "train low-rank updates of the linear layers, of this rank, and nothing else (LoRA)", low=1, later=True
+    )
+    lora_alpha: int = _key(32, "LoRA: the updates count lora_alpha / lora_rank times", low=1, later=True)
     resume: int = _key(
         0, "epoch to start from with load_model_path; in an eval-only run the epoch whose stage is used", low=0
     )

@@ -71,6 +71,8 @@ def combinations(config, world_size: int) -> list[str]:
             found.append("step_decoder pretrained takes weights of model_id, and from_scratch has none: set it to copy")
     if config.from_scratch and config.load_model_path is not None:
         found.append("from_scratch and load_model_path exclude each other")
+    if config.lora_rank is not None and config.from_scratch:
+        found.append("lora_rank updates weights that there are, and from_scratch has none")
     if config.bf16 and config.bf16_weights:
         found.append("bf16 (mixed precision) and bf16_weights (everything in bfloat16) exclude each other")
     if config.compile and config.gradient_checkpointing:

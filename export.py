@@ -33,6 +33,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+import lora
 from card import card
 from checkpoint import damage
 from config import split_thought
@@ -84,6 +85,8 @@ def export(checkpoint: str, out: Path, force: bool = False) -> list[str]:
 def exported(model: Coconut) -> CoconutForCausalLM:
     """The same weights in the class that is exported. Raises UserError where it does not come to the same."""
     base, config = model.base_causallm, model.config
+    if config.lora_rank is not None:
+        lora.merge(base)
     base.config.name_or_path = ""  # a path of this machine
     thought = config.thought if model.latent_token_id is not None else "pause"
     name, _ = split_thought(thought)

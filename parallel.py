@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
+import lora
 from coconut import Coconut
 from config import Config
 from kv_cache import checkpoint_blocks
@@ -57,6 +58,8 @@ def load(config: Config, world: World, source: Path | None) -> Pretrained:
         if decoder_config is not None:
             decoder = AutoModelForCausalLM.from_config(decoder_config, dtype=decoder_config.dtype)
             model.attach(decoder, config.step_decoder_weight)
+        if config.lora_rank is not None:
+            lora.add(base, config.lora_rank, config.lora_alpha)
     model.recomputes = recomputes
     prepare_blocks(model, config)
     _shard(model, config)

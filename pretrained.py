@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import lora
 from coconut import Coconut
 from config import WITH_LATENTS, Config
 from curriculum import Markers
@@ -92,6 +93,7 @@ def load_model(
     vouch(model)
     if isinstance(model, SimCot):
         model.attach(_load_step_decoder(config, base, cached), config.step_decoder_weight)
+    lora.prepare(base, config.lora_rank, config.lora_alpha, folder)
     return Pretrained(model, tokenizer, markers)
 
 

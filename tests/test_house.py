@@ -11,7 +11,7 @@ from conftest import ROOT
 ROOMS = [
     *("modeling_coconut", "tracker", "utils", "load_path", "config_files"),
     *("config_checks", "config", "ranks", "curriculum", "examples", "dataset"),
-    *("padding", "thoughts", "kv_cache", "latent_block", "coconut", "sim_cot", "lotus", "codi", "methods"),
+    *("lora", "padding", "thoughts", "kv_cache", "latent_block", "coconut", "sim_cot", "lotus", "codi", "methods"),
     *("families", "pretrained", "parallel", "checkpoint"),
     *("table", "card", "evaluate", "throughput", "trained", "show_data", "generate", "export", "report", "run"),
 ]
