@@ -36,6 +36,7 @@ print(tokenizer.batch_decode(rows[:, questions["input_ids"].shape[1] :], skip_sp
 """
 METHODS = {
     "coconut": "Coconut (chain of continuous thought, [arXiv 2412.06769](https://arxiv.org/abs/2412.06769))",
+    "multi_mode": "multi-mode training (direct, written and latent reasoning in one model, arXiv 2604.04902)",
     "codi": "CODI (self-distillation into latent thoughts, [arXiv 2502.21074](https://arxiv.org/abs/2502.21074))",
     "cot": "chain of thought in words",
     "no_cot": "answers without reasoning",

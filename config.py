@@ -20,7 +20,7 @@ from config_checks import WITH_LATENTS
 from config_files import Layer, Value, check_range, converted, override_layer, yaml_layers
 from utils import UserError, launched_ranks, report
 
-METHODS = ("coconut", "cot", "no_cot", "no_thoughts", "icot", "codi")
+METHODS = ("coconut", "cot", "no_cot", "no_thoughts", "icot", "codi", "multi_mode")
 METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")  # keys of the reference that became `method`
 # thoughts.py defines them; they are named here, with what may follow the name, so that a configuration is checked
 # without torch: layer is written as layer:-2 or layer:0.5, and suppressed may name its threshold, as suppressed:0.3
@@ -124,6 +124,13 @@ class Config:
         "token's embedding (PCCoT), or in as many passes as they stand for steps (LOTUS)",
         check=split_passes,
         later=True,
+    )
+    mode: str = _key(
+        "latent",
+        "multi_mode: latent | written | direct, how the model is asked in an eval-only run: for thoughts, for written "
+        "steps, for the answer at once; a training run validates all three",
+        choices=("latent", "written", "direct"),
+        free=True,
     )
     distillation: float = _key(
         1.0, "codi: weight of the distance between the student's states and the teacher's", low=0, later=True

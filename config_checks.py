@@ -12,7 +12,7 @@ from load_path import is_on_hub, run_of
 from utils import UserError
 
 PLACEHOLDER = re.compile(r"YOUR_\w+")
-WITH_LATENTS = ("coconut", "codi")  # the methods whose sequences have latent positions
+WITH_LATENTS = ("coconut", "codi", "multi_mode")  # the methods whose sequences have latent positions
 NO_FILE_NAME = re.compile(r"[/\\\0]|^\.*$")  # of what a name must not be, since files and folders bear it
 
 
@@ -26,7 +26,7 @@ def combinations(config, world_size: int) -> list[str]:
     if config.only_eval and config.load_model_path is None:
         found.append("only_eval needs load_model_path: the checkpoint to evaluate")
     if config.eval_latents is not None and not (config.only_eval and config.method in WITH_LATENTS):
-        found.append("eval_latents is for eval-only runs of method coconut or codi")
+        found.append("eval_latents is for eval-only runs of method coconut, or of another with latents")
     if NO_FILE_NAME.search(config.name):
         found.append(f"name {config.name!r} must be a plain folder name")
     if isinstance(config.val_path, dict):
@@ -53,6 +53,13 @@ def combinations(config, world_size: int) -> list[str]:
         found.append("method codi thinks max_latent_stage x c_thought thoughts: it needs both, and pad_latent_to_max")
     if config.method == "codi" and (config.step_decoder != "none" or config.latent_labels):
         found.append("step_decoder and latent_labels are of stages, and method codi has none")
+    if config.method == "multi_mode":
+        if config.latent_markers == "none":
+            found.append("method multi_mode tells its modes by the markers: latent_markers must be both")
+        if config.step_decoder != "none" or config.latent_labels:
+            found.append("step_decoder and latent_labels are for method coconut alone")
+    elif config.mode != "latent":
+        found.append(f"mode {config.mode} is for method multi_mode")
     in_parallel = config.latent_passes != "sequential"
     if in_parallel and config.method not in WITH_LATENTS:
         found.append(f"latent_passes {config.latent_passes} is for latents, and method {config.method} has none")

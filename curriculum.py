@@ -18,6 +18,7 @@ import numpy as np
 from config import Config
 
 IGNORE = -100  # the label of a position that is not supervised, torch's default ignore_index
+MODES = ("direct", "written", "latent")  # of multi_mode: Q end A; Q start S_1..S_n end A; Q start latent* S.. end A
 NO_REASONING = 1 << 30  # a stage of iCoT that leaves no token of any reasoning
 
 
@@ -92,6 +93,10 @@ def thoughts_and_dropped(n_steps: int, stage: int, config: Config) -> tuple[int,
         return 0, 0
     if config.method == "no_cot":
         return 0, n_steps
+    if config.method == "multi_mode":  # in which no stage drops steps that no thoughts stand for
+        stage = min(stage, config.max_latent_stage)
+        by_mode = {"direct": (0, n_steps), "written": (0, 0)}
+        return by_mode.get(config.mode, (stage * config.c_thought, min(stage, n_steps)))
     if stage > config.max_latent_stage:
         replaced = config.max_latent_stage if config.pad_latent_to_max else min(n_steps, config.max_latent_stage)
         dropped = n_steps
@@ -115,6 +120,11 @@ def kept_reasoning(steps: Sequence[Sequence[int]], stage: int, config: Config) -
 def _prefix(question: Sequence[int], n_latents: int, config: Config, markers: Markers) -> list[int]:
     if not config.has_latents:
         return list(question)
+    if config.method == "multi_mode":  # what is given of the reasoning; the end marker ends it, and is predicted
+        return [
+            *question,
+            *([markers.end] if config.mode == "direct" else [markers.start, *[markers.latent] * n_latents]),
+        ]
     if config.latent_markers == "none":
         return [*question, *[markers.latent] * n_latents]
     return [*question, markers.start, *[markers.latent] * n_latents, markers.end]
@@ -149,11 +159,12 @@ def training_sequence(
 
     Q S_1..S_n A for cot, Q A for no_cot, and for coconut Q start latent* end S_{s+1}..S_n A, with latent_markers none
     without start and end; no_thoughts is coconut without markers and latents; icot is cot without the first `stage`
-    tokens of the steps. A ends with EOS; it is added where `answer` has none yet.
+    tokens of the steps; the modes of multi_mode are in MODES. A ends with EOS; it is added where `answer` has none yet.
     """
     n_latents, _ = thoughts_and_dropped(len(steps), stage, config)
     before = _prefix(question, n_latents, config, markers)
-    after = kept_reasoning(steps, stage, config) + list(answer)
+    ends = config.method == "multi_mode" and config.mode != "direct"
+    after = kept_reasoning(steps, stage, config) + [markers.end] * ends + list(answer)
     if after[-1:] != [markers.eos]:
         after.append(markers.eos)
     return before + after, [IGNORE] * len(before) + after

@@ -27,7 +27,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from config import Config
-from curriculum import IGNORE, Markers, Retelling, retelling, stage_of_example, thoughts_and_dropped, training_sequence
+from curriculum import (
+    IGNORE,
+    MODES,
+    Markers,
+    Retelling,
+    retelling,
+    stage_of_example,
+    thoughts_and_dropped,
+    training_sequence,
+)
 from examples import content_digest, load_examples, read_examples
 from ranks import World, ignore_signals, on_main_rank, under_debugger
 from utils import UserError, progress_bar, retried, sync_to_disk, writing
@@ -353,7 +362,8 @@ def longest_sequence(tokens: Tokens, config: Config) -> tuple[int, int]:
     """(length, index in the file) of the longest training sequence of any stage, or of the thoughts that an evaluation
     forces and an answer."""
     stages = range(config.last_stage + 1) if config.has_latents or config.method == "no_thoughts" else [0]
-    of_stages = [sequence_lengths(tokens, config, stage) for stage in stages]
+    modes = MODES if config.method == "multi_mode" else [config.mode]
+    of_stages = [sequence_lengths(tokens, replace(config, mode=mode), stage) for mode in modes for stage in stages]
     if config.eval_latents is not None:
         forced = replace(config, c_thought=1, max_latent_stage=config.eval_latents, pad_latent_to_max=True)
         of_stages.append(sequence_lengths(tokens, forced, forced.last_stage))

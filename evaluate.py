@@ -16,14 +16,16 @@ if __name__ == "__main__":
 import json
 import math
 import re
+import statistics
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from config import Config
-from curriculum import IGNORE, kept_reasoning, prompt
+from curriculum import IGNORE, MODES, kept_reasoning, prompt
 from dataset import Data, StageDataset, Tokens, collate, collate_prompts
 from pretrained import Pretrained
 from ranks import World, meet
@@ -109,6 +111,30 @@ def evaluate(
     return metrics, predictions
 
 
+def evaluate_modes(
+    pretrained: Pretrained, data: Data, stage: int, config: Config, world: World, title: str = "validating"
+) -> tuple[dict, list[dict]]:
+    """`evaluate`, of a model of method multi_mode in all three modes. Collective: every rank must call it.
+
+    The metrics are those of the latent mode but for `loss`, the sum of all, and `accuracy`, the harmonic mean of
+    accuracy_direct, accuracy_written and accuracy_latent; a prediction has under the name of each other mode its
+    "output", "answer" and "correct". For other methods it is `evaluate`.
+    """
+    if config.method != "multi_mode" or config.only_eval:
+        return evaluate(pretrained, data, stage, config, world, title)
+    found = {
+        mode: evaluate(pretrained, data, stage, replace(config, mode=mode), world, f"{title}, {mode}") for mode in MODES
+    }
+    metrics, predictions = found["latent"]
+    accuracies = {f"accuracy_{mode}": of_mode["accuracy"] for mode, (of_mode, _) in found.items()}
+    metrics = metrics | accuracies | {"accuracy": statistics.harmonic_mean(accuracies.values())}
+    metrics |= {name: sum(of_mode[name] for of_mode, _ in found.values()) for name in ("loss", "seconds")}
+    for mode in MODES[:-1]:
+        for prediction, other in zip(predictions, found[mode][1], strict=True):
+            prediction[mode] = {name: other[name] for name in ("output", "answer", "correct")}
+    return metrics, predictions
+
+
 def _scored(example: dict, kept_reasoning: str, answer_match: str, text: str, n_tokens: int, n_latents: int) -> dict:
     gold = _gold(example)
     return {
@@ -181,6 +207,8 @@ def _generate_share(
             rows = model.generate(**batch, max_new_tokens=min(config.max_new_tokens, room)).tolist()
         for index, row in zip(indices, rows, strict=True):
             new = row[: row.index(markers.eos)] if markers.eos in row else row
+            if config.method == "multi_mode":
+                new = [token for token in new if token != markers.end]
             n_latents = prompts[index].count(markers.latent) if model.thought.sequential else 0
             outputs[index] = (tokenizer.decode(new, skip_special_tokens=True), len(new), n_latents)
     return outputs

@@ -12,6 +12,7 @@ from config import Config, split_passes
 from curriculum import Markers
 from dataset import StageDataset
 from lotus import LabelledDataset, Lotus
+from multi_mode import ModesDataset, MultiMode
 from sim_cot import ExplainedDataset, SimCot
 
 
@@ -38,6 +39,8 @@ def method_of(config: Config) -> Method:
     """In an eval-only run all are Coconut: what a method adds is for training."""
     if config.only_eval:
         return Method(Coconut, StageDataset)
+    if config.method == "multi_mode":
+        return Method(MultiMode, ModesDataset)
     if config.method == "codi":
         return Method(Codi, TaughtDataset)
     if config.step_decoder != "none":

@@ -460,12 +460,13 @@ def validate(run: Run, epoch: int, stage: int) -> tuple[dict, list[dict]]:
     if run.config.skip_nonfinite:
         trained["skipped"] = progress.skipped
     parallel.gather_weights(run.model)  # all ranks: what follows they do at their own pace
-    metrics, predictions = evaluate.evaluate(run.pretrained, run.data, stage, run.config, run.world)
+    metrics, predictions = evaluate.evaluate_modes(run.pretrained, run.data, stage, run.config, run.world)
     metrics = {"epoch": epoch, "stage": stage, **trained, **metrics}
     ranks.on_main_rank(run.world, lambda: run.logger.log("epoch", step=progress.step, **metrics))  # all ranks
+    modes = ", ".join(f"{m} {metrics[f'accuracy_{m}']:.1%}" for m in curriculum.MODES if f"accuracy_{m}" in metrics)
     run.logger.say(
         f"epoch {epoch:3} stage {curriculum.stage_name(stage)}: train loss {metrics['train_loss']:.4f}, "
-        f"validation loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.1%}, "
+        f"validation loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.1%}{modes and f' ({modes})'}, "
         f"tokens {metrics['generated_tokens']:.1f}, {metrics['train_seconds']:.0f} s + {metrics['seconds']:.0f} s"
     )
     return metrics, predictions

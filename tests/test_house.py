@@ -11,7 +11,19 @@ from conftest import ROOT
 ROOMS = [
     *("modeling_coconut", "tracker", "utils", "load_path", "config_files"),
     *("config_checks", "config", "ranks", "curriculum", "examples", "dataset"),
-    *("lora", "padding", "thoughts", "kv_cache", "latent_block", "coconut", "sim_cot", "lotus", "codi", "methods"),
+    *(
+        "lora",
+        "padding",
+        "thoughts",
+        "kv_cache",
+        "latent_block",
+        "coconut",
+        "sim_cot",
+        "lotus",
+        "codi",
+        "multi_mode",
+        "methods",
+    ),
     *("families", "pretrained", "parallel", "checkpoint"),
     *("table", "card", "evaluate", "throughput", "trained", "show_data", "generate", "export", "report", "run"),
 ]

@@ -1,0 +1,60 @@
+"""Multi-mode training (arXiv 2604.04902): one model that answers at once, after written steps, and after thoughts.
+
+In every step each example is seen three times (see curriculum.MODES), and the losses, each a mean over its own tokens,
+are added. A tool for comparing latent, written and no reasoning within one model: its accuracy is the harmonic mean of
+the three, and the best checkpoint the best by it.
+
+Legend: B rows, T columns of a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from coconut import Coconut, CoconutOutput
+from curriculum import MODES
+from dataset import StageDataset, collate_for_device
+
+OTHERS = [mode for mode in MODES if mode != "latent"]
+NAMES = ("input_ids", "attention_mask", "position_ids", "labels", "supervised")
+
+
+class ModesDataset(StageDataset):
+    """Items {mode: (input_ids, labels)}."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.modes = {}
+        for mode in MODES:
+            of_mode = replace(self.config, mode=mode)
+            self.modes[mode] = StageDataset(self.tokens, of_mode, self.markers, self.epoch)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, tuple[list[int], list[int]]]:
+        return {mode: dataset[key] for mode, dataset in self.modes.items()}
+
+    def collate(self, rows: list[dict]) -> dict:
+        """The latent mode as `StageDataset.collate` has it, and the arguments of `MultiMode.forward`."""
+        batch = super().collate([row["latent"] for row in rows])
+        for mode in OTHERS:
+            other = collate_for_device([row[mode] for row in rows], self.markers.eos, self.markers.latent)
+            batch |= {f"{mode}_{name}": other[name] for name in NAMES}
+        return batch
+
+
+class MultiMode(Coconut):
+    """Coconut whose training batches hold the other modes too."""
+
+    def forward(self, *args, **kwargs) -> CoconutOutput:
+        """`Coconut.forward` of the latent mode; with `direct_input_ids`, `written_labels` and so on, which are as
+        `collate_for_device` makes them, the sum of the three losses."""
+        batches = {mode: {name: kwargs.pop(f"{mode}_{name}", None) for name in NAMES} for mode in OTHERS}
+        losses, tell = [], self.before_first_span
+        try:
+            for batch in batches.values():
+                if batch["input_ids"] is not None:
+                    losses.append(super().forward(**batch, latent_columns=[], left_padded=False).loss)
+                    self.before_first_span = None  # the first pass is the last to go backward: FSDP waits for that
+            output = super().forward(*args, **kwargs)
+        finally:
+            self.before_first_span = tell
+        return output._replace(loss=sum(losses, output.loss)) if losses else output

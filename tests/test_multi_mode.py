@@ -1,0 +1,100 @@
+"""Multi-mode training: the three sequences, the sum of three means with all gradients, the three accuracies."""
+
+import json
+import statistics
+
+import pytest
+import torch
+from conftest import tiny_base
+from test_coconut import END, EOS, LATENT, START, gradients, plain_loss
+from test_run import epochs, main, together, weights
+from test_run import place as place  # a fixture
+from test_sim_cot import MARKERS, make_tokens
+
+import load_path
+from config import Config
+from curriculum import IGNORE, MODES, prompt, training_sequence
+from multi_mode import ModesDataset, MultiMode
+
+Q, STEPS, A = [7, 8], [[10], [20, 21], [30]], [9]
+
+
+def sequence(mode: str, stage: int, **keys) -> tuple[list[int], list[int]]:
+    config = Config(method="multi_mode", mode=mode, max_latent_stage=2, **keys)
+    input_ids, labels = training_sequence(Q, STEPS, A, stage, config, MARKERS)
+    given = prompt(Q, STEPS, stage, config, MARKERS)
+    assert input_ids[: len(given)] == given  # generation starts where what is predicted begins
+    assert labels == [IGNORE] * len(given) + input_ids[len(given) :]
+    return given, input_ids[len(given) :]
+
+
+def test_the_three_sequences():
+    for stage in range(4):
+        assert sequence("direct", stage) == ([7, 8, END], [9, EOS])
+        assert sequence("written", stage) == ([7, 8, START], [10, 20, 21, 30, END, 9, EOS])
+    assert sequence("latent", 0) == ([7, 8, START], [10, 20, 21, 30, END, 9, EOS])
+    assert sequence("latent", 1, c_thought=2) == ([7, 8, START, LATENT, LATENT], [20, 21, 30, END, 9, EOS])
+    for stage in (2, 3):  # steps beyond max_latent_stage stay written, in the last stage too
+        assert sequence("latent", stage) == ([7, 8, START, LATENT, LATENT], [30, END, 9, EOS])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("keys", [{}, {"uniform_prob": 1.0}])
+def test_the_loss_and_all_gradients_are_the_plain_definition(family, tied, keys):
+    config = Config(method="multi_mode", max_latent_stage=3, **keys)
+    _, tokens, _ = make_tokens([1, 5, 0, 2], 3)
+    dataset = ModesDataset(tokens, config, MARKERS, epoch=0)
+    items = [dataset[index, 2] for index in range(4)]
+    model = MultiMode(tiny_base(family, tied), LATENT, START, END, EOS)
+    loss = model(**dataset.collate(items)).loss
+    plain = sum(plain_loss(model, [item[mode] for item in items]) for mode in MODES)
+    assert abs(loss - plain) < 1e-9
+    found, wanted = gradients(model, loss), gradients(model, plain)
+    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"method": "multi_mode", "latent_markers": "none"}, "latent_markers must be both"),
+        ({"method": "multi_mode", "latent_labels": 0.1}, "for method coconut alone"),
+        ({"method": "coconut", "mode": "written"}, "mode written is for method multi_mode"),
+    ],
+)
+def test_what_does_not_go_together_is_said(keys, problem):
+    assert any(problem in text for text in Config(**keys).problems(needs_files=False))
+
+
+KEYS = (
+    *("method=multi_mode", "max_train_examples=40", "max_new_tokens=12", "global_batch_size=16"),
+    *("batch_size_training=4", "max_eval_examples=12"),
+)
+
+
+@pytest.mark.slow
+def test_ranks_agree_a_restart_is_bitwise_the_same_and_three_accuracies_are_told(place):
+    (place / "modes.yaml").write_text((place / "run.yaml").read_text().replace("coconut: true\n", ""))
+    alone = main(place, *KEYS, "name=modes")
+    wanted = weights(alone / "checkpoint_3")
+    for strategy in ("ddp", "fsdp"):
+        together(place / "modes.yaml", *KEYS, f"name=modes-{strategy}", f"strategy={strategy}")
+        found = weights(place / "runs" / f"modes-{strategy}" / "checkpoint_3")
+        assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-5
+        last = epochs(place / "runs" / f"modes-{strategy}")[-1]
+        assert [last[f"accuracy_{mode}"] for mode in MODES] == [epochs(alone)[-1][f"accuracy_{mode}"] for mode in MODES]
+    main(place, *KEYS, "name=modes-parts", "num_epochs=2")
+    parts = main(place, *KEYS, "name=modes-parts")
+    assert all(torch.equal(value, wanted[name]) for name, value in weights(parts / "checkpoint_3").items())
+    for record in epochs(alone):
+        of_modes = [record[f"accuracy_{mode}"] for mode in MODES]
+        assert record["accuracy"] == pytest.approx(statistics.harmonic_mean(of_modes))
+    best = load_path.best(alone)
+    assert json.loads((best / "metrics.json").read_text())["accuracy"] >= 0
+    lines = (alone / "checkpoint_3" / "predictions.jsonl").read_text().splitlines()
+    predictions = [json.loads(line) for line in lines]
+    for mode in ("direct", "written"):
+        keys = (*KEYS, f"mode={mode}", f"name=modes-eval-{mode}", "only_eval=true", f"load_model_path={alone}")
+        metrics = json.loads((main(place, *keys) / "eval" / "metrics.json").read_text())
+        assert metrics["accuracy"] == epochs(alone)[-1][f"accuracy_{mode}"]
+        assert statistics.mean(prediction[mode]["correct"] for prediction in predictions) == metrics["accuracy"]
+    assert not any("end-latent" in prediction["output"] for prediction in predictions)
