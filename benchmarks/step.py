@@ -6,6 +6,7 @@
 Sides, each forward + backward + AdamW:
     floor        one pass over the sequence, latents taken as ordinary tokens, LM head on supervised positions
     coconut      this project's step
+    in parallel  the same with all latents at once, in --latent-passes passes after the first (latent_block.py)
     all logits   as floor, with the LM head on every position, as an ordinary fine-tuning script has it
     no cache     the plain definition: everything so far is computed anew for each thought (only if asked for)
 """
@@ -15,7 +16,8 @@ import sys
 
 import options as shared
 
-SIDES = ("floor", "coconut", "all logits", "no cache")
+SIDES = ("floor", "coconut", "in parallel", "all logits", "no cache")
+DEFAULT_SIDES = ("floor", "coconut", "all logits")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -31,8 +33,13 @@ def make_parser() -> argparse.ArgumentParser:
     shared.add_bf16_option(parser)
     parser.add_argument("--compile", action="store_true", help="compile the blocks, of all sides")
     parser.add_argument(
-        "--sides", nargs="+", choices=SIDES, default=SIDES[:3], help="beside the floor (default: less no cache)"
+        "--sides",
+        nargs="+",
+        choices=SIDES,
+        default=DEFAULT_SIDES,
+        help="beside the floor (default: coconut and all logits)",
     )
+    parser.add_argument("--latent-passes", type=shared.positive, default=3, help="in parallel (default: %(default)s)")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory, in processes of its own")
     shared.add_json_option(parser)
     parser.add_argument("--memory-of", choices=SIDES, default=None, help=argparse.SUPPRESS)
@@ -88,6 +95,23 @@ def no_cache_loss(model: Coconut, batch: dict) -> torch.Tensor:
     return model._loss(model.span(embeds, mask, positions, True, None), batch["labels"], batch["supervised"])
 
 
+def parallel_loss(model: Coconut, batch: dict, latent_passes: int) -> torch.Tensor:
+    model.latent_passes = latent_passes
+    try:
+        return model(**batch).loss
+    finally:
+        model.latent_passes = None
+
+
+def passes_of(side: str, n_latents: int, latent_passes: int) -> int:
+    """Forward passes that wait for each other."""
+    return {
+        "coconut": 1 + n_latents,
+        "no cache": 1 + n_latents,
+        "in parallel": 1 + latent_passes * bool(n_latents),
+    }.get(side, 1)
+
+
 def make_sides(options: argparse.Namespace, stage: int, names: list[str]) -> dict[str, Callable[[], None]]:
     """The sides as functions that make one step each, with one model and one optimizer."""
     device = pick_device()
@@ -99,6 +123,7 @@ def make_sides(options: argparse.Namespace, stage: int, names: list[str]) -> dic
     losses = {
         "floor": lambda: floor_loss(model, batch),
         "coconut": lambda: model(**batch).loss,
+        "in parallel": lambda: parallel_loss(model, batch, options.latent_passes),
         "all logits": lambda: all_logits_loss(model, batch),
         "no cache": lambda: no_cache_loss(model, batch),
     }
@@ -131,7 +156,7 @@ def add_ratios(results: list[dict]) -> list[list]:
     floors = {result["stage"]: result for result in results if result["side"] == "floor"}
     rows = []
     for result in results:
-        cells = [result["stage"], result["side"]]
+        cells = [result["stage"], result["side"], result["passes"]]
         for name in ("seconds", "cpu_seconds", "peak_gib"):
             known = result[name] is not None
             result[f"{name}_ratio"] = result[name] / floors[result["stage"]][name] if known else None
@@ -153,10 +178,11 @@ def main(arguments: list[str]) -> int:
         medians = alternate(make_sides(options, stage, names), options.repeats, pick_device())
         for name in names:
             memory = None if options.no_memory else memory_of(arguments, stage, name)
-            results.append({"stage": stage, "side": name, "peak_gib": memory, **medians[name]})
+            passes = passes_of(name, stage * options.c_thought, options.latent_passes)
+            results.append({"stage": stage, "side": name, "passes": passes, "peak_gib": memory, **medians[name]})
     rows, where = add_ratios(results), machine(pick_device())
     print(f"{options.shape} {options.size}, batch {options.batch}, c_thought {options.c_thought}: {where}")
-    print_table(["stage", "side", "seconds", "ratio", "CPU s", "ratio", "peak GiB", "ratio"], rows)
+    print_table(["stage", "side", "passes", "seconds", "ratio", "CPU s", "ratio", "peak GiB", "ratio"], rows)
     write_json(options, where, results, hidden=("memory_of",))
     return 0
 

@@ -39,7 +39,10 @@ def test_the_sides_of_a_step_agree(small):
     coconut = model(**batch).loss
     assert abs(step.no_cache_loss(model, batch) - coconut) < 1e-5
     assert abs(step.floor_loss(model, batch) - step.all_logits_loss(model, batch)) < 1e-5
-    assert len(step.make_sides(argparse.Namespace(**OPTIONS), 1, list(step.SIDES))) == 4
+    assert len(step.make_sides(argparse.Namespace(**OPTIONS), 1, list(step.SIDES))) == len(step.SIDES)
+    assert abs(step.parallel_loss(model, batch, 2) - coconut) < 1e-5
+    assert model.latent_passes is None
+    assert [step.passes_of(side, 4, 2) for side in step.SIDES] == [1, 5, 3, 1, 5]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
