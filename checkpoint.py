@@ -76,7 +76,7 @@ class Progress:
     skipped: int = 0  # steps of the run that skip_nonfinite has skipped
     best: dict[int, float] = field(default_factory=dict)  # stage -> best validation accuracy
     wandb_id: str | None = None
-    data: str | None = None  # digest of the training data, as dataset.cache_tokens names it
+    data: str | None = None  # digest of the training data, as tokens.cache_tokens names it
     val: str | None = None  # SHA-256 of the validation file
 
 

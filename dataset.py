@@ -1,26 +1,21 @@
-"""From examples to batches: tokens, padding, this rank's share.
+"""From examples to batches: sequences, padding, this rank's share.
 
 Legend: Q question, S_i written step i, A answer, n number of written steps; B rows of a batch, T columns.
 
-Tokens are kept once, in flat memory-mapped arrays that all ranks share. The sequence of a stage is built when it is
-asked for, so that an epoch starts at once whatever the size of the data. Everything random here is a function of
-(seed, epoch, example): no number of ranks, workers or restarts changes it.
+The sequence of a stage is built from the tokens (tokens.py) when it is asked for, so that an epoch starts at once
+whatever the size of the data. Everything random here is a function of (seed, epoch, example): no number of ranks,
+workers or restarts changes it.
 
 All is numpy until the last moment, when `padded` makes tensors: data can be read without waiting for torch.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import os
-import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,161 +32,15 @@ from curriculum import (
     thoughts_and_dropped,
     training_sequence,
 )
-from examples import content_digest, load_examples, read_examples
+from examples import content_digest, load_examples
 from ranks import World, ignore_signals, on_main_rank, under_debugger
-from utils import UserError, progress_bar, retried, sync_to_disk, writing
+from tokens import ANSWER_PREFIX, Tokens, cache_tokens
+from utils import UserError
 
 if TYPE_CHECKING:
     import torch
 
 DEBUG_EXAMPLES = {"train": 5000, "val": 32}
-ANSWER_PREFIX = "### "
-CACHE_VERSION = 1  # raise it when `tokenize` changes
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Tokens
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class Tokens:
-    """The token ids of a data file: `tokens[i]` is (Q, [S_1..S_n], A) of example i, as lists of int.
-
-    Three flat arrays, memory-mapped: `ids` (int32) holds all texts end to end; text j is ids[texts[j]:texts[j + 1]];
-    example i owns the texts examples[i] to examples[i + 1] - 1: its question, its steps, its answer.
-    """
-
-    NAMES = ("ids", "texts", "examples")
-
-    def __init__(self, ids: np.ndarray, texts: np.ndarray, examples: np.ndarray):
-        self.ids, self.texts, self.examples = ids, texts, examples
-        self.chosen: np.ndarray | None = None  # where examples are left out, the numbers of the others
-        self.retold: Tokens | None = None  # of curriculum.retelling: with other texts in place of the steps
-        self.answer_prefix: list[int] = []  # what stands before the answer itself, where a method asks for it
-
-    def __len__(self) -> int:
-        return len(self.examples) - 1 if self.chosen is None else len(self.chosen)
-
-    def leave_out_longer_than(self, length: int) -> None:
-        """Leaves out the examples with more tokens than that: question, all steps, answer and EOS."""
-        lengths = np.diff(self.texts[self.examples]) + 1
-        self.chosen = np.flatnonzero(lengths <= length)
-
-    def __getitem__(self, index: int) -> tuple[list[int], list[list[int]], list[int]]:
-        if self.chosen is not None:
-            index = self.chosen[index]
-        bounds = self.texts[self.examples[index] : self.examples[index + 1] + 1].tolist()
-        ids = self.ids[bounds[0] : bounds[-1]].tolist()
-        question, *steps, answer = (ids[begin - bounds[0] : end - bounds[0]] for begin, end in pairwise(bounds))
-        return question, steps, answer
-
-    @classmethod
-    def open(cls, folder: Path) -> Tokens:
-        """Maps what `save` has written, on this node or on another. Raises UserError."""
-        try:
-            return cls(*(retried(lambda name=name: np.load(folder / f"{name}.npy", "r")) for name in cls.NAMES))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} cannot be read: {error}; remove it, and it is made again") from None
-
-    def save(self, folder: Path) -> None:
-        for name in self.NAMES:
-            np.save(folder / f"{name}.npy", getattr(self, name))
-
-
-def tokenize(examples: Iterable[dict], tokenizer, show_progress: bool = False, step_separator: str = "\n") -> Tokens:
-    """Q = question + newline, with the special tokens that the tokenizer adds by itself; S = step + step_separator and
-    A = "### " + answer without them. A's EOS is added by `training_sequence`."""
-    ids: list[np.ndarray] = []
-    text_lengths: list[np.ndarray] = []
-    texts_per_example: list[int] = []
-    bar = progress_bar(examples, "tokenizing", "examples", show_progress)
-    for part in batched(bar, 1000):
-        questions = tokenizer([e["question"] + "\n" for e in part])["input_ids"]
-        others = [
-            text
-            for e in part
-            for text in (*(step + step_separator for step in e["steps"]), ANSWER_PREFIX + e["answer"])
-        ]
-        rest = iter(tokenizer(others, add_special_tokens=False)["input_ids"] if others else [])
-        n_texts = [len(example["steps"]) + 2 for example in part]
-        texts = [
-            text for question, n in zip(questions, n_texts, strict=True) for text in (question, *islice(rest, n - 1))
-        ]
-        text_lengths.append(np.array([len(text) for text in texts], dtype=np.int64))
-        ids.append(np.fromiter(chain.from_iterable(texts), dtype=np.int32, count=text_lengths[-1].sum()))
-        texts_per_example += n_texts
-    return Tokens(
-        np.concatenate(ids),
-        np.concatenate([[0], np.cumsum(np.concatenate(text_lengths))]),
-        np.concatenate([[0], np.cumsum(texts_per_example)]),
-    )
-
-
-def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Consecutive lists of at most `size` items."""
-    rest = iter(items)
-    while part := list(islice(rest, size)):
-        yield part
-
-
-def cache_tokens(
-    path: str,
-    tokenizer,
-    folder: Path,
-    limit: int | None = None,
-    show_progress: bool = True,
-    step_separator: str = "\n",
-    retold: Retelling | None = None,
-) -> Path:
-    """Tokenizes the data file `path` into a folder under `folder`, unless it is there already; returns that folder.
-
-    Its name is a digest of the file's bytes, the tokenizer, the limit and the separator. It appears whole or not at
-    all. With `retold` there are other texts in place of the steps.
-    """
-    try:
-        with Path(path).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    identity = [type(tokenizer).__name__, _what_decides_ids(tokenizer), limit, CACHE_VERSION]
-    if step_separator != "\n":
-        identity.append(step_separator)
-    if retold is not None:
-        identity.append(retold.name)
-    digest.update(json.dumps(identity).encode())
-    target = folder / digest.hexdigest()[:32]
-    if not target.exists():
-        examples = read_examples(path, limit)
-        if retold is not None:
-            examples = ({**example, "steps": retold.steps(example["steps"])} for example in examples)
-        tokens = tokenize(examples, tokenizer, show_progress, step_separator)
-        with writing(target):
-            _write_cache(tokens, target)
-    return target
-
-
-def _what_decides_ids(tokenizer) -> str:
-    """What a tokenizer makes ids of. Truncation and padding are not part of it: they are of the last call, or of
-    whoever saved the tokenizer, and `tokenize` uses neither."""
-    if not tokenizer.is_fast:
-        return json.dumps(tokenizer.get_vocab())
-    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-    return json.dumps(state, ensure_ascii=False, separators=(",", ":"))
-
-
-def _write_cache(tokens: Tokens, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
-    try:
-        tokens.save(aside)
-        sync_to_disk(aside)
-        os.chmod(aside, 0o755)  # mkdtemp's folders are private, but a data cache is for the whole group
-        with suppress(OSError):  # another job was faster
-            aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    if not target.exists():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(target))
 
 
 @dataclass

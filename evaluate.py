@@ -26,9 +26,10 @@ import torch.distributed as dist
 
 from config import Config
 from curriculum import IGNORE, MODES, kept_reasoning, prompt
-from dataset import Data, StageDataset, Tokens, collate, collate_prompts
+from dataset import Data, StageDataset, collate, collate_prompts
 from pretrained import Pretrained
 from ranks import World, meet
+from tokens import Tokens
 from utils import UserError, progress_bar
 
 # a sign counts where no word, number or bracket precedes it: 12-3 holds 12 and 3; a point after the digits belongs to

@@ -12,21 +12,16 @@ from curriculum import schedule
 if __name__ == "__main__":
     CONFIG = configure(__doc__, schedule)  # --help and mistakes are answered before the slow imports below
 
-import dataclasses
 import json
 import math
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
-from transformers.utils import logging
 
 import checkpoint
 import curriculum
@@ -35,57 +30,17 @@ import evaluate
 import parallel
 import ranks
 from checkpoint import Progress
-from dataset import Data, EpochPlan, MicroBatch
+from dataset import EpochPlan, MicroBatch
 from methods import method_of
-from pretrained import Pretrained, read_description
+from prepare import Run, Step, announce, prepare, stage_to_evaluate
+from pretrained import read_description
 from ranks import Interruption, World
 from sim_cot import SimCot
 from table import summary
 from throughput import FlopCounter, Throughput, peak_flops
-from utils import RunLogger, UserError, progress_bar, report, tell, write_config, writing
+from utils import UserError, progress_bar, report, tell, writing
 
 INTERRUPTED_FILE = "INTERRUPTED_FILE"  # a run that a signal has stopped creates the file that this variable names
-
-
-class Step(NamedTuple):
-    """A step that has not been written to the log: what is still on the device, and what it was made of."""
-
-    loss: torch.Tensor  # this rank's share, scalar
-    lr: float
-    stage: int
-    passes: list[tuple[list[int], torch.Tensor]]  # (examples, mean loss) of each of this rank's micro-batches
-    auxiliary: torch.Tensor | None = None  # this rank's share of what a method adds to the loss, scalar
-
-
-@dataclass
-class Run:
-    """All that the steps of a run share."""
-
-    config: Config
-    world: World
-    pretrained: Pretrained
-    sets: dict[str, Data]  # by the names of val_path; of the name "" where that is a single path
-    logger: RunLogger
-    progress: Progress
-    interruption: Interruption | None = None
-    throughput: Throughput | None = None
-    wrapped: torch.nn.Module | None = None  # the model as it is called in training: DDP's, or the model itself
-    optimizer: torch.optim.Optimizer | None = None
-    unlogged: list[Step] = field(default_factory=list)  # since the last write to the log
-    saved: Path | None = None  # the newest checkpoint
-
-    @property
-    def model(self) -> torch.nn.Module:
-        return self.pretrained.model
-
-    @property
-    def data(self) -> Data:
-        """Of a training run, which has one set."""
-        return self.sets[""]
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return dataset.steps_per_epoch(len(self.data.train), self.config, self.world.size)
 
 
 @record
@@ -173,64 +128,11 @@ def evaluate_only(config: Config, world: World) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def prepare(config: Config, world: World, source: Path | None, progress: Progress) -> Run:
-    """Model, data and log of a run. The run's folder is touched only when all else has succeeded."""
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    ranks.seed_everything(config.seed)  # every rank makes the same new weights
-    loaded = parallel.load(config, world, source)
-    sets, by_set = {}, config.by_set()
-    for name, one in by_set.items():
-        sets[name] = data = dataset.load_data(one, world, loaded.tokenizer)  # of a training run, the only one
-        dataset.check_lengths(one, loaded.model.max_positions, data)
-    if progress.data not in (None, data.train_digest) and not config.continue_changed:
-        raise UserError(
-            f"{source} was trained on other data than {config.train_path} now holds: choose another name, or set "
-            f"continue_changed=true"
-        )
-    progress.data, progress.val = data.train_digest, data.val_digest
-    logger = RunLogger(config.run_dir / "eval" if config.only_eval else config.run_dir, world.is_main)
-    # all ranks; before the log is opened: what fails from then on has to close it
-    for name, one in by_set.items():
-        look = partial(evaluate.unreachable, loaded.tokenizer, sets[name], one)
-        for text in ranks.on_main_rank(world, look):
-            logger.say(f"warning: {text}")
-
-    def open_log() -> str | None:
-        values = dataclasses.asdict(config)
-        write_config(values, logger.folder, world.size, ranks.hardware(world))
-        return logger.open(values, progress.wandb_id)
-
-    progress.wandb_id = ranks.on_main_rank(world, open_log)  # all ranks
-    return Run(config, world, loaded, sets, logger, progress)
-
-
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
     """AdamW with decay on every parameter, as in the reference."""
     config = run.config
     fused = run.world.device.type == "cuda"
     return torch.optim.AdamW(run.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
-
-
-def stage_to_evaluate(config: Config, description: dict) -> tuple[int, list[str]]:
-    """The checkpoint's own stage, unless `resume` names an epoch; and what there is to warn of.
-
-    A folder or file that says nothing of a stage, such as a file of the reference, is taken to be of the last one.
-    """
-    recorded, scheduled = description.get("stage"), curriculum.stage_of(config, config.resume)
-    if recorded is not None:
-        if config.resume and recorded != scheduled:
-            text = f"the checkpoint is of stage {recorded}, but resume {config.resume} asks for {scheduled}"
-            return scheduled, [text]
-        return recorded, []
-    if config.resume:
-        return scheduled, []
-    last = curriculum.stage_of(config, config.num_epochs - 1)
-    text = (
-        f"{config.load_model_path} does not say of which stage it is: it is evaluated at the last one of this "
-        f"configuration, {curriculum.stage_name(last)}; resume=EPOCH takes that of another epoch"
-    )
-    return last, [text] if last else []
 
 
 def restore(run: Run, newest: Path | None) -> None:
@@ -248,33 +150,6 @@ def restore(run: Run, newest: Path | None) -> None:
         run.progress.epoch = run.config.resume
         # so that curves and schedules are those of the whole run
         run.progress.step = run.config.resume * run.steps_per_epoch
-
-
-def announce(run: Run, newest: Path | None) -> None:
-    """Says what is about to happen."""
-    config, world, progress = run.config, run.world, run.progress
-    accumulation, size = config.passes(world.size)
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    say = run.logger.say
-    how = "fsdp" if parallel.is_sharded(run.model) else "ddp" if world.size > 1 else "one process"
-    say(f"{config.name}: {config.method}, {parameters:,} parameters, on {world.size} x {world.device.type} ({how})")
-    say(
-        f"global batch {accumulation * world.size * size} = {world.size} ranks x "
-        f"{size} examples x {accumulation} passes; {run.steps_per_epoch} steps an epoch, "
-        f"{len(run.data.train)} training and {len(run.data.val)} validation examples"
-    )
-    if text := dataset.why_no_loader_processes(config):
-        say(f"warning: {text}")
-    if newest is not None:
-        within = f" and {progress.seen} examples" if progress.seen else ""
-        say(f"continuing from {newest}, after {progress.epoch} of {config.num_epochs} epochs{within}")
-        if config.load_model_path is not None:
-            say("(load_model_path is where the run began; its own checkpoint is newer)")
-    elif progress.epoch:
-        if config.load_model_path is None:
-            say("warning: resume skips epochs, but there is no load_model_path with a model that has had them")
-        stage = curriculum.stage_of(config, progress.epoch)
-        say(f"starting with epoch {progress.epoch}, stage {stage}, as resume says")
 
 
 # ---------------------------------------------------------------------------------------------------------------

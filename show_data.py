@@ -12,8 +12,8 @@ from itertools import groupby
 
 from config import Config
 from curriculum import IGNORE, Markers, stage_of, training_sequence
-from dataset import Tokens, tokenize
 from examples import load_examples
+from tokens import Tokens, tokenize
 from utils import UserError, report
 
 

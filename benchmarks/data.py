@@ -47,18 +47,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from config import Config
-from dataset import (
-    EpochPlan,
-    PlannedBatches,
-    StageDataset,
-    Tokens,
-    cache_tokens,
-    collate_for_device,
-    example_order,
-    sequence_lengths,
-    tokenize,
-)
+from dataset import EpochPlan, PlannedBatches, StageDataset, collate_for_device, example_order, sequence_lengths
 from examples import read_examples
+from tokens import Tokens, cache_tokens, tokenize
 
 GSM8K_EXAMPLES, PROSQA_EXAMPLES = 385_620, 17_886  # of the training sets
 MEASURE_MEMORY = """
@@ -67,12 +58,13 @@ import torch, transformers
 def resident(name):
     return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
 import dataset
+from tokens import Tokens, cache_tokens
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
 tokenizer(["warm"] * 1000)
 before = resident("VmRSS")
-folder = dataset.cache_tokens(sys.argv[1], tokenizer, dataset.Path(sys.argv[3]), show_progress=False)
-tokens = dataset.Tokens.open(folder)
+folder = cache_tokens(sys.argv[1], tokenizer, dataset.Path(sys.argv[3]), show_progress=False)
+tokens = Tokens.open(folder)
 order = dataset.example_order(len(tokens), dataset.Config(), 0)
 plan = dataset.EpochPlan(order, dataset.Config(), 0, 1)
 for index in order[:5000]:

@@ -13,10 +13,11 @@ from transformers.utils import logging
 
 from coconut import Coconut
 from curriculum import IGNORE, stage_of
-from dataset import StageDataset, tokenize
+from dataset import StageDataset
 from examples import load_examples
 from pretrained import load_tokenizer, mark, shape_of
 from throughput import FlopCounter
+from tokens import tokenize
 
 if TYPE_CHECKING:
     from grid import Job

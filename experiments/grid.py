@@ -83,6 +83,8 @@ class Grid:
 
 
 def _spelled(value) -> str:
+    if isinstance(value, str) and not value.isprintable():  # YAML's own spelling of a newline is two lines
+        return json.dumps(value)
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
 
 

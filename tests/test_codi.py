@@ -12,8 +12,8 @@ from test_sim_cot import MARKERS, make_tokens
 from codi import Codi, TaughtDataset
 from config import Config
 from curriculum import retelling
-from dataset import tokenize
 from pretrained import load_model
+from tokens import tokenize
 
 
 def make_codi(family: str, tied: bool, thought: str) -> Codi:

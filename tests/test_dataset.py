@@ -21,16 +21,14 @@ from dataset import (
     EpochPlan,
     PlannedBatches,
     StageDataset,
-    Tokens,
-    cache_tokens,
     collate,
     collate_prompts,
     example_order,
     longest_sequence,
     sequence_lengths,
-    tokenize,
 )
 from examples import load_examples
+from tokens import Tokens, cache_tokens, tokenize
 from utils import UserError
 
 M = Markers(start=90, latent=91, end=92, eos=99)

@@ -11,7 +11,7 @@ from tokenizers import normalizers, pre_tokenizers
 from coconut import Coconut
 from config import Config
 from curriculum import Markers
-from dataset import Data, StageDataset, collate, tokenize
+from dataset import Data, StageDataset, collate
 from evaluate import (
     as_files,
     evaluate,
@@ -27,6 +27,7 @@ from evaluate import (
 from pretrained import Pretrained
 from run import stage_to_evaluate
 from table import main, summary, wilson
+from tokens import tokenize
 from utils import UserError
 
 

@@ -12,9 +12,9 @@ from test_run import place as place  # a fixture
 
 from config import Config
 from curriculum import Markers, explained_steps, explanations
-from dataset import tokenize
 from pretrained import load_model
 from sim_cot import ExplainedDataset, SimCot
+from tokens import tokenize
 from utils import UserError
 
 MARKERS = Markers(START, LATENT, END, EOS)
