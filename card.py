@@ -45,13 +45,13 @@ METHODS = {
 }
 
 
-def card(checkpoint: Path, name: str, n_parameters: int, n_latents: int, has_markers: bool) -> str:
+def card(checkpoint: Path, name: str, n_parameters: int, n_latents: int, n_markers: int) -> str:
     """The text of README.md.
 
     Args:
         checkpoint: its folder; that of its run is the one that it is in.
         name: of the folder that the card is for.
-        n_latents, has_markers: what stands between a question and its answer.
+        n_latents, n_markers: what stands between a question and what is generated.
 
     Raises UserError where a file that it reads is damaged.
     """
@@ -60,7 +60,7 @@ def card(checkpoint: Path, name: str, n_parameters: int, n_latents: int, has_mar
     added = "a newline"
     if n_latents:
         added += f", then {n_latents} latent positions (thought `{description.get('thought', 'last')}`)"
-        added += " between a start and an end marker" if has_markers else ""
+        added += {0: "", 1: " after a start marker", 2: " between a start and an end marker"}[n_markers]
     what = f"A model of {n_parameters:,} parameters, trained by the method `{method}`: {METHODS[method]}. Its stage is "
     parts = [CARD.format(name=name, what=f"{what}{stage}.", added=added)]
     run_dir = checkpoint.parent
@@ -79,7 +79,12 @@ def card(checkpoint: Path, name: str, n_parameters: int, n_latents: int, has_mar
 def _training(checkpoint: Path, config: dict, notes: dict[str, str]) -> str:
     state = read_object(checkpoint / "trainer" / "state.json")
     rows = {
-        "method": f"`{config.get('method')}`, thought `{config.get('thought')}`, c_thought {config.get('c_thought')}",
+        "method": f"`{config.get('method')}`, thought `{config.get('thought')}`, c_thought {config.get('c_thought')}"
+        + "".join(
+            f", {name} {config[name]}"
+            for name, usual in (("latent_passes", "sequential"), ("latent_labels", 0), ("step_decoder", "none"))
+            if config.get(name, usual) != usual
+        ),
         "starts from": f"`{config.get('load_model_path') or config.get('model_id')}`"
         + (", its shape only" if config.get("from_scratch") and not config.get("load_model_path") else ""),
         "data": f"`{config.get('train_path')}`",

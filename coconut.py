@@ -26,7 +26,7 @@ from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedMo
 
 from curriculum import IGNORE
 from dataset import latent_columns as find_latent_columns
-from kv_cache import has_attention, make_cache
+from kv_cache import forked_cache, has_attention, make_cache
 from latent_block import run_block
 from padding import Shift, causal_mask, is_left_padded, masks_and_positions
 from thoughts import Seen, StreamRecorder, Thought, decoder_blocks, decoder_of, make_thought
@@ -81,8 +81,10 @@ class Coconut(nn.Module):
         self.thought = make_thought(thought, base_causallm)
         self._recorder = StreamRecorder(decoder_blocks(base_causallm)) if self.thought.needs_layers else None
         self.latent_passes, self.c_thought = latent_passes, c_thought
-        if latent_passes is not None and self.thought.needs_layers:
-            raise UserError(f"thought {thought} needs the layers, which latents that are made in parallel do not give")
+        if latent_passes is not None:
+            if self.thought.needs_layers:
+                raise UserError(f"thought {thought} needs the layers, which latents made in parallel do not give")
+            forked_cache(base_causallm.config, kept=0)  # says where a family cannot
         accepted = inspect.signature(type(decoder_of(base_causallm)).forward).parameters
         # transformers renames the argument during 5.x
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
@@ -340,8 +342,11 @@ class Coconut(nn.Module):
         return torch.cat(hidden_spans, dim=1), torch.cat(embed_spans, dim=1), cache, attention_mask
 
     def latent_updates(self, n_columns: int) -> int:
-        """How often the inputs of a block of so many columns are made anew: the passes over it less one."""
-        return max(n_columns // self.c_thought - 1, 0) if self.latent_passes == "stage" else self.latent_passes
+        """How often the inputs of a block of so many columns are made anew: the passes over it less one. Where each is
+        made from the column before, those of K columns are right after K times, and stay what they are."""
+        if self.latent_passes == "stage":
+            return max(n_columns // self.c_thought - 1, 0)
+        return self.latent_passes if self.thought.in_place else min(self.latent_passes, n_columns)
 
     def still_updated(self, is_latent: torch.Tensor, number: int) -> torch.Tensor:
         """(B, 1): whether a row of (B, K) latents takes part in this update, counted from 1. With "stage" a row has as

@@ -100,10 +100,17 @@ class Codi(Coconut):
                 output = super().forward(*args, return_hidden=True, **kwargs)
             finally:
                 self.before_first_span = tell
-            found = self._layers.at(student_places, output.hidden)
+            found = self._layers.at(student_places, output.hidden, self._moved(kwargs))
         distances = [F.smooth_l1_loss(ours, theirs) / theirs.std() for ours, theirs in zip(found, wanted, strict=True)]
         loss = output.loss + self.distillation * torch.stack(distances).mean() + taught.loss
         return output._replace(loss=loss, hidden=None)
+
+    def _moved(self, batch: dict) -> torch.Tensor | int:
+        """By how much each row of the student's last pass was moved to the left (see padding.Shift), (B,): where
+        nothing waits for hidden states it is the only pass, padding and all."""
+        if self.thought.sequential or not (batch["left_padded"] and self._makes_masks):
+            return 0
+        return (batch["attention_mask"].cumsum(dim=1) == 0).sum(dim=1)
 
 
 class LayerStates:
@@ -137,13 +144,12 @@ class LayerStates:
             self.states = [args[0] if args else kwargs["hidden_states"]]
         self.states.append(output[0] if isinstance(output, tuple) else output)
 
-    def at(self, places: torch.Tensor, hidden: torch.Tensor) -> list[torch.Tensor]:
+    def at(self, places: torch.Tensor, hidden: torch.Tensor, moved: torch.Tensor | int = 0) -> list[torch.Tensor]:
         """L + 1 states, (B, 1, D) each, as transformers' hidden_states, at the columns (B,) of the last hidden states
-        (B, T, D). The last pass must hold those columns."""
-        columns = hidden.shape[1]
+        (B, T, D). The last pass must hold those columns, each row moved to the left by so many."""
 
-        def pick(state: torch.Tensor) -> torch.Tensor:
-            place = places - (columns - state.shape[1])  # in the pass
-            return state.gather(1, place[:, None, None].expand(-1, 1, state.shape[-1]))
+        def pick(state: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+            return state.gather(1, columns[:, None, None].expand(-1, 1, state.shape[-1]))
 
-        return [pick(state) for state in (*self.states[:-1], hidden)]
+        in_pass = places - (hidden.shape[1] - self.states[0].shape[1]) - moved
+        return [*(pick(state, in_pass) for state in self.states[:-1]), pick(hidden, places)]

@@ -60,9 +60,17 @@ def combinations(config, world_size: int) -> list[str]:
             found.append("step_decoder and latent_labels are for method coconut alone")
     elif config.mode != "latent":
         found.append(f"mode {config.mode} is for method multi_mode")
+    if config.mode != "latent" and not config.only_eval:
+        found.append(f"mode {config.mode} is for eval-only runs: a training run has all modes")
+    if config.mode != "latent" and config.eval_latents is not None:
+        found.append(f"eval_latents counts latents, and mode {config.mode} has none")
     in_parallel = config.latent_passes != "sequential"
     if in_parallel and config.method not in WITH_LATENTS:
         found.append(f"latent_passes {config.latent_passes} is for latents, and method {config.method} has none")
+    if in_parallel and config.thought == "pause":
+        found.append("latent_passes makes thoughts, and thought pause has none")
+    if config.latent_passes == "stage" and config.c_thought == 0:
+        found.append("latent_passes stage counts groups of c_thought latents, and c_thought is 0")
     if config.thought == "looped" and not in_parallel:
         found.append("thought looped is of latents that are made in parallel: set latent_passes to stage, or a number")
     if config.latent_labels and config.method != "coconut":
@@ -70,7 +78,8 @@ def combinations(config, world_size: int) -> list[str]:
     if config.latent_labels and config.step_decoder != "none":
         found.append("latent_labels and step_decoder exclude each other")
     if config.step_decoder != "none" and not config.only_eval:
-        if config.method != "coconut" or config.thought == "pause" or not config.c_thought:
+        pauses = config.thought == "pause" or config.latent_passes == "0"
+        if config.method != "coconut" or pauses or not config.c_thought:
             found.append(
                 "step_decoder explains thoughts: it needs method coconut, a thought that is fed back, c_thought"
             )

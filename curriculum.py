@@ -94,9 +94,11 @@ def thoughts_and_dropped(n_steps: int, stage: int, config: Config) -> tuple[int,
     if config.method == "no_cot":
         return 0, n_steps
     if config.method == "multi_mode":  # in which no stage drops steps that no thoughts stand for
-        stage = min(stage, config.max_latent_stage)
+        groups = min(stage, config.max_latent_stage)
+        if stage > config.max_latent_stage and not config.pad_latent_to_max:
+            groups = min(groups, n_steps)
         by_mode = {"direct": (0, n_steps), "written": (0, 0)}
-        return by_mode.get(config.mode, (stage * config.c_thought, min(stage, n_steps)))
+        return by_mode.get(config.mode, (groups * config.c_thought, min(groups, n_steps)))
     if stage > config.max_latent_stage:
         replaced = config.max_latent_stage if config.pad_latent_to_max else min(n_steps, config.max_latent_stage)
         dropped = n_steps
@@ -286,7 +288,9 @@ def schedule(config: Config, world_size: int) -> str:
         latents, dropped = thoughts_and_dropped(config.max_latent_stage, stage, config)
         if config.method == "icot":
             kept = "none" if stage == NO_REASONING else f"all but {stage} tokens"
-        elif config.method == "no_cot" or (config.method != "cot" and stage > config.max_latent_stage):
+        elif config.method == "no_cot" or (
+            config.method not in ("cot", "multi_mode") and stage > config.max_latent_stage
+        ):
             kept = "none"
         else:
             kept = f"all but {dropped} steps" if dropped else "all"

@@ -210,7 +210,8 @@ def _generate_share(
             new = row[: row.index(markers.eos)] if markers.eos in row else row
             if config.method == "multi_mode":
                 new = [token for token in new if token != markers.end]
-            n_latents = prompts[index].count(markers.latent) if model.thought.sequential else 0
+            thinks = model.thought.sequential and model.latent_passes != 0
+            n_latents = prompts[index].count(markers.latent) if thinks else 0
             outputs[index] = (tokenizer.decode(new, skip_special_tokens=True), len(new), n_latents)
     return outputs
 

@@ -69,7 +69,7 @@ def export(checkpoint: str, out: Path, force: bool = False) -> list[str]:
         warnings = _differing_prompts(model, whole, folder)
         n_latents = whole.config.appended.count(whole.config.latent_token_id)
         text = card(
-            folder, out.resolve().name, whole.num_parameters(), n_latents, len(whole.config.appended) > n_latents
+            folder, out.resolve().name, whole.num_parameters(), n_latents, len(whole.config.appended) - n_latents
         )
         whole.save_pretrained(aside)
         options = {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}

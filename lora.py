@@ -1,14 +1,13 @@
 """LoRA (arXiv 2106.09685) through peft: the base is frozen, and low-rank updates of its linear layers are trained.
 
-All linear layers but the LM head get one; embeddings, the markers' rows too, and norms stay as they were. A thought
-that learns and a step decoder are trained as without. A checkpoint has the base's own weights, and beside them the
-folder adapter/, in peft's format, for PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(FOLDER), ADAPTER).
+All linear layers of the decoder blocks get one; embeddings, the markers' rows too, and norms stay as they were. A
+thought that learns and a step decoder are trained as without. A checkpoint has the base's own weights, and beside them
+the folder adapter/, in peft's format: PeftModel.from_pretrained reads it on top of what AutoModelForCausalLM reads.
 Without lora_rank such a checkpoint is loaded with the updates added to the weights.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from pathlib import Path
@@ -16,9 +15,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from utils import UserError
+from thoughts import decoder_blocks
+from utils import UserError, read_object
 
 FOLDER = "adapter"
 NAME = "default"  # peft's own for the adapter of a model that has one
@@ -33,18 +35,33 @@ def _peft():
     return peft
 
 
-def _settings(rank: int, alpha: int):
-    return _peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+def _settings(rank: int, alpha: int, layers: list[str]):
+    return _peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(layers), task_type="CAUSAL_LM")
+
+
+def targets_of(base: PreTrainedModel) -> list[str]:
+    """The names of the linear layers in the decoder blocks, less those that are more than linear, as some routers."""
+    blocks = {module for block in decoder_blocks(base) for module in block.modules()}
+    return [
+        name
+        for name, module in base.named_modules()
+        if module in blocks and getattr(type(module), "forward", None) in (nn.Linear.forward, Conv1D.forward)
+    ]
 
 
 def add(base: PreTrainedModel, rank: int, alpha: int) -> None:
     """Freezes the base and gives it updates, which begin as nothing: alpha / rank B A with B = 0.
 
-    Raises UserError where peft is missing.
+    Raises UserError where peft is missing, or has none for this family.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that GPT-2's matrices are transposed, which it then heeds
-        _peft().inject_adapter_in_model(_settings(rank, alpha), base, adapter_name=NAME)
+    peft, targets = _peft(), targets_of(base)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that GPT-2's matrices are transposed, which it then heeds
+            peft.inject_adapter_in_model(_settings(rank, alpha, targets), base, adapter_name=NAME)
+    except (ValueError, TypeError) as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"lora_rank: peft has no updates for the family {base.config.model_type}: {line}") from None
     base.get_input_embeddings().register_forward_hook(_want_gradient)
 
 
@@ -80,7 +97,8 @@ def split(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], di
 def save(folder: Path, updates: dict[str, torch.Tensor], rank: int, alpha: int) -> None:
     """Writes the folder adapter/ of a checkpoint."""
     (folder / FOLDER).mkdir()
-    _settings(rank, alpha).save_pretrained(folder / FOLDER)
+    layers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in updates}
+    _settings(rank, alpha, sorted(layers)).save_pretrained(folder / FOLDER)
     save_file(
         {name: value.contiguous() for name, value in updates.items()}, folder / FOLDER / "adapter_model.safetensors"
     )
@@ -109,7 +127,10 @@ def prepare(base: PreTrainedModel, rank: int | None, alpha: int, folder: Path | 
     trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
     has_some = folder is not None and (folder / FOLDER).is_dir()
     if has_some:
-        theirs = json.loads((folder / FOLDER / "adapter_config.json").read_text(encoding="utf-8"))
+        path = folder / FOLDER / "adapter_config.json"
+        theirs = read_object(path)
+        if not all(type(theirs.get(name)) is int for name in ("r", "lora_alpha")):
+            raise UserError(f"{path} does not say rank and alpha: it is no adapter of run.py")
         add(base, theirs["r"], theirs["lora_alpha"])
         load(base, folder)
         if rank != theirs["r"] or alpha != theirs["lora_alpha"]:

@@ -87,6 +87,8 @@ def choose_strategy(config: Config, world: World, source: Path | None) -> str:
     shape = _in_turn(world, lambda cached: shape_of(config, source, cached))
     with torch.device("meta"):
         n_parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(shape).parameters())
+    if config.step_decoder != "none" and not config.only_eval:
+        n_parameters *= 2
     # of the smallest GPU: all ranks have to choose alike
     memory = on_every_rank(world, lambda: torch.cuda.get_device_properties(world.device).total_memory)
     room = SHARE_OF_MEMORY * min(memory)

@@ -31,7 +31,7 @@ class Step(NamedTuple):
     loss: torch.Tensor  # this rank's share, scalar
     lr: float
     stage: int
-    passes: list[tuple[list[int], torch.Tensor]]  # (examples, mean loss) of each of this rank's micro-batches
+    passes: list[tuple[list[int], torch.Tensor]]  # (examples, weighted loss) of each of this rank's micro-batches
     auxiliary: torch.Tensor | None = None  # this rank's share of what a method adds to the loss, scalar
 
 

@@ -82,7 +82,8 @@ def load_model(
         n_markers = len({START, END, LATENT} - set(tokenizer.get_vocab()))
         has_marker_rows = _load_reference_file(base, source, rows_with_markers=len(tokenizer) + n_markers)
     if config.has_latents:
-        markers = add_markers(tokenizer, base, initialise=not has_marker_rows)
+        # LoRA leaves the rows as they are: alike, no marker could ever be told from the others or from "<<"
+        markers = add_markers(tokenizer, base, initialise=not has_marker_rows, distinct=config.lora_rank is not None)
     else:
         markers = mark(tokenizer, config.method)
     base.config.use_cache = True
@@ -92,16 +93,18 @@ def load_model(
         _load_thought(model.thought, config.thought, folder)
     vouch(model)
     if isinstance(model, SimCot):
-        model.attach(_load_step_decoder(config, base, cached), config.step_decoder_weight)
+        model.attach(_load_step_decoder(config, base, folder, cached), config.step_decoder_weight)
     lora.prepare(base, config.lora_rank, config.lora_alpha, folder)
     return Pretrained(model, tokenizer, markers)
 
 
-def _load_step_decoder(config: Config, base: PreTrainedModel, cached: bool) -> PreTrainedModel:
+def _load_step_decoder(config: Config, base: PreTrainedModel, folder: Path | None, cached: bool) -> PreTrainedModel:
     """A causal LM of its own, without the markers' rows where it is not a copy. A restart then gives it the weights
     that it had come to (`checkpoint.load_step_decoder`)."""
     if config.step_decoder == "copy":
-        return copy.deepcopy(base)
+        decoder = copy.deepcopy(base)
+        lora.prepare(decoder, None, 0, folder)  # of a base with updates: with them in its weights
+        return decoder
     try:
         return AutoModelForCausalLM.from_pretrained(config.model_id, dtype=base.dtype, local_files_only=cached)
     except Exception as error:
@@ -239,11 +242,12 @@ def mark(tokenizer, method: str) -> Markers:
 
 
 @torch.no_grad()
-def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True) -> Markers:
+def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True, distinct: bool = False) -> Markers:
     """Adds the markers that tokenizer and model lack; the order of the rows is the reference's.
 
     A new row, of the input and of the output embedding, tied or not, starts as that of "<<" where the tokenizer has
-    it as one token, else as the mean row; unless `initialise` is off, because the rows have been loaded.
+    it as one token, else as the mean row, and where they must be `distinct`, as one drawn around the mean row with the
+    deviations of all; unless `initialise` is off, because the rows have been loaded.
     """
     known = min(len(tokenizer), base.get_input_embeddings().weight.shape[0])
     missing = [marker for marker in (START, END, LATENT) if marker not in tokenizer.get_vocab()]
@@ -254,9 +258,13 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True) -> Ma
         like = tokenizer.convert_tokens_to_ids("<<")
         one_token = like is not None and like != tokenizer.unk_token_id
         new = tokenizer.convert_tokens_to_ids(missing)
+        drawn = torch.randn(len(new), base.get_input_embeddings().weight.shape[1])
         for module in (base.get_input_embeddings(), base.get_output_embeddings()):
             for values in (module.weight, getattr(module, "bias", None)):
-                if values is not None:
+                if values is not None and distinct:
+                    mean, deviation = values[:known].float().mean(dim=0), values[:known].float().std(dim=0)
+                    values[new] = (mean + deviation * (drawn if values.ndim > 1 else 0)).to(values.dtype)
+                elif values is not None:
                     values[new] = values[like].clone() if one_token else values[:known].mean(dim=0)
     return markers
 

@@ -217,7 +217,7 @@ def train_step(
 ) -> tuple[torch.Tensor, list, torch.Tensor | None]:
     """Forward and backward of each micro-batch, then one optimizer step. Gradients meet at the last backward.
 
-    Returns this rank's share of the step's loss, of each micro-batch its examples and its own loss, and this rank's
+    Returns this rank's share of the step's loss, of each micro-batch its examples and its share, and this rank's
     share of what a method adds to the loss (see `units_of_step`): scalars that are still on the device.
     """
     config, world = run.config, run.world
@@ -230,7 +230,9 @@ def train_step(
         counts = [batch.pop("units") for batch in drawn]
         units = units_of_step(counts, micro_batches, world)  # all ranks
     for number, (micro, batch) in enumerate(zip(micro_batches, drawn, strict=True)):
-        run.throughput.add(batch["attention_mask"].sum(dim=1).tolist(), len(batch["supervised"]))
+        for name in [name for name in batch if name.endswith("attention_mask")]:  # some methods have several sequences
+            predicted = batch[name.replace("attention_mask", "supervised")]
+            run.throughput.add(batch[name].sum(dim=1).tolist(), len(predicted))
         for name, value in batch.items():
             if isinstance(value, torch.Tensor):
                 batch[name] = value.to(world.device, non_blocking=True)
@@ -245,12 +247,13 @@ def train_step(
                 added = output.auxiliary * (world.size * (micro.weight > 0) / units["auxiliary"])
                 share, auxiliary = share + added, (0 if auxiliary is None else auxiliary) + added.detach()
             share.backward()  # all ranks, where it is the last: gradients are averaged
-        passes.append((micro.indices, loss.detach()))
+        passes.append((micro.indices, share.detach()))
         step_loss += loss.detach() * weight
     norm = None
     if config.max_grad_norm is not None or config.skip_nonfinite:
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
-    if config.skip_nonfinite and not parallel.step_is_finite(norm, step_loss):
+    whole_loss = step_loss if auxiliary is None else step_loss + auxiliary
+    if config.skip_nonfinite and not parallel.step_is_finite(norm, whole_loss):
         run.progress.skipped += 1
     else:
         run.optimizer.step()
@@ -298,8 +301,9 @@ def log_steps(run: Run, epoch: int) -> list[float]:
 
     ranks.on_main_rank(run.world, write)  # all ranks
     for number, (loss, step) in numbered:
-        if not math.isfinite(loss):
-            report_nonfinite(run, epoch, number, loss, step)
+        whole = loss + (auxiliary[0][number - first] if auxiliary else 0.0)
+        if not math.isfinite(whole):
+            report_nonfinite(run, epoch, number, whole, step)
     run.unlogged.clear()
     return losses
 

@@ -11,9 +11,9 @@ import sys
 from itertools import groupby
 
 from config import Config
-from curriculum import IGNORE, Markers, stage_of, training_sequence
+from curriculum import IGNORE, MODES, Markers, retelling, stage_of, training_sequence
 from examples import load_examples
-from tokens import Tokens, tokenize
+from tokens import ANSWER_PREFIX, Tokens, tokenize
 from utils import UserError, report
 
 
@@ -32,6 +32,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from methods import method_of
 from pretrained import LATENT, load_tokenizer, mark
 
 COLOURS = {"given": "0", "latent": "1;35", "supervised": "32"}  # of a terminal
@@ -52,6 +53,39 @@ def show_sequence(
         line = f"{name:>10} {len(texts):>4}  {f'{LATENT} x {len(texts)}' if name == 'latent' else '|'.join(texts)}"
         lines.append(f"\033[{COLOURS[name]}m{line}\033[0m" if coloured else line)
     return lines
+
+
+def show_more(item, config: Config, markers: Markers, tokenizer, coloured: bool = False) -> list[str]:
+    """What a method tells its model of an example (an item of the method's dataset) beside the sequence, as lines."""
+
+    def sequence(title: str, ids: list[int], labels: list[int]) -> list[str]:
+        return [f"  {title}:", *show_sequence(ids, labels, markers, tokenizer, coloured)]
+
+    def words(ids: list[int]) -> str:
+        return "|".join(tokenizer.decode([token]) for token in ids).replace("\n", "⏎")
+
+    if config.only_eval:
+        return []
+    if config.method == "multi_mode":
+        return [line for mode in MODES[:-1] for line in sequence(mode, *item[mode])]
+    if config.method == "codi":
+        *_, place, teacher, labels, teacher_place = item
+        ids = item[0]
+        where = (
+            f"  compared: the states at {words(ids[place : place + 1])!r}, before {words(ids[place + 1 : place + 2])!r}"
+        )
+        return [*sequence("teacher", teacher, labels), f"{where}, columns {place} and {teacher_place}"]
+    if config.step_decoder != "none":
+        size = config.c_thought
+        told = ["nothing" if text is None else words(text) for text in item[2]]
+        return [f"  latents {k * size + 1} to {k * size + size} stand for: {text}" for k, text in enumerate(told)]
+    if config.latent_labels:
+        at: dict[int, list[str]] = {}
+        for index, token in item[2]:
+            at.setdefault(index, []).append(words([token]))
+        names = {index: f"latent {index}" if index else "before latent 1" for index in at}
+        return [f"  {names[index]} predicts: {' and '.join(texts)}" for index, texts in sorted(at.items())]
+    return []
 
 
 def length_table(tokens: Tokens, stage: int, config: Config, markers: Markers) -> list[str]:
@@ -89,10 +123,17 @@ def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool)
     markers = mark(tokenizer, config.method)
     tokens = tokenize(examples, tokenizer, len(examples) > 20_000, config.step_separator)
     lines = [f"{path}: {len(examples):,} examples; method {config.method}, stage {stage}, model {config.model_id}"]
+    if (retold := retelling(config)) is not None:
+        told = [{**example, "steps": retold.steps(example["steps"])} for example in examples]
+        tokens.retold = tokenize(told, tokenizer, step_separator="")
+        tokens.answer_prefix = tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
+    dataset = method_of(config).dataset(tokens, config, markers)
     for number in range(min(n_examples, len(examples))):
-        ids, labels = training_sequence(*tokens[number], stage, config, markers)
+        item = dataset[number, stage]
+        ids, labels = item["latent"] if config.method == "multi_mode" else item[:2]
         lines += ["", f"example {number}: {len(ids)} tokens"]
         lines += show_sequence(ids, labels, markers, tokenizer, coloured)
+        lines += show_more(item, config, markers, tokenizer, coloured)
     return "\n".join([*lines, "", *length_table(tokens, stage, config, markers)])
 
 

@@ -116,6 +116,8 @@ class Coconut(coconut.Coconut, PushToHubMixin):
         results = []
         for row in self.generate(**batch, max_new_tokens=room, **sampling).tolist():
             new = row[: row.index(self.markers.eos)] if self.markers.eos in row else row
+            if self.config.method == "multi_mode":  # which writes the end marker after its reasoning
+                new = [token for token in new if token != self.markers.end]
             text = self.tokenizer.decode(new, skip_special_tokens=True)
             results.append({"output": text, "answer": extract_answer(text)})
         if show_thoughts:

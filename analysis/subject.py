@@ -75,6 +75,12 @@ class Subject:
         asked = Asked(model, model.tokenizer, model.markers, model.config_with(n_thoughts), model.stage)
         subject = cls(asked, examples, n_thoughts)
         config, stage = subject.asked.config, subject.asked.stage
+        if model.latent_passes is not None or config.method == "multi_mode":
+            how = "method multi_mode" if model.latent_passes is None else f"latent_passes {config.latent_passes}"
+            raise UserError(
+                f"{checkpoint} is of {how}: what is asked here is asked of thoughts one after the other, "
+                f"and of language that follows them at once"
+            )
         if subject.n_thoughts == 0:
             more = " (--thoughts K asks it with K)" if config.has_latents else ""
             raise UserError(

@@ -47,7 +47,7 @@ def plain_row(model: Codi, input_ids: list[int], labels: list[int], place: int):
     base = model.base_causallm
     embeds = base.get_input_embeddings()(torch.tensor([input_ids]))
     for column, token in enumerate(input_ids):
-        if token == LATENT:
+        if token == LATENT and model.thought.sequential:
             hidden = base.get_decoder()(inputs_embeds=embeds[:, :column]).last_hidden_state[:, -1:]
             embeds = torch.cat([embeds[:, :column], plain_thought(model, hidden), embeds[:, column + 1 :]], dim=1)
     output = base(inputs_embeds=embeds, output_hidden_states=True)
@@ -72,7 +72,7 @@ def plain_codi(model: Codi, items) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("thought", ["last", "mlp", "mlp:20"])
+@pytest.mark.parametrize("thought", ["last", "mlp", "mlp:20", "pause"])
 def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, thought):
     config = Config(method="codi", max_latent_stage=3)
     dataset, _ = make_dataset(config, [1, 5, 0, 2])

@@ -138,11 +138,22 @@ def test_what_cannot_be_made_in_parallel_is_refused():
     with pytest.raises(ValueError, match="edited"):
         model(torch.tensor([[5, LATENT, 7]]), edit=lambda _, thought, __: thought)
     shape = MambaConfig(vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=2, eos_token_id=0)
-    mamba = Coconut(AutoModelForCausalLM.from_config(shape), LATENT, START, END, EOS, latent_passes=2)
     with pytest.raises(UserError, match="attention in every layer"):
-        mamba(torch.tensor([[5, LATENT, 7]]))
-    for keys in ({"latent_passes": "3", "method": "cot"}, {"thought": "looped"}):
+        Coconut(AutoModelForCausalLM.from_config(shape), LATENT, START, END, EOS, latent_passes=2)
+    for keys in (
+        {"latent_passes": "3", "method": "cot"},
+        {"thought": "looped"},
+        {"latent_passes": "2", "thought": "pause"},
+        {"latent_passes": "stage", "c_thought": 0},
+        {"latent_passes": "0", "step_decoder": "copy"},
+    ):
         assert Config(**keys).problems(needs_files=False)
+
+
+def test_no_more_passes_are_made_than_there_are_latents(family):
+    model = make_parallel(family, 7)
+    assert [model.latent_updates(n) for n in (1, 3, 9)] == [1, 3, 7]
+    assert make_parallel(family, 7, thought="looped").latent_updates(3) == 7
 
 
 SHORT = ("max_train_examples=48", "max_new_tokens=2", "num_epochs=3", "global_batch_size=16", "uniform_prob=0.4")

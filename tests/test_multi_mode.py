@@ -36,6 +36,8 @@ def test_the_three_sequences():
     assert sequence("latent", 1, c_thought=2) == ([7, 8, START, LATENT, LATENT], [20, 21, 30, END, 9, EOS])
     for stage in (2, 3):  # steps beyond max_latent_stage stay written, in the last stage too
         assert sequence("latent", stage) == ([7, 8, START, LATENT, LATENT], [30, END, 9, EOS])
+    few = Config(method="multi_mode", max_latent_stage=5, pad_latent_to_max=False)
+    assert training_sequence(Q, STEPS, A, 6, few, MARKERS)[0] == [7, 8, START, *[LATENT] * 3, END, 9, EOS]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -59,6 +61,11 @@ def test_the_loss_and_all_gradients_are_the_plain_definition(family, tied, keys)
         ({"method": "multi_mode", "latent_markers": "none"}, "latent_markers must be both"),
         ({"method": "multi_mode", "latent_labels": 0.1}, "for method coconut alone"),
         ({"method": "coconut", "mode": "written"}, "mode written is for method multi_mode"),
+        ({"method": "multi_mode", "mode": "written"}, "mode written is for eval-only runs"),
+        (
+            {"method": "multi_mode", "mode": "written", "only_eval": True, "eval_latents": 2},
+            "eval_latents counts latents",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_said(keys, problem):

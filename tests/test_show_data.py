@@ -115,3 +115,27 @@ def test_the_script_itself(folder):
 def test_torch_is_not_imported_with_the_module():
     code = "import sys, dataset; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_what_a_method_tells_its_model_is_shown(folder, capsys, tmp_path):
+    """A trainer whose batches lacked the steps would never compute the loss that it is named for, in silence."""
+
+    def shown(**keys) -> list[str]:
+        path = tmp_path / "method.yaml"
+        path.write_text(json.dumps({"max_latent_stage": 2, **keys}))
+        return looked(folder, capsys, "--config", str(path), "--stage", "2", "--examples", "1")
+
+    lines = shown(step_decoder="copy", c_thought=2)
+    assert "  latents 1 to 2 stand for: <<|1|+|2|=|3|>>" in lines
+    assert "  latents 3 to 4 stand for: <<|3|*|3|=|9|>>" in lines
+    lines = shown(latent_labels=0.05, c_thought=2, thought="looped", latent_passes="stage")
+    assert "  before latent 1 predicts: <<" in lines
+    assert "  latent 2 predicts: + and <<" in lines
+    lines = shown(method="codi")
+    assert "  teacher:" in lines
+    assert "supervised   11  <<|1|+|2|=|3|>>|###| |9|<|endoftext|>" in lines
+    assert any(line.startswith("  compared: the states at ' ', before '9', columns") for line in lines)
+    lines = shown(method="multi_mode")
+    assert "  direct:" in lines
+    assert "  written:" in lines
+    assert "supervised   21  <<|1|+|2|=|3|>>|⏎|<<|3|*|3|=|9|>>|⏎|<|end-latent|>|###| |9|<|endoftext|>" in lines

@@ -10,10 +10,11 @@ from test_coconut import END, EOS, LATENT, START, gradients, plain_loss
 from test_run import main, together, weights
 from test_run import place as place  # a fixture
 
+import run
 from config import Config
 from curriculum import Markers, explained_steps, explanations
 from pretrained import load_model
-from sim_cot import ExplainedDataset, SimCot
+from sim_cot import ExplainedDataset, SimCot, StepDecoder
 from tokens import tokenize
 from utils import UserError
 
@@ -220,6 +221,23 @@ def test_a_restart_goes_on_with_the_same_decoder(place):
     assert any(not torch.equal(first[name], value) for name, value in weights(plain / "checkpoint_3").items())
     evaluated = main(place, "name=sim-eval", "step_decoder=copy", "only_eval=true", f"load_model_path={whole}")
     assert json.loads((evaluated / "eval" / "metrics.json").read_text())["stage"] == 2
+
+
+def test_a_decoder_whose_loss_is_not_finite_stops_the_run_at_that_step(place, monkeypatch, capsys):
+    """Only the answer's loss was looked at: the next step's, of other examples, was blamed."""
+    original, calls = StepDecoder.forward, []
+
+    def broken(self, *args):
+        calls.append(args)
+        return original(self, *args) * (float("nan") if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(StepDecoder, "forward", broken)
+    config = Config.from_file(place / "run.yaml", [*KEYS, "name=sim-nan", "batch_size_training=16"])
+    assert run.main(config) == 2
+    assert "the loss of step 2" in capsys.readouterr().err
+    (record,) = [json.loads(line) for line in (config.run_dir / "nonfinite.jsonl").read_text().splitlines()]
+    assert record["step"] == 2
+    assert len(record["examples"]) == 16
 
 
 def test_a_pretrained_decoder_has_the_weights_of_model_id_and_no_markers(place, tmp_path):
