@@ -15,6 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from curriculum import MODES
+
 HELP = """\
 a line is a question; beside questions there are
   :thoughts K   K latent thoughts from now on; without K as many as the model's stage was trained with
@@ -29,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("question", nargs="?")
     parser.add_argument("--file", type=Path, help="questions: a JSON list as in data/, or lines of text or JSON")
     parser.add_argument("--thoughts", type=int, metavar="K", help="latent thoughts (default: as its stage trained)")
+    parser.add_argument("--mode", choices=MODES, help="of a model of method multi_mode (default: latent)")
     parser.add_argument("--show-thoughts", action="store_true", help="the likeliest words at each thought")
     parser.add_argument("--sample", action="store_true", help="draw the words instead of taking the likeliest")
     parser.add_argument("--temperature", type=float, default=1.0, help="with --sample (default: %(default)s)")
@@ -114,13 +117,13 @@ def as_text(_, result: dict) -> str:
     return "\n".join([*lines, result["output"].rstrip("\n")])
 
 
-def converse(checkpoint: str, asking: dict, written: Callable[[dict, dict], str]) -> int:
+def converse(checkpoint: str, mode: str | None, asking: dict, written: Callable[[dict, dict], str]) -> int:
     """A prompt on a terminal, until its end or Ctrl-C; `asking` are the options of Coconut.answers, which commands
     change. A question that cannot be answered is said to be so, and the next one is waited for."""
     with suppress(ImportError):  # not on every system
         import readline  # noqa: F401 (it gives `input` a history, and keys to move in a line)
     try:
-        model = load(checkpoint)
+        model = load(checkpoint).in_mode(mode)
         model.config_with(asking["n_thoughts"])
         print("a question, or :help", flush=True)
         while (line := input("> ").strip()) != ":quit":
@@ -178,10 +181,10 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.file is not None:
             records = iter(records_of_file(options.file))
         elif sys.stdin.isatty():
-            return converse(options.checkpoint, asking, as_json if options.json else as_text)
+            return converse(options.checkpoint, options.mode, asking, as_json if options.json else as_text)
         else:
             records = records_of_lines(sys.stdin, "standard input")
-        model = load(options.checkpoint)
+        model = load(options.checkpoint).in_mode(options.mode)
         model.config_with(options.thoughts)  # no answer is waited for where it is an error
         while batch := list(islice(records, options.batch if options.file else 1)):
             results = model.answers([record["question"] for record in batch], **asking)

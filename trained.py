@@ -131,6 +131,15 @@ class Coconut(coconut.Coconut, PushToHubMixin):
         ids = self.tokenizer([question + "\n" for question in questions])["input_ids"]
         return [prompt(row, [], self.stage, config, self.markers) for row in ids]
 
+    def in_mode(self, mode: str | None) -> Coconut:
+        """Asks a model of method multi_mode from now on for thoughts ("latent"), written steps ("written") or the answer
+        at once ("direct"). Returns itself. Raises UserError where it is of another method."""
+        if mode is not None and self.config.method != "multi_mode":
+            raise UserError(f"a mode is for models of method multi_mode, and this one is of {self.config.method}")
+        if mode is not None:
+            self.config = replace(self.config, mode=mode)
+        return self
+
     def config_with(self, n_thoughts: int | None) -> Config:
         """With so many latents, where it is a number. Raises UserError where there are none to count."""
         if n_thoughts is None:

@@ -11,10 +11,12 @@ from test_run import epochs, main, together, weights
 from test_run import place as place  # a fixture
 from test_sim_cot import MARKERS, make_tokens
 
+import generate
 import load_path
 from config import Config
 from curriculum import IGNORE, MODES, prompt, training_sequence
 from multi_mode import ModesDataset, MultiMode
+from trained import Coconut as Trained
 
 Q, STEPS, A = [7, 8], [[10], [20, 21], [30]], [9]
 
@@ -79,7 +81,7 @@ KEYS = (
 
 
 @pytest.mark.slow
-def test_ranks_agree_a_restart_is_bitwise_the_same_and_three_accuracies_are_told(place):
+def test_ranks_agree_a_restart_is_bitwise_the_same_and_three_accuracies_are_told(place, capsys):
     (place / "modes.yaml").write_text((place / "run.yaml").read_text().replace("coconut: true\n", ""))
     alone = main(place, *KEYS, "name=modes")
     wanted = weights(alone / "checkpoint_3")
@@ -105,3 +107,13 @@ def test_ranks_agree_a_restart_is_bitwise_the_same_and_three_accuracies_are_told
         assert metrics["accuracy"] == epochs(alone)[-1][f"accuracy_{mode}"]
         assert statistics.mean(prediction[mode]["correct"] for prediction in predictions) == metrics["accuracy"]
     assert not any("end-latent" in prediction["output"] for prediction in predictions)
+    model, question = Trained.from_pretrained(alone), predictions[0]["question"]
+    for mode in ("written", "direct"):
+        asked = model.in_mode(mode).ask(question, max_new_tokens=12)
+        assert asked == predictions[0][mode]["output"]
+        assert generate.main([str(alone), question, "--mode", mode, "--max-new-tokens", "12"]) == 0
+        assert asked.strip() in capsys.readouterr().out
+    capsys.readouterr()
+    plain = main(place, "name=modes-none", "num_epochs=1", "max_train_examples=16", "max_new_tokens=2")
+    assert generate.main([str(plain), question, "--mode", "written"]) == 2
+    assert "a mode is for models of method multi_mode" in capsys.readouterr().err
