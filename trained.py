@@ -132,8 +132,8 @@ class Coconut(coconut.Coconut, PushToHubMixin):
         return [prompt(row, [], self.stage, config, self.markers) for row in ids]
 
     def in_mode(self, mode: str | None) -> Coconut:
-        """Asks a model of method multi_mode from now on for thoughts ("latent"), written steps ("written") or the answer
-        at once ("direct"). Returns itself. Raises UserError where it is of another method."""
+        """Asks a model of method multi_mode from now on for thoughts ("latent"), written steps ("written") or the
+        answer at once ("direct"). Returns itself. Raises UserError where it is of another method."""
         if mode is not None and self.config.method != "multi_mode":
             raise UserError(f"a mode is for models of method multi_mode, and this one is of {self.config.method}")
         if mode is not None:
