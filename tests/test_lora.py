@@ -164,7 +164,7 @@ def test_other_updates_begin_on_top_of_those_of_a_checkpoint(place, tuned):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("step_decoder=copy",), ("thought=projected",)])
+@pytest.mark.parametrize("more", [(), ("step_decoder=copy", "thought=projected")])
 def test_ranks_agree_and_a_restart_is_bitwise_the_same(place, more):
     name = "lora" + "".join(more).partition("=")[0]
     keys = (*KEYS, *more, "batch_size_training=4")
