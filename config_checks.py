@@ -18,6 +18,16 @@ NO_FILE_NAME = re.compile(r"[/\\\0]|^\.*$")  # of what a name must not be, since
 
 def combinations(config, world_size: int) -> list[str]:
     """Keys that exclude each other or lack one another."""
+    found = [*_of_the_run(config), *_of_stages(config), *_of_modes(config), *_of_latents(config), *_of_weights(config)]
+    try:
+        config.passes(world_size)
+    except UserError as error:
+        found.append(str(error))
+    return found
+
+
+def _of_the_run(config) -> list[str]:
+    """Its folder, its files, what an eval-only run is for."""
     found = []
     if Path(config.save_path).is_file():
         found.append(f"save_path {config.save_path!r} is a file, not a folder")
@@ -36,6 +46,12 @@ def combinations(config, world_size: int) -> list[str]:
             found.append("val_path is an empty mapping: set it to a path, or to {name: path, other: path}")
         unfit = [name for name in config.val_path if NO_FILE_NAME.search(name)]
         found += [f"val_path: the name {name!r} must be a plain one, for a file bears it" for name in unfit]
+    return found
+
+
+def _of_stages(config) -> list[str]:
+    """The curriculum, and methods without one."""
+    found = []
     if isinstance(config.epochs_per_stage, list) and len(config.epochs_per_stage) > config.last_stage + 1:
         found.append(
             f"epochs_per_stage has {len(config.epochs_per_stage)} entries, but there are only {config.last_stage + 1} "
@@ -53,6 +69,12 @@ def combinations(config, world_size: int) -> list[str]:
         found.append("method codi thinks max_latent_stage x c_thought thoughts: it needs both, and pad_latent_to_max")
     if config.method == "codi" and (config.step_decoder != "none" or config.latent_labels):
         found.append("step_decoder and latent_labels are of stages, and method codi has none")
+    return found
+
+
+def _of_modes(config) -> list[str]:
+    """Method multi_mode."""
+    found = []
     if config.method == "multi_mode":
         if config.latent_markers == "none":
             found.append("method multi_mode tells its modes by the markers: latent_markers must be both")
@@ -64,6 +86,12 @@ def combinations(config, world_size: int) -> list[str]:
         found.append(f"mode {config.mode} is for eval-only runs: a training run has all modes")
     if config.mode != "latent" and config.eval_latents is not None:
         found.append(f"eval_latents counts latents, and mode {config.mode} has none")
+    return found
+
+
+def _of_latents(config) -> list[str]:
+    """How thoughts come about, and what they are told."""
+    found = []
     in_parallel = config.latent_passes != "sequential"
     if in_parallel and config.method not in WITH_LATENTS:
         found.append(f"latent_passes {config.latent_passes} is for latents, and method {config.method} has none")
@@ -85,6 +113,12 @@ def combinations(config, world_size: int) -> list[str]:
             )
         if config.step_decoder == "pretrained" and config.from_scratch:
             found.append("step_decoder pretrained takes weights of model_id, and from_scratch has none: set it to copy")
+    return found
+
+
+def _of_weights(config) -> list[str]:
+    """Where weights come from, and how they are kept."""
+    found = []
     if config.from_scratch and config.load_model_path is not None:
         found.append("from_scratch and load_model_path exclude each other")
     if config.lora_rank is not None and config.from_scratch:
@@ -93,10 +127,6 @@ def combinations(config, world_size: int) -> list[str]:
         found.append("bf16 (mixed precision) and bf16_weights (everything in bfloat16) exclude each other")
     if config.compile and config.gradient_checkpointing:
         found.append("compile and gradient_checkpointing exclude each other")
-    try:
-        config.passes(world_size)
-    except UserError as error:
-        found.append(str(error))
     return found
 
 
