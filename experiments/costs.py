@@ -20,7 +20,7 @@ from throughput import FlopCounter
 from tokens import tokenize
 
 if TYPE_CHECKING:
-    from grid import Job
+    from jobs import Job
 
 SAMPLE = 200  # examples whose sequences are counted; the others are taken to be like them
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from utils import write_whole
 
 if TYPE_CHECKING:
-    from grid import Job
+    from jobs import Job
 
 SCRIPT = """\
 #!/usr/bin/env bash

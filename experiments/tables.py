@@ -18,7 +18,8 @@ from examples import load_examples
 from utils import write_whole, writing
 
 if TYPE_CHECKING:
-    from grid import Grid, Job
+    from grid_file import Grid
+    from jobs import Job
 
 LEARNT = 0.9  # from this accuracy on a seed counts as having learnt the task
 RESAMPLES = 10_000

@@ -21,6 +21,9 @@ from config import Config
 from utils import UserError, read_log
 
 sys.path.insert(0, str(ROOT / "experiments"))
+from grid_file import read_grid
+from jobs import jobs_of
+
 grid = load_script(ROOT / "experiments" / "grid.py")
 tables = load_script(ROOT / "experiments" / "tables.py")
 
@@ -284,7 +287,7 @@ def test_a_part_of_the_test_split_is_reported_too(place, started, tmp_path):
     assert len(remembered(tmp_path)["pause"][0]["correct"]) == 2
     predictions = tmp_path / "runs/pause-3/eval/predictions.jsonl"
     predictions.write_text(predictions.read_text().replace('"output": "', '"output": "\u2028'))  # a line break to some
-    (job,) = grid.jobs_of(grid.read_grid(tmp_path / "small.yaml"), ["pause"], [3], ("max_eval_examples=2",))
+    (job,) = jobs_of(read_grid(tmp_path / "small.yaml"), ["pause"], [3], ("max_eval_examples=2",))
     assert job.is_done
 
 
@@ -343,8 +346,8 @@ def test_stages_of_tokens_are_not_drawn(place, tmp_path, monkeypatch):
         run: [{"epochs": [{"epoch": epoch, "stage": stage, "accuracy": 0.5} for epoch, stage in enumerate(of)]}]
         for run, of in stages.items()
     }
-    tables.draw(grid.read_grid(place / "small.yaml"), results, {"coconut"}, tmp_path / "a.png")
-    tables.draw(grid.read_grid(place / "small.yaml"), {"pause": results["pause"]}, {"coconut"}, tmp_path / "a.png")
+    tables.draw(read_grid(place / "small.yaml"), results, {"coconut"}, tmp_path / "a.png")
+    tables.draw(read_grid(place / "small.yaml"), {"pause": results["pause"]}, {"coconut"}, tmp_path / "a.png")
     assert [[text.get_text() for text in figure.axes[0].texts] for figure in drawn] == [["stage 1"], []]
 
 
@@ -385,7 +388,7 @@ def test_runs_at_once_share_what_gpus_there_are(monkeypatch):
 
 
 def test_a_run_on_several_gpus_has_several_ranks(place):
-    (job,) = grid.jobs_of(grid.read_grid(place / "small.yaml"), ["pause"], [3], (), n_gpus=2)
+    (job,) = jobs_of(read_grid(place / "small.yaml"), ["pause"], [3], (), n_gpus=2)
     for command in job.commands():
         launcher, script = command[: command.index(str(ROOT / "run.py"))], command[len(job.launcher)]
         assert launcher == ["bash", str(ROOT / "slurm/launch.sh"), "--standalone", "--nproc_per_node", "2"]
@@ -396,8 +399,8 @@ def test_a_run_on_several_gpus_has_several_ranks(place):
 def test_the_grids_of_the_paper_name_every_row_of_table_1(dataset, tmp_path, capsys):
     """24 files: those that test_table1.py runs."""
     path = ROOT / "experiments" / f"paper_{dataset}.yaml"
-    of_paper = grid.read_grid(path)
-    jobs = grid.jobs_of(of_paper, None, [0], ())
+    of_paper = read_grid(path)
+    jobs = jobs_of(of_paper, None, [0], ())
     assert {job.base.stem for job in jobs} == {f"{dataset}_{row}" for row in ROWS}
     for job in jobs:
         alone = Config.from_file(job.base, needs_files=False)
@@ -426,17 +429,17 @@ def test_a_lesson_on_other_data_is_no_part_of_the_curriculum(place, started, tmp
 
 def test_a_key_that_came_later_leaves_results_as_they_are_until_it_is_used(place):
     """Every recorded run would have counted as another one."""
-    of_grid = grid.read_grid(place / "small.yaml")
+    of_grid = read_grid(place / "small.yaml")
     digests = [
-        grid.jobs_of(of_grid, ["pause"], [3], more)[0].digest
+        jobs_of(of_grid, ["pause"], [3], more)[0].digest
         for more in ((), ("distillation=1.0",), ("distillation=2.0",), ("lr=0.5",))
     ]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
     known = json.loads((ROOT / "results" / "table1_mini.json").read_text())
-    of_grid = grid.read_grid(ROOT / "experiments" / "table1_mini.yaml")
+    of_grid = read_grid(ROOT / "experiments" / "table1_mini.yaml")
     if Path(of_grid.test_path).is_file():  # its data belong to what is compared
-        (job,) = grid.jobs_of(of_grid, ["coconut"], [0], ())
+        (job,) = jobs_of(of_grid, ["coconut"], [0], ())
         assert job.digest in {row["digest"] for row in known["coconut"]}
 
 
@@ -466,6 +469,6 @@ def test_an_array_is_of_what_is_left(place, started, tmp_path, capsys):
 def test_the_report_says_what_cheap_rules_get(place, tmp_path):
     settings = prosqa.Settings(min_hops=1, max_hops=2, nodes_a_side=4, characters="abcdefgh")
     (tmp_path / "graphs.json").write_text(json.dumps(prosqa.make_splits({"test": 20}, settings, 0)["test"]))
-    found = dataclasses.replace(grid.read_grid(place / "small.yaml"), test_path=str(tmp_path / "graphs.json"))
+    found = dataclasses.replace(read_grid(place / "small.yaml"), test_path=str(tmp_path / "graphs.json"))
     assert tables.rules(found)[0].startswith("What cheap rules get on them, for 1 / 2 steps: chance 50 / 50, in-degree")
-    assert tables.rules(grid.read_grid(place / "small.yaml")) == []
+    assert tables.rules(read_grid(place / "small.yaml")) == []
