@@ -20,27 +20,18 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import random
 import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -50,34 +41,24 @@ from config import Config
 from load_path import best, checkpoints, is_of_finished_epoch, ours, rating, resolve
 from pretrained import THOUGHT_FILE, Pretrained, read_description
 from ranks import World, on_every_rank, on_main_rank
-from sim_cot import SimCot
-from utils import UserError, retried, sync_to_disk
+from trainer_state import (
+    FORMAT,
+    OPTIMIZER,
+    Progress,
+    save_optimizer,
+    save_progress,
+    save_random_state,
+    written_by_ranks,
+)
+from utils import UserError, as_json, retried, sync_to_disk
 
-FORMAT = 2  # of coconut.json and trainer/state.json
 MANIFEST = "trainer/manifest.json"  # file -> SHA-256
-OPTIMIZER = "trainer/optimizer"
 # keys that say what a model's sequences look like
 DESCRIBED = (
     *("method", "thought", "latent_passes", "c_thought", "max_latent_stage", "pad_latent_to_max"),
     *("latent_markers", "step_separator", "lora_rank", "lora_alpha"),
 )
 PREFIX, THOUGHT_PREFIX = "base_causallm.", "thought."
-
-
-@dataclass
-class Progress:
-    """How far a run is. Part of every checkpoint."""
-
-    epoch: int = 0  # finished epochs, and so the next one to run
-    step: int = 0  # finished optimizer steps
-    seen: int = 0  # examples of the unfinished epoch, in its order, that have been trained on
-    losses: float = 0.0  # sum of the losses of its steps
-    seconds: float = 0.0  # that it has taken
-    skipped: int = 0  # steps of the run that skip_nonfinite has skipped
-    best: dict[int, float] = field(default_factory=dict)  # stage -> best validation accuracy
-    wandb_id: str | None = None
-    data: str | None = None  # digest of the training data, as tokens.cache_tokens names it
-    val: str | None = None  # SHA-256 of the validation file
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -133,25 +114,20 @@ def save(
 
     def write_mine() -> None:
         retried((aside / OPTIMIZER).stat)  # which rank 0 has made, on another node perhaps
-        torch.save(_random_state(world), aside / "trainer" / f"random_{world.rank}.pt")
+        save_random_state(aside, world)
         if world.is_main:
             validated_on = {"file": config.val_path, "sha256": progress.val}  # and so chosen by
             write_model(aside, config, pretrained, stage, weights, validated_on)
             for file, text in (files or {}).items():
                 (aside / file).write_text(text, encoding="utf-8")
-            state = {"format": FORMAT, "world_size": world.size, **asdict(progress)}
-            _write_json(aside / "trainer" / "state.json", state)
-
-    def write_optimizer() -> None:
-        state = {"optimizer": {"state": get_optimizer_state_dict(pretrained.model, optimizer)["state"]}}
-        if isinstance(pretrained.model, SimCot):
-            state["step_decoder"] = get_model_state_dict(pretrained.model.step_decoder)
-        dcp.save(state, checkpoint_id=aside / OPTIMIZER)
+            save_progress(aside, progress, world.size)
 
     try:
         on_main_rank(world, lambda: _writing(target, make_room))
         on_every_rank(world, lambda: _writing(target, write_mine))
-        _writing(target, write_optimizer)  # all ranks; torch tells all of them when one fails
+        _writing(
+            target, lambda: save_optimizer(aside, pretrained.model, optimizer)
+        )  # all ranks; torch tells all of them when one fails
         on_main_rank(world, lambda: _writing(target, lambda: _publish(aside, target, world.size)))
     except UserError:
         if world.is_main:
@@ -182,7 +158,7 @@ def write_model(
     description = {"format": FORMAT, "stage": stage, **chosen, "markers": pretrained.markers._asdict()}
     if validated_on is not None:
         description["validated_on"] = validated_on
-    _write_json(folder / "coconut.json", description)
+    (folder / "coconut.json").write_text(as_json(description), encoding="utf-8")
 
 
 def _save_base(base: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -224,34 +200,22 @@ def _writing(target: Path, action: Callable[[], None]) -> None:
         ) from error
 
 
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 def _publish(aside: Path, target: Path, world_size: int) -> None:
     """Gives a complete folder its name, after all of it has reached the disk, with a digest of every file."""
-    for path in _written_by_ranks(aside, world_size):
+    for path in written_by_ranks(aside, world_size):
         retried(path.stat)  # what another node has written may be seen here only later: it must be in the manifest
     paths = [path for path in sorted(aside.rglob("*")) if path.is_file()]
     digests = dict(zip((str(path.relative_to(aside)) for path in paths), _digests(paths), strict=True))
-    for path in _written_by_ranks(aside, world_size):
+    for path in written_by_ranks(aside, world_size):
         if str(path.relative_to(aside)) not in digests:
             raise FileNotFoundError(errno.ENOENT, "was written, but is not listed", str(path))
-    _write_json(aside / MANIFEST, digests)
+    (aside / MANIFEST).write_text(as_json(digests), encoding="utf-8")
     sync_to_disk(aside)
     if target.exists():  # a stranger, such as a file of the reference: nothing of it is lost
         number = next(n for n in range(1, 1 << 20) if not target.with_name(f"{target.name}.replaced-{n}").exists())
         target.rename(target.with_name(f"{target.name}.replaced-{number}"))
     aside.rename(target)
     sync_to_disk(target.parent, deep=False)
-
-
-def _written_by_ranks(aside: Path, world_size: int) -> list[Path]:
-    """The files that other ranks than 0 may have written: their random state, their shares of the optimizer."""
-    metadata = dcp.FileSystemReader(aside / OPTIMIZER).read_metadata()
-    shares = {entry.relative_path for entry in (metadata.storage_data or {}).values()}
-    states = [aside / "trainer" / f"random_{rank}.pt" for rank in range(world_size)]
-    return [*states, *(aside / OPTIMIZER / share for share in sorted(shares))]
 
 
 def _digests(paths: list[Path]) -> list[str]:
@@ -419,69 +383,4 @@ def changes(config: Config, run_dir: Path) -> dict[str, str]:
         name: f"{name} {before[name]}, not {value}"
         for name, value in asdict(config).items()
         if name not in free and name in before and before[name] != value
-    }
-
-
-def read_progress(folder: Path) -> Progress:
-    """How far the run was when it wrote this checkpoint."""
-    state = json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
-    known = {field.name for field in fields(Progress)}
-    progress = Progress(**{name: value for name, value in state.items() if name in known})
-    progress.best = {int(stage): accuracy for stage, accuracy in progress.best.items()}
-    return progress
-
-
-def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restores the optimizer's averages from a checkpoint, on any number of ranks; its hyper-parameters are those of
-    the configuration. Collective: every rank must call it.
-
-    What the checkpoint does not have, begins anew: weights that never got a gradient have no averages, and another
-    version of torch may keep more of them.
-    """
-    optimizer.zero_grad()  # where gradients wait for a step, torch makes no state to load into, and says nothing
-    reader = dcp.FileSystemReader(folder / OPTIMIZER)
-    saved = reader.read_metadata().state_dict_metadata
-    whole = get_optimizer_state_dict(model, optimizer)
-    whole["state"] = {
-        name: {key: value for key, value in values.items() if f"optimizer.state.{name}.{key}" in saved}
-        for name, values in whole["state"].items()
-        if f"optimizer.state.{name}.step" in saved
-    }
-    dcp.load({"optimizer": {"state": whole["state"]}}, storage_reader=reader)
-    set_optimizer_state_dict(model, optimizer, optim_state_dict=whole, options=StateDictOptions(strict=False))
-
-
-def load_step_decoder(folder: Path, model: SimCot) -> bool:
-    """Gives the step decoder the weights that it had in a checkpoint; False where that has none. Collective."""
-    reader = dcp.FileSystemReader(folder / OPTIMIZER)
-    if not any(name.startswith("step_decoder.") for name in reader.read_metadata().state_dict_metadata):
-        return False
-    state = get_model_state_dict(model.step_decoder)
-    dcp.load({"step_decoder": state}, storage_reader=reader)
-    set_model_state_dict(model.step_decoder, state)
-    return True
-
-
-def load_random_state(folder: Path, world: World) -> bool:
-    """Restores this rank's random numbers; False where the checkpoint is of another world size and has none for it."""
-    state = json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
-    if state["world_size"] != world.size:
-        return False
-    saved = torch.load(folder / "trainer" / f"random_{world.rank}.pt", weights_only=True)
-    random.setstate(saved["python"])
-    kind, keys, *rest = saved["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(saved["torch"])
-    if saved["cuda"] is not None and world.device.type == "cuda":
-        torch.cuda.set_rng_state(saved["cuda"], world.device)
-    return True
-
-
-def _random_state(world: World) -> dict:
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None,
     }

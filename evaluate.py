@@ -30,7 +30,7 @@ from dataset import Data, StageDataset, collate, collate_prompts
 from pretrained import Pretrained
 from ranks import World, meet
 from tokens import Tokens
-from utils import UserError, progress_bar
+from utils import UserError, as_json, progress_bar
 
 # a sign counts where no word, number or bracket precedes it: 12-3 holds 12 and 3; a point after the digits belongs to
 # the number and may end a sentence
@@ -242,7 +242,7 @@ def autocast(config: Config, world: World) -> torch.autocast:
 
 def as_files(metrics: dict, predictions: list[dict]) -> dict[str, str]:
     """The contents of metrics.json and predictions.jsonl, name -> text."""
-    return {"metrics.json": json.dumps(metrics, indent=1) + "\n", "predictions.jsonl": _lines(predictions)}
+    return {"metrics.json": as_json(metrics), "predictions.jsonl": _lines(predictions)}
 
 
 def of_sets(results: dict[str, tuple[dict, list[dict]]]) -> tuple[dict, dict[str, str]]:
@@ -259,7 +259,7 @@ def of_sets(results: dict[str, tuple[dict, list[dict]]]) -> tuple[dict, dict[str
         sets[name] = {**metrics, "accuracy_95": interval}
         files[f"predictions_{name}.jsonl"] = _lines(predictions)
     metrics = {"sets": sets}
-    return metrics, {"metrics.json": json.dumps(metrics, indent=1) + "\n", **files}
+    return metrics, {"metrics.json": as_json(metrics), **files}
 
 
 def _lines(predictions: list[dict]) -> str:

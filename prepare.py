@@ -16,12 +16,12 @@ import dataset
 import evaluate
 import parallel
 import ranks
-from checkpoint import Progress
 from config import Config
 from dataset import Data
 from pretrained import Pretrained
 from ranks import Interruption, World
 from throughput import Throughput
+from trainer_state import Progress
 from utils import RunLogger, UserError, write_config
 
 

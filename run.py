@@ -29,7 +29,7 @@ import dataset
 import evaluate
 import parallel
 import ranks
-from checkpoint import Progress
+import trainer_state
 from dataset import EpochPlan, MicroBatch
 from methods import method_of
 from prepare import Run, Step, announce, prepare, stage_to_evaluate
@@ -38,6 +38,7 @@ from ranks import Interruption, World
 from sim_cot import SimCot
 from table import summary
 from throughput import FlopCounter, Throughput, peak_flops
+from trainer_state import Progress
 from utils import UserError, progress_bar, report, tell, writing
 
 INTERRUPTED_FILE = "INTERRUPTED_FILE"  # a run that a signal has stopped creates the file that this variable names
@@ -66,7 +67,7 @@ def main(config: Config) -> int:
 def train(config: Config, world: World, interruption: Interruption) -> None:
     """The whole curriculum: train an epoch, validate, save; from the newest checkpoint where there is one."""
     newest = checkpoint.find_newest(config, world)
-    progress = checkpoint.read_progress(newest) if newest is not None else Progress()
+    progress = trainer_state.read_progress(newest) if newest is not None else Progress()
     run = prepare(config, world, newest or checkpoint.find_weights(config, world), progress)
     run.interruption, run.saved = interruption, newest
     run.logger.hurry = interruption.came
@@ -141,10 +142,10 @@ def restore(run: Run, newest: Path | None) -> None:
     # ranks draw different dropout, and other than before where a checkpoint has no random state for so many ranks
     ranks.seed_everything(run.config.seed, run.world.rank, run.progress.step)
     if newest is not None:
-        checkpoint.load_optimizer(newest, run.model, run.optimizer)
-        if isinstance(run.model, SimCot) and not checkpoint.load_step_decoder(newest, run.model):
+        trainer_state.load_optimizer(newest, run.model, run.optimizer)
+        if isinstance(run.model, SimCot) and not trainer_state.load_step_decoder(newest, run.model):
             run.logger.say(f"{newest} has no step decoder: it begins anew")
-        if not checkpoint.load_random_state(newest, run.world):
+        if not trainer_state.load_random_state(newest, run.world):
             run.logger.say("the number of ranks has changed: dropout goes on with new random numbers")
     elif run.config.resume:
         run.progress.epoch = run.config.resume

@@ -194,6 +194,11 @@ def read_object(path: Path) -> dict:
     return content
 
 
+def as_json(content) -> str:
+    """As this program writes its JSON files."""
+    return json.dumps(content, indent=1) + "\n"
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file, and its folder, so that there is never half of it: aside, and renamed. Raises UserError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")  # others may write the same file

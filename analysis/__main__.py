@@ -52,7 +52,7 @@ from analysis import interventions, probe, search, sweep
 from analysis.report import read, write_page
 from analysis.subject import Subject
 from analysis.tasks import Graphs, Machine, Task, load_task
-from utils import UserError, report, tell, write_whole
+from utils import UserError, as_json, report, tell, write_whole
 
 
 def measure_probe(subject: Subject, task: Task, options: argparse.Namespace) -> dict:
@@ -196,7 +196,7 @@ def check_kept(options: argparse.Namespace, about: dict) -> None:
 
 
 def write_json(path: Path, content) -> None:
-    write_whole(path, json.dumps(rounded(content), indent=1) + "\n")
+    write_whole(path, as_json(rounded(content)))
 
 
 def rounded(content):

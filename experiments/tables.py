@@ -15,7 +15,7 @@ import shortcuts
 
 from checkpoint import changes
 from examples import load_examples
-from utils import write_whole, writing
+from utils import as_json, write_whole, writing
 
 if TYPE_CHECKING:
     from grid_file import Grid
@@ -34,7 +34,7 @@ def write_report(grid: Grid, jobs: list[Job], before: dict[str, list[dict]], sho
     results = {run: rows for run, rows in results.items() if rows}
     if not results:
         return f"no run of {grid.name} is finished"
-    write_whole(out / f"{grid.name}.json", json.dumps(with_others(everything, before), indent=1) + "\n")
+    write_whole(out / f"{grid.name}.json", as_json(with_others(everything, before)))
     write_whole(out / f"{grid.name}.md", as_text(grid, results))
     with writing(out):
         draw(grid, results, {job.run for job in jobs if job.config.method != "icot"}, out / f"{grid.name}.png")

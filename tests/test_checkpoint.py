@@ -11,10 +11,11 @@ from test_pretrained import coconut_config
 from test_pretrained import tiny as tiny  # a fixture
 
 import checkpoint
-from checkpoint import Progress
+import trainer_state
 from config import Config
 from load_path import resolve
 from pretrained import Pretrained, load_model
+from trainer_state import Progress
 from utils import UserError
 
 
@@ -37,7 +38,7 @@ def test_only_whole_checkpoints_are_found(tiny, tmp_path, world):
     (run / "checkpoint_best").mkdir()
     assert [path.name for path in checkpoint.checkpoints(run)] == ["checkpoint_2", "checkpoint_9", "checkpoint_10"]
     assert resolve(str(run)).name == "checkpoint_10"
-    assert checkpoint.read_progress(run / "checkpoint_9") == Progress(9, 90, best={0: 0.5})
+    assert trainer_state.read_progress(run / "checkpoint_9") == Progress(9, 90, best={0: 0.5})
     save(config, world, parts, 13)
     assert (run / "checkpoint_13.replaced-1").read_text() == "of the reference"
     assert not list(run.glob(".writing-checkpoint_13"))
@@ -156,8 +157,8 @@ def test_optimizer_and_random_state_come_back(tiny, tmp_path, world):
     folder = checkpoint.save(config, world, loaded, optimizer, Progress(1, 2), 0, files)
     wanted = torch.rand(3)
     other = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    checkpoint.load_optimizer(folder, model, other)
-    assert checkpoint.load_random_state(folder, world)
+    trainer_state.load_optimizer(folder, model, other)
+    assert trainer_state.load_random_state(folder, world)
     assert torch.equal(torch.rand(3), wanted)
     for parameter in model.parameters():
         before, after = optimizer.state[parameter], other.state[parameter]
@@ -184,7 +185,7 @@ def test_weights_that_never_got_a_gradient_do_not_stop_a_restart(tiny, tmp_path,
     loaded, optimizer, folder = trained(config, world)
     assert loaded.model.unused not in optimizer.state
     other = torch.optim.AdamW(loaded.model.parameters(), lr=1e-3)
-    checkpoint.load_optimizer(folder, loaded.model, other)
+    trainer_state.load_optimizer(folder, loaded.model, other)
     assert loaded.model.unused not in other.state  # it begins as it would have
     for parameter in loaded.model.base_causallm.parameters():
         for name, value in optimizer.state[parameter].items():
@@ -197,7 +198,7 @@ def test_another_torchs_optimizer_takes_what_there_is(tiny, tmp_path, world):
     loaded, optimizer, folder = trained(config, world)
     later = torch.optim.AdamW(loaded.model.parameters(), lr=5e-4, weight_decay=0.5, amsgrad=True)
     later.param_groups[0]["a key of the future"] = True
-    checkpoint.load_optimizer(folder, loaded.model, later)
+    trainer_state.load_optimizer(folder, loaded.model, later)
     group = later.param_groups[0]
     assert (group["lr"], group["weight_decay"], group["a key of the future"]) == (5e-4, 0.5, True)
     weight = next(loaded.model.base_causallm.parameters())

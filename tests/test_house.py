@@ -13,7 +13,7 @@ ROOMS = [
     *("config_checks", "config", "ranks", "curriculum", "examples", "tokens", "dataset"),
     *("padding", "thoughts", "lora", "kv_cache", "latent_block", "coconut"),
     *("sim_cot", "lotus", "codi", "multi_mode", "methods"),
-    *("families", "pretrained", "parallel", "checkpoint"),
+    *("families", "pretrained", "parallel", "trainer_state", "checkpoint"),
     *("table", "card", "evaluate", "throughput", "trained", "show_data", "generate", "export", "report"),
     *("prepare", "run"),
 ]
