@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from curriculum import stage_name
-from utils import UserError, read_log, read_object
+from utils import UserError, notes_of, read_log, read_object
 
 CARD = """\
 ---
@@ -147,5 +147,4 @@ def _config(path: Path, text: str) -> tuple[dict, dict[str, str]]:
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a configuration: it cannot be put into the model card")
-    notes = dict(re.findall(r"^# ([^:\n]+): (.*)$", text, re.MULTILINE))
-    return config, notes
+    return config, notes_of(text)

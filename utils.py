@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -276,6 +277,11 @@ def write_config(values: dict, folder: Path, world_size: int, hardware: str = "u
             comments.append(f"{package}: not installed")
     text = "".join(f"# {line}\n" for line in comments) + yaml.safe_dump(values, sort_keys=False)
     write_whole(folder / "config.yaml", text)
+
+
+def notes_of(text: str) -> dict[str, str]:
+    """What `write_config` notes above the keys: commit, versions, ranks, hardware."""
+    return dict(re.findall(r"^# ([^:\n]+): (.*)$", text, re.MULTILINE))
 
 
 def _git_commit() -> str:

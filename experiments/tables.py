@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
-from importlib.metadata import version
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ import shortcuts
 
 from checkpoint import changes
 from examples import load_examples
-from utils import as_json, write_whole, writing
+from utils import as_json, notes_of, write_whole, writing
 
 if TYPE_CHECKING:
     from grid_file import Grid
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 LEARNT = 0.9  # from this accuracy on a seed counts as having learnt the task
 RESAMPLES = 10_000
+MADE_BY = ("python", "torch", "transformers", "hardware")
 
 
 def write_report(grid: Grid, jobs: list[Job], before: dict[str, list[dict]], shown: set[str], out: Path) -> str:
@@ -59,7 +59,8 @@ def with_others(results: dict[str, list[dict]], before: dict[str, list[dict]]) -
 def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """run -> for each finished seed, from its folder or as it was recorded under its digest: "seed", "digest"; of the
     test split "accuracy", "by_steps" (number of steps -> accuracy), "tokens", "seconds_per_example" (in batches),
-    "correct" (a 0 or 1 for each question); "seconds" of training and validation; "epochs", for the curves."""
+    "correct" (a 0 or 1 for each question); "seconds" of training and validation; "epochs", for the curves; "made_by",
+    commit, versions and hardware."""
     recorded = {row["digest"]: row for rows in before.values() for row in rows if "digest" in row}
     results: dict[str, list[dict]] = {}
     for job in jobs:
@@ -93,9 +94,21 @@ def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[
                     for epoch, record in enumerate(epochs)
                 ],
                 "correct": "".join(map(str, correct)),
+                "made_by": made(job),
             }
         )
     return {run: results[run] for run in grid.runs if run in results}
+
+
+def made(job: Job) -> dict[str, str]:
+    """Commit, versions and hardware of a job's training."""
+    try:
+        notes = notes_of((job.folder / "config.yaml").read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+    commit, *changed = notes.pop("git commit", "unknown").split(maxsplit=1)
+    commit = " ".join([commit[:7], *changed])
+    return {"commit": commit} | {name: notes[name] for name in MADE_BY if name in notes}
 
 
 def difference(rows: list[dict], control: list[dict]) -> tuple[float, float, float] | None:
@@ -143,9 +156,19 @@ def as_text(grid: Grid, results: dict[str, list[dict]]) -> str:
     if grid.prediction:
         lines += ["", "## Predicted before the runs", "", grid.prediction.strip()]
     lines += ["", f"![accuracy by epoch]({grid.name}.png)", ""]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    lines.append(f"Python {platform.python_version()}, {packages}, {platform.machine()}, CPU.")
+    lines += made_by(row for rows in results.values() for row in rows)
     return "\n".join(lines) + "\n"
+
+
+def made_by(rows: Iterable[dict]) -> list[str]:
+    """A line on commits, versions and hardware of the runs; none where all were recorded before this was noted."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        for name, value in row.get("made_by", {}).items():
+            found.setdefault(name, set()).add(value)
+    if not found:
+        return []
+    return ["Made by " + "; ".join(f"{name} {', '.join(sorted(values))}" for name, values in found.items()) + "."]
 
 
 def table(grid: Grid, results: dict[str, list[dict]]) -> list[list[str]]:

@@ -18,7 +18,7 @@ from test_table1 import ROWS
 
 import run
 from config import Config
-from utils import UserError, read_log
+from utils import UserError, notes_of, read_log
 
 sys.path.insert(0, str(ROOT / "experiments"))
 from grid_file import read_grid
@@ -96,6 +96,11 @@ def test_a_grid_is_run_once_and_reported(place, started, capsys):
     found = json.loads((place / "results" / "small.json").read_text())
     assert [row["seed"] for row in found["coconut"]] == [3, 4]
     assert [record["epoch"] for record in found["coconut"][0]["epochs"]] == [0, 1]  # the beginning's too
+    made_by = found["coconut"][0]["made_by"]
+    notes = notes_of((place / "runs" / "coconut-3" / "config.yaml").read_text())
+    assert notes["git commit"].startswith(made_by["commit"][:7])
+    assert made_by["hardware"] == notes["hardware"]
+    assert text.splitlines()[-1].startswith(f"Made by commit {made_by['commit']}; python ")
     assert len(found["pause"][0]["correct"]) == 6
     assert (place / "results" / "small.png").stat().st_size > 1000
     capsys.readouterr()
