@@ -18,7 +18,6 @@ restart would take for one. A digest of every file tells whether a disk has dama
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import shutil
 import sys
@@ -50,7 +49,7 @@ from trainer_state import (
     save_random_state,
     written_by_ranks,
 )
-from utils import UserError, as_json, retried, sync_to_disk
+from utils import UserError, as_json, file_digest, retried, sync_to_disk
 
 MANIFEST = "trainer/manifest.json"  # file -> SHA-256
 # keys that say what a model's sequences look like
@@ -220,13 +219,8 @@ def _publish(aside: Path, target: Path, world_size: int) -> None:
 
 def _digests(paths: list[Path]) -> list[str]:
     """SHA-256 of each file."""
-
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     with ThreadPoolExecutor(8) as pool:  # hashing leaves Python's lock
-        return list(pool.map(digest, paths))
+        return list(pool.map(file_digest, paths))
 
 
 def _prune(config: Config) -> None:

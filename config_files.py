@@ -34,7 +34,7 @@ def yaml_layers(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) ->
         problems.append(f"{path} extends itself")
         return []
     try:
-        values = _read(path.read_text(encoding="utf-8"), str(path), problems)
+        values = read_mapping(path.read_text(encoding="utf-8"), str(path), problems)
     except OSError as error:
         problems.append(f"cannot read {path}: {error.strerror}")
         return []
@@ -62,7 +62,7 @@ def override_layer(overrides, problems: list[str]) -> list[Layer]:
         given[name] = text
         try:
             # as the value of a key, so that it is read as in a file
-            values[name] = _read(f"value: {value}", f"{text!r} on the command line", problems)["value"]
+            values[name] = read_mapping(f"value: {value}", f"{text!r} on the command line", problems)["value"]
         except (yaml.YAMLError, ValueError, KeyError):
             problems.append(f"{text!r} on the command line has no valid value")
     return [Layer("the command line", values)] if values else []
@@ -101,7 +101,7 @@ def _check_keys(node: yaml.Node, name: str, problems: list[str], seen: set[int])
         _check_keys(value, name, problems, seen)
 
 
-def _read(text: str, name: str, problems: list[str]) -> dict[str, Value]:
+def read_mapping(text: str, name: str, problems: list[str]) -> dict[str, Value]:
     """The keys of a YAML mapping. Raises YAMLError, and ValueError where a scalar cannot be what it seems to be."""
     loader = _Loader(text)
     try:

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from utils import UserError
+from utils import UserError, as_json, write_whole
 
+ENDED = "ended.json"
 HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>[^:]+)")
 
 
@@ -50,6 +51,25 @@ def ours(run_dir: Path) -> list[Path]:
 
 def is_of_finished_epoch(path: Path) -> bool:
     return "_step_" not in path.name
+
+
+def has_ended(newest: Path, num_epochs: int) -> bool:
+    """Whether the run whose newest checkpoint this is has done so many epochs: with save_only_improve the last ones may
+    have left none, and `note_end` has noted it."""
+    if newest.name == f"checkpoint_{num_epochs}":
+        return True
+    try:
+        noted = json.loads((newest.parent / ENDED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return noted == {"epochs": num_epochs, "newest": newest.name}
+
+
+def note_end(run_dir: Path, num_epochs: int) -> None:
+    """Notes that a run has done all of its epochs, where its checkpoints do not say so."""
+    found = checkpoints(run_dir)
+    if found and not has_ended(found[-1], num_epochs):
+        write_whole(run_dir / ENDED, as_json({"epochs": num_epochs, "newest": found[-1].name}))
 
 
 def rating(path: Path) -> tuple[int, float] | None:

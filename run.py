@@ -31,6 +31,7 @@ import parallel
 import ranks
 import trainer_state
 from dataset import EpochPlan, MicroBatch
+from load_path import has_ended, note_end
 from methods import method_of
 from prepare import Run, Step, announce, prepare, stage_to_evaluate
 from pretrained import read_description
@@ -68,6 +69,8 @@ def train(config: Config, world: World, interruption: Interruption) -> None:
     """The whole curriculum: train an epoch, validate, save; from the newest checkpoint where there is one."""
     newest = checkpoint.find_newest(config, world)
     progress = trainer_state.read_progress(newest) if newest is not None else Progress()
+    if newest is not None and has_ended(newest, config.num_epochs):
+        progress.epoch = config.num_epochs  # what save_only_improve has left out is not trained again
     run = prepare(config, world, newest or checkpoint.find_weights(config, world), progress)
     run.interruption, run.saved = interruption, newest
     run.logger.hurry = interruption.came
@@ -399,6 +402,8 @@ def finish(run: Run) -> None:
     if run.world.is_main:
         tell(summary(run.config.run_dir))
         checkpoint.remove_restarts(run.config.run_dir)
+        with suppress(UserError):  # a full disk: what is lost is a note that spares a second start its epochs
+            note_end(run.config.run_dir, run.config.num_epochs)
 
 
 if __name__ == "__main__":

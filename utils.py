@@ -5,6 +5,7 @@ tqdm is imported where it is needed: `--help` and every complaint about a config
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -162,12 +163,13 @@ class RunLogger:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; lines that a job left half written are passed over."""
+    """The records of a metrics.jsonl; lines that a job left half written are passed over, and what
+    is no record."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict) and "event" in record]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -193,6 +195,12 @@ def read_object(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} cannot be read: it is no object")
     return content
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def as_json(content) -> str:

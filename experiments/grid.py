@@ -30,7 +30,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing")]
 from grid_file import Grid, read_grid
 from jobs import Job, by_digest, check_folders, jobs_of, left_of, read_results
 
-from config import Config
 from curriculum import stage_name
 from utils import UserError, report, tell, writing
 
@@ -40,27 +39,33 @@ def prepare(grid: Grid) -> None:
     for path, script in grid.needs.items():
         if not Path(path).exists():
             print(f"making {path}", flush=True)
-            done = subprocess.run([sys.executable, *shlex.split(script)], capture_output=True, text=True, check=False)
+            name, *arguments = shlex.split(script)
+            command = [sys.executable, str(ROOT / name), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode or not Path(path).exists():
                 last_line = next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
                 raise UserError(f"{path} could not be made by {script}: {last_line}")
 
 
-def work(waiting: list[Job], at_once: int) -> None:
-    """Runs what is not done, so many at once, one core or a share of the GPUs each. Raises UserError that lists what
-    failed, at the end."""
+def work(waiting: list[Job], at_once: int | None) -> None:
+    """Runs what is not done, so many at once, one core or a share of the GPUs each (see `shares`). Raises UserError
+    that lists what failed, at the end."""
     from tqdm import tqdm
 
     failed: list[str] = []
     news = News(waiting)
     places: SimpleQueue[str | None] = SimpleQueue()
-    for devices in shares(at_once, waiting[0].n_gpus):
+    devices_of_runs = shares(at_once, waiting[0].n_gpus)
+    for devices in devices_of_runs:
         places.put(devices)
-    with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(waiting), unit="run", desc=waiting[0].grid.name) as bar:
+    with (
+        ThreadPoolExecutor(len(devices_of_runs)) as pool,
+        tqdm(total=len(waiting), unit="run", desc=waiting[0].grid.name) as bar,
+    ):
         tasks: dict[str, Future] = {}
 
         def attend(job: Job) -> None:
-            if job.begin is not None:
+            if job.begin is not None and not job.is_trained:
                 if job.begin.name in tasks:
                     tasks[job.begin.name].result()
                 if not job.begin.is_trained:
@@ -87,17 +92,24 @@ def work(waiting: list[Job], at_once: int) -> None:
         raise UserError("; ".join(failed))
 
 
-def shares(at_once: int, n_gpus: int) -> list[str | None]:
-    """For each of the runs at once the GPUs that it sees, as CUDA_VISIBLE_DEVICES; None where there are none.
-
-    Runs share GPUs where there are more runs. Raises UserError where one run needs more than there are.
-    """
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
     import torch
 
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = chosen.split(",") if chosen else [str(number) for number in range(torch.cuda.device_count())]
+    return chosen.split(",") if chosen else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def shares(at_once: int | None, n_gpus: int) -> list[str | None]:
+    """For each of the runs at once the GPUs that it sees, as CUDA_VISIBLE_DEVICES; None where there are none. By
+    default there are as many runs as have GPUs of their own, or a core where there are none.
+
+    Runs share GPUs where there are more runs. Raises UserError where one run needs more than there are.
+    """
+    devices = visible_gpus()
     if n_gpus > max(1, len(devices)):
         raise UserError(f"--gpus {n_gpus}: this machine has {len(devices)}")
+    at_once = at_once or (len(devices) // n_gpus if devices else os.cpu_count())
     if not devices:
         return [None] * at_once
     places = range(0, at_once * n_gpus, n_gpus)
@@ -132,10 +144,14 @@ def run_commands(job: Job, devices: str | None) -> list[str]:
     for command in job.commands():
         if CHILDREN.stopping.is_set():
             return []
+        job.note()
+        before = log.stat().st_size
         code = start(command, log, devices)
         if code and not CHILDREN.stopping.is_set():
-            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-            return [f"{job.name} failed with exit code {code}: {lines[-1] if lines else ''} (see {log})"]
+            said = log.read_bytes()[before:].decode(errors="replace").replace("\r", "\n").splitlines()
+            lines = [line for line in said if line.strip()]
+            errors = [line for line in lines if line.startswith("error: ")]
+            return [f"{job.name} failed with exit code {code}: {(errors or lines or [''])[-1]} (see {log})"]
         if not job.is_trained:
             return [f"{job.name} was stopped; start the grid again, and it goes on"]
     return []
@@ -174,7 +190,7 @@ class Children:
     def hand_on(self, number: int, _frame) -> None:
         self.stopping.set()
         for process in list(self.running):
-            process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+            process.send_signal(signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM)
 
 
 CHILDREN = Children()
@@ -185,17 +201,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("grid", type=Path, help="a YAML file of experiments/")
     parser.add_argument("--only", nargs="+", metavar="RUN", help="some of its runs")
     parser.add_argument("--seeds", type=int, nargs="+", help="of all runs, and in the report (default: the grid's)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once (default: the number of cores)")
+    parser.add_argument("--jobs", type=int, help="runs at once (default: one a core, or one for each --gpus GPUs)")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="set keys of every run")
     parser.add_argument("--gpus", type=int, default=1, help="of one run, where there are GPUs (default: 1)")
-    parser.add_argument("--dry-run", action="store_true", help="print commands and what they will cost, and stop")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="print commands and what they will cost, and stop")
+    what.add_argument("--report", action="store_true", help="write the report of what there is, and stop")
+    what.add_argument("--slurm", type=Path, metavar="FILE", help="write a SLURM array script of the runs, and stop")
     parser.add_argument(
         "--peak", type=float, default=989e12, help="of a GPU, in FLOP/s, for --dry-run (default: an H100)"
     )
     parser.add_argument("--utilisation", type=float, default=0.3, help="of that peak, for --dry-run (default: 0.3)")
-    parser.add_argument("--slurm", type=Path, metavar="FILE", help="write a SLURM array script of the runs, and stop")
     parser.add_argument("--anew", action="store_true", help="run again what only results/NAME.json remembers")
-    parser.add_argument("--report", action="store_true", help="write the report of what there is, and stop")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="(default: results/)")
     return parser
 
@@ -203,13 +220,19 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
-    if min(options.jobs, options.gpus) < 1 or not min(options.peak, options.utilisation) > 0:
+    if (
+        options.gpus < 1
+        or (options.jobs is not None and options.jobs < 1)
+        or not min(options.peak, options.utilisation) > 0
+    ):
         parser.error("--jobs and --gpus must be at least 1, --peak and --utilisation more than 0")
-    if fixed := {"name", "seed"} & {text.partition("=")[0] for text in options.set}:
+    if fixed := {"name", "seed", "debug"} & {text.partition("=")[0] for text in options.set}:
         parser.error(f"--set cannot set {' and '.join(sorted(fixed))}: each run has its own")
     try:
         grid = read_grid(options.grid)
         jobs = jobs_of(grid, options.only, options.seeds, tuple(options.set), options.gpus)
+        for job in jobs:
+            job.check_keys()  # before data are made for them
         prepare(grid)
         results = read_results(grid, options.out)
         waiting = left_of(jobs, {} if options.anew else by_digest(results))
@@ -218,8 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             print_plan(jobs, waiting, options.peak * options.utilisation)
             return 0
-        for job in jobs:
-            Config.from_file(job.base, [*job.spec.overrides, *job.more])  # mistakes are found before the first run
+        if problems := [text for job in jobs for text in job.problems()]:
+            raise UserError("; ".join(problems))  # before the first run
         if options.slurm is not None:
             from slurm_array import write_array
 
@@ -228,20 +251,30 @@ def main(arguments: list[str] | None = None) -> int:
         check_folders(jobs)
         try:
             if waiting and not options.report:
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
                     signal.signal(number, CHILDREN.hand_on)
                 work(waiting, options.jobs)
         finally:
-            from tables import write_report
-
-            results = read_results(grid, options.out)  # again: another grid may have written it
-            shown = jobs_of(grid, None, options.seeds, tuple(options.set), options.gpus)
-            seeds = {job.seed for job in shown} | {row["seed"] for row in by_digest(results).values()}
-            every = jobs_of(grid, None, sorted(seeds), tuple(options.set), options.gpus)
-            tell(write_report(grid, every, results, {job.name for job in shown}, options.out))
+            tell(report_of(grid, options))
     except UserError as error:
         return report(error)
+    except KeyboardInterrupt:  # while data are made
+        return report(UserError("stopped by Ctrl-C; start the same command again, and it goes on"))
     return 0
+
+
+def report_of(grid: Grid, options: argparse.Namespace) -> str:
+    """Writes the report of what there is by now, of all runs of the chosen seeds; returns its table."""
+    from tables import write_report
+
+    more = tuple(options.set)
+    results = read_results(grid, options.out)  # again: another grid may have written it
+    shown = jobs_of(grid, None, options.seeds, more, options.gpus)
+    seeds = {job.seed for job in shown} | {row["seed"] for row in by_digest(results).values()}
+    every = jobs_of(grid, None, sorted(seeds), more, options.gpus)
+    arguments = f" --seeds {' '.join(map(str, options.seeds))}" if options.seeds else ""
+    arguments += f" --set {shlex.join(more)}" if more else ""
+    return write_report(grid, every, results, {job.name for job in shown}, options.out, arguments)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
+import shlex
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +13,7 @@ from types import NoneType, UnionType
 
 import yaml
 
+from config_files import read_mapping
 from utils import UserError
 
 
@@ -45,9 +48,14 @@ class Grid:
     beginnings: dict[str, RunSpec] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     controls: tuple[str, ...] = ()  # runs that the others are compared with, question by question
+    checkpoint: str = "newest"  # which of a run's is tested, and begins another: newest | best, in validation
     chance: float | None = None  # accuracy of guessing
     prediction: str = ""  # written before the runs
     about: str = ""  # a paragraph for the report
+
+
+NAME = re.compile(r"\w[\w.-]*")  # of a run: folders and commands bear it
+OF_THE_GRID = ("name", "seed", "save_path", "debug")  # keys that are not a run's to set
 
 
 def _spelled(value) -> str:
@@ -58,16 +66,14 @@ def _spelled(value) -> str:
 
 def read_grid(path: Path) -> Grid:
     """Reads a grid. Raises UserError that lists what is wrong with it."""
+    problems: list[str] = []
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_mapping(path.read_text(encoding="utf-8"), str(path), problems)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a grid: `key: value` lines")
-    problems: list[str] = []
-    known = _known(Grid, values, str(path), problems)
+    known = _known(Grid, {name: value.value for name, value in values.items()}, str(path), problems)
     for name in ("title", "base", "save_path", "runs", "test_path"):
         if name not in values:
             problems.append(f"{path} lacks {name!r}")
@@ -77,19 +83,49 @@ def read_grid(path: Path) -> Grid:
             run: RunSpec(**_known(RunSpec, spec or {}, f"{path}: {name}: {run}", problems))
             for run, spec in specs.items()
         }
-    for run, spec in known["runs"].items():
-        begin = (known["beginnings"] | known["runs"]).get(spec.begins_with)
-        if spec.begins_with is not None and (begin is None or begin.begins_with is not None):
-            problems.append(
-                f"{path}: run {run!r} begins with {spec.begins_with!r}, but there is no such beginning, nor a run that "
-                "begins with nothing"
-            )
+    problems += [f"{path}: {text}" for text in [*_of_runs(known), *_of_needs(known.get("needs", {}))]]
     for control in known.get("controls", ()):
         if control not in known["runs"]:
             problems.append(f"{path}: control {control!r} is no run of the grid")
+    if known.get("checkpoint", "newest") not in ("newest", "best"):
+        problems.append(f"{path}: 'checkpoint' must be newest or best, not {known['checkpoint']!r}")
     if problems:
         raise UserError("; ".join(problems))
     return Grid(**{"name": path.stem, **known})
+
+
+def _of_runs(known: dict) -> list[str]:
+    """What is wrong with names, keys and beginnings of runs."""
+    every = known["beginnings"] | known["runs"]
+    found = [f"{name!r} is both a run and a beginning" for name in known["beginnings"].keys() & known["runs"].keys()]
+    found += [
+        f"run {name!r}: a name is letters, digits, - _ and ., in quotes where YAML would make something else of it"
+        for name in every
+        if not (isinstance(name, str) and NAME.fullmatch(name))
+    ]
+    for name, spec in every.items():
+        if fixed := [key for key in OF_THE_GRID if key in spec.keys]:
+            found.append(f"run {name!r} cannot set {' and '.join(fixed)}: these are the grid's")
+        begin = every.get(spec.begins_with)
+        if spec.begins_with is not None and (begin is None or begin.begins_with is not None):
+            found.append(
+                f"run {name!r} begins with {spec.begins_with!r}, but there is no such beginning, nor a run that begins "
+                f"with nothing"
+            )
+    return found
+
+
+def _of_needs(needs: dict) -> list[str]:
+    """What is no file and script."""
+    found = []
+    for file, script in needs.items():
+        try:
+            good = isinstance(file, str) and isinstance(script, str) and shlex.split(script)
+        except ValueError:
+            good = False
+        if not good:
+            found.append(f"'needs' takes FILE: the script, with its arguments, that makes it; not {file!r}: {script!r}")
+    return found
 
 
 def _known(cls, values, where: str, problems: list[str]) -> dict:

@@ -54,9 +54,9 @@ def write_array(jobs: list[Job], grid: Path, script: Path) -> str:
             groups.setdefault((first, job.seed), []).append(job.run)
     if not groups:
         return "nothing is left to run, and no script written"
-    tasks = [f"--only {' '.join(map(shlex.quote, runs))} --seeds {seed}" for (_, seed), runs in groups.items()]
+    tasks = [f"--only {' '.join(runs)} --seeds {seed}" for (_, seed), runs in groups.items()]
     text = SCRIPT.format(
-        title=jobs[0].grid.title,
+        title=" ".join(jobs[0].grid.title.split()),
         name=jobs[0].grid.name,
         grid=grid,
         script=script,

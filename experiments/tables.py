@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import shortcuts
+from jobs import by_digest
 
-from checkpoint import changes
 from examples import load_examples
 from utils import as_json, notes_of, write_whole, writing
 
@@ -25,17 +25,19 @@ RESAMPLES = 10_000
 MADE_BY = ("python", "torch", "transformers", "hardware")
 
 
-def write_report(grid: Grid, jobs: list[Job], before: dict[str, list[dict]], shown: set[str], out: Path) -> str:
+def write_report(
+    grid: Grid, jobs: list[Job], before: dict[str, list[dict]], shown: set[str], out: Path, arguments: str = ""
+) -> str:
     """Writes what the finished runs have come to; returns the table, and where the rest is. The numbers are of all
-    jobs, and what the file held before of others; table and figure are of the jobs whose names are shown. Raises
-    UserError."""
+    jobs, and what the file held before of others; table and figure are of the jobs whose names are shown, which
+    `arguments` of the command have chosen. Raises UserError."""
     everything = collect(grid, jobs, before)
     results = {run: [row for row in rows if f"{run}-{row['seed']}" in shown] for run, rows in everything.items()}
     results = {run: rows for run, rows in results.items() if rows}
     if not results:
         return f"no run of {grid.name} is finished"
     write_whole(out / f"{grid.name}.json", as_json(with_others(everything, before)))
-    write_whole(out / f"{grid.name}.md", as_text(grid, results))
+    write_whole(out / f"{grid.name}.md", as_text(grid, results, arguments))
     with writing(out):
         draw(grid, results, {job.run for job in jobs if job.config.method != "icot"}, out / f"{grid.name}.png")
     rows = table(grid, results)
@@ -61,13 +63,13 @@ def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[
     test split "accuracy", "by_steps" (number of steps -> accuracy), "tokens", "seconds_per_example" (in batches),
     "correct" (a 0 or 1 for each question); "seconds" of training and validation; "epochs", for the curves; "made_by",
     commit, versions and hardware."""
-    recorded = {row["digest"]: row for rows in before.values() for row in rows if "digest" in row}
+    recorded = by_digest(before)
     results: dict[str, list[dict]] = {}
     for job in jobs:
         if job.run not in grid.runs:
             continue
-        # a folder may hold a run with other keys, of which there was no complaint as it was not asked for
-        if not job.is_done or changes(job.config, job.folder):
+        # a folder may hold another run, of which there was no complaint as it was not asked for
+        if not job.is_done or job.others:
             if job.digest in recorded:
                 results.setdefault(job.run, []).append(recorded[job.digest])
             continue
@@ -115,7 +117,8 @@ def difference(rows: list[dict], control: list[dict]) -> tuple[float, float, flo
     """(mean, low, high): accuracy less the control's over the seeds that both have, with a 95 % bootstrap over the
     questions within each seed; a question's two answers stay together."""
     of_control = {row["seed"]: answers(row) for row in control}
-    pairs = [answers(row) - of_control[row["seed"]] for row in rows if row["seed"] in of_control]
+    both = [(answers(row), of_control[row["seed"]]) for row in rows if row["seed"] in of_control]
+    pairs = [right - others for right, others in both if len(right) == len(others)]  # of the same questions
     if not pairs:
         return None
     random = np.random.default_rng(0)
@@ -132,13 +135,10 @@ def answers(row: dict) -> np.ndarray:
     return np.array([int(digit) for digit in row["correct"]])
 
 
-def as_text(grid: Grid, results: dict[str, list[dict]]) -> str:
+def as_text(grid: Grid, results: dict[str, list[dict]], arguments: str) -> str:
     """The text of results/NAME.md."""
     n_questions = len(next(iter(results.values()))[0]["correct"])
-    seeds = sorted({row["seed"] for rows in results.values() for row in rows})
-    own = {seed for spec in grid.runs.values() for seed in spec.seeds or grid.seeds}
-    chosen = "" if own.issuperset(seeds) else f" --seeds {' '.join(map(str, seeds))}"
-    lines = [f"# {grid.title}", "", f"    python experiments/grid.py experiments/{grid.name}.yaml{chosen}", ""]
+    lines = [f"# {grid.title}", "", f"    python experiments/grid.py experiments/{grid.name}.yaml{arguments}", ""]
     if grid.about:
         lines += [grid.about.strip(), ""]
     chance = f" Chance is {grid.chance:.1%}." if grid.chance is not None else ""
@@ -228,7 +228,9 @@ def draw(grid: Grid, results: dict[str, list[dict]], staged: set[str], path: Pat
             accuracy = [100 * record["accuracy"] for record in row["epochs"]]
             panel.plot(epochs, accuracy, label=(grid.runs[run].label or run) if place == 0 else None, **style)
     courses = [row["epochs"] for run, rows in results.items() if run in staged for row in rows if row["epochs"]]
-    for before, record in pairwise(max(courses, key=lambda epochs: epochs[-1]["stage"], default=[])):
+    stages = {place: {record["stage"] for record in course} for place, course in enumerate(courses)}
+    most = max(stages, key=lambda place: len(stages[place]), default=None)  # some have one stage throughout
+    for before, record in pairwise(courses[most] if most is not None else []):
         if record["stage"] != before["stage"]:
             panel.axvline(record["epoch"] + 0.5, color="0.7", linestyle=":")
             place = {"x": record["epoch"] + 0.55, "y": 1.01, "transform": panel.get_xaxis_transform()}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,11 @@ import arithmetic
 import prosqa
 import pytest
 import tiny_model
+import torch
 import yaml
 from conftest import ROOT, load_script
 from test_table1 import ROWS
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import run
 from config import Config
@@ -145,6 +148,15 @@ def tokens(step: str) -> str:
         ({"controls": "pause"}, "'controls' must be a list of texts, not 'pause'"),
         ({"runs": {"coconut": {"paper": 97.0}}}, "coconut: 'paper' must be text, not 97.0"),
         ({"runs": {"coconut": {"keys": None}}}, "coconut: 'keys' must be `key: value` lines, not None"),
+        ({"runs": {"coconut": {"keys": {"seed": 7, "name": "x"}}}}, "run 'coconut' cannot set name and seed"),
+        ({"runs": {1: {}}, "controls": []}, "run 1: a name is letters, digits"),
+        ({"runs": {"a b": {}}, "controls": []}, "run 'a b': a name is letters, digits"),
+        ({"beginnings": {"pause": {}}}, "'pause' is both a run and a beginning"),
+        ({"needs": {"x": 3}}, "'needs' takes FILE: the script, with its arguments, that makes it; not 'x': 3"),
+        ({"needs": {"x": "a.py 'b"}}, "'needs' takes FILE: the script"),
+        ({"checkpoint": "first"}, "'checkpoint' must be newest or best, not 'first'"),
+        ({"runs": {"pause": {"keys": {"lrr": 3}}}}, "run 'pause' of grid bad: "),
+        ({"runs": {"pause": {"keys": {"train_path": None}}}}, "lacks train_path"),
     ],
 )
 def test_what_is_wrong_with_a_grid_is_one_sentence(place, tmp_path, change, complaint, capsys):
@@ -154,6 +166,31 @@ def test_what_is_wrong_with_a_grid_is_one_sentence(place, tmp_path, change, comp
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert complaint in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("seeds: [5]", "has the key 'seeds' twice, in lines"),
+        ("title: 2020-13-45", "is not valid YAML: month must be in 1..12"),
+    ],
+)
+def test_what_yaml_makes_of_a_grid_is_one_sentence(place, tmp_path, text, complaint, capsys):
+    """The last of two keys won without a word; no date was a traceback."""
+    lines = (place / "small.yaml").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith("title") or "title" not in text]
+    (tmp_path / "bad.yaml").write_text("\n".join([*kept, text]))
+    assert grid.main([str(tmp_path / "bad.yaml"), "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert complaint in printed
+
+
+def test_nothing_is_made_for_a_grid_with_mistakes(place, tmp_path, capsys):
+    """The data were made first, which takes minutes."""
+    changed = {"needs": {str(tmp_path / "file"): "preprocessing/machine.py"}, "runs": {"pause": {"keys": {"lrr": 3}}}}
+    assert grid.main(moved(place, tmp_path, **changed)) == 2
+    assert "making" not in capsys.readouterr().out
 
 
 def test_an_unknown_run_is_named(place, capsys):
@@ -286,6 +323,106 @@ def test_an_evaluation_is_of_all_questions_or_done_again(place, started, tmp_pat
     assert len(remembered(tmp_path)["pause"][0]["correct"]) == (4 if change == "other questions" else 6)
 
 
+def test_an_evaluation_is_of_what_is_asked_for(place, started, tmp_path):
+    """That of an earlier checkpoint, or with other keys, was taken for it."""
+    arguments = [*moved(place, tmp_path), "--only", "pause"]
+    assert grid.main(arguments) == 0
+    started.clear()
+    assert grid.main([*arguments, "--set", "max_new_tokens=1"]) == 0
+    assert [name_of(command) for command in started] == ["pause-3 test"]
+    assert {len(row["digest"]) for row in remembered(tmp_path)["pause"]} == {16}
+    assert len({row["digest"] for row in remembered(tmp_path)["pause"]}) == 2
+    assert grid.main(arguments) == 0
+    metrics = tmp_path / "runs/pause-3/eval/metrics.json"
+    metrics.write_text(metrics.read_text().replace("checkpoint_2", "checkpoint_1"))
+    started.clear()
+    assert grid.main([*arguments, "--anew"]) == 0
+    metrics.write_text(metrics.read_text()[:-20])  # killed as it wrote
+    assert grid.main([*arguments, "--anew"]) == 0
+    assert [name_of(command) for command in started] == ["pause-3 test"] * 2
+    assert "resume=0" in started[0]  # the stage is that of the checkpoint, whatever the base file resumes
+
+
+def test_a_report_says_what_it_was_asked_for(place, started, tmp_path):
+    """The table of one seed, or with other keys, stood under the command of all."""
+    arguments = [*moved(place, tmp_path, runs={"pause": {"seeds": [3, 4]}}), "--set", "lr=0.5"]
+    assert grid.main(arguments) == 0
+    assert "experiments/small.yaml --set lr=0.5\n" in (tmp_path / "small.md").read_text()
+    assert grid.main([*arguments, "--report", "--seeds", "4"]) == 0
+    assert "experiments/small.yaml --seeds 4 --set lr=0.5\n" in (tmp_path / "small.md").read_text()
+
+
+@pytest.mark.parametrize("what", ["data", "weights"])
+def test_a_run_on_other_data_or_weights_is_another(place, started, tmp_path, what, capsys):
+    """Data were made anew at the same path, and the old weights taken for what was trained on them."""
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "train.json").write_text((place / "train.json").read_text())
+    base = yaml.safe_load((place / "base.yaml").read_text())
+    base |= {"train_path": str(tmp_path / "train.json"), "model_id": str(tmp_path / "model")}
+    if what == "weights":
+        shape = AutoConfig.from_pretrained(place / "model")
+        AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path / "model")
+        base["from_scratch"] = False
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    arguments = [*moved(place, tmp_path, base=str(tmp_path / "base.yaml")), "--only", "pause"]
+    assert grid.main(arguments) == 0
+    if what == "weights":
+        torch.manual_seed(1)
+        AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path / "model")
+    else:
+        (tmp_path / "train.json").write_text(json.dumps(json.loads((place / "train.json").read_text())[1:]))
+    started.clear()
+    assert grid.main(arguments) == 2
+    assert "holds another run (trained on other data, or from other weights); move it away" in capsys.readouterr().err
+    assert started == []
+
+
+def test_a_run_that_saves_only_what_improves_ends(place, started, tmp_path):
+    """Its last epochs left no checkpoint: it was trained again whenever the grid was started."""
+    runs = {"pause": {"keys": {"save_only_improve": True, "lr": 0.0, "num_epochs": 4}}}
+    arguments = moved(place, tmp_path, runs=runs)
+    assert grid.main(arguments) == 0
+    assert not (tmp_path / "runs/pause-3/checkpoint_4").exists()
+    assert remembered(tmp_path)["pause"][0]["seed"] == 3
+    started.clear()
+    (tmp_path / "small.json").unlink()
+    assert grid.main(arguments) == 0
+    assert started == []
+
+
+def test_the_best_checkpoint_can_be_the_one_that_counts(place, started, tmp_path):
+    arguments = moved(place, tmp_path, checkpoint="best")
+    assert grid.main([*arguments, "--seeds", "3"]) == 0
+    assert f"load_model_path={tmp_path / 'runs/words-3'}@best" in next(c for c in started if name_of(c) == "coconut-3")
+    assert f"load_model_path={tmp_path / 'runs/pause-3'}@best" in next(
+        c for c in started if name_of(c) == "pause-3 test"
+    )
+    started.clear()
+    assert grid.main([*arguments, "--seeds", "3", "--anew"]) == 0
+    assert started == []
+
+
+def test_a_beginning_is_not_repeated_for_an_evaluation(place, started, tmp_path):
+    arguments = [*moved(place, tmp_path), "--only", "coconut", "--seeds", "3"]
+    assert grid.main(arguments) == 0
+    (tmp_path / "runs/words-3").rename(tmp_path / "gone")
+    shutil.rmtree(tmp_path / "runs/coconut-3/eval")
+    started.clear()
+    assert grid.main([*arguments, "--anew"]) == 0
+    assert [name_of(command) for command in started] == ["coconut-3 test"]
+
+
+@pytest.mark.parametrize("damage", [{"seed": "x"}, {"seconds_per_example": None}])
+def test_damaged_results_are_one_sentence(place, started, tmp_path, damage, capsys):
+    arguments = [*moved(place, tmp_path), "--only", "pause"]
+    assert grid.main(arguments) == 0
+    content = remembered(tmp_path)
+    content["pause"][0] |= damage
+    (tmp_path / "small.json").write_text(json.dumps(content))
+    assert grid.main(arguments) == 2
+    assert "small.json is not what this program wrote" in capsys.readouterr().err
+
+
 def test_a_part_of_the_test_split_is_reported_too(place, started, tmp_path):
     """A traceback: the report counted the steps of all questions."""
     assert grid.main([*moved(place, tmp_path), "--only", "pause", "--set", "max_eval_examples=2"]) == 0
@@ -357,7 +494,7 @@ def test_stages_of_tokens_are_not_drawn(place, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_to_the_grid_reaches_the_runs_and_starts_nothing_more(place, tmp_path, number):
     """Its runs went on without it, and held their folders against the grid that was started again."""
     content = yaml.safe_load((place / "small.yaml").read_text())
@@ -401,7 +538,7 @@ def test_a_run_on_several_gpus_has_several_ranks(place):
 
 
 @pytest.mark.parametrize("dataset", ["gsm", "prontoqa", "prosqa"])
-def test_the_grids_of_the_paper_name_every_row_of_table_1(dataset, tmp_path, capsys):
+def test_the_grids_of_the_paper_name_every_row_of_table_1(dataset, place, tmp_path, monkeypatch, capsys):
     """24 files: those that test_table1.py runs."""
     path = ROOT / "experiments" / f"paper_{dataset}.yaml"
     of_paper = read_grid(path)
@@ -411,6 +548,14 @@ def test_the_grids_of_the_paper_name_every_row_of_table_1(dataset, tmp_path, cap
         alone = Config.from_file(job.base, needs_files=False)
         assert (job.config.num_epochs, job.config.resume) == (alone.num_epochs, alone.resume)
         assert (job.config.load_model_path is None) == (alone.load_model_path is None)
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for part in ("train", "valid", "test"):
+        (tmp_path / "data" / f"{dataset}_{part}.json").write_text((place / "test.json").read_text())
+    options = ["--gpus", "4", "--slurm", str(tmp_path / "a.sbatch"), "--out", str(tmp_path)]
+    assert grid.main([str(path), *options]) == 0, capsys.readouterr().err
+    assert 'tasks=(\n    "--only cot ' in (tmp_path / "a.sbatch").read_text()
 
 
 def test_a_lesson_on_other_data_is_no_part_of_the_curriculum(place, started, tmp_path):
@@ -423,7 +568,7 @@ def test_a_lesson_on_other_data_is_no_part_of_the_curriculum(place, started, tmp
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
     assert grid.main([str(tmp_path / "small.yaml"), "--jobs", "1", "--out", str(tmp_path / "results")]) == 0
     assert [name_of(command) for command in started] == ["words-3", "coconut-3", "coconut-3 test"]
-    assert not any(text.startswith("resume=") for text in started[1])
+    assert "resume=0" in started[1]
     (row,) = json.loads((tmp_path / "results" / "small.json").read_text())["coconut"]
     assert [record["stage"] for record in row["epochs"]] == [0, 1]
     logs = [read_log(tmp_path / name / "metrics.jsonl") for name in ("words-3", "coconut-3")]

@@ -419,6 +419,17 @@ def test_a_finished_run_is_left_as_it_is(place, trained, here):
     assert len(epochs(run)) == 3
 
 
+def test_a_finished_run_that_saves_only_what_improves_is_left_as_it_is(place):
+    """Started again, it trained all epochs after its best one anew; with more epochs it goes on from there."""
+    keys = ["name=improves", "save_only_improve=true", "lr=0", "epochs_per_stage=9", "max_new_tokens=2"]
+    run = main(place, *keys, "num_epochs=3")
+    assert [path.name for path in load_path.checkpoints(run)] == ["checkpoint_1"]
+    main(place, *keys, "num_epochs=3")
+    assert [record["epoch"] for record in epochs(run)] == [0, 1, 2]
+    main(place, *keys, "num_epochs=4")
+    assert [record["epoch"] for record in epochs(run)] == [0, 1, 2, 1, 2, 3]
+
+
 @pytest.mark.parametrize("method", ["cot", "no_cot", "no_thoughts"])
 def test_the_other_methods_run(place, method):
     run = main(
