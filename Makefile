@@ -10,8 +10,8 @@ export TOKENIZERS_PARALLELISM ?= false
 help:
 	@echo "make quickstart   train and evaluate Coconut, and its control without feedback: two CPU cores, about 5 minutes"
 	@echo "make prosqa-mini  the whole program on ProsQA with a tiny model, a few minutes"
-	@echo "make thoughts     every kind of thought on state tracking, three seeds: about two hours of one core, resumable"
-	@echo "make table1       all rows of Table 1 in miniature, 3 to 5 seeds each: about 90 minutes of one core, resumable"
+	@echo "make thoughts     every kind of thought on state tracking, three seeds: two to three hours of one core, resumable"
+	@echo "make table1       all rows of Table 1 in miniature, 3 to 5 seeds each: about two hours of one core, resumable"
 	@echo "make analysis     what thoughts hold and whether they are used, on state tracking and mirrored ProsQA: pages"
 	@echo "make test         all tests, in two processes, a few minutes (one file: .venv/bin/python -m pytest FILE)"
 	@echo "make test-fast    the quick ones of every module, for while you are writing: about a minute"
@@ -20,7 +20,7 @@ help:
 	@echo "make torture      kills a small job again and again: does it end as undisturbed? 10 minutes"
 	@echo "make test-multinode  two hosts in network namespaces, the cable cut between them; needs root"
 	@echo "make lint         ruff and shellcheck"
-	@echo "make clean        remove what quickstart made (the checkpoints too)"
+	@echo "make clean        remove generated data and the runs of quickstart, table1, analysis and all grids of their tasks"
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

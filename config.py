@@ -72,10 +72,13 @@ def _key(
     check: typing.Callable | None = None,
     free: bool = False,
     later: bool = False,
+    empty: bool = False,
 ):
     """A key with its limits; `free` where it does not decide what the weights become, so that it may change between a
-    run and its continuation; `later` where results of experiments/ are older than the key, and had its default."""
+    run and its continuation; `later` where results of experiments/ are older than the key, and had its default; `empty`
+    where nothing, as in `key=`, is the empty text."""
     limits = {"choices": choices, "low": low, "high": high, "check": check, "free": free, "later": later}
+    limits["empty"] = empty
     return dataclasses.field(default=default, metadata={"help": text, **limits})
 
 
@@ -178,7 +181,7 @@ class Config:
         "both | none: whether the latents stand between a start and an end marker, as in the paper",
         choices=("both", "none"),
     )
-    step_separator: str = _key("\n", 'what follows each written step; "" for steps of one token')
+    step_separator: str = _key("\n", 'what follows each written step; "" for steps of one token', empty=True)
     eval_latents_from_steps: bool = _key(
         False,
         "with pad_latent_to_max off, evaluate with at most as many steps of thought as the example has (reference)",
@@ -388,6 +391,7 @@ def _merge(values: dict[str, Value], layer: Layer, problems: list[str]) -> None:
         else:
             close = difflib.get_close_matches(str(name), [*known, *METHOD_BOOLEANS, "extends"], 1)
             hint = f": did you mean {close[0]!r}?" if close else " (run.py --help lists the keys)"
+            hint = ": it is for files alone" if name == "extends" else hint
             problems.append(f"unknown key {name!r} in {layer.origin}{hint}")
     chosen = {name for name, on in booleans.items() if on}
     if {"coconut", "no_thoughts"} <= chosen:  # as in the reference, "without thoughts" is a switch on top of coconut
@@ -410,6 +414,8 @@ def _checked(cls, values: dict[str, Value], problems: list[str]) -> dict:
         if field.name not in values:
             continue
         written = values[field.name]
+        if field.metadata["empty"] and written.text == "":
+            written = Value("", "")
         try:
             value = converted(written, annotations[field.name])
             check_range(value, field.metadata)

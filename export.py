@@ -30,7 +30,7 @@ import shutil
 from collections import Counter
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import lora
@@ -39,8 +39,9 @@ from checkpoint import damage
 from config import split_thought
 from families import COARSE, ORDINARY
 from modeling_coconut import CoconutConfig, CoconutForCausalLM
+from pretrained import read_tokenizer
 from trained import Coconut
-from utils import UserError, report, whole_folder
+from utils import MODEL_FILES, UserError, report, whole_folder
 
 MODELLING = "modeling_coconut.py"  # as transformers names it, after the module
 KNOWN = (
@@ -60,7 +61,7 @@ def export(checkpoint: str, out: Path, force: bool = False) -> list[str]:
             raise UserError(f"{out} is there already, and is no exported model: choose another name")
         if not force:
             raise UserError(f"{out} holds an exported model already: choose another name, or --force to replace it")
-    with whole_folder(out, replace=force) as aside:
+    with whole_folder(out, replaces=MODEL_FILES if force else ()) as aside:
         model = Coconut.from_pretrained(checkpoint)
         folder = Path(model.config.model_id)
         if (folder / "trainer").is_dir() and (problem := damage(folder)):
@@ -73,7 +74,7 @@ def export(checkpoint: str, out: Path, force: bool = False) -> list[str]:
         )
         whole.save_pretrained(aside)
         options = {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = read_tokenizer(folder, **options)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         tokenizer.save_pretrained(aside)
         (aside / "README.md").write_text(text, encoding="utf-8")

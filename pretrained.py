@@ -21,7 +21,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import lora
 from coconut import Coconut
@@ -34,6 +36,7 @@ from thoughts import Thought
 from utils import UserError, read_object
 
 START, END, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # of which each kind of tokenizer has one
 THOUGHT_FILE = "thought.safetensors"
 
 
@@ -198,11 +201,26 @@ def load_tokenizer(config: Config, folder: Path | None = None, cached: bool = Fa
     )
     source = folder if has_one else config.model_id
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=cached)
+        tokenizer = read_tokenizer(source, local_files_only=cached)
+    except UserError:
+        raise
     except Exception as error:
         raise not_loadable("load_model_path" if has_one else "model_id", source, error) from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {source} has no EOS token, without which no answer ends")
+    return tokenizer
+
+
+def read_tokenizer(source: str | Path, **options) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id, as the class that is declared there: of some families, such as Qwen2,
+    transformers makes its own class whatever is declared, and that one loses the words of another vocabulary. Raises
+    UserError where a folder has none: transformers makes an empty one."""
+    if Path(source).is_dir() and not any(next(Path(source).glob(files), None) for files in TOKENIZER_FILES):
+        raise UserError(f"{source} has no tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    declared = get_tokenizer_config(str(source), **options).get("tokenizer_class")
+    if declared in ("TokenizersBackend", "PreTrainedTokenizerFast") and tokenizer.is_fast:
+        return PreTrainedTokenizerFast.from_pretrained(source, **options)
     return tokenizer
 
 

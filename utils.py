@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -240,19 +241,31 @@ def sync_to_disk(path: Path, deep: bool = True) -> None:
             os.close(handle)
 
 
+# what a folder with a model holds that this program writes, an exported one too
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
+    *("modeling_coconut.py", "__pycache__", "README.md", "config.yaml"),
+)
+
+
 @contextmanager
-def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
+def whole_folder(target: Path, replaces: tuple[str, ...] = ()) -> Iterator[Path]:
     """A folder to fill, which gets the name `target` when it is full: a kill leaves nothing half under that name.
 
-    Raises UserError where it cannot be written, and where target holds something and is not to be replaced.
+    Raises UserError where it cannot be written, and where target holds something else than is to be replaced: files of
+    these names, which may be patterns.
     """
     target = target.resolve()  # '.' has no name
     aside, old = (target.with_name(f".{what}-{target.name}") for what in ("writing", "replaced"))
     with writing(target):
         if old.exists() and not target.exists():
             old.rename(target)  # a kill came between the two names below
-        if target.exists() and not replace and not (target.is_dir() and not any(target.iterdir())):
-            raise UserError(f"{target} is there already, and nothing of it is overwritten")
+        if target.exists() and not target.is_dir():
+            raise UserError(f"{target} is there already, and is no folder")
+        there = sorted(path.name for path in target.iterdir()) if target.exists() else []
+        if strangers := [name for name in there if not any(fnmatch(name, pattern) for pattern in replaces)]:
+            raise UserError(f"{target} is there already, and nothing of it is overwritten: it holds {strangers[0]}")
         for path in (aside, old):
             shutil.rmtree(path, ignore_errors=True)
         aside.mkdir(parents=True)

@@ -206,7 +206,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, default=1, help="of one run, where there are GPUs (default: 1)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print commands and what they will cost, and stop")
-    what.add_argument("--report", action="store_true", help="write the report of what there is, and stop")
+    what.add_argument(
+        "--report", action="store_true", help="write the report of what there is, and stop (data are made)"
+    )
     what.add_argument("--slurm", type=Path, metavar="FILE", help="write a SLURM array script of the runs, and stop")
     parser.add_argument(
         "--peak", type=float, default=989e12, help="of a GPU, in FLOP/s, for --dry-run (default: an H100)"

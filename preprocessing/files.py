@@ -7,9 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from examples import load_examples
-from utils import UserError, report
+from utils import MODEL_FILES, UserError, report, whole_folder
 
-__all__ = ["UserError", "load_examples", "publish", "read_json", "read_text", "report"]
+__all__ = ["MODEL_FILES", "UserError", "load_examples", "publish", "read_json", "read_text", "report", "whole_folder"]
 
 
 def read_text(path: Path) -> str:

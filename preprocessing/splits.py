@@ -33,6 +33,8 @@ def parse_splits(parser: argparse.ArgumentParser, arguments: list[str] | None) -
     sizes = {"train": options.train, "valid": options.valid, "test": options.test}
     if min(sizes.values()) < 1:
         parser.error("every split needs an example")
+    if getattr(options, "seed", 0) < 0:
+        parser.error(f"--seed must be at least 0, not {options.seed}")
     if len(getattr(options, "check", None) or ()) > 2:
         parser.error("--check takes one file or two")
     return options, sizes

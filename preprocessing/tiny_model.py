@@ -12,7 +12,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from files import UserError, load_examples, report
+from files import MODEL_FILES, UserError, load_examples, report, whole_folder
 from random_model import SHAPES, RandomModel
 
 EOS, UNKNOWN = "<|endoftext|>", "<|unknown|>"
@@ -42,6 +42,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--width, --layers, --heads and --positions must be at least 1")
     if options.width % options.heads:
         parser.error(f"--width {options.width} is no multiple of --heads {options.heads}")
+    if options.shape != "gpt2" and options.width // options.heads % 2:
+        parser.error(f"--width {options.width} / --heads {options.heads}: {options.shape} needs an even width a head")
+    if options.shape == "gpt2" and not options.tied:
+        parser.error("--untied: GPT-2's shape is always tied; --shape llama or qwen2 need not be")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed must be at least 0 and less than 2^63, not {options.seed}")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out {options.out} is a file, not a folder")
     for path in options.data:
         if not path.is_file():
             parser.error(f"{path} does not exist, or is no file")
@@ -82,8 +90,9 @@ def write_model(data: list[Path], out: Path, kind: str = "word", *model, **named
             texts += [example["question"], "### " + example["answer"], *example["steps"]]
     tokenizer = make_tokenizer(texts, kind)
     model = random.build(len(tokenizer))
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with whole_folder(out, replaces=MODEL_FILES) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
     return len(tokenizer), model.num_parameters()
 
 

@@ -98,6 +98,14 @@ def test_the_booleans_become_one_method(write, text, method):
     assert Config.from_file(write(text)).method == method
 
 
+def test_a_text_that_may_be_empty_is_given_as_shells_give_it(write):
+    """`step_separator=""`, as README spells it, reaches the program as `step_separator=`."""
+    for text in ("step_separator=", 'step_separator=""'):
+        assert Config.from_file(write(""), [text], needs_files=False).step_separator == ""
+    with pytest.raises(UserError, match="unknown key 'extends' in the command line: it is for files alone"):
+        Config.from_file(write(""), ["extends=a.yaml"], needs_files=False)
+
+
 def test_overrides_win_and_extends_is_read(write, tmp_path):
     write("coconut: True\nlr: 1e-3\nseed: 1\nname: parent", "base.yaml")
     child = tmp_path / "child.yaml"
@@ -128,6 +136,7 @@ def test_overrides_win_and_extends_is_read(write, tmp_path):
         ("uniform_prob: 2", "uniform_prob must be at most 1"),
         ("batch_size_training: 0", "batch_size_training must be at least 1"),
         ("seed: null", "seed must be set"),
+        ("save_path:", "save_path must be set"),
         ("only_eval: True", "only_eval needs load_model_path"),
         ("eval_latents: 2", "eval_latents is for eval-only runs of method coconut"),
         ("load_model_path: YOUR_PATH_TO_COCONUT_CKPT", "load_model_path is still the placeholder"),

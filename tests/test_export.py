@@ -304,6 +304,9 @@ def test_what_is_there_is_kept(checkpoints, tmp_path, capsys):
     assert export.main([str(checkpoints["llama"]), str(out), "--force"]) == 0
     assert (out / "config.json").read_text() != before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (out / ".git").mkdir()
+    assert "nothing of it is overwritten: it holds .git" in complaint(capsys, checkpoints["gpt2"], out, "--force")
+    assert (out / ".git").is_dir()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("all of it")
     (tmp_path / "file").write_text("some of it")
@@ -357,7 +360,7 @@ import utils
 if sys.argv[2] == "between":
     rename = Path.rename
     Path.rename = lambda self, to: os.kill(os.getpid(), 9) if self.name.startswith(".writing") else rename(self, to)
-with utils.whole_folder(Path(sys.argv[1]), replace=True) as aside:
+with utils.whole_folder(Path(sys.argv[1]), replaces=("whole",)) as aside:
     (aside / "half").write_text("")
     if sys.argv[2] == "within":
         os.kill(os.getpid(), 9)
@@ -375,10 +378,10 @@ def test_a_kill_loses_nothing(tmp_path, when):
     if when == "within":
         assert (out / "whole").exists()
     # the next one begins with what there was
-    with pytest.raises(RuntimeError), utils.whole_folder(out, replace=True):
+    with pytest.raises(RuntimeError), utils.whole_folder(out, replaces=("whole",)):
         raise RuntimeError
     assert [path.name for path in out.iterdir()] == ["whole"]
-    with utils.whole_folder(out, replace=True) as aside:
+    with utils.whole_folder(out, replaces=("whole",)) as aside:
         (aside / "new").write_text("")
     assert [path.name for path in out.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

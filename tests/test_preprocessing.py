@@ -6,10 +6,12 @@ import json
 import re
 import threading
 from itertools import pairwise
+from pathlib import Path
 
 import arithmetic
 import files
 import gsm_icot
+import machine
 import ood
 import prontoqa
 import prontoqa_generate
@@ -23,6 +25,7 @@ from prontoqa_statistics import parse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples import load_examples
+from pretrained import read_tokenizer
 from utils import UserError
 
 DATA = ROOT.parent / "shared" / "data"
@@ -384,6 +387,45 @@ def test_tiny_models_are_hugging_face_folders(tmp_path, shape, capsys):
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "model"))
     assert model.config.eos_token_id == 0
     assert f"{model.num_parameters():,} parameters" in capsys.readouterr().out
+    text = "1+2\n### 3"
+    tokenizer = read_tokenizer(tmp_path / "model")
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text  # transformers makes a Qwen2Tokenizer of any, ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("--untied", "GPT-2's shape is always tied"),
+        ("--shape llama --width 12 --heads 4", "llama needs an even width a head"),
+        (f"--seed {10**23}", "--seed must be at least 0 and less than 2^63"),
+        ("--seed -1", "--seed must be at least 0"),
+        ("--out data.json", "--out data.json is a file, not a folder"),
+        ("--out mine", "nothing of it is overwritten: it holds thesis.tex"),
+    ],
+)
+def test_tiny_models_that_cannot_be(tmp_path, monkeypatch, arguments, complaint, capsys):
+    """A traceback, a model that failed in its first forward, or success without a file."""
+    monkeypatch.chdir(tmp_path)
+    Path("data.json").write_text(json.dumps([{"question": "1+2", "steps": ["3"], "answer": "3"}]))
+    Path("mine").mkdir()
+    Path("mine/thesis.tex").write_text("all of it")
+    options = arguments.split()
+    options += [] if "--out" in options else ["--out", "model"]
+    try:
+        code = tiny_model.main(["data.json", *options])
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    assert complaint in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"data.json", "mine"}
+
+
+def test_a_seed_below_zero_is_refused(capsys):
+    """A traceback of numpy's."""
+    for script in (prosqa, machine):
+        with pytest.raises(SystemExit):
+            script.main(["--seed", "-1"])
+        assert "--seed must be at least 0, not -1" in capsys.readouterr().err
 
 
 # ---- GSM8K ----
