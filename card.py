@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from curriculum import stage_name
+from curriculum import MODES, stage_name
 from utils import UserError, notes_of, read_log, read_object
 
 CARD = """\
@@ -55,6 +55,15 @@ def card(checkpoint: Path, name: str, n_parameters: int, n_latents: int, n_marke
 
     Raises UserError where a file that it reads is damaged.
     """
+    try:
+        return _card(checkpoint, name, n_parameters, n_latents, n_markers)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"a file of {checkpoint.parent} is damaged, and cannot be put into the model card: {error!r}"
+        ) from None
+
+
+def _card(checkpoint: Path, name: str, n_parameters: int, n_latents: int, n_markers: int) -> str:
     description = read_object(checkpoint / "coconut.json")
     method, stage = description["method"], stage_name(description["stage"])
     added = "a newline"
@@ -66,11 +75,11 @@ def card(checkpoint: Path, name: str, n_parameters: int, n_latents: int, n_marke
     run_dir = checkpoint.parent
     config_file = run_dir / "config.yaml"
     if re.fullmatch(r"checkpoint_\d+(_step_\d+)?", checkpoint.name) and config_file.is_file():
-        text = config_file.read_text(encoding="utf-8")
+        text = config_file.read_text(encoding="utf-8", errors="replace")
         config, notes = _config(config_file, text)
         parts.append(_training(checkpoint, config, notes))
         parts.append(_accuracies(checkpoint, config))
-        parts.append(_repeating(run_dir, config, notes, text))
+        parts.append(_repeating(checkpoint, name, config, notes, text))
     else:
         parts.append("## Training\n\nNothing is known of the run: the checkpoint is not in its folder.\n")
     return "\n".join(part for part in parts if part)
@@ -85,7 +94,7 @@ def _training(checkpoint: Path, config: dict, notes: dict[str, str]) -> str:
             for name, usual in (("latent_passes", "sequential"), ("latent_labels", 0), ("step_decoder", "none"))
             if config.get(name, usual) != usual
         ),
-        "starts from": f"`{config.get('load_model_path') or config.get('model_id')}`"
+        "starts from": f"`{state.get('started_from') or config.get('load_model_path') or config.get('model_id')}`"
         + (", its shape only" if config.get("from_scratch") and not config.get("load_model_path") else ""),
         "data": f"`{config.get('train_path')}`",
         "digest of the data": f"`{state.get('data', 'unknown')}` (with tokenizer and limits)",
@@ -109,33 +118,52 @@ def _hours(run_dir: Path, trained: range) -> str:
 
 
 def _accuracies(checkpoint: Path, config: dict) -> str:
-    """A row for the validation after the checkpoint's epoch, and one for a test of this checkpoint in its run."""
+    """A row for the validation after the checkpoint's epoch, and one for each evaluation of this checkpoint that its
+    run's folder holds: of `only_eval` under the run's name, and of `evaluate.py RUN --all`."""
     rows = []
     if (checkpoint / "metrics.json").is_file():
-        rows.append((f"`{config.get('val_path')}` (validation)", read_object(checkpoint / "metrics.json")))
-    evaluation = checkpoint.parent / "eval" / "metrics.json"
-    if evaluation.is_file():
-        found = read_object(evaluation)
-        if Path(found.get("checkpoint", "")).name == checkpoint.name:
-            rows.append((f"`{found.get('file')}`", found))
+        found = read_object(checkpoint / "metrics.json")
+        rows += _rows(found, f"`{config.get('val_path')}` (validation)", config.get("answer_match"))
+    run_dir = checkpoint.parent
+    for folder in [run_dir / "eval", *sorted(run_dir.glob(f"evaluations/*/{checkpoint.name}/eval"))]:
+        if not (folder / "metrics.json").is_file():
+            continue
+        found = read_object(folder / "metrics.json")
+        file = folder / "config.yaml"
+        how = _config(file, file.read_text(encoding="utf-8"))[0] if file.is_file() else {}
+        for one in found["sets"].values() if "sets" in found else [found]:
+            if Path(one["checkpoint"]).name == checkpoint.name:
+                rows += _rows(one, f"`{one['file']}`", how.get("answer_match"))
     if not rows:
         return ""
-    lines = ["| data | n | accuracy | CoT match | generated tokens |", "|---|---|---|---|---|"]
-    for title, found in rows:
-        shares = " | ".join(f"{found[key]:.1%}" for key in ("accuracy", "cot_match"))
-        lines.append(f"| {title} | {found['examples']} | {shares} | {found['generated_tokens']:.1f} |")
-    how = "Greedy decoding; the answer is what follows the last `#`, without commas, and must be the gold answer."
+    lines = ["| data | n | accuracy | compared as | CoT match | generated tokens |", "|---|---|---|---|---|---|", *rows]
+    how = "Greedy decoding. The answer is what follows the last `#`, without commas; compared as text it must be the "
+    how += "gold answer, as a number the last number in it must be less than 0.001 from the gold answer."
     return "\n".join(["## Accuracy", "", *lines, "", how, ""])
 
 
-def _repeating(run_dir: Path, config: dict, notes: dict[str, str], text: str) -> str:
-    commit = notes.get("git commit", "unknown").split()[0]
+def _rows(found: dict, title: str, answer_match: str | None) -> list[str]:
+    """Of one evaluation; of a validation of method multi_mode a row for each mode, since its accuracy is their mean."""
+    modes = {name.removeprefix("accuracy_"): found[name] for name in found if name.removeprefix("accuracy_") in MODES}
+    shares = {f"{title}, asked in mode {mode}": share for mode, share in modes.items()} or {title: found["accuracy"]}
+    rest = f"{found['cot_match']:.1%} | {found['generated_tokens']:.1f}"
+    return [
+        f"| {name} | {found['examples']} | {a:.1%} | {answer_match or 'text'} | {rest} |" for name, a in shares.items()
+    ]
+
+
+def _repeating(checkpoint: Path, name: str, config: dict, notes: dict[str, str], text: str) -> str:
+    commit, *changed = notes.get("git commit", "unknown").split(maxsplit=1)
+    lines = [f"git checkout {commit}    # {' '.join(changed)}".removesuffix("    # ")] if commit != "unknown" else []
+    lines.append(
+        f"torchrun --nproc_per_node {notes.get('world size', '1')} run.py config.yaml name={config.get('name')}"
+    )
+    run_dir, epochs = f"{config.get('save_path')}/{config.get('name')}", checkpoint.name.removeprefix("checkpoint_")
+    lines.append(f"python export.py {run_dir}{f'@{epochs}' if epochs.isdecimal() else '/' + checkpoint.name} {name}")
     return (
-        f"## To repeat it\n\nIn the trainer's repository, with this folder's `config.yaml`:\n\n"
-        f"    git checkout {commit}\n"
-        f"    torchrun --nproc_per_node {notes.get('world size', '1')} run.py config.yaml name={config.get('name')}\n"
-        f"    python export.py {config.get('save_path')}/{config.get('name')} {run_dir.name}\n\n"
-        f"## Configuration\n\n```yaml\n{text.strip()}\n```\n"
+        "## To repeat it\n\nIn the trainer's repository, with this folder's `config.yaml`:\n\n"
+        + "".join(f"    {line}\n" for line in lines)
+        + f"\n## Configuration\n\n```yaml\n{text.strip()}\n```\n"
     )
 
 
@@ -143,7 +171,7 @@ def _config(path: Path, text: str) -> tuple[dict, dict[str, str]]:
     """The keys of a run, and what is noted above them: commit, versions, ranks, hardware."""
     try:
         config = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a configuration: it cannot be put into the model card")

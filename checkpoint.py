@@ -37,7 +37,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 import lora
 import parallel
 from config import Config
-from load_path import best, checkpoints, is_of_finished_epoch, ours, rating, resolve
+from load_path import best, checkpoints, is_of_finished_epoch, is_on_hub, ours, rating, resolve
 from pretrained import THOUGHT_FILE, Pretrained, read_description
 from ranks import World, on_every_rank, on_main_rank
 from trainer_state import (
@@ -66,10 +66,14 @@ PREFIX, THOUGHT_PREFIX = "base_causallm.", "thought."
 
 
 def find_weights(config: Config, world: World) -> Path | None:
-    """What load_model_path points to, if it is set; all ranks get the same. Collective.
+    """What load_model_path points to, if it is set; all ranks get the same, but of the hub's files each node has its
+    own. Collective.
 
     Raises UserError where there is nothing, or something damaged.
     """
+
+    if config.load_model_path and is_on_hub(config.load_model_path):
+        return parallel.in_turn(world, lambda cached: resolve(config.load_model_path, cached))  # all ranks
 
     def find() -> Path | None:
         path = resolve(config.load_model_path) if config.load_model_path else None

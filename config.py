@@ -369,6 +369,14 @@ class Config:
         return (config_checks.paths(self) if needs_files else []) + config_checks.combinations(self, world_size)
 
     @classmethod
+    def problems_of(cls, values: dict) -> list[str]:
+        """What is wrong with values that a file has for some of the keys, a sentence each; what is no key is passed
+        over."""
+        problems: list[str] = []
+        _checked(cls, {name: Value(value, None) for name, value in values.items()}, problems)
+        return problems
+
+    @classmethod
     def describe(cls) -> str:
         """Every key with its default and its meaning, for --help."""
         lines = []

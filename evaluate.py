@@ -201,19 +201,42 @@ def _generate_share(
     outputs = {}
     batches = _batches_of_rank([len(ids) for ids in prompts], size, world)
     for indices in progress_bar(batches, title, "batch", shown=world.is_main):
-        batch = collate_prompts([prompts[index] for index in indices], markers.eos)
-        room = (model.max_positions or math.inf) - batch["input_ids"].shape[1]
-        batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
+        batch = [prompts[index] for index in indices]
         with autocast(config, world):
-            rows = model.generate(**batch, max_new_tokens=min(config.max_new_tokens, room)).tolist()
-        for index, row in zip(indices, rows, strict=True):
-            new = row[: row.index(markers.eos)] if markers.eos in row else row
-            if config.method == "multi_mode":
-                new = [token for token in new if token != markers.end]
+            rows = written(pretrained, config.method, batch, config.max_new_tokens, world.device)
+        for index, new in zip(indices, rows, strict=True):
             thinks = model.thought.sequential and model.latent_passes != 0
             n_latents = prompts[index].count(markers.latent) if thinks else 0
             outputs[index] = (tokenizer.decode(new, skip_special_tokens=True), len(new), n_latents)
     return outputs
+
+
+def written(
+    pretrained: Pretrained,
+    method: str,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    device: torch.device,
+    **sampling,
+) -> list[list[int]]:
+    """The tokens that are written after each prompt, up to EOS, all in one batch; but where a prompt leaves less room
+    than max_new_tokens in the model's positions, it has a batch of its own, for its end is not that of the others."""
+    model, _, markers = pretrained
+    limit = model.max_positions or math.inf
+    roomy = [index for index, row in enumerate(prompts) if len(row) + max_new_tokens <= limit]
+    found: dict[int, list[int]] = {}
+    for indices in [roomy, *([index] for index in range(len(prompts)) if index not in set(roomy))]:
+        if not indices:
+            continue
+        batch = collate_prompts([prompts[index] for index in indices], markers.eos)
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        room = min(max_new_tokens, limit - batch["input_ids"].shape[1])
+        rows = model.generate(**batch, max_new_tokens=room, **sampling).tolist()
+        for index, row in zip(indices, rows, strict=True):
+            new = row[: row.index(markers.eos)] if markers.eos in row else row
+            # multi_mode writes the end marker after its reasoning
+            found[index] = [token for token in new if method != "multi_mode" or token != markers.end]
+    return [found[index] for index in range(len(prompts))]
 
 
 @torch.no_grad()

@@ -39,11 +39,12 @@ from checkpoint import damage
 from config import split_thought
 from families import COARSE, ORDINARY
 from modeling_coconut import CoconutConfig, CoconutForCausalLM
-from pretrained import read_tokenizer
+from pretrained import END, read_tokenizer
 from trained import Coconut
 from utils import MODEL_FILES, UserError, report, whole_folder
 
 MODELLING = "modeling_coconut.py"  # as transformers names it, after the module
+TRIED = 5  # tokens of the questions that both models are compared with
 KNOWN = (
     *("last", "pause", "projected", "normalised", "projected+normalised", "realigned", "looped", "mlp", "layer"),
     *("suppressed", "last+suppressed", "embedding+suppressed"),
@@ -63,7 +64,7 @@ def export(checkpoint: str, out: Path, force: bool = False) -> list[str]:
             raise UserError(f"{out} holds an exported model already: choose another name, or --force to replace it")
     with whole_folder(out, replaces=MODEL_FILES if force else ()) as aside:
         model = Coconut.from_pretrained(checkpoint)
-        folder = Path(model.config.model_id)
+        folder = Path(model.config.model_id).resolve()  # '.' has no name, and no parent
         if (folder / "trainer").is_dir() and (problem := damage(folder)):
             raise UserError(f"{folder} is damaged: {problem}")
         whole = exported(model)
@@ -76,6 +77,8 @@ def export(checkpoint: str, out: Path, force: bool = False) -> list[str]:
         options = {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
         tokenizer = read_tokenizer(folder, **options)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        if model.config.method == "multi_mode":  # it writes the end marker after its reasoning: nothing to be read
+            tokenizer.add_special_tokens({"additional_special_tokens": [END]})
         tokenizer.save_pretrained(aside)
         (aside / "README.md").write_text(text, encoding="utf-8")
         if (folder.parent / "config.yaml").is_file():
@@ -97,6 +100,8 @@ def exported(model: Coconut) -> CoconutForCausalLM:
         raise UserError(f"a {base.config.model_type} cannot be exported: it generates rightly without a cache only")
     newline, endings = _with_newline(model.tokenizer)
     appended = model.prompts([""])[0][len(model.tokenizer("\n")["input_ids"]) :]
+    if model.max_positions is not None and len(appended) + TRIED > model.max_positions:
+        raise UserError(f"its {len(appended)} latents and markers leave no room in {model.max_positions} positions")
     settings = CoconutConfig(
         text_config=base.config,
         thought=f"layer:{model.thought.index}" if name == "layer" else thought,
@@ -147,7 +152,7 @@ def _with_newline(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[i
 def _check(model: Coconut, whole: CoconutForCausalLM) -> None:
     """Compares what both make of two questions, one of them padded."""
     n_words = min(len(model.base_causallm.get_input_embeddings().weight), len(model.tokenizer))
-    questions = torch.randint(n_words, (2, 5), generator=torch.Generator().manual_seed(0))
+    questions = torch.randint(n_words, (2, TRIED), generator=torch.Generator().manual_seed(0))
     attended = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
     ids, mask = whole.prompts(questions.masked_fill(questions == (model.latent_token_id or -1), 0), attended)
     wanted = model.head(model.states(ids, mask)[0][:, -1])  # (B, V)
@@ -167,7 +172,13 @@ def _differing_prompts(model: Coconut, whole: CoconutForCausalLM, folder: Path) 
     path = folder / "predictions.jsonl"
     if not path.is_file():
         return []
-    questions = [json.loads(line)["question"] for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a question may hold U+2028
+        questions = [str(json.loads(line)["question"]) for line in lines if lines != [""]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error!r}") from None
+    if not questions:
+        return []
     found = 0
     for question, wanted in zip(questions, model.prompts(questions), strict=True):
         ids, _ = whole.prompts(torch.tensor([model.tokenizer(question)["input_ids"]], dtype=torch.long))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from curriculum import MODES
 
+LEAST_TEMPERATURE = 0.001  # below it logits overflow, and the likeliest word is what is drawn anyway
 HELP = """\
 a line is a question; beside questions there are
   :thoughts K   K latent thoughts from now on; without K as many as the model's stage was trained with
@@ -70,7 +71,7 @@ def load(checkpoint: str) -> Coconut:
 def records_of_file(path: Path) -> list[dict]:
     """The questions of a file: a JSON list as in data/, or a line each. Raises UserError that says what is wrong."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark before it
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
     if not text.lstrip().startswith("["):
@@ -166,6 +167,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("a question and --file exclude each other")
     if min(options.batch, options.max_new_tokens) < 1 or (options.thoughts or 0) < 0 or not options.temperature > 0:
         parser.error("--batch, --max-new-tokens and --temperature must be positive, --thoughts at least 0")
+    if (options.top_k is not None and options.top_k < 1) or not 0 < (
+        1.0 if options.top_p is None else options.top_p
+    ) <= 1:
+        parser.error("--top-k must be at least 1, --top-p more than 0 and at most 1")
+    if options.temperature < LEAST_TEMPERATURE or not 0 <= options.seed < 2**63:
+        parser.error(f"--temperature must be at least {LEAST_TEMPERATURE}, --seed at least 0 and less than 2^63")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     torch.manual_seed(options.seed)

@@ -76,9 +76,10 @@ def rating(path: Path) -> tuple[int, float] | None:
     """(stage, validation accuracy) of a checkpoint; None where it does not say, or is damaged."""
     try:
         stage = json.loads((path / "coconut.json").read_text(encoding="utf-8"))["stage"]
-        return stage, json.loads((path / "metrics.json").read_text(encoding="utf-8"))["accuracy"]
+        accuracy = json.loads((path / "metrics.json").read_text(encoding="utf-8"))["accuracy"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return (stage, accuracy) if type(stage) is int and type(accuracy) in (int, float) and 0 <= accuracy <= 1 else None
 
 
 def best(run_dir: Path) -> Path | None:
@@ -88,21 +89,26 @@ def best(run_dir: Path) -> Path | None:
     return max((pair for pair in rated if pair[1] is not None), key=lambda pair: pair[1], default=(None, None))[0]
 
 
-def resolve(load_model_path: str) -> Path:
+def resolve(load_model_path: str, cached: bool = False) -> Path:
     """The folder or file: a file of the reference, a Hugging Face folder, a run's newest checkpoint, RUN@best, RUN@12
-    (after 12 epochs), or org/name:file, which is downloaded from the hub.
+    (after 12 epochs), or org/name:file, which is downloaded from the hub, or `cached` here already.
 
     Raises UserError where it is none of these.
     """
     path, choice = Path(load_model_path), split_choice(load_model_path)
     if choice is not None:
         return _chosen(load_model_path, *choice)
+    if (path / "modeling_coconut.py").is_file():
+        raise UserError(
+            f"{path} is what export.py writes: AutoModelForCausalLM.from_pretrained reads it, with "
+            f"trust_remote_code=True"
+        )
     if path.is_file() or (path / "config.json").is_file():
         return path
     if found := checkpoints(path):
         return next((folder for folder in reversed(found) if is_of_finished_epoch(folder)), found[-1])
     if is_on_hub(load_model_path):
-        return _downloaded(load_model_path)
+        return _downloaded(load_model_path, cached)
     raise UserError(
         f"load_model_path {load_model_path!r} is no checkpoint: neither a file, nor a folder with a config.json, nor "
         f"a run's folder with a whole checkpoint in it"
@@ -131,13 +137,13 @@ def is_on_hub(load_model_path: str) -> bool:
     return spelled is not None and not Path(spelled["repo"]).exists()
 
 
-def _downloaded(load_model_path: str) -> Path:
+def _downloaded(load_model_path: str, cached: bool) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     spelled = HUB_FILE.fullmatch(load_model_path)
     try:
-        return Path(hf_hub_download(spelled["repo"], spelled["file"]))
+        return Path(hf_hub_download(spelled["repo"], spelled["file"], local_files_only=cached))
     except (OSError, ValueError, EntryNotFoundError) as error:  # no connection, a wrong name, what the hub answers
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"load_model_path {load_model_path!r} cannot be had from the hub: {reason}") from None

@@ -153,14 +153,17 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         options.pop("token_type_ids", None)
         input_ids, attention_mask = self.prompts(questions, options.pop("attention_mask", None))
         settings = generation_config or self.generation_config
-        if (length := options.pop("max_length", None)) is not None:
+        length = options.pop("max_length", settings.max_length if settings.max_new_tokens is None else None)
+        if length is not None:
             options.setdefault("max_new_tokens", length - questions.shape[1])
+        if (length := options.pop("min_length", settings.min_length)) is not None:
+            options.setdefault("min_new_tokens", max(length - questions.shape[1], 0))
         limit, length = self.config.max_position_embeddings, input_ids.shape[1]
         if limit is not None:
             if length >= limit:
                 raise ValueError(f"a question of {length} tokens leaves no room in {limit} positions")
-            wanted = options.get("max_new_tokens") or settings.max_new_tokens or limit
-            options["max_new_tokens"] = min(wanted, limit - length)
+            wanted = options.get("max_new_tokens", settings.max_new_tokens)
+            options["max_new_tokens"] = limit - length if wanted is None else min(wanted, limit - length)
         if options.get("do_sample", settings.do_sample) and settings.top_k is None:
             options.setdefault("top_k", 0)
         self.base_causallm.generation_config = self.generation_config

@@ -42,7 +42,7 @@ def load(config: Config, world: World, source: Path | None) -> Pretrained:
     Collective: every rank must call it. Raises UserError as `pretrained.load_model` does.
     """
     if choose_strategy(config, world, source) != "fsdp":
-        loaded = _in_turn(world, lambda cached: load_model(config, source, cached))
+        loaded = in_turn(world, lambda cached: load_model(config, source, cached))
         prepare_blocks(loaded.model, config)
         loaded.model.to(world.device)
         return loaded
@@ -67,7 +67,7 @@ def load(config: Config, world: World, source: Path | None) -> Pretrained:
     return Pretrained(model, tokenizer, markers)
 
 
-def _in_turn(world: World, action: Callable[[bool], Any]) -> Any:
+def in_turn(world: World, action: Callable[[bool], Any]) -> Any:
     """The result of an action that may ask the hub, on every rank: the first rank of each node makes it first, and then
     the others, which are told that what it needs is in the cache by now. Collective."""
     found: list = []
@@ -84,7 +84,7 @@ def choose_strategy(config: Config, world: World, source: Path | None) -> str:
     if world.size == 1 or world.device.type != "cuda":
         return "ddp"
 
-    shape = _in_turn(world, lambda cached: shape_of(config, source, cached))
+    shape = in_turn(world, lambda cached: shape_of(config, source, cached))
     with torch.device("meta"):
         n_parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(shape).parameters())
     if config.step_decoder != "none" and not config.only_eval:

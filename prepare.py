@@ -82,6 +82,8 @@ def prepare(config: Config, world: World, source: Path | None, progress: Progres
             f"continue_changed=true"
         )
     progress.data, progress.val = data.train_digest, data.val_digest
+    if source is not None and not progress.step:
+        progress.started_from = str(source)
     logger = RunLogger(config.run_dir / "eval" if config.only_eval else config.run_dir, world.is_main)
     # all ranks; before the log is opened: what fails from then on has to close it
     for name, one in by_set.items():
@@ -139,7 +141,9 @@ def announce(run: Run, newest: Path | None) -> None:
         say(f"continuing from {newest}, after {progress.epoch} of {config.num_epochs} epochs{within}")
         if config.load_model_path is not None:
             say("(load_model_path is where the run began; its own checkpoint is newer)")
-    elif progress.epoch:
+    elif progress.started_from is not None:
+        say(f"starting from the weights of {progress.started_from}")
+    if newest is None and progress.epoch:
         if config.load_model_path is None:
             say("warning: resume skips epochs, but there is no load_model_path with a model that has had them")
         stage = curriculum.stage_of(config, progress.epoch)

@@ -7,7 +7,9 @@ Face folder, to which a checkpoint of this program adds coconut.json and, where 
 from __future__ import annotations
 
 import copy
+import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -186,7 +188,14 @@ def read_description(folder: Path) -> dict | None:
     Raises UserError where it is damaged.
     """
     path = folder / "coconut.json"
-    return read_object(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    description = read_object(path)
+    if type(description.get("stage")) is not int or "method" not in description:
+        raise UserError(f"{path} is damaged: it must name a stage, by its number, and a method")
+    if problems := Config.problems_of(description):
+        raise UserError(f"{path} is damaged: {'; '.join(problems)}")
+    return description
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -299,7 +308,12 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
     resized. Returns whether the file held the markers' rows.
     """
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # files of before torch 1.6 are no archives, and cannot be mapped into memory
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} is no file of weights, or one that holds more than tensors, which may run code of its own"
+        ) from None
     except Exception as error:  # torch raises whatever the unpickler meets
         raise UserError(
             f"{path} is no file of weights: {next(iter(str(error).splitlines()), type(error).__name__)}"

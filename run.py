@@ -40,7 +40,7 @@ from sim_cot import SimCot
 from table import summary
 from throughput import FlopCounter, Throughput, peak_flops
 from trainer_state import Progress
-from utils import UserError, progress_bar, report, tell, writing
+from utils import UserError, progress_bar, report, tell, write_together, writing
 
 INTERRUPTED_FILE = "INTERRUPTED_FILE"  # a run that a signal has stopped creates the file that this variable names
 
@@ -118,9 +118,11 @@ def evaluate_only(config: Config, world: World) -> None:
         def publish() -> None:
             metrics, files = evaluate.of_sets(results)
             tell(summary(config.run_dir, metrics))  # first: should the disk be full, it is not lost
-            for name, text in files.items():
-                with writing(config.run_dir / "eval" / name):
-                    (config.run_dir / "eval" / name).write_text(text, encoding="utf-8")
+            folder = config.run_dir / "eval"
+            write_together({folder / name: text for name, text in files.items()})
+            for path in folder.glob("predictions*.jsonl"):
+                if path.name not in files:
+                    path.unlink()  # of other sets, whose metrics are no longer beside it
             for name, (metrics, _) in results.items():
                 run.logger.log(f"eval/{name}" if name else "eval", **metrics)
 

@@ -15,15 +15,22 @@ from pathlib import Path
 
 from curriculum import stage_name
 from load_path import best, checkpoints, is_of_finished_epoch, rating
-from utils import UserError, progress_bar, read_log, report
+from utils import UserError, progress_bar, read_log, read_object, report
 
 
 def summary(run_dir: Path, evaluation: dict | None = None) -> str:
     """The table of a run: each stage after its last epoch, then the results of an evaluation where there are any, those
     that are given or those in the run's folder; of several sets in a table of their own.
 
-    Raises UserError where the folder holds no finished epoch and no evaluation.
+    Raises UserError where the folder holds no finished epoch and no evaluation, or something damaged.
     """
+    try:
+        return _summary(run_dir, evaluation)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"metrics.jsonl or eval/metrics.json in {run_dir} is damaged: {error!r}") from None
+
+
+def _summary(run_dir: Path, evaluation: dict | None) -> str:
     rows, stages, last_of_stage = [], {}, {}
     evaluation_file = run_dir / "eval" / "metrics.json"
     # a restarted run repeats the epochs that it had lost: what was written last counts
@@ -36,7 +43,7 @@ def summary(run_dir: Path, evaluation: dict | None = None) -> str:
         n_epochs, seconds = stages[stage]
         rows.append((f"validation, stage {stage_name(stage)}", n_epochs, record, f"{seconds:.0f}"))
     if evaluation is None and evaluation_file.exists():
-        evaluation = json.loads(evaluation_file.read_text(encoding="utf-8"))
+        evaluation = read_object(evaluation_file)
     sets = (evaluation or {}).get("sets")
     if evaluation is not None and not sets:
         title = f"{Path(evaluation['file']).stem}, stage {stage_name(evaluation['stage'])}"
@@ -94,30 +101,40 @@ def named_best(run_dir: Path) -> str | None:
     )
 
 
-def evaluate_all(run_dir: Path, file: str) -> str:
-    """Evaluates every checkpoint of a finished epoch by run.py, one after the other; returns a table, the best in
-    validation marked. Results go to RUN/evaluations/CHECKPOINT/eval. Raises UserError where one fails."""
+def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
+    """Evaluates every checkpoint of a finished epoch by run.py, one after the other. Results go to
+    RUN/evaluations/FILE/CHECKPOINT/eval.
+
+    Returns a table, the best in validation marked, and what went wrong, a sentence for each checkpoint that could not
+    be evaluated; what run.py warns of is passed on, once. Raises UserError where there is none.
+    """
     paths = [path for path in checkpoints(run_dir) if is_of_finished_epoch(path)]
     if not paths:
         raise UserError(f"{run_dir} holds no checkpoint of a finished epoch")
-    rows, folder, chosen = [HEADER], run_dir / "evaluations", best(run_dir)
+    rows, failed, folder, chosen = [HEADER], [], run_dir / "evaluations" / Path(file).stem, best(run_dir)
+    said: set[str] = set()
     for path in progress_bar(paths, "evaluating", "checkpoint", shown=True):
-        keys = {"only_eval": "true", "from_scratch": "false", "load_model_path": path, "val_path": file, "resume": 0}
-        keys |= {"save_path": folder, "name": path.name, "wandb": "disabled"}
-        script = Path(__file__).with_name("run.py")
-        command = [sys.executable, script, run_dir / "config.yaml", *(f"{key}={value}" for key, value in keys.items())]
+        keys = {"only_eval": True, "from_scratch": False, "load_model_path": str(path), "val_path": file, "resume": 0}
+        keys |= {"save_path": str(folder), "name": path.name, "wandb": "disabled"}
+        overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+        command = [sys.executable, Path(__file__).with_name("run.py"), run_dir / "config.yaml", *overrides]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        for warning in [line for line in lines if line.startswith("warning: ")]:
+            general = warning.replace(str(path), "a checkpoint")  # the same of each
+            if general not in said:
+                print(general, file=sys.stderr, flush=True)
+            said.add(general)
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.strip()]
-            raise UserError(
-                f"{path} could not be evaluated: {said[-1].removeprefix('error: ') if said else 'no reason given'}"
-            )
-        metrics = json.loads((folder / path.name / "eval" / "metrics.json").read_text(encoding="utf-8"))
+            errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+            failed.append(f"{path} could not be evaluated: {[*errors, *lines[-1:], 'no reason given'][0]}")
+            continue
+        metrics = read_object(folder / path.name / "eval" / "metrics.json")
         mark = ", best" if path == chosen else ""
         rows.append(
             row_of(f"{path.name}, stage {stage_name(metrics['stage'])}{mark}", "", metrics, f"{metrics['seconds']:.1f}")
         )
-    return "\n".join(rows)
+    return "\n".join(rows), failed
 
 
 def main(description: str, arguments: list[str] | None = None) -> int:
@@ -128,7 +145,10 @@ def main(description: str, arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.all is not None:
-            print(evaluate_all(options.run, options.all))
+            table, failed = evaluate_all(options.run, options.all)
+            print(table)
+            if failed:
+                raise UserError("; ".join(failed))
         else:
             print(*filter(None, (summary(options.run), named_best(options.run))), sep="\n")
     except UserError as error:

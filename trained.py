@@ -24,12 +24,13 @@ from checkpoint import DESCRIBED, write_model
 from config import Config
 from curriculum import Markers, prompt
 from dataset import collate_prompts
-from evaluate import extract_answer
+from evaluate import extract_answer, written
 from load_path import resolve
 from pretrained import Pretrained, load_model, not_loadable, read_description
 from utils import UserError, whole_folder
 
 TOP = 5  # words shown of a thought
+MOST_THOUGHTS = 100_000  # of a model that knows no limit
 
 
 class Coconut(coconut.Coconut, PushToHubMixin):
@@ -47,13 +48,16 @@ class Coconut(coconut.Coconut, PushToHubMixin):
     stage: int
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> Coconut:
+    def from_pretrained(cls, source: str | Path, **of_hub) -> Coconut:
         """The model of a checkpoint folder, of a run's folder (its newest checkpoint), or of what `push_to_hub` has put
         on the hub, by its id; on the CPU, in the dtype that it was saved in, ready to be asked.
 
+        of_hub: how it is downloaded, options of huggingface_hub.snapshot_download such as revision, token and
+            cache_dir.
+
         Raises UserError where it is none of these.
         """
-        folder = _folder_of(source)
+        folder = _folder_of(source, of_hub)
         description = read_description(folder)
         if description is None:
             if (folder / "modeling_coconut.py").is_file():
@@ -71,14 +75,29 @@ class Coconut(coconut.Coconut, PushToHubMixin):
         model.tokenizer, model.markers, model.config, model.stage = tokenizer, markers, config, description["stage"]
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path, **_) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        max_shard_size: int | str | None = None,
+        **of_hub,
+    ) -> None:
         """Writes what `from_pretrained` reads, as a checkpoint has it: AutoModelForCausalLM reads the folder too, and
         then has the model without its thoughts. It appears whole.
+
+        push_to_hub: put it on the hub too, under repo_id, default the folder's name; of_hub are options of
+            `push_to_hub`.
+        max_shard_size: which `push_to_hub` names, has no effect: the weights are one file.
 
         Raises UserError where the folder holds something already, or cannot be written.
         """
         with whole_folder(Path(folder)) as aside:
             write_model(aside, self.config, self.as_pretrained(), self.stage, self.state_dict())
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(folder).name, **of_hub)
+        elif of_hub or repo_id:
+            raise TypeError(f"{', '.join(['repo_id', *of_hub])}: options of push_to_hub, which is not asked for")
 
     def as_pretrained(self) -> Pretrained:
         return Pretrained(self, self.tokenizer, self.markers)
@@ -103,6 +122,8 @@ class Coconut(coconut.Coconut, PushToHubMixin):
         sampling: options of `generate`; without any it decodes greedily.
         Raises UserError where a question does not fit the model, and where it has no latents to count.
         """
+        if not questions:
+            return []
         prompts = self.prompts(questions, n_thoughts)
         limit = self.max_positions or math.inf
         for question, row in zip(questions, prompts, strict=True):
@@ -110,17 +131,13 @@ class Coconut(coconut.Coconut, PushToHubMixin):
                 raise UserError(
                     f"a question of {len(row)} tokens leaves no room in {limit} positions: {question[:60]!r}"
                 )
-        batch = collate_prompts(prompts, self.markers.eos)
-        batch = {name: tensor.to(self.base_causallm.device) for name, tensor in batch.items()}
-        room = min(max_new_tokens, limit - batch["input_ids"].shape[1])
+        pretrained, device = self.as_pretrained(), self.base_causallm.device
         results = []
-        for row in self.generate(**batch, max_new_tokens=room, **sampling).tolist():
-            new = row[: row.index(self.markers.eos)] if self.markers.eos in row else row
-            if self.config.method == "multi_mode":  # which writes the end marker after its reasoning
-                new = [token for token in new if token != self.markers.end]
+        for new in written(pretrained, self.config.method, prompts, max_new_tokens, device, **sampling):
             text = self.tokenizer.decode(new, skip_special_tokens=True)
             results.append({"output": text, "answer": extract_answer(text)})
         if show_thoughts:
+            batch = {name: value.to(device) for name, value in collate_prompts(prompts, self.markers.eos).items()}
             for result, thoughts in zip(results, decoded_thoughts(self, self.tokenizer, batch), strict=True):
                 result["thoughts"] = thoughts
         return results
@@ -128,6 +145,9 @@ class Coconut(coconut.Coconut, PushToHubMixin):
     def prompts(self, questions: list[str], n_thoughts: int | None = None) -> list[list[int]]:
         """The token ids that each answer follows."""
         config = self.config_with(n_thoughts)
+        for question in questions:
+            if any("\ud800" <= character <= "\udfff" for character in question):
+                raise UserError(f"a question holds what is no UTF-8: {question[:60]!r}")
         ids = self.tokenizer([question + "\n" for question in questions])["input_ids"]
         return [prompt(row, [], self.stage, config, self.markers) for row in ids]
 
@@ -148,6 +168,8 @@ class Coconut(coconut.Coconut, PushToHubMixin):
             raise UserError(
                 f"a number of thoughts is for models with latents, and this one is of method {self.config.method}"
             )
+        if n_thoughts >= (limit := self.max_positions or MOST_THOUGHTS):
+            raise UserError(f"{n_thoughts} thoughts leave no room in {limit} positions")
         return replace(self.config, eval_latents=n_thoughts)
 
 
@@ -164,12 +186,12 @@ def decoded_thoughts(
     return [[pairs(ids, shares) for ids, shares in zip(*row, strict=True)] for row in rows]
 
 
-def _folder_of(source: str | Path) -> Path:
+def _folder_of(source: str | Path, of_hub: dict) -> Path:
     """A local checkpoint, or where the hub's files have been put. Raises UserError."""
     if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         return resolve(str(source))
     try:
-        return Path(snapshot_download(str(source)))
+        return Path(snapshot_download(str(source), **of_hub))
     except Exception as error:  # whatever the hub, or the way to it, makes of it
         raise not_loadable("checkpoint", source, error) from None
 

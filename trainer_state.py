@@ -41,6 +41,7 @@ class Progress:
     wandb_id: str | None = None
     data: str | None = None  # digest of the training data, as tokens.cache_tokens names it
     val: str | None = None  # SHA-256 of the validation file
+    started_from: str | None = None  # the checkpoint that load_model_path stood for when the run began
 
 
 def save_progress(folder: Path, progress: Progress, world_size: int) -> None:

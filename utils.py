@@ -167,7 +167,7 @@ def read_log(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; lines that a job left half written are passed over, and what
     is no record."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict) and "event" in record]
@@ -211,11 +211,24 @@ def as_json(content) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file, and its folder, so that there is never half of it: aside, and renamed. Raises UserError."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")  # others may write the same file
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+    write_together({path: text})
+
+
+def write_together(files: dict[Path, str]) -> None:
+    """`write_whole` of several files: none of them appears before all are written."""
+    asides = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}  # others may write the same file
+    try:
+        for path, text in files.items():
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                asides[path].write_text(text, encoding="utf-8")
+        for path, aside in asides.items():
+            with writing(path):
+                aside.replace(path)
+    finally:
+        for aside in asides.values():
+            with suppress(OSError):  # it has its name by now, or was never there
+                aside.unlink()
 
 
 def retried(action: Callable, seconds: float = 30):

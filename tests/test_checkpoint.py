@@ -80,7 +80,7 @@ def test_a_file_of_the_hub_is_downloaded(tmp_path, monkeypatch):
 
     asked = []
 
-    def download(repo, file):
+    def download(repo, file, local_files_only):
         asked.append((repo, file))
         if file == "none":
             raise huggingface_hub.errors.EntryNotFoundError("404 no such file")

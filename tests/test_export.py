@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from elsewhere import written_elsewhere
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import checkpoint
 import config as config_module
@@ -25,7 +25,7 @@ import utils
 from config import Config
 from dataset import collate_prompts
 from modeling_coconut import CoconutForCausalLM
-from pretrained import load_model
+from pretrained import END, load_model
 from trained import Coconut
 
 QUESTIONS = ["3+4", "5*6-0*2", "9?", "7!?", "12"]
@@ -46,7 +46,7 @@ CASES = {
     "stage 0": LLAMA | {"stage": 0},
     "in parallel": LLAMA | {"latent_passes": 1, "c_thought": 2},
     "looped": LLAMA | {"latent_passes": "stage", "thought": "looped", "c_thought": 2},
-    **{method: LLAMA | {"method": method} for method in ("cot", "no_cot", "icot", "no_thoughts")},
+    **{method: LLAMA | {"method": method} for method in ("cot", "no_cot", "icot", "no_thoughts", "codi", "multi_mode")},
     **{
         thought: {"shape": "gpt2" if "layer" in thought else "llama", "tied": False, "thought": thought}
         for thought in (
@@ -258,19 +258,94 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
         *("# out\n", "`coconut`: Coconut (chain of continuous thought", "Its stage is 2.", "4 latent positions"),
         *("`data/some_train.json`", "`abc123`", "| seed | 7 |", "| hours | 1.00, of 2 epochs with their validations |"),
         *("| hardware | a fast one; ranks: 2 |", "| epochs, optimizer steps | 2, 90 |", "torch 2."),
-        "| `data/some_valid.json` (validation) | 300 | 34.6% | 10.0% | 8.2 |",
-        "| `data/test.json` | 1000 | 50.0% | 10.0% | 8.2 |",
+        "| `data/some_valid.json` (validation) | 300 | 34.6% | text | 10.0% | 8.2 |",
+        "| `data/test.json` | 1000 | 50.0% | text | 10.0% | 8.2 |",
         "torchrun --nproc_per_node 2 run.py config.yaml name=mine",
+        "python export.py checkpoints/mine@4 out\n",
         (run / "config.yaml").read_text().strip(),
     ):
         assert part in text, part
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert f"git checkout {commit.stdout.strip() or 'unknown'}\n" in text
+    assert f"git checkout {commit.stdout.strip()}" in text or not commit.stdout
     assert (tmp_path / "out" / "config.yaml").read_text() == (run / "config.yaml").read_text()
     # of an evaluation of another checkpoint it says nothing
     (run / "eval" / "metrics.json").write_text(json.dumps(tested | {"checkpoint": "mine/checkpoint_3"}))
     export.export(str(run), tmp_path / "again")
     assert "data/test.json" not in (tmp_path / "again" / "README.md").read_text()
+    # of several sets, and of `evaluate.py --all`, each with its own rule
+    (run / "eval" / "metrics.json").write_text(json.dumps({"sets": {"a": tested, "b": tested | {"file": "b.json"}}}))
+    utils.write_config({"answer_match": "number"}, run / "eval", 1)
+    one = run / "evaluations" / "hard" / "checkpoint_4" / "eval"
+    one.mkdir(parents=True)
+    (one / "metrics.json").write_text(json.dumps(tested | {"file": "data/hard.json"}))
+    export.export(str(run), tmp_path / "sets")
+    text = (tmp_path / "sets" / "README.md").read_text()
+    for row in (
+        "test.json` | 1000 | 50.0% | number",
+        "b.json` | 1000 | 50.0% | number",
+        "hard.json` | 1000 | 50.0% | text",
+    ):
+        assert row in text, row
+
+
+def test_a_card_of_several_modes_has_a_row_for_each(checkpoints, tmp_path):
+    """The mean of three modes stood as the accuracy of a model that is asked in one."""
+    run = shutil.copytree(checkpoints["multi_mode"].parent, tmp_path / "mine")
+    utils.write_config(dataclasses.asdict(Config(method="multi_mode")), run, 1)
+    (run / "checkpoint_4" / "trainer").mkdir()
+    (run / "checkpoint_4" / "trainer" / "state.json").write_text('{"format": 1}')
+    found = {"accuracy": 0.2, "cot_match": 0.1, "generated_tokens": 8.25, "examples": 300}
+    found |= {"accuracy_direct": 0.1, "accuracy_written": 0.3, "accuracy_latent": 0.4}
+    (run / "checkpoint_4" / "metrics.json").write_text(json.dumps(found))
+    export.export(str(run), tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "asked in mode latent | 300 | 40.0% |" in text
+    assert "| 20.0% |" not in text
+
+
+def test_what_a_model_of_several_modes_writes_is_read_without_its_marker(folders):
+    for name, hidden in (("multi_mode", True), ("llama", False)):
+        tokenizer = AutoTokenizer.from_pretrained(folders[name])
+        assert (END in tokenizer.all_special_tokens) == hidden
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("coconut.json", "{}", "coconut.json is damaged: it must name a stage"),
+        ("coconut.json", {"stage": "x"}, "coconut.json is damaged: it must name a stage"),
+        ("coconut.json", {"c_thought": "many"}, "coconut.json is damaged: c_thought must be a whole number"),
+        ("coconut.json", {"method": "none"}, "coconut.json is damaged: method must be one of"),
+        ("coconut.json", {"c_thought": 1000}, "leave no room in 64 positions"),
+        ("predictions.jsonl", '{"question": ', "predictions.jsonl is damaged"),
+        ("predictions.jsonl", "{}", "predictions.jsonl is damaged"),
+        ("../eval/metrics.json", '{"checkpoint": 5}', "is damaged, and cannot be put into the model card"),
+        ("../config.yaml", "\ta", "is not a configuration"),
+    ],
+)
+def test_what_is_damaged_is_said_in_a_sentence(checkpoints, tmp_path, capsys, file, content, sentence):
+    """A traceback each."""
+    run = shutil.copytree(checkpoints["llama"].parent, tmp_path / "mine")
+    utils.write_config(dataclasses.asdict(Config()), run, 1)
+    path = run / "checkpoint_4" / file
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_text()) | content)
+    path.write_text(content)
+    if file.startswith(".."):
+        (run / "checkpoint_4" / "trainer").mkdir()
+        (run / "checkpoint_4" / "trainer" / "state.json").write_text('{"format": 1}')
+    assert sentence in complaint(capsys, run / "checkpoint_4", tmp_path / "out")
+
+
+def test_lengths_count_the_questions(folders):
+    """max_length in a generation_config, and min_length, counted the latents and markers too; 0 tokens were 128."""
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"], trust_remote_code=True)
+    question = torch.tensor([[3, 4, 5]])
+    assert model.generate(question, generation_config=GenerationConfig(max_length=8, min_length=8)).shape[1] == 8
+    assert model.generate(question, min_length=12, max_new_tokens=9).shape[1] == 12
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate(question, max_new_tokens=0)
 
 
 def test_a_card_of_a_checkpoint_without_its_run_says_so(folders):

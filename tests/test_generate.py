@@ -67,6 +67,18 @@ def test_a_question_is_asked_as_in_training(folders, capsys):
     assert found["output"]
 
 
+def test_a_long_question_does_not_cut_the_answers_of_others(folders):
+    """All answers of its batch had the room that it left."""
+    model = generate.load(str(folders["coconut"]))
+    n_prompt = len(model.prompts([""])[0])
+    long = "1" * (model.max_positions - n_prompt - 2)
+    short = model.answers(["1+2"], max_new_tokens=6)
+    both = model.answers(["1+2", long], max_new_tokens=6)
+    assert both[0] == short[0]
+    assert both[1] == model.answers([long], max_new_tokens=6)[0]
+    assert model.answers([]) == []
+
+
 @pytest.mark.parametrize("k", [0, 1, 5])
 def test_thoughts_are_counted_and_shown(folders, capsys, k):
     (found,) = ask(capsys, folders["coconut"], "3+4", "--show-thoughts", "--thoughts", k)
@@ -125,6 +137,9 @@ def test_a_model_without_latents_is_asked_too(folders, capsys):
         (["{tiny}", "3+4"], "lacks coconut.json"),
         (["none", "3+4"], "'none' is no checkpoint"),
         (["{coconut}", "3" * 60], "a question of 67 tokens leaves no room in 40 positions"),
+        (["{coconut}", "3\udcff"], "a question holds what is no UTF-8"),
+        (["{coconut}", "3+4", "--thoughts", "99999999999999999999"], "thoughts leave no room in 40 positions"),
+        (["{coconut}", "3+4", "--thoughts", "40"], "40 thoughts leave no room in 40 positions"),
         (["{coconut}", "--file", "none.json"], "cannot read none.json"),
         (["{coconut}", "--file", "{bad}"], r"record 1 \(counted from 0\) has no 'question'"),
         (["{coconut}", "--file", "{worse}"], "line 2 is not valid JSON"),
@@ -138,6 +153,23 @@ def test_what_is_wrong_is_said_in_a_sentence(folders, tmp_path, capsys, argument
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert re.search(sentence, error), error
+
+
+@pytest.mark.parametrize(
+    "option", [("--top-k", "-4"), ("--top-k", "0"), ("--top-p", "2"), ("--temperature", "1e-300"), ("--seed", "-1")]
+)
+def test_options_of_sampling_that_cannot_be(folders, option, capsys):
+    """A traceback, or what nobody can have meant."""
+    with pytest.raises(SystemExit) as end:
+        generate.main([str(folders["coconut"]), "3+4", "--sample", *option])
+    assert end.value.code == 2
+    assert option[0] in capsys.readouterr().err
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(folders, tmp_path, capsys):
+    """All of its JSON was asked as one question."""
+    (tmp_path / "a.json").write_text('\ufeff[{"question": "3+4"}]', encoding="utf-8")
+    assert [found["question"] for found in ask(capsys, folders["coconut"], "--file", tmp_path / "a.json")] == ["3+4"]
 
 
 def test_sampling_is_from_the_models_own_distribution(folders, tmp_path, capsys):

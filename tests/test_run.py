@@ -475,11 +475,71 @@ def test_the_best_checkpoint_is_named_and_all_can_be_evaluated(place, trained, c
     assert [name for name, line in rows.items() if ", best " in line] == [best.name]
     for path, (_, share) in accuracy.items():  # on the file that they were validated on
         assert f" {share:.1%} " in rows[path.name]
+    assert (run / "evaluations" / "valid" / "checkpoint_1" / "eval" / "metrics.json").is_file()
+    # of a damaged one there is a complaint, the others are evaluated, warnings come through, and names are as they are
+    odd = tmp_path / "run #1"
+    shutil.copytree(trained[0], odd)
+    (odd / "checkpoint_2" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "te st #2.json").write_text((place / "valid.json").read_text())
+    assert table.main("", [str(odd), "--all", str(tmp_path / "te st #2.json")]) == 2
+    printed = capsys.readouterr()
+    assert [line.partition(",")[0] for line in printed.out.splitlines() if line.startswith("checkpoint_")] == [
+        *("checkpoint_1", "checkpoint_3")
+    ]
+    assert "checkpoint_2 could not be evaluated: " in printed.err
+    assert printed.err.count("a checkpoint looks better than it is on the set that chose it") == 1
     assert table.main("", [str(run), "--all", "none.json"]) == 2
     assert "checkpoint_1 could not be evaluated: " in (said := capsys.readouterr().err)
     assert "none.json" in said
     assert table.main("", [str(tmp_path), "--all", "none.json"]) == 2
     assert "holds no checkpoint of a finished epoch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *(("eval/metrics.json", text) for text in ("", "{", "[]", "{}", '{"sets": 3}')),
+        ("metrics.jsonl", '{"event": "epoch"}'),
+    ],
+)
+def test_a_damaged_run_is_one_sentence(trained, tmp_path, file, content, capsys):
+    """A traceback each."""
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run)
+    (run / "eval").mkdir(exist_ok=True)
+    (run / file).write_text(content)
+    assert table.main("", [str(run)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert str(run) in printed
+
+
+def test_what_is_no_record_is_passed_over(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run)
+    wanted = table.summary(run)
+    with (run / "metrics.jsonl").open("ab") as log:
+        log.write(b'[]\n3\nnull\n{"a": 1}\n\xff\n')
+    (run / "checkpoint_1" / "metrics.json").write_text('{"accuracy": "high"}')
+    (run / "checkpoint_2" / "metrics.json").write_text('{"accuracy": NaN}')
+    assert table.summary(run) == wanted
+    assert load_path.best(run).name == "checkpoint_3"
+
+
+def test_results_of_an_evaluation_appear_together(place, trained, tmp_path):
+    """On a full disk the new metrics stood beside half of the new predictions, and the old ones were gone."""
+    folder = tmp_path / "run" / "eval"
+    keys = [f"save_path={tmp_path}", "name=run", f"load_model_path={trained[0]}", "only_eval=true"]
+    sets = f"val_path={{a: {place / 'valid.json'}, b: {place / 'valid.json'}}}"
+    assert run_module.main(Config.from_file(place / "run.yaml", [*keys, sets])) == 0
+    assert {path.name for path in folder.glob("predictions*")} == {"predictions_a.jsonl", "predictions_b.jsonl"}
+    assert run_module.main(Config.from_file(place / "run.yaml", keys)) == 0
+    assert {path.name for path in folder.glob("predictions*")} == {"predictions.jsonl"}
+    before = digest(folder)
+    (folder / f".predictions.jsonl.{os.getpid()}").mkdir()  # where it is to be written
+    assert run_module.main(Config.from_file(place / "run.yaml", keys)) == 2
+    (folder / f".predictions.jsonl.{os.getpid()}").rmdir()
+    assert digest(folder) == before
 
 
 def test_help_names_the_keys():

@@ -95,8 +95,15 @@ def test_the_hub(run, tmp_path, monkeypatch):
     assert {"coconut.json", "thought.safetensors", "model.safetensors", "tokenizer.json", "README.md"} <= set(uploaded)
     for name, content in uploaded.items():
         (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(trained, "snapshot_download", {"someone/coconut": tmp_path}.__getitem__)
-    assert Coconut.from_pretrained("someone/coconut").ask("3+4") == model.ask("3+4")
+    asked = []
+    monkeypatch.setattr(trained, "snapshot_download", lambda name, **how: asked.append((name, how)) or tmp_path)
+    assert Coconut.from_pretrained("someone/coconut", revision="v1").ask("3+4") == model.ask("3+4")
+    assert asked == [("someone/coconut", {"revision": "v1"})]
+    uploaded.clear()
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="someone/other", private=True)
+    assert "coconut.json" in uploaded
+    with pytest.raises(TypeError, match="private: options of push_to_hub, which is not asked for"):
+        model.save_pretrained(tmp_path / "again", private=True)
 
 
 @pytest.mark.parametrize(
