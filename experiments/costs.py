@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import statistics
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,9 +43,11 @@ class _Model(NamedTuple):
     model_id: str
 
 
-def cost_of(job: Job) -> Cost:
-    """What a job costs from its beginning, without validation."""
+def cost_of(job: Job, epochs: Sequence[int] | None = None) -> Cost:
+    """What a job costs in these epochs, by default in all from its beginning, without validation, and without what a
+    step decoder and the further passes of latents in parallel add."""
     config = job.config
+    epochs = range(config.resume, config.num_epochs) if epochs is None else epochs
     n_examples, tokenizer, tokens = _data(config.train_path, config.model_id, config.step_separator)
     markers = mark(tokenizer, config.method)
     with torch.device("meta"):
@@ -52,14 +55,14 @@ def cost_of(job: Job) -> Cost:
         counter = FlopCounter.of(Coconut(base, markers.latent, markers.start, markers.end, markers.eos, config.thought))
     n_tokens, flops = 0.0, 0.0
     share = min(n_examples, config.max_train_examples or n_examples) / len(tokens)
-    for epoch in range(config.resume, config.num_epochs):
+    for epoch in epochs:
         rows = StageDataset(tokens, config, markers, epoch)
         pairs = [rows[index, stage_of(config, epoch)] for index in range(len(tokens))]
         lengths = [len(ids) for ids, _ in pairs]
         supervised = sum(label != IGNORE for _, labels in pairs for label in labels)
         n_tokens += share * sum(lengths)
         flops += share * counter.training(lengths, supervised)
-    return Cost(config.num_epochs - config.resume, n_tokens, flops)
+    return Cost(len(epochs), n_tokens, flops)
 
 
 def print_plan(jobs: list[Job], waiting: list[Job], flops_per_second: float) -> None:
@@ -68,7 +71,9 @@ def print_plan(jobs: list[Job], waiting: list[Job], flops_per_second: float) -> 
     speeds = [speed for job in jobs if job.is_trained and (speed := _tokens_per_second(job)) is not None]
     left = [(job, cost_of(job)) for job in waiting]
     for job, cost in left:
-        print(f"\n# {job.name}: {cost.epochs} epochs, {cost.tokens:,.0f} tokens, {cost.flops:.2e} FLOPs")
+        most = "at most " if job.config.advance_at is not None else ""
+        more = ", and what it adds to Coconut" if is_counted_in_part(job) else ""
+        print(f"\n# {job.name}: {most}{cost.epochs} epochs, {cost.tokens:,.0f} tokens, {cost.flops:.2e} FLOPs{more}")
         for command in job.commands():
             print(shlex.join(command))
     tokens, flops = (sum(getattr(cost, name) for _, cost in left) for name in ("tokens", "flops"))
@@ -83,6 +88,12 @@ def print_plan(jobs: list[Job], waiting: list[Job], flops_per_second: float) -> 
     print(f"{flops / flops_per_second / 3600:.3g} hours of a GPU that does {flops_per_second:.3g} FLOP/s of it")
 
 
+def is_counted_in_part(job: Job) -> bool:
+    """Whether its method does more than is counted here."""
+    return job.config.step_decoder != "none" or job.config.latent_passes != "sequential"
+
+
 def _tokens_per_second(job: Job) -> float | None:
     seconds = sum(record["train_seconds"] + record["seconds"] for record in job.epochs())
-    return cost_of(job).tokens / seconds if seconds else None
+    epochs = [record["epoch"] for record in job.epochs()]  # fewer than all where advance_at has passed over some
+    return cost_of(job, epochs).tokens / seconds if seconds else None
