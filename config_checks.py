@@ -67,8 +67,6 @@ def _of_stages(config) -> list[str]:
         )
     if config.method == "codi" and not config.c_thought * config.max_latent_stage * config.pad_latent_to_max:
         found.append("method codi thinks max_latent_stage x c_thought thoughts: it needs both, and pad_latent_to_max")
-    if config.method == "codi" and (config.step_decoder != "none" or config.latent_labels):
-        found.append("step_decoder and latent_labels are of stages, and method codi has none")
     return found
 
 
@@ -78,8 +76,6 @@ def _of_modes(config) -> list[str]:
     if config.method == "multi_mode":
         if config.latent_markers == "none":
             found.append("method multi_mode tells its modes by the markers: latent_markers must be both")
-        if config.step_decoder != "none" or config.latent_labels:
-            found.append("step_decoder and latent_labels are for method coconut alone")
     elif config.mode != "latent":
         found.append(f"mode {config.mode} is for method multi_mode")
     if config.mode != "latent" and not config.only_eval:
@@ -102,7 +98,7 @@ def _of_latents(config) -> list[str]:
     if config.thought == "looped" and not in_parallel:
         found.append("thought looped is of latents that are made in parallel: set latent_passes to stage, or a number")
     if config.latent_labels and config.method != "coconut":
-        found.append("latent_labels are for the latents of method coconut")
+        found.append("latent_labels are for the latents of method coconut alone")
     if config.latent_labels and config.step_decoder != "none":
         found.append("latent_labels and step_decoder exclude each other")
     if config.step_decoder != "none" and not config.only_eval:

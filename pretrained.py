@@ -208,13 +208,13 @@ def load_tokenizer(config: Config, folder: Path | None = None, cached: bool = Fa
     has_one = folder is not None and any(
         (folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
     )
-    source = folder if has_one else config.model_id
+    source, key = (folder, "load_model_path") if has_one else (config.model_id, "model_id")
     try:
         tokenizer = read_tokenizer(source, local_files_only=cached)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{key} {error}") from None
     except Exception as error:
-        raise not_loadable("load_model_path" if has_one else "model_id", source, error) from None
+        raise not_loadable(key, source, error) from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {source} has no EOS token, without which no answer ends")
     return tokenizer
