@@ -215,8 +215,10 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_together(files: dict[Path, str]) -> None:
-    """`write_whole` of several files: none of them appears before all are written."""
-    asides = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}  # others may write the same file
+    """`write_whole` of several files: none of them appears before all are written. A link is written through, to where
+    somebody wants the file to be."""
+    # others may write the same file
+    asides = {path: path if path.is_symlink() else path.with_name(f".{path.name}.{os.getpid()}") for path in files}
     try:
         for path, text in files.items():
             with writing(path):
@@ -226,9 +228,10 @@ def write_together(files: dict[Path, str]) -> None:
             with writing(path):
                 aside.replace(path)
     finally:
-        for aside in asides.values():
+        for path, aside in asides.items():
             with suppress(OSError):  # it has its name by now, or was never there
-                aside.unlink()
+                if aside != path:
+                    aside.unlink()
 
 
 def retried(action: Callable, seconds: float = 30):

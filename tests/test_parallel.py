@@ -274,5 +274,5 @@ def test_one_rank_of_a_node_asks_the_hub(monkeypatch):
     for rank, local_rank, expected in ((0, 0, [False]), (1, 1, [True]), (2, 0, [False])):
         asked: list[bool] = []
         world = World(rank, local_rank, 3, torch.device("cpu"))
-        assert parallel._in_turn(world, lambda cached, asked=asked: asked.append(cached) or "loaded") == "loaded"
+        assert parallel.in_turn(world, lambda cached, asked=asked: asked.append(cached) or "loaded") == "loaded"
         assert asked == expected
