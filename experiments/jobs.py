@@ -18,10 +18,11 @@ from load_path import checkpoints, has_ended, resolve
 from utils import UserError, as_json, file_digest, read_log, read_object, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTE = "grid.json"  # in a run's folder: the digest of what it was trained as
-# keys that decide what an evaluation says, though not the weights
+NOTE = "grid.json"  # in a run's folder: the digest of what it was trained on
+# what a row of results/NAME.json has
 ROW = {"seed": int, "digest": str, "accuracy": float, "by_steps": dict, "tokens": float, "seconds_per_example": float}
-ROW |= {"seconds": float, "epochs": list, "correct": str}  # of results/NAME.json
+ROW |= {"seconds": float, "epochs": list, "correct": str}
+# keys that decide what an evaluation says, though not the weights
 OF_EVALUATION = (
     *("max_new_tokens", "answer_match", "max_eval_examples", "mode"),
     *("eval_latents", "eval_latents_from_steps"),
@@ -152,19 +153,24 @@ class Job:
         return ["bash", str(ROOT / "slurm/launch.sh"), "--standalone", "--nproc_per_node", str(self.n_gpus)]
 
     @cached_property
+    def _of_files(self) -> list[str]:
+        """Digests of what decides its weights beside its keys: data, the model's shape, the weights that it starts
+        from."""
+        found = [_content(self.config.train_path), _content(str(Path(self.config.model_id) / "config.json"))]
+        if self.begin is not None:
+            found.append(self.begin.of_training)
+        elif not self.config.from_scratch:
+            found += [_content(self.config.model_id), _content(self.config.load_model_path)]
+        return found
+
+    @cached_property
     def of_training(self) -> str:
-        """A digest of all that decides its weights: keys, data, the model's shape, the weights that it starts from."""
+        """A digest of all that decides its weights."""
         values = asdict(self.config)
         free = {key.name for key in fields(Config) if key.metadata["free"]}
         free |= {key.name for key in fields(Config) if key.metadata["later"] and values[key.name] == key.default}
         keys = {name: value for name, value in values.items() if name not in free}
-        parts = [json.dumps(keys, sort_keys=True), _content(self.config.train_path)]
-        parts.append(_content(str(Path(self.config.model_id) / "config.json")))
-        if self.begin is not None:
-            parts.append(self.begin.of_training)
-        elif not self.config.from_scratch:
-            parts += [_content(self.config.model_id), _content(self.config.load_model_path)]
-        return _digest(*parts)
+        return _digest(json.dumps(keys, sort_keys=True), *self._of_files)
 
     @cached_property
     def digest(self) -> str:
@@ -173,22 +179,24 @@ class Job:
         return _digest(self.of_training, _content(self.grid.test_path), json.dumps(keys, sort_keys=True))
 
     def note(self) -> None:
-        """Notes in its folder, before the first step, what it is trained as. Raises UserError."""
+        """Notes in its folder, before the first step, what it is trained on. Raises UserError."""
         if not checkpoints(self.folder):
-            write_whole(self.folder / NOTE, as_json({"digest": self.of_training}))
+            write_whole(self.folder / NOTE, as_json({"digest": _digest(*self._of_files)}))
 
     @property
     def others(self) -> list[str]:
         """In what its folder's run is another than this one; empty where there is none yet."""
         from checkpoint import changes  # which waits for torch
 
-        if found := list(changes(self.config, self.folder).values()):
+        found = list(changes(self.config, self.folder).values())
+        if found or not checkpoints(self.folder):
             return found
         try:
             noted = read_object(self.folder / NOTE)
         except UserError:
             return []  # trained by hand, or before there were notes
-        return [] if noted.get("digest") == self.of_training else ["trained on other data, or from other weights"]
+        same = noted.get("digest") == _digest(*self._of_files)
+        return [] if same else ["trained on other data, or from other weights"]
 
     def epochs(self) -> list[dict]:
         """What metrics.jsonl says of its epochs; a restarted run repeats those that it had lost."""

@@ -377,6 +377,19 @@ def test_a_run_on_other_data_or_weights_is_another(place, started, tmp_path, wha
     assert started == []
 
 
+def test_a_run_can_be_made_longer(place, started, tmp_path):
+    """It was refused as another run, or its old evaluation taken for the new one's."""
+    arguments = [*moved(place, tmp_path), "--only", "pause"]
+    assert grid.main(arguments) == 0
+    started.clear()
+    assert grid.main([*arguments, "--set", "num_epochs=3"]) == 0
+    assert [name_of(command) for command in started] == ["pause-3", "pause-3 test"]
+    shutil.rmtree(tmp_path / "runs/pause-3")  # but for what a run leaves that was stopped before its first checkpoint
+    (tmp_path / "runs/pause-3").mkdir()
+    (tmp_path / "runs/pause-3/grid.json").write_text('{"digest": "of other data"}')
+    assert grid.main([*arguments, "--anew"]) == 0
+
+
 def test_a_run_that_saves_only_what_improves_ends(place, started, tmp_path):
     """Its last epochs left no checkpoint: it was trained again whenever the grid was started."""
     runs = {"pause": {"keys": {"save_only_improve": True, "lr": 0.0, "num_epochs": 4}}}
