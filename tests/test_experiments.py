@@ -379,7 +379,7 @@ def test_a_run_on_other_data_or_weights_is_another(place, started, tmp_path, wha
 
 def test_a_run_can_be_made_longer(place, started, tmp_path):
     """It was refused as another run, or its old evaluation taken for the new one's."""
-    arguments = [*moved(place, tmp_path), "--only", "pause"]
+    arguments = moved(place, tmp_path, beginnings={}, runs={"pause": {}})
     assert grid.main(arguments) == 0
     started.clear()
     assert grid.main([*arguments, "--set", "num_epochs=3"]) == 0
