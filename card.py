@@ -146,19 +146,16 @@ def _rows(found: dict, title: str, answer_match: str | None) -> list[str]:
     """Of one evaluation; of a validation of method multi_mode a row for each mode, since its accuracy is their mean."""
     modes = {name.removeprefix("accuracy_"): found[name] for name in found if name.removeprefix("accuracy_") in MODES}
     shares = {f"{title}, asked in mode {mode}": share for mode, share in modes.items()} or {title: found["accuracy"]}
-    rest = f"{found['cot_match']:.1%} | {found['generated_tokens']:.1f}"
-    return [
-        f"| {name} | {found['examples']} | {a:.1%} | {answer_match or 'text'} | {rest} |" for name, a in shares.items()
-    ]
+    rest = f"{answer_match or 'text'} | {found['cot_match']:.1%} | {found['generated_tokens']:.1f}"
+    return [f"| {name} | {found['examples']} | {share:.1%} | {rest} |" for name, share in shares.items()]
 
 
 def _repeating(checkpoint: Path, name: str, config: dict, notes: dict[str, str], text: str) -> str:
     commit, *changed = notes.get("git commit", "unknown").split(maxsplit=1)
     lines = [f"git checkout {commit}    # {' '.join(changed)}".removesuffix("    # ")] if commit != "unknown" else []
-    lines.append(
-        f"torchrun --nproc_per_node {notes.get('world size', '1')} run.py config.yaml name={config.get('name')}"
-    )
-    run_dir, epochs = f"{config.get('save_path')}/{config.get('name')}", checkpoint.name.removeprefix("checkpoint_")
+    n_ranks, run_name = notes.get("world size", "1"), config.get("name")
+    lines.append(f"torchrun --nproc_per_node {n_ranks} run.py config.yaml name={run_name}")
+    run_dir, epochs = f"{config.get('save_path')}/{run_name}", checkpoint.name.removeprefix("checkpoint_")
     lines.append(f"python export.py {run_dir}{f'@{epochs}' if epochs.isdecimal() else '/' + checkpoint.name} {name}")
     return (
         "## To repeat it\n\nIn the trainer's repository, with this folder's `config.yaml`:\n\n"

@@ -191,9 +191,10 @@ def read_description(folder: Path) -> dict | None:
     if not path.is_file():
         return None
     description = read_object(path)
-    if type(description.get("stage")) is not int or "method" not in description:
-        raise UserError(f"{path} is damaged: it must name a stage, by its number, and a method")
-    if problems := Config.problems_of(description):
+    problems = Config.problems_of(description)
+    if type(description.get("stage", 0)) is not int:
+        problems.append(f"stage must be a whole number, not {description['stage']!r}")
+    if problems:
         raise UserError(f"{path} is damaged: {'; '.join(problems)}")
     return description
 

@@ -68,6 +68,8 @@ class Coconut(coconut.Coconut, PushToHubMixin):
             raise UserError(
                 f"{folder} lacks coconut.json, which says how a model was trained: it is no checkpoint of run.py"
             )
+        if lacking := [name for name in ("stage", "method") if name not in description]:
+            raise UserError(f"{folder / 'coconut.json'} is damaged: it lacks {' and '.join(lacking)}")
         known = {name: description[name] for name in DESCRIBED if name in description}
         config = Config(model_id=str(folder), **known)
         config.bf16_weights = _dtype_of(folder) == torch.bfloat16
