@@ -192,7 +192,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-import checkpoint
+import trainer_state
 import evaluate
 
 original = dist.init_process_group
@@ -213,7 +213,7 @@ def slow(room, name):
 
 if os.environ["RANK"] == "1":
     slow(evaluate, "collate")  # of the validation loss
-    slow(checkpoint, "load_random_state")
+    slow(trainer_state, "load_random_state")
 else:
     slow(evaluate, "unreachable")
 sys.argv = sys.argv[1:]
