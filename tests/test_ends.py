@@ -192,8 +192,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-import trainer_state
 import evaluate
+import trainer_state
 
 original = dist.init_process_group
 dist.init_process_group = lambda *a, **k: original(*a, timeout=timedelta(seconds=2), **k)
