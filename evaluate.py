@@ -223,11 +223,11 @@ def written(
     than max_new_tokens in the model's positions, it has a batch of its own, for its end is not that of the others."""
     model, _, markers = pretrained
     limit = model.max_positions or math.inf
-    roomy = [index for index, row in enumerate(prompts) if len(row) + max_new_tokens <= limit]
+    fits = [len(row) + max_new_tokens <= limit for row in prompts]
+    alone = [[index] for index, fit in enumerate(fits) if not fit]
+    together = [index for index, fit in enumerate(fits) if fit]
     found: dict[int, list[int]] = {}
-    for indices in [roomy, *([index] for index in range(len(prompts)) if index not in set(roomy))]:
-        if not indices:
-            continue
+    for indices in [together, *alone] if together else alone:
         batch = collate_prompts([prompts[index] for index in indices], markers.eos)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         room = min(max_new_tokens, limit - batch["input_ids"].shape[1])

@@ -227,11 +227,9 @@ def read_tokenizer(source: str | Path, **options) -> PreTrainedTokenizerBase:
     UserError where a folder has none: transformers makes an empty one."""
     if Path(source).is_dir() and not any(next(Path(source).glob(files), None) for files in TOKENIZER_FILES):
         raise UserError(f"{source} has no tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
     declared = get_tokenizer_config(str(source), **options).get("tokenizer_class")
-    if declared in ("TokenizersBackend", "PreTrainedTokenizerFast") and tokenizer.is_fast:
-        return PreTrainedTokenizerFast.from_pretrained(source, **options)
-    return tokenizer
+    as_it_is = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return (PreTrainedTokenizerFast if as_it_is else AutoTokenizer).from_pretrained(source, **options)
 
 
 def not_loadable(key: str, source, error: Exception) -> UserError:
