@@ -21,9 +21,8 @@ import signal
 import subprocess
 import sys
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from queue import SimpleQueue
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing")]
@@ -48,48 +47,43 @@ def prepare(grid: Grid) -> None:
 
 
 def work(waiting: list[Job], at_once: int | None) -> None:
-    """Runs what is not done, so many at once, one core or a share of the GPUs each (see `shares`). Raises UserError
-    that lists what failed, at the end."""
+    """Runs what is not done, so many at once, one core or a share of the GPUs each (see `shares`), in the order given,
+    but that no place stands empty for a run whose beginning is still under way. Raises UserError that lists what
+    failed, at the end."""
     from tqdm import tqdm
 
     failed: list[str] = []
     news = News(waiting)
-    places: SimpleQueue[str | None] = SimpleQueue()
-    devices_of_runs = shares(at_once, waiting[0].n_gpus)
-    for devices in devices_of_runs:
-        places.put(devices)
+    places = shares(at_once, waiting[0].n_gpus)
+    running: dict[Future, tuple[Job, str | None]] = {}
     with (
-        ThreadPoolExecutor(len(devices_of_runs)) as pool,
+        ThreadPoolExecutor(len(places)) as pool,
         tqdm(total=len(waiting), unit="run", desc=waiting[0].grid.name) as bar,
     ):
-        tasks: dict[str, Future] = {}
-
-        def attend(job: Job) -> None:
-            if job.begin is not None and not job.is_trained:
-                if job.begin.name in tasks:
-                    tasks[job.begin.name].result()
-                if not job.begin.is_trained:
-                    return  # of which there is a complaint already
-            devices = places.get()
-            try:
-                failed.extend(run_commands(job, devices))
-            finally:
-                places.put(devices)
-            bar.update()
-
-        for job in waiting:
-            tasks[job.name] = pool.submit(attend, job)
-        left = set(tasks.values())
-        while left:
-            _, left = wait(left, timeout=10)  # reading all logs again takes a while
+        while waiting or running:
+            while places and (job := next_of(waiting, [job for job, _ in running.values()])):
+                waiting = [other for other in waiting if other is not job]
+                if job.is_trained or job.begin is None or job.begin.is_trained:
+                    devices = places.pop(0)
+                    running[pool.submit(run_commands, job, devices)] = (job, devices)
+                # else its beginning failed, of which there is a complaint already
+            done, _ = wait(running, timeout=10, return_when=FIRST_COMPLETED)  # reading all logs again takes a while
+            for task in done:
+                places.append(running.pop(task)[1])
+                failed.extend(task.result())
+                bar.update()
             for line in news.lines():
                 tqdm.write(line, file=sys.stderr)
-    for task in tasks.values():
-        task.result()
     if CHILDREN.stopping.is_set():
         raise UserError("stopped by a signal; start the same command again, and it goes on")
     if failed:
         raise UserError("; ".join(failed))
+
+
+def next_of(waiting: list[Job], running: list[Job]) -> Job | None:
+    """The first job whose beginning is not still to come."""
+    to_come = {job.name for job in (*waiting, *running)}
+    return next((job for job in waiting if job.begin is None or job.begin.name not in to_come), None)
 
 
 def visible_gpus() -> list[str]:

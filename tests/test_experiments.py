@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -213,6 +214,25 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(place, tmp_path, monkeypa
     assert "pause-3 failed with exit code 1: error: no (see " in printed
     assert "words-3 was stopped" in printed
     assert next(codes, None) == 0  # what begins with a run that failed is not tried
+
+
+def test_no_place_stands_empty_for_a_run_that_waits_for_its_beginning(place, tmp_path, monkeypatch, capsys):
+    """With two places the second was held by coconut-3 while words-3 was trained, though words-4 could begin."""
+    words_4_began = threading.Event()
+    order = []
+
+    def begins(command, log, _):
+        log.touch()
+        order.append(name_of(command))
+        if order[-1] == "words-4":
+            words_4_began.set()
+        return 0 if words_4_began.wait(timeout=20) else 1
+
+    monkeypatch.setattr(grid, "start", begins)
+    arguments = [*moved(place, tmp_path), "--only", "coconut", "--seeds", "3", "4", "--jobs", "2"]
+    assert grid.main(arguments) == 2  # nothing is trained here, and so nothing that begins with it is tried
+    assert "failed with exit code 1" not in capsys.readouterr().err
+    assert sorted(order) == ["words-3", "words-4"]
 
 
 def test_differences_are_paired_by_question():
