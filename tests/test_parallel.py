@@ -1,6 +1,7 @@
 """Strategies, compiled and checkpointed blocks, and a step that waits for nothing."""
 
 import sys
+from pathlib import Path
 
 import forked
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import scaling
 
+import checkpoint
 import parallel
 from coconut import Coconut
 from config import Config
@@ -268,11 +270,30 @@ def test_compile_and_checkpointing_exclude_each_other():
         raise UserError(Config(compile=True, gradient_checkpointing=True).problems(needs_files=False)[0])
 
 
-def test_one_rank_of_a_node_asks_the_hub(monkeypatch):
-    """F32: every rank did: 14 requests for two ranks, 7 for one."""
+@pytest.fixture
+def three_ranks(monkeypatch) -> list[World]:
+    """Of two nodes; what all ranks do together, each of them does alone."""
     monkeypatch.setattr(parallel, "on_every_rank", lambda _, action: [action()])
-    for rank, local_rank, expected in ((0, 0, [False]), (1, 1, [True]), (2, 0, [False])):
+    return [World(rank, local_rank, 3, torch.device("cpu")) for rank, local_rank in ((0, 0), (1, 1), (2, 0))]
+
+
+def test_one_rank_of_a_node_asks_the_hub(three_ranks):
+    """F32: every rank did: 14 requests for two ranks, 7 for one."""
+    for world, expected in zip(three_ranks, ([False], [True], [False]), strict=True):
         asked: list[bool] = []
-        world = World(rank, local_rank, 3, torch.device("cpu"))
         assert parallel.in_turn(world, lambda cached, asked=asked: asked.append(cached) or "loaded") == "loaded"
         assert asked == expected
+
+
+def test_a_file_on_the_hub_is_downloaded_once_a_node(three_ranks, monkeypatch):
+    """org/name:file was downloaded on the first node alone, and not found on the others."""
+    asked = []
+
+    def download(repo: str, file: str, local_files_only: bool) -> str:
+        asked.append((repo, file, local_files_only))
+        return "/cache/gsm.pt"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    config = Config(load_model_path="somebody/coconut:gsm.pt")
+    assert [checkpoint.find_weights(config, world) for world in three_ranks] == [Path("/cache/gsm.pt")] * 3
+    assert asked == [("somebody/coconut", "gsm.pt", cached) for cached in (False, True, False)]

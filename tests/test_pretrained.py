@@ -136,6 +136,35 @@ def test_a_pickle_that_runs_code_is_refused(tiny, tmp_path):
         load_model(coconut_config(tiny), tmp_path / "evil")
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: b"weights\n",
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-64],
+        lambda content: b"\x00" * 100 + content[100:],
+    ],
+    ids=["empty", "text", "half", "no end", "no beginning"],
+)
+def test_a_damaged_file_of_weights_is_named(tiny, tmp_path, damage, legacy):
+    """torch raises EOFError, RuntimeError, UnpicklingError, KeyError or IndexError, whatever its unpickler meets."""
+    path = tmp_path / "file"
+    state = reference_state(AutoModelForCausalLM.from_pretrained(tiny), wrapped=False)
+    torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=f"{path} is no file of weights"):
+        load_model(coconut_config(tiny), path)
+
+
+def test_files_of_an_old_torch_are_read(tiny, tmp_path):
+    state = reference_state(AutoModelForCausalLM.from_pretrained(tiny), wrapped=False)
+    torch.save(state, tmp_path / "file", _use_new_zipfile_serialization=False)
+    model, _, _ = load_model(coconut_config(tiny, method="cot"), tmp_path / "file")
+    assert all(torch.equal(value, state[name]) for name, value in model.base_causallm.state_dict().items())
+
+
 def test_a_folder_without_all_weights_is_refused(tiny, tmp_path):
     path = tmp_path / "tiny" / "model.safetensors"
     state = load_file(path)
