@@ -93,9 +93,13 @@ class Job:
 
     def check_keys(self) -> None:
         """Raises UserError, that names the run, where its keys are wrong, with data or without."""
-        if self.config.train_path is None or self.config.debug:
-            lacks = "has debug set, which leaves no checkpoints" if self.config.debug else "lacks train_path"
-            raise UserError(f"run {self.run!r} of grid {self.grid.name}: {self.base} {lacks}")
+        problems = self.config.problems(self.n_gpus, needs_files=False)
+        if self.config.train_path is None:
+            problems.append(f"{self.base} lacks train_path")
+        if self.config.debug:
+            problems.append(f"{self.base} has debug set, which leaves no checkpoints")
+        if problems:
+            raise UserError(f"run {self.run!r} of grid {self.grid.name}: {'; '.join(problems)}")
 
     def problems(self) -> list[str]:
         """What is impossible about it now that there are data. The weights that it begins with may still be missing."""

@@ -194,6 +194,13 @@ def test_nothing_is_made_for_a_grid_with_mistakes(place, tmp_path, capsys):
     assert "making" not in capsys.readouterr().out
 
 
+def test_a_batch_that_the_ranks_cannot_share_is_said_before_the_plan(place, tmp_path, capsys):
+    """The plan was printed, and the runs failed."""
+    options = ["--dry-run", "--gpus", "3", "--set", "global_batch_size=16"]
+    assert grid.main([*moved(place, tmp_path), *options]) == 2
+    assert "global_batch_size 16 is no multiple of 3 ranks" in capsys.readouterr().err
+
+
 def test_an_unknown_run_is_named(place, capsys):
     assert grid.main([str(place / "small.yaml"), "--only", "nobody"]) == 2
     assert "small has no run nobody; there are pause, coconut" in capsys.readouterr().err
