@@ -145,12 +145,12 @@ def main(description: str, arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.all is not None:
-            table, failed = evaluate_all(options.run, options.all)
-            print(table)
-            if failed:
-                raise UserError("; ".join(failed))
+            found, failed = evaluate_all(options.run, options.all)
         else:
-            print(*filter(None, (summary(options.run), named_best(options.run))), sep="\n")
+            found, failed = summary(options.run), []
+        print(*filter(None, (found, named_best(options.run))), sep="\n")
+        if failed:
+            raise UserError("; ".join(failed))
     except UserError as error:
         return report(error)
     return 0
