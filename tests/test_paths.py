@@ -10,6 +10,7 @@ import numpy as np
 import prosqa
 import pytest
 from conftest import ROOT
+from graphs import shortest_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -228,7 +229,7 @@ def steps_of(graph: Graph, path: list[str]) -> list[str]:
 
 def path_to(rng: np.random.Generator, example: dict, root: int, target: int) -> list[str]:
     """A shortest path, drawn, as names."""
-    nodes = prosqa.shortest_path(rng, [tuple(edge) for edge in example["edges"]], root, target)
+    nodes = shortest_path(rng, [tuple(edge) for edge in example["edges"]], root, target)
     return [example["idx_to_symbol"][node] for node in nodes]
 
 
