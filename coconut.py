@@ -317,12 +317,7 @@ class Coconut(nn.Module):
         for number, (span, (begin, end)) in enumerate(zip(spans, pairwise(bounds), strict=True), start=-1):
             if begin > 0:
                 seen = Seen(hidden_spans[-1][:, -1:], span[:, :1], stream, prepared)
-                thought = self.thought(seen) if self.thought.sequential else seen.embedding  # (B, 1, D)
-                if edit is not None:
-                    thought = edit(number, thought, seen)
-                # rows with an ordinary token in this column keep its embedding
-                first = torch.where(is_latent[:, begin, None, None], thought.to(span.dtype), span[:, :1])
-                span = torch.cat([first, span[:, 1:]], dim=1) if end - begin > 1 else first
+                span = self._with_thought(span, is_latent[:, begin], seen, number, edit)
             embed_spans.append(span)
             records = self._recorder is not None and end < input_ids.shape[1]
             moved = shift if begin == 0 else None
@@ -340,6 +335,17 @@ class Coconut(nn.Module):
         if not columns:
             return hidden_spans[0], embeds, cache, attention_mask
         return torch.cat(hidden_spans, dim=1), torch.cat(embed_spans, dim=1), cache, attention_mask
+
+    def _with_thought(
+        self, span: torch.Tensor, is_latent: torch.Tensor, seen: Seen, number: int, edit: Edit | None
+    ) -> torch.Tensor:
+        """Embeddings (B, t, D) of a span with the thought at its first column, in the rows (B,) that have a latent
+        there; the others keep the embedding of their token."""
+        thought = self.thought(seen) if self.thought.sequential else seen.embedding  # (B, 1, D)
+        if edit is not None:
+            thought = edit(number, thought, seen)
+        first = torch.where(is_latent[:, None, None], thought.to(span.dtype), span[:, :1])
+        return torch.cat([first, span[:, 1:]], dim=1) if span.shape[1] > 1 else first
 
     def latent_updates(self, n_columns: int) -> int:
         """How often the inputs of a block of so many columns are made anew: the passes over it less one. Where each is
