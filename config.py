@@ -21,6 +21,7 @@ from config_files import Layer, Value, check_range, converted, override_layer, y
 from utils import UserError, launched_ranks, report
 
 METHODS = ("coconut", "cot", "no_cot", "no_thoughts", "icot", "codi", "multi_mode")
+MOST_LATENTS = 100_000  # longer than any model's positions; sequences of more fill the memory before they are refused
 METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")  # keys of the reference that became `method`
 # thoughts.py defines them; they are named here, with what may follow the name, so that a configuration is checked
 # without torch: layer is written as layer:-2 or layer:0.5, and suppressed may name its threshold, as suppressed:0.3
@@ -161,8 +162,10 @@ class Config:
         choices=("answer", "none"),
         later=True,
     )
-    c_thought: int = _key(1, "latent thoughts that replace one written step", low=0)
-    max_latent_stage: int = _key(6, "stage after which no more thoughts are added and all steps are dropped", low=0)
+    c_thought: int = _key(1, "latent thoughts that replace one written step", low=0, high=MOST_LATENTS)
+    max_latent_stage: int = _key(
+        6, "stage after which no more thoughts are added and all steps are dropped", low=0, high=MOST_LATENTS
+    )
     epochs_per_stage: int | list[int] = _key(
         5, "epochs of each stage; or a list with one entry a stage, the last stage going on to num_epochs", low=1
     )
@@ -188,7 +191,11 @@ class Config:
         free=True,
     )
     eval_latents: int | None = _key(
-        None, "in an eval-only run of method coconut, so many latent thoughts whatever the stage", low=0, free=True
+        None,
+        "in an eval-only run of method coconut, so many latent thoughts whatever the stage",
+        low=0,
+        high=MOST_LATENTS,
+        free=True,
     )
 
     icot_tokens_per_epoch: int = _key(8, "icot: reasoning tokens removed more with each epoch", low=1)
@@ -242,7 +249,7 @@ class Config:
     weight_decay: float = _key(0.01, "AdamW's weight decay, on every parameter", low=0)
     lr_scheduler: str = _key("constant", "constant | linear | cosine", choices=("constant", "linear", "cosine"))
     warmup_steps: int = _key(0, "optimizer steps over which lr rises from 0", low=0)
-    max_grad_norm: float | None = _key(None, "clip the gradient's norm to this", low=0)
+    max_grad_norm: float | None = _key(None, "clip the gradient's norm to this; not at all where it is 0", low=0)
     reset_optimizer: bool | str = _key(
         "stage",
         "never | stage | epoch: make AdamW anew when the stage changes or at every epoch; "
@@ -311,12 +318,18 @@ class Config:
         """
         problems: list[str] = []
         values = {"name": Value(Path(path).stem, None)}
-        for layer in yaml_layers(Path(path), problems) + override_layer(overrides, problems):
+        layers = yaml_layers(Path(path), problems) + override_layer(overrides, problems)
+        for layer in layers:
             _merge(values, layer, problems)
-        values = _checked(cls, values, problems)
-        config = cls(**values)
-        if not problems:
-            problems += config.problems(launched_ranks()[1], needs_files)
+        right = _checked(cls, values, problems)
+        config = cls(**right)
+        if all(layer.values is not None for layer in layers):  # of keys that nobody could read there is nothing to say
+            wrong = [name for name in values if name not in right]  # of which there is a complaint, and a default here
+            problems += [
+                text
+                for text in config.problems(launched_ranks()[1], needs_files)
+                if not any(re.search(rf"\b{name}\b", text) for name in wrong)
+            ]
         if problems:
             head = f"{path}: "
             raise UserError(head + (problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems])))
@@ -387,6 +400,15 @@ class Config:
 
 def _merge(values: dict[str, Value], layer: Layer, problems: list[str]) -> None:
     """Lays one file, or the command line, over `values`; the four method booleans become `method` on the way."""
+    if layer.values is None:
+        return
+    if "gradient_accumulation_steps" in layer.values and "global_batch_size" not in layer.values:
+        of_before = values.get("global_batch_size", Value(None, None)).value
+        if of_before not in (None, "None"):
+            problems.append(
+                f"gradient_accumulation_steps in {layer.origin} has no effect, since it follows from global_batch_size "
+                f"{of_before}: set that instead, or to null"
+            )
     known = {field.name for field in dataclasses.fields(Config)}
     booleans = {}
     for name, value in layer.values.items():

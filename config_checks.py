@@ -9,11 +9,12 @@ import re
 from pathlib import Path
 
 from load_path import is_on_hub, run_of
-from utils import UserError
+from utils import UserError, why_unreachable
 
 PLACEHOLDER = re.compile(r"YOUR_\w+")
 WITH_LATENTS = ("coconut", "codi", "multi_mode")  # the methods whose sequences have latent positions
 NO_FILE_NAME = re.compile(r"[/\\\0]|^\.*$")  # of what a name must not be, since files and folders bear it
+LONGEST_NAME = 200  # bytes: a file's name has at most 255, and what is written aside is called a little longer
 
 
 def combinations(config, world_size: int) -> list[str]:
@@ -29,7 +30,9 @@ def combinations(config, world_size: int) -> list[str]:
 def _of_the_run(config) -> list[str]:
     """Its folder, its files, what an eval-only run is for."""
     found = []
-    if Path(config.save_path).is_file():
+    if reason := why_unreachable(config.save_path):
+        found.append(f"save_path {config.save_path!r} cannot be reached: {reason}")
+    elif Path(config.save_path).is_file():
         found.append(f"save_path {config.save_path!r} is a file, not a folder")
     if config.resume >= config.num_epochs and not config.only_eval:
         found.append(f"resume {config.resume} leaves nothing of num_epochs {config.num_epochs}")
@@ -37,16 +40,23 @@ def _of_the_run(config) -> list[str]:
         found.append("only_eval needs load_model_path: the checkpoint to evaluate")
     if config.eval_latents is not None and not (config.only_eval and config.method in WITH_LATENTS):
         found.append("eval_latents is for eval-only runs of method coconut, or of another with latents")
-    if NO_FILE_NAME.search(config.name):
-        found.append(f"name {config.name!r} must be a plain folder name")
+    if is_no_file_name(config.name):
+        found.append(f"name {config.name!r} must be a plain folder name, of at most {LONGEST_NAME} bytes")
     if isinstance(config.val_path, dict):
         if not config.only_eval:
             found.append("val_path names several files, which is for eval-only runs: a training run takes one path")
         elif not config.val_path:
             found.append("val_path is an empty mapping: set it to a path, or to {name: path, other: path}")
-        unfit = [name for name in config.val_path if NO_FILE_NAME.search(name)]
-        found += [f"val_path: the name {name!r} must be a plain one, for a file bears it" for name in unfit]
+        unfit = [name for name in config.val_path if is_no_file_name(name)]
+        found += [
+            f"val_path: the name {name!r} must be a plain one, of at most {LONGEST_NAME} bytes, for a file bears it"
+            for name in unfit
+        ]
     return found
+
+
+def is_no_file_name(name: str) -> bool:
+    return bool(NO_FILE_NAME.search(name)) or len(name.encode(errors="surrogatepass")) > LONGEST_NAME
 
 
 def _of_stages(config) -> list[str]:
@@ -145,11 +155,15 @@ def paths(config) -> list[str]:
                 if _continues(config) or is_on_hub(value):
                     continue  # the run's own checkpoint wins over it; the hub is asked later
                 value = str(run_of(value))
-            if not Path(value).exists():
+            if reason := why_unreachable(value):
+                found.append(f"{name} {value!r} cannot be reached: {reason}")
+            elif not Path(value).exists():
                 found.append(f"{name} {value!r} does not exist{_preparation_hint(value)}")
             elif name != "load_model_path" and not Path(value).is_file():
                 found.append(f"{name} {value!r} is no file")
     model = Path(config.model_id)
+    if reason := why_unreachable(config.model_id):
+        return [*found, f"model_id {config.model_id!r} cannot be reached: {reason}"]
     is_path = (
         model.is_absolute() or config.model_id.startswith(".") or (len(model.parts) > 1 and model.parents[-2].is_dir())
     )
@@ -160,7 +174,9 @@ def paths(config) -> list[str]:
 
 def _continues(config) -> bool:
     """Whether the run has a checkpoint of its own."""
-    return not config.only_eval and any(config.run_dir.glob("checkpoint_*/coconut.json"))
+    if config.only_eval or why_unreachable(config.run_dir):
+        return False
+    return any(config.run_dir.glob("checkpoint_*/coconut.json"))
 
 
 def _has_model_elsewhere(config) -> bool:

@@ -22,29 +22,32 @@ class Value(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The values of one file, or of the command line, by key."""
+    """The values of one file, or of the command line, by key; None where the file cannot be read."""
 
     origin: str
-    values: dict[str, Value]
+    values: dict[str, Value] | None
 
 
 def yaml_layers(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> list[Layer]:
     """The files that `path` extends, outermost first, then `path` itself. What is wrong with them goes to problems."""
     if path.resolve() in seen:
         problems.append(f"{path} extends itself")
-        return []
+        return [Layer(str(path), None)]
     try:
         values = read_mapping(path.read_text(encoding="utf-8"), str(path), problems)
     except OSError as error:
         problems.append(f"cannot read {path}: {error.strerror}")
-        return []
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        return [Layer(str(path), None)]
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         problems.append(f"{path} is not valid YAML: {' '.join(str(error).split())}")
-        return []
-    parent = values.pop("extends", Value(None, None)).value
-    parents = yaml_layers(path.parent / str(parent), problems, (*seen, path.resolve())) if parent else []
+        return [Layer(str(path), None)]
+    parents, parent = [], values.pop("extends", Value(None, None))
+    if isinstance(parent.text, str) and parent.value is not None:
+        parents = yaml_layers(path.parent / parent.text, problems, (*seen, path.resolve()))
+    elif parent.value is not None:
+        problems.append(f"extends in {path} must be the path of a file, not {parent.value!r}")
     for layer in parents:
-        layer.values.pop("name", None)  # two files must not share a run's folder by accident
+        (layer.values or {}).pop("name", None)  # two files must not share a run's folder by accident
     return [*parents, Layer(str(path), values)]
 
 
@@ -60,12 +63,20 @@ def override_layer(overrides, problems: list[str]) -> list[Layer]:
         if name in given:
             problems.append(f"{name} is set twice on the command line: {given[name]!r} and {text!r}")
         given[name] = text
-        try:
-            # as the value of a key, so that it is read as in a file
-            values[name] = read_mapping(f"value: {value}", f"{text!r} on the command line", problems)["value"]
-        except (yaml.YAMLError, ValueError, KeyError):
-            problems.append(f"{text!r} on the command line has no valid value")
+        values[name] = _of_command_line(value, f"{text!r} on the command line", problems)
     return [Layer("the command line", values)] if values else []
+
+
+def _of_command_line(text: str, origin: str, problems: list[str]) -> Value:
+    """What YAML makes of a value, as in a file; but a key that takes text gets what was written: the shell has taken
+    the quotes that a file needs around a name with ' #' or ': ' in it, or one that begins with @, * or %."""
+    written = text.strip()
+    try:
+        value = read_mapping(f"value: {text}", origin, problems)["value"]
+    except (yaml.YAMLError, ValueError, KeyError, RecursionError):
+        return Value(written, written)
+    is_plain = isinstance(value.text, str) and not written.startswith(("'", '"'))
+    return value._replace(text=written) if is_plain else value
 
 
 class _Loader(yaml.SafeLoader):
@@ -173,7 +184,7 @@ def _converted(value, annotation):
             except ValueError:
                 pass
         if option is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            return str(value)
+            return str(value) or (None if type(None) in options else "")
         if option == list[int] and isinstance(value, list) and value and all(type(entry) is int for entry in value):
             return value
         if option == dict[str, str] and isinstance(value, dict) and all(isinstance(v, str) for v in value.values()):

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import Patient, UserError, launched_ranks, retried, writing
+from utils import Patient, UserError, is_launched, launched_ranks, retried, writing
 
 LAUNCHER = os.getppid()  # of a rank: torchrun
 EXIT_HANDLERS_SECONDS = 15
@@ -65,7 +65,7 @@ def setup_distributed() -> World:
     import torch
     import torch.distributed as dist
 
-    if "RANK" in os.environ:
+    if is_launched():
         _die_with_launcher()
     _fork_when_quiet()
     rank, size = launched_ranks()
@@ -81,7 +81,7 @@ def setup_distributed() -> World:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
-    if "RANK" in os.environ:
+    if is_launched():
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -51,9 +51,14 @@ def report(error: UserError) -> int:
     return 2
 
 
+def is_launched() -> bool:
+    """Whether torchrun has started this process; some schedulers set a RANK of their own."""
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
 def launched_ranks() -> tuple[int, int]:
     """(rank, world size) as torchrun set them; (0, 1) without it."""
-    if "RANK" not in os.environ:
+    if not is_launched():
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -176,6 +181,18 @@ def read_log(path: Path) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------
 # Disk
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def why_unreachable(path: Path | str) -> str | None:
+    """Why the system does not even say whether there is something under a path: a folder on the way may not be looked
+    into, or a name is too long; None where it says. `Path.exists` raises there."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return None
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """The configuration: what is read, what is refused, and how that is said."""
 
 import dataclasses
+import errno
+import os
 import re
 from pathlib import Path
 
@@ -244,6 +246,102 @@ def test_all_problems_are_said_at_once(write):
     assert [word in text for word in ("seeed", "lr must", "two methods", "'nonsense' on the command line")] == [
         True
     ] * 4
+
+
+def test_what_is_impossible_is_said_beside_what_is_misspelt(write, tmp_path):
+    """A missing file was named only once every key was right; a key with a wrong value is named once."""
+    overrides = ["seeed=1", "lr=fast", "train_path=gone.json", "bf16=true", "bf16_weights=true", "val_path=[1]"]
+    lines = problem(write(""), *overrides).splitlines()
+    for words in ("'seeed'", "lr must", "'gone.json' does not exist", "bf16 (mixed precision)"):
+        assert sum(words in line for line in lines) == 1, words
+    assert [line for line in lines if "val_path" in line] == [
+        "  - val_path must be text or a mapping of names to texts, not [1]"
+    ]
+    gone = problem(tmp_path / "gone.yaml")
+    assert "cannot read" in gone
+    assert "is missing" not in gone  # of keys that nobody could read there is nothing to say
+
+
+@pytest.mark.parametrize("key", ["train_path", "val_path", "load_model_path", "save_path", "model_id"])
+def test_a_path_that_the_system_does_not_look_up_is_one_sentence(write, key):
+    """OSError: File name too long; so it was with a folder that may not be looked into."""
+    text = problem(write(""), f"{key}={'a' * 300}")
+    assert f"{key} {'a' * 300!r} cannot be reached: File name too long" in text
+
+
+@pytest.mark.parametrize("key", ["train_path", "val_path", "load_model_path", "save_path", "model_id"])
+def test_a_folder_that_may_not_be_looked_into_is_one_sentence(write, monkeypatch, key):
+    """PermissionError, which root does not get."""
+
+    def stat(path, *arguments, real=os.stat, **options):
+        if str(path).startswith("closed/"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert f"{key} 'closed/x' cannot be reached: Permission denied" in problem(write(""), f"{key}=closed/x")
+
+
+def test_a_name_is_short_enough_for_a_file(write):
+    assert "of at most 200 bytes" in problem(write(""), f"name={'a' * 201}")
+    assert "of at most 200 bytes" in problem(write(""), "only_eval=true", f"val_path={{{'a' * 201}: x}}")
+
+
+@pytest.mark.parametrize(
+    "name", ["run #2", "a: b", "@x", "*x", "%x", "=", "2026-13-45", "{x", "x]", "'x", '"x', "!x", "- x", "a\nb"]
+)
+def test_a_text_on_the_command_line_is_what_the_shell_gives(write, name):
+    """`name='run #2'` was the run `run`; others had no valid value."""
+    config = Config.from_file(write(""), [f"name={name}", f"project={name}"])
+    assert (config.name, config.project) == (name, name)
+
+
+def test_quotes_that_the_shell_has_left_are_yamls(write):
+    assert Config.from_file(write(""), ['step_separator="\\n\\n"']).step_separator == "\n\n"
+    assert Config.from_file(write(""), ["name='run #2' # a comment"]).name == "run #2"
+
+
+def test_no_text_is_none_where_none_may_be(write):
+    """An eval-only run with load_model_path "" was a traceback."""
+    config = Config.from_file(write('load_model_path: ""'), ["icot_smoothing=null"])
+    assert config.load_model_path is None
+    text = problem(write('load_model_path: ""\nonly_eval: true\nval_path: ""'))
+    assert "only_eval needs load_model_path" in text
+    assert "val_path is missing" in text
+
+
+def test_accumulation_that_has_no_effect_is_a_mistake(write, tmp_path):
+    (tmp_path / "base.yaml").write_text("global_batch_size: 64")
+    assert "gradient_accumulation_steps in the command line has no effect" in problem(
+        write("extends: base.yaml"), "gradient_accumulation_steps=2"
+    )
+    options = ["gradient_accumulation_steps=2", "global_batch_size=null"]
+    assert Config.from_file(write("extends: base.yaml"), options).passes(1) == (2, 32)
+    both = write("global_batch_size: 64\ngradient_accumulation_steps: 1")  # as a run's own config.yaml has it
+    assert Config.from_file(both).passes(1) == (2, 32)
+
+
+@pytest.mark.parametrize("extends", ["0", "[a.yaml]", "true"])
+def test_extends_is_a_path(write, extends):
+    """0 was taken for nothing."""
+    assert re.search("cannot read|extends in .* must be the path of a file", problem(write(f"extends: {extends}")))
+
+
+@pytest.mark.parametrize("key", ["c_thought", "max_latent_stage", "eval_latents"])
+def test_latents_have_an_end(write, key):
+    """Sequences of 100,000,000 were counted out in nine gigabytes, of 10^20 an IndexError."""
+    assert f"{key} must be at most 100000" in problem(write(""), f"{key}={10**20}")
+
+
+def test_deep_yaml_is_one_sentence(write):
+    assert "is not valid YAML: maximum recursion depth" in problem(write("train_path: " + "[" * 5000))
+
+
+def test_a_rank_without_a_world_is_not_torchruns(monkeypatch):
+    """Some schedulers set RANK: a KeyError."""
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert utils.launched_ranks() == (0, 1)
 
 
 def test_missing_data_is_named_with_the_command_that_makes_it(tmp_path):
