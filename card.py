@@ -168,7 +168,7 @@ def _config(path: Path, text: str) -> tuple[dict, dict[str, str]]:
     """The keys of a run, and what is noted above them: commit, versions, ranks, hardware."""
     try:
         config = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a configuration: it cannot be put into the model card")

@@ -18,11 +18,11 @@ restart would take for one. A digest of every file tells whether a disk has dama
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -44,12 +44,13 @@ from trainer_state import (
     FORMAT,
     OPTIMIZER,
     Progress,
+    read_state,
     save_optimizer,
     save_progress,
     save_random_state,
     written_by_ranks,
 )
-from utils import UserError, as_json, file_digest, retried, sync_to_disk
+from utils import UserError, as_json, file_digest, parse_json, retried, sync_to_disk
 
 MANIFEST = "trainer/manifest.json"  # file -> SHA-256
 # keys that say what a model's sequences look like
@@ -112,7 +113,8 @@ def save(
 
     def make_room() -> None:
         for path in [*config.run_dir.glob(".writing-*"), *config.run_dir.glob(".removing-*")]:
-            shutil.rmtree(path)  # of a job that was killed
+            with suppress(OSError):  # somebody looks at it: the next save tries again
+                _delete(path)  # of a job that was killed
         (aside / OPTIMIZER).mkdir(parents=True)
 
     def write_mine() -> None:
@@ -252,10 +254,22 @@ def remove_restarts(run_dir: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """A kill in the middle leaves nothing that is called a checkpoint."""
+    """A kill in the middle leaves nothing that is called a checkpoint. What cannot be removed stays, with a warning:
+    the run has been saved, and goes on."""
     aside = path.with_name(f".removing-{path.name}")
-    path.rename(aside)
-    shutil.rmtree(aside)
+    try:
+        path.rename(aside)
+        _delete(aside)
+    except OSError as error:
+        print(f"warning: {path} cannot be removed: {error.strerror or error}", file=sys.stderr, flush=True)
+
+
+def _delete(path: Path) -> None:
+    """A folder, or a link to one that somebody has moved, which stays where it is."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -310,9 +324,11 @@ def newest_whole(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files; None where nothing is."""
     try:
-        if json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))["format"] == 1:
+        if read_state(folder)["format"] == 1:
             return None  # had no digests
-        digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        digests = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(digests, dict) or not digests:
+            raise TypeError
         found = _digests([folder / name for name in digests])
     except OSError as error:
         name = Path(error.filename).relative_to(folder) if error.filename else "a file"  # a bad sector has no name
@@ -368,7 +384,7 @@ def changes(config: Config, run_dir: Path) -> dict[str, str]:
     "key 1, not 2"."""
     try:
         before = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError):
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return {}
     if not isinstance(before, dict):
         return {}

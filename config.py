@@ -22,6 +22,7 @@ from utils import UserError, launched_ranks, report
 
 METHODS = ("coconut", "cot", "no_cot", "no_thoughts", "icot", "codi", "multi_mode")
 MOST_LATENTS = 100_000  # longer than any model's positions; sequences of more fill the memory before they are refused
+MOST_RANKS = 65_536  # of LoRA: more than any layer has
 METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")  # keys of the reference that became `method`
 # thoughts.py defines them; they are named here, with what may follow the name, so that a configuration is checked
 # without torch: layer is written as layer:-2 or layer:0.5, and suppressed may name its threshold, as suppressed:0.3
@@ -47,7 +48,8 @@ def split_thought(spelling: str) -> tuple[str, int | float | None]:
     Raises ValueError that lists what there is.
     """
     name, colon, text = spelling.partition(":")
-    numbers = {"": "", ":N": r":(-?\d+|\d*\.\d+)", "[:T]": r"(:(\d+|\d*\.\d+))?", "[:P]": r"(:[1-9]\d*)?"}
+    whole, share = r"\d{1,6}", r"\d{0,6}\.\d{1,20}"
+    numbers = {"": "", ":N": f":(-?{whole}|{share})", "[:T]": f"(:({whole}|{share}))?", "[:P]": r"(:[1-9]\d{0,5})?"}
     if name not in THOUGHTS or not re.fullmatch(numbers[THOUGHTS[name]], colon + text):
         raise ValueError(f"must be one of {', '.join(name + takes for name, takes in THOUGHTS.items())}")
     number = None if not text else float(text) if "." in text else int(text)
@@ -58,9 +60,15 @@ def split_passes(spelling: str) -> int | str | None:
     """What Coconut is given as latent_passes: None where it is sequential, a number, or "stage". Raises ValueError."""
     if spelling == "sequential":
         return None
-    if spelling != "stage" and not re.fullmatch(r"\d+", spelling):
+    if spelling != "stage" and not re.fullmatch(r"\d{1,6}", spelling):
         raise ValueError("must be sequential, a number from 0 on, or stage")
     return spelling if spelling == "stage" else int(spelling)
+
+
+def _check_smoothing(smoothing: float | None) -> None:
+    """Raises ValueError where nearly all tokens would be drawn, and numpy can draw no more."""
+    if smoothing and smoothing < 1e-6:
+        raise ValueError("must be 0, for none, or at least 1e-6")
 
 
 def _key(
@@ -200,7 +208,9 @@ class Config:
 
     icot_tokens_per_epoch: int = _key(8, "icot: reasoning tokens removed more with each epoch", low=1)
     icot_remove_all_after: int | None = _key(None, "icot: remove everything once so many tokens are removed", low=1)
-    icot_smoothing: float | None = _key(4.0, "icot: o more tokens are removed with probability ~ exp(-this * o)", low=0)
+    icot_smoothing: float | None = _key(
+        4.0, "icot: o more tokens are removed with probability ~ exp(-this * o)", low=0, check=_check_smoothing
+    )
 
     # the model
     model_id: str = _key(
@@ -214,7 +224,11 @@ class Config:
         free=True,
     )
     lora_rank: int | None = _key(
-        None, "train low-rank updates of the linear layers, of this rank, and nothing else (LoRA)", low=1, later=True
+        None,
+        "train low-rank updates of the linear layers, of this rank, and nothing else (LoRA)",
+        low=1,
+        high=MOST_RANKS,
+        later=True,
     )
     lora_alpha: int = _key(32, "LoRA: the updates count lora_alpha / lora_rank times", low=1, later=True)
     resume: int = _key(

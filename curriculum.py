@@ -18,6 +18,7 @@ import numpy as np
 from config import Config
 
 IGNORE = -100  # the label of a position that is not supervised, torch's default ignore_index
+START, END, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"  # the reference's markers
 MODES = ("direct", "written", "latent")  # of multi_mode: Q end A; Q start S_1..S_n end A; Q start latent* S.. end A
 NO_REASONING = 1 << 30  # a stage of iCoT that leaves no token of any reasoning
 

@@ -60,14 +60,14 @@ def load_data(config: Config, world: World, tokenizer) -> Data:
     limits = {"train": config.max_train_examples, "val": config.max_eval_examples}
     if config.debug:
         limits = {name: min(limit or DEBUG_EXAMPLES[name], DEBUG_EXAMPLES[name]) for name, limit in limits.items()}
-    val_examples = load_examples(config.val_path, limits["val"])
 
     def tokens_of(path: str, limit: int | None, retold: Retelling | None = None) -> Path:
         options = {"step_separator": config.step_separator if retold is None else "", "retold": retold}
         return on_main_rank(world, lambda: cache_tokens(path, tokenizer, cache, limit, **options))
 
     val = Tokens.open(tokens_of(config.val_path, limits["val"]))
-    data = Data(val_examples, val, content_digest(config.val_path))
+    # after rank 0 has read them, and complained where there is reason to
+    data = Data(load_examples(config.val_path, limits["val"]), val, content_digest(config.val_path))
     if not config.only_eval:
         folder = tokens_of(config.train_path, limits["train"])
         data.train, data.train_digest = Tokens.open(folder), folder.name

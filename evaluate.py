@@ -18,14 +18,16 @@ import math
 import re
 import statistics
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from config import Config
-from curriculum import IGNORE, MODES, kept_reasoning, prompt
+from curriculum import IGNORE, MODES, kept_reasoning, prompt, stage_name
 from dataset import Data, StageDataset, collate, collate_prompts
 from pretrained import Pretrained
 from ranks import World, meet
@@ -149,31 +151,67 @@ def _scored(example: dict, kept_reasoning: str, answer_match: str, text: str, n_
     }
 
 
-def unreachable(tokenizer, data: Data, config: Config) -> list[str]:
-    """What to warn of where even a perfect model could not be right: gold answers that are not what is read back from
-    their own tokens, because the tokenizer changes them, they hold a '#' themselves or are longer than
-    max_new_tokens.
+def unreachable(tokenizer, data: Data, config: Config, stages: Iterable[int] = ()) -> list[str]:
+    """What to warn of where even a perfect model would be marked wrong: gold answers that are not what is read back
+    from their own tokens, because the tokenizer changes them, they hold a '#' themselves or are longer than
+    max_new_tokens; and at these stages steps that leave no room for the answer, hold an EOS before it, or a '#', at
+    which the reasoning ends that cot_match compares.
 
     Raises UserError where answers are to be compared as numbers, and one is none.
     """
-    found = []
-    for index, example in enumerate(data.val_examples):
-        text = tokenizer.decode(data.val[index][2][: config.max_new_tokens], skip_special_tokens=True)
-        gold = _gold(example)
-        if config.answer_match == "number" and number_of(gold) is None:
-            raise UserError(
-                f"answer_match number needs numbers, but the answer of record {index} (counted from 0) of "
-                f"{config.val_path} is {gold!r}"
-            )
-        if not is_right(text, gold, config.answer_match):
-            found.append((index, gold, extract_answer(text)))
-    if not found:
-        return []
-    index, gold, read = found[0]
-    return [
-        f"{config.val_path}: {len(found)} of {len(data.val_examples)} answers cannot come out right, whatever the "
-        f"model says; the first is record {index} (counted from 0), whose answer {gold!r} is read back as {read!r}"
-    ]
+    warnings: list[str] = []
+    n = len(data.val_examples)
+
+    def warn(found: list[int], what: str, of_first: Callable[[int], str]) -> None:
+        if found:
+            count = f"{config.val_path}: {len(found)} of {n} {what}"
+            warnings.append(f"{count}; the first is record {found[0]} (counted from 0), {of_first(found[0])}")
+
+    def read_back(index: int, kept: Sequence[int] = ()) -> str:
+        ids = [*kept, *data.val[index][2]][: config.max_new_tokens]
+        return tokenizer.decode(_before(tokenizer.eos_token_id, ids), skip_special_tokens=True)
+
+    gold = [_gold(example) for example in data.val_examples]
+    if config.answer_match == "number" and (none := [i for i in range(n) if number_of(gold[i]) is None]):
+        raise UserError(
+            f"answer_match number needs numbers, but the answer of record {none[0]} (counted from 0) of "
+            f"{config.val_path} is {gold[none[0]]!r}"
+        )
+    alone = [i for i in range(n) if not is_right(read_back(i), gold[i], config.answer_match)]
+    warn(
+        alone,
+        "answers cannot come out right, whatever the model says",
+        lambda i: f"whose answer {gold[i]!r} is read back as {extract_answer(read_back(i))!r}",
+    )
+    modes = MODES if config.method == "multi_mode" and not config.only_eval else [config.mode]
+    for stage, mode in product(dict.fromkeys(stages), modes):
+        of_mode = replace(config, mode=mode)
+        kept = [kept_reasoning(data.val[i][1], stage, of_mode) for i in range(n)]
+        texts = [read_back(i, kept[i]) for i in range(n)]
+        wrong = [i for i in set(range(n)).difference(alone) if not is_right(texts[i], gold[i], config.answer_match)]
+        warn(
+            wrong,
+            f"answers cannot come out right at stage {stage_name(stage)}, whatever the model says",
+            lambda i, kept=kept, texts=texts: (
+                f"whose steps and answer, {len(kept[i]) + len(data.val[i][2])} tokens where max_new_tokens is "
+                f"{config.max_new_tokens}, are read back as {extract_answer(texts[i])[-60:]!r}"
+            ),
+        )
+        steps = [tokenizer.decode(tokens).strip() for tokens in kept]
+        other = [i for i in set(range(n)).difference(alone, wrong) if extract_steps(texts[i]) != steps[i]]
+        warn(
+            other,
+            f"examples cannot have a cot_match at stage {stage_name(stage)}",
+            lambda i, steps=steps, texts=texts: (
+                f"whose steps {steps[i][-60:]!r} are read back as {extract_steps(texts[i])[-60:]!r}"
+            ),
+        )
+    return warnings
+
+
+def _before(eos: int, ids: list[int]) -> list[int]:
+    """What of generated tokens precedes the EOS."""
+    return ids[: ids.index(eos)] if eos in ids else ids
 
 
 def _gold(example: dict) -> str:
@@ -233,7 +271,7 @@ def written(
         room = min(max_new_tokens, limit - batch["input_ids"].shape[1])
         rows = model.generate(**batch, max_new_tokens=room, **sampling).tolist()
         for index, row in zip(indices, rows, strict=True):
-            new = row[: row.index(markers.eos)] if markers.eos in row else row
+            new = _before(markers.eos, row)
             # multi_mode writes the end marker after its reasoning
             found[index] = [token for token in new if method != "multi_mode" or token != markers.end]
     return [found[index] for index in range(len(prompts))]

@@ -37,8 +37,7 @@ def read_examples(path: str | Path, limit: int | None = None) -> Iterator[dict]:
         for number, example in enumerate(_json_list(text)):
             if number == limit:
                 return
-            problem = _record_problem(example)
-            if problem:
+            if problem := _record_problem(example):
                 raise UserError(f"{path}: record {number} (counted from 0) {problem}")
             yield example
     except OSError as error:
@@ -49,10 +48,31 @@ def read_examples(path: str | Path, limit: int | None = None) -> Iterator[dict]:
         raise UserError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
     except _NoListError:
         raise UserError(f"{path} must hold a JSON list of at least one example") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid JSON: it is nested too deeply") from None
+    except UserError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 class _NoListError(Exception):
     """JSON that is another value than a list, or an empty list."""
+
+
+class _Twins(dict):
+    """A JSON object with a key twice, of which JSON itself keeps the last."""
+
+    twin: str
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        found = _Twins(found)
+        keys = [key for key, _ in pairs]
+        found.twin = next(key for key in keys if keys.count(key) > 1)
+    return found
 
 
 def _json_list(text: str) -> Iterator:
@@ -69,7 +89,7 @@ def _json_list(text: str) -> Iterator:
     if text.startswith("]", place):
         json.loads(text)
         raise _NoListError
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
     while True:
         item, place = decoder.raw_decode(text, place)
         yield item
@@ -85,6 +105,8 @@ def _json_list(text: str) -> Iterator:
 def _record_problem(example) -> str | None:
     if not isinstance(example, dict):
         return "is no object"
+    if isinstance(example, _Twins):
+        return f"has {example.twin!r} twice"
     for field in ("question", "answer", "steps"):
         if field not in example:
             return f"lacks {field!r}"
@@ -94,4 +116,8 @@ def _record_problem(example) -> str | None:
     steps = example["steps"]
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
         return "has 'steps' that are no list of texts"
+    try:
+        "".join([example["question"], example["answer"], *steps]).encode()
+    except UnicodeEncodeError as error:
+        return f"holds {error.object[error.start : error.end]!a}, half a character, which is no UTF-8"
     return None

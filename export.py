@@ -25,7 +25,6 @@ def make_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
 
-import json
 import shutil
 from collections import Counter
 
@@ -41,7 +40,7 @@ from families import COARSE, ORDINARY
 from modeling_coconut import CoconutConfig, CoconutForCausalLM
 from pretrained import END, read_tokenizer
 from trained import Coconut
-from utils import MODEL_FILES, UserError, report, whole_folder
+from utils import MODEL_FILES, UserError, parse_json, report, whole_folder
 
 MODELLING = "modeling_coconut.py"  # as transformers names it, after the module
 TRIED = 5  # tokens of the questions that both models are compared with
@@ -174,7 +173,7 @@ def _differing_prompts(model: Coconut, whole: CoconutForCausalLM, folder: Path) 
         return []
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a question may hold U+2028
-        questions = [str(json.loads(line)["question"]) for line in lines if lines != [""]]
+        questions = [str(parse_json(line)["question"]) for line in lines if lines != [""]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
     if not questions:

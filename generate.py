@@ -60,7 +60,7 @@ import torch
 from transformers.utils import logging
 
 from trained import Coconut
-from utils import UserError, report
+from utils import UserError, parse_json, report
 
 
 def load(checkpoint: str) -> Coconut:
@@ -77,25 +77,32 @@ def records_of_file(path: Path) -> list[dict]:
     if not text.lstrip().startswith("["):
         return list(records_of_lines(text.splitlines(), str(path)))
     try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+        records = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     return [_checked(record, f"{path}: record {number} (counted from 0)") for number, record in enumerate(records)]
 
 
 def records_of_lines(lines: Iterable[str], name: str) -> Iterator[dict]:
     """The questions of lines, each a text or a JSON object; empty lines are passed over."""
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_decoded(lines, name), start=1):
         line = line.strip()
         if not line.startswith("{"):
             if line:
                 yield {"question": line}
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{name}: line {number} is not valid JSON: {error.msg}") from None
+            record = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{name}: line {number} is not valid JSON: {error}") from None
         yield _checked(record, f"{name}: line {number}")
+
+
+def _decoded(lines: Iterable[str], name: str) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError:
+        raise UserError(f"{name} is not UTF-8") from None
 
 
 def _checked(record, where: str) -> dict:

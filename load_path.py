@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from utils import UserError, as_json, write_whole
+from utils import UserError, as_json, parse_json, why_unreachable, write_whole
 
 ENDED = "ended.json"
 HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>[^:]+)")
@@ -23,7 +23,7 @@ class Choice(NamedTuple):
 def split_choice(load_model_path: str) -> Choice | None:
     """None where it is no choice: a path that exists may have an @ in its name."""
     run, at, which = load_model_path.rpartition("@")
-    return Choice(Path(run), which) if at and run and not Path(load_model_path).exists() else None
+    return Choice(Path(run), which) if at and run and not os.path.exists(load_model_path) else None
 
 
 def run_of(load_model_path: str) -> Path:
@@ -59,7 +59,7 @@ def has_ended(newest: Path, num_epochs: int) -> bool:
     if newest.name == f"checkpoint_{num_epochs}":
         return True
     try:
-        noted = json.loads((newest.parent / ENDED).read_text(encoding="utf-8"))
+        noted = parse_json((newest.parent / ENDED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return noted == {"epochs": num_epochs, "newest": newest.name}
@@ -75,8 +75,8 @@ def note_end(run_dir: Path, num_epochs: int) -> None:
 def rating(path: Path) -> tuple[int, float] | None:
     """(stage, validation accuracy) of a checkpoint; None where it does not say, or is damaged."""
     try:
-        stage = json.loads((path / "coconut.json").read_text(encoding="utf-8"))["stage"]
-        accuracy = json.loads((path / "metrics.json").read_text(encoding="utf-8"))["accuracy"]
+        stage = parse_json((path / "coconut.json").read_text(encoding="utf-8"))["stage"]
+        accuracy = parse_json((path / "metrics.json").read_text(encoding="utf-8"))["accuracy"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return (stage, accuracy) if type(stage) is int and type(accuracy) in (int, float) and 0 <= accuracy <= 1 else None
@@ -95,6 +95,8 @@ def resolve(load_model_path: str, cached: bool = False) -> Path:
 
     Raises UserError where it is none of these.
     """
+    if reason := why_unreachable(run_of(load_model_path)):
+        raise UserError(f"load_model_path {load_model_path!r} cannot be reached: {reason}")
     path, choice = Path(load_model_path), split_choice(load_model_path)
     if choice is not None:
         return _chosen(load_model_path, *choice)

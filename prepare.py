@@ -66,8 +66,11 @@ class Run:
         return dataset.steps_per_epoch(len(self.data.train), self.config, self.world.size)
 
 
-def prepare(config: Config, world: World, source: Path | None, progress: Progress) -> Run:
-    """Model, data and log of a run. The run's folder is touched only when all else has succeeded."""
+def prepare(config: Config, world: World, source: Path | None, progress: Progress, stage: int | None = None) -> Run:
+    """Model, data and log of a run. The run's folder is touched only when all else has succeeded.
+
+    stage: of an eval-only run; those of a training run are its configuration's.
+    """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     ranks.seed_everything(config.seed)  # every rank makes the same new weights
@@ -86,8 +89,10 @@ def prepare(config: Config, world: World, source: Path | None, progress: Progres
         progress.started_from = str(source)
     logger = RunLogger(config.run_dir / "eval" if config.only_eval else config.run_dir, world.is_main)
     # all ranks; before the log is opened: what fails from then on has to close it
+    ends = (max(progress.epoch, config.resume), config.num_epochs - 1)  # the longest reasoning, and the shortest
+    stages = [curriculum.stage_of(config, epoch) for epoch in ends] if stage is None else [stage]
     for name, one in by_set.items():
-        look = partial(evaluate.unreachable, loaded.tokenizer, sets[name], one)
+        look = partial(evaluate.unreachable, loaded.tokenizer, sets[name], one, stages)
         for text in ranks.on_main_rank(world, look):
             logger.say(f"warning: {text}")
 

@@ -30,14 +30,13 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 import lora
 from coconut import Coconut
 from config import WITH_LATENTS, Config
-from curriculum import Markers
+from curriculum import END, LATENT, START, Markers
 from families import vouch
 from methods import make_model
 from sim_cot import SimCot
 from thoughts import Thought
 from utils import UserError, read_object
 
-START, END, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # of which each kind of tokenizer has one
 THOUGHT_FILE = "thought.safetensors"
 
@@ -192,8 +191,11 @@ def read_description(folder: Path) -> dict | None:
         return None
     description = read_object(path)
     problems = Config.problems_of(description)
-    if type(description.get("stage", 0)) is not int:
-        problems.append(f"stage must be a whole number, not {description['stage']!r}")
+    stage = description.get("stage", 0)
+    if type(stage) is not int or stage < 0:
+        problems.append(f"stage must be a whole number from 0 on, not {stage!r}")
+    if not isinstance(description.get("validated_on") or {}, dict):
+        problems.append(f"validated_on must be an object, not {description['validated_on']!r}")
     if problems:
         raise UserError(f"{path} is damaged: {'; '.join(problems)}")
     return description
@@ -317,8 +319,13 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
         raise UserError(
             f"{path} is no file of weights: {next(iter(str(error).splitlines()), type(error).__name__)}"
         ) from None
-    if not isinstance(saved, dict) or not saved or not all(isinstance(value, torch.Tensor) for value in saved.values()):
-        raise UserError(f"{path} is no state dict: it must map names to tensors")
+    if (
+        not isinstance(saved, dict)
+        or not saved
+        or not all(isinstance(name, str) for name in saved)
+        or not all(isinstance(value, torch.Tensor) and value.layout == torch.strided for value in saved.values())
+    ):
+        raise UserError(f"{path} is no state dict: it must map names to tensors, and to dense ones")
     saved = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in saved.items()}
     wrapped = any(name.startswith("base_causallm.") for name in saved)
     if wrapped:

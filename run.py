@@ -100,8 +100,10 @@ def evaluate_only(config: Config, world: World) -> None:
     """Evaluates load_model_path on each file of val_path; results go to save_path/name/eval."""
     source = checkpoint.find_weights(config, world)
     warnings = checkpoint.check_method(config, source)
-    run = prepare(config, world, source, Progress())
     stage, more = stage_to_evaluate(config, read_description(source) or {})
+    run = prepare(config, world, source, Progress(), stage)
+    if not parallel.weights_are_finite(run.model):  # all ranks
+        raise UserError(f"the weights of {source} are not finite: there is nothing to evaluate")
     sets, results = config.by_set(), {}
     warnings += more + checkpoint.check_unseen(source, {sets[n].val_path: run.sets[n].val_digest for n in sets})
     with run.logger:
@@ -400,12 +402,15 @@ def say_interrupted(run: Run) -> None:
 
 
 def finish(run: Run) -> None:
-    """Prints the run's table and removes what only a restart would need."""
+    """Removes what only a restart would need, and prints the run's table."""
     if run.world.is_main:
-        tell(summary(run.config.run_dir))
         checkpoint.remove_restarts(run.config.run_dir)
         with suppress(UserError):  # a full disk: what is lost is a note that spares a second start its epochs
             note_end(run.config.run_dir, run.config.num_epochs)
+        try:
+            tell(summary(run.config.run_dir))
+        except UserError as error:  # the training has ended well, whatever has become of its log
+            run.logger.say(f"warning: there is no table: {error}")
 
 
 if __name__ == "__main__":

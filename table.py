@@ -26,6 +26,8 @@ def summary(run_dir: Path, evaluation: dict | None = None) -> str:
     """
     try:
         return _summary(run_dir, evaluation)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"metrics.jsonl or eval/metrics.json in {run_dir} is damaged: {error!r}") from None
 

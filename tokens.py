@@ -11,14 +11,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain, islice, pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
-from curriculum import Retelling
+from curriculum import END, LATENT, START, Retelling
 from examples import read_examples
 from utils import UserError, progress_bar, retried, sync_to_disk, writing
 
@@ -61,18 +62,31 @@ class Tokens:
     def open(cls, folder: Path) -> Tokens:
         """Maps what `save` has written, on this node or on another. Raises UserError."""
         try:
-            return cls(*(retried(lambda name=name: np.load(folder / f"{name}.npy", "r")) for name in cls.NAMES))
-        except (OSError, ValueError) as error:
+            tokens = cls(*(retried(lambda name=name: np.load(folder / f"{name}.npy", "r")) for name in cls.NAMES))
+            if tokens.examples[-1] != len(tokens.texts) - 1 or tokens.texts[-1] != len(tokens.ids):
+                raise ValueError("it is not whole")
+        except (OSError, ValueError, IndexError, EOFError) as error:
             raise UserError(f"{folder} cannot be read: {error}; remove it, and it is made again") from None
+        return tokens
 
     def save(self, folder: Path) -> None:
         for name in self.NAMES:
             np.save(folder / f"{name}.npy", getattr(self, name))
 
 
-def tokenize(examples: Iterable[dict], tokenizer, show_progress: bool = False, step_separator: str = "\n") -> Tokens:
+def tokenize(
+    examples: Iterable[dict],
+    tokenizer,
+    show_progress: bool = False,
+    step_separator: str = "\n",
+    source: str = "the data",
+    markers: Mapping[int, str] = MappingProxyType({}),
+) -> Tokens:
     """Q = question + newline, with the special tokens that the tokenizer adds by itself; S = step + step_separator and
-    A = "### " + answer without them. A's EOS is added by `training_sequence`."""
+    A = "### " + answer without them. A's EOS is added by `training_sequence`.
+
+    Raises UserError, that names source, record and field, where a text holds one of the markers (id -> text), which the
+    model would take for one, and where nothing is left of a question."""
     ids: list[np.ndarray] = []
     text_lengths: list[np.ndarray] = []
     texts_per_example: list[int] = []
@@ -91,12 +105,32 @@ def tokenize(examples: Iterable[dict], tokenizer, show_progress: bool = False, s
         ]
         text_lengths.append(np.array([len(text) for text in texts], dtype=np.int64))
         ids.append(np.fromiter(chain.from_iterable(texts), dtype=np.int32, count=text_lengths[-1].sum()))
+        if problem := _problem(len(texts_per_example), n_texts, text_lengths[-1], ids[-1], markers):
+            raise UserError(f"{source}: {problem}")
         texts_per_example += n_texts
     return Tokens(
         np.concatenate(ids),
         np.concatenate([[0], np.cumsum(np.concatenate(text_lengths))]),
         np.concatenate([[0], np.cumsum(texts_per_example)]),
     )
+
+
+def _problem(
+    first: int, n_texts: list[int], lengths: np.ndarray, ids: np.ndarray, markers: Mapping[int, str]
+) -> str | None:
+    """What is wrong with the tokens of some examples, of which the first has the number `first`: of each how many texts
+    it has, of each text its length, and the ids of all."""
+    begins = np.cumsum([0, *n_texts])  # of each example, its first text
+    if len(places := np.flatnonzero(np.isin(ids, list(markers)))):
+        text = int(np.searchsorted(np.cumsum(lengths), places[0], side="right"))
+        number = int(np.searchsorted(begins, text, side="right")) - 1
+        field = {0: "question", n_texts[number] - 1: "answer"}.get(text - int(begins[number]), "steps")
+        what = f"has the text {markers[int(ids[places[0]])]!r} in its {field!r}, which marks the latent positions"
+    elif len(empty := np.flatnonzero(lengths[begins[:-1]] == 0)):
+        number, what = int(empty[0]), "has a 'question' of which the tokenizer leaves nothing"
+    else:
+        return None
+    return f"record {first + number} (counted from 0) {what}"
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
@@ -136,7 +170,9 @@ def cache_tokens(
         examples = read_examples(path, limit)
         if retold is not None:
             examples = ({**example, "steps": retold.steps(example["steps"])} for example in examples)
-        tokens = tokenize(examples, tokenizer, show_progress, step_separator)
+        vocabulary = tokenizer.get_vocab()
+        markers = {vocabulary[marker]: marker for marker in (START, END, LATENT) if marker in vocabulary}
+        tokens = tokenize(examples, tokenizer, show_progress, step_separator, path, markers)
         with writing(target):
             _write_cache(tokens, target)
     return target

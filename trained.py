@@ -10,6 +10,7 @@ checkpoint.py and pretrained.py, that a Coconut comes from a folder and goes int
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +152,11 @@ class Coconut(coconut.Coconut, PushToHubMixin):
             if any("\ud800" <= character <= "\udfff" for character in question):
                 raise UserError(f"a question holds what is no UTF-8: {question[:60]!r}")
         ids = self.tokenizer([question + "\n" for question in questions])["input_ids"]
+        for question, row in zip(questions, ids, strict=True):
+            if {self.markers.start, self.markers.latent, self.markers.end}.intersection(row):
+                raise UserError(f"a question holds a marker of the latent positions: {question[:60]!r}")
+            if not row:
+                raise UserError(f"a question of which the tokenizer leaves nothing: {question[:60]!r}")
         return [prompt(row, [], self.stage, config, self.markers) for row in ids]
 
     def in_mode(self, mode: str | None) -> Coconut:
@@ -190,7 +196,7 @@ def decoded_thoughts(
 
 def _folder_of(source: str | Path, of_hub: dict) -> Path:
     """A local checkpoint, or where the hub's files have been put. Raises UserError."""
-    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if os.path.exists(source) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         return resolve(str(source))
     try:
         return Path(snapshot_download(str(source), **of_hub))

@@ -3,7 +3,6 @@ averages, each rank's random numbers; state.json, optimizer/, random_RANK.pt."""
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ranks import World
 from sim_cot import SimCot
-from utils import as_json
+from utils import as_json, parse_json
 
 FORMAT = 2  # of state.json, and of coconut.json beside it
 OPTIMIZER = "trainer/optimizer"
@@ -49,9 +48,21 @@ def save_progress(folder: Path, progress: Progress, world_size: int) -> None:
     (folder / "trainer" / "state.json").write_text(as_json(state), encoding="utf-8")
 
 
+def read_state(folder: Path) -> dict:
+    """What `save_progress` has written. Raises OSError, and ValueError where it is damaged."""
+    state = parse_json((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        raise ValueError("it is no object")
+    kinds = {"epoch": int, "step": int, "seen": int, "losses": (int, float), "seconds": (int, float), "best": dict}
+    for name, kind in {"format": int, "world_size": int, **kinds}.items():
+        if name in state and not isinstance(state[name], kind):  # older files have fewer
+            raise ValueError(f"its {name} is {state[name]!r}")
+    return state
+
+
 def read_progress(folder: Path) -> Progress:
     """How far the run was when it wrote this checkpoint."""
-    state = json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
+    state = read_state(folder)
     known = {field.name for field in fields(Progress)}
     progress = Progress(**{name: value for name, value in state.items() if name in known})
     progress.best = {int(stage): accuracy for stage, accuracy in progress.best.items()}
@@ -111,8 +122,7 @@ def save_random_state(folder: Path, world: World) -> None:
 
 def load_random_state(folder: Path, world: World) -> bool:
     """Restores this rank's random numbers; False where the checkpoint is of another world size and has none for it."""
-    state = json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
-    if state["world_size"] != world.size:
+    if read_state(folder).get("world_size") != world.size:
         return False
     saved = torch.load(folder / "trainer" / f"random_{world.rank}.pt", weights_only=True)
     random.setstate(saved["python"])

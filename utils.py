@@ -173,8 +173,8 @@ def read_log(path: Path) -> list[dict]:
     is no record."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        with suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+        with suppress(ValueError):
+            records.append(parse_json(line))
     return [record for record in records if isinstance(record, dict) and "event" in record]
 
 
@@ -195,6 +195,14 @@ def why_unreachable(path: Path | str) -> str | None:
     return None
 
 
+def parse_json(text: str, **options):
+    """`json.loads`, whose only error is ValueError: a bracket repeated often enough is a RecursionError."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
     """Makes a UserError of what a full or broken disk, or missing rights, make of writing a file."""
@@ -207,7 +215,7 @@ def writing(path: Path | str) -> Iterator[None]:
 def read_object(path: Path) -> dict:
     """A JSON file that holds an object. Raises UserError where it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):

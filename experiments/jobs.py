@@ -128,7 +128,7 @@ class Job:
             if any(keys[name] != getattr(self.config, name) for name in OF_EVALUATION if name in keys):
                 return False
             whole = isinstance(metrics["accuracy"], float) and Path(metrics["checkpoint"]).name == tested
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, UserError):
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, RecursionError):
             return False  # there is none, or it was killed while it wrote
         return whole and answered == [example["question"] for example in self.test_examples()]
 

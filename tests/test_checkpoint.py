@@ -1,6 +1,9 @@
 """What a run's folder holds: saving, finding, what comes back."""
 
+import errno
 import json
+import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -143,6 +146,67 @@ def test_old_checkpoints_go_but_never_the_best(tiny, tmp_path, world):
     for epoch, accuracy in ((1, 0.2), (2, 0.5), (3, 0.4), (4, 0.5), (5, 0.1)):
         save(config, world, parts, epoch, accuracy)
     assert [path.name for path in checkpoint.checkpoints(config.run_dir)] == ["checkpoint_4", "checkpoint_5"]
+
+
+def test_an_old_checkpoint_that_was_moved_and_linked_stays_where_it_is(tiny, tmp_path, world, capsys):
+    """rmtree refuses a link: the run ended after a good save, and so did every restart."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run", keep_checkpoints=1)
+    parts = load_model(config, None)
+    first = save(config, world, parts, 1, 0.2)
+    first.rename(tmp_path / "archive")
+    first.symlink_to(tmp_path / "archive")
+    save(config, world, parts, 2, 0.5)
+    assert [path.name for path in config.run_dir.iterdir()] == ["checkpoint_2"]
+    assert checkpoint.damage(tmp_path / "archive") is None
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_what_cannot_be_removed_ends_no_run(tiny, tmp_path, world, monkeypatch, capsys):
+    """NFS keeps a file that somebody has open, and its folder."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run", keep_checkpoints=1)
+    parts = load_model(config, None)
+    save(config, world, parts, 1, 0.2)
+
+    def keep(path, *_, **__):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", keep)
+        save(config, world, parts, 2, 0.5)
+        assert "warning: " in (said := capsys.readouterr().err)
+        assert "checkpoint_1 cannot be removed: Directory not empty" in said
+        save(config, world, parts, 3, 0.6)
+    save(config, world, parts, 4, 0.7)
+    assert [path.name for path in config.run_dir.iterdir()] == ["checkpoint_4"]  # once it can be, it is
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("trainer/manifest.json", "[]"),
+        ("trainer/manifest.json", '"x"'),
+        ("trainer/manifest.json", "{}"),
+        ("trainer/state.json", "[]"),
+        ("trainer/state.json", '{"format": 2, "epoch": "x"}'),
+        ("trainer/state.json", '{"format": 1, "epoch": null}'),
+        ("trainer/state.json", "[" * 100_000),
+    ],
+)
+def test_a_checkpoint_with_odd_json_is_damaged(tiny, tmp_path, world, file, content):
+    """A traceback each."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
+    folder = save(config, world, load_model(config, None), 1)
+    (folder / file).write_text(content)
+    assert checkpoint.damage(folder) == "trainer/manifest.json or trainer/state.json is not readable"
+
+
+def test_a_state_without_a_world_is_of_another(tiny, tmp_path, world):
+    """A KeyError."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
+    folder = save(config, world, load_model(config, None), 1)
+    (folder / "trainer/state.json").write_text('{"format": 1, "epoch": 1, "step": 10}')
+    assert not trainer_state.load_random_state(folder, world)
+    assert trainer_state.read_progress(folder).step == 10
 
 
 def test_optimizer_and_random_state_come_back(tiny, tmp_path, world):

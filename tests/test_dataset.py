@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 import examples
 from config import Config
 from curriculum import (
+    END,
     IGNORE,
+    LATENT,
     NO_REASONING,
+    START,
     Markers,
     training_sequence,
 )
@@ -258,6 +261,55 @@ def test_the_digest_does_not_depend_on_what_a_tokenizer_was_used_for(data_file, 
     assert cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False) != plain
 
 
+@pytest.mark.parametrize(
+    ("number", "field", "text"),
+    [
+        (2, "question", "<|latent|>"),
+        (0, "answer", "4<|end-latent|>"),
+        (1, "steps", "<|start-latent|>1"),
+        (1100, "steps", "1<|latent|>"),
+    ],
+)
+def test_a_marker_in_the_data_is_refused(data_file, tmp_path, number, field, text):
+    """It became a latent position: a thought in the middle of a question, or a traceback in the middle of an epoch."""
+    records = [dict(example) for example in (EXAMPLES * 400)[: number + 3]]
+    records[number][field] = [*records[number]["steps"], text, ""] if field == "steps" else text
+    data_file.write_text(json.dumps(records))
+    tokenizer = character_tokenizer()
+    tokenizer.add_tokens([START, END, LATENT])
+    marker = next(marker for marker in (START, END, LATENT) if marker in text)
+    with pytest.raises(UserError) as error:
+        cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False)
+    assert str(error.value) == (
+        f"{data_file}: record {number} (counted from 0) has the text {marker!r} in its {field!r}, which marks the "
+        f"latent positions"
+    )
+    # to a tokenizer without markers it is a text like any other
+    cache_tokens(str(data_file), character_tokenizer(), tmp_path / "cache", show_progress=False)
+
+
+def test_a_question_without_tokens_is_refused(data_file, tmp_path):
+    from tokenizers import normalizers
+
+    tokenizer = character_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    data_file.write_text(json.dumps([*EXAMPLES, {"question": " ", "answer": "3", "steps": [" "]}]))
+    with pytest.raises(UserError, match=r"record 3 \(counted from 0\) has a 'question' of which the tokenizer leaves"):
+        cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False)
+
+
+@pytest.mark.parametrize("damage", [lambda ids: b"", lambda ids: ids[:-4], lambda ids: ids[:60]])
+def test_damaged_tokens_are_named(data_file, tmp_path, damage):
+    """A power cut left an empty file, of which numpy made an EOFError; of a shorter one nobody said anything."""
+    folder = cache_tokens(str(data_file), character_tokenizer(), tmp_path / "cache", show_progress=False)
+    (folder / "ids.npy").write_bytes(damage((folder / "ids.npy").read_bytes()))
+    with pytest.raises(UserError, match=f"{folder} cannot be read: .*; remove it, and it is made again"):
+        Tokens.open(folder)
+    np.save(folder / "ids.npy", np.zeros(5, dtype=np.int32))
+    with pytest.raises(UserError, match="it is not whole; remove it"):
+        Tokens.open(folder)
+
+
 def test_special_tokens_of_the_tokenizer_go_to_the_question_once():
     from tokenizers import processors
 
@@ -285,6 +337,11 @@ def test_special_tokens_of_the_tokenizer_go_to_the_question_once():
         (b'[{"question": "a", "answer": 3, "steps": []}]', "record 0.*'answer' that is no text"),
         (b'[{"question": "a", "answer": "3", "steps": "x"}]', "record 0.*no list of texts"),
         (b'["\xff"]', "is not UTF-8"),
+        (b'[{"question": "a", "question": "c", "answer": "3", "steps": []}]', "record 0 .* has 'question' twice"),
+        (b'[{"question": "a\\ud83d", "answer": "3", "steps": []}]', r"record 0 .* holds '\\ud83d', half a character"),
+        (b'[{"question": "a", "answer": "3", "steps": ["\\udc00"]}]', "half a character, which is no UTF-8"),
+        (b"[" * 100_000, "is not valid JSON: it is nested too deeply"),
+        (b'[{"question": "a", "answer": "3", "steps": [], "n": ' + b"9" * 5000 + b"}]", "is not valid JSON: Exceeds"),
     ],
 )
 def test_bad_files_are_named(tmp_path, content, complaint):

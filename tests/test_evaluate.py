@@ -1,6 +1,7 @@
 """Scores: what is taken for the answer, what is counted, and the summary of a run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny_model
@@ -253,6 +254,27 @@ def test_answers_that_cannot_come_out_right_are_named(answer):
     assert unreachable(tokenizer, right, config) == []
     config.max_new_tokens = 3  # room for ### and one digit
     assert "1 of 2 answers cannot come out right" in unreachable(tokenizer, right, config)[0]
+
+
+def test_steps_that_hide_the_answer_are_named():
+    """F21 again: with too few new tokens for the steps a perfect model had 0 %, and so with an EOS in them."""
+    examples = [
+        {"question": "1+2", "steps": steps, "answer": "3"} for steps in (["1"], ["1+2", "2+1"], ["2#"], ["1", "<eos>"])
+    ]
+    tokenizer = tiny_model.make_tokenizer([json.dumps(examples), "### ", "\n"], "char")
+    examples[3]["steps"][1] = tokenizer.eos_token
+    data = Data(examples, tokenize(examples, tokenizer))
+    config = Config(val_path="valid.json", method="cot")
+    assert unreachable(tokenizer, data, replace(config, method="coconut"), [9]) == []  # a stage without steps
+    assert unreachable(tokenizer, data, replace(config, method="no_cot"), [0]) == []
+    wrong, unmatched = unreachable(tokenizer, data, config, [0, 0])
+    assert wrong.startswith("valid.json: 1 of 4 answers cannot come out right at stage 0")
+    assert "record 3 (counted from 0), whose steps and answer" in wrong
+    assert unmatched.startswith("valid.json: 1 of 4 examples cannot have a cot_match at stage 0")
+    assert "record 2 (counted from 0), whose steps '2#' are read back as '2'" in unmatched
+    wrong, _ = unreachable(tokenizer, data, replace(config, max_new_tokens=8), [0])
+    assert "2 of 4 answers cannot come out right at stage 0" in wrong
+    assert "11 tokens where max_new_tokens is 8, are read back as '1+2" in wrong
 
 
 @pytest.mark.parametrize(

@@ -309,7 +309,7 @@ def test_what_a_model_of_several_modes_writes_is_read_without_its_marker(folders
     ("file", "content", "sentence"),
     [
         ("coconut.json", "{}", "coconut.json is damaged: it lacks stage and method"),
-        ("coconut.json", {"stage": "x"}, "coconut.json is damaged: stage must be a whole number, not 'x'"),
+        ("coconut.json", {"stage": "x"}, "coconut.json is damaged: stage must be a whole number from 0 on, not 'x'"),
         ("coconut.json", {"c_thought": "many"}, "coconut.json is damaged: c_thought must be a whole number"),
         ("coconut.json", {"method": "none"}, "coconut.json is damaged: method must be one of"),
         ("coconut.json", {"c_thought": 1000}, "leave no room in 64 positions"),

@@ -138,6 +138,10 @@ def test_a_model_without_latents_is_asked_too(folders, capsys):
         (["none", "3+4"], "'none' is no checkpoint"),
         (["{coconut}", "3" * 60], "a question of 67 tokens leaves no room in 40 positions"),
         (["{coconut}", "3\udcff"], "a question holds what is no UTF-8"),
+        (["{coconut}", "<|latent|>3+4"], "a question holds a marker of the latent positions: '<.latent.>3.4'"),
+        (["a" * 300, "3+4"], "cannot be reached: File name too long"),
+        (["{coconut}", "--file", "{deep}"], "deep.json is not valid JSON: it is nested too deeply"),
+        (["{coconut}", "--file", "{deeper}"], "line 1 is not valid JSON: it is nested too deeply"),
         (["{coconut}", "3+4", "--thoughts", "99999999999999999999"], "thoughts leave no room in 40 positions"),
         (["{coconut}", "3+4", "--thoughts", "40"], "40 thoughts leave no room in 40 positions"),
         (["{coconut}", "--file", "none.json"], "cannot read none.json"),
@@ -149,6 +153,9 @@ def test_what_is_wrong_is_said_in_a_sentence(folders, tmp_path, capsys, argument
     files = {"bad": tmp_path / "bad.json", "worse": tmp_path / "worse.jsonl"}
     files["bad"].write_text('[{"question": "1"}, {"answer": "1"}]')
     files["worse"].write_text("3+4\n{question: 1}\n")
+    files |= {"deep": tmp_path / "deep.json", "deeper": tmp_path / "deeper.jsonl"}
+    files["deep"].write_text("[" * 100_000)
+    files["deeper"].write_text('{"question": ' * 100_000)
     assert generate.main([argument.format(**folders, **files) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

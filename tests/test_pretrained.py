@@ -116,6 +116,8 @@ def test_our_checkpoint_becomes_a_file_of_the_reference(tiny, tmp_path):
             r"of another shape: transformer.ln_f.weight \[7\]",
         ),
         (lambda s: s.update(epoch=3), "must map names to tensors"),
+        (lambda s: s.update({1: torch.ones(1)}), "must map names to tensors"),
+        (lambda s: s.update({"transformer.ln_f.weight": torch.ones(32).to_sparse()}), "and to dense ones"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(tiny, tmp_path, change, complaint):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -419,6 +420,21 @@ def test_a_finished_run_is_left_as_it_is(place, trained, here):
     assert len(epochs(run)) == 3
 
 
+@pytest.mark.parametrize(
+    ("file", "content"), [("eval/metrics.json", "{"), ("metrics.jsonl", '{"event": "epoch"}'), ("metrics.jsonl", None)]
+)
+def test_a_damaged_log_fails_no_training(place, trained, tmp_path, here, file, content):
+    """All epochs were trained and saved, and the exit code was 2."""
+    folder = shutil.copytree(trained[0], tmp_path / "run")
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).unlink(missing_ok=True)
+    if content is not None:
+        (folder / file).write_text(content)
+    done = here(place / "run.yaml", f"save_path={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "warning: there is no table: " in done.stderr
+
+
 def test_a_finished_run_that_saves_only_what_improves_is_left_as_it_is(place):
     """Started again, it trained all epochs after its best one anew; with more epochs it goes on from there."""
     keys = ["name=improves", "save_only_improve=true", "lr=0", "epochs_per_stage=9", "max_new_tokens=2"]
@@ -590,11 +606,22 @@ BAD = {
         "needs numbers, but the answer of record 0 .counted from 0. of .*words.json is '.-'",
     ),
     "no thought": (["thought=first", "name=new"], "thought must be one of last, layer:N, .*, not 'first'"),
+    "a marker in the data": (["train_path={place}/marked.json", "name=new"], "record 1 .* has the text '<.latent.>'"),
+    "no text": (["val_path={place}/half.json", "name=new"], "half.json: record 0 .* half a character"),
+    "a long name": (["name=" + "a" * 300], "must be a plain folder name, of at most 200 bytes"),
+    "weights that are not numbers": (
+        ["only_eval=true", "load_model_path={place}/nan.bin", "name=new"],
+        "the weights of .*nan.bin are not finite",
+    ),
+    "a description of another kind": (
+        ["only_eval=true", "load_model_path={place}/odd", "name=new"],
+        "stage must be a whole number from 0 on, not -3; validated_on must be an object, not 'x'",
+    ),
     "no layer": (["thought=layer:5", "name=new"], "thought 'layer:5' must be between layer:-2 and layer:1"),
 }
 
 
-AFTER_THE_RANKS_MET = ("no steps", "checkpoint of another model", "no numbers")
+AFTER_THE_RANKS_MET = ("no steps", "no text", "checkpoint of another model", "no numbers")
 
 
 @pytest.mark.parametrize(
@@ -607,7 +634,14 @@ def test_bad_input_gets_one_sentence_and_spoils_nothing(place, trained, words, h
     (place / "no_steps.json").write_text(
         json.dumps([{"question": "1", "answer": "1", "steps": []}, {"question": "1", "answer": "1"}])
     )
+    record = {"question": "1", "answer": "1", "steps": []}
+    (place / "marked.json").write_text(json.dumps([record, {**record, "question": "<|latent|>1"}]))
+    (place / "half.json").write_text(json.dumps([{**record, "answer": "\ud83d"}]))
     torch.save(AutoModelForCausalLM.from_pretrained(place / "other_model").state_dict(), place / "other.bin")
+    state = AutoModelForCausalLM.from_pretrained(place / "model").state_dict()
+    torch.save({name: value * math.nan for name, value in state.items()}, place / "nan.bin")
+    shutil.copytree(place / "model", place / "odd", dirs_exist_ok=True)
+    (place / "odd" / "coconut.json").write_text('{"stage": -3, "validated_on": "x"}')
     before = digest(run)
     arguments, sentence = BAD[case]
     arguments = (place / "run.yaml", *(argument.format(place=place) for argument in arguments))
