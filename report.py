@@ -66,9 +66,9 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 def read_run(folder: Path, name: str) -> Run:
     path = folder / "metrics.jsonl"
+    records = read_log(path)
     if not path.is_file():
         raise UserError(f"{folder} is not the folder of a run: it holds no metrics.jsonl")
-    records = read_log(path)
     # a restarted run repeats what it had lost: what was written last counts
     steps = {record["step"]: record for record in records if record["event"] == "step"}
     epochs = {record["epoch"] + 1: record for record in records if record["event"] == "epoch"}

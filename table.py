@@ -15,7 +15,7 @@ from pathlib import Path
 
 from curriculum import stage_name
 from load_path import best, checkpoints, is_of_finished_epoch, rating
-from utils import UserError, progress_bar, read_log, read_object, report
+from utils import UserError, progress_bar, read_log, read_object, report, why_unreachable
 
 
 def summary(run_dir: Path, evaluation: dict | None = None) -> str:
@@ -146,6 +146,8 @@ def main(description: str, arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", metavar="FILE", help="evaluate all of its checkpoints on this data file")
     options = parser.parse_args(arguments)
     try:
+        if reason := why_unreachable(options.run):
+            raise UserError(f"{options.run} cannot be reached: {reason}")
         if options.all is not None:
             found, failed = evaluate_all(options.run, options.all)
         else:

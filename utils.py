@@ -169,8 +169,10 @@ class RunLogger:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; lines that a job left half written are passed over, and what
-    is no record."""
+    """The records of a metrics.jsonl, none where there is no such file; lines that a job left half written are passed
+    over, and what is no record. Raises UserError."""
+    if reason := why_unreachable(path):
+        raise UserError(f"cannot read {path}: {reason}")
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with suppress(ValueError):

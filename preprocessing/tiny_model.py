@@ -9,6 +9,7 @@ hub can be reached:
 
 import argparse
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -48,10 +49,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--untied: GPT-2's shape is always tied; --shape llama or qwen2 need not be")
     if not 0 <= options.seed < 2**63:
         parser.error(f"--seed must be at least 0 and less than 2^63, not {options.seed}")
-    if options.out.exists() and not options.out.is_dir():
+    if os.path.exists(options.out) and not options.out.is_dir():
         parser.error(f"--out {options.out} is a file, not a folder")
     for path in options.data:
-        if not path.is_file():
+        if not os.path.isfile(path):
             parser.error(f"{path} does not exist, or is no file")
     return options
 

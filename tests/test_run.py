@@ -532,6 +532,20 @@ def test_a_damaged_run_is_one_sentence(trained, tmp_path, file, content, capsys)
     assert str(run) in printed
 
 
+@pytest.mark.parametrize("arguments", [["{}"], ["{}", "--all", "x.json"]])
+@pytest.mark.parametrize(
+    ("run", "sentence"),
+    [("a" * 300, "cannot be reached: File name too long"), ("gone", "(gone|it) holds (neither|no checkpoint)")],
+)
+def test_no_run_is_one_sentence(arguments, run, sentence, capsys):
+    """A traceback, and for a folder that is not there that its log is damaged."""
+    assert table.main("", [argument.format(run) for argument in arguments]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert re.search(sentence, printed)
+    assert "damaged" not in printed
+
+
 def test_what_is_no_record_is_passed_over(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained[0], run)
