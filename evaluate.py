@@ -18,7 +18,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -159,53 +159,47 @@ def unreachable(tokenizer, data: Data, config: Config, stages: Iterable[int] = (
 
     Raises UserError where answers are to be compared as numbers, and one is none.
     """
-    warnings: list[str] = []
-    n = len(data.val_examples)
-
-    def warn(found: list[int], what: str, of_first: Callable[[int], str]) -> None:
-        if found:
-            count = f"{config.val_path}: {len(found)} of {n} {what}"
-            warnings.append(f"{count}; the first is record {found[0]} (counted from 0), {of_first(found[0])}")
+    gold = [_gold(example) for example in data.val_examples]
+    if config.answer_match == "number" and (none := [i for i, text in enumerate(gold) if number_of(text) is None]):
+        raise UserError(
+            f"answer_match number needs numbers, but the answer of record {none[0]} (counted from 0) of "
+            f"{config.val_path} is {gold[none[0]]!r}"
+        )
 
     def read_back(index: int, kept: Sequence[int] = ()) -> str:
         ids = [*kept, *data.val[index][2]][: config.max_new_tokens]
         return tokenizer.decode(_before(tokenizer.eos_token_id, ids), skip_special_tokens=True)
 
-    gold = [_gold(example) for example in data.val_examples]
-    if config.answer_match == "number" and (none := [i for i in range(n) if number_of(gold[i]) is None]):
-        raise UserError(
-            f"answer_match number needs numbers, but the answer of record {none[0]} (counted from 0) of "
-            f"{config.val_path} is {gold[none[0]]!r}"
-        )
-    alone = [i for i in range(n) if not is_right(read_back(i), gold[i], config.answer_match)]
-    warn(
-        alone,
-        "answers cannot come out right, whatever the model says",
-        lambda i: f"whose answer {gold[i]!r} is read back as {extract_answer(read_back(i))!r}",
-    )
+    def warning(found: dict[int, str], what: str) -> list[str]:
+        """found: number of a record -> what is the matter with it."""
+        return [
+            f"{config.val_path}: {len(found)} of {len(gold)} {what}; the first is record {index} (counted from 0), "
+            f"{text}"
+            for index, text in list(found.items())[:1]
+        ]
+
+    alone = {}
+    for index, wanted in enumerate(gold):
+        if not is_right(text := read_back(index), wanted, config.answer_match):
+            alone[index] = f"whose answer {wanted!r} is read back as {extract_answer(text)!r}"
+    warnings = warning(alone, "answers cannot come out right, whatever the model says")
     modes = MODES if config.method == "multi_mode" and not config.only_eval else [config.mode]
     for stage, mode in product(dict.fromkeys(stages), modes):
-        of_mode = replace(config, mode=mode)
-        kept = [kept_reasoning(data.val[i][1], stage, of_mode) for i in range(n)]
-        texts = [read_back(i, kept[i]) for i in range(n)]
-        wrong = [i for i in set(range(n)).difference(alone) if not is_right(texts[i], gold[i], config.answer_match)]
-        warn(
-            wrong,
-            f"answers cannot come out right at stage {stage_name(stage)}, whatever the model says",
-            lambda i, kept=kept, texts=texts: (
-                f"whose steps and answer, {len(kept[i]) + len(data.val[i][2])} tokens where max_new_tokens is "
-                f"{config.max_new_tokens}, are read back as {extract_answer(texts[i])[-60:]!r}"
-            ),
-        )
-        steps = [tokenizer.decode(tokens).strip() for tokens in kept]
-        other = [i for i in set(range(n)).difference(alone, wrong) if extract_steps(texts[i]) != steps[i]]
-        warn(
-            other,
-            f"examples cannot have a cot_match at stage {stage_name(stage)}",
-            lambda i, steps=steps, texts=texts: (
-                f"whose steps {steps[i][-60:]!r} are read back as {extract_steps(texts[i])[-60:]!r}"
-            ),
-        )
+        wrong, unmatched = {}, {}
+        for index in [index for index in range(len(gold)) if index not in alone]:
+            _, steps, answer = data.val[index]
+            kept = kept_reasoning(steps, stage, replace(config, mode=mode))
+            text, reasoning = read_back(index, kept), tokenizer.decode(kept).strip()
+            if not is_right(text, gold[index], config.answer_match):
+                wrong[index] = (
+                    f"whose steps and answer, {len(kept) + len(answer)} tokens where max_new_tokens is "
+                    f"{config.max_new_tokens}, are read back as {extract_answer(text)[-60:]!r}"
+                )
+            elif extract_steps(text) != reasoning:
+                unmatched[index] = f"whose steps {reasoning[-60:]!r} are read back as {extract_steps(text)[-60:]!r}"
+        at_stage = f"at stage {stage_name(stage)}"
+        warnings += warning(wrong, f"answers cannot come out right {at_stage}, whatever the model says")
+        warnings += warning(unmatched, f"examples cannot have a cot_match {at_stage}")
     return warnings
 
 
