@@ -185,10 +185,10 @@ def unreachable(tokenizer, data: Data, config: Config, stages: Iterable[int] = (
     warnings = warning(alone, "answers cannot come out right, whatever the model says")
     modes = MODES if config.method == "multi_mode" and not config.only_eval else [config.mode]
     for stage, mode in product(dict.fromkeys(stages), modes):
-        wrong, unmatched = {}, {}
+        of_mode, wrong, unmatched = replace(config, mode=mode), {}, {}
         for index in [index for index in range(len(gold)) if index not in alone]:
             _, steps, answer = data.val[index]
-            kept = kept_reasoning(steps, stage, replace(config, mode=mode))
+            kept = kept_reasoning(steps, stage, of_mode)
             text, reasoning = read_back(index, kept), tokenizer.decode(kept).strip()
             if not is_right(text, gold[index], config.answer_match):
                 wrong[index] = (
