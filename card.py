@@ -144,10 +144,15 @@ def _accuracies(checkpoint: Path, config: dict) -> str:
 
 def _rows(found: dict, title: str, answer_match: str | None) -> list[str]:
     """Of one evaluation; of a validation of method multi_mode a row for each mode, since its accuracy is their mean."""
-    modes = {name.removeprefix("accuracy_"): found[name] for name in found if name.removeprefix("accuracy_") in MODES}
-    shares = {f"{title}, asked in mode {mode}": share for mode, share in modes.items()} or {title: found["accuracy"]}
-    rest = f"{answer_match or 'text'} | {found['cot_match']:.1%} | {found['generated_tokens']:.1f}"
-    return [f"| {name} | {found['examples']} | {share:.1%} | {rest} |" for name, share in shares.items()]
+    modes = {f"_{mode}": f"{title}, asked in mode {mode}" for mode in MODES if f"accuracy_{mode}" in found}
+    rows = []
+    for suffix, name in (modes or {"": title}).items():
+        # older validations have these of the latent mode alone, without a suffix
+        match, tokens = (found.get(key + suffix) for key in ("cot_match", "generated_tokens"))
+        match, tokens = "" if match is None else f"{match:.1%}", "" if tokens is None else f"{tokens:.1f}"
+        share = f"{found['accuracy' + suffix]:.1%}"
+        rows.append(f"| {name} | {found['examples']} | {share} | {answer_match or 'text'} | {match} | {tokens} |")
+    return rows
 
 
 def _repeating(checkpoint: Path, name: str, config: dict, notes: dict[str, str], text: str) -> str:

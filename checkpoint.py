@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +51,7 @@ from trainer_state import (
     save_random_state,
     written_by_ranks,
 )
-from utils import UserError, as_json, file_digest, parse_json, retried, sync_to_disk
+from utils import UserError, as_json, file_digest, parse_json, read_object, retried, sync_to_disk
 
 MANIFEST = "trainer/manifest.json"  # file -> SHA-256
 # keys that say what a model's sequences look like
@@ -82,7 +83,7 @@ def find_weights(config: Config, world: World) -> Path | None:
             raise UserError(f"load_model_path {str(path)!r} is damaged: {problem}")
         return path
 
-    return on_main_rank(world, find)
+    return _seen_by_all(world, on_main_rank(world, find))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -195,14 +196,24 @@ def restart_name(progress: Progress) -> str:
 
 
 def _writing(target: Path, action: Callable[[], None]) -> None:
-    """Turns what a full or broken disk makes libraries raise into a UserError."""
+    """Turns what a full or broken disk makes libraries raise into a UserError. Anything else, such as a GPU without
+    memory for the optimizer's shares, or a rank that is gone, is what it is."""
     try:
         action()
     except (OSError, RuntimeError, SafetensorError, dcp.CheckpointException) as error:
+        if not _is_of_disk(error):
+            raise
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise UserError(
             f"{target} cannot be written: {lines[-1].strip()}; earlier checkpoints are untouched"
         ) from error
+
+
+def _is_of_disk(error: BaseException) -> bool:
+    if isinstance(error, dcp.CheckpointException):  # what the ranks have raised in writing their shares
+        return all(_is_of_disk(failure) for failure, _ in error.failures.values())
+    of_torch_save = isinstance(error, RuntimeError) and "inline_container.cc" in str(error)
+    return isinstance(error, (OSError, SafetensorError)) or of_torch_save
 
 
 def _publish(aside: Path, target: Path, world_size: int) -> None:
@@ -297,7 +308,29 @@ def find_newest(config: Config, world: World) -> Path | None:
             )
         return newest
 
-    return on_main_rank(world, find)
+    return _seen_by_all(world, on_main_rank(world, find))
+
+
+def _seen_by_all(world: World, folder: Path | None) -> Path | None:
+    """The folder, once every rank sees all files of it: a network file system may show them late to other nodes.
+    Collective. Raises UserError."""
+
+    def listed() -> list[str]:
+        path = folder / MANIFEST  # which older checkpoints, and others' folders, have not
+        return [MANIFEST, *read_object(path)] if path.is_file() else []
+
+    def look() -> None:
+        for name in names:
+            try:
+                retried((folder / name).stat)
+            except OSError as error:
+                where = f"rank {world.rank} on {socket.gethostname()}"
+                raise UserError(f"{where} does not see {folder / name}: {error.strerror}") from None
+
+    if folder is not None:
+        names = on_main_rank(world, listed)  # all ranks
+        on_every_rank(world, look)  # all ranks
+    return folder
 
 
 def newest_whole(run_dir: Path, warn: Callable[[str], None]) -> Path | None:

@@ -22,6 +22,7 @@ from utils import UserError, launched_ranks, report
 
 METHODS = ("coconut", "cot", "no_cot", "no_thoughts", "icot", "codi", "multi_mode")
 MOST_LATENTS = 100_000  # longer than any model's positions; sequences of more fill the memory before they are refused
+MOST = 1e30  # of what a gradient is multiplied with: it has to stay a float32
 MOST_RANKS = 65_536  # of LoRA: more than any layer has
 METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")  # keys of the reference that became `method`
 # thoughts.py defines them; they are named here, with what may follow the name, so that a configuration is checked
@@ -145,12 +146,13 @@ class Config:
         free=True,
     )
     distillation: float = _key(
-        1.0, "codi: weight of the distance between the student's states and the teacher's", low=0, later=True
+        1.0, "codi: weight of the distance between the student's states and the teacher's", low=0, high=MOST, later=True
     )
     latent_labels: float = _key(
         0.0,
         "weight of what the latents are told that they stand for, the tokens of their step (LOTUS: 0.05)",
         low=0,
+        high=MOST,
         later=True,
     )
     step_decoder: str = _key(
@@ -160,7 +162,7 @@ class Config:
         choices=("none", "pretrained", "copy"),
         later=True,
     )
-    step_decoder_weight: float = _key(1.0, "of that model's loss beside the answer's", low=0, later=True)
+    step_decoder_weight: float = _key(1.0, "of that model's loss beside the answer's", low=0, high=MOST, later=True)
     step_decoder_reduction: str = _key(
         "sum", "sum | mean: of its loss over the tokens of a step", choices=("sum", "mean"), later=True
     )
@@ -259,8 +261,8 @@ class Config:
     global_batch_size: int | None = _key(
         None, "examples of one optimizer step over all ranks; gradient_accumulation_steps is derived from it", low=1
     )
-    lr: float = _key(1e-4, "AdamW's learning rate", low=0)
-    weight_decay: float = _key(0.01, "AdamW's weight decay, on every parameter", low=0)
+    lr: float = _key(1e-4, "AdamW's learning rate", low=0, high=MOST)
+    weight_decay: float = _key(0.01, "AdamW's weight decay, on every parameter", low=0, high=MOST)
     lr_scheduler: str = _key("constant", "constant | linear | cosine", choices=("constant", "linear", "cosine"))
     warmup_steps: int = _key(0, "optimizer steps over which lr rises from 0", low=0)
     max_grad_norm: float | None = _key(None, "clip the gradient's norm to this; not at all where it is 0", low=0)

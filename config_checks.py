@@ -20,10 +20,11 @@ LONGEST_NAME = 200  # bytes: a file's name has at most 255, and what is written 
 def combinations(config, world_size: int) -> list[str]:
     """Keys that exclude each other or lack one another."""
     found = [*_of_the_run(config), *_of_stages(config), *_of_modes(config), *_of_latents(config), *_of_weights(config)]
-    try:
-        config.passes(world_size)
-    except UserError as error:
-        found.append(str(error))
+    if not config.only_eval:  # which has no optimizer steps
+        try:
+            config.passes(world_size)
+        except UserError as error:
+            found.append(str(error))
     return found
 
 

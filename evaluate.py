@@ -120,7 +120,8 @@ def evaluate_modes(
     """`evaluate`, of a model of method multi_mode in all three modes. Collective: every rank must call it.
 
     The metrics are those of the latent mode but for `loss`, the sum of all, and `accuracy`, the harmonic mean of
-    accuracy_direct, accuracy_written and accuracy_latent; a prediction has under the name of each other mode its
+    accuracy_direct, accuracy_written and accuracy_latent; cot_match_MODE and generated_tokens_MODE are there too. A
+    prediction has under the name of each other mode its
     "output", "answer" and "correct". For other methods it is `evaluate`.
     """
     if config.method != "multi_mode" or config.only_eval:
@@ -129,8 +130,9 @@ def evaluate_modes(
         mode: evaluate(pretrained, data, stage, replace(config, mode=mode), world, f"{title}, {mode}") for mode in MODES
     }
     metrics, predictions = found["latent"]
-    accuracies = {f"accuracy_{mode}": of_mode["accuracy"] for mode, (of_mode, _) in found.items()}
-    metrics = metrics | accuracies | {"accuracy": statistics.harmonic_mean(accuracies.values())}
+    for name in ("accuracy", "cot_match", "generated_tokens"):
+        metrics = metrics | {f"{name}_{mode}": of_mode[name] for mode, (of_mode, _) in found.items()}
+    metrics["accuracy"] = statistics.harmonic_mean([of_mode["accuracy"] for of_mode, _ in found.values()])
     metrics |= {name: sum(of_mode[name] for of_mode, _ in found.values()) for name in ("loss", "seconds")}
     for mode in MODES[:-1]:
         for prediction, other in zip(predictions, found[mode][1], strict=True):

@@ -231,9 +231,7 @@ def on_every_rank(world: World, action: typing.Callable) -> list:
     dist.all_gather_object(outcomes, (result, problem))  # all ranks
     for _, text in outcomes:
         if text is not None:
-            error = UserError(text)
-            error.is_shared = True
-            raise error
+            raise UserError.of_all(text)
     return [result for result, _ in outcomes]
 
 
@@ -318,10 +316,10 @@ def check_shared(world: World, folder: Path) -> None:
     def look() -> None:
         try:
             retried((folder / name).stat)
-        except FileNotFoundError:
+        except OSError as error:  # it is not there, or something else is, or this node may not look
             raise UserError(
                 f"save_path is not shared: rank {world.rank} on {socket.gethostname()} does not see what rank 0 has "
-                f"written in {folder.resolve()}; choose a folder that all nodes share"
+                f"written in {os.path.abspath(folder)} ({error.strerror}); choose a folder that all nodes share"
             ) from None
 
     name = on_main_rank(world, write)
@@ -342,17 +340,31 @@ class Interruption:
 
     A second signal exits at once. One within a second of the first does not count as another: launchers hand on what
     the cluster has sent to every process anyway. Used as a context; `asked` is collective.
+
+    It may come before there is a world, which is then set: see `early`.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, world: World):
+    def __init__(self, world: World | None = None):
         self.world = world
         self.received: float | None = None  # when
         self._question = None  # (flag, work) of the last time that the ranks asked each other
         self._before = {}
 
+    @classmethod
+    def early(cls) -> Interruption:
+        """For the first lines of a program: where it has been started to ignore the signals, as slurm/launch.sh starts
+        it, one that comes while libraries are imported and the model is loaded is heeded at the first step. Elsewhere
+        it ends the program, as long as there is nothing to save."""
+        interruption = cls()
+        if signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN:
+            interruption.__enter__()
+        return interruption
+
     def __enter__(self) -> Interruption:
+        if self._before:
+            return self
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
         return self
@@ -360,6 +372,7 @@ class Interruption:
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before = {}
 
     def _receive(self, number: int, _) -> None:
         if self.received is not None and time.monotonic() - self.received > 1:

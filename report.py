@@ -22,7 +22,7 @@ import yaml
 
 from analysis.page import Figure, Section, page
 from curriculum import stage_name
-from utils import UserError, read_log, report, tell, writing
+from utils import UserError, read_log, report, tell, write_whole
 
 POINTS = 500  # of a line over steps
 ROWS = 12  # of the table under it
@@ -70,8 +70,11 @@ def read_run(folder: Path, name: str) -> Run:
     if not path.is_file():
         raise UserError(f"{folder} is not the folder of a run: it holds no metrics.jsonl")
     # a restarted run repeats what it had lost: what was written last counts
-    steps = {record["step"]: record for record in records if record["event"] == "step"}
-    epochs = {record["epoch"] + 1: record for record in records if record["event"] == "epoch"}
+    try:
+        steps = {record["step"]: record for record in records if record["event"] == "step"}
+        epochs = {record["epoch"] + 1: record for record in records if record["event"] == "epoch"}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error!r}") from None
     if not steps and not epochs:
         raise UserError(f"{path} has no step and no epoch yet")
     return Run(name, dict(sorted(steps.items())), dict(sorted(epochs.items())), read_config(folder / "config.yaml"))
@@ -264,10 +267,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     out = options.out or options.runs[0] / "report.html"
     try:
-        html = report_page(read_runs(options.runs))
-        with writing(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(html, encoding="utf-8")
+        runs = read_runs(options.runs)
+        try:
+            html = report_page(runs)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            logs = ", ".join(str(folder / "metrics.jsonl") for folder in options.runs)
+            raise UserError(f"{logs}: a record is damaged: {error!r}") from None
+        write_whole(out, html)
         tell(f"the page: {out}")
     except UserError as error:
         return report(error)

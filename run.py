@@ -8,9 +8,11 @@ A run continues from the newest checkpoint in its folder, save_path/name, where 
 
 from config import Config, configure
 from curriculum import schedule
+from ranks import Interruption
 
 if __name__ == "__main__":
-    CONFIG = configure(__doc__, schedule)  # --help and mistakes are answered before the slow imports below
+    INTERRUPTION = Interruption.early()  # a cluster's signal may come during the slow imports below
+    CONFIG = configure(__doc__, schedule)  # --help and mistakes are answered before them
 
 import json
 import math
@@ -35,7 +37,7 @@ from load_path import has_ended, note_end
 from methods import method_of
 from prepare import Run, Step, announce, prepare, stage_to_evaluate
 from pretrained import read_description
-from ranks import Interruption, World
+from ranks import World
 from sim_cot import SimCot
 from table import summary
 from throughput import FlopCounter, Throughput, peak_flops
@@ -46,8 +48,8 @@ INTERRUPTED_FILE = "INTERRUPTED_FILE"  # a run that a signal has stopped creates
 
 
 @record
-def main(config: Config) -> int:
-    """Trains, or evaluates only; returns the exit code."""
+def main(config: Config, interruption: Interruption | None = None) -> int:
+    """Trains, or evaluates only; returns the exit code. interruption: where signals are heeded already."""
     code = 1
     try:
         world = ranks.setup_distributed()
@@ -55,7 +57,9 @@ def main(config: Config) -> int:
         if config.only_eval:
             evaluate_only(config, world)
         else:
-            with ranks.folder_of_one(world, config.run_dir), Interruption(world) as interruption:
+            interruption = interruption or Interruption()
+            interruption.world = world
+            with ranks.folder_of_one(world, config.run_dir), interruption:
                 train(config, world, interruption)
         code = 0
     except UserError as error:
@@ -103,7 +107,7 @@ def evaluate_only(config: Config, world: World) -> None:
     stage, more = stage_to_evaluate(config, read_description(source) or {})
     run = prepare(config, world, source, Progress(), stage)
     if not parallel.weights_are_finite(run.model):  # all ranks
-        raise UserError(f"the weights of {source} are not finite: there is nothing to evaluate")
+        raise UserError.of_all(f"the weights of {source} are not finite: there is nothing to evaluate")
     sets, results = config.by_set(), {}
     warnings += more + checkpoint.check_unseen(source, {sets[n].val_path: run.sets[n].val_digest for n in sets})
     with run.logger:
@@ -334,7 +338,7 @@ def report_nonfinite(run: Run, epoch: int, number: int, loss: float, step: Step)
     if run.config.skip_nonfinite:
         run.logger.say(f"warning: the loss of step {number} is {loss}: left out, its examples are in {file}")
         return
-    raise UserError(
+    raise UserError.of_all(
         f"the loss of step {number}, in epoch {epoch}, is {loss}; the examples of its passes are in {file}; "
         f"the last good checkpoint is {run.saved or 'none'}; try a lower lr, max_grad_norm, or skip_nonfinite=true"
     )
@@ -384,7 +388,7 @@ def save_checkpoint(run: Run, stage: int, files: dict[str, str] | None = None) -
     if files is None and run.saved is not None and run.saved.name == checkpoint.restart_name(run.progress):
         return  # nothing has happened since
     if not run.config.skip_nonfinite and not parallel.weights_are_finite(run.model):  # all ranks
-        raise UserError(
+        raise UserError.of_all(
             f"the weights after step {run.progress.step} are not finite and not saved; the last good checkpoint is "
             f"{run.saved or 'none'}; try a lower lr, max_grad_norm, or skip_nonfinite=true"
         )
@@ -414,4 +418,4 @@ def finish(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    ranks.run_to_the_end(main, CONFIG)
+    ranks.run_to_the_end(main, CONFIG, INTERRUPTION)

@@ -13,7 +13,7 @@ from itertools import groupby
 from config import Config
 from curriculum import IGNORE, MODES, Markers, retelling, stage_of, training_sequence
 from examples import load_examples
-from tokens import ANSWER_PREFIX, Tokens, tokenize
+from tokens import ANSWER_PREFIX, Tokens, markers_of, tokenize
 from utils import UserError, report
 
 
@@ -121,7 +121,8 @@ def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool)
     examples = load_examples(path)
     tokenizer = load_tokenizer(config)
     markers = mark(tokenizer, config.method)
-    tokens = tokenize(examples, tokenizer, len(examples) > 20_000, config.step_separator)
+    shown = len(examples) > 20_000
+    tokens = tokenize(examples, tokenizer, shown, config.step_separator, path, markers_of(tokenizer))
     lines = [f"{path}: {len(examples):,} examples; method {config.method}, stage {stage}, model {config.model_id}"]
     if (retold := retelling(config)) is not None:
         told = [{**example, "steps": retold.steps(example["steps"])} for example in examples]

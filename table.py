@@ -117,6 +117,7 @@ def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
     said: set[str] = set()
     for path in progress_bar(paths, "evaluating", "checkpoint", shown=True):
         keys = {"only_eval": True, "from_scratch": False, "load_model_path": str(path), "val_path": file, "resume": 0}
+        keys |= {"max_eval_examples": None}  # the run's is of its validation
         keys |= {"save_path": str(folder), "name": path.name, "wandb": "disabled"}
         overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
         command = [sys.executable, Path(__file__).with_name("run.py"), run_dir / "config.yaml", *overrides]

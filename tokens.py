@@ -133,6 +133,12 @@ def _problem(
     return f"record {first + number} (counted from 0) {what}"
 
 
+def markers_of(tokenizer) -> dict[int, str]:
+    """The markers that a tokenizer has, id -> text."""
+    vocabulary = tokenizer.get_vocab()
+    return {vocabulary[marker]: marker for marker in (START, END, LATENT) if marker in vocabulary}
+
+
 def batched(items: Iterable, size: int) -> Iterator[list]:
     """Consecutive lists of at most `size` items."""
     rest = iter(items)
@@ -170,9 +176,7 @@ def cache_tokens(
         examples = read_examples(path, limit)
         if retold is not None:
             examples = ({**example, "steps": retold.steps(example["steps"])} for example in examples)
-        vocabulary = tokenizer.get_vocab()
-        markers = {vocabulary[marker]: marker for marker in (START, END, LATENT) if marker in vocabulary}
-        tokens = tokenize(examples, tokenizer, show_progress, step_separator, path, markers)
+        tokens = tokenize(examples, tokenizer, show_progress, step_separator, path, markers_of(tokenizer))
         with writing(target):
             _write_cache(tokens, target)
     return target

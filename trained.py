@@ -130,6 +130,8 @@ class Coconut(coconut.Coconut, PushToHubMixin):
         prompts = self.prompts(questions, n_thoughts)
         limit = self.max_positions or math.inf
         for question, row in zip(questions, prompts, strict=True):
+            if not row or row[0] == self.markers.latent:
+                raise UserError(f"a question of which the tokenizer leaves nothing: {question[:60]!r}")
             if len(row) >= limit:
                 raise UserError(
                     f"a question of {len(row)} tokens leaves no room in {limit} positions: {question[:60]!r}"
@@ -155,8 +157,6 @@ class Coconut(coconut.Coconut, PushToHubMixin):
         for question, row in zip(questions, ids, strict=True):
             if {self.markers.start, self.markers.latent, self.markers.end}.intersection(row):
                 raise UserError(f"a question holds a marker of the latent positions: {question[:60]!r}")
-            if not row:
-                raise UserError(f"a question of which the tokenizer leaves nothing: {question[:60]!r}")
         return [prompt(row, [], self.stage, config, self.markers) for row in ids]
 
     def in_mode(self, mode: str | None) -> Coconut:

@@ -5,6 +5,7 @@ tqdm is imported where it is needed: `--help` and every complaint about a config
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -36,11 +37,20 @@ class UserError(ValueError):
 
     is_shared = False  # whether all ranks raise it
 
+    @classmethod
+    def of_all(cls, text: str) -> UserError:
+        """One that every rank raises, with the same text."""
+        error = cls(text)
+        error.is_shared = True
+        return error
+
 
 def report(error: UserError) -> int:
     """Says what is wrong, on one rank; returns the exit code."""
     rank = launched_ranks()[0]
     if rank > 0:
+        with suppress(ValueError):  # of a thread
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which slurm/launch.sh has the ranks ignore
         # torchrun stops a node's ranks when one of them exits: rank 0 must have had its say. Whoever is still there
         # then is alone with the error, or on another node, where one speaks before its neighbours too
         time.sleep(3 + int(os.environ.get("LOCAL_RANK", 0)))
@@ -249,6 +259,8 @@ def write_together(files: dict[Path, str]) -> None:
     try:
         for path, text in files.items():
             with writing(path):
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 asides[path].write_text(text, encoding="utf-8")
         for path, aside in asides.items():
@@ -259,6 +271,20 @@ def write_together(files: dict[Path, str]) -> None:
             with suppress(OSError):  # it has its name by now, or was never there
                 if aside != path:
                     aside.unlink()
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A path to write to, for what is no text; the file has its own name when it is whole. Raises UserError."""
+    aside = path.with_name(f".{os.getpid()}.{path.name}")  # its suffix says the format
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield aside
+            aside.replace(path)
+        finally:
+            with suppress(OSError):
+                aside.unlink()
 
 
 def retried(action: Callable, seconds: float = 30):

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
 from analysis import figures
 from analysis.page import Example, Figure, Section, page, table_html
-from utils import UserError, write_whole, writing
+from utils import UserError, parse_json, write_whole, written_aside
 
 Found = dict  # of a part: subject -> its numbers
 
 
 def write_page(folder: Path) -> Path:
-    """Writes FOLDER/index.html; returns its path. Raises UserError where there are no numbers."""
+    """Writes FOLDER/index.html; returns its path. Raises UserError where there are no numbers, or damaged ones."""
     about = read(folder, "about")
     if about is None:
         raise UserError(f"{folder} holds no analysis: about.json is missing")
+    try:
+        return _write_page(folder, about)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"a file of {folder} is damaged, and no page can be made of it: {error!r}") from None
+
+
+def _write_page(folder: Path, about: dict) -> Path:
     found = {part: numbers for part in SECTIONS if (numbers := read(folder, part))}
     sections = [SECTIONS[part](numbers, about) for part, numbers in found.items() if any(numbers.values())]
     facts = [
@@ -29,8 +37,8 @@ def write_page(folder: Path) -> Path:
     title = "Thoughts: state tracking" if about["kind"] == "machine" else "Thoughts: search in graphs"
     path = folder / "index.html"
     if about["kind"] == "machine" and "interventions" in found:
-        with writing(folder / "transplants.png"):
-            figures.picture(transplant_lines(found["interventions"]), folder / "transplants.png")
+        with written_aside(folder / "transplants.png") as picture:
+            figures.picture(transplant_lines(found["interventions"]), picture)
     write_whole(path, page(title, answers(found, about), sections, facts))
     return path
 
@@ -45,7 +53,7 @@ def read(folder: Path, part: str):
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 

@@ -7,10 +7,10 @@ seconds of the process's own time (all threads) stand beside the clock's: anothe
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +27,7 @@ from config import Config
 from curriculum import Markers, training_sequence
 from pretrained import Pretrained
 from ranks import World
+from utils import UserError, as_json, report, write_whole
 
 GPT2_VOCABULARY = 50257
 MARKERS = Markers(GPT2_VOCABULARY, GPT2_VOCABULARY + 2, GPT2_VOCABULARY + 1, GPT2_VOCABULARY - 1)
@@ -118,8 +119,10 @@ def write_json(options: argparse.Namespace, where: dict, results, hidden: tuple[
         return
     chosen = {name: value for name, value in vars(options).items() if name not in ("json", *hidden)}
     content = {"options": chosen, "machine": where, "results": results}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    try:
+        write_whole(options.json, as_json(content))
+    except UserError as error:  # the table is on the screen already
+        sys.exit(report(error))
 
 
 def pick_device() -> torch.device:

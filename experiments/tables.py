@@ -14,7 +14,7 @@ import shortcuts
 from jobs import by_digest
 
 from examples import load_examples
-from utils import as_json, notes_of, write_whole, writing
+from utils import as_json, notes_of, write_whole, written_aside
 
 if TYPE_CHECKING:
     from grid_file import Grid
@@ -38,8 +38,8 @@ def write_report(
         return f"no run of {grid.name} is finished"
     write_whole(out / f"{grid.name}.json", as_json(with_others(everything, before)))
     write_whole(out / f"{grid.name}.md", as_text(grid, results, arguments))
-    with writing(out):
-        draw(grid, results, {job.run for job in jobs if job.config.method != "icot"}, out / f"{grid.name}.png")
+    with written_aside(out / f"{grid.name}.png") as figure:
+        draw(grid, results, {job.run for job in jobs if job.config.method != "icot"}, figure)
     rows = table(grid, results)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

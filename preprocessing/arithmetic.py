@@ -12,7 +12,7 @@ import random
 import sys
 
 from files import UserError, report
-from splits import add_drawing_options, add_split_options, draw, parse_splits, publish_splits
+from splits import MOST_STEPS, add_drawing_options, add_split_options, draw, parse_splits, publish_splits
 
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
@@ -64,8 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-steps", type=int, default=4, help="most operations (default: %(default)s)")
     add_drawing_options(parser, checks=False)
     options, sizes = parse_splits(parser, arguments)
-    if not 2 <= options.base <= 10 or not 1 <= options.min_steps <= options.max_steps:
-        parser.error("base must be 2 to 10, and 1 <= min-steps <= max-steps")
+    if not 2 <= options.base <= 10 or not 1 <= options.min_steps <= options.max_steps <= MOST_STEPS:
+        parser.error(f"base must be 2 to 10, and 1 <= min-steps <= max-steps <= {MOST_STEPS}")
     try:
         splits = make_splits(sizes, options.min_steps, options.max_steps, options.base, options.seed)
         publish_splits(splits, options.out, "arithmetic", describe_first)

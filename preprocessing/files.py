@@ -7,9 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from examples import load_examples
-from utils import MODEL_FILES, UserError, report, whole_folder
+from utils import UserError, report, whole_folder
 
-__all__ = ["MODEL_FILES", "UserError", "load_examples", "publish", "read_json", "read_text", "report", "whole_folder"]
+__all__ = ["UserError", "load_examples", "publish", "read_json", "read_text", "report", "whole_folder"]
 
 
 def read_text(path: Path) -> str:
@@ -41,6 +41,8 @@ def read_json(path: Path):
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid JSON: it is nested too deeply") from None
 
 
 def publish(files: dict[Path, list[dict] | dict]) -> None:

@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--expect", type=int, metavar="N", help="write nothing unless there are N examples")
     options = parser.parse_args(arguments)
     try:
+        if options.target.exists() and options.target.samefile(options.source):
+            raise UserError(f"{options.target} is both what is read and what is to be written")
         examples = convert(options.source)
         if options.expect not in (None, len(examples)):
             raise UserError(f"{options.source} holds {len(examples):,} examples, not {options.expect:,}")

@@ -26,7 +26,7 @@ import sys
 from typing import NamedTuple
 
 from files import UserError, report
-from splits import Splits, add_drawing_options, add_split_options, draw, parse_splits, publish_splits
+from splits import MOST_STEPS, Splits, add_drawing_options, add_split_options, draw, parse_splits, publish_splits
 
 STATES, BUTTONS = string.ascii_uppercase, string.ascii_lowercase
 FEWEST_WORDS = 10  # of a length whose words are divided
@@ -111,8 +111,11 @@ def make_splits(
             f"{n_states} states and {n_buttons} buttons cannot be named: 2 to {len(STATES)} states are capitals, "
             f"1 to {len(BUTTONS)} buttons small letters"
         )
-    if not 1 <= min_steps <= max_steps:
-        raise UserError(f"words of {min_steps} to {max_steps} buttons cannot be: it takes 1 <= min-steps <= max-steps")
+    if not 1 <= min_steps <= max_steps <= MOST_STEPS:
+        raise UserError(
+            f"words of {min_steps} to {max_steps} buttons cannot be: it takes 1 <= min-steps <= max-steps <= "
+            f"{MOST_STEPS}"
+        )
     rng = random.Random(seed)
     permutations = make_machine(rng, STATES[:n_states], BUTTONS[:n_buttons])
     shares = [divide(rng, n_states, n_buttons, length, sizes) for length in range(min_steps, max_steps + 1)]

@@ -27,12 +27,17 @@ def add_drawing_options(parser: argparse.ArgumentParser, checks: bool) -> None:
         )
 
 
+MOST_STEPS = 100  # of an example: the questions that are possible are counted
+
+
 def parse_splits(parser: argparse.ArgumentParser, arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """The options, and the size of each split; ends the program where the options above make no sense."""
     options = parser.parse_args(arguments)
     sizes = {"train": options.train, "valid": options.valid, "test": options.test}
     if min(sizes.values()) < 1:
         parser.error("every split needs an example")
+    if "/" in (prefix := getattr(options, "prefix", "")):
+        parser.error(f"--prefix {prefix!r} is of the files' names: the folder is --out")
     if getattr(options, "seed", 0) < 0:
         parser.error(f"--seed must be at least 0, not {options.seed}")
     if len(getattr(options, "check", None) or ()) > 2:

@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from files import MODEL_FILES, UserError, load_examples, report, whole_folder
+from files import UserError, load_examples, read_json, report, whole_folder
 from random_model import SHAPES, RandomModel
 
 EOS, UNKNOWN = "<|endoftext|>", "<|unknown|>"
@@ -91,10 +91,20 @@ def write_model(data: list[Path], out: Path, kind: str = "word", *model, **named
             texts += [example["question"], "### " + example["answer"], *example["steps"]]
     tokenizer = make_tokenizer(texts, kind)
     model = random.build(len(tokenizer))
-    with whole_folder(out, replaces=MODEL_FILES) as aside:
+    with whole_folder(out, replaces=_made_here(out)) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
     return len(tokenizer), model.num_parameters()
+
+
+def _made_here(folder: Path) -> tuple[str, ...]:
+    """The files of an earlier model of this script, which go; none where a folder holds another model. A tokenizer of
+    whole words tells: no pretrained model has one."""
+    try:
+        own = read_json(folder / "tokenizer.json")["model"]["type"] == "WordLevel"
+    except (UserError, KeyError, TypeError):
+        own = False
+    return ("config.json", "generation_config.json", "model.safetensors", "tokenizer*.json") if own else ()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from test_pretrained import coconut_config
 from test_pretrained import tiny as tiny  # a fixture
@@ -18,6 +19,7 @@ import trainer_state
 from config import Config
 from load_path import resolve
 from pretrained import Pretrained, load_model
+from ranks import World
 from trainer_state import Progress
 from utils import UserError
 
@@ -198,6 +200,45 @@ def test_a_checkpoint_with_odd_json_is_damaged(tiny, tmp_path, world, file, cont
     folder = save(config, world, load_model(config, None), 1)
     (folder / file).write_text(content)
     assert checkpoint.damage(folder) == "trainer/manifest.json or trainer/state.json is not readable"
+
+
+def test_an_error_that_is_not_of_the_disk_is_what_it_is(tiny, tmp_path, world, monkeypatch):
+    """A GPU without memory for the optimizer's shares was "cannot be written", without a traceback."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
+    parts = load_model(config, None)
+
+    def raises(error):
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr(trainer_state, "get_optimizer_state_dict", fail)
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Connection closed by peer")):
+        raises(error)
+        with pytest.raises(type(error), match=str(error)):
+            save(config, world, parts, 1)
+        raises(dcp.CheckpointException("", {0: (full, None), 1: (error, None)}))
+        with pytest.raises(dcp.CheckpointException):
+            save(config, world, parts, 1)
+    for error in (full, dcp.CheckpointException("", {1: (full, None)})):
+        raises(error)
+        with pytest.raises(UserError, match=r"checkpoint_1 cannot be written: .*No space left on device"):
+            save(config, world, parts, 1)
+
+
+def test_a_file_of_a_checkpoint_that_another_node_does_not_see_is_named(tiny, tmp_path, monkeypatch):
+    """A traceback of whatever needed it first, at once."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
+    folder = config.run_dir / "checkpoint_1"
+    (folder / "trainer").mkdir(parents=True)
+    monkeypatch.setattr(checkpoint, "retried", lambda action: action())  # without waiting
+    monkeypatch.setattr(checkpoint, "on_every_rank", lambda _, action: [action()])
+    monkeypatch.setattr(checkpoint, "on_main_rank", lambda *_: ["trainer/state.json"])
+    with pytest.raises(UserError, match=r"rank 1 on .* does not see .*checkpoint_1/trainer/state.json: No such file"):
+        checkpoint._seen_by_all(World(1, 0, 2, torch.device("cpu")), folder)
+    (folder / "trainer/state.json").touch()
+    assert checkpoint._seen_by_all(World(1, 0, 2, torch.device("cpu")), folder) == folder
 
 
 def test_a_state_without_a_world_is_of_another(tiny, tmp_path, world):

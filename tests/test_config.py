@@ -333,6 +333,22 @@ def test_latents_have_an_end(write, key):
     assert f"{key} must be at most 100000" in problem(write(""), f"{key}={10**20}")
 
 
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "distillation", "latent_labels", "step_decoder_weight"])
+def test_factors_are_finite(write, key):
+    """lr=1e38 was a traceback of AdamW on every rank."""
+    for value in ("1e38", ".inf", ".nan"):
+        assert f"{key} must be at " in problem(write(""), f"{key}={value}")
+
+
+def test_an_evaluation_has_no_global_batch(write, monkeypatch):
+    """evaluate.py RUN --all failed on runs of two ranks, whose batch one rank cannot make."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    path = write("global_batch_size: 128")
+    assert "3 ranks" in problem(path)
+    assert Config.from_file(path, ["only_eval=true", f"load_model_path={path}"]).only_eval
+
+
 def test_deep_yaml_is_one_sentence(write):
     assert "is not valid YAML: maximum recursion depth" in problem(write("train_path: " + "[" * 5000))
 

@@ -243,8 +243,12 @@ def test_a_folder_that_is_not_shared_is_one_sentence(tmp_path, monkeypatch):
     assert written
     assert not any((tmp_path / "shared").iterdir())  # it is gone again
     monkeypatch.setattr(ranks, "on_main_rank", lambda *_: ".seen-by-all")
-    with pytest.raises(UserError, match=r"save_path is not shared: rank 1 on .* does not see what rank 0 has written"):
+    sentence = r"save_path is not shared: rank 1 on .* does not see what rank 0 has written in .* \({}\)"
+    with pytest.raises(UserError, match=sentence.format("No such file or directory")):
         ranks.check_shared(rank_1, tmp_path / "shared")
+    (tmp_path / "file").touch()  # what rank 1 has there
+    with pytest.raises(UserError, match=sentence.format("Not a directory")):
+        ranks.check_shared(rank_1, tmp_path / "file" / "shared")
 
 
 def test_what_another_node_writes_is_waited_for(tmp_path):

@@ -295,8 +295,12 @@ def test_a_card_of_several_modes_has_a_row_for_each(checkpoints, tmp_path):
     (run / "checkpoint_4" / "metrics.json").write_text(json.dumps(found))
     export.export(str(run), tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "asked in mode latent | 300 | 40.0% |" in text
+    assert "asked in mode latent | 300 | 40.0% | text |  |  |" in text  # the others' were those of the latent mode
     assert "| 20.0% |" not in text
+    found |= {"cot_match_direct": 1.0, "generated_tokens_direct": 3.0}
+    (run / "checkpoint_4" / "metrics.json").write_text(json.dumps(found))
+    export.export(str(run), tmp_path / "again")
+    assert "asked in mode direct | 300 | 10.0% | text | 100.0% | 3.0 |" in (tmp_path / "again/README.md").read_text()
 
 
 def test_what_a_model_of_several_modes_writes_is_read_without_its_marker(folders):

@@ -401,6 +401,7 @@ def test_tiny_models_are_hugging_face_folders(tmp_path, shape, capsys):
         ("--seed -1", "--seed must be at least 0"),
         ("--out data.json", "--out data.json is a file, not a folder"),
         ("--out mine", "nothing of it is overwritten: it holds thesis.tex"),
+        ("--out pretrained", "nothing of it is overwritten: it holds config.json"),
     ],
 )
 def test_tiny_models_that_cannot_be(tmp_path, monkeypatch, arguments, complaint, capsys):
@@ -409,6 +410,9 @@ def test_tiny_models_that_cannot_be(tmp_path, monkeypatch, arguments, complaint,
     Path("data.json").write_text(json.dumps([{"question": "1+2", "steps": ["3"], "answer": "3"}]))
     Path("mine").mkdir()
     Path("mine/thesis.tex").write_text("all of it")
+    Path("pretrained").mkdir()
+    for name, content in (("config.json", "{}"), ("tokenizer.json", '{"model": {"type": "BPE"}}')):
+        Path("pretrained", name).write_text(content)
     options = arguments.split()
     options += [] if "--out" in options else ["--out", "model"]
     try:
@@ -417,7 +421,41 @@ def test_tiny_models_that_cannot_be(tmp_path, monkeypatch, arguments, complaint,
         code = end.code
     assert code == 2
     assert complaint in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"data.json", "mine"}
+    assert {path.name for path in tmp_path.iterdir()} == {"data.json", "mine", "pretrained"}
+    assert Path("pretrained/config.json").read_text() == "{}"
+
+
+def test_a_tiny_model_is_made_again_in_its_place(tmp_path):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"question": "1+2", "steps": ["3"], "answer": "3"}]))
+    for width in (16, 32):
+        tiny_model.write_model([data], tmp_path / "model", "char", "llama", width, 1, 2, 16)
+        assert json.loads((tmp_path / "model/config.json").read_text())["hidden_size"] == width
+    (tmp_path / "model/README.md").write_text("notes")
+    with pytest.raises(UserError, match=r"it holds README.md"):
+        tiny_model.write_model([data], tmp_path / "model", "char", "llama", 16, 1, 2, 16)
+
+
+def test_what_is_drawn_has_an_end(tmp_path, capsys):
+    """OverflowError, or minutes without a word."""
+    for script in (arithmetic, machine):
+        try:
+            code = script.main(["--max-steps", "101", "--out", str(tmp_path)])
+        except SystemExit as end:
+            code = end.code
+        assert code == 2
+        assert "<= max-steps <= 100" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_nothing_is_written_elsewhere(tmp_path, capsys):
+    """--prefix ../x wrote beside --out; gsm_icot.py replaced what it was reading."""
+    with pytest.raises(SystemExit):
+        machine.main(["--prefix", "../x", "--out", str(tmp_path / "out")])
+    assert "--prefix '../x' is of the files' names: the folder is --out" in capsys.readouterr().err
+    (tmp_path / "icot.txt").write_text("q||<<1+1=2>> #### 2\n")
+    assert gsm_icot.main([str(tmp_path / "icot.txt"), str(tmp_path / "." / "icot.txt")]) == 2
+    assert "is both what is read and what is to be written" in capsys.readouterr().err
+    assert (tmp_path / "icot.txt").read_text() == "q||<<1+1=2>> #### 2\n"
 
 
 def test_a_seed_below_zero_is_refused(capsys):

@@ -141,6 +141,12 @@ def test_mistakes_are_one_sentence(make_run, tmp_path, capsys):
     assert "cannot be written" in complaint(run, "--out", run, capsys=capsys)
     (run / "config.yaml").write_text("lr: [1\n")
     assert f"cannot read {run / 'config.yaml'}" in complaint(run, capsys=capsys)
+    for number, record in enumerate(
+        [{"event": "step"}, {"event": "step", "step": 1, "loss": "a", "stage": 0}, {"event": "epoch", "epoch": None}]
+    ):
+        damaged = make_run(f"damaged-{number}", [record])
+        assert "metrics.jsonl" in (said := complaint(damaged, capsys=capsys))
+        assert "damaged: " in said
     (run / "config.yaml").write_text("- 1\n")
     assert f"{run / 'config.yaml'} must hold" in complaint(run, capsys=capsys)
 

@@ -558,6 +558,18 @@ def test_what_is_no_record_is_passed_over(trained, tmp_path):
     assert load_path.best(run).name == "checkpoint_3"
 
 
+def test_all_of_a_file_is_evaluated(place, trained, tmp_path, capsys):
+    """The run's max_eval_examples cut the test file too."""
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {"max_eval_examples": 3}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for name in ("checkpoint_1", "checkpoint_2"):
+        shutil.rmtree(run / name)
+    assert table.main("", [str(run), "--all", str(place / "valid.json")]) == 0
+    metrics = run / "evaluations/valid/checkpoint_3/eval/metrics.json"
+    assert json.loads(metrics.read_text())["examples"] == 30
+
+
 def test_results_of_an_evaluation_appear_together(place, trained, tmp_path):
     """On a full disk the new metrics stood beside half of the new predictions, and the old ones were gone."""
     folder = tmp_path / "run" / "eval"
@@ -572,6 +584,11 @@ def test_results_of_an_evaluation_appear_together(place, trained, tmp_path):
     assert run_module.main(Config.from_file(place / "run.yaml", keys)) == 2
     (folder / f".predictions.jsonl.{os.getpid()}").rmdir()
     assert digest(folder) == before
+    (folder / "predictions.jsonl").unlink()
+    (folder / "predictions.jsonl").mkdir()  # of which the renaming told only after metrics.json had its new content
+    metrics = (folder / "metrics.json").read_bytes()
+    assert run_module.main(Config.from_file(place / "run.yaml", keys)) == 2
+    assert (folder / "metrics.json").read_bytes() == metrics
 
 
 def test_help_names_the_keys():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -101,6 +102,40 @@ def test_tasks_get_the_cpus_that_sbatch_was_given(cluster, tmp_path, script):
     assert "a.yaml" in printed
     assert "cpus-per-task" not in printed
     assert given.returncode == left_out.returncode == 0
+
+
+@pytest.mark.slow
+def test_one_rank_says_what_is_wrong(place, cluster):
+    """All did: launch.sh has torchrun's SIGTERM ignored, and the ranks had inherited that."""
+    printed = submit("train.sbatch", cluster, str(place / "run.yaml"), "lrr=3").communicate(timeout=60)[0]
+    assert printed.count("unknown key 'lrr'") == 1, printed
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_slow_imports_is_heeded(place, cluster):
+    """It was ignored, and the job trained on into its time limit without being requeued."""
+    run = place / "runs" / "sbatch-early"
+    job = submit("train.sbatch", cluster, str(place / "run.yaml"), *LONG, "name=sbatch-early")
+
+    def ranks() -> list[int]:
+        words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(job.pid)}
+        return [pid for pid, command in words.items() if b"run.py" in command and b"torch.distributed" not in command]
+
+    def heed() -> bool:
+        caught = [re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1] for pid in ranks()[-2:]]
+        return len(caught) == 2 and all(int(mask, 16) >> signal.SIGUSR1 - 1 & 1 for mask in caught)
+
+    wait_for(heed)
+    assert not run.exists()  # the ranks are still importing
+    for pid in children(job.pid):
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"bash\0slurm/launch.sh"):
+            os.kill(pid, signal.SIGUSR1)
+            break
+    printed = job.communicate(timeout=120)[0]
+    assert job.returncode == 0, printed
+    assert "stopped by a signal" in printed
+    assert Path(cluster["REQUEUED"]).read_text() == f"{cluster['SLURM_JOB_ID']}\n"
+    assert len(steps(run)) < 9
 
 
 @pytest.mark.slow
