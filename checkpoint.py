@@ -212,8 +212,8 @@ def _writing(target: Path, action: Callable[[], None]) -> None:
 def _is_of_disk(error: BaseException) -> bool:
     if isinstance(error, dcp.CheckpointException):  # what the ranks have raised in writing their shares
         return all(_is_of_disk(failure) for failure, _ in error.failures.values())
-    of_torch_save = isinstance(error, RuntimeError) and "inline_container.cc" in str(error)
-    return isinstance(error, (OSError, SafetensorError)) or of_torch_save
+    of_torch_save = ("inline_container.cc", "Parent directory", "cannot be opened")  # RuntimeErrors, with these words
+    return isinstance(error, (OSError, SafetensorError)) or any(words in str(error) for words in of_torch_save)
 
 
 def _publish(aside: Path, target: Path, world_size: int) -> None:

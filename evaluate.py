@@ -121,8 +121,8 @@ def evaluate_modes(
 
     The metrics are those of the latent mode but for `loss`, the sum of all, and `accuracy`, the harmonic mean of
     accuracy_direct, accuracy_written and accuracy_latent; cot_match_MODE and generated_tokens_MODE are there too. A
-    prediction has under the name of each other mode its
-    "output", "answer" and "correct". For other methods it is `evaluate`.
+    prediction has under the name of each other mode its "output", "answer" and "correct". For other methods it is
+    `evaluate`.
     """
     if config.method != "multi_mode" or config.only_eval:
         return evaluate(pretrained, data, stage, config, world, title)
