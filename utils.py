@@ -207,10 +207,10 @@ def why_unreachable(path: Path | str) -> str | None:
     return None
 
 
-def parse_json(text: str, **options):
+def parse_json(text: str):
     """`json.loads`, whose only error is ValueError: a bracket repeated often enough is a RecursionError."""
     try:
-        return json.loads(text, **options)
+        return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from examples import load_examples
-from utils import UserError, report, whole_folder
+from utils import UserError, parse_json, report, whole_folder
 
 __all__ = ["UserError", "load_examples", "publish", "read_json", "read_text", "report", "whole_folder"]
 
@@ -37,12 +37,13 @@ def _is_utf8(line: bytes) -> bool:
 
 def read_json(path: Path):
     """What a JSON file holds. Raises UserError that says why it cannot be read."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except RecursionError:
-        raise UserError(f"{path} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 def publish(files: dict[Path, list[dict] | dict]) -> None:

@@ -8,6 +8,7 @@ from files import UserError, publish
 from tqdm import tqdm
 
 Splits = dict[str, list[dict]]  # name of the split -> its examples
+MOST_STEPS = 100  # of an example: the questions that are possible are counted
 
 
 def add_split_options(parser: argparse.ArgumentParser, train: int, valid: int, test: int) -> None:
@@ -25,9 +26,6 @@ def add_drawing_options(parser: argparse.ArgumentParser, checks: bool) -> None:
         parser.add_argument(
             "--check", type=Path, nargs="+", metavar="FILE", help="compare FILE with what would be made, or two files"
         )
-
-
-MOST_STEPS = 100  # of an example: the questions that are possible are counted
 
 
 def parse_splits(parser: argparse.ArgumentParser, arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:

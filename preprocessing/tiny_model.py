@@ -104,7 +104,8 @@ def _made_here(folder: Path) -> tuple[str, ...]:
         own = read_json(folder / "tokenizer.json")["model"]["type"] == "WordLevel"
     except (UserError, KeyError, TypeError):
         own = False
-    return ("config.json", "generation_config.json", "model.safetensors", "tokenizer*.json") if own else ()
+    files = ("config.json", "generation_config.json", "model.safetensors", "tokenizer*.json", "special_tokens_map.json")
+    return files if own else ()
 
 
 def main(arguments: list[str] | None = None) -> int:
