@@ -26,13 +26,13 @@ from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedMo
 
 from curriculum import IGNORE
 from dataset import latent_columns as find_latent_columns
-from kv_cache import forked_cache, has_attention, make_cache
-from latent_block import run_block
-from padding import Shift, causal_mask, is_left_padded, masks_and_positions
-from thoughts import Seen, StreamRecorder, Thought, decoder_blocks, decoder_of, make_thought
+from model.backbone import StreamRecorder, decoder_blocks, decoder_of
+from model.kv_cache import forked_cache, has_attention, make_cache
+from model.padding import Shift, causal_mask, is_left_padded, masks_and_positions
+from model.thought import Seen, Thought, make_thought
 from utils import UserError
 
-Edit = Callable[[int, torch.Tensor, Seen], torch.Tensor]  # (its number from 0, thought (B, 1, D), its origin)
+Edit = Callable[[int, torch.Tensor, "Seen"], torch.Tensor]  # (its number from 0, thought (B, 1, D), its origin)
 NO_FILTERS = {"top_k": 0, "top_p": 1.0}  # Hugging Face's `generate` would take the likeliest 50
 
 
@@ -98,7 +98,7 @@ class Coconut(nn.Module):
         head = type(base_causallm.get_output_embeddings())
         self._head_is_a_matrix = getattr(head, "forward", None) is nn.Linear.forward
         _freeze_what_is_not_run(base_causallm)
-        # what `families.vouch` finds: whether some parameters that want gradients get none, and whether generation has
+        # what `check_family` finds: whether some parameters that want gradients get none, and whether generation has
         # to compute everything again for each token, because decoding over a cache would give something else
         self.leaves_parameters_out = False
         self.recomputes = False
@@ -299,13 +299,15 @@ class Coconut(nn.Module):
         if columns and self.latent_passes is not None:
             if edit is not None:
                 raise ValueError("thoughts that are made in parallel cannot be edited one by one")
+            from methods.parallel_latents import run_block
+
             masked = left_padded is not False
             return run_block(self, input_ids, attention_mask, position_ids, masked, columns, new_columns)
         keeps = bool(columns) or new_columns > 0
         width = input_ids.shape[1] + new_columns
         cache = None if self.recomputes else make_cache(self.base_causallm.config, width, keeps)
         bounds = [0, *columns, input_ids.shape[1]]
-        prepared = self._prepare_thought() if columns else None
+        prepared = self._precompute() if columns else None
         shift = None
         if left_padded and self._makes_masks:
             shift = Shift(attention_mask[:, : bounds[1]])
@@ -389,11 +391,11 @@ class Coconut(nn.Module):
         return has_attention(self.base_causallm.config)
 
     @torch.no_grad()
-    def _prepare_thought(self) -> Any:
-        if type(self.thought).prepare is Thought.prepare:
+    def _precompute(self) -> Any:
+        if type(self.thought).precompute is Thought.precompute:
             return None
         base = self.base_causallm
-        return self.thought.prepare(_input_embeddings(base), base.get_output_embeddings().weight)
+        return self.thought.precompute(_input_embeddings(base), base.get_output_embeddings().weight)
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.base_causallm.get_input_embeddings()(input_ids)
@@ -439,7 +441,7 @@ def _attends_plainly(config: PreTrainedConfig) -> bool:
 def _around_the_head(config: PreTrainedConfig) -> tuple[float, float | None]:
     """(scale, cap): what a family does around the LM head: cap tanh(scale U h / cap), without a cap scale U h.
 
-    It is read from the configuration, because on the meta device there are no numbers; `families.vouch` compares.
+    It is read from the configuration, because on the meta device there are no numbers; `check_family` compares.
     """
     text = config.get_text_config(decoder=True)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import config_checks
 from config_checks import WITH_LATENTS
 from config_files import Layer, Value, check_range, converted, override_layer, yaml_layers
-from utils import UserError, launched_ranks, report
+from utils import UserError, launched_ranks, print_error
 
 METHODS = ("coconut", "cot", "no_cot", "no_thoughts", "icot", "codi", "multi_mode")
 MOST_LATENTS = 100_000  # longer than any model's positions; sequences of more fill the memory before they are refused
@@ -489,12 +489,12 @@ def configure(description: str, schedule: typing.Callable[[Config, int], str]) -
     parser.add_argument("--schedule", action="store_true", help="print what each epoch will do, and stop")
     if not is_main:  # one rank speaks
         parser.print_help = lambda *_: None
-        parser.error = lambda message: sys.exit(report(UserError(message)))
+        parser.error = lambda message: sys.exit(print_error(UserError(message)))
     options = parser.parse_intermixed_args()
     try:
         config = Config.from_file(options.config, options.overrides, needs_files=not options.schedule)
     except UserError as error:
-        sys.exit(report(error))
+        sys.exit(print_error(error))
     if options.schedule:
         if is_main:
             print(schedule(config, launched_ranks()[1]))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from load_path import is_on_hub, run_of
-from utils import UserError, why_unreachable
+from trainer.run_folder import is_on_hub, run_of
+from utils import UserError, why_unreadable
 
 PLACEHOLDER = re.compile(r"YOUR_\w+")
 WITH_LATENTS = ("coconut", "codi", "multi_mode")  # the methods whose sequences have latent positions
@@ -31,7 +31,7 @@ def combinations(config, world_size: int) -> list[str]:
 def _of_the_run(config) -> list[str]:
     """Its folder, its files, what an eval-only run is for."""
     found = []
-    if reason := why_unreachable(config.save_path):
+    if reason := why_unreadable(config.save_path):
         found.append(f"save_path {config.save_path!r} cannot be reached: {reason}")
     elif Path(config.save_path).is_file():
         found.append(f"save_path {config.save_path!r} is a file, not a folder")
@@ -156,14 +156,14 @@ def paths(config) -> list[str]:
                 if _continues(config) or is_on_hub(value):
                     continue  # the run's own checkpoint wins over it; the hub is asked later
                 value = str(run_of(value))
-            if reason := why_unreachable(value):
+            if reason := why_unreadable(value):
                 found.append(f"{name} {value!r} cannot be reached: {reason}")
             elif not Path(value).exists():
                 found.append(f"{name} {value!r} does not exist{_preparation_hint(value)}")
             elif name != "load_model_path" and not Path(value).is_file():
                 found.append(f"{name} {value!r} is no file")
     model = Path(config.model_id)
-    if reason := why_unreachable(config.model_id):
+    if reason := why_unreadable(config.model_id):
         return [*found, f"model_id {config.model_id!r} cannot be reached: {reason}"]
     is_path = (
         model.is_absolute() or config.model_id.startswith(".") or (len(model.parts) > 1 and model.parents[-2].is_dir())
@@ -175,7 +175,7 @@ def paths(config) -> list[str]:
 
 def _continues(config) -> bool:
     """Whether the run has a checkpoint of its own."""
-    if config.only_eval or why_unreachable(config.run_dir):
+    if config.only_eval or why_unreadable(config.run_dir):
         return False
     return any(config.run_dir.glob("checkpoint_*/coconut.json"))
 

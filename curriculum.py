@@ -173,7 +173,7 @@ def training_sequence(
     return before + after, [IGNORE] * len(before) + after
 
 
-class Retelling(NamedTuple):
+class AuxiliaryTexts(NamedTuple):
     """What a method tells its model of an example beside the sequence of the stage: other texts in place of the steps,
     and under which name their tokens are kept."""
 
@@ -181,12 +181,12 @@ class Retelling(NamedTuple):
     steps: Callable[[Sequence[str]], list[str]]
 
 
-def retelling(config: Config) -> Retelling | None:
+def auxiliary_texts(config: Config) -> AuxiliaryTexts | None:
     if config.step_decoder != "none":
         n_groups = config.max_latent_stage
-        return Retelling({"explained": n_groups}, lambda steps: explained_steps(steps, n_groups))
+        return AuxiliaryTexts({"explained": n_groups}, lambda steps: step_targets(steps, n_groups))
     if config.method == "codi":
-        return Retelling({"teacher": "all steps but the last, blanks between them"}, teacher_steps)
+        return AuxiliaryTexts({"teacher": "all steps but the last, blanks between them"}, teacher_steps)
     return None
 
 
@@ -195,7 +195,7 @@ def teacher_steps(steps: Sequence[str]) -> list[str]:
     return [" ".join(steps[:-1])] if len(steps) > 1 else []
 
 
-def explained_steps(steps: Sequence[str], max_latent_stage: int) -> list[str]:
+def step_targets(steps: Sequence[str], max_latent_stage: int) -> list[str]:
     """What the groups of thoughts stand for, the first for the first step and so on; the group of max_latent_stage for
     all further steps too, a newline between them (SIM-CoT, arXiv 2509.20317)."""
     if len(steps) <= max_latent_stage:
@@ -207,7 +207,7 @@ def explanations(
     texts: Sequence[Sequence[int]], answer: Sequence[int], n_latents: int, config: Config
 ) -> list[Sequence[int] | None]:
     """Of each group of a row's latents the tokens that it stands for, without EOS, or None; `texts` are those of
-    `explained_steps`."""
+    `step_targets`."""
     surplus = answer if config.step_decoder_surplus == "answer" else None
     return [texts[group] if group < len(texts) else surplus for group in range(n_latents // config.c_thought)]
 
@@ -233,7 +233,7 @@ def optimizer_is_reset(config: Config, epoch: int) -> bool:
     return config.reset_optimizer == "epoch"
 
 
-def optimizer_is_due(
+def should_reset_optimizer(
     config: Config,
     epoch: int,
     step: int,

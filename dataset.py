@@ -25,16 +25,16 @@ from config import Config
 from curriculum import (
     IGNORE,
     MODES,
+    AuxiliaryTexts,
     Markers,
-    Retelling,
-    retelling,
+    auxiliary_texts,
     stage_of_example,
     thoughts_and_dropped,
     training_sequence,
 )
-from examples import content_digest, load_examples
-from ranks import World, ignore_signals, on_main_rank, under_debugger
-from tokens import ANSWER_PREFIX, Tokens, cache_tokens
+from preprocessing.examples import content_digest, load_examples
+from preprocessing.tokens import ANSWER_PREFIX, Tokens, cache_tokens
+from trainer.distributed import World, ignore_signals, on_main_rank, under_debugger
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def load_data(config: Config, world: World, tokenizer) -> Data:
     if config.debug:
         limits = {name: min(limit or DEBUG_EXAMPLES[name], DEBUG_EXAMPLES[name]) for name, limit in limits.items()}
 
-    def tokens_of(path: str, limit: int | None, retold: Retelling | None = None) -> Path:
-        options = {"step_separator": config.step_separator if retold is None else "", "retold": retold}
+    def tokens_of(path: str, limit: int | None, auxiliary: AuxiliaryTexts | None = None) -> Path:
+        options = {"step_separator": config.step_separator if auxiliary is None else "", "auxiliary": auxiliary}
         return on_main_rank(world, lambda: cache_tokens(path, tokenizer, cache, limit, **options))
 
     val = Tokens.open(tokens_of(config.val_path, limits["val"]))
@@ -75,10 +75,10 @@ def load_data(config: Config, world: World, tokenizer) -> Data:
             data.train.leave_out_longer_than(config.max_train_tokens)
             if len(data.train) == 0:
                 raise UserError(f"max_train_tokens {config.max_train_tokens} leaves no example of {config.train_path}")
-        if (retold := retelling(config)) is not None:
-            data.train.retold = Tokens.open(tokens_of(config.train_path, limits["train"], retold))
+        if (auxiliary := auxiliary_texts(config)) is not None:
+            data.train.auxiliary = Tokens.open(tokens_of(config.train_path, limits["train"], auxiliary))
             data.train.answer_prefix = tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
-            data.train.retold.chosen = data.train.chosen
+            data.train.auxiliary.chosen = data.train.chosen
     return data
 
 
@@ -109,7 +109,7 @@ class StageDataset:
 
     # whether batches have `units`: {"auxiliary": over how many things the model's auxiliary loss is a sum}, and with
     # "loss" how many tokens its loss is a mean of, where it is to be a mean over a whole step's, not a mean of means
-    counts_units = False
+    counts_loss_terms = False
 
     def __init__(self, tokens: Tokens, config: Config, markers: Markers, epoch: int | None = None):
         self.tokens, self.config, self.markers, self.epoch = tokens, config, markers, epoch

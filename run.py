@@ -8,7 +8,7 @@ A run continues from the newest checkpoint in its folder, save_path/name, where 
 
 from config import Config, configure
 from curriculum import schedule
-from ranks import Interruption
+from trainer.distributed import Interruption
 
 if __name__ == "__main__":
     INTERRUPTION = Interruption.early()  # a cluster's signal may come during the slow imports below
@@ -25,24 +25,21 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import checkpoint
 import curriculum
 import dataset
-import evaluate
-import parallel
-import ranks
-import trainer_state
 from dataset import EpochPlan, MicroBatch
-from load_path import has_ended, note_end
 from methods import method_of
-from prepare import Run, Step, announce, prepare, stage_to_evaluate
-from pretrained import read_description
-from ranks import World
-from sim_cot import SimCot
-from table import summary
-from throughput import FlopCounter, Throughput, peak_flops
-from trainer_state import Progress
-from utils import UserError, progress_bar, report, tell, write_together, writing
+from methods.sim_cot import SimCot
+from trainer import checkpoint, evaluate, parallel, trainer_state
+from trainer import distributed as ranks
+from trainer.distributed import World
+from trainer.pretrained import read_description
+from trainer.run_folder import has_ended, note_end
+from trainer.setup import Run, Step, announce, setup_run, stage_to_evaluate
+from trainer.table import summary
+from trainer.throughput import FlopCounter, Throughput, peak_flops
+from trainer.trainer_state import Progress
+from utils import UserError, print_error, print_result, progress_bar, write_together, writing
 
 INTERRUPTED_FILE = "INTERRUPTED_FILE"  # a run that a signal has stopped creates the file that this variable names
 
@@ -59,11 +56,11 @@ def main(config: Config, interruption: Interruption | None = None) -> int:
         else:
             interruption = interruption or Interruption()
             interruption.world = world
-            with ranks.folder_of_one(world, config.run_dir), interruption:
+            with ranks.lock_run_dir(world, config.run_dir), interruption:
                 train(config, world, interruption)
         code = 0
     except UserError as error:
-        code = report(error)
+        code = print_error(error)
     finally:
         ranks.cleanup_distributed(orderly=code == 0)
     return code
@@ -75,27 +72,27 @@ def train(config: Config, world: World, interruption: Interruption) -> None:
     progress = trainer_state.read_progress(newest) if newest is not None else Progress()
     if newest is not None and has_ended(newest, config.num_epochs):
         progress.epoch = config.num_epochs  # what save_only_improve has left out is not trained again
-    run = prepare(config, world, newest or checkpoint.find_weights(config, world), progress)
+    run = setup_run(config, world, newest or checkpoint.find_weights(config, world), progress)
     run.interruption, run.saved = interruption, newest
     run.logger.hurry = interruption.came
     with run.logger:
         run.throughput = Throughput(FlopCounter.of(run.model), peak_flops(world.device))
-        ranks.meet(world)  # all ranks
+        ranks.barrier(world)  # all ranks
         run.wrapped = parallel.wrap(run.model, world)
         restore(run, newest)
         announce(run, newest)
-        ranks.meet(world)  # all ranks: some may have read for longer
+        ranks.barrier(world)  # all ranks: some may have read for longer
         while (epoch := run.progress.epoch) < config.num_epochs:
             stage = train_epoch(run, epoch)
             # a signal has come, or one may come during the validation, and the kill before its end
             save_checkpoint(run, stage)
             if interruption.settle():
-                say_interrupted(run)
+                announce_interruption(run)
                 return
             metrics, predictions = validate(run, epoch, stage)
             save_if_due(run, epoch, stage, metrics, predictions)
             if run.progress.epoch < config.num_epochs and interruption.asked() | interruption.settle():
-                say_interrupted(run)
+                announce_interruption(run)
                 return
         finish(run)
 
@@ -105,7 +102,7 @@ def evaluate_only(config: Config, world: World) -> None:
     source = checkpoint.find_weights(config, world)
     warnings = checkpoint.check_method(config, source)
     stage, more = stage_to_evaluate(config, read_description(source) or {})
-    run = prepare(config, world, source, Progress(), stage)
+    run = setup_run(config, world, source, Progress(), stage)
     if not parallel.weights_are_finite(run.model):  # all ranks
         raise UserError.of_all(f"the weights of {source} are not finite: there is nothing to evaluate")
     sets, results = config.by_set(), {}
@@ -123,7 +120,7 @@ def evaluate_only(config: Config, world: World) -> None:
 
         def publish() -> None:
             metrics, files = evaluate.of_sets(results)
-            tell(summary(config.run_dir, metrics))  # first: should the disk be full, it is not lost
+            print_result(summary(config.run_dir, metrics))  # first: should the disk be full, it is not lost
             folder = config.run_dir / "eval"
             write_together({folder / name: text for name, text in files.items()})
             for path in folder.glob("predictions*.jsonl"):
@@ -186,7 +183,7 @@ def train_epoch(run: Run, epoch: int) -> int:
         begin, before = time.perf_counter(), progress.seconds
         run.throughput.start()
         for step, planned in enumerate(bar, start=first):
-            if curriculum.optimizer_is_due(config, epoch, step, n_steps, lambda *place: trained_on(run, *place)):
+            if curriculum.should_reset_optimizer(config, epoch, step, n_steps, lambda *place: trained_on(run, *place)):
                 run.optimizer = make_optimizer(run)
             lr = config.lr * curriculum.lr_factor(config, epoch, step, n_steps)
             loss, passes, auxiliary = train_step(run, planned.micro_batches, batches, lr)
@@ -230,17 +227,17 @@ def train_step(
     """Forward and backward of each micro-batch, then one optimizer step. Gradients meet at the last backward.
 
     Returns this rank's share of the step's loss, of each micro-batch its examples and its share, and this rank's
-    share of what a method adds to the loss (see `units_of_step`): scalars that are still on the device.
+    share of what a method adds to the loss (see `loss_counts_of_step`): scalars that are still on the device.
     """
     config, world = run.config, run.world
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     step_loss, auxiliary, passes = torch.zeros((), device=world.device), None, []
     drawn, units = draw(run, batches, len(micro_batches)), {}
-    if method_of(config).dataset.counts_units:
+    if method_of(config).dataset.counts_loss_terms:
         drawn = list(drawn)
         counts = [batch.pop("units") for batch in drawn]
-        units = units_of_step(counts, micro_batches, world)  # all ranks
+        units = loss_counts_of_step(counts, micro_batches, world)  # all ranks
     for number, (micro, batch) in enumerate(zip(micro_batches, drawn, strict=True)):
         for name in [name for name in batch if name.endswith("attention_mask")]:  # some methods have several sequences
             predicted = batch[name.replace("attention_mask", "supervised")]
@@ -248,7 +245,7 @@ def train_step(
         for name, value in batch.items():
             if isinstance(value, torch.Tensor):
                 batch[name] = value.to(world.device, non_blocking=True)
-        with parallel.gradients_meet(run.wrapped, now=number + 1 == len(micro_batches)):
+        with parallel.sync_gradients(run.wrapped, now=number + 1 == len(micro_batches)):
             with evaluate.autocast(config, world):
                 output = run.wrapped(**batch)
             loss, weight = output.loss, micro.weight
@@ -283,7 +280,7 @@ def draw(run: Run, batches, count: int):
         yield batch
 
 
-def units_of_step(counts: list[dict], micro_batches: list[MicroBatch], world: World) -> dict[str, torch.Tensor]:
+def loss_counts_of_step(counts: list[dict], micro_batches: list[MicroBatch], world: World) -> dict[str, torch.Tensor]:
     """The units of a step's batches (see StageDataset) on all ranks, scalars on the device and at least 1: with them a
     loss is a mean whatever rank or micro-batch its parts are in. Collective."""
     taken = [count for count, micro in zip(counts, micro_batches, strict=True) if micro.weight]
@@ -395,7 +392,7 @@ def save_checkpoint(run: Run, stage: int, files: dict[str, str] | None = None) -
     run.saved = checkpoint.save(run.config, run.world, run.pretrained, run.optimizer, run.progress, stage, files)
 
 
-def say_interrupted(run: Run) -> None:
+def announce_interruption(run: Run) -> None:
     """What a run says that has been saved and is to be continued, because a signal has announced this job's end."""
     run.logger.interrupted = True
     if run.saved is not None:
@@ -412,10 +409,10 @@ def finish(run: Run) -> None:
         with suppress(UserError):  # a full disk: what is lost is a note that spares a second start its epochs
             note_end(run.config.run_dir, run.config.num_epochs)
         try:
-            tell(summary(run.config.run_dir))
+            print_result(summary(run.config.run_dir))
         except UserError as error:  # the training has ended well, whatever has become of its log
             run.logger.say(f"warning: there is no table: {error}")
 
 
 if __name__ == "__main__":
-    ranks.run_to_the_end(main, CONFIG, INTERRUPTION)
+    ranks.run_main(main, CONFIG, INTERRUPTION)

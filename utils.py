@@ -9,23 +9,17 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import yaml
 from safetensors import SafetensorError
-
-from tracker import Tracker, wandb_mode
 
 # ---------------------------------------------------------------------------------------------------------------
 # Errors
@@ -45,7 +39,7 @@ class UserError(ValueError):
         return error
 
 
-def report(error: UserError) -> int:
+def print_error(error: UserError) -> int:
     """Says what is wrong, on one rank; returns the exit code."""
     rank = launched_ranks()[0]
     if rank > 0:
@@ -78,7 +72,7 @@ def launched_ranks() -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Patient:
+class ErrorTolerantStream:
     """A stream that nobody reads any more, or whose disk is full, ends nothing: what it cannot take is lost."""
 
     def __init__(self, stream):
@@ -105,89 +99,10 @@ def progress_bar(iterable, title: str, unit: str, shown: bool):
     return tqdm(iterable, title, unit=unit, leave=False, disable=not shown, mininterval=interval, dynamic_ncols=True)
 
 
-def tell(text: str) -> None:
+def print_result(text: str) -> None:
     """A result, on standard output. That nobody reads it, or that its disk is full, ends nothing."""
     with suppress(OSError):
         print(text, flush=True)
-
-
-class RunLogger:
-    """metrics.jsonl always, wandb where it is wanted; silent on every rank but 0. A context: at its end, whatever
-    brings it about, the log is closed with the exit code that the program will have.
-
-    Args:
-        folder: where metrics.jsonl and wandb/ go.
-        is_main: whether this is rank 0.
-    """
-
-    def __init__(self, folder: Path, is_main: bool):
-        self.folder, self.is_main = folder, is_main
-        self.started = time.time()
-        self.file = None
-        self.tracker = Tracker(self.say)
-        self.interrupted = False  # whether a signal has stopped the run
-        self.hurry: Callable[[], bool] = lambda: False  # whether nothing may be waited for any more
-
-    def open(self, config: dict, wandb_id: str | None = None) -> str | None:
-        """Opens the log of a run with this configuration, on rank 0; returns the id that wandb gives it.
-
-        wandb_id: of the run that is being continued, so that its curves go on.
-        Raises UserError where the folder cannot be written to.
-        """
-        path = self.folder / "metrics.jsonl"
-        with writing(path):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-            self.file = path.open("a", encoding="utf-8", buffering=1)
-            if torn:
-                self.file.write("\n")  # a job that died has left half a line
-        mode = "disabled" if config["debug"] else wandb_mode(config["wandb"])
-        return self.tracker.start(mode, config, self.folder, wandb_id)
-
-    def say(self, text: str) -> None:
-        """A line for the person who watches, above the progress bars."""
-        if self.is_main:
-            from tqdm import tqdm
-
-            with suppress(OSError):  # a log on a full disk
-                tqdm.write(text, file=sys.stderr)
-
-    def log(self, event: str, **values) -> None:
-        """One line of metrics.jsonl: {"event", "time" (seconds since the run started), ...values}.
-
-        Raises UserError, on rank 0 only, where it cannot be written.
-        """
-        if self.file is None:
-            return
-        record = {"event": event, "time": round(time.time() - self.started, 3), **values}
-        with writing(self.file.name):
-            self.file.write(json.dumps(record) + "\n")
-        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
-        self.tracker.log({f"{event}/{k}": v for k, v in numbers.items()}, step=values.get("step"))
-
-    def __enter__(self) -> RunLogger:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        if self.file is not None:
-            with suppress(OSError):  # of what a full disk has kept from being written there was a complaint already
-                self.file.close()
-        code = 0 if kind is None else 2 if issubclass(kind, UserError) else 1
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            code = 128 + signal.SIGINT
-        self.tracker.finish(code, self.interrupted, self.hurry)
-
-
-def read_log(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl, none where there is no such file; lines that a job left half written are passed
-    over, and what is no record. Raises UserError."""
-    if reason := why_unreachable(path):
-        raise UserError(f"cannot read {path}: {reason}")
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        with suppress(ValueError):
-            records.append(parse_json(line))
-    return [record for record in records if isinstance(record, dict) and "event" in record]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -195,7 +110,7 @@ def read_log(path: Path) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def why_unreachable(path: Path | str) -> str | None:
+def why_unreadable(path: Path | str) -> str | None:
     """Why the system does not even say whether there is something under a path: a folder on the way may not be looked
     into, or a name is too long; None where it says. `Path.exists` raises there."""
     try:
@@ -274,7 +189,7 @@ def write_together(files: dict[Path, str]) -> None:
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def replaced(path: Path) -> Iterator[Path]:
     """A path to write to, for what is no text; the file has its own name when it is whole. Raises UserError."""
     aside = path.with_name(f".{os.getpid()}.{path.name}")  # its suffix says the format
     with writing(path):
@@ -351,41 +266,3 @@ def whole_folder(target: Path, replaces: tuple[str, ...] = ()) -> Iterator[Path]
             raise
         sync_to_disk(target.parent, deep=False)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def write_config(values: dict, folder: Path, world_size: int, hardware: str = "unknown") -> None:
-    """Writes a resolved configuration, the commit, the hardware and the library versions to folder/config.yaml.
-
-    The file is itself a configuration: `python run.py FOLDER/config.yaml` repeats the run. Raises UserError.
-    """
-    comments = [f"git commit: {_git_commit()}", f"python: {sys.version.split()[0]}"]
-    comments += [f"world size: {world_size}", f"hardware: {hardware}"]
-    for package in ("torch", "transformers", "numpy", "wandb"):
-        try:
-            comments.append(f"{package}: {version(package)}")
-        except PackageNotFoundError:
-            comments.append(f"{package}: not installed")
-    text = "".join(f"# {line}\n" for line in comments) + yaml.safe_dump(values, sort_keys=False)
-    write_whole(folder / "config.yaml", text)
-
-
-def notes_of(text: str) -> dict[str, str]:
-    """What `write_config` notes above the keys: commit, versions, ranks, hardware."""
-    return dict(re.findall(r"^# ([^:\n]+): (.*)$", text, re.MULTILINE))
-
-
-def _git_commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + (" with uncommitted changes" if changed else "")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Ranks and seeds
-# ---------------------------------------------------------------------------------------------------------------

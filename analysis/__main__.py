@@ -52,7 +52,7 @@ from analysis import interventions, probe, search, sweep
 from analysis.report import read, write_page
 from analysis.subject import Subject
 from analysis.tasks import Graphs, Machine, Task, load_task
-from utils import UserError, as_json, report, tell, write_whole
+from utils import UserError, as_json, print_error, print_result, write_whole
 
 
 def measure_probe(subject: Subject, task: Task, options: argparse.Namespace) -> dict:
@@ -141,9 +141,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not options.page:
             measure(options)
-        tell(f"the page: {write_page(options.out)}")
+        print_result(f"the page: {write_page(options.out)}")
     except UserError as error:
-        return report(error)
+        return print_error(error)
     return 0
 
 
@@ -174,7 +174,7 @@ def measure(options: argparse.Namespace) -> None:
         if part in options.only:
             found = {}
             for name, subject in subjects.items():
-                tell(f"{part}: {name}")
+                print_result(f"{part}: {name}")
                 found[name] = MEASURES[part](subject, task, options)
             write_json(options.out / f"{part}.json", found)
 

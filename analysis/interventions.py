@@ -23,7 +23,7 @@ import torch
 
 from analysis.subject import Change, Subject
 from analysis.tasks import Machine, Task
-from evaluate import extract_answer
+from trainer.evaluate import extract_answer
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from analysis import figures
 from analysis.page import Example, Figure, Section, page, table_html
-from utils import UserError, parse_json, write_whole, written_aside
+from utils import UserError, parse_json, replaced, write_whole
 
 Found = dict  # of a part: subject -> its numbers
 
@@ -37,7 +37,7 @@ def _write_page(folder: Path, about: dict) -> Path:
     title = "Thoughts: state tracking" if about["kind"] == "machine" else "Thoughts: search in graphs"
     path = folder / "index.html"
     if about["kind"] == "machine" and "interventions" in found:
-        with written_aside(folder / "transplants.png") as picture:
+        with replaced(folder / "transplants.png") as picture:
             figures.picture(transplant_lines(found["interventions"]), picture)
     write_whole(path, page(title, answers(found, about), sections, facts))
     return path

@@ -17,7 +17,7 @@ from coconut import Coconut, Edit
 from config import Config
 from curriculum import Markers, prompt
 from dataset import collate_prompts
-from generate import load
+from tools.generate import load
 from utils import UserError
 
 

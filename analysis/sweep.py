@@ -6,7 +6,7 @@ from collections import Counter
 
 from analysis.subject import Subject
 from analysis.tasks import Task
-from evaluate import extract_answer
+from trainer.evaluate import extract_answer
 
 
 def sweep(subject: Subject, task: Task) -> list[dict]:

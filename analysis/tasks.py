@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from analysis import paths
-from evaluate import extract_answer, extract_steps
-from examples import load_examples
+from preprocessing.examples import load_examples
+from trainer.evaluate import extract_answer, extract_steps
 from utils import UserError
 
 

@@ -36,9 +36,9 @@ from transformers import PreTrainedTokenizerFast
 from config import Config
 from curriculum import Markers
 from dataset import collate_for_device, collate_prompts
-from evaluate import autocast
-from parallel import gather_weights, gradients_meet, load, whole_weights, wrap
-from ranks import World, cleanup_distributed, leave, on_main_rank, setup_distributed
+from trainer.distributed import World, cleanup_distributed, exit_process, on_main_rank, setup_distributed
+from trainer.evaluate import autocast
+from trainer.parallel import gather_weights, load, sync_gradients, whole_weights, wrap
 
 VOCABULARY = 40
 TOLERANCE = {"float32": 1e-5, "bf16": 2e-2}
@@ -89,7 +89,7 @@ def train(config: Config, world: World, n_steps: int, ranks: list[int]) -> tuple
         total = 0.0
         for number, batch in enumerate(batches):
             batch = to_device(batch, world.device)
-            with gradients_meet(wrapped, now=number + 1 == len(batches)):
+            with sync_gradients(wrapped, now=number + 1 == len(batches)):
                 with autocast(config, world):
                     loss = wrapped(**batch).loss / len(batches)
                 loss.backward()
@@ -163,4 +163,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

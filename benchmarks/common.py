@@ -21,13 +21,13 @@ import torch
 from options import SIZES
 from random_model import RandomModel
 
-import parallel
 from coconut import Coconut
 from config import Config
 from curriculum import Markers, training_sequence
-from pretrained import Pretrained
-from ranks import World
-from utils import UserError, as_json, report, write_whole
+from trainer import parallel
+from trainer.distributed import World
+from trainer.pretrained import Pretrained
+from utils import UserError, as_json, print_error, write_whole
 
 GPT2_VOCABULARY = 50257
 MARKERS = Markers(GPT2_VOCABULARY, GPT2_VOCABULARY + 2, GPT2_VOCABULARY + 1, GPT2_VOCABULARY - 1)
@@ -122,7 +122,7 @@ def write_json(options: argparse.Namespace, where: dict, results, hidden: tuple[
     try:
         write_whole(options.json, as_json(content))
     except UserError as error:  # the table is on the screen already
-        sys.exit(report(error))
+        sys.exit(print_error(error))
 
 
 def pick_device() -> torch.device:

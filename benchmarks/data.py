@@ -48,8 +48,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from config import Config
 from dataset import EpochPlan, PlannedBatches, StageDataset, collate_for_device, example_order, sequence_lengths
-from examples import read_examples
-from tokens import Tokens, cache_tokens, tokenize
+from preprocessing.examples import read_examples
+from preprocessing.tokens import Tokens, cache_tokens, tokenize
 
 GSM8K_EXAMPLES, PROSQA_EXAMPLES = 385_620, 17_886  # of the training sets
 MEASURE_MEMORY = """
@@ -58,7 +58,7 @@ import torch, transformers
 def resident(name):
     return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
 import dataset
-from tokens import Tokens, cache_tokens
+from preprocessing.tokens import Tokens, cache_tokens
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
 tokenizer(["warm"] * 1000)

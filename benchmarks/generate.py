@@ -42,12 +42,12 @@ import numpy as np
 import torch
 from common import MARKERS, alternate, as_loaded, machine, make_model, print_table, prosqa_rows, to_device, write_json
 
-import parallel
 from coconut import Coconut
 from config import Config
 from curriculum import IGNORE
 from dataset import collate_prompts
-from ranks import World, cleanup_distributed, leave, setup_distributed
+from trainer import parallel
+from trainer.distributed import World, cleanup_distributed, exit_process, setup_distributed
 
 
 def make_prompts(n: int, stage: int) -> list[list[int]]:
@@ -135,4 +135,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

@@ -59,10 +59,10 @@ from common import (
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-import parallel
 from config import Config
 from dataset import collate_for_device
-from ranks import World, cleanup_distributed, leave, setup_distributed
+from trainer import parallel
+from trainer.distributed import World, cleanup_distributed, exit_process, setup_distributed
 
 
 class Sent:
@@ -108,15 +108,15 @@ def make_step(wrapped: torch.nn.Module, optimizer: torch.optim.Optimizer, batch:
     """step(n_passes, meet=True): a step of so many passes over the batch; returns its seconds. Where ranks do not meet
     they neither exchange gradients nor change the weights."""
 
-    def step(n_passes: int, meet: bool = True) -> float:
+    def step(n_passes: int, barrier: bool = True) -> float:
         dist.barrier()  # all ranks begin together
         begin = time.perf_counter()
         for number in range(n_passes):
-            with parallel.gradients_meet(wrapped, now=meet and number + 1 == n_passes):
+            with parallel.sync_gradients(wrapped, now=barrier and number + 1 == n_passes):
                 with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
                     loss = wrapped(**batch).loss
                 loss.backward()
-        if meet:
+        if barrier:
             optimizer.step()
         if world.device.type == "cuda":
             torch.cuda.synchronize()
@@ -155,7 +155,7 @@ def measure(options: argparse.Namespace) -> None:
     seconds = middle(lambda: step(1), options.repeats)
     results["seconds"], results["tokens_per_second"] = seconds, n_tokens / seconds
     if world.size > 1:
-        quiet = middle(lambda: step(1, meet=False), options.repeats)
+        quiet = middle(lambda: step(1, barrier=False), options.repeats)
         begin = time.perf_counter()
         optimizer.step()  # gradients are gone: what is left is the overhead, next to nothing
         results["exposed"] = max(0.0, 1 - (quiet + time.perf_counter() - begin) / seconds)
@@ -209,4 +209,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

@@ -67,10 +67,10 @@ from common import (
     write_json,
 )
 
-import parallel
 from coconut import Coconut
 from config import Config
 from dataset import collate_for_device
+from trainer import parallel
 
 
 def floor_loss(model: Coconut, batch: dict) -> torch.Tensor:
@@ -116,7 +116,7 @@ def make_sides(options: argparse.Namespace, stage: int, names: list[str]) -> dic
     """The sides as functions that make one step each, with one model and one optimizer."""
     device = pick_device()
     model = make_model(options.shape, options.size, device)
-    parallel.prepare_blocks(model, Config(compile=options.compile))
+    parallel.wrap_blocks(model, Config(compile=options.compile))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
     rows = prosqa_rows(options.batch, stage, options.c_thought)
     batch = to_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), device)

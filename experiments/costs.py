@@ -15,10 +15,10 @@ from transformers.utils import logging
 from coconut import Coconut
 from curriculum import IGNORE, stage_of
 from dataset import StageDataset
-from examples import load_examples
-from pretrained import load_tokenizer, mark, shape_of
-from throughput import FlopCounter
-from tokens import tokenize
+from preprocessing.examples import load_examples
+from preprocessing.tokens import tokenize
+from trainer.pretrained import load_tokenizer, mark, shape_of
+from trainer.throughput import FlopCounter
 
 if TYPE_CHECKING:
     from jobs import Job

@@ -30,7 +30,7 @@ from grid_file import Grid, read_grid
 from jobs import Job, by_digest, check_folders, jobs_of, left_of, read_results
 
 from curriculum import stage_name
-from utils import UserError, report, tell, writing
+from utils import UserError, print_error, print_result, writing
 
 
 def prepare(grid: Grid) -> None:
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.slurm is not None:
             from slurm_array import write_array
 
-            tell(write_array(waiting, options.grid, options.slurm))
+            print_result(write_array(waiting, options.grid, options.slurm))
             return 0
         check_folders(jobs)
         try:
@@ -251,11 +251,11 @@ def main(arguments: list[str] | None = None) -> int:
                     signal.signal(number, CHILDREN.hand_on)
                 work(waiting, options.jobs)
         finally:
-            tell(report_of(grid, options))
+            print_result(report_of(grid, options))
     except UserError as error:
-        return report(error)
+        return print_error(error)
     except KeyboardInterrupt:  # while data are made
-        return report(UserError("stopped by Ctrl-C; start the same command again, and it goes on"))
+        return print_error(UserError("stopped by Ctrl-C; start the same command again, and it goes on"))
     return 0
 
 

@@ -13,9 +13,10 @@ import yaml
 from grid_file import Grid, RunSpec
 
 from config import Config
-from examples import load_examples
-from load_path import checkpoints, has_ended, resolve
-from utils import UserError, as_json, file_digest, read_log, read_object, write_whole
+from preprocessing.examples import load_examples
+from trainer.logger import read_log
+from trainer.run_folder import checkpoints, has_ended, resolve
+from utils import UserError, as_json, file_digest, read_object, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "grid.json"  # in a run's folder: the digest of what it was trained on
@@ -190,7 +191,7 @@ class Job:
     @property
     def others(self) -> list[str]:
         """In what its folder's run is another than this one; empty where there is none yet."""
-        from checkpoint import changes  # which waits for torch
+        from trainer.checkpoint import changes  # which waits for torch
 
         found = list(changes(self.config, self.folder).values())
         if found or not checkpoints(self.folder):

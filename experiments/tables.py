@@ -13,8 +13,9 @@ import numpy as np
 import shortcuts
 from jobs import by_digest
 
-from examples import load_examples
-from utils import as_json, notes_of, write_whole, written_aside
+from preprocessing.examples import load_examples
+from trainer.run_folder import notes_of
+from utils import as_json, replaced, write_whole
 
 if TYPE_CHECKING:
     from grid_file import Grid
@@ -38,7 +39,7 @@ def write_report(
         return f"no run of {grid.name} is finished"
     write_whole(out / f"{grid.name}.json", as_json(with_others(everything, before)))
     write_whole(out / f"{grid.name}.md", as_text(grid, results, arguments))
-    with written_aside(out / f"{grid.name}.png") as figure:
+    with replaced(out / f"{grid.name}.png") as figure:
         draw(grid, results, {job.run for job in jobs if job.config.method != "icot"}, figure)
     rows = table(grid, results)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -11,7 +11,7 @@ import argparse
 import random
 import sys
 
-from files import UserError, report
+from files import UserError, print_error
 from splits import MOST_STEPS, add_drawing_options, add_split_options, draw, parse_splits, publish_splits
 
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         splits = make_splits(sizes, options.min_steps, options.max_steps, options.base, options.seed)
         publish_splits(splits, options.out, "arithmetic", describe_first)
     except UserError as error:
-        return report(error)
+        return print_error(error)
     return 0
 
 

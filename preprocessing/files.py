@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from examples import load_examples
-from utils import UserError, parse_json, report, whole_folder
+from preprocessing.examples import load_examples
+from utils import UserError, parse_json, print_error, whole_folder
 
-__all__ = ["UserError", "load_examples", "publish", "read_json", "read_text", "report", "whole_folder"]
+__all__ = ["UserError", "load_examples", "print_error", "publish", "read_json", "read_text", "whole_folder"]
 
 
 def read_text(path: Path) -> str:

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from files import UserError, publish, read_text, report
+from files import UserError, print_error, publish, read_text
 
 
 def parse_line(line: str) -> dict:
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"{options.source} holds {len(examples):,} examples, not {options.expect:,}")
         publish({options.target: examples})
     except UserError as error:
-        return report(error)
+        return print_error(error)
     without = sum(not example["steps"] for example in examples)
     print(f"{options.target}: {len(examples)} examples, {without} of them without steps")
     return 0

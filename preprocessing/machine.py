@@ -25,7 +25,7 @@ import string
 import sys
 from typing import NamedTuple
 
-from files import UserError, report
+from files import UserError, print_error
 from splits import MOST_STEPS, Splits, add_drawing_options, add_split_options, draw, parse_splits, publish_splits
 
 STATES, BUTTONS = string.ascii_uppercase, string.ascii_lowercase
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         beside = {options.out / f"{options.prefix}_machine.json": machine}
         publish_splits(splits, options.out, options.prefix, describe, beside)
     except UserError as error:
-        return report(error)
+        return print_error(error)
     for share in shares:
         if share.starts == 1:
             print(f"steps {share.length}: too few words to hold any out, the splits share words there but no question")

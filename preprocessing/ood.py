@@ -29,7 +29,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-from files import UserError, publish, report
+from files import UserError, print_error, publish
 
 GITHUB = "https://raw.githubusercontent.com"
 CODI_180 = """
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
             for path, examples in made.items():
                 print(f"{path}: {', '.join(described(examples))}")
     except UserError as error:
-        return report(error)
+        return print_error(error)
     return 0
 
 

@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from files import UserError, read_json, report
+from files import UserError, print_error, read_json
 from splits import add_split_options, parse_splits, publish_splits
 
 QUERY = "True or false: "
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         publish_splits(split(convert(options.source), sizes, options.source), options.out, "prontoqa")
     except UserError as error:
-        return report(error)
+        return print_error(error)
     return 0
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from compare import check
-from files import UserError, load_examples, read_json, report
+from files import UserError, load_examples, print_error, read_json
 from prontoqa import PAPER, QUERY, convert
 from prontoqa_statistics import measure
 from prontoqa_words import CONCEPTS, FAMILIES, NAMES
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
             return check(options.check, read_either, make_splits, measure, options.seed)
         publish_splits(make_splits(sizes, options.seed, progress=True), options.out, "prontoqa")
     except UserError as error:
-        return report(error)
+        return print_error(error)
     return 0
 
 

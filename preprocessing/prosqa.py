@@ -38,7 +38,7 @@ from itertools import pairwise
 
 import numpy as np
 from compare import check
-from files import UserError, load_examples, report
+from files import UserError, load_examples, print_error
 from graphs import ROOTS, choose_question, grow_graph, grow_side, shortest_path
 from prosqa_statistics import measure
 from splits import Splits, add_drawing_options, add_split_options, draw, parse_splits, publish_splits
@@ -364,7 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
         splits = make_splits(sizes, settings, options.seed, progress=True, test_hops=options.test_hops)
         publish_splits(splits, options.out, options.prefix)
     except UserError as error:
-        return report(error)
+        return print_error(error)
     return 0
 
 

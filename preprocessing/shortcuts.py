@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from files import UserError, load_examples, report
+from files import UserError, load_examples, print_error
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
             examples = load_examples(path)
             results[str(path)] = {"examples": len(examples), "right": measure(examples, str(path))}
     except UserError as error:
-        return report(error)
+        return print_error(error)
     print(json.dumps(results, indent=2) if options.json else table(results))
     return 0
 

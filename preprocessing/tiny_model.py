@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from files import UserError, load_examples, read_json, report, whole_folder
+from files import UserError, load_examples, print_error, read_json, whole_folder
 from random_model import SHAPES, RandomModel
 
 EOS, UNKNOWN = "<|endoftext|>", "<|unknown|>"
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         vocabulary, parameters = write_model(options.data, options.out, options.tokenizer, **model)
     except UserError as error:
-        return report(error)
+        return print_error(error)
     print(f"{options.out}: {options.shape}, {parameters:,} parameters, {vocabulary} {options.tokenizer} tokens")
     return 0
 

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from ranks import cleanup_distributed, setup_distributed
+from trainer.distributed import cleanup_distributed, setup_distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "preprocessing"))

@@ -18,7 +18,7 @@ from analysis.subject import Asked, Change, Subject
 from analysis.tasks import Graphs, Machine, load_task
 from coconut import Coconut
 from config import Config
-from pretrained import load_tokenizer, mark
+from trainer.pretrained import load_tokenizer, mark
 from utils import UserError
 
 SURE = -30.0  # a logit of what is not said

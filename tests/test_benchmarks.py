@@ -15,7 +15,7 @@ import step
 
 from config import THOUGHTS, Config
 from dataset import collate_for_device
-from parallel import whole_weights
+from trainer.parallel import whole_weights
 
 generate, thoughts = (load_script(ROOT / "benchmarks" / f"{name}.py") for name in ("generate", "thoughts"))
 

@@ -14,13 +14,12 @@ from safetensors.torch import load_file, save_file
 from test_pretrained import coconut_config
 from test_pretrained import tiny as tiny  # a fixture
 
-import checkpoint
-import trainer_state
 from config import Config
-from load_path import resolve
-from pretrained import Pretrained, load_model
-from ranks import World
-from trainer_state import Progress
+from trainer import checkpoint, trainer_state
+from trainer.distributed import World
+from trainer.pretrained import Pretrained, load_model
+from trainer.run_folder import resolve
+from trainer.trainer_state import Progress
 from utils import UserError
 
 

@@ -9,11 +9,11 @@ from test_run import main, together, weights
 from test_run import place as place  # a fixture
 from test_sim_cot import MARKERS, make_tokens
 
-from codi import Codi, TaughtDataset
 from config import Config
-from curriculum import retelling
-from pretrained import load_model
-from tokens import tokenize
+from curriculum import auxiliary_texts
+from methods.codi import Codi, TaughtDataset
+from preprocessing.tokens import tokenize
+from trainer.pretrained import load_model
 
 
 def make_codi(family: str, tied: bool, thought: str) -> Codi:
@@ -25,8 +25,8 @@ def make_codi(family: str, tied: bool, thought: str) -> Codi:
 
 def make_dataset(config: Config, n_steps: list[int]) -> tuple[TaughtDataset, list[dict]]:
     examples, tokens, words = make_tokens(n_steps, 2)
-    told = [{**example, "steps": retelling(config).steps(example["steps"])} for example in examples]
-    tokens.retold = tokenize(told, words, step_separator="")
+    told = [{**example, "steps": auxiliary_texts(config).steps(example["steps"])} for example in examples]
+    tokens.auxiliary = tokenize(told, words, step_separator="")
     tokens.answer_prefix = words(["### "])["input_ids"][0]
     return TaughtDataset(tokens, config, MARKERS, epoch=0), examples
 
@@ -113,7 +113,7 @@ def test_the_place_is_found_where_a_blank_belongs_to_the_answer():
         return {"input_ids": [words[text] for text in texts]}
 
     tokens = tokenize([{"question": "q", "steps": ["s"], "answer": "42"}], joined)
-    tokens.retold, tokens.answer_prefix = tokens, words["### "]
+    tokens.auxiliary, tokens.answer_prefix = tokens, words["### "]
     student, _, at, teacher, _, teacher_at = TaughtDataset(tokens, config, MARKERS)[0, 2]
     assert student[at : at + 2] == teacher[teacher_at : teacher_at + 2] == [30, 32]
 

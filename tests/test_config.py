@@ -11,6 +11,7 @@ import yaml
 
 import utils
 from config import Config
+from trainer import run_folder
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,7 +202,7 @@ def test_an_evaluation_takes_several_files(write, tmp_path):
         "on": f"{tmp_path}/train.json",
         "b": f"{tmp_path}/valid.json",
     }
-    utils.write_config(dataclasses.asdict(config), tmp_path / "out", world_size=1)
+    run_folder.write_config(dataclasses.asdict(config), tmp_path / "out", world_size=1)
     assert Config.from_file(tmp_path / "out" / "config.yaml") == config
     single = Config.from_file(path, [f"val_path={tmp_path}/010"])
     assert single.by_set() == {"": single}
@@ -382,7 +383,7 @@ def test_accumulation_follows_the_world(monkeypatch, write):
 
 def test_the_written_config_repeats_the_run(write, tmp_path):
     config = Config.from_file(write("lr: 1e-3\nepochs_per_stage: [1, 2]\nreset_optimizer: False"))
-    utils.write_config(dataclasses.asdict(config), tmp_path / "out", world_size=2)
+    run_folder.write_config(dataclasses.asdict(config), tmp_path / "out", world_size=2)
     text = (tmp_path / "out" / "config.yaml").read_text()
     assert "# torch: 2." in text
     assert "# git commit: " in text

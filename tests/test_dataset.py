@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import examples
 from config import Config
 from curriculum import (
     END,
@@ -30,8 +29,9 @@ from dataset import (
     longest_sequence,
     sequence_lengths,
 )
-from examples import load_examples
-from tokens import Tokens, cache_tokens, tokenize
+from preprocessing import examples
+from preprocessing.examples import load_examples
+from preprocessing.tokens import Tokens, cache_tokens, tokenize
 from utils import UserError
 
 M = Markers(start=90, latent=91, end=92, eos=99)

@@ -60,8 +60,7 @@ class Place:
         self.folder, self.served = folder, folder / "served"
         self.served.mkdir()
         shutil.copytree(ROOT / "preprocessing", folder / "preprocessing")
-        for name in ("examples.py", "utils.py", "tracker.py"):
-            shutil.copy(ROOT / name, folder)
+        shutil.copy(ROOT / "utils.py", folder)
         self.prosqa = {f"prosqa_{split}.json": f'["{split}"]'.encode() * 50 for split in ("train", "valid", "test")}
         for name, content in self.prosqa.items():
             (self.served / name).write_bytes(content)

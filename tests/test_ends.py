@@ -14,10 +14,10 @@ from test_faults import processes_of
 from test_run import epochs, main
 from test_run import place as place  # a fixture
 
-import ranks
 import run as run_module
 from config import Config
-from ranks import World
+from trainer import distributed as ranks
+from trainer.distributed import World
 from utils import UserError, retried
 
 SHORT = ("max_train_examples=96", "max_new_tokens=2", "num_epochs=1", "log_every_steps=1")
@@ -97,10 +97,11 @@ def test_an_exception_in_the_loop_takes_the_loader_processes_along(place, monkey
 def test_a_hanging_exit_handler_does_not_keep_a_rank(tmp_path):
     """A tracker's, for example."""
     (tmp_path / "job.py").write_text(
-        "import atexit, time, ranks\n"
+        "import atexit, time\n"
+        "from trainer import distributed as ranks\n"
         "ranks.EXIT_HANDLERS_SECONDS = 1\n"
         "atexit.register(time.sleep, 1000)\n"
-        "ranks.run_to_the_end(lambda: 7)\n"
+        "ranks.run_main(lambda: 7)\n"
     )
     assert launch(tmp_path / "job.py").returncode == 7
 
@@ -120,7 +121,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-import ranks
+from trainer import distributed as ranks
 
 original = dist.init_process_group
 dist.init_process_group = lambda *a, **k: original(*a, timeout=timedelta(seconds=2), **k)
@@ -192,8 +193,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-import evaluate
-import trainer_state
+from trainer import evaluate
+from trainer import trainer_state
 
 original = dist.init_process_group
 dist.init_process_group = lambda *a, **k: original(*a, timeout=timedelta(seconds=2), **k)
@@ -215,7 +216,7 @@ if os.environ["RANK"] == "1":
     slow(evaluate, "collate")  # of the validation loss
     slow(trainer_state, "load_random_state")
 else:
-    slow(evaluate, "unreachable")
+    slow(evaluate, "warn_unscorable_answers")
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -13,7 +13,10 @@ from coconut import Coconut
 from config import Config
 from curriculum import Markers
 from dataset import Data, StageDataset, collate
-from evaluate import (
+from preprocessing.tokens import tokenize
+from run import stage_to_evaluate
+from tools.evaluate import main
+from trainer.evaluate import (
     as_files,
     evaluate,
     extract_answer,
@@ -22,13 +25,11 @@ from evaluate import (
     is_right,
     number_of,
     of_sets,
-    unreachable,
     validation_loss,
+    warn_unscorable_answers,
 )
-from pretrained import Pretrained
-from run import stage_to_evaluate
-from table import main, summary, wilson
-from tokens import tokenize
+from trainer.pretrained import Pretrained
+from trainer.table import summary, wilson
 from utils import UserError
 
 
@@ -169,7 +170,7 @@ def test_correct_follows_the_rule_and_both_are_there(world, answer_match, accura
     assert [p["correct_text"] for p in predictions] == [True, False, False, False]
     assert [p["correct_number"] for p in predictions] == [True, True, False, True]
     assert all(p["correct"] == p[f"correct_{answer_match}"] for p in predictions)
-    assert unreachable(loaded.tokenizer, data, config) == []
+    assert warn_unscorable_answers(loaded.tokenizer, data, config) == []
 
 
 def test_where_an_answer_is_no_number_there_is_one_score(world):
@@ -180,7 +181,7 @@ def test_where_an_answer_is_no_number_there_is_one_score(world):
     assert metrics["accuracy"] == 0.5
     assert not any("_text" in key or "_number" in key for key in (*metrics, *predictions[0]))
     with pytest.raises(UserError, match=r"needs numbers, but the answer of record 3 .* of some\.json is '2 or 3'"):
-        unreachable(loaded.tokenizer, data, Config(answer_match="number", val_path="some.json"))
+        warn_unscorable_answers(loaded.tokenizer, data, Config(answer_match="number", val_path="some.json"))
 
 
 def test_the_interval_of_a_share():
@@ -228,13 +229,13 @@ def test_the_summary_takes_what_was_written_last(tmp_path, capsys):
         for epoch, stage, accuracy in ((0, 0, 0.1), (1, 0, 0.2), (1, 0, 0.3), (2, 1, 0.4))
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert main(__doc__, [str(tmp_path)]) == 0
+    assert main([str(tmp_path)]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[1].split() == ["validation,", "stage", "0", "2", "30.0%", "9.0", "1.000", "12"]
     assert table[2].split() == ["validation,", "stage", "1", "1", "40.0%", "9.0", "1.000", "6"]
     with pytest.raises(UserError, match="neither a finished epoch nor an evaluation"):
         summary(tmp_path / "none")
-    assert main(__doc__, [str(tmp_path / "none")]) == 2
+    assert main([str(tmp_path / "none")]) == 2
 
 
 @pytest.mark.parametrize("answer", ["so it is #### 7", "lower Case", "e\u0301", "a  b"])
@@ -247,13 +248,13 @@ def test_answers_that_cannot_come_out_right_are_named(answer):
         [pre_tokenizers.Split("  ", "removed"), tokenizer.backend_tokenizer.pre_tokenizer]
     )
     config = Config(val_path="valid.json")
-    (text,) = unreachable(tokenizer, Data(examples, tokenize(examples, tokenizer)), config)
+    (text,) = warn_unscorable_answers(tokenizer, Data(examples, tokenize(examples, tokenizer)), config)
     assert text.startswith("valid.json: 2 of 4 answers cannot come out right")
     assert f"record 2 (counted from 0), whose answer {answer!r} is read back as" in text
     right = Data(examples[:2], tokenize(examples[:2], tokenizer))
-    assert unreachable(tokenizer, right, config) == []
+    assert warn_unscorable_answers(tokenizer, right, config) == []
     config.max_new_tokens = 3  # room for ### and one digit
-    assert "1 of 2 answers cannot come out right" in unreachable(tokenizer, right, config)[0]
+    assert "1 of 2 answers cannot come out right" in warn_unscorable_answers(tokenizer, right, config)[0]
 
 
 def test_steps_that_hide_the_answer_are_named():
@@ -265,14 +266,14 @@ def test_steps_that_hide_the_answer_are_named():
     examples[3]["steps"][1] = tokenizer.eos_token
     data = Data(examples, tokenize(examples, tokenizer))
     config = Config(val_path="valid.json", method="cot")
-    assert unreachable(tokenizer, data, replace(config, method="coconut"), [9]) == []  # a stage without steps
-    assert unreachable(tokenizer, data, replace(config, method="no_cot"), [0]) == []
-    wrong, unmatched = unreachable(tokenizer, data, config, [0, 0])
+    assert warn_unscorable_answers(tokenizer, data, replace(config, method="coconut"), [9]) == []  # no steps
+    assert warn_unscorable_answers(tokenizer, data, replace(config, method="no_cot"), [0]) == []
+    wrong, unmatched = warn_unscorable_answers(tokenizer, data, config, [0, 0])
     assert wrong.startswith("valid.json: 1 of 4 answers cannot come out right at stage 0")
     assert "record 3 (counted from 0), whose steps and answer" in wrong
     assert unmatched.startswith("valid.json: 1 of 4 examples cannot have a cot_match at stage 0")
     assert "record 2 (counted from 0), whose steps '2#' are read back as '2'" in unmatched
-    wrong, _ = unreachable(tokenizer, data, replace(config, max_new_tokens=8), [0])
+    wrong, _ = warn_unscorable_answers(tokenizer, data, replace(config, max_new_tokens=8), [0])
     assert "2 of 4 answers cannot come out right at stage 0" in wrong
     assert "11 tokens where max_new_tokens is 8, are read back as '1+2" in wrong
 

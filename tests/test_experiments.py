@@ -22,7 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import run
 from config import Config
-from utils import UserError, notes_of, read_log
+from trainer.logger import read_log
+from trainer.run_folder import notes_of
+from utils import UserError
 
 sys.path.insert(0, str(ROOT / "experiments"))
 from grid_file import read_grid

@@ -17,16 +17,16 @@ from elsewhere import written_elsewhere
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-import checkpoint
 import config as config_module
-import export
-import thoughts
 import utils
 from config import Config
 from dataset import collate_prompts
-from modeling_coconut import CoconutForCausalLM
-from pretrained import END, load_model
-from trained import Coconut
+from model import thought
+from tools import export
+from tools.modeling_coconut import CoconutForCausalLM
+from tools.trained import Coconut
+from trainer import checkpoint, run_folder
+from trainer.pretrained import END, load_model
 
 QUESTIONS = ["3+4", "5*6-0*2", "9?", "7!?", "12"]
 NEW = 8  # tokens
@@ -218,14 +218,14 @@ def test_the_folder(folders):
         names = set(weights.keys())
     assert "thought.weight" in names
     assert {name.partition(".")[0] for name in names} == {"thought", "base_causallm"}
-    assert (folder / "modeling_coconut.py").read_text() == (ROOT / "modeling_coconut.py").read_text()
+    assert (folder / "modeling_coconut.py").read_text() == (ROOT / "tools/modeling_coconut.py").read_text()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert set(tokenizer("3+4")) == {"input_ids", "attention_mask"}
     assert tokenizer.padding_side == "left"
 
 
 def test_the_modelling_file_imports_only_torch_and_transformers():
-    lines = (ROOT / "modeling_coconut.py").read_text().splitlines()
+    lines = (ROOT / "tools/modeling_coconut.py").read_text().splitlines()
     imported = {line.split()[1].partition(".")[0] for line in lines if line.startswith(("import ", "from "))}
     assert imported == {"inspect", "contextlib", "typing", "torch", "transformers"}
 
@@ -240,7 +240,7 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
     config = Config(
         name="mine", c_thought=2, seed=7, train_path="data/some_train.json", val_path="data/some_valid.json"
     )
-    utils.write_config(dataclasses.asdict(config), run, 2, "a fast one")
+    run_folder.write_config(dataclasses.asdict(config), run, 2, "a fast one")
     (run / "checkpoint_4" / "trainer").mkdir()
     (run / "checkpoint_4" / "trainer" / "state.json").write_text(
         '{"format": 1, "epoch": 2, "step": 90, "data": "abc123"}'
@@ -261,7 +261,7 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
         "| `data/some_valid.json` (validation) | 300 | 34.6% | text | 10.0% | 8.2 |",
         "| `data/test.json` | 1000 | 50.0% | text | 10.0% | 8.2 |",
         "torchrun --nproc_per_node 2 run.py config.yaml name=mine",
-        "python export.py checkpoints/mine@4 out\n",
+        "python -m tools.export checkpoints/mine@4 out\n",
         (run / "config.yaml").read_text().strip(),
     ):
         assert part in text, part
@@ -272,9 +272,9 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
     (run / "eval" / "metrics.json").write_text(json.dumps(tested | {"checkpoint": "mine/checkpoint_3"}))
     export.export(str(run), tmp_path / "again")
     assert "data/test.json" not in (tmp_path / "again" / "README.md").read_text()
-    # of several sets, and of `evaluate.py --all`, each with its own rule
+    # of several sets, and of `python -m tools.evaluate --all`, each with its own rule
     (run / "eval" / "metrics.json").write_text(json.dumps({"sets": {"a": tested, "b": tested | {"file": "b.json"}}}))
-    utils.write_config({"answer_match": "number"}, run / "eval", 1)
+    run_folder.write_config({"answer_match": "number"}, run / "eval", 1)
     one = run / "evaluations" / "hard" / "checkpoint_4" / "eval"
     one.mkdir(parents=True)
     (one / "metrics.json").write_text(json.dumps(tested | {"file": "data/hard.json"}))
@@ -287,7 +287,7 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
 def test_a_card_of_several_modes_has_a_row_for_each(checkpoints, tmp_path):
     """The mean of three modes stood as the accuracy of a model that is asked in one."""
     run = shutil.copytree(checkpoints["multi_mode"].parent, tmp_path / "mine")
-    utils.write_config(dataclasses.asdict(Config(method="multi_mode")), run, 1)
+    run_folder.write_config(dataclasses.asdict(Config(method="multi_mode")), run, 1)
     (run / "checkpoint_4" / "trainer").mkdir()
     (run / "checkpoint_4" / "trainer" / "state.json").write_text('{"format": 1}')
     found = {"accuracy": 0.2, "cot_match": 0.1, "generated_tokens": 8.25, "examples": 300}
@@ -326,7 +326,7 @@ def test_what_a_model_of_several_modes_writes_is_read_without_its_marker(folders
 def test_what_is_damaged_is_said_in_a_sentence(checkpoints, tmp_path, capsys, file, content, sentence):
     """A traceback each."""
     run = shutil.copytree(checkpoints["llama"].parent, tmp_path / "mine")
-    utils.write_config(dataclasses.asdict(Config()), run, 1)
+    run_folder.write_config(dataclasses.asdict(Config()), run, 1)
     path = run / "checkpoint_4" / file
     path.parent.mkdir(exist_ok=True)
     if isinstance(content, dict):
@@ -399,7 +399,7 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(checkpoints, tmp_path, ca
     (tmp_path / "file").write_text("")
     assert "cannot be written" in complaint(capsys, checkpoints["llama"], tmp_path / "file" / "out")
 
-    monkeypatch.setitem(thoughts.REGISTRY, "gated", thoughts.Last)
+    monkeypatch.setitem(thought.REGISTRY, "gated", thought.Thought)
     monkeypatch.setitem(config_module.THOUGHTS, "gated", "")
     own = shutil.copytree(checkpoints["llama"], tmp_path / "own")
     description = json.loads((own / "coconut.json").read_text())

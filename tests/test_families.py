@@ -24,18 +24,18 @@ from test_pretrained import write_tiny
 from transformers import AutoModelForCausalLM
 
 import coconut
-import families
-import kv_cache
 from coconut import Coconut
 from config import Config
 from curriculum import IGNORE
 from dataset import collate_for_device, collate_prompts
-from families import vouch
-from parallel import prepare_blocks, wrap
-from pretrained import load_model
-from ranks import cleanup_distributed, setup_distributed
-from thoughts import decoder_of
-from throughput import FlopCounter
+from model import kv_cache
+from model.backbone import decoder_of
+from trainer import check_family as families
+from trainer.check_family import check_family
+from trainer.distributed import cleanup_distributed, setup_distributed
+from trainer.parallel import wrap, wrap_blocks
+from trainer.pretrained import load_model
+from trainer.throughput import FlopCounter
 from utils import UserError
 
 EOS, START, LATENT, END = 0, 1, 2, 3
@@ -112,24 +112,24 @@ def check_generation(model: Coconut, n_latents: list[int], new: int = 4) -> None
         assert found == tokens + [EOS] * (len(found) - len(tokens))
 
 
-def check_family(family: str) -> None:
+def check_one(family: str) -> None:
     base = tiny_model(family)
     if family in REFUSED:
         for latent in (None, LATENT):
             with pytest.raises(UserError, match=f"{base.config.model_type} .*{BY_ANY_METHOD}.*{REFUSED[family]}"):
-                vouch(make_model(base, latent))
+                check_family(make_model(base, latent))
         return
     without, model = make_model(base, None), make_model(base)
-    vouch(without)
+    check_family(without)
     FlopCounter.of(model)
     tolerance = 1e-5 if dtype_of(family) == torch.float64 else 1e-4
     if family in REFUSED_WITH_LATENTS:
         with pytest.raises(UserError, match=f"{WITH_LATENTS}.*{REFUSED_WITH_LATENTS[family]}.* cot, no_cot, icot and"):
-            vouch(model)
-        vouch(make_model(base, thought="pause"))
+            check_family(model)
+        check_family(make_model(base, thought="pause"))
         model, n_latents = without, [0, 0, 0]
     else:
-        vouch(model)
+        check_family(model)
         n_latents = [2, 0, 3]
     check_training(model, n_latents, tolerance)
     check_generation(model, n_latents)
@@ -137,13 +137,13 @@ def check_family(family: str) -> None:
 
 @pytest.mark.parametrize("family", QUICK)
 def test_a_family_of_each_kind_is_right_or_refused(family):
-    check_family(family)
+    check_one(family)
 
 
 @pytest.mark.families
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in QUICK])
 def test_every_other_family_is_right_or_refused(family):
-    check_family(family)
+    check_one(family)
 
 
 # ---- the check itself ----
@@ -162,7 +162,7 @@ def test_a_head_that_does_more_is_refused_whatever_the_method():
 
         base.forward = changed
         with pytest.raises(UserError, match=f"{BY_ANY_METHOD}{HEAD}"):
-            vouch(make_model(base, latent=None))
+            check_family(make_model(base, latent=None))
 
 
 def test_a_head_module_that_does_more_is_run():
@@ -199,7 +199,7 @@ def test_what_is_wrong_is_noticed(breaks, sentence, full_size, monkeypatch):
     if full_size:
         monkeypatch.setattr(families, "SMALL", 0)
     with pytest.raises(UserError, match=sentence):
-        vouch(make_model(base))
+        check_family(make_model(base))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -208,7 +208,7 @@ def test_what_is_wrong_is_noticed(breaks, sentence, full_size, monkeypatch):
 def test_a_right_model_is_right_in_every_size_and_dtype(family, full_size, dtype, monkeypatch):
     if full_size:
         monkeypatch.setattr(families, "SMALL", 0)
-    vouch(make_model(tiny_model(family, dtype)))
+    check_family(make_model(tiny_model(family, dtype)))
 
 
 @pytest.mark.parametrize("full_size", [False, True])
@@ -222,7 +222,7 @@ def test_the_model_stays_as_it_was(full_size, monkeypatch):
     modes, weights = [module.training for module in model.modules()], copy.deepcopy(model.state_dict())
     torch.manual_seed(5)
     random = torch.get_rng_state()
-    vouch(model)
+    check_family(model)
     assert torch.equal(torch.get_rng_state(), random)
     assert [parameter.requires_grad for parameter in model.parameters()] == wanted
     assert [module.training for module in model.modules()] == modes
@@ -235,14 +235,14 @@ def test_weights_that_are_no_numbers_are_not_the_fault_of_a_family():
     base = tiny_model("gpt2")
     with torch.no_grad():
         base.transformer.wte.weight[7] = float("nan")
-    vouch(make_model(base))
+    check_family(make_model(base))
     assert base.transformer.wte.weight[7].isnan().all()
 
 
 def test_a_model_that_looks_ahead_is_refused():
     """Its loss would be that of words which it has seen."""
     with pytest.raises(UserError, match=f"{BY_ANY_METHOD}what it computes for a token depends on those after it"):
-        vouch(make_model(tiny_model("bert-generation", is_decoder=False), None))
+        check_family(make_model(tiny_model("bert-generation", is_decoder=False), None))
 
 
 def test_generation_without_a_cache_is_as_long_as_it_says(monkeypatch):
@@ -263,16 +263,16 @@ def test_small_initial_weights_hide_nothing():
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(configure("mamba"))
     with pytest.raises(UserError, match=WITH_LATENTS):
-        vouch(make_model(base))
+        check_family(make_model(base))
 
 
 def test_thoughts_from_layers_need_blocks_that_run_once():
     base = tiny_model("hrm_text")
-    vouch(make_model(base))
+    check_family(make_model(base))
     with pytest.raises(UserError, match=f"{WITH_LATENTS}thoughts from the layers need blocks that each run once"):
-        vouch(make_model(base, thought="suppressed"))
-    vouch(make_model(tiny_model("llama"), thought="suppressed"))
-    vouch(make_model(tiny_model("zamba2"), thought="suppressed"))  # whose blocks hold blocks
+        check_family(make_model(base, thought="suppressed"))
+    check_family(make_model(tiny_model("llama"), thought="suppressed"))
+    check_family(make_model(tiny_model("zamba2"), thought="suppressed"))  # whose blocks hold blocks
 
 
 def save_with_tokenizer(family: str, folder) -> str:
@@ -299,7 +299,7 @@ def test_what_is_loaded_is_vouched_for(tmp_path):
 def test_parameters_without_gradients_do_not_stop_ddp(family):
     """A vision tower, or layers that only images need: DDP would wait for their gradients in its second step."""
     model = make_model(tiny_model(family))
-    vouch(model)
+    check_family(model)
     assert model.leaves_parameters_out == (family == "mllama")
     world = setup_distributed()
     try:
@@ -330,21 +330,21 @@ def test_flops_of_recurrent_layers_have_no_pairs():
 
 def test_blocks_are_found_or_missed_with_a_sentence(monkeypatch):
     model = make_model(tiny_model("biogpt"))  # does not name its blocks
-    prepare_blocks(model, Config(gradient_checkpointing=True))
+    wrap_blocks(model, Config(gradient_checkpointing=True))
     check_training(model, [0, 0, 0], 1e-5)
     for config, key in (
         (Config(gradient_checkpointing=True), "gradient_checkpointing"),
         (Config(compile=True), "compile"),
     ):
-        monkeypatch.setattr("parallel.decoder_blocks", lambda _: [])
+        monkeypatch.setattr("trainer.parallel.decoder_blocks", lambda _: [])
         with pytest.raises(UserError, match=f"{key} works on decoder blocks, and the model family biogpt does not say"):
-            prepare_blocks(make_model(tiny_model("biogpt")), config)
+            wrap_blocks(make_model(tiny_model("biogpt")), config)
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "falcon_h1", "kimi_linear", "zamba2", "longcat_flash"])
 def test_checkpointed_blocks_replay_whatever_a_layer_keeps(family):
     plain, model = (make_model(tiny_model(family)) for _ in range(2))
-    prepare_blocks(model, Config(gradient_checkpointing=True))
+    wrap_blocks(model, Config(gradient_checkpointing=True))
     batch = collate_for_device(make_rows([2, 0, 3]), EOS, LATENT)
     wanted, found = (gradients(each, each(**batch).loss) for each in (plain, model))
     assert all((found[name] - gradient).abs().max() < 1e-9 for name, gradient in wanted.items())

@@ -23,9 +23,10 @@ from test_run import here as here  # a fixture
 from test_run import place as place
 
 import run as run_module
-from checkpoint import checkpoints
 from config import Config
-from utils import UserError, read_log
+from trainer.checkpoint import checkpoints
+from trainer.logger import read_log
+from utils import UserError
 
 SLOW_VALIDATION = ("max_new_tokens=100", "eval_batch_size=1")  # seconds in which a run cannot end before its kill
 LONG = ("num_epochs=3", "max_train_examples=144", "max_new_tokens=4", "global_batch_size=16", "log_every_steps=1")
@@ -150,7 +151,7 @@ def test_a_run_that_was_killed_in_validation_validates_again(place, here):
 def test_a_second_signal_exits_at_once():
     """But not one that comes together with the first, as launchers hand on what all processes have got anyway."""
     program = (
-        "import sys, time; from ranks import Interruption, World\n"
+        "import sys, time; from trainer.distributed import Interruption, World\n"
         "with Interruption(World(0, 0, 1, None)) as interruption:\n"
         "    print('ready', flush=True)\n"
         "    while True:\n"
@@ -201,7 +202,7 @@ import hashlib
 import os
 import threading
 
-from ranks import cleanup_distributed, setup_distributed
+from trainer.distributed import cleanup_distributed, setup_distributed
 
 setup_distributed()
 busy = threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"", b"", 200_000))  # without the GIL
@@ -317,7 +318,7 @@ def test_a_damaged_checkpoint_is_passed_over(place, two_epochs, here):
         shutil.copytree(keep, run)
         act(run / "checkpoint_2")
         found = []
-        import checkpoint
+        from trainer import checkpoint
 
         assert checkpoint.newest_whole(run, found.append) == run / "checkpoint_1", damage
         assert len(found) == 1

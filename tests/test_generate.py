@@ -19,14 +19,13 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
-from conftest import ROOT, load_script
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from coconut import Coconut
 from config import Config
-from pretrained import load_model
+from tools import generate
+from trainer.pretrained import load_model
 
-generate = load_script(ROOT / "generate.py")
 QUESTIONS = ["3+4", "5*6-0*2"]
 
 
@@ -110,7 +109,7 @@ def test_all_sources_of_questions_give_the_same_answers(folders, tmp_path, capsy
 
 
 def test_a_reader_that_stops_is_no_error(folders, monkeypatch):
-    """As in `generate.py ... | head -1`."""
+    """As in `python -m tools.generate ... | head -1`."""
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as output:
@@ -218,7 +217,7 @@ class Terminal:
     def __init__(self, *arguments):
         self.end, theirs = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "generate.py"), *map(str, arguments), "--max-new-tokens", "6"],
+            [sys.executable, "-m", "tools.generate", *map(str, arguments), "--max-new-tokens", "6"],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,

@@ -10,9 +10,9 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import kv_cache
 from coconut import Coconut
-from kv_cache import Buffer, GrowingLayer, ReplacingLayer, attend, has_attention, make_cache
+from model import kv_cache
+from model.kv_cache import Buffer, GrowingLayer, ReplacingLayer, attend, has_attention, make_cache
 
 
 def passes(*lengths: int) -> list[torch.Tensor]:

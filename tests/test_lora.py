@@ -22,13 +22,13 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-import export
-import lora
 from coconut import Coconut
 from config import Config
 from dataset import collate_for_device, collate_prompts
-from pretrained import load_model
-from trained import Coconut as Trained
+from model import lora
+from tools import export
+from tools.trained import Coconut as Trained
+from trainer.pretrained import load_model
 from utils import UserError
 
 

@@ -13,7 +13,7 @@ from test_run import place as place  # a fixture
 from test_sim_cot import MARKERS, make_tokens
 
 from config import Config
-from lotus import LabelledDataset, Lotus, latent_labels
+from methods.lotus import LabelledDataset, Lotus, latent_labels
 
 
 def make_lotus(family: str, tied: bool, c_thought: int, weight: float) -> Lotus:

@@ -11,12 +11,12 @@ from test_run import epochs, main, together, weights
 from test_run import place as place  # a fixture
 from test_sim_cot import MARKERS, make_tokens
 
-import generate
-import load_path
 from config import Config
 from curriculum import IGNORE, MODES, prompt, training_sequence
-from multi_mode import ModesDataset, MultiMode
-from trained import Coconut as Trained
+from methods.multi_mode import ModesDataset, MultiMode
+from tools import generate
+from tools.trained import Coconut as Trained
+from trainer import run_folder as load_path
 
 Q, STEPS, A = [7, 8], [[10], [20, 21], [30]], [9]
 

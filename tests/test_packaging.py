@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from ranks import under_debugger
+from trainer.distributed import under_debugger
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -30,16 +30,19 @@ def test_pip_and_uv_install_the_same():
     assert all("==" in pin for pin in pins("requirements.txt") + pins("requirements-dev.txt"))
 
 
+PACKAGES = ("methods", "model", "preprocessing", "tools", "trainer")
+
+
 @pytest.mark.parametrize("kind", ["run", "eval", "generate", "tests"])
 def test_the_editor_can_launch(kind):
     launch = json.loads((ROOT / ".vscode" / "launch.json").read_text(encoding="utf-8"))
     (found,) = [entry for entry in launch["configurations"] if entry["name"].startswith(f"{kind}: ")]
     assert "torchrun" not in json.dumps(found)  # one process, in which breakpoints work
-    if kind == "tests":
-        assert found["module"] == "pytest"
+    if "module" in found:
+        assert found["module"] == {"tests": "pytest", "generate": "tools.generate"}[kind]
         return
     assert (ROOT / found["program"].removeprefix("${workspaceFolder}/")).is_file()
-    assert kind == "generate" or (ROOT / found["args"][0]).is_file()
+    assert (ROOT / found["args"][0]).is_file()
 
 
 @pytest.mark.slow
@@ -49,23 +52,25 @@ def test_the_readmes_thought_trains_as_written(tmp_path):
     section = readme.partition("### Write your own thought\n")[2].partition("\n### ")[0]
     code, name = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(code.splitlines()) <= 10
-    for path in ROOT.glob("*.py"):
+    for path in [*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).glob("*.py"))]:
         text = path.read_text(encoding="utf-8")
         if path.name == "thoughts.py":
             text += "\n\n" + code
         if path.name == "config.py":
             text = text.replace("THOUGHTS = {\n", "THOUGHTS = {\n" + name)
-        (tmp_path / path.name).write_text(text, encoding="utf-8")
+        target = tmp_path / path.relative_to(ROOT)
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(text, encoding="utf-8")
     examples = arithmetic.make_splits({"train": 16}, base=5)["train"]
     (tmp_path / "data.json").write_text(json.dumps(examples))
-    tiny_model.write_model([tmp_path / "data.json"], tmp_path / "model", "char", "llama", 32, 2, 2, 64)
+    tiny_model.write_model([tmp_path / "data.json"], tmp_path / "tiny", "char", "llama", 32, 2, 2, 64)
     keys = {
         "thought": re.search(r"thought=(\w+)", section)[1],
         "epochs_per_stage": 1,
         "num_epochs": 2,
         "wandb": "disabled",
     }
-    keys |= {"model_id": "model", "train_path": "data.json", "val_path": "data.json", "max_new_tokens": 2}
+    keys |= {"model_id": "tiny", "train_path": "data.json", "val_path": "data.json", "max_new_tokens": 2}
     (tmp_path / "own.yaml").write_text(json.dumps(keys))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -88,9 +93,9 @@ def test_breakpoints_in_the_data_are_met_without_a_loader_process(tmp_path):
     assert not under_debugger()
     examples = arithmetic.make_splits({"train": 16}, base=5)["train"]
     (tmp_path / "data.json").write_text(json.dumps(examples))
-    tiny_model.write_model([tmp_path / "data.json"], tmp_path / "model", "char", "llama", 16, 1, 2, 64)
+    tiny_model.write_model([tmp_path / "data.json"], tmp_path / "tiny", "char", "llama", 16, 1, 2, 64)
     keys = {"num_workers": 2, "num_epochs": 1, "max_new_tokens": 2, "save_path": str(tmp_path), "wandb": "disabled"}
-    keys |= {"model_id": str(tmp_path / "model"), "train_path": str(tmp_path / "data.json")}
+    keys |= {"model_id": str(tmp_path / "tiny"), "train_path": str(tmp_path / "data.json")}
     (tmp_path / "run.yaml").write_text(json.dumps(keys | {"val_path": keys["train_path"]}))
     commands = (
         "import dataset\nbreak dataset.StageDataset.__getitem__\ncontinue\np 'stopped', type(self).__name__\nquit\n"

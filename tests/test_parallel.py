@@ -15,15 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import scaling
 
-import checkpoint
-import parallel
 from coconut import Coconut
 from config import Config
 from curriculum import Markers
 from dataset import collate_for_device
-from parallel import gradients_meet, load, whole_weights, wrap
-from ranks import World
-from throughput import FlopCounter
+from trainer import checkpoint, parallel
+from trainer.distributed import World
+from trainer.parallel import load, sync_gradients, whole_weights, wrap
+from trainer.throughput import FlopCounter
 from utils import UserError
 
 
@@ -74,7 +73,7 @@ def test_gradients_are_reduced_once_in_a_step(sharded, world, monkeypatch):
     assert groups == 3  # two blocks, and the rest
     for step in range(1, 3):
         for micro, n_latents in enumerate(([3, 1], [0, 0], [2, 5])):
-            with gradients_meet(wrapped, now=micro == 2):
+            with sync_gradients(wrapped, now=micro == 2):
                 wrapped(**batch_of(n_latents)).loss.backward()
             assert calls == groups * (step if micro == 2 else step - 1)
     assert all(parameter.grad is not None for parameter in sharded.parameters())
@@ -108,7 +107,7 @@ def test_large_models_are_sharded_on_gpus(monkeypatch, tmp_path):
 def test_checkpointed_blocks_compute_the_same(family, n_latents):
     """transformers' gradient checkpointing switches the cache off: latents would not see what is before them."""
     model = make_model(family)
-    parallel.prepare_blocks(model, Config(gradient_checkpointing=True))
+    parallel.wrap_blocks(model, Config(gradient_checkpointing=True))
     loss = model(**batch_of(n_latents)).loss
     # the plain definition makes passes without a cache of ours: on a model without checkpoints
     plain = make_model(family)
@@ -136,7 +135,7 @@ def test_checkpointed_blocks_keep_less(family):
         return total
 
     plain, checkpointed = make_model(family), make_model(family)
-    parallel.prepare_blocks(checkpointed, Config(gradient_checkpointing=True))
+    parallel.wrap_blocks(checkpointed, Config(gradient_checkpointing=True))
     assert saved_bytes(checkpointed) < 0.7 * saved_bytes(plain)
 
 
@@ -152,7 +151,7 @@ def test_compiled_blocks_are_not_compiled_anew_for_each_length(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **keys: compile_block(self, backend=backend, **keys))
     torch._dynamo.reset()
     model, plain = make_model(family), make_model(family)
-    parallel.prepare_blocks(model, Config(compile=True))
+    parallel.wrap_blocks(model, Config(compile=True))
 
     def train(n_latents: list[int], seed: int) -> None:
         batch = batch_of(n_latents, seed)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from analysis import paths
 from analysis.paths import CLASSES, Graph, classify, from_example
-from evaluate import extract_answer, extract_steps
+from trainer.evaluate import extract_answer, extract_steps
 from utils import UserError
 
 # Two ways from Tom (a) to the target t over two edges more, by c or d; a longer one over c and e. f is a leaf beside;
@@ -354,8 +354,8 @@ def test_distances_of_a_graph():
     assert paths.height(COMPACT) == dict(zip(SYMBOLS, (1, 2, 1, 1, 1, 0, 1, 1, 0, 2, 0), strict=True))
     assert paths.height(COMPACT, longest=True) == dict(zip(SYMBOLS, (3, 3, 2, 1, 1, 0, 1, 1, 0, 2, 0), strict=True))
     assert [paths.frontier(COMPACT, k) for k in range(4)] == [{"a"}, {"c", "d", "f"}, {"t", "e"}, set()]
-    unreachable = [paths.same_depth_unreachable(COMPACT, k) for k in range(4)]
-    assert unreachable == [{"b", "s"}, {"g", "h"}, {"o"}, set()]
+    warn_unscorable_answers = [paths.same_depth_unreachable(COMPACT, k) for k in range(4)]
+    assert warn_unscorable_answers == [{"b", "s"}, {"g", "h"}, {"o"}, set()]
 
 
 @given(drawn(kinds=("small", "mirror, compact", "chains, compact")))

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from prontoqa_statistics import parse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples import load_examples
-from pretrained import read_tokenizer
+from preprocessing.examples import load_examples
+from trainer.pretrained import read_tokenizer
 from utils import UserError
 
 DATA = ROOT.parent / "shared" / "data"

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from config import Config
-from load_path import resolve
-from pretrained import END, LATENT, START, add_markers, load_model, read_description
+from trainer.pretrained import END, LATENT, START, add_markers, load_model, read_description
+from trainer.run_folder import resolve
 from utils import UserError
 
 TEXTS = ["<<3+4=7>>\n", "### 12", "5*6-0"]
@@ -237,7 +237,7 @@ def test_the_hubs_answer_is_in_the_sentence(monkeypatch):
         except RuntimeError as error:
             raise OSError("We couldn't connect to the hub") from error
 
-    monkeypatch.setattr("pretrained.AutoTokenizer.from_pretrained", refuse)
+    monkeypatch.setattr("trainer.pretrained.AutoTokenizer.from_pretrained", refuse)
     with pytest.raises(UserError, match=r"couldn't connect to the hub; the hub's last answer was HTTP 429"):
         load_model(coconut_config("some/model"), None)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-import ranks
-from ranks import World
+from trainer import distributed as ranks
+from trainer.distributed import World
 from utils import UserError
 
 

@@ -12,11 +12,11 @@ from conftest import ROOT, settled
 from elsewhere import written_elsewhere
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import export
 import run
 from config import Config
 from dataset import collate_prompts
-from trained import Coconut
+from tools import export
+from tools.trained import Coconut
 
 # rows in iCoT's format, such as its valid.txt
 ROWS = Path(os.environ.get("COCONUT_GSM_ROWS", ROOT.parent / "shared" / "data" / "gsm_valid.txt"))

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from test_page import Reader
 
-import report
+from tools import report
 
 
 def step(number: int, loss: float, stage: int = 0) -> dict:

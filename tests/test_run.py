@@ -21,10 +21,10 @@ from conftest import ROOT, settled
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import load_path
 import run as run_module
-import table
 from config import Config
+from tools import evaluate as evaluate_tool
+from trainer import run_folder as load_path
 
 PROSQA = ROOT.parent / "shared" / "data" / "prosqa_valid.json"
 
@@ -481,11 +481,11 @@ def test_the_best_checkpoint_is_named_and_all_can_be_evaluated(place, trained, c
     shutil.copytree(trained[0], run)
     accuracy = {path: load_path.rating(path) for path in load_path.checkpoints(run)}
     best = max(accuracy, key=lambda path: (accuracy[path], int(path.name.partition("_")[2])))
-    assert table.main("", [str(run)]) == 0
+    assert evaluate_tool.main([str(run)]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"best in validation: {best.name}, stage ")
     assert last.endswith(f"(load_model_path={run}@best)")
-    assert table.main("", [str(run), "--all", str(place / "valid.json")]) == 0
+    assert evaluate_tool.main([str(run), "--all", str(place / "valid.json")]) == 0
     _, *lines, last_again = capsys.readouterr().out.splitlines()
     assert last_again == last  # what the best one is chosen by need not be what the table has: multi_mode
     rows = {line.partition(",")[0]: line for line in lines}
@@ -499,17 +499,17 @@ def test_the_best_checkpoint_is_named_and_all_can_be_evaluated(place, trained, c
     shutil.copytree(trained[0], odd)
     (odd / "checkpoint_2" / "model.safetensors").write_bytes(b"")
     (tmp_path / "te st #2.json").write_text((place / "valid.json").read_text())
-    assert table.main("", [str(odd), "--all", str(tmp_path / "te st #2.json")]) == 2
+    assert evaluate_tool.main([str(odd), "--all", str(tmp_path / "te st #2.json")]) == 2
     printed = capsys.readouterr()
     assert [line.partition(",")[0] for line in printed.out.splitlines() if line.startswith("checkpoint_")] == [
         *("checkpoint_1", "checkpoint_3")
     ]
     assert "checkpoint_2 could not be evaluated: " in printed.err
     assert printed.err.count("a checkpoint looks better than it is on the set that chose it") == 1
-    assert table.main("", [str(run), "--all", "none.json"]) == 2
+    assert evaluate_tool.main([str(run), "--all", "none.json"]) == 2
     assert "checkpoint_1 could not be evaluated: " in (said := capsys.readouterr().err)
     assert "none.json" in said
-    assert table.main("", [str(tmp_path), "--all", "none.json"]) == 2
+    assert evaluate_tool.main([str(tmp_path), "--all", "none.json"]) == 2
     assert "holds no checkpoint of a finished epoch" in capsys.readouterr().err
 
 
@@ -526,7 +526,7 @@ def test_a_damaged_run_is_one_sentence(trained, tmp_path, file, content, capsys)
     shutil.copytree(trained[0], run)
     (run / "eval").mkdir(exist_ok=True)
     (run / file).write_text(content)
-    assert table.main("", [str(run)]) == 2
+    assert evaluate_tool.main([str(run)]) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert str(run) in printed
@@ -539,7 +539,7 @@ def test_a_damaged_run_is_one_sentence(trained, tmp_path, file, content, capsys)
 )
 def test_no_run_is_one_sentence(arguments, run, sentence, capsys):
     """A traceback, and for a folder that is not there that its log is damaged."""
-    assert table.main("", [argument.format(run) for argument in arguments]) == 2
+    assert evaluate_tool.main([argument.format(run) for argument in arguments]) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     assert re.search(sentence, printed)
@@ -549,12 +549,12 @@ def test_no_run_is_one_sentence(arguments, run, sentence, capsys):
 def test_what_is_no_record_is_passed_over(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained[0], run)
-    wanted = table.summary(run)
+    wanted = evaluate_tool.summary(run)
     with (run / "metrics.jsonl").open("ab") as log:
         log.write(b'[]\n3\nnull\n{"a": 1}\n\xff\n')
     (run / "checkpoint_1" / "metrics.json").write_text('{"accuracy": "high"}')
     (run / "checkpoint_2" / "metrics.json").write_text('{"accuracy": NaN}')
-    assert table.summary(run) == wanted
+    assert evaluate_tool.summary(run) == wanted
     assert load_path.best(run).name == "checkpoint_3"
 
 
@@ -565,7 +565,7 @@ def test_all_of_a_file_is_evaluated(place, trained, tmp_path, capsys):
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     for name in ("checkpoint_1", "checkpoint_2"):
         shutil.rmtree(run / name)
-    assert table.main("", [str(run), "--all", str(place / "valid.json")]) == 0
+    assert evaluate_tool.main([str(run), "--all", str(place / "valid.json")]) == 0
     metrics = run / "evaluations/valid/checkpoint_3/eval/metrics.json"
     assert json.loads(metrics.read_text())["examples"] == 30
 

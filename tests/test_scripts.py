@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-FOLDERS = (ROOT, ROOT / "analysis", ROOT / "benchmarks", ROOT / "preprocessing", ROOT / "tests")
+FOLDERS = [ROOT, *(ROOT / name for name in ("analysis", "benchmarks", "preprocessing", "tests", "tools"))]
 SCRIPTS = [
     str(path.relative_to(ROOT))
     for folder in FOLDERS
@@ -26,18 +26,21 @@ def without_torch(tmp_path_factory) -> dict[str, str]:
 
 
 def start(script: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, script, *arguments]
+    command = [sys.executable, script]
+    if script.startswith("tools/"):
+        command = [sys.executable, "-m", script.removesuffix(".py").replace("/", ".")]
+    command += arguments
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_they_are_all_there():
     for name in (
         "run",
-        "evaluate",
-        "generate",
-        "export",
-        "show_data",
-        "report",
+        "tools/evaluate",
+        "tools/generate",
+        "tools/export",
+        "tools/show_data",
+        "tools/report",
         "benchmarks/step",
         "preprocessing/prosqa",
         "tests/torture",
@@ -50,7 +53,8 @@ def test_help_does_not_wait_for_torch(script, without_torch):
     """Those of tiny_model.py and of most benchmarks took six to nine seconds."""
     done = start(script, without_torch, "--help")
     assert done.returncode == 0, done.stderr
-    assert script.rpartition("/")[2].replace("__main__.py", "python -m analysis") in done.stdout
+    name = script.rpartition("/")[2].replace("__main__.py", "python -m analysis")
+    assert (f"python -m tools.{name.removesuffix('.py')}" if script.startswith("tools/") else name) in done.stdout
     assert "usage: " in done.stdout
 
 
@@ -61,7 +65,7 @@ MISTAKES = [
     ("preprocessing/prosqa.py", "--nodes", "3"),
     ("preprocessing/arithmetic.py", "--train", "0"),
     ("preprocessing/prontoqa_generate.py", "--check", "a", "b", "c"),
-    ("report.py", "no_such_run"),
+    ("tools/report.py", "no_such_run"),
     ("benchmarks/step.py", "--repeats", "0"),
     ("benchmarks/thoughts.py", "--only", "no_such_thought"),
 ]

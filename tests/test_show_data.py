@@ -1,4 +1,4 @@
-"""`python show_data.py FILE`: what it shows of a file."""
+"""`python -m tools.show_data FILE`: what it shows of a file."""
 
 import json
 import re
@@ -9,11 +9,11 @@ import pytest
 import tiny_model
 from conftest import ROOT
 
-import show_data
 from config import Config
 from curriculum import IGNORE
-from pretrained import load_tokenizer, mark
-from show_data import show_sequence
+from tools import show_data
+from tools.show_data import show_sequence
+from trainer.pretrained import load_tokenizer, mark
 
 EXAMPLES = [
     {"question": "1+2*3?", "steps": ["<<1+2=3>>", "<<3*3=9>>"], "answer": "9"},
@@ -106,7 +106,7 @@ def test_what_is_wrong_is_one_sentence(folder, arguments, complaint, capsys, mon
 
 @pytest.mark.slow
 def test_the_script_itself(folder):
-    command = [sys.executable, "show_data.py", str(folder / "data.json"), "--model", str(folder / "model")]
+    command = [sys.executable, "-m", "tools.show_data", str(folder / "data.json"), "--model", str(folder / "model")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0
     assert "example 1: 9 tokens" in result.stdout

@@ -12,10 +12,10 @@ from test_run import place as place  # a fixture
 
 import run
 from config import Config
-from curriculum import Markers, explained_steps, explanations
-from pretrained import load_model
-from sim_cot import ExplainedDataset, SimCot, StepDecoder
-from tokens import tokenize
+from curriculum import Markers, explanations, step_targets
+from methods.sim_cot import ExplainedDataset, SimCot, StepDecoder
+from preprocessing.tokens import tokenize
+from trainer.pretrained import load_model
 from utils import UserError
 
 MARKERS = Markers(START, LATENT, END, EOS)
@@ -37,8 +37,8 @@ def make_tokens(n_steps: list[int], max_latent_stage: int):
         {"question": text(1, 9), "steps": [text(1, 5) for _ in range(n)], "answer": text(1, 3)} for n in n_steps
     ]
     tokens = tokenize(examples, words)
-    told = [{**example, "steps": explained_steps(example["steps"], max_latent_stage)} for example in examples]
-    tokens.retold = tokenize(told, words, step_separator="")
+    told = [{**example, "steps": step_targets(example["steps"], max_latent_stage)} for example in examples]
+    tokens.auxiliary = tokenize(told, words, step_separator="")
     return examples, tokens, words
 
 
@@ -117,11 +117,11 @@ class SimpleModel:
 
 
 def test_what_thoughts_stand_for():
-    assert explained_steps(["a", "b"], 3) == ["a", "b"]
-    assert explained_steps(["a", "b", "c"], 3) == ["a", "b", "c"]
-    assert explained_steps(["a", "b", "c", "d"], 2) == ["a", "b\nc\nd"]
-    assert explained_steps(["a", "b"], 1) == ["a\nb"]
-    assert explained_steps(["a", "b"], 0) == []
+    assert step_targets(["a", "b"], 3) == ["a", "b"]
+    assert step_targets(["a", "b", "c"], 3) == ["a", "b", "c"]
+    assert step_targets(["a", "b", "c", "d"], 2) == ["a", "b\nc\nd"]
+    assert step_targets(["a", "b"], 1) == ["a\nb"]
+    assert step_targets(["a", "b"], 0) == []
     texts, answer = [[5], [6, 7]], [8, 9]
     config = Config(c_thought=2, step_decoder_surplus="answer")
     assert explanations(texts, answer, 2, config) == [[5]]

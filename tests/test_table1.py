@@ -11,7 +11,7 @@ from conftest import ROOT
 import run
 from config import Config
 from curriculum import schedule, stage_of, stage_of_step, thoughts_and_dropped
-from pretrained import load_model
+from trainer.pretrained import load_model
 
 DATA_SETS = ("gsm", "prontoqa", "prosqa")
 ROWS = ("cot", "no_cot", "icot", "pause", "coconut", "no_curriculum", "no_thought", "pause_as_thought")

@@ -5,7 +5,8 @@ import torch
 from conftest import tiny_base
 
 from config import THOUGHTS, Config
-from thoughts import REGISTRY, Seen, StreamRecorder, decoder_blocks, make_thought
+from model.backbone import StreamRecorder, decoder_blocks
+from model.thought import REGISTRY, Seen, make_thought
 from utils import UserError
 
 SPELLINGS = [name + {":N": ":-2", "[:T]": ":0.1", "[:P]": ":8", "": ""}[takes] for name, takes in THOUGHTS.items()]
@@ -41,7 +42,7 @@ def test_every_spelling_makes_a_thought(family, spelling):
     assert thought.sequential == (spelling != "pause")
     if thought.sequential:
         weight = torch.randn(40, 32, dtype=torch.float64)
-        made = thought(seen(prepared=thought.prepare(weight, weight)))
+        made = thought(seen(prepared=thought.precompute(weight, weight)))
         assert made.shape == (2, 1, 32)
         assert made.dtype == torch.float64
 
@@ -92,7 +93,7 @@ def test_a_projection_begins_as_the_identity_and_learns():
 def test_a_normalised_thought_has_the_mean_norm_and_no_gradient_along_itself():
     thought = make_thought("normalised", tiny_base("gpt2"))
     weight = torch.randn(7, 32, dtype=torch.float64)
-    given = seen(prepared=thought.prepare(weight, weight))
+    given = seen(prepared=thought.precompute(weight, weight))
     assert torch.allclose(thought(given).norm(dim=-1), weight.norm(dim=-1).mean())
     hidden, *others = gradients(thought, given)
     assert (hidden * given.hidden).sum(dim=-1).abs().max() < 1e-12
@@ -106,12 +107,12 @@ def test_realigning_turns_output_rows_into_input_rows():
     identity."""
     thought = make_thought("realigned", tiny_base("gpt2"))
     inputs, outputs = torch.randn(2, 12, 32, dtype=torch.float64)
-    matrix = thought.prepare(inputs, outputs)
+    matrix = thought.precompute(inputs, outputs)
     made = thought(seen(hidden=outputs[3:5, None], prepared=matrix))
     assert (made - inputs[3:5, None]).abs().max() < 1e-2
     tied = torch.randn(64, 32, dtype=torch.float64)
-    assert (thought.prepare(tied, tied) - torch.eye(32)).abs().max() < 1e-2
-    assert thought.prepare(tied.bfloat16(), tied.bfloat16()).dtype == torch.float32
+    assert (thought.precompute(tied, tied) - torch.eye(32)).abs().max() < 1e-2
+    assert thought.precompute(tied.bfloat16(), tied.bfloat16()).dtype == torch.float32
 
 
 def test_suppressed_is_what_falls_in_the_later_half():
@@ -152,7 +153,7 @@ def test_a_model_without_blocks_has_no_thoughts_from_layers(monkeypatch):
     base = tiny_base("gpt2")
     base._no_split_modules = None
     assert len(decoder_blocks(base)) == 2  # those that transformers could checkpoint
-    monkeypatch.setattr("thoughts.GradientCheckpointingLayer", type("Nothing", (), {}))
+    monkeypatch.setattr("model.backbone.GradientCheckpointingLayer", type("Nothing", (), {}))
     with pytest.raises(UserError, match="names its decoder blocks"):
         make_coconut_of(base)
 

@@ -13,10 +13,9 @@ from test_run import epochs, main
 from test_run import place as place  # a fixture
 
 import run as run_module
-import tracker
 from config import Config
-from tracker import wandb_mode
-from utils import RunLogger
+from trainer import logger as tracker
+from trainer.logger import RunLogger, wandb_mode
 
 SHORT = ("max_train_examples=32", "max_new_tokens=2", "num_epochs=1", "wandb=offline", "log_every_steps=1")
 
@@ -184,7 +183,7 @@ def test_an_interrupted_run_has_its_exit_code_too(use, tmp_path):
 def test_what_fails_before_the_first_step_leaves_no_log_open(place, use, monkeypatch):
     """F22: such a run was 'finished' with 0, by wandb's own exit handler."""
     module = use(Wandb())
-    monkeypatch.setattr("evaluate.unreachable", lambda *_: broken())
+    monkeypatch.setattr("trainer.evaluate.warn_unscorable_answers", lambda *_: broken())
     with pytest.raises(ConnectionResetError):
         main(place, *SHORT, "name=tracker-early")
     assert not module.calls or module.calls[-1][0] == "finish"

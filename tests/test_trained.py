@@ -9,12 +9,12 @@ import torch
 from huggingface_hub import ModelCard
 from transformers.utils import hub
 
-import checkpoint
 import coconut
-import trained
 from config import Config
-from pretrained import load_model
-from trained import Coconut
+from tools import trained
+from tools.trained import Coconut
+from trainer import checkpoint
+from trainer.pretrained import load_model
 from utils import UserError
 
 KEYS = {"method": "coconut", "thought": "projected", "c_thought": 2, "max_latent_stage": 3, "latent_markers": "none"}
@@ -113,7 +113,7 @@ def test_the_hub(run, tmp_path, monkeypatch):
         ("some/where/else", "'some/where/else' is no checkpoint"),
         ("some/model", "checkpoint 'some/model' cannot be loaded: it is neither a whole local"),
         ("{tiny}", "lacks coconut.json"),
-        ("{exported}", "is what export.py writes"),
+        ("{exported}", "is what tools/export.py writes"),
     ],
 )
 def test_what_is_no_checkpoint(run, tmp_path, source, sentence):

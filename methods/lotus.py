@@ -1,0 +1,80 @@
+"""LOTUS (arXiv 2606.31779): latents that are made in parallel are told what they stand for.
+
+Counted from the position before the first latent (the start marker), index 0, position k c + j has to predict token j
+of step k, through the base's own LM head: a step is read from the group of latents that stands for it, as if its tokens
+were written there. A step of more than c tokens is read on in the next group, whose first positions then have two
+targets. The labels' cross-entropy is a mean over all labels of an optimizer step, on whatever rank, that of the written
+part a mean over all of its tokens. How the latents come about is latent_block.py: `thought: looped`, `latent_passes:
+stage`.
+
+Legend: B rows, T columns of a batch, c latents of a group, S labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from coconut import Coconut, CoconutOutput
+from dataset import StageDataset
+
+
+def latent_labels(steps: Sequence[Sequence[int]], n_latents: int, c_thought: int) -> list[tuple[int, int]]:
+    """(index, token) of each label of a row with so many latents; index 0 is the position before the first latent.
+
+    The last group's step is read in that group only: there is none after it.
+    """
+    found = []
+    for group, step in zip(range(n_latents // c_thought if c_thought else 0), steps, strict=False):
+        begin = group * c_thought
+        room = min(2 * c_thought, n_latents - begin)
+        found += [(begin + place, token) for place, token in enumerate(step[:room])]
+    return found
+
+
+class LabelledDataset(StageDataset):
+    """Items (input_ids, labels, latent labels): the last as `latent_labels` gives them."""
+
+    counts_loss_terms = True
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        input_ids, labels = super().__getitem__(key)
+        n_latents = input_ids.count(self.markers.latent)
+        return input_ids, labels, latent_labels(self.tokens[key[0]][1], n_latents, self.config.c_thought)
+
+    def collate(self, rows: list[tuple]) -> dict:
+        """`StageDataset.collate`, with the arguments of `Lotus.forward`, and `units`: the tokens of either loss."""
+        batch = super().collate([(input_ids, labels) for input_ids, labels, _ in rows])
+        width = batch["input_ids"].shape[1]
+        before = next(iter(batch["latent_columns"]), 1) - 1  # in each row that has latents
+        found = [
+            (row * width + before + index, token) for row, (_, _, told) in enumerate(rows) for index, token in told
+        ]
+        batch["label_places"] = torch.tensor([place for place, _ in found], dtype=torch.int64)
+        batch["label_targets"] = torch.tensor([token for _, token in found], dtype=torch.int64)
+        batch["units"] = {"loss": len(batch["supervised"]), "auxiliary": len(found)}
+        return batch
+
+
+class Lotus(Coconut):
+    """Coconut whose latents have labels, in training."""
+
+    latent_labels_weight = 1.0
+
+    def forward(
+        self,
+        *args,
+        label_places: torch.Tensor | None = None,
+        label_targets: torch.Tensor | None = None,
+        **kwargs,
+    ) -> CoconutOutput:
+        """`Coconut.forward`; with targets, (S,) int64, at places in the flattened (B, T), the output's `auxiliary` is
+        their weighted cross-entropy, summed over the batch."""
+        if label_targets is None:
+            return super().forward(*args, **kwargs)
+        output = super().forward(*args, return_hidden=True, **kwargs)
+        logits = self.head(output.hidden.flatten(0, 1)[label_places])  # (S, V)
+        auxiliary = self.latent_labels_weight * F.cross_entropy(logits, label_targets, reduction="sum")
+        return output._replace(hidden=None, auxiliary=auxiliary)

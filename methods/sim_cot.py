@@ -1,0 +1,140 @@
+"""SIM-CoT (arXiv 2509.20317): in training, a second model says from each step's thoughts what the step was.
+
+The step decoder is a causal LM of the same family with weights of its own. For each group of c thoughts of a row its
+input is the thoughts as they were fed back, and then the tokens of the text that they stand for, in the base's input
+embedding; it sees nothing else: neither the question nor the other groups. Its loss is the cross-entropy of that text
+and an EOS, a mean over all groups of all rows of an optimizer step, on whatever rank; the gradients run through the
+thoughts into the base, which is the point. It belongs to the trainer's state: the model that is evaluated has none.
+
+Legend: B rows, T columns of a batch, D hidden size; P groups of thoughts in a batch, c thoughts of a group, m tokens of
+the longest text, S tokens that are predicted.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from coconut import Coconut, CoconutOutput
+from curriculum import explanations
+from dataset import StageDataset, padded
+from model.kv_cache import make_cache
+
+
+class ExplainedDataset(StageDataset):
+    """Items (input_ids, labels, texts): of each group of the row's thoughts the tokens of what it stands for, or None
+    where it stands for nothing."""
+
+    counts_loss_terms = True
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[int], list[int], list[list[int] | None]]:
+        input_ids, labels = super().__getitem__(key)
+        _, texts, answer = self.tokens.auxiliary[key[0]]
+        n_latents = input_ids.count(self.markers.latent)
+        return input_ids, labels, explanations(texts, answer, n_latents, self.config)
+
+    def collate(self, rows: list[tuple]) -> dict:
+        """`StageDataset.collate`, with the arguments of `SimCot.forward`, and `units`: the number of groups.
+
+        Where there is none, one stands in that counts nothing: the decoder's weights must have a gradient, since DDP
+        waits for it.
+        """
+        batch = super().collate([(input_ids, labels) for input_ids, labels, _ in rows])
+        size, eos = self.config.c_thought, self.markers.eos
+        begin = next(iter(batch["latent_columns"]), 0)  # in each row that has latents
+        groups = [
+            (row, begin + number * size, [*text, eos])
+            for row, (_, _, texts) in enumerate(rows)
+            for number, text in enumerate(texts)
+            if text is not None
+        ]
+        batch["units"] = {"auxiliary": len(groups)}
+        counted = [len(targets) if self.config.step_decoder_reduction == "mean" else 1 for _, _, targets in groups]
+        if not groups:
+            groups, counted = [(0, 0, [eos])], [0]
+        width = size - 1 + max(len(targets) for _, _, targets in groups)
+        places = [
+            number * width + size - 1 + place
+            for number, (_, _, targets) in enumerate(groups)
+            for place in range(len(targets))
+        ]
+        batch["step_rows"] = torch.tensor([row for row, _, _ in groups])
+        batch["step_columns"] = torch.tensor([range(column, column + size) for _, column, _ in groups])
+        batch["step_ids"] = padded([targets[:-1] for _, _, targets in groups], eos)
+        batch["step_places"] = torch.tensor(places)
+        batch["step_targets"] = torch.tensor([token for _, _, targets in groups for token in targets])
+        batch["step_divisors"] = torch.tensor(
+            [count for (_, _, targets), count in zip(groups, counted, strict=True) for _ in targets]
+        )
+        return batch
+
+
+class StepDecoder(Coconut):
+    """A causal LM without latents that continues thoughts with the text that they stand for. It has no dropout.
+
+    Its own input embeddings are not used; where its LM head is not tied to them they are not trained either.
+    """
+
+    def __init__(self, base: PreTrainedModel, eos_token_id: int):
+        super().__init__(base, None, None, None, eos_token_id)
+        embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+        if embeddings.weight is not head.weight:
+            embeddings.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> StepDecoder:
+        return super().train(False)
+
+    def forward(self, embeds: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(S,) cross-entropies of the targets, (S,), at places in the flattened (P, c + m) of embeds, (P, c + m, D).
+
+        Positions count from 1, which matters where a model has absolute ones.
+        """
+        mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+        positions = mask.cumsum(dim=1)
+        cache = make_cache(self.base_causallm.config, embeds.shape[1], keeps=False)
+        hidden = self.span(embeds, mask, positions, masked=False, cache=cache)
+        return F.cross_entropy(self.head(hidden.flatten(0, 1)[places]), targets, reduction="none")
+
+
+class SimCot(Coconut):
+    """Coconut with a step decoder, once `attach` has given it one."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.step_decoder: StepDecoder | None = None
+        self.step_decoder_weight = 1.0
+
+    def attach(self, base: PreTrainedModel, weight: float) -> None:
+        """base: the decoder's causal LM; weight: of its loss beside that of the answer."""
+        self.step_decoder, self.step_decoder_weight = StepDecoder(base, self.eos_token_id), weight
+
+    def forward(
+        self,
+        *args,
+        step_rows: torch.Tensor | None = None,
+        step_columns: torch.Tensor | None = None,
+        step_ids: torch.Tensor | None = None,
+        step_places: torch.Tensor | None = None,
+        step_targets: torch.Tensor | None = None,
+        step_divisors: torch.Tensor | None = None,
+        **kwargs,
+    ) -> CoconutOutput:
+        """`Coconut.forward`; with the arguments that `ExplainedDataset.collate` makes, the output's `auxiliary` is the
+        decoder's loss, summed over the groups of the batch.
+
+        Args, all int64:
+            step_rows, step_columns: (P,) and (P, c), where the thoughts of each group are in (B, T).
+            step_ids: (P, m) the tokens of its text, padded.
+            step_places, step_targets: (S,), see StepDecoder.forward.
+            step_divisors: (S,) what a token's loss is divided by: 1 for a sum over the tokens of a group, their number
+                for a mean; 0 where it does not count.
+        """
+        output = super().forward(*args, **kwargs)
+        if step_ids is None:
+            return output
+        thoughts = output.inputs_embeds[step_rows[:, None], step_columns]  # (P, c, D)
+        embeds = torch.cat([thoughts, self._embed(step_ids).to(thoughts.dtype)], dim=1)
+        losses = self.step_decoder(embeds, step_places, step_targets)
+        counted = torch.where(step_divisors > 0, losses / step_divisors.clamp(min=1), 0 * losses)
+        return output._replace(auxiliary=self.step_decoder_weight * counted.sum())

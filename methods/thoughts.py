@@ -1,0 +1,215 @@
+"""What a latent position is fed: the ways to turn hidden states into the next input embedding.
+
+Legend: B rows, D hidden size, V vocabulary, L decoder blocks.
+
+A thought is a module that is called with what the model has seen (`Seen`) and returns an input embedding, (B, 1, D). It
+says by two attributes what it needs, and is made for one model. To add one, write a class under `@register` and its
+name in config.THOUGHTS: README, 'Write your own thought'. Its parameters, if it has any, are trained and saved with the
+model's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from model.backbone import decoder_blocks
+from model.thought import Seen, Thought, register
+from utils import UserError
+
+RIDGE = 1e-4  # of `realigned`, relative to the mean eigenvalue of the output embeddings' Gram matrix
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Without layers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@register("pause")
+class Pause(Thought):
+    """No feedback: the learned embedding of the latent token stays (arXiv 2412.06769, Section 4.2: pause token, pause
+    as thought; Goyal et al., arXiv 2310.02226).
+
+    A latent position then waits for nothing, and the whole sequence is one pass.
+    """
+
+    sequential = False
+
+
+@register("mlp")
+class Mlp(Thought):
+    """LayerNorm(V GELU(W h_{t-1} + a) + b) with learned W, (P, D), and V, (D, P): CODI's projection (arXiv 2502.21074).
+
+    P is D unless spelled mlp:P. The weights begin as torch makes them, in the model's dtype.
+    """
+
+    def __init__(self, base: PreTrainedModel, number: int | float | None = None):
+        super().__init__(base, number)
+        width = base.get_input_embeddings().weight.shape[1]
+        inner = int(number or width)
+        layers = (nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width), nn.LayerNorm(width))
+        self.layers = nn.Sequential(*layers).to(base.dtype)
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return self.layers(seen.hidden)
+
+
+@register("looped")
+class Looped(Thought):
+    """The latent token's embedding plus the last hidden state of the same position in the pass before: e_p + h_p
+    (LOTUS, arXiv 2606.31779). In the first pass it is e_p. For latents that are made in parallel only."""
+
+    in_place = True
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return seen.embedding + seen.hidden
+
+
+@register("projected")
+class Projected(Thought):
+    """W h_{t-1} with a learned matrix W, (D, D), that begins as the identity: at first this is `last`.
+
+    W has the model's dtype. It is trained like every other weight, with weight decay, which pulls it to zero.
+    """
+
+    def __init__(self, base: PreTrainedModel, number: int | float | None = None):
+        super().__init__(base, number)
+        width = base.get_input_embeddings().weight.shape[1]
+        self.weight = nn.Parameter(torch.eye(width, dtype=base.dtype))
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return F.linear(seen.hidden, self.weight)
+
+
+@register("normalised")
+class Normalised(Thought):
+    """h_{t-1} rescaled to the mean norm of the input embeddings: m h / ||h||, m = mean over V of ||e_v||.
+
+    A hidden state's norm is that which the final norm gives it, not that of an embedding. m is that of the weights of
+    the moment, computed once a batch; it passes no gradient to the embeddings.
+    """
+
+    def precompute(self, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """(V, D) -> the mean norm, a scalar."""
+        return _exact(inputs).norm(dim=-1).mean()
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return _rescaled(seen.hidden, seen.prepared)
+
+
+@register("projected+normalised")
+class ProjectedNormalised(Projected):
+    """`normalised` of `projected`: m W h / ||W h||. The scale of W has no effect, only the direction of its image."""
+
+    precompute = Normalised.precompute
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return _rescaled(super().forward(seen), seen.prepared)
+
+
+@register("realigned")
+class Realigned(Thought):
+    """A h_{t-1} in the space of the input embeddings, by ridge-regularised least squares (LatentMAS, arXiv 2511.20639).
+
+    With the output embeddings U and the input embeddings E, (V, D) each, h A with A = (U'U + r I)^-1 U'E, which makes
+    U A come closest to E: a hidden state that points to a token's row of the LM head is turned to that token's input
+    embedding. r is RIDGE times the mean eigenvalue of U'U. Where the two are tied, A is the identity but for r.
+
+    A is that of the weights of the moment, computed once a batch in at least float32, in 4 V D^2 operations, without
+    a gradient to the embeddings: those of a model that is trained do not stay what they were at its start.
+    """
+
+    def precompute(self, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """(V, D), (V, D) -> A, (D, D)."""
+        inputs, outputs = _exact(inputs), _exact(outputs)
+        with torch.autocast(outputs.device.type, enabled=False):
+            gram = outputs.T @ outputs
+            ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            factor, _ = torch.linalg.cholesky_ex(gram + ridge)  # unlike `solve`, it does not wait for the device
+            return torch.cholesky_solve(outputs.T @ inputs, factor)
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return seen.hidden @ seen.prepared.to(seen.hidden.dtype)
+
+
+def _exact(weight: torch.Tensor) -> torch.Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _rescaled(hidden: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    exact = _exact(hidden)
+    return exact * (norm / exact.norm(dim=-1, keepdim=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From the layers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@register("layer")
+class Layer(Thought):
+    """The hidden state of an earlier layer, counted as in transformers' `hidden_states`: 0 is what the first block is
+    given, N what the N-th block returns, L the last hidden state, after the final norm. Negative numbers count from the
+    end: layer:-1 is `last`, layer:-2 the second to last hidden state. A fraction f in 0..1 is layer round(f L).
+
+    The layers between take no part in a thought, and get no gradient through it.
+    """
+
+    def __init__(self, base: PreTrainedModel, number: int | float | None = None):
+        super().__init__(base, number)
+        depth = len(decoder_blocks(base))
+        lowest, highest = (0.0, 1.0) if isinstance(number, float) else (-depth - 1, depth)
+        if not lowest <= number <= highest:
+            raise UserError(
+                f"thought 'layer:{number}' must be between layer:{lowest} and layer:{highest}: the model has {depth} "
+                f"blocks"
+            )
+        self.index = round(number * depth) if isinstance(number, float) else number % (depth + 1)
+        self.needs_layers = self.index < depth
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return seen.stream[self.index] if self.needs_layers else seen.hidden
+
+
+@register("suppressed")
+class Suppressed(Thought):
+    """What the later layers take out of the residual stream: with r_l the stream after block l (r_0 before the first),
+    the sum over blocks l of the later half, l > L // 2, of r_{l-1} in those coordinates where |r_{l-1}| - |r_l| > T,
+    and 0 in the others. T is 0 unless spelled suppressed:T. r_L is taken before the final norm, like the others.
+
+    The choice of coordinates passes no gradient, their values do.
+
+    The idea is that of an unfinished fork of the reference, which went through the unembedding and, by its
+    pseudo-inverse, back: for an unembedding of full column rank (V >= D) that is the identity, and so left out. Neurons
+    that suppress what earlier layers predict: Gurnee et al., arXiv 2401.12181; Lad et al., arXiv 2406.19384.
+    """
+
+    needs_layers = True
+
+    def __init__(self, base: PreTrainedModel, number: int | float | None = None):
+        super().__init__(base, number)
+        self.threshold = float(number or 0)
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        later = seen.stream[(len(seen.stream) - 1) // 2 :]  # r_l for l = L // 2 .. L
+        before, after = later[:-1], later[1:]
+        falls = before.abs() - after.abs() > self.threshold
+        return (before * falls).sum(dim=0)
+
+
+@register("last+suppressed")
+class LastSuppressed(Suppressed):
+    """`last` plus `suppressed`: the last hidden state with what the later layers took out of it."""
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return seen.hidden + super().forward(seen)
+
+
+@register("embedding+suppressed")
+class EmbeddingSuppressed(Suppressed):
+    """The learned embedding of the latent token, as `pause` feeds it, plus `suppressed`."""
+
+    def forward(self, seen: Seen) -> torch.Tensor:
+        return seen.embedding + super().forward(seen)

@@ -1,0 +1,141 @@
+"""LoRA (arXiv 2106.09685) through peft: the base is frozen, and low-rank updates of its linear layers are trained.
+
+All linear layers of the decoder blocks get one; embeddings, the markers' rows too, and norms stay as they were. A
+thought that learns and a step decoder are trained as without. A checkpoint has the base's own weights, and beside them
+the folder adapter/, in peft's format: PeftModel.from_pretrained reads it on top of what AutoModelForCausalLM reads.
+Without lora_rank such a checkpoint is loaded with the updates added to the weights.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from model.backbone import decoder_blocks
+from utils import UserError, read_object
+
+FOLDER = "adapter"
+NAME = "default"  # peft's own for the adapter of a model that has one
+UPDATE = re.compile(rf"\.(lora_[AB])\.{NAME}\.")
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError:
+        raise UserError("lora_rank needs the package peft: pip install peft") from None
+    return peft
+
+
+def _settings(rank: int, alpha: int, layers: list[str]):
+    return _peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(layers), task_type="CAUSAL_LM")
+
+
+def targets_of(base: PreTrainedModel) -> list[str]:
+    """The names of the linear layers in the decoder blocks, less those that are more than linear, as some routers."""
+    blocks = {module for block in decoder_blocks(base) for module in block.modules()}
+    return [
+        name
+        for name, module in base.named_modules()
+        if module in blocks and getattr(type(module), "forward", None) in (nn.Linear.forward, Conv1D.forward)
+    ]
+
+
+def add(base: PreTrainedModel, rank: int, alpha: int) -> None:
+    """Freezes the base and gives it updates, which begin as nothing: alpha / rank B A with B = 0.
+
+    Raises UserError where peft is missing, or has none for this family.
+    """
+    peft, targets = _peft(), targets_of(base)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that GPT-2's matrices are transposed, which it then heeds
+            peft.inject_adapter_in_model(_settings(rank, alpha, targets), base, adapter_name=NAME)
+    except (ValueError, TypeError) as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"lora_rank: peft has no updates for the family {base.config.model_type}: {line}") from None
+    base.get_input_embeddings().register_forward_hook(_want_gradient)
+
+
+def _want_gradient(_, __, embeds: torch.Tensor) -> torch.Tensor:
+    """FSDP reduces the gradients of a block when that of its input is there; of what comes from frozen embeddings there
+    would be none, but on those ranks that have thoughts, and the ranks would wait for each other's other blocks."""
+    return embeds.requires_grad_() if torch.is_grad_enabled() else embeds
+
+
+def layers_of(base: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    """The layers with updates, by their names in the base."""
+    layer_class = _peft().tuners.tuners_utils.BaseTunerLayer
+    return {name: module for name, module in base.named_modules() if isinstance(module, layer_class)}
+
+
+def merge(base: PreTrainedModel) -> None:
+    """Adds the updates to the weights, and takes them away. What was frozen for them stays frozen."""
+    for name, layer in layers_of(base).items():
+        layer.merge()
+        parent, _, attribute = name.rpartition(".")
+        setattr(base.get_submodule(parent), attribute, layer.get_base_layer())
+
+
+def split(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(the base's own weights under the names that they have without updates, the updates under peft's)."""
+    own = {name.replace(".base_layer.", "."): value for name, value in weights.items() if not UPDATE.search(name)}
+    updates = {
+        "base_model.model." + UPDATE.sub(r".\1.", name): value for name, value in weights.items() if UPDATE.search(name)
+    }
+    return own, updates
+
+
+def save(folder: Path, updates: dict[str, torch.Tensor], rank: int, alpha: int) -> None:
+    """Writes the folder adapter/ of a checkpoint."""
+    (folder / FOLDER).mkdir()
+    layers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in updates}
+    _settings(rank, alpha, sorted(layers)).save_pretrained(folder / FOLDER)
+    save_file(
+        {name: value.contiguous() for name, value in updates.items()}, folder / FOLDER / "adapter_model.safetensors"
+    )
+
+
+def load(base: PreTrainedModel, folder: Path) -> None:
+    """Gives a base with updates those of a checkpoint's folder. Raises UserError where they do not fit."""
+    path = folder / FOLDER / "adapter_model.safetensors"
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
+    _, own = split(base.state_dict())
+    wrong = sorted(own.keys() ^ saved.keys()) + [
+        name for name in sorted(own.keys() & saved.keys()) if own[name].shape != saved[name].shape
+    ]
+    if wrong:
+        raise UserError(f"{path} does not fit the model and lora_rank: {len(wrong)} weights, the first {wrong[0]}")
+    with torch.no_grad():
+        for name, value in saved.items():
+            own[name].copy_(value)
+
+
+def apply_lora(base: PreTrainedModel, rank: int | None, alpha: int, folder: Path | None) -> None:
+    """Gives the base the updates that a configuration asks for, those of a checkpoint's folder where it has some."""
+    trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+    has_some = folder is not None and (folder / FOLDER).is_dir()
+    if has_some:
+        path = folder / FOLDER / "adapter_config.json"
+        theirs = read_object(path)
+        if not all(type(theirs.get(name)) is int for name in ("r", "lora_alpha")):
+            raise UserError(f"{path} does not say rank and alpha: it is no adapter of run.py")
+        add(base, theirs["r"], theirs["lora_alpha"])
+        load(base, folder)
+        if rank != theirs["r"] or alpha != theirs["lora_alpha"]:
+            merge(base)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+    if rank is not None and not (has_some and layers_of(base)):
+        add(base, rank, alpha)

@@ -1,0 +1,79 @@
+"""The table of a run, and evaluations of all of its checkpoints.
+
+python -m tools.evaluate checkpoints/NAME                              # its table, and its best checkpoint
+python -m tools.evaluate checkpoints/NAME --all data/gsm_test.json     # evaluates every checkpoint that is kept
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from curriculum import stage_name
+from trainer.run_folder import best, checkpoints, is_of_finished_epoch
+from trainer.table import HEADER, named_best, row_of, summary
+from utils import UserError, print_error, progress_bar, read_object, why_unreadable
+
+
+def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
+    """Evaluates every checkpoint of a finished epoch by run.py, one after the other. Results go to
+    RUN/evaluations/FILE/CHECKPOINT/eval.
+
+    Returns a table, the best in validation marked, and what went wrong, a sentence for each checkpoint that could not
+    be evaluated; what run.py warns of is passed on, once. Raises UserError where there is none.
+    """
+    paths = [path for path in checkpoints(run_dir) if is_of_finished_epoch(path)]
+    if not paths:
+        raise UserError(f"{run_dir} holds no checkpoint of a finished epoch")
+    rows, failed, folder, chosen = [HEADER], [], run_dir / "evaluations" / Path(file).stem, best(run_dir)
+    said: set[str] = set()
+    for path in progress_bar(paths, "evaluating", "checkpoint", shown=True):
+        keys = {"only_eval": True, "from_scratch": False, "load_model_path": str(path), "val_path": file, "resume": 0}
+        keys |= {"max_eval_examples": None}  # the run's is of its validation
+        keys |= {"save_path": str(folder), "name": path.name, "wandb": "disabled"}
+        overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+        command = [sys.executable, Path(__file__).parent.parent / "run.py", run_dir / "config.yaml", *overrides]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        for warning in [line for line in lines if line.startswith("warning: ")]:
+            general = warning.replace(str(path), "a checkpoint")  # the same of each
+            if general not in said:
+                print(general, file=sys.stderr, flush=True)
+            said.add(general)
+        if done.returncode:
+            errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+            failed.append(f"{path} could not be evaluated: {[*errors, *lines[-1:], 'no reason given'][0]}")
+            continue
+        metrics = read_object(folder / path.name / "eval" / "metrics.json")
+        mark = ", best" if path == chosen else ""
+        rows.append(
+            row_of(f"{path.name}, stage {stage_name(metrics['stage'])}{mark}", "", metrics, f"{metrics['seconds']:.1f}")
+        )
+    return "\n".join(rows), failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run: save_path/name")
+    parser.add_argument("--all", metavar="FILE", help="evaluate all of its checkpoints on this data file")
+    options = parser.parse_args(arguments)
+    try:
+        if reason := why_unreadable(options.run):
+            raise UserError(f"{options.run} cannot be reached: {reason}")
+        if options.all is not None:
+            found, failed = evaluate_all(options.run, options.all)
+        else:
+            found, failed = summary(options.run), []
+        print(*filter(None, (found, named_best(options.run))), sep="\n")
+        if failed:
+            raise UserError("; ".join(failed))
+    except UserError as error:
+        return print_error(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""Writes a page on runs: losses, accuracy, speed and the keys in which the runs differ, as far as they have got.
+
+    python -m tools.report checkpoints/state_tracking/coconut-0    # writes report.html into the run's folder
+    python -m tools.report checkpoints/gsm-coconut checkpoints/gsm-pause --out pages/gsm.html     # one over the other
+
+The page is one HTML file that needs nothing else. It can be written while a run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import yaml
+
+from analysis.page import Figure, Section, page
+from curriculum import stage_name
+from trainer.logger import read_log
+from utils import UserError, print_error, print_result, write_whole
+
+POINTS = 500  # of a line over steps
+ROWS = 12  # of the table under it
+SPAN = 100  # largest to smallest loss, from where on the axis is logarithmic
+EPOCH_COLUMNS = {  # name -> key of an epoch's record, how it is written
+    "training loss": ("train_loss", "{:.4f}"),
+    "validation loss": ("loss", "{:.4f}"),
+    "accuracy": ("accuracy", "{:.1%}"),
+    "CoT match": ("cot_match", "{:.1%}"),
+    "tokens": ("generated_tokens", "{:.1f}"),
+    "seconds": ("train_seconds", "{:.0f}"),
+    "steps left out": ("skipped", "{}"),
+}
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is known of a run
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder says of it."""
+
+    name: str  # in the page
+    steps: dict[int, dict]  # optimizer step, from 1 -> its record
+    epochs: dict[int, dict]  # epoch, from 1 -> its record
+    config: dict  # as in config.yaml; empty where there is none
+
+
+def read_runs(folders: list[Path]) -> list[Run]:
+    """Reads the runs in these folders. Raises UserError where one holds none, or is given twice."""
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        twice = next(folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1)
+        raise UserError(f"{twice} is given more than once")
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    path = folder / "metrics.jsonl"
+    records = read_log(path)
+    if not path.is_file():
+        raise UserError(f"{folder} is not the folder of a run: it holds no metrics.jsonl")
+    # a restarted run repeats what it had lost: what was written last counts
+    try:
+        steps = {record["step"]: record for record in records if record["event"] == "step"}
+        epochs = {record["epoch"] + 1: record for record in records if record["event"] == "epoch"}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error!r}") from None
+    if not steps and not epochs:
+        raise UserError(f"{path} has no step and no epoch yet")
+    return Run(name, dict(sorted(steps.items())), dict(sorted(epochs.items())), read_config(folder / "config.yaml"))
+
+
+def read_config(path: Path) -> dict:
+    """The keys of a run. Raises UserError where the file is there and cannot be read."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold `key: value` lines")
+    return values
+
+
+def values_of(records: dict[int, dict], key: str) -> dict[int, float]:
+    """Step or epoch -> value, where the records have it."""
+    return {number: record[key] for number, record in records.items() if key in record}
+
+
+def averaged(values: dict[int, float], width: int) -> dict[int, float]:
+    """Means over so many steps each: number of the interval -> mean of what is finite there, NaN if nothing is."""
+    intervals: dict[int, list[float]] = {}
+    for step, value in values.items():
+        intervals.setdefault((step - 1) // width, [])
+        if math.isfinite(value):
+            intervals[(step - 1) // width].append(value)
+    return {number: statistics.fmean(found) if found else math.nan for number, found in intervals.items()}
+
+
+def beginnings(records: dict[int, dict]) -> list[tuple[float, str]]:
+    """(where, name) of each stage but the first, among steps or epochs."""
+    return [
+        (number - 0.5, f"stage {stage_name(record['stage'])}")
+        for (_, before), (number, record) in pairwise(records.items())
+        if record["stage"] != before["stage"]
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def report_page(runs: list[Run]) -> str:
+    """The HTML of the page. Raises UserError where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the figures need matplotlib: pip install -r requirements-dev.txt")
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    sections = [training(runs), validation(runs)]
+    if len(runs) > 1:
+        sections.append(differences(runs))
+    return page(title, "", sections, [(run.name, in_short(run)) for run in runs])
+
+
+def in_short(run: Run) -> str:
+    """How far a run is, and what it is."""
+    planned = f" of {run.config['num_epochs']}" if "num_epochs" in run.config else ""
+    parts = [f"{len(run.epochs)}{planned} epochs, {max(run.steps, default=0):,} steps"]
+    if run.epochs:
+        last = run.epochs[max(run.epochs)]
+        parts.append(f"stage {stage_name(last['stage'])}, validation accuracy {last['accuracy']:.1%}")
+    parts += [f"{key} {run.config[key]}" for key in ("method", "thought", "model_id", "seed") if key in run.config]
+    return "; ".join(parts)
+
+
+def training(runs: list[Run]) -> Section:
+    """Loss and speed over steps."""
+    if not any(run.steps for run in runs):
+        return Section("Training", "The logs hold no step.")
+    text = "\n\n".join(filter(None, map(not_finite, runs)))
+    loss = over_steps(runs, "loss", "training loss", "{:.4g}")
+    return Section("Training", text, [loss, over_steps(runs, "tokens_per_second", "tokens a second", "{:,.0f}")])
+
+
+def not_finite(run: Run) -> str:
+    """A sentence on the losses that the figure leaves out."""
+    steps = [step for step, loss in values_of(run.steps, "loss").items() if not math.isfinite(loss)]
+    return f"{run.name}: losses that are not finite: {len(steps)}, the first at step {steps[0]}." if steps else ""
+
+
+def over_steps(runs: list[Run], key: str, ylabel: str, form: str) -> Figure:
+    """A line for each run, thinned to means; under it a table of means over more steps."""
+    values = {run.name: values_of(run.steps, key) for run in runs}
+    last = max(max(run.steps, default=0) for run in runs)
+    width, wide = math.ceil(last / POINTS), math.ceil(last / ROWS)
+    series = {
+        name: [(number * width + (width + 1) / 2, mean) for number, mean in averaged(of_run, width).items()]
+        for name, of_run in values.items()
+    }
+    columns = [averaged(of_run, wide) for of_run in values.values()]
+    rows = [
+        [f"{first + 1:,} to {min(last, first + wide):,}", *(cell(form, column.get(number)) for column in columns)]
+        for number, first in enumerate(range(0, last, wide))
+    ]
+    staged = max(runs, key=lambda run: len(beginnings(run.steps)))
+    caption = f"{ylabel} by optimizer step" + (f", means of {width} steps each" if width > 1 else "")
+    return drawn(series, "optimizer step", ylabel, staged, beginnings(staged.steps), caption, ["steps", *values], rows)
+
+
+def validation(runs: list[Run]) -> Section:
+    """Loss and accuracy over epochs, and what else the epochs have come to."""
+    if not any(run.epochs for run in runs):
+        return Section("Validation", "No epoch is finished yet.")
+    tables = [epoch_table(run) for run in runs if run.epochs]
+    return Section("Validation", "", [over_epochs(runs, "validation loss"), over_epochs(runs, "accuracy"), *tables])
+
+
+def over_epochs(runs: list[Run], name: str) -> Figure:
+    """A line for each run, of a column of the epochs' table."""
+    key, form = EPOCH_COLUMNS[name]
+    values = {run.name: values_of(run.epochs, key) for run in runs}
+    factor, ylabel = (100, f"{name}, %") if form.endswith("%}") else (1, name)
+    series = {run: [(epoch, factor * value) for epoch, value in of_run.items()] for run, of_run in values.items()}
+    epochs = sorted({epoch for of_run in values.values() for epoch in of_run})
+    rows = [[str(epoch), *(cell(form, of_run.get(epoch)) for of_run in values.values())] for epoch in epochs]
+    staged = max(runs, key=lambda run: len(beginnings(run.epochs)))
+    caption = f"{name} after each epoch"
+    return drawn(series, "epoch", ylabel, staged, beginnings(staged.epochs), caption, ["epoch", *values], rows)
+
+
+def drawn(
+    series: dict[str, list[tuple[float, float]]],
+    xlabel: str,
+    ylabel: str,
+    staged: Run,
+    marks: list[tuple[float, str]],
+    caption: str,
+    head: list[str],
+    rows: list[list[str]],
+) -> Figure:
+    """Lines with the stages of a run marked; on a logarithmic axis if the values span more than that shows."""
+    from analysis import figures
+
+    figure = figures.lines(series, xlabel, ylabel, marks)
+    finite = [y for points in series.values() for _, y in points if math.isfinite(y)]
+    if ylabel.endswith("loss") and finite and 0 < SPAN * min(finite) < max(finite):
+        figures.make_logarithmic(figure)
+    if marks:
+        caption += f"; dotted: where a stage {f'of {staged.name} ' if len(series) > 1 else ''}begins"
+    return Figure(figures.svg(figure), caption, head, rows)
+
+
+def epoch_table(run: Run) -> Figure:
+    """All epochs of a run."""
+    columns = {name: values_of(run.epochs, key) for name, (key, _) in EPOCH_COLUMNS.items()}
+    filled = [name for name, values in columns.items() if values]
+    rows = [
+        [str(epoch), stage_name(record["stage"])]
+        + [cell(EPOCH_COLUMNS[name][1], columns[name].get(epoch)) for name in filled]
+        for epoch, record in run.epochs.items()
+    ]
+    caption = f"{run.name}: tokens are those generated, with thoughts; seconds of training"
+    return Figure("", caption, ["epoch", "stage", *filled], rows)
+
+
+def differences(runs: list[Run]) -> Section:
+    """The keys in which the runs' configurations differ."""
+    known = [run for run in runs if run.config]
+    text = " ".join(f"{run.name} has no config.yaml." for run in runs if not run.config)
+    keys = dict.fromkeys(key for run in known for key in run.config if key != "name")
+    table = [[key, *(spelled(run.config.get(key)) for run in known)] for key in keys]
+    rows = [row for row in table if len(set(row[1:])) > 1]
+    if len(known) > 1 and not rows:
+        text += " All keys but their names are the same."
+    figure = Figure("", "keys in which the runs differ", ["key", *(run.name for run in known)], rows)
+    return Section("Configurations", text, [figure] if rows else [])
+
+
+def spelled(value) -> str:
+    """A value of a key as YAML reads it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def cell(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run: save_path/name")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: report.html in the first run's folder)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
+    out = options.out or options.runs[0] / "report.html"
+    try:
+        runs = read_runs(options.runs)
+        try:
+            html = report_page(runs)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            logs = ", ".join(str(folder / "metrics.jsonl") for folder in options.runs)
+            raise UserError(f"{logs}: a record is damaged: {error!r}") from None
+        write_whole(out, html)
+        print_result(f"the page: {out}")
+    except UserError as error:
+        return print_error(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

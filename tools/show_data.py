@@ -1,0 +1,159 @@
+"""Shows a data file as the model sees it at a stage: sequences token by token, and how long they are.
+
+    python -m tools.show_data data/prosqa_valid.json --model openai-community/gpt2 \\
+        --config args/prosqa_coconut.yaml --stage 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from itertools import groupby
+
+from config import Config
+from curriculum import IGNORE, MODES, Markers, auxiliary_texts, stage_of, training_sequence
+from preprocessing.examples import load_examples
+from preprocessing.tokens import ANSWER_PREFIX, Tokens, markers_of, tokenize
+from utils import UserError, print_error
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", help="JSON list of {question, answer, steps}")
+    parser.add_argument("--model", metavar="ID", help="whose tokenizer (default: model_id of the configuration)")
+    parser.add_argument("--config", metavar="YAML", help="method and stages (default: Coconut, c_thought 1)")
+    parser.add_argument("--stage", type=int, metavar="S", help="(default: that of the run's first epoch)")
+    parser.add_argument("--examples", type=int, default=3, metavar="N", help="show the first N (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+
+import numpy as np
+
+from methods import method_of
+from trainer.pretrained import LATENT, load_tokenizer, mark
+
+COLOURS = {"given": "0", "latent": "1;35", "supervised": "32"}  # of a terminal
+
+
+def show_sequence(
+    input_ids: list[int], labels: list[int], markers: Markers, tokenizer, coloured: bool = False
+) -> list[str]:
+    """A training sequence as lines of text, a line for each run of tokens of one kind: given, latent or supervised."""
+
+    def kind(pair: tuple[int, int]) -> str:
+        return "supervised" if pair[1] != IGNORE else "latent" if pair[0] == markers.latent else "given"
+
+    lines = []
+    for name, run in groupby(zip(input_ids, labels, strict=True), key=kind):
+        texts = [tokenizer.decode([token]).replace("\n", "⏎") for token, _ in run]
+        # a bar between tokens, for their spaces are part of them
+        line = f"{name:>10} {len(texts):>4}  {f'{LATENT} x {len(texts)}' if name == 'latent' else '|'.join(texts)}"
+        lines.append(f"\033[{COLOURS[name]}m{line}\033[0m" if coloured else line)
+    return lines
+
+
+def show_more(item, config: Config, markers: Markers, tokenizer, coloured: bool = False) -> list[str]:
+    """What a method tells its model of an example (an item of the method's dataset) beside the sequence, as lines."""
+
+    def sequence(title: str, ids: list[int], labels: list[int]) -> list[str]:
+        return [f"  {title}:", *show_sequence(ids, labels, markers, tokenizer, coloured)]
+
+    def words(ids: list[int]) -> str:
+        return "|".join(tokenizer.decode([token]) for token in ids).replace("\n", "⏎")
+
+    if config.only_eval:
+        return []
+    if config.method == "multi_mode":
+        return [line for mode in MODES[:-1] for line in sequence(mode, *item[mode])]
+    if config.method == "codi":
+        *_, place, teacher, labels, teacher_place = item
+        ids = item[0]
+        where = (
+            f"  compared: the states at {words(ids[place : place + 1])!r}, before {words(ids[place + 1 : place + 2])!r}"
+        )
+        return [*sequence("teacher", teacher, labels), f"{where}, columns {place} and {teacher_place}"]
+    if config.step_decoder != "none":
+        size = config.c_thought
+        told = ["nothing" if text is None else words(text) for text in item[2]]
+        return [f"  latents {k * size + 1} to {k * size + size} stand for: {text}" for k, text in enumerate(told)]
+    if config.latent_labels:
+        at: dict[int, list[str]] = {}
+        for index, token in item[2]:
+            at.setdefault(index, []).append(words([token]))
+        names = {index: f"latent {index}" if index else "before latent 1" for index in at}
+        return [f"  {names[index]} predicts: {' and '.join(texts)}" for index, texts in sorted(at.items())]
+    return []
+
+
+def length_table(tokens: Tokens, stage: int, config: Config, markers: Markers) -> list[str]:
+    """How many tokens the parts of a file's examples have, and its training sequences at a stage, as lines of text."""
+    columns: dict[str, list[int]] = {
+        "steps of an example": [],
+        "tokens of the question": [],
+        "tokens of all steps": [],
+        "tokens of the answer": [],
+        f"sequence at stage {stage}": [],
+        "  of it supervised": [],
+    }
+    for number in range(len(tokens)):
+        question, steps, answer = tokens[number]
+        ids, labels = training_sequence(question, steps, answer, stage, config, markers)
+        supervised = sum(label != IGNORE for label in labels)
+        counts = (len(steps), len(question), sum(map(len, steps)), len(answer), len(ids), supervised)
+        for column, count in zip(columns.values(), counts, strict=True):
+            column.append(count)
+    heads = ("mean", "min", "median", "99 %", "max", "example of max")
+    lines = [f"{'':<24}" + "".join(f"{head:>9}" for head in heads[:-1]) + f"{heads[-1]:>16}"]
+    for name, column in columns.items():
+        low, middle, high, top = np.percentile(column, (0, 50, 99, 100), method="nearest")
+        numbers = "".join(f"{value:>9}" for value in (low, middle, high, top))
+        lines.append(f"{name:<24}{np.mean(column):>9.1f}{numbers}{int(np.argmax(column)):>16}")
+    return lines
+
+
+def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool) -> str:
+    """What the script prints. Raises UserError."""
+    if (config.has_latents or config.method == "no_thoughts") and stage > config.last_stage:
+        raise UserError(f"there is no stage {stage}: the last one of this configuration is {config.last_stage}")
+    examples = load_examples(path)
+    tokenizer = load_tokenizer(config)
+    markers = mark(tokenizer, config.method)
+    shown = len(examples) > 20_000
+    tokens = tokenize(examples, tokenizer, shown, config.step_separator, path, markers_of(tokenizer))
+    lines = [f"{path}: {len(examples):,} examples; method {config.method}, stage {stage}, model {config.model_id}"]
+    if (auxiliary := auxiliary_texts(config)) is not None:
+        told = [{**example, "steps": auxiliary.steps(example["steps"])} for example in examples]
+        tokens.auxiliary = tokenize(told, tokenizer, step_separator="")
+        tokens.answer_prefix = tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
+    dataset = method_of(config).dataset(tokens, config, markers)
+    for number in range(min(n_examples, len(examples))):
+        item = dataset[number, stage]
+        ids, labels = item["latent"] if config.method == "multi_mode" else item[:2]
+        lines += ["", f"example {number}: {len(ids)} tokens"]
+        lines += show_sequence(ids, labels, markers, tokenizer, coloured)
+        lines += show_more(item, config, markers, tokenizer, coloured)
+    return "\n".join([*lines, "", *length_table(tokens, stage, config, markers)])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if (options.stage or 0) < 0 or options.examples < 0:
+        parser.error("--stage and --examples must not be negative")
+    try:
+        config = Config.from_file(options.config, needs_files=False) if options.config else Config()
+        config.model_id = options.model or config.model_id
+        stage = stage_of(config, config.resume) if options.stage is None else options.stage
+        coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(look(options.file, config, stage, options.examples, coloured))
+    except UserError as error:
+        return print_error(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,343 @@
+"""Can this family of models be trained here? transformers has about two hundred, and every year adds some.
+
+Not a list decides but a comparison, when a model is loaded: a few random columns through Coconut, and through the
+model's own forward, recomputed for each thought without a cache. What differs is refused with a sentence.
+
+Legend: B rows, T columns, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from coconut import Coconut
+from curriculum import IGNORE
+from dataset import collate_for_device, collate_prompts
+from model.backbone import decoder_blocks, decoder_of
+from utils import UserError
+
+TRIES = 3  # of which one has to agree: near a tie rounding sends a token to another expert
+HIGHEST = 50.0  # the logit up to which the head is compared: soft caps are not seen near 0
+SMALL = 5_000_000  # parameters of a model that is given other weights while it is compared
+GAIN = 0.5  # of its matrices at least, as std * sqrt(columns)
+
+
+class Tolerance(NamedTuple):
+    """What may differ, as a share of the norm."""
+
+    head: float  # the logits of given hidden states, and the loss
+    logits: float
+    gradients: float
+
+
+EXACT = Tolerance(2e-5, 1e-4, 2e-4)  # of small models, in float32: a few times what rounding does
+ORDINARY = Tolerance(1e-4, 1e-3, 1e-2)  # of float32
+COARSE = Tolerance(0.03, 0.1, 0.2)  # of bfloat16 and float16
+
+
+def check_family(model: Coconut) -> None:
+    """Raises UserError, one sentence, where this model would not be trained right.
+
+    Compared are logits, loss and the gradients of the input embeddings, on two rows of which one is padded. The model
+    stays as it was, the random state too, but for two notes: whether all of its parameters take part, and whether
+    generation has to do without a cache. It takes some twenty passes over eight columns, on any device but meta: there
+    the verdict on the same model elsewhere counts.
+    """
+    base = model.base_causallm
+    small = sum(parameter.numel() for parameter in base.parameters()) <= SMALL
+    tolerance = EXACT if small else COARSE if base.dtype.itemsize == 2 else ORDINARY
+    sequential = model.latent_token_id is not None and model.thought.sequential
+    with _undisturbed(model), _with_weights_that_matter(model) if small else nullcontext():
+        latent_problem = _tried(_problem_of_decoding, model, tolerance)
+        model.recomputes = latent_problem is not None
+        problem = _tried(_problem_without_latents, model, tolerance)
+        if sequential and problem is None and latent_problem is None:
+            latent_problem = _tried(_problem_with_latents, model, tolerance)
+    if problem is None and not (sequential and latent_problem):
+        with _undisturbed(model, training=True):
+            problem = _tried(_note_what_is_left_out, model, tolerance)
+    if problem is not None:
+        raise UserError(f"{_name(base)} cannot be trained here, by any method: {problem}")
+    if sequential and latent_problem is not None:
+        raise UserError(
+            f"{_name(base)} cannot be trained with latent thoughts here: {latent_problem}. The methods cot, no_cot, "
+            f"icot and no_thoughts need no cache, and work with it"
+        )
+
+
+def _name(base: PreTrainedModel) -> str:
+    return f"the model family {base.config.model_type} ({type(base).__name__})"
+
+
+@contextmanager
+def _with_weights_that_matter(model: Coconut) -> Iterator[None]:
+    """In at least float32, and with noise: at initialisation many weights are small, and some scales are 0."""
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [(part._buffers, name, buffer) for part in model.modules() for name, buffer in part._buffers.items()]
+    try:
+        model.to(torch.promote_types(model.base_causallm.dtype, torch.float32))
+        for parameter in model.base_causallm.parameters():
+            weights = parameter.data.nan_to_num(0, 0, 0)
+            columns, std = (weights.shape[-1], weights.std(correction=0)) if weights.ndim > 1 else (25, 0)
+            noise = torch.randn(weights.shape, generator=torch.Generator().manual_seed(weights.numel()))
+            parameter.data = weights + noise.to(weights) * max(GAIN * columns**-0.5 - std, 0)
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for others, name, buffer in buffers:
+            others[name] = buffer
+
+
+def _tried(
+    problem_of: Callable[[Coconut, Tolerance, int], str | None], model: Coconut, tolerance: Tolerance
+) -> str | None:
+    """The problem of the last try, if all have one."""
+    problem = None
+    for seed in range(TRIES):
+        try:
+            problem = problem_of(model, tolerance, seed)
+        except (MemoryError, torch.OutOfMemoryError):  # which says nothing of a family
+            raise
+        except Exception as error:  # whatever an unknown family may raise
+            line = next(iter(str(error).strip().splitlines()), "")
+            return f"its forward pass from embeddings fails ({type(error).__name__}{': ' if line else ''}{line})"
+        if problem is None:
+            return None
+    return problem
+
+
+@contextmanager
+def _undisturbed(model: Coconut, training: bool = False) -> Iterator[None]:
+    """In evaluation, without gradients of weights, or in training with them; and everything as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = model.base_causallm.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        model.train(training)
+        for parameter in trained:
+            parameter.requires_grad_(training)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            for module, mode in modes:
+                module.training = mode
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Without latents
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class _Probe(Coconut):
+    """The model with the paper's thought, and with input embeddings that want gradients."""
+
+    def __init__(self, model: Coconut):
+        super().__init__(
+            model.base_causallm, model.latent_token_id, model.start_latent_id, model.end_latent_id, model.eos_token_id
+        )
+        self.recomputes = model.recomputes
+        self.embeds: torch.Tensor | None = None  # (B, T, D) of the last batch
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        self.embeds = super()._embed(input_ids).detach().requires_grad_()
+        return self.embeds.clone()  # some families multiply in place
+
+
+class _Row(NamedTuple):
+    input_ids: list[int]
+    labels: list[int]
+
+
+def _rows(model: Coconut, seed: int, shapes: list[tuple[int, int, int]]) -> list[_Row]:
+    """Random rows, each of so many tokens, latents and tokens again; the last but one are supervised."""
+    base = model.base_causallm
+    n_words = min(len(base.get_input_embeddings().weight), len(base.get_output_embeddings().weight))
+    marked = {model.latent_token_id, model.start_latent_id, model.end_latent_id, model.eos_token_id}
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(count: int) -> list[int]:
+        drawn = torch.randint(n_words, (count + 64,), generator=generator).tolist()
+        return [word for word in drawn if word not in marked][:count]
+
+    rows = []
+    for before, latents, after in shapes:
+        continuation = words(after)
+        ids = [*words(before), *[model.latent_token_id] * latents, *continuation]
+        rows.append(_Row(ids, [IGNORE] * (before + latents + 1) + continuation[1:]))
+    return rows
+
+
+def _problem_without_latents(model: Coconut, tolerance: Tolerance, seed: int) -> str | None:
+    probe, base = _Probe(model), model.base_causallm
+    rows = _rows(model, seed, [(1, 0, 7), (1, 0, 5)])
+    with torch.no_grad():
+        words = [_tensor(base, row.input_ids) for row in rows]
+        wanted = [_exact(base(input_ids=ids, use_cache=False).logits) for ids in words]
+        if not all(logits.isfinite().all() for logits in wanted):
+            return None  # not for its family
+        for ids, logits in zip(words, wanted, strict=True):
+            embedded = base(inputs_embeds=Coconut._embed(probe, ids), use_cache=False).logits
+            if _differs(_exact(embedded), logits, tolerance.logits):
+                return "it makes more of its tokens than their embeddings, and a thought is an embedding"
+            earlier = _exact(base(input_ids=ids[:, :-1], use_cache=False).logits)
+            if _differs(earlier, logits[:, :-1], tolerance.logits):
+                return "what it computes for a token depends on those after it"
+        if not _is_head_known(probe, seed, tolerance.head):
+            return "its logits are not those of its LM head, scaled and capped as its configuration says"
+    return _problem_of_steps(probe, rows, tolerance, "without latents")
+
+
+def _is_head_known(probe: Coconut, seed: int, tolerance: float) -> bool:
+    """Whether the model makes the same logits of given hidden states, of a size at which caps are seen."""
+    base, given = probe.base_causallm, []
+
+    def replace(_, __, output):
+        like = output[0]
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(like.shape, generator=generator).to(like)
+        hidden = hidden * (HIGHEST / base.get_output_embeddings()(hidden).abs().max())
+        given.append(hidden)
+        if isinstance(output, tuple):
+            return hidden, *output[1:]
+        output["last_hidden_state"] = hidden
+        return output
+
+    handle = decoder_of(base).register_forward_hook(replace)
+    try:
+        theirs = base(input_ids=_tensor(base, [1, 2, 3]), use_cache=False).logits
+    finally:
+        handle.remove()
+    if not given:
+        raise RuntimeError("its decoder is not found")
+    ours = probe.head(given[-1])
+    return ours.shape == theirs.shape and not _differs(_exact(ours), _exact(theirs), tolerance)
+
+
+@torch.no_grad()
+def _problem_of_decoding(model: Coconut, tolerance: Tolerance, seed: int) -> str | None:
+    """Two tokens, decoded over a cache that holds those before them, as `Coconut.generate` does it."""
+    probe, rows = _Probe(model), _rows(model, seed, [(1, 0, 7), (1, 0, 5)])
+    wanted = [_plain_logits(probe, row)[0] for row in rows]
+    if not all(logits.isfinite().all() for logits in wanted):
+        return None
+    prompts = [row.input_ids[:-2] for row in rows]
+    device = probe.base_causallm.device
+    batch = {name: value.to(device) for name, value in collate_prompts(prompts, prompts[0][0]).items()}
+    position, hidden = batch["position_ids"][:, -1:], []
+    last, _, cache, mask = probe._run(**batch, left_padded=True, new_columns=2)
+    hidden.append(last[:, -1:])
+    for column in (-2, -1):
+        position, mask = position + 1, torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        token = torch.cat([_tensor(probe.base_causallm, row.input_ids[column:][:1]) for row in rows])
+        hidden.append(probe.span(probe._embed(token), mask, position, True, cache))
+    logits = _exact(probe.head(torch.cat(hidden, dim=1)))  # (B, 3, V)
+    whole, padded = (
+        _differs(ours, theirs[0, -3:], tolerance.logits) for ours, theirs in zip(logits, wanted, strict=True)
+    )
+    if whole:
+        return "what it computes over a cache, token by token, is not what it computes at once"
+    return "padding before a row changes what it computes" if padded else None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With latents
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _problem_with_latents(model: Coconut, tolerance: Tolerance, seed: int) -> str | None:
+    rows = _rows(model, seed, [(3, 2, 3), (1, 2, 2)])
+    if model.thought.needs_layers:
+        base = model.base_causallm
+        embeds = Coconut._embed(model, _tensor(base, rows[0].input_ids))  # (1, T, D)
+        with model._recorder.recording() as states, torch.no_grad():
+            decoder_of(base)(inputs_embeds=embeds, use_cache=False)
+        if [state.shape for state in states] != [embeds[:, -1:].shape] * (len(decoder_blocks(base)) + 1):
+            return "thoughts from the layers need blocks that each run once, on one residual stream"
+    return _problem_of_steps(_Probe(model), rows, tolerance, "over a cache")
+
+
+def _problem_of_steps(probe: _Probe, rows: list[_Row], tolerance: Tolerance, how: str) -> str | None:
+    found, gradients = _step(probe, rows)
+    loss, plain = _plain_step(probe, rows)
+    if not loss.isfinite():
+        return None
+    if _differs(found, loss, tolerance.head):
+        return f"{how} its loss is {found:.5g}, and by definition {loss:.5g}"
+    differ = [_differs(ours, theirs, tolerance.gradients) for ours, theirs in zip(gradients, plain, strict=True)]
+    return f"{how} its gradients are not those of the definition" if any(differ) else None
+
+
+def _step(probe: Coconut, rows: list[_Row]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(loss, the gradients of each row's embeddings, (T, D)) as a training step has them."""
+    batch = collate_for_device(rows, pad_token_id=rows[0].input_ids[0], latent_token_id=probe.latent_token_id)
+    device = probe.base_causallm.device
+    batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    loss = probe(**batch).loss
+    if not isinstance(probe, _Probe):
+        return loss, []
+    (gradient,) = torch.autograd.grad(loss, [probe.embeds])
+    attended = batch["attention_mask"].bool()
+    return _exact(loss.detach()), [_exact(one[seen]) for one, seen in zip(gradient, attended, strict=True)]
+
+
+def _plain_step(probe: Coconut, rows: list[_Row]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """As `_step`, by definition: each row alone, without padding or cache, recomputed for each thought."""
+    logits, leaves = zip(*(_plain_logits(probe, row) for row in rows), strict=True)
+    loss = _mean_loss(logits, rows)
+    gradients = torch.autograd.grad(loss, leaves)
+    return loss.detach(), [_exact(gradient[0]) for gradient in gradients]
+
+
+def _plain_logits(probe: _Probe, row: _Row) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (1, T, V) by definition, and the input embeddings (1, T, D) that they come from."""
+    base = probe.base_causallm
+    embeds = probe._embed(_tensor(base, row.input_ids))  # (1, T, D)
+    leaf = probe.embeds
+    for place, token in enumerate(row.input_ids):
+        if token == probe.latent_token_id:
+            thought = decoder_of(base)(inputs_embeds=embeds[:, :place], use_cache=False).last_hidden_state[:, -1:]
+            embeds = torch.cat([embeds[:, :place], thought.to(embeds.dtype), embeds[:, place + 1 :]], dim=1)
+    return _exact(base(inputs_embeds=embeds, use_cache=False).logits), leaf
+
+
+def _note_what_is_left_out(model: Coconut, tolerance: Tolerance, seed: int) -> None:
+    """Whether the graph of a loss does not come to each parameter that wants a gradient."""
+    loss, _ = _step(model, _rows(model, seed, [(1, 0, 7)]))
+    reached, seen, waiting = set(), set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            reached.add(getattr(node, "variable", None))
+            waiting += [following for following, _ in node.next_functions]
+    left_out = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in reached]
+    model.leaves_parameters_out = bool(left_out)
+
+
+def _mean_loss(logits: Sequence[torch.Tensor], rows: list[_Row]) -> torch.Tensor:
+    """Of (1, T, V) logits for each row, over the supervised tokens of all."""
+    targets = [torch.tensor(row.labels[1:], device=one.device) for one, row in zip(logits, rows, strict=True)]
+    sums = [F.cross_entropy(one[0, :-1], target, reduction="sum") for one, target in zip(logits, targets, strict=True)]
+    return sum(sums) / sum(int((target != IGNORE).sum()) for target in targets)
+
+
+def _tensor(base: PreTrainedModel, input_ids: list[int]) -> torch.Tensor:
+    return torch.tensor([input_ids], device=base.device)
+
+
+def _exact(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _differs(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
+    """Whether the norm of the difference is more than a share of the norm; also where either is no number."""
+    return not bool((ours - theirs).norm() <= tolerance * theirs.norm())

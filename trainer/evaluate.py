@@ -1,0 +1,313 @@
+"""How good a model is: validation loss, accuracy, CoT match, token counts; predictions on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from config import Config
+from curriculum import IGNORE, MODES, kept_reasoning, prompt, stage_name
+from dataset import Data, StageDataset, collate, collate_prompts
+from preprocessing.tokens import Tokens
+from trainer.distributed import World, barrier
+from trainer.pretrained import Pretrained
+from trainer.table import wilson
+from utils import UserError, as_json, progress_bar
+
+# a sign counts where no word, number or bracket precedes it: 12-3 holds 12 and 3; a point after the digits belongs to
+# the number and may end a sentence
+NUMBER = re.compile(r"(?:(?<![\w.)\]])[-+])?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+TOLERANCE = 1e-3  # numbers that differ by less are the same
+
+
+def extract_answer(text: str) -> str:
+    """The answer in a generated text: what follows its last '#', without commas (the reference's rule)."""
+    return text.split("#")[-1].replace(",", "").strip()
+
+
+def extract_number(text: str) -> float | None:
+    """The number that a generated text answers with: the last one after its last '#', or in all of it where there is
+    no '#', commas taken out; None where there is none."""
+    numbers = NUMBER.findall(extract_answer(text).replace("\N{MINUS SIGN}", "-"))
+    return float(numbers[-1]) if numbers else None
+
+
+def number_of(gold: str) -> float | None:
+    """The number that a gold answer without commas is, and nothing beside it; None where it is none."""
+    return float(gold) if NUMBER.fullmatch(gold) else None
+
+
+def is_right(text: str, gold: str, answer_match: str) -> bool:
+    """Whether a generated text has the gold answer (without commas), by the rule that `answer_match` names."""
+    if answer_match == "text":
+        return extract_answer(text) == gold
+    answer, number = extract_number(text), number_of(gold)
+    return None not in (answer, number) and abs(answer - number) < TOLERANCE
+
+
+def extract_steps(text: str) -> str:
+    """The written reasoning in a generated text: what precedes its first '#'."""
+    return text.split("#")[0].strip()
+
+
+def evaluate(
+    pretrained: Pretrained, data: Data, stage: int, config: Config, world: World, title: str = "validating"
+) -> tuple[dict, list[dict]]:
+    """Scores every validation example exactly once, whatever the world size. Collective: every rank must call it.
+
+    Returns, on every rank, the metrics and, in the order of the data, the predictions:
+        loss: mean cross-entropy of the supervised tokens of the stage, over all tokens of the set
+        accuracy: share of answers that are right by the rule of config.answer_match
+        accuracy_text, accuracy_number: by either rule, where all gold answers are numbers
+        cot_match: share of generations whose written reasoning is exactly what the stage leaves of it
+        generated_tokens: mean number of new tokens without EOS, plus latent thoughts, as Table 1 counts them; pause
+            tokens are not counted, since nothing is generated for them
+        seconds, seconds_per_example: of generation, by the clock of the slowest rank
+    """
+    pretrained.model.eval()
+    loss = validation_loss(pretrained, data.val, stage, config, world)
+    begin = time.perf_counter()
+    mine = _generate_share(pretrained, data.val, stage, config, world, title)
+    seconds = torch.tensor(time.perf_counter() - begin)
+    barrier(world)  # all ranks, however much longer some have generated
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)  # all ranks: the slowest one decides
+    shares: list = [None] * world.size
+    dist.all_gather_object(shares, mine)  # all ranks
+    outputs = {index: output for share in shares for index, output in share.items()}
+    predictions = []
+    for index, example in enumerate(data.val_examples):
+        kept = pretrained.tokenizer.decode(kept_reasoning(data.val[index][1], stage, config)).strip()
+        predictions.append({"index": index, **_scored(example, kept, config.answer_match, *outputs[index])})
+    means = {"accuracy": "correct", "cot_match": "cot_correct", "generated_tokens": "generated_tokens"}
+    if all(number_of(prediction["gold"]) is not None for prediction in predictions):
+        for rule in ("text", "number"):
+            means[f"accuracy_{rule}"] = f"correct_{rule}"
+            for prediction in predictions:
+                prediction[f"correct_{rule}"] = is_right(prediction["output"], prediction["gold"], rule)
+    metrics = {
+        "loss": loss,
+        **{name: float(np.mean([prediction[key] for prediction in predictions])) for name, key in means.items()},
+        "examples": len(predictions),
+        "seconds": seconds.item(),
+        "seconds_per_example": seconds.item() / len(predictions),
+    }
+    return metrics, predictions
+
+
+def evaluate_modes(
+    pretrained: Pretrained, data: Data, stage: int, config: Config, world: World, title: str = "validating"
+) -> tuple[dict, list[dict]]:
+    """`evaluate`, of a model of method multi_mode in all three modes. Collective: every rank must call it.
+
+    The metrics are those of the latent mode but for `loss`, the sum of all, and `accuracy`, the harmonic mean of
+    accuracy_direct, accuracy_written and accuracy_latent; cot_match_MODE and generated_tokens_MODE are there too. A
+    prediction has under the name of each other mode its "output", "answer" and "correct". For other methods it is
+    `evaluate`.
+    """
+    if config.method != "multi_mode" or config.only_eval:
+        return evaluate(pretrained, data, stage, config, world, title)
+    found = {
+        mode: evaluate(pretrained, data, stage, replace(config, mode=mode), world, f"{title}, {mode}") for mode in MODES
+    }
+    metrics, predictions = found["latent"]
+    for name in ("accuracy", "cot_match", "generated_tokens"):
+        metrics = metrics | {f"{name}_{mode}": of_mode[name] for mode, (of_mode, _) in found.items()}
+    metrics["accuracy"] = statistics.harmonic_mean([of_mode["accuracy"] for of_mode, _ in found.values()])
+    metrics |= {name: sum(of_mode[name] for of_mode, _ in found.values()) for name in ("loss", "seconds")}
+    for mode in MODES[:-1]:
+        for prediction, other in zip(predictions, found[mode][1], strict=True):
+            prediction[mode] = {name: other[name] for name in ("output", "answer", "correct")}
+    return metrics, predictions
+
+
+def _scored(example: dict, kept_reasoning: str, answer_match: str, text: str, n_tokens: int, n_latents: int) -> dict:
+    gold = _gold(example)
+    return {
+        "question": example["question"],
+        "gold": gold,
+        "output": text,
+        "answer": extract_answer(text),
+        "correct": is_right(text, gold, answer_match),
+        "cot_correct": extract_steps(text) == kept_reasoning,
+        "generated_tokens": n_tokens + n_latents,
+    }
+
+
+def warn_unscorable_answers(tokenizer, data: Data, config: Config, stages: Iterable[int] = ()) -> list[str]:
+    """What to warn of where even a perfect model would be marked wrong: gold answers that are not what is read back
+    from their own tokens, because the tokenizer changes them, they hold a '#' themselves or are longer than
+    max_new_tokens; and at these stages steps that leave no room for the answer, hold an EOS before it, or a '#', at
+    which the reasoning ends that cot_match compares.
+
+    Raises UserError where answers are to be compared as numbers, and one is none.
+    """
+    gold = [_gold(example) for example in data.val_examples]
+    if config.answer_match == "number" and (none := [i for i, text in enumerate(gold) if number_of(text) is None]):
+        raise UserError(
+            f"answer_match number needs numbers, but the answer of record {none[0]} (counted from 0) of "
+            f"{config.val_path} is {gold[none[0]]!r}"
+        )
+
+    def read_back(index: int, kept: Sequence[int] = ()) -> str:
+        ids = [*kept, *data.val[index][2]][: config.max_new_tokens]
+        return tokenizer.decode(_before(tokenizer.eos_token_id, ids), skip_special_tokens=True)
+
+    def warning(found: dict[int, str], what: str) -> list[str]:
+        """found: number of a record -> what is the matter with it."""
+        return [
+            f"{config.val_path}: {len(found)} of {len(gold)} {what}; the first is record {index} (counted from 0), "
+            f"{text}"
+            for index, text in list(found.items())[:1]
+        ]
+
+    alone = {}
+    for index, wanted in enumerate(gold):
+        if not is_right(text := read_back(index), wanted, config.answer_match):
+            alone[index] = f"whose answer {wanted!r} is read back as {extract_answer(text)!r}"
+    warnings = warning(alone, "answers cannot come out right, whatever the model says")
+    modes = MODES if config.method == "multi_mode" and not config.only_eval else [config.mode]
+    for stage, mode in product(dict.fromkeys(stages), modes):
+        of_mode, wrong, unmatched = replace(config, mode=mode), {}, {}
+        for index in [index for index in range(len(gold)) if index not in alone]:
+            _, steps, answer = data.val[index]
+            kept = kept_reasoning(steps, stage, of_mode)
+            text, reasoning = read_back(index, kept), tokenizer.decode(kept).strip()
+            if not is_right(text, gold[index], config.answer_match):
+                wrong[index] = (
+                    f"whose steps and answer, {len(kept) + len(answer)} tokens where max_new_tokens is "
+                    f"{config.max_new_tokens}, are read back as {extract_answer(text)[-60:]!r}"
+                )
+            elif extract_steps(text) != reasoning:
+                unmatched[index] = f"whose steps {reasoning[-60:]!r} are read back as {extract_steps(text)[-60:]!r}"
+        at_stage = f"at stage {stage_name(stage)}"
+        warnings += warning(wrong, f"answers cannot come out right {at_stage}, whatever the model says")
+        warnings += warning(unmatched, f"examples cannot have a cot_match {at_stage}")
+    return warnings
+
+
+def _before(eos: int, ids: list[int]) -> list[int]:
+    """What of generated tokens precedes the EOS."""
+    return ids[: ids.index(eos)] if eos in ids else ids
+
+
+def _gold(example: dict) -> str:
+    return example["answer"].replace(",", "").strip()
+
+
+def _batches_of_rank(lengths: list[int], size: int, world: World) -> list[list[int]]:
+    """This rank's batches of example indices: similar lengths together, so that little is padded."""
+    order = np.argsort(lengths, kind="stable").tolist()
+    batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
+    return batches[world.rank :: world.size]
+
+
+def _generate_share(
+    pretrained: Pretrained, tokens: Tokens, stage: int, config: Config, world: World, title: str
+) -> dict[int, tuple[str, int, int]]:
+    """This rank's generations: index -> (text, new tokens without EOS, latent thoughts)."""
+    model, tokenizer, markers = pretrained
+    prompts = []
+    for index in range(len(tokens)):
+        question, steps, _ = tokens[index]
+        prompts.append(prompt(question, steps, stage, config, markers))
+    # as many batches for every rank as there is work for, however few examples there are
+    size = min(config.eval_batch_size, -(-len(prompts) // world.size))
+    outputs = {}
+    batches = _batches_of_rank([len(ids) for ids in prompts], size, world)
+    for indices in progress_bar(batches, title, "batch", shown=world.is_main):
+        batch = [prompts[index] for index in indices]
+        with autocast(config, world):
+            rows = generate_tokens(pretrained, config.method, batch, config.max_new_tokens, world.device)
+        for index, new in zip(indices, rows, strict=True):
+            thinks = model.thought.sequential and model.latent_passes != 0
+            n_latents = prompts[index].count(markers.latent) if thinks else 0
+            outputs[index] = (tokenizer.decode(new, skip_special_tokens=True), len(new), n_latents)
+    return outputs
+
+
+def generate_tokens(
+    pretrained: Pretrained,
+    method: str,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    device: torch.device,
+    **sampling,
+) -> list[list[int]]:
+    """The tokens that are written after each prompt, up to EOS, all in one batch; but where a prompt leaves less room
+    than max_new_tokens in the model's positions, it has a batch of its own, for its end is not that of the others."""
+    model, _, markers = pretrained
+    limit = model.max_positions or math.inf
+    fits = [len(row) + max_new_tokens <= limit for row in prompts]
+    alone = [[index] for index, fit in enumerate(fits) if not fit]
+    together = [index for index, fit in enumerate(fits) if fit]
+    found: dict[int, list[int]] = {}
+    for indices in [together, *alone] if together else alone:
+        batch = collate_prompts([prompts[index] for index in indices], markers.eos)
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        room = min(max_new_tokens, limit - batch["input_ids"].shape[1])
+        rows = model.generate(**batch, max_new_tokens=room, **sampling).tolist()
+        for index, row in zip(indices, rows, strict=True):
+            new = _before(markers.eos, row)
+            # multi_mode writes the end marker after its reasoning
+            found[index] = [token for token in new if method != "multi_mode" or token != markers.end]
+    return [found[index] for index in range(len(prompts))]
+
+
+@torch.no_grad()
+def validation_loss(pretrained: Pretrained, tokens: Tokens, stage: int, config: Config, world: World) -> float:
+    """Mean cross-entropy over all supervised tokens of the set. Collective: every rank must call it."""
+    model, _, markers = pretrained
+    total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of tokens
+    dataset = StageDataset(tokens, config, markers)
+    rows = [dataset[index, stage] for index in range(len(tokens))]
+    lengths = [len(input_ids) for input_ids, _ in rows]
+    for indices in _batches_of_rank(lengths, config.batch_size_training, world):
+        batch = collate([rows[index] for index in indices], markers.eos, markers.latent)
+        count = int((batch["labels"][:, 1:] != IGNORE).sum())
+        batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
+        with autocast(config, world):
+            total += torch.tensor([model(**batch).loss.item() * count, count], dtype=torch.float64)
+    barrier(world)  # all ranks, however much slower some are
+    dist.all_reduce(total)  # all ranks
+    return (total[0] / total[1]).item()
+
+
+def autocast(config: Config, world: World) -> torch.autocast:
+    """bf16 arithmetic with float32 weights, where the configuration asks for it."""
+    return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=config.bf16)
+
+
+def as_files(metrics: dict, predictions: list[dict]) -> dict[str, str]:
+    """The contents of metrics.json and predictions.jsonl, name -> text."""
+    return {"metrics.json": as_json(metrics), "predictions.jsonl": _lines(predictions)}
+
+
+def of_sets(results: dict[str, tuple[dict, list[dict]]]) -> tuple[dict, dict[str, str]]:
+    """What `evaluate` has returned for each set of a run, by the sets' names -> (metrics, the run's files).
+
+    A single path has the name "": its metrics and files are as they are. Of several sets the metrics are {"sets":
+    {name: metrics}}, with the accuracy's 95 % interval, and the files are metrics.json and predictions_NAME.jsonl each.
+    """
+    if "" in results:
+        return results[""][0], as_files(*results[""])
+    sets, files = {}, {}
+    for name, (metrics, predictions) in results.items():
+        interval = wilson(metrics["accuracy"], metrics["examples"])
+        sets[name] = {**metrics, "accuracy_95": interval}
+        files[f"predictions_{name}.jsonl"] = _lines(predictions)
+    metrics = {"sets": sets}
+    return metrics, {"metrics.json": as_json(metrics), **files}
+
+
+def _lines(predictions: list[dict]) -> str:
+    return "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)

@@ -1,0 +1,241 @@
+"""How the ranks share one model: replicated (DDP) or sharded (FSDP2); compiled and checkpointed blocks.
+
+Under FSDP a rank owns a share of the weights, their gradients and the optimizer's state in float32, and gathers the
+whole weights, in the dtype of the arithmetic, for the passes of a step. They are gathered once a step, not once a
+latent pass, and the gradients of all passes are reduced once: a step sends what plain data parallelism sends, and ranks
+whose rows have different numbers of latents, or whose generations end at different steps, never wait for each other in
+between. What that costs is room for the whole weights and for one whole gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+
+from coconut import Coconut
+from config import Config
+from methods import make_model
+from model import lora
+from model.backbone import decoder_blocks
+from model.kv_cache import checkpoint_blocks
+from trainer.distributed import World, on_every_rank, on_main_rank
+from trainer.pretrained import Pretrained, load_model, shape_of
+from utils import UserError
+
+BYTES_PER_PARAMETER = 16  # float32 weights, gradients, and AdamW's two averages
+SHARE_OF_MEMORY = 0.6  # of a GPU that these may take under DDP; activations need the rest
+
+
+def load(config: Config, world: World, source: Path | None) -> Pretrained:
+    """The model of this rank, on its device, whole, or sharded where the strategy is fsdp; tokenizer and markers.
+
+    Collective: every rank must call it. Raises UserError as `pretrained.load_model` does.
+    """
+    if choose_strategy(config, world, source) != "fsdp":
+        loaded = in_turn(world, lambda cached: load_model(config, source, cached))
+        wrap_blocks(loaded.model, config)
+        loaded.model.to(world.device)
+        return loaded
+    # rank 0 reads the model, into its CPU's memory; the others learn what it looks like
+    whole: list = []
+    base_config, decoder_config, generation_config, tokenizer, markers, recomputes = on_main_rank(
+        world, lambda: whole.append(load_model(config, source)) or _shape(*whole[0])
+    )
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(base_config, dtype=base_config.dtype)
+        base.generation_config = generation_config
+        model = make_model(config, base, markers)
+        if decoder_config is not None:
+            decoder = AutoModelForCausalLM.from_config(decoder_config, dtype=decoder_config.dtype)
+            model.attach(decoder, config.step_decoder_weight)
+        if config.lora_rank is not None:
+            lora.add(base, config.lora_rank, config.lora_alpha)
+    model.recomputes = recomputes
+    wrap_blocks(model, config)
+    _shard(model, config)
+    _fill(model, whole[0][0] if world.is_main else None, world)
+    return Pretrained(model, tokenizer, markers)
+
+
+def in_turn(world: World, action: Callable[[bool], Any]) -> Any:
+    """The result of an action that may ask the hub, on every rank: the first rank of each node makes it first, and then
+    the others, which are told that what it needs is in the cache by now. Collective."""
+    found: list = []
+    is_first = world.local_rank == 0
+    on_every_rank(world, lambda: found.append(action(False)) if is_first else None)  # all ranks: one a node asks
+    on_every_rank(world, lambda: None if is_first else found.append(action(True)))  # all ranks: the others do not
+    return found[0]
+
+
+def choose_strategy(config: Config, world: World, source: Path | None) -> str:
+    """ddp or fsdp, also for a world of one. auto is ddp unless the model is too large for it. Collective."""
+    if config.strategy != "auto":
+        return config.strategy
+    if world.size == 1 or world.device.type != "cuda":
+        return "ddp"
+
+    shape = in_turn(world, lambda cached: shape_of(config, source, cached))
+    with torch.device("meta"):
+        n_parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(shape).parameters())
+    if config.step_decoder != "none" and not config.only_eval:
+        n_parameters *= 2
+    # of the smallest GPU: all ranks have to choose alike
+    memory = on_every_rank(world, lambda: torch.cuda.get_device_properties(world.device).total_memory)
+    room = SHARE_OF_MEMORY * min(memory)
+    return "fsdp" if n_parameters * BYTES_PER_PARAMETER > room else "ddp"
+
+
+def blocks_of(model: Coconut, purpose: str) -> list[nn.Module]:
+    """The decoder blocks, a step decoder's too. Raises UserError where the purpose, a key of the configuration, would
+    find none."""
+    blocks = [block for part in parts_of(model) for block in decoder_blocks(part.base_causallm)]
+    if not blocks:
+        family = model.base_causallm.config.model_type
+        raise UserError(f"{purpose} works on decoder blocks, and the model family {family} does not say which they are")
+    return blocks
+
+
+def parts_of(model: Coconut) -> list[Coconut]:
+    """The model, and the step decoder where it has one."""
+    return [module for module in model.modules() if isinstance(module, Coconut)]
+
+
+def wrap_blocks(model: Coconut, config: Config) -> None:
+    """Compiles the decoder blocks, or lets them compute again what they do not keep, as the configuration says."""
+    if config.gradient_checkpointing:
+        checkpoint_blocks(blocks_of(model, "gradient_checkpointing"))
+    if config.compile:
+        # a graph for each of: with and without gradients, with and without a mask, one column or several, one row or
+        # several; never one for a length
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for block in blocks_of(model, "compile"):
+            block.compile(dynamic=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sharding
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def _shape(model: Coconut, tokenizer, markers) -> tuple:
+    """What another rank needs to make the same model without its weights."""
+    for part in parts_of(model):
+        part.base_causallm.config.dtype = part.base_causallm.dtype
+    base_config, decoder_config = ([part.base_causallm.config for part in parts_of(model)] + [None])[:2]
+    return (
+        *(base_config, decoder_config, model.base_causallm.generation_config),
+        *(tokenizer, markers, model.recomputes),
+    )
+
+
+def _shard(model: Coconut, config: Config) -> None:
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    options = {"reshard_after_forward": False, "mp_policy": bf16 if config.bf16 else MixedPrecisionPolicy()}
+    for block in blocks_of(model, "strategy: fsdp"):
+        fully_shard(block, **options)
+    for part in reversed(parts_of(model)):
+        fully_shard(part, **options)
+    register_fsdp_forward_method(model, "generate")
+
+
+def _fill(model: Coconut, whole: Coconut | None, world: World) -> None:
+    """Materialises a model that was made on the meta device with the weights that rank 0 has. All ranks."""
+    model.to_empty(device=world.device)
+    for part in parts_of(model):
+        part.base_causallm.tie_weights()  # materialising has made two of tied weights
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, whole.state_dict() if whole is not None else {}, options=options)
+    theirs = dict(whole.named_buffers()) if whole is not None else {}
+    for name, buffer in model.named_buffers():  # such as rotary frequencies, which no state dict holds
+        if world.is_main:
+            buffer.copy_(theirs[name])
+        dist.broadcast(buffer, src=0)
+
+
+def whole_weights(model: Coconut) -> dict[str, torch.Tensor]:
+    """The state dict of the whole model, on the CPU; empty on other ranks than 0 where it is sharded. Collective."""
+    if not is_sharded(model):
+        return model.state_dict()
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # tied weights under one name
+    return {name: value for name, value in weights.items() if name in once}
+
+
+def gather_weights(model: Coconut) -> None:
+    """Gathers sharded weights for passes that not all ranks make: until the next training step, none of them
+    communicates. Collective: every rank must call it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def wrap(model: Coconut, world: World) -> nn.Module:
+    """The model as training calls it: under DDP where it is replicated over several ranks."""
+    if is_sharded(model) or world.size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+        forward_sync_buffers=False,  # no model has buffers that training changes
+        find_unused_parameters=model.leaves_parameters_out,  # it would wait for their gradients
+        gradient_as_bucket_view=True,
+    )
+
+
+@contextmanager
+def sync_gradients(wrapped: nn.Module, now: bool) -> Iterator[None]:
+    """Around the forward and backward of a micro-batch: whether the ranks average their gradients at its end. Inside
+    accumulation they do not, and nothing is sent."""
+    if isinstance(wrapped, DistributedDataParallel) and not now:
+        with wrapped.no_sync():
+            yield
+        return
+    if isinstance(wrapped, FSDPModule):
+
+        def meet(yes: bool) -> None:
+            wrapped.set_requires_gradient_sync(yes)
+            wrapped.set_reshard_after_backward(yes)
+
+        # each pass over a block ends with its gradients: they wait until the backward pass has come to the first span
+        meet(False)
+        for decoder in parts_of(wrapped)[1:]:  # runs once, and all of its backward pass comes before the latents'
+            decoder.set_requires_gradient_sync(now)
+            decoder.set_reshard_after_backward(now)
+        wrapped.set_is_last_backward(now)
+        wrapped.before_first_span = (lambda: meet(True)) if now else None
+    yield
+
+
+def weights_are_finite(model: nn.Module) -> bool:
+    """Whether all ranks' weights are. A loss tells of the weights before its step only. Collective."""
+    shares = [getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters()]
+    finite = torch.stack([share.isfinite().all() for share in shares]).all().int()
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)  # all ranks
+    return bool(finite)
+
+
+def step_is_finite(norm: torch.Tensor, loss: torch.Tensor) -> bool:
+    """Whether a gradient's norm and all ranks' losses are. Collective, and it waits for the device."""
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # all ranks, where it is sharded
+    both = loss + norm
+    dist.all_reduce(both)  # all ranks
+    return bool(both.isfinite())

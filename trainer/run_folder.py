@@ -1,0 +1,189 @@
+"""What load_model_path points to: a run's checkpoints, one of them by a choice, a folder, a file, a file on the hub."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from utils import UserError, as_json, parse_json, why_unreadable, write_whole
+
+ENDED = "ended.json"
+HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>[^:]+)")
+
+
+class Choice(NamedTuple):
+    """RUN@best or RUN@12: one of a run's checkpoints."""
+
+    run: Path
+    which: str
+
+
+def split_choice(load_model_path: str) -> Choice | None:
+    """None where it is no choice: a path that exists may have an @ in its name."""
+    run, at, which = load_model_path.rpartition("@")
+    return Choice(Path(run), which) if at and run and not os.path.exists(load_model_path) else None
+
+
+def run_of(load_model_path: str) -> Path:
+    """The path without a choice."""
+    choice = split_choice(load_model_path)
+    return choice.run if choice is not None else Path(load_model_path)
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, but for obviously damaged ones (see `checkpoint.damage`). Anything else
+    in the folder is a stranger, and left alone."""
+    needed = ("coconut.json", "trainer/state.json")
+    return [path for path in run_checkpoints(run_dir) if all((path / name).is_file() for name in needed)]
+
+
+def run_checkpoints(run_dir: Path) -> list[Path]:
+    """What this program has written under the name of a checkpoint, whole or not, oldest first."""
+    found = []
+    for path in run_dir.glob("checkpoint_*"):
+        numbers = re.fullmatch(r"checkpoint_(\d+)(?:_step_(\d+))?", path.name)
+        if numbers and ((path / "coconut.json").is_file() or (path / "trainer").is_dir()):
+            found.append((int(numbers[1]), int(numbers[2] or 0), path))
+    return [path for *_, path in sorted(found)]
+
+
+def is_of_finished_epoch(path: Path) -> bool:
+    return "_step_" not in path.name
+
+
+def has_ended(newest: Path, num_epochs: int) -> bool:
+    """Whether the run whose newest checkpoint this is has done so many epochs: with save_only_improve the last ones may
+    have left none, and `note_end` has noted it."""
+    if newest.name == f"checkpoint_{num_epochs}":
+        return True
+    try:
+        noted = parse_json((newest.parent / ENDED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return noted == {"epochs": num_epochs, "newest": newest.name}
+
+
+def note_end(run_dir: Path, num_epochs: int) -> None:
+    """Notes that a run has done all of its epochs, where its checkpoints do not say so."""
+    found = checkpoints(run_dir)
+    if found and not has_ended(found[-1], num_epochs):
+        write_whole(run_dir / ENDED, as_json({"epochs": num_epochs, "newest": found[-1].name}))
+
+
+def rating(path: Path) -> tuple[int, float] | None:
+    """(stage, validation accuracy) of a checkpoint; None where it does not say, or is damaged."""
+    try:
+        stage = parse_json((path / "coconut.json").read_text(encoding="utf-8"))["stage"]
+        accuracy = parse_json((path / "metrics.json").read_text(encoding="utf-8"))["accuracy"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (stage, accuracy) if type(stage) is int and type(accuracy) in (int, float) and 0 <= accuracy <= 1 else None
+
+
+def best(run_dir: Path) -> Path | None:
+    """The checkpoint with the best validation accuracy of the latest stage, of several the latest: earlier stages have
+    steps written, and are easier. None where none says how good it is."""
+    rated = [(path, rating(path)) for path in reversed(checkpoints(run_dir)) if is_of_finished_epoch(path)]
+    return max((pair for pair in rated if pair[1] is not None), key=lambda pair: pair[1], default=(None, None))[0]
+
+
+def resolve(load_model_path: str, cached: bool = False) -> Path:
+    """The folder or file: a file of the reference, a Hugging Face folder, a run's newest checkpoint, RUN@best, RUN@12
+    (after 12 epochs), or org/name:file, which is downloaded from the hub, or `cached` here already.
+
+    Raises UserError where it is none of these.
+    """
+    if reason := why_unreadable(run_of(load_model_path)):
+        raise UserError(f"load_model_path {load_model_path!r} cannot be reached: {reason}")
+    path, choice = Path(load_model_path), split_choice(load_model_path)
+    if choice is not None:
+        return _chosen(load_model_path, *choice)
+    if (path / "modeling_coconut.py").is_file():
+        raise UserError(
+            f"{path} is what tools/export.py writes: AutoModelForCausalLM.from_pretrained reads it, with "
+            f"trust_remote_code=True"
+        )
+    if path.is_file() or (path / "config.json").is_file():
+        return path
+    if found := checkpoints(path):
+        return next((folder for folder in reversed(found) if is_of_finished_epoch(folder)), found[-1])
+    if is_on_hub(load_model_path):
+        return _downloaded(load_model_path, cached)
+    raise UserError(
+        f"load_model_path {load_model_path!r} is no checkpoint: neither a file, nor a folder with a config.json, nor "
+        f"a run's folder with a whole checkpoint in it"
+    )
+
+
+def _chosen(load_model_path: str, run: Path, which: str) -> Path:
+    there = [path.name.removeprefix("checkpoint_") for path in checkpoints(run) if is_of_finished_epoch(path)]
+    if not there:
+        raise UserError(f"load_model_path {load_model_path!r}: {run} is no run's folder with a whole checkpoint in it")
+    if which == "best":
+        if found := best(run):
+            return found
+        raise UserError(f"load_model_path {load_model_path!r}: no checkpoint of {run} says how accurate it is")
+    if which not in there:
+        raise UserError(
+            f"load_model_path {load_model_path!r}: after the @ comes best, or after how many epochs, of which {run} "
+            f"has {', '.join(there)}"
+        )
+    return run / f"checkpoint_{which}"
+
+
+def is_on_hub(load_model_path: str) -> bool:
+    """Whether it is spelled as a file on the hub, org/name:file, and is no folder here."""
+    spelled = HUB_FILE.fullmatch(load_model_path)
+    return spelled is not None and not Path(spelled["repo"]).exists()
+
+
+def _downloaded(load_model_path: str, cached: bool) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    spelled = HUB_FILE.fullmatch(load_model_path)
+    try:
+        return Path(hf_hub_download(spelled["repo"], spelled["file"], local_files_only=cached))
+    except (OSError, ValueError, EntryNotFoundError) as error:  # no connection, a wrong name, what the hub answers
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"load_model_path {load_model_path!r} cannot be had from the hub: {reason}") from None
+
+
+def write_config(values: dict, folder: Path, world_size: int, hardware: str = "unknown") -> None:
+    """Writes a resolved configuration, the commit, the hardware and the library versions to folder/config.yaml.
+
+    The file is itself a configuration: `python run.py FOLDER/config.yaml` repeats the run. Raises UserError.
+    """
+    comments = [f"git commit: {_git_commit()}", f"python: {sys.version.split()[0]}"]
+    comments += [f"world size: {world_size}", f"hardware: {hardware}"]
+    for package in ("torch", "transformers", "numpy", "wandb"):
+        try:
+            comments.append(f"{package}: {version(package)}")
+        except PackageNotFoundError:
+            comments.append(f"{package}: not installed")
+    text = "".join(f"# {line}\n" for line in comments) + yaml.safe_dump(values, sort_keys=False)
+    write_whole(folder / "config.yaml", text)
+
+
+def notes_of(text: str) -> dict[str, str]:
+    """What `write_config` notes above the keys: commit, versions, ranks, hardware."""
+    return dict(re.findall(r"^# ([^:\n]+): (.*)$", text, re.MULTILINE))
+
+
+def _git_commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + (" with uncommitted changes" if changed else "")

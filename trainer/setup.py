@@ -1,0 +1,156 @@
+"""What the steps of a run share, and how it is made ready: model, data, log."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers.utils import logging
+
+import curriculum
+import dataset
+from config import Config
+from dataset import Data
+from trainer import distributed as ranks
+from trainer import evaluate, parallel
+from trainer.distributed import Interruption, World
+from trainer.logger import RunLogger
+from trainer.pretrained import Pretrained
+from trainer.run_folder import write_config
+from trainer.throughput import Throughput
+from trainer.trainer_state import Progress
+from utils import UserError
+
+
+class Step(NamedTuple):
+    """A step that has not been written to the log: what is still on the device, and what it was made of."""
+
+    loss: torch.Tensor  # this rank's share, scalar
+    lr: float
+    stage: int
+    passes: list[tuple[list[int], torch.Tensor]]  # (examples, weighted loss) of each of this rank's micro-batches
+    auxiliary: torch.Tensor | None = None  # this rank's share of what a method adds to the loss, scalar
+
+
+@dataclass
+class Run:
+    """All that the steps of a run share."""
+
+    config: Config
+    world: World
+    pretrained: Pretrained
+    sets: dict[str, Data]  # by the names of val_path; of the name "" where that is a single path
+    logger: RunLogger
+    progress: Progress
+    interruption: Interruption | None = None
+    throughput: Throughput | None = None
+    wrapped: torch.nn.Module | None = None  # the model as it is called in training: DDP's, or the model itself
+    optimizer: torch.optim.Optimizer | None = None
+    unlogged: list[Step] = field(default_factory=list)  # since the last write to the log
+    saved: Path | None = None  # the newest checkpoint
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.pretrained.model
+
+    @property
+    def data(self) -> Data:
+        """Of a training run, which has one set."""
+        return self.sets[""]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return dataset.steps_per_epoch(len(self.data.train), self.config, self.world.size)
+
+
+def setup_run(config: Config, world: World, source: Path | None, progress: Progress, stage: int | None = None) -> Run:
+    """Model, data and log of a run. The run's folder is touched only when all else has succeeded.
+
+    stage: of an eval-only run; those of a training run are its configuration's.
+    """
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    ranks.seed_everything(config.seed)  # every rank makes the same new weights
+    loaded = parallel.load(config, world, source)
+    sets, by_set = {}, config.by_set()
+    for name, one in by_set.items():
+        sets[name] = data = dataset.load_data(one, world, loaded.tokenizer)  # of a training run, the only one
+        dataset.check_lengths(one, loaded.model.max_positions, data)
+    if progress.data not in (None, data.train_digest) and not config.continue_changed:
+        raise UserError(
+            f"{source} was trained on other data than {config.train_path} now holds: choose another name, or set "
+            f"continue_changed=true"
+        )
+    progress.data, progress.val = data.train_digest, data.val_digest
+    if source is not None and not progress.step:
+        progress.started_from = str(source)
+    logger = RunLogger(config.run_dir / "eval" if config.only_eval else config.run_dir, world.is_main)
+    # all ranks; before the log is opened: what fails from then on has to close it
+    ends = (max(progress.epoch, config.resume), config.num_epochs - 1)  # the longest reasoning, and the shortest
+    stages = [curriculum.stage_of(config, epoch) for epoch in ends] if stage is None else [stage]
+    for name, one in by_set.items():
+        look = partial(evaluate.warn_unscorable_answers, loaded.tokenizer, sets[name], one, stages)
+        for text in ranks.on_main_rank(world, look):
+            logger.say(f"warning: {text}")
+
+    def open_log() -> str | None:
+        values = dataclasses.asdict(config)
+        write_config(values, logger.folder, world.size, ranks.hardware(world))
+        return logger.open(values, progress.wandb_id)
+
+    progress.wandb_id = ranks.on_main_rank(world, open_log)  # all ranks
+    return Run(config, world, loaded, sets, logger, progress)
+
+
+def stage_to_evaluate(config: Config, description: dict) -> tuple[int, list[str]]:
+    """The checkpoint's own stage, unless `resume` names an epoch; and what there is to warn of.
+
+    A folder or file that says nothing of a stage, such as a file of the reference, is taken to be of the last one.
+    """
+    recorded, scheduled = description.get("stage"), curriculum.stage_of(config, config.resume)
+    if recorded is not None:
+        if config.resume and recorded != scheduled:
+            text = f"the checkpoint is of stage {recorded}, but resume {config.resume} asks for {scheduled}"
+            return scheduled, [text]
+        return recorded, []
+    if config.resume:
+        return scheduled, []
+    last = curriculum.stage_of(config, config.num_epochs - 1)
+    text = (
+        f"{config.load_model_path} does not say of which stage it is: it is evaluated at the last one of this "
+        f"configuration, {curriculum.stage_name(last)}; resume=EPOCH takes that of another epoch"
+    )
+    return last, [text] if last else []
+
+
+def announce(run: Run, newest: Path | None) -> None:
+    """Says what is about to happen."""
+    config, world, progress = run.config, run.world, run.progress
+    accumulation, size = config.passes(world.size)
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    say = run.logger.say
+    how = "fsdp" if parallel.is_sharded(run.model) else "ddp" if world.size > 1 else "one process"
+    say(f"{config.name}: {config.method}, {parameters:,} parameters, on {world.size} x {world.device.type} ({how})")
+    say(
+        f"global batch {accumulation * world.size * size} = {world.size} ranks x "
+        f"{size} examples x {accumulation} passes; {run.steps_per_epoch} steps an epoch, "
+        f"{len(run.data.train)} training and {len(run.data.val)} validation examples"
+    )
+    if text := dataset.why_no_loader_processes(config):
+        say(f"warning: {text}")
+    if newest is not None:
+        within = f" and {progress.seen} examples" if progress.seen else ""
+        say(f"continuing from {newest}, after {progress.epoch} of {config.num_epochs} epochs{within}")
+        if config.load_model_path is not None:
+            say("(load_model_path is where the run began; its own checkpoint is newer)")
+    elif progress.started_from is not None:
+        say(f"starting from the weights of {progress.started_from}")
+    if newest is None and progress.epoch:
+        if config.load_model_path is None:
+            say("warning: resume skips epochs, but there is no load_model_path with a model that has had them")
+        stage = curriculum.stage_of(config, progress.epoch)
+        say(f"starting with epoch {progress.epoch}, stage {stage}, as resume says")
