@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from conftest import VOCABULARY, tiny_base
 
-from coconut import Coconut, Last
+from coconut import Coconut
 from dataset import collate, collate_for_device, collate_prompts
 from model.backbone import decoder_blocks
 from model.kv_cache import checkpoint_blocks
+from model.thought import Last
 
 EOS, START, LATENT, END = 0, 1, 2, 3
 
