@@ -236,7 +236,7 @@ def train_step(
     drawn, units = draw(run, batches, len(micro_batches)), {}
     if method_of(config).dataset.counts_loss_terms:
         drawn = list(drawn)
-        counts = [batch.pop("units") for batch in drawn]
+        counts = [batch.pop("loss_counts") for batch in drawn]
         units = loss_counts_of_step(counts, micro_batches, world)  # all ranks
     for number, (micro, batch) in enumerate(zip(micro_batches, drawn, strict=True)):
         for name in [name for name in batch if name.endswith("attention_mask")]:  # some methods have several sequences

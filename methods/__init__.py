@@ -14,6 +14,7 @@ from methods import thoughts  # noqa: F401 registers them
 from methods.codi import Codi, TaughtDataset
 from methods.lotus import LabelledDataset, Lotus
 from methods.multi_mode import ModesDataset, MultiMode
+from methods.parallel_latents import ParallelLatents
 from methods.sim_cot import ExplainedDataset, SimCot
 
 
@@ -27,13 +28,16 @@ def make_model(
 ) -> Coconut:
     """A causal LM as the configuration trains it; model_class: default, that of its method."""
     tokens = (markers.latent, markers.start, markers.end, markers.eos)
-    passes = {"latent_passes": split_passes(config.latent_passes), "c_thought": config.c_thought}
-    model = (model_class or method_of(config).model)(base, *tokens, thought=config.thought, **passes)
-    if isinstance(model, Codi):
-        model.distillation = config.distillation
-    if isinstance(model, Lotus):
-        model.latent_labels_weight = config.latent_labels
-    return model
+    model_class, options = model_class or method_of(config).model, {}
+    if config.latent_passes != "sequential":
+        if not issubclass(model_class, ParallelLatents):
+            model_class = type(model_class.__name__, (model_class, ParallelLatents), {})
+        options |= {"latent_passes": split_passes(config.latent_passes), "c_thought": config.c_thought}
+    if issubclass(model_class, Codi):
+        options["distillation"] = config.distillation
+    if issubclass(model_class, Lotus):
+        options["latent_labels"] = config.latent_labels
+    return model_class(base, *tokens, thought=config.thought, **options)
 
 
 def method_of(config: Config) -> Method:

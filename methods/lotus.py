@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
-from coconut import Coconut, CoconutOutput
+from coconut import CoconutOutput
 from dataset import StageDataset
+from methods.parallel_latents import ParallelLatents
 
 
 def latent_labels(steps: Sequence[Sequence[int]], n_latents: int, c_thought: int) -> list[tuple[int, int]]:
@@ -45,23 +45,26 @@ class LabelledDataset(StageDataset):
         return input_ids, labels, latent_labels(self.tokens[key[0]][1], n_latents, self.config.c_thought)
 
     def collate(self, rows: list[tuple]) -> dict:
-        """`StageDataset.collate`, with the arguments of `Lotus.forward`, and `units`: the tokens of either loss."""
+        """`StageDataset.collate`, with the arguments of `Lotus.forward`, and the tokens of either loss."""
         batch = super().collate([(input_ids, labels) for input_ids, labels, _ in rows])
-        width = batch["input_ids"].shape[1]
-        before = next(iter(batch["latent_columns"]), 1) - 1  # in each row that has latents
-        found = [
-            (row * width + before + index, token) for row, (_, _, told) in enumerate(rows) for index, token in told
-        ]
+        width, first = batch["input_ids"].shape[1], next(iter(batch["latent_columns"]), 0)
+        found = []
+        for number, (input_ids, _, row_labels) in enumerate(rows):
+            for index, token in row_labels:  # padding may stand between the start marker and the first latent
+                column = first - 1 + index if index else input_ids.index(self.markers.latent) - 1
+                found.append((number * width + column, token))
         batch["label_places"] = torch.tensor([place for place, _ in found], dtype=torch.int64)
         batch["label_targets"] = torch.tensor([token for _, token in found], dtype=torch.int64)
-        batch["units"] = {"loss": len(batch["supervised"]), "auxiliary": len(found)}
+        batch["loss_counts"] = {"loss": len(batch["supervised"]), "auxiliary": len(found)}
         return batch
 
 
-class Lotus(Coconut):
-    """Coconut whose latents have labels, in training."""
+class Lotus(ParallelLatents):
+    """Latents in parallel that have labels, in training; latent_labels: their loss's weight beside the answer's."""
 
-    latent_labels_weight = 1.0
+    def __init__(self, *args, latent_labels: float = 0.05, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.latent_labels = latent_labels
 
     def forward(
         self,
@@ -75,6 +78,6 @@ class Lotus(Coconut):
         if label_targets is None:
             return super().forward(*args, **kwargs)
         output = super().forward(*args, return_hidden=True, **kwargs)
-        logits = self.head(output.hidden.flatten(0, 1)[label_places])  # (S, V)
-        auxiliary = self.latent_labels_weight * F.cross_entropy(logits, label_targets, reduction="sum")
+        hidden = output.hidden.flatten(0, 1)[label_places]  # (S, D)
+        auxiliary = self.latent_labels * self.backbone.cross_entropy(hidden, label_targets, reduction="sum")
         return output._replace(hidden=None, auxiliary=auxiliary)

@@ -13,13 +13,11 @@ the longest text, S tokens that are predicted.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from coconut import Coconut, CoconutOutput
 from curriculum import explanations
 from dataset import StageDataset, padded
-from model.kv_cache import make_cache
 
 
 class ExplainedDataset(StageDataset):
@@ -35,7 +33,7 @@ class ExplainedDataset(StageDataset):
         return input_ids, labels, explanations(texts, answer, n_latents, self.config)
 
     def collate(self, rows: list[tuple]) -> dict:
-        """`StageDataset.collate`, with the arguments of `SimCot.forward`, and `units`: the number of groups.
+        """`StageDataset.collate`, with the arguments of `SimCot.forward`, and `loss_counts`: the number of groups.
 
         Where there is none, one stands in that counts nothing: the decoder's weights must have a gradient, since DDP
         waits for it.
@@ -49,7 +47,7 @@ class ExplainedDataset(StageDataset):
             for number, text in enumerate(texts)
             if text is not None
         ]
-        batch["units"] = {"auxiliary": len(groups)}
+        batch["loss_counts"] = {"auxiliary": len(groups)}
         counted = [len(targets) if self.config.step_decoder_reduction == "mean" else 1 for _, _, targets in groups]
         if not groups:
             groups, counted = [(0, 0, [eos])], [0]
@@ -92,9 +90,9 @@ class StepDecoder(Coconut):
         """
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
         positions = mask.cumsum(dim=1)
-        cache = make_cache(self.base_causallm.config, embeds.shape[1], keeps=False)
-        hidden = self.span(embeds, mask, positions, masked=False, cache=cache)
-        return F.cross_entropy(self.head(hidden.flatten(0, 1)[places]), targets, reduction="none")
+        cache = self.backbone.make_cache(embeds.shape[1], keeps=False)
+        hidden = self.backbone.span(embeds, mask, positions, masked=False, cache=cache)
+        return self.backbone.cross_entropy(hidden.flatten(0, 1)[places], targets, reduction="none")
 
 
 class SimCot(Coconut):
@@ -134,7 +132,7 @@ class SimCot(Coconut):
         if step_ids is None:
             return output
         thoughts = output.inputs_embeds[step_rows[:, None], step_columns]  # (P, c, D)
-        embeds = torch.cat([thoughts, self._embed(step_ids).to(thoughts.dtype)], dim=1)
+        embeds = torch.cat([thoughts, self.backbone.embed(step_ids).to(thoughts.dtype)], dim=1)
         losses = self.step_decoder(embeds, step_places, step_targets)
         counted = torch.where(step_divisors > 0, losses / step_divisors.clamp(min=1), 0 * losses)
         return output._replace(auxiliary=self.step_decoder_weight * counted.sum())

@@ -5,6 +5,7 @@ Legend: B rows, D hidden size, V vocabulary, L decoder blocks.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,6 +73,8 @@ def make_thought(spelling: str, base: PreTrainedModel) -> Thought:
         name, number = split_thought(spelling)
     except ValueError as error:
         raise UserError(f"thought {error}, not {spelling!r}") from None
+    if name not in REGISTRY:
+        importlib.import_module("methods.thoughts")
     return REGISTRY[name](base, number)
 
 

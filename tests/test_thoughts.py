@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_base
 
 from config import THOUGHTS, Config
-from model.backbone import StreamRecorder, decoder_blocks
+from model.backbone import Backbone, decoder_blocks
 from model.thought import REGISTRY, Seen, make_thought
 from utils import UserError
 
@@ -138,9 +138,10 @@ def test_suppressed_is_what_falls_in_the_later_half():
 
 def test_the_last_column_is_recorded_and_only_on_request(family):
     base = tiny_base(family, layers=3)
-    recorder = StreamRecorder(decoder_blocks(base))
+    backbone = Backbone(base)
+    backbone.hook_blocks()
     input_ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    with recorder.recording() as states:
+    with backbone.recording(lambda state: state[:, -1:]) as states:
         output = base.get_decoder()(input_ids, output_hidden_states=True)
     base.get_decoder()(input_ids)
     assert [state.shape for state in states] == [(2, 1, 32)] * 4

@@ -95,7 +95,7 @@ def exported(model: Coconut) -> CoconutForCausalLM:
     name, _ = split_thought(thought)
     if name not in KNOWN:
         raise UserError(f"the thought {name} is not among those that an exported model can have: {', '.join(KNOWN)}")
-    if model.recomputes:
+    if model.backbone.recomputes:
         raise UserError(f"a {base.config.model_type} cannot be exported: it generates rightly without a cache only")
     newline, endings = _with_newline(model.tokenizer)
     appended = model.prompts([""])[0][len(model.tokenizer("\n")["input_ids"]) :]
@@ -127,7 +127,7 @@ def exported(model: Coconut) -> CoconutForCausalLM:
 
 def _passes(model: Coconut, n_latents: int) -> int | None:
     """How often the thoughts of a model whose latents are made in parallel are made anew."""
-    return None if model.latent_passes is None or not n_latents else model.latent_updates(n_latents)
+    return None if not hasattr(model, "latent_passes") or not n_latents else model.latent_updates(n_latents)
 
 
 def _with_newline(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[int, list[int]]]:

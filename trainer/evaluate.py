@@ -229,8 +229,7 @@ def _generate_share(
         with autocast(config, world):
             rows = generate_tokens(pretrained, config.method, batch, config.max_new_tokens, world.device)
         for index, new in zip(indices, rows, strict=True):
-            thinks = model.thought.sequential and model.latent_passes != 0
-            n_latents = prompts[index].count(markers.latent) if thinks else 0
+            n_latents = prompts[index].count(markers.latent) if model.thinks else 0
             outputs[index] = (tokenizer.decode(new, skip_special_tokens=True), len(new), n_latents)
     return outputs
 
