@@ -16,31 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import config_checks
-from config_checks import WITH_LATENTS
+import methods
 from config_files import Layer, Value, check_range, converted, override_layer, yaml_layers
+from methods import LARGEST_FACTOR, key
 from utils import UserError, launched_ranks, print_error
 
-METHODS = ("coconut", "cot", "no_cot", "no_thoughts", "icot", "codi", "multi_mode")
+METHODS = methods.names()
 MOST_LATENTS = 100_000  # longer than any model's positions; sequences of more fill the memory before they are refused
-MOST = 1e30  # of what a gradient is multiplied with: it has to stay a float32
-MOST_RANKS = 65_536  # of LoRA: more than any layer has
 METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")  # keys of the reference that became `method`
-# thoughts.py defines them; they are named here, with what may follow the name, so that a configuration is checked
-# without torch: layer is written as layer:-2 or layer:0.5, and suppressed may name its threshold, as suppressed:0.3
-THOUGHTS = {
-    "last": "",
-    "layer": ":N",
-    "pause": "",
-    "projected": "",
-    "normalised": "",
-    "projected+normalised": "",
-    "realigned": "",
-    "looped": "",
-    "mlp": "[:P]",
-    "suppressed": "[:T]",
-    "last+suppressed": "[:T]",
-    "embedding+suppressed": "[:T]",
-}
+# name -> (what may follow it, the module that has it): layer is written as layer:-2 or layer:0.5, and suppressed may
+# name its threshold, as suppressed:0.3
+THOUGHTS = {"last": ("", "model.thought")} | {name: (takes, module) for name, takes, module in methods.thoughts()}
 
 
 def split_thought(spelling: str) -> tuple[str, int | float | None]:
@@ -51,156 +37,109 @@ def split_thought(spelling: str) -> tuple[str, int | float | None]:
     name, colon, text = spelling.partition(":")
     whole, share = r"\d{1,6}", r"\d{0,6}\.\d{1,20}"
     numbers = {"": "", ":N": f":(-?{whole}|{share})", "[:T]": f"(:({whole}|{share}))?", "[:P]": r"(:[1-9]\d{0,5})?"}
-    if name not in THOUGHTS or not re.fullmatch(numbers[THOUGHTS[name]], colon + text):
-        raise ValueError(f"must be one of {', '.join(name + takes for name, takes in THOUGHTS.items())}")
+    if name not in THOUGHTS or not re.fullmatch(numbers[THOUGHTS[name][0]], colon + text):
+        raise ValueError(f"must be one of {', '.join(name + takes for name, (takes, _) in THOUGHTS.items())}")
     number = None if not text else float(text) if "." in text else int(text)
     return name, number
 
 
-def split_passes(spelling: str) -> int | str | None:
-    """What Coconut is given as latent_passes: None where it is sequential, a number, or "stage". Raises ValueError."""
-    if spelling == "sequential":
-        return None
-    if spelling != "stage" and not re.fullmatch(r"\d{1,6}", spelling):
-        raise ValueError("must be sequential, a number from 0 on, or stage")
-    return spelling if spelling == "stage" else int(spelling)
+def modern(values: dict) -> dict:
+    """Values of keys in today's spelling, where they are in that of before a method had a name of its own."""
+    values = dict(values)
+    for rules in methods.all_rules().values():
+        rules.older(values)
+    return values
 
 
-def _check_smoothing(smoothing: float | None) -> None:
-    """Raises ValueError where nearly all tokens would be drawn, and numpy can draw no more."""
-    if smoothing and smoothing < 1e-6:
-        raise ValueError("must be 0, for none, or at least 1e-6")
+def with_defaults(values: dict) -> dict:
+    """`modern`, with the defaults of the method where it is chosen by its name: an older spelling had none."""
+    values, given = modern(values), values.get("method")
+    rules = methods.all_rules().get(given)
+    return {**rules.defaults, **values} if rules and values["method"] == given else values
 
 
-def _key(
-    default,
-    text: str,
-    *,
-    choices: tuple = (),
-    low: float | None = None,
-    high: float | None = None,
-    check: typing.Callable | None = None,
-    free: bool = False,
-    later: bool = False,
-    empty: bool = False,
-):
-    """A key with its limits; `free` where it does not decide what the weights become, so that it may change between a
-    run and its continuation; `later` where results of experiments/ are older than the key, and had its default; `empty`
-    where nothing, as in `key=`, is the empty text."""
-    limits = {"choices": choices, "low": low, "high": high, "check": check, "free": free, "later": later}
-    limits["empty"] = empty
-    return dataclasses.field(default=default, metadata={"help": text, **limits})
+def _with_keys_of_methods(cls):
+    """Adds each method's own keys to those of the core."""
+    for rules in methods.all_rules().values():
+        for name, annotation, field in methods.own_keys(rules):
+            cls.__annotations__[name] = annotation
+            setattr(cls, name, field)
+    return cls
 
 
-@dataclass
+@dataclass(init=False)
+@_with_keys_of_methods
 class Config:
     """One run. Every field is a key of the YAML files in args/ and of `run.py FILE key=value ...`.
+
+    Keys of a single method are in its file of methods/; any key is checked whatever the method.
 
     The keys that the reference implementation knows keep its names and meanings; the others default to what it does.
     """
 
     # the run
-    project: str = _key("coconut", "wandb project", free=True)
-    name: str = _key(
+    project: str = key("coconut", "wandb project", free=True)
+    name: str = key(
         "run",
         "name of the run; its folder is save_path/name (default: the YAML file's name; never inherited by extends)",
         free=True,
     )
-    save_path: str = _key("checkpoints", "folder that holds the runs", free=True)
-    only_eval: bool = _key(False, "evaluate load_model_path on val_path and stop", free=True)
-    seed: int = _key(0, "seeds the weights that are made anew, the data order, dropout and stage mixing", low=0)
-    debug: bool = _key(
+    save_path: str = key("checkpoints", "folder that holds the runs", free=True)
+    only_eval: bool = key(False, "evaluate load_model_path on val_path and stop", free=True)
+    seed: int = key(0, "seeds the weights that are made anew, the data order, dropout and stage mixing", low=0)
+    debug: bool = key(
         False,
         "quick look in the folder NAME-debug: 5000 training and 32 validation examples, no checkpoints, no wandb",
         free=True,
     )
-    wandb: str = _key(
+    wandb: str = key(
         "online",
         "online | offline | disabled; online becomes offline where nobody is logged in; "
         "the variable WANDB_MODE wins over this key",
         choices=("online", "offline", "disabled"),
         free=True,
     )
-    log_every_steps: int = _key(10, "optimizer steps between two writes to metrics.jsonl and wandb", low=1, free=True)
+    log_every_steps: int = key(10, "optimizer steps between two writes to metrics.jsonl and wandb", low=1, free=True)
 
     # the method
-    method: str = _key("coconut", " | ".join(METHODS) + "; the reference's four booleans are read too", choices=METHODS)
-    thought: str = _key(
+    method: str = key("coconut", " | ".join(METHODS) + "; the reference's four booleans are read too", choices=METHODS)
+    thought: str = key(
         "last",
-        "what a latent position is fed: " + " | ".join(name + takes for name, takes in THOUGHTS.items()) + "; N is a "
+        "what a latent position is fed: "
+        + " | ".join(name + takes for name, (takes, _) in THOUGHTS.items())
+        + "; N is a "
         "layer, counted from the end where negative, or a share of the layers such as 0.5, T a threshold, P a width",
         check=split_thought,
     )
-    latent_passes: str = _key(
-        "sequential",
-        "sequential | T | stage: thoughts one after the other, or all at once: in T passes after that with the latent "
-        "token's embedding (PCCoT), or in as many passes as they stand for steps (LOTUS)",
-        check=split_passes,
-        later=True,
-    )
-    mode: str = _key(
-        "latent",
-        "multi_mode: latent | written | direct, how the model is asked in an eval-only run: for thoughts, for written "
-        "steps, for the answer at once; a training run validates all three",
-        choices=("latent", "written", "direct"),
-        free=True,
-    )
-    distillation: float = _key(
-        1.0, "codi: weight of the distance between the student's states and the teacher's", low=0, high=MOST, later=True
-    )
-    latent_labels: float = _key(
-        0.0,
-        "weight of what the latents are told that they stand for, the tokens of their step (LOTUS: 0.05)",
-        low=0,
-        high=MOST,
-        later=True,
-    )
-    step_decoder: str = _key(
-        "none",
-        "none | pretrained | copy: in training, a second model must say from each step's thoughts what the step was "
-        "(SIM-CoT): model_id with its pretrained weights, or a copy of this model as it begins",
-        choices=("none", "pretrained", "copy"),
-        later=True,
-    )
-    step_decoder_weight: float = _key(1.0, "of that model's loss beside the answer's", low=0, high=MOST, later=True)
-    step_decoder_reduction: str = _key(
-        "sum", "sum | mean: of its loss over the tokens of a step", choices=("sum", "mean"), later=True
-    )
-    step_decoder_surplus: str = _key(
-        "answer",
-        "answer | none: what the thoughts stand for that an example has beyond its steps",
-        choices=("answer", "none"),
-        later=True,
-    )
-    c_thought: int = _key(1, "latent thoughts that replace one written step", low=0, high=MOST_LATENTS)
-    max_latent_stage: int = _key(
+    c_thought: int = key(1, "latent thoughts that replace one written step", low=0, high=MOST_LATENTS)
+    max_latent_stage: int = key(
         6, "stage after which no more thoughts are added and all steps are dropped", low=0, high=MOST_LATENTS
     )
-    epochs_per_stage: int | list[int] = _key(
+    epochs_per_stage: int | list[int] = key(
         5, "epochs of each stage; or a list with one entry a stage, the last stage going on to num_epochs", low=1
     )
-    curriculum: str = _key(
+    curriculum: str = key(
         "staged", "staged | none (the last stage from the first epoch on)", choices=("staged", "none")
     )
-    pad_latent_to_max: bool = _key(
+    pad_latent_to_max: bool = key(
         True, "in the last stage, max_latent_stage thoughts also where an example has fewer steps"
     )
-    uniform_prob: float = _key(0.0, "probability that an example trains at a stage drawn from 0..n", low=0, high=1)
-    advance_at: float | None = _key(
+    uniform_prob: float = key(0.0, "probability that an example trains at a stage drawn from 0..n", low=0, high=1)
+    advance_at: float | None = key(
         None, "a stage ends before its epochs are over when validation accuracy has reached this", low=0, high=1
     )
-    latent_markers: str = _key(
+    latent_markers: str = key(
         "both",
         "both | none: whether the latents stand between a start and an end marker, as in the paper",
         choices=("both", "none"),
     )
-    step_separator: str = _key("\n", 'what follows each written step; "" for steps of one token', empty=True)
-    eval_latents_from_steps: bool = _key(
+    step_separator: str = key("\n", 'what follows each written step; "" for steps of one token', empty=True)
+    eval_latents_from_steps: bool = key(
         False,
         "with pad_latent_to_max off, evaluate with at most as many steps of thought as the example has (reference)",
         free=True,
     )
-    eval_latents: int | None = _key(
+    eval_latents: int | None = key(
         None,
         "in an eval-only run of method coconut, so many latent thoughts whatever the stage",
         low=0,
@@ -208,65 +147,59 @@ class Config:
         free=True,
     )
 
-    icot_tokens_per_epoch: int = _key(8, "icot: reasoning tokens removed more with each epoch", low=1)
-    icot_remove_all_after: int | None = _key(None, "icot: remove everything once so many tokens are removed", low=1)
-    icot_smoothing: float | None = _key(
-        4.0, "icot: o more tokens are removed with probability ~ exp(-this * o)", low=0, check=_check_smoothing
-    )
-
     # the model
-    model_id: str = _key(
+    model_id: str = key(
         "openai-community/gpt2", "Hugging Face id or local folder of the causal language model", free=True
     )
-    from_scratch: bool = _key(False, "take only the shape of model_id; initialise its weights from seed")
-    load_model_path: str | None = _key(
+    from_scratch: bool = key(False, "take only the shape of model_id; initialise its weights from seed")
+    load_model_path: str | None = key(
         None,
         "weights to start from or to evaluate: a checkpoint folder, a run's folder (its newest checkpoint), RUN@best, "
         "RUN@12 (after 12 epochs), a Hugging Face folder, a file of the reference, or org/name:file on the hub",
         free=True,
     )
-    lora_rank: int | None = _key(
+    lora_rank: int | None = key(
         None,
         "train low-rank updates of the linear layers, of this rank, and nothing else (LoRA)",
         low=1,
-        high=MOST_RANKS,
         later=True,
     )
-    lora_alpha: int = _key(32, "LoRA: the updates count lora_alpha / lora_rank times", low=1, later=True)
-    resume: int = _key(
+    lora_alpha: int = key(32, "LoRA: the updates count lora_alpha / lora_rank times", low=1, later=True)
+    lora_dropout: float = key(0.0, "LoRA: dropout of what the updates are given", low=0, high=1, later=True)
+    resume: int = key(
         0, "epoch to start from with load_model_path; in an eval-only run the epoch whose stage is used", low=0
     )
 
     # the data
-    train_path: str | None = _key(None, "JSON list of {question, answer, steps}", free=True)
-    val_path: str | dict[str, str] | None = _key(
+    train_path: str | None = key(None, "JSON list of {question, answer, steps}", free=True)
+    val_path: str | dict[str, str] | None = key(
         None,
         "the same, for validation and for eval-only runs; these take several files too, as {name: path, other: path}",
         free=True,
     )
-    max_train_examples: int | None = _key(None, "train on the first so many examples", low=1)
-    max_train_tokens: int | None = _key(
+    max_train_examples: int | None = key(None, "train on the first so many examples", low=1)
+    max_train_tokens: int | None = key(
         None, "leave out training examples that are longer than this with all steps written", low=1
     )
-    max_eval_examples: int | None = _key(None, "validate on the first so many examples", low=1, free=True)
-    group_by_length: bool = _key(
+    max_eval_examples: int | None = key(None, "validate on the first so many examples", low=1, free=True)
+    group_by_length: bool = key(
         False, "batches of similar lengths, in random order: less padding (the paper's order is random throughout)"
     )
-    num_workers: int = _key(1, "loader processes for each rank; none under a debugger", low=0, free=True)
+    num_workers: int = key(1, "loader processes for each rank; none under a debugger", low=0, free=True)
 
     # the optimisation
-    num_epochs: int = _key(50, "epochs in all, counted from epoch 0 of the curriculum", low=1)
-    batch_size_training: int = _key(32, "examples of one forward pass on one rank", low=1)
-    gradient_accumulation_steps: int = _key(1, "forward passes of one optimizer step on one rank", low=1)
-    global_batch_size: int | None = _key(
+    num_epochs: int = key(50, "epochs in all, counted from epoch 0 of the curriculum", low=1)
+    batch_size_training: int = key(32, "examples of one forward pass on one rank", low=1)
+    gradient_accumulation_steps: int = key(1, "forward passes of one optimizer step on one rank", low=1)
+    global_batch_size: int | None = key(
         None, "examples of one optimizer step over all ranks; gradient_accumulation_steps is derived from it", low=1
     )
-    lr: float = _key(1e-4, "AdamW's learning rate", low=0, high=MOST)
-    weight_decay: float = _key(0.01, "AdamW's weight decay, on every parameter", low=0, high=MOST)
-    lr_scheduler: str = _key("constant", "constant | linear | cosine", choices=("constant", "linear", "cosine"))
-    warmup_steps: int = _key(0, "optimizer steps over which lr rises from 0", low=0)
-    max_grad_norm: float | None = _key(None, "clip the gradient's norm to this; not at all where it is 0", low=0)
-    reset_optimizer: bool | str = _key(
+    lr: float = key(1e-4, "AdamW's learning rate", low=0, high=LARGEST_FACTOR)
+    weight_decay: float = key(0.01, "AdamW's weight decay, on every parameter", low=0, high=LARGEST_FACTOR)
+    lr_scheduler: str = key("constant", "constant | linear | cosine", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = key(0, "optimizer steps over which lr rises from 0", low=0)
+    max_grad_norm: float | None = key(None, "clip the gradient's norm to this; not at all where it is 0", low=0)
+    reset_optimizer: bool | str = key(
         "stage",
         "never | stage | epoch: make AdamW anew when the stage changes or at every epoch; "
         "True = epoch and False = never, as the reference's code does",
@@ -274,50 +207,50 @@ class Config:
     )
 
     # the machine
-    strategy: str = _key(
+    strategy: str = key(
         "auto",
         "auto | ddp | fsdp; auto is ddp, which replicates the model, unless that would take more than 60 % of a GPU's "
         "memory: then fsdp, which shards it",
         choices=("auto", "ddp", "fsdp"),
         free=True,
     )
-    compile: bool = _key(
+    compile: bool = key(
         False, "compile the decoder blocks with torch.compile: minutes at first, faster steps on GPUs", free=True
     )
-    gradient_checkpointing: bool = _key(
+    gradient_checkpointing: bool = key(
         False, "keep only the inputs of the decoder blocks and compute the rest again: less memory, slower", free=True
     )
-    bf16: bool = _key(False, "mixed precision: bfloat16 arithmetic, float32 weights and optimizer")
-    bf16_weights: bool = _key(False, "weights and optimizer in bfloat16 too (what the reference's bf16 does)")
+    bf16: bool = key(False, "mixed precision: bfloat16 arithmetic, float32 weights and optimizer")
+    bf16_weights: bool = key(False, "weights and optimizer in bfloat16 too (what the reference's bf16 does)")
 
     # evaluation and checkpoints
-    eval_batch_size: int = _key(32, "prompts generated from at once on one rank", low=1, free=True)
-    max_new_tokens: int = _key(128, "longest generation", low=1, free=True)
-    answer_match: str = _key(
+    eval_batch_size: int = key(32, "prompts generated from at once on one rank", low=1, free=True)
+    max_new_tokens: int = key(128, "longest generation", low=1, free=True)
+    answer_match: str = key(
         "text",
         "text | number: an answer is right where it is the gold answer's text without commas (reference), or where the "
         "last number in it is less than 0.001 from the gold answer",
         choices=("text", "number"),
         free=True,
     )
-    save_only_improve: bool = _key(
+    save_only_improve: bool = key(
         False, "save only when validation accuracy is the best of its stage so far", free=True
     )
-    save_every_steps: int | None = _key(
+    save_every_steps: int | None = key(
         None,
         "save within epochs too, after every so many optimizer steps; only the newest two of these are kept",
         low=1,
         free=True,
     )
-    keep_checkpoints: int | None = _key(
+    keep_checkpoints: int | None = key(
         None, "keep the newest so many epochs, and the best (default: all)", low=1, free=True
     )
-    continue_changed: bool = _key(
+    continue_changed: bool = key(
         False,
         "continue the run in save_path/name although this configuration would have led to other weights",
         free=True,
     )
-    skip_nonfinite: bool = _key(
+    skip_nonfinite: bool = key(
         False,
         "leave out optimizer steps whose loss or gradient is not finite, and count them, instead of stopping",
         free=True,
@@ -351,10 +284,21 @@ class Config:
             raise UserError(head + (problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems])))
         return config
 
-    def __post_init__(self):
+    def __init__(self, **values):
+        """Keys that are not given have their defaults; see `with_defaults`."""
+        values = with_defaults(values)
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        if unknown := values.keys() - fields.keys():
+            raise TypeError(f"no keys of a configuration: {', '.join(sorted(unknown))}")
+        for name, field in fields.items():
+            setattr(self, name, values.get(name, field.default))
         if isinstance(self.reset_optimizer, bool):
             self.reset_optimizer = "epoch" if self.reset_optimizer else "never"
-        self.latent_passes = str(self.latent_passes)
+
+    @property
+    def rules(self) -> type[methods.Method]:
+        """What the method is, without torch."""
+        return methods.rules_of(self.method)
 
     @property
     def run_dir(self) -> Path:
@@ -369,7 +313,7 @@ class Config:
     @property
     def has_latents(self) -> bool:
         """Whether the method's sequences have latent positions."""
-        return self.method in WITH_LATENTS
+        return self.rules.has_latents
 
     @property
     def last_stage(self) -> int:
@@ -411,6 +355,10 @@ class Config:
         lines = []
         for field in dataclasses.fields(cls):
             lines.append(f"  {field.name} = {json.dumps(field.default)}\n      {field.metadata['help']}")
+        lines.append("\nother defaults of methods:")
+        for name, rules in methods.all_rules().items():
+            if rules.defaults:
+                lines.append(f"  {name}: {', '.join(f'{key} {value}' for key, value in rules.defaults.items())}")
         return "\n".join(lines)
 
 

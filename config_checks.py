@@ -8,18 +8,20 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import methods
 from trainer.run_folder import is_on_hub, run_of
 from utils import UserError, why_unreadable
 
 PLACEHOLDER = re.compile(r"YOUR_\w+")
-WITH_LATENTS = ("coconut", "codi", "multi_mode")  # the methods whose sequences have latent positions
 NO_FILE_NAME = re.compile(r"[/\\\0]|^\.*$")  # of what a name must not be, since files and folders bear it
 LONGEST_NAME = 200  # bytes: a file's name has at most 255, and what is written aside is called a little longer
 
 
 def combinations(config, world_size: int) -> list[str]:
     """Keys that exclude each other or lack one another."""
-    found = [*_of_the_run(config), *_of_stages(config), *_of_modes(config), *_of_latents(config), *_of_weights(config)]
+    found = [*_of_the_run(config), *_of_stages(config), *_of_weights(config)]
+    for rules in methods.all_rules().values():
+        found += rules.problems(config)
     if not config.only_eval:  # which has no optimizer steps
         try:
             config.passes(world_size)
@@ -39,7 +41,7 @@ def _of_the_run(config) -> list[str]:
         found.append(f"resume {config.resume} leaves nothing of num_epochs {config.num_epochs}")
     if config.only_eval and config.load_model_path is None:
         found.append("only_eval needs load_model_path: the checkpoint to evaluate")
-    if config.eval_latents is not None and not (config.only_eval and config.method in WITH_LATENTS):
+    if config.eval_latents is not None and not (config.only_eval and config.has_latents):
         found.append("eval_latents is for eval-only runs of method coconut, or of another with latents")
     if is_no_file_name(config.name):
         found.append(f"name {config.name!r} must be a plain folder name, of at most {LONGEST_NAME} bytes")
@@ -68,58 +70,17 @@ def _of_stages(config) -> list[str]:
             f"epochs_per_stage has {len(config.epochs_per_stage)} entries, but there are only {config.last_stage + 1} "
             f"stages: 0 to max_latent_stage + 1"
         )
-    if config.method == "icot" and config.uniform_prob > 0:
-        found.append("uniform_prob mixes stages of whole steps, but method icot removes single tokens")
-    if config.method == "icot" and config.advance_at is not None:
-        found.append("advance_at ends stages of whole epochs, but method icot's stages are within an epoch")
-    if config.method == "codi" and (config.uniform_prob or config.advance_at is not None):
-        found.append(
-            "uniform_prob and advance_at are of stages, and method codi has always the thoughts of the last one"
-        )
-    if config.method == "codi" and not config.c_thought * config.max_latent_stage * config.pad_latent_to_max:
-        found.append("method codi thinks max_latent_stage x c_thought thoughts: it needs both, and pad_latent_to_max")
-    return found
-
-
-def _of_modes(config) -> list[str]:
-    """Method multi_mode."""
-    found = []
-    if config.method == "multi_mode":
-        if config.latent_markers == "none":
-            found.append("method multi_mode tells its modes by the markers: latent_markers must be both")
-    elif config.mode != "latent":
-        found.append(f"mode {config.mode} is for method multi_mode")
-    if config.mode != "latent" and not config.only_eval:
-        found.append(f"mode {config.mode} is for eval-only runs: a training run has all modes")
-    if config.mode != "latent" and config.eval_latents is not None:
-        found.append(f"eval_latents counts latents, and mode {config.mode} has none")
-    return found
-
-
-def _of_latents(config) -> list[str]:
-    """How thoughts come about, and what they are told."""
-    found = []
-    in_parallel = config.latent_passes != "sequential"
-    if in_parallel and config.method not in WITH_LATENTS:
-        found.append(f"latent_passes {config.latent_passes} is for latents, and method {config.method} has none")
-    if in_parallel and config.thought == "pause":
-        found.append("latent_passes makes thoughts, and thought pause has none")
-    if config.latent_passes == "stage" and config.c_thought == 0:
-        found.append("latent_passes stage counts groups of c_thought latents, and c_thought is 0")
-    if config.thought == "looped" and not in_parallel:
-        found.append("thought looped is of latents that are made in parallel: set latent_passes to stage, or a number")
-    if config.latent_labels and config.method != "coconut":
-        found.append("latent_labels are for the latents of method coconut alone")
-    if config.latent_labels and config.step_decoder != "none":
-        found.append("latent_labels and step_decoder exclude each other")
-    if config.step_decoder != "none" and not config.only_eval:
-        pauses = config.thought == "pause" or config.latent_passes == "0"
-        if config.method != "coconut" or pauses or not config.c_thought:
+    if not config.rules.has_stages:
+        if config.uniform_prob or config.advance_at is not None:
             found.append(
-                "step_decoder explains thoughts: it needs method coconut, a thought that is fed back, c_thought"
+                f"uniform_prob and advance_at are of stages, and method {config.method} has always the thoughts of the "
+                f"last one"
             )
-        if config.step_decoder == "pretrained" and config.from_scratch:
-            found.append("step_decoder pretrained takes weights of model_id, and from_scratch has none: set it to copy")
+        if not config.c_thought * config.max_latent_stage * config.pad_latent_to_max:
+            found.append(
+                f"method {config.method} thinks max_latent_stage x c_thought thoughts: it needs both, and "
+                f"pad_latent_to_max"
+            )
     return found
 
 

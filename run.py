@@ -28,12 +28,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import curriculum
 import dataset
 from dataset import EpochPlan, MicroBatch
-from methods import method_of
 from methods.sim_cot import SimCot
 from trainer import checkpoint, evaluate, parallel, trainer_state
 from trainer import distributed as ranks
 from trainer.distributed import World
-from trainer.pretrained import read_description
+from trainer.pretrained import method_of, read_description
 from trainer.run_folder import has_ended, note_end
 from trainer.setup import Run, Step, announce, setup_run, stage_to_evaluate
 from trainer.table import summary

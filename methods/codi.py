@@ -16,6 +16,26 @@ Legend: B rows, T columns of a batch, D hidden size, L decoder blocks.
 
 from __future__ import annotations
 
+import methods
+from methods import LARGEST_FACTOR, key
+
+
+class Method(methods.Method):
+    has_latents = True
+    has_stages = False
+    distillation: float = key(
+        1.0,
+        "codi: weight of the distance between the student's states and the teacher's",
+        low=0,
+        high=LARGEST_FACTOR,
+        later=True,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With torch
+# ---------------------------------------------------------------------------------------------------------------
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -60,10 +80,14 @@ class Codi(Coconut):
     """Coconut that is taught in training, where a batch has a teacher's part."""
 
     distillation = 1.0  # its weight
+    first_layer = 0  # of those that are compared: 0 is the embeddings
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._layers = LayerStates(self)
+
+    def configure(self, config) -> None:
+        self.distillation = config.distillation
 
     def forward(
         self,
@@ -101,7 +125,8 @@ class Codi(Coconut):
             finally:
                 self.before_first_span = tell
             found = self._layers.at(student_places, output.hidden, self._moved(kwargs))
-        distances = [F.smooth_l1_loss(ours, theirs) / theirs.std() for ours, theirs in zip(found, wanted, strict=True)]
+        pairs = list(zip(found, wanted, strict=True))[self.first_layer :]
+        distances = [F.smooth_l1_loss(ours, theirs) / theirs.std() for ours, theirs in pairs]
         loss = output.loss + self.distillation * torch.stack(distances).mean() + taught.loss
         return output._replace(loss=loss, hidden=None)
 
@@ -153,3 +178,6 @@ class LayerStates:
 
         in_pass = places - (hidden.shape[1] - self.states[0].shape[1]) - moved
         return [*(pick(state, in_pass) for state in self.states[:-1]), pick(hidden, places)]
+
+
+MODEL, DATASET = Codi, TaughtDataset

@@ -14,6 +14,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import methods
+from methods import LARGEST_FACTOR, key
+
+
+class Method(methods.Method):
+    has_latents = True
+    variant_of = "coconut"
+    needs = ("parallel_latents",)
+    defaults = {
+        **{"thought": "looped", "latent_passes": "stage", "latent_labels": 0.05},
+        **{"c_thought": 13, "max_latent_stage": 6, "epochs_per_stage": 1},
+        **{"max_grad_norm": 1.0, "reset_optimizer": "never"},
+    }
+    latent_labels: float = key(
+        0.0,
+        "lotus: weight of the loss in which the latents predict the tokens of their steps",
+        low=0,
+        high=LARGEST_FACTOR,
+        later=True,
+    )
+
+    @staticmethod
+    def problems(config) -> list[str]:
+        wrong = config.latent_labels and config.method != "lotus"
+        return [f"latent_labels are for method lotus, not {config.method}"] if wrong else []
+
+    @staticmethod
+    def older(values: dict) -> None:
+        """Method coconut with labels."""
+        explained = values.get("step_decoder", "none") != "none"
+        if values.get("method", "coconut") == "coconut" and values.get("latent_labels") and not explained:
+            values["method"] = "lotus"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With torch
+# ---------------------------------------------------------------------------------------------------------------
+
 import torch
 import torch.nn.functional as F
 
@@ -63,6 +101,9 @@ class Lotus(Coconut):
 
     latent_labels_weight = 1.0
 
+    def configure(self, config) -> None:
+        self.latent_labels_weight = config.latent_labels
+
     def forward(
         self,
         *args,
@@ -78,3 +119,6 @@ class Lotus(Coconut):
         logits = self.head(output.hidden.flatten(0, 1)[label_places])  # (S, V)
         auxiliary = self.latent_labels_weight * F.cross_entropy(logits, label_targets, reduction="sum")
         return output._replace(hidden=None, auxiliary=auxiliary)
+
+
+MODEL, DATASET = Lotus, LabelledDataset

@@ -27,6 +27,7 @@ from trainer.run_folder import notes_of
 from utils import UserError
 
 sys.path.insert(0, str(ROOT / "experiments"))
+import jobs
 from grid_file import read_grid
 from jobs import jobs_of
 
@@ -633,6 +634,38 @@ def test_a_key_that_came_later_leaves_results_as_they_are_until_it_is_used(place
     if Path(of_grid.test_path).is_file():  # its data belong to what is compared
         (job,) = jobs_of(of_grid, ["coconut"], [0], ())
         assert job.digest in {row["digest"] for row in known["coconut"]}
+
+
+# digests of the files that the recorded runs were trained and tested on, as the grids' scripts make them
+CONTENTS = {
+    "data/machine/machine_train.json": "88ae15315656e7a7",
+    "data/machine/machine_test.json": "a2133ad253fa0531",
+    "data/machine/model/config.json": "906f320c8b42ab9a",
+    "data/machine/layers_4/config.json": "dab4c47e59618506",
+    "data/machine/layers_8/config.json": "a4912330258c1a33",
+    "data/machine/untied/config.json": "d48f53cd392e22e3",
+    "data/mirrored2/chains_train.json": "4e2d807a988b1365",
+    "data/mirrored2/mirror_train.json": "f32e5fee5b608363",
+    "data/mirrored2/mirror_test.json": "87b4d1bea2090477",
+    "data/mirrored2/model/config.json": "64834589d2573758",
+    "data/mirrored3/chains_train.json": "7e724f9d17add5ad",
+    "data/mirrored3/mirror_train.json": "ea44a98ad7e8ff65",
+    "data/mirrored3/mirror_test.json": "9f11d329344919c0",
+    "data/mirrored3/model/config.json": "64834589d2573758",
+}
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "results").glob("*.json") if path.stem != "thoughts_costs")
+)
+def test_every_recorded_result_counts_as_done(name, monkeypatch):
+    """Renaming a key or a method, or moving a file of args/, would have them run again."""
+    monkeypatch.setattr(jobs, "_content", lambda path: CONTENTS[path])
+    results = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    recorded = {(run, row["seed"]): row["digest"] for run, rows in results.items() for row in rows}
+    seeds = sorted({seed for _, seed in recorded})
+    found = jobs_of(read_grid(ROOT / "experiments" / f"{name}.yaml"), None, seeds, ())
+    assert recorded.items() <= {(job.run, job.seed): job.digest for job in found}.items()
 
 
 def test_an_array_has_a_task_for_each_seed_of_what_begins_together(place, tmp_path):

@@ -33,8 +33,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from methods import method_of
-from trainer.pretrained import LATENT, load_tokenizer, mark
+from trainer.pretrained import LATENT, load_tokenizer, mark, method_of
 
 COLOURS = {"given": "0", "latent": "1;35", "supervised": "32"}  # of a terminal
 
@@ -69,7 +68,7 @@ def show_more(item, config: Config, markers: Markers, tokenizer, coloured: bool 
         return []
     if config.method == "multi_mode":
         return [line for mode in MODES[:-1] for line in sequence(mode, *item[mode])]
-    if config.method == "codi":
+    if config.method in ("codi", "pccot"):
         *_, place, teacher, labels, teacher_place = item
         ids = item[0]
         where = (
