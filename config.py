@@ -11,19 +11,35 @@ import difflib
 import json
 import re
 import sys
+import types
 import typing
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import config_checks
+import yaml
+
 import methods
-from config_files import Layer, Value, check_range, converted, override_layer, yaml_layers
 from methods import LARGEST_FACTOR, key
-from utils import UserError, launched_ranks, print_error
+from trainer.run_folder import is_on_hub, run_of
+from utils import UserError, launched_ranks, print_error, why_unreadable
 
 METHODS = methods.names()
 MOST_LATENTS = 100_000  # longer than any model's positions; sequences of more fill the memory before they are refused
 METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")  # keys of the reference that became `method`
+PLACEHOLDER = re.compile(r"YOUR_\w+")
+NO_FILE_NAME = re.compile(r"[/\\\0]|^\.*$")  # of what a name must not be, since files and folders bear it
+LONGEST_NAME = 200  # bytes: a file's name has at most 255, and what is written aside is called a little longer
+NOTHING = ("", "~", "null", "Null", "NULL", "None")  # the reference writes None where YAML has null
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+IN_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list[int]: "a list of whole numbers",
+    dict[str, str]: "a mapping of names to texts",
+}
 # name -> (what may follow it, the module that has it): layer is written as layer:-2 or layer:0.5, and suppressed may
 # name its threshold, as suppressed:0.3
 THOUGHTS = {"last": ("", "model.thought")} | {name: (takes, module) for name, takes, module in methods.thoughts()}
@@ -85,7 +101,12 @@ class Config:
         free=True,
     )
     save_path: str = key("checkpoints", "folder that holds the runs", free=True)
-    only_eval: bool = key(False, "evaluate load_model_path on val_path and stop", free=True)
+    only_eval: bool = key(
+        False,
+        "evaluate the run's best checkpoint on test_path, and stop; or, where they are set beside only_eval (in the same "
+        "file, in one that extends it, on the command line), load_model_path, and val_path",
+        free=True,
+    )
     seed: int = key(0, "seeds the weights that are made anew, the data order, dropout and stage mixing", low=0)
     debug: bool = key(
         False,
@@ -177,6 +198,7 @@ class Config:
         "the same, for validation and for eval-only runs; these take several files too, as {name: path, other: path}",
         free=True,
     )
+    test_path: str | dict[str, str] | None = key(None, "the same, for eval-only runs: see only_eval", free=True)
     max_train_examples: int | None = key(None, "train on the first so many examples", low=1)
     max_train_tokens: int | None = key(
         None, "leave out training examples that are longer than this with all steps written", low=1
@@ -260,19 +282,30 @@ class Config:
     def from_file(
         cls, path: str | Path, overrides: list[str] | tuple[str, ...] = (), needs_files: bool = True
     ) -> Config:
-        """Reads a YAML file, the files that it extends, and `key=value` overrides.
+        """Reads a YAML file, the files that it extends, the row that is chosen of it, and `key=value` overrides.
 
         Without needs_files, paths may be missing: for looking at a plan before there is data.
         Raises UserError that lists everything that is wrong, after all of it has been looked for.
         """
         problems: list[str] = []
-        values = {"name": Value(Path(path).stem, None)}
-        layers = yaml_layers(Path(path), problems) + override_layer(overrides, problems)
+        layers = _layers_of(Path(path), problems)
+        readable = all(layer.values is not None for layer in layers)
+        layers = [layer for layer in layers if layer.values is not None] + _command_line(overrides, problems)
+        row = _choose_row(layers, problems)
+        values: dict = {"name": "-".join([Path(path).stem, *row])}
+        beside: set[str] | None = None  # keys that are set where only_eval is, or after it
         for layer in layers:
+            if "only_eval" in layer.values:
+                on = BOOLEANS.get(str(layer.values["only_eval"]).lower())
+                beside = (beside or set()) if on else None
+            if beside is not None:
+                beside |= layer.values.keys()
             _merge(values, layer, problems)
-        right = _checked(cls, values, problems)
+        right = _checked(values, problems)
         config = cls(**right)
-        if all(layer.values is not None for layer in layers):  # of keys that nobody could read there is nothing to say
+        if config.only_eval:
+            config._evaluate(beside or set(), problems)
+        if readable:  # of keys that nobody could read there is nothing to say
             wrong = [name for name in values if name not in right]  # of which there is a complaint, and a default here
             problems += [
                 text
@@ -295,6 +328,20 @@ class Config:
         if isinstance(self.reset_optimizer, bool):
             self.reset_optimizer = "epoch" if self.reset_optimizer else "never"
 
+    def _evaluate(self, beside: set[str], problems: list[str]) -> None:
+        """Makes val_path what an eval-only run evaluates on, and load_model_path what it evaluates; what is not set
+        `beside` only_eval is of the training."""
+        if self.test_path is not None and ("test_path" in beside or "val_path" not in beside):
+            self.val_path = self.test_path
+        elif not beside & {"load_model_path", "val_path"}:
+            problems.append(f"only_eval evaluates {self.run_dir}@best on test_path: set test_path")
+        self.test_path = None
+        for name, of_none in (("load_model_path", None), ("resume", 0), ("from_scratch", False)):
+            if name not in beside:
+                setattr(self, name, of_none)
+        if self.load_model_path is None:
+            self.load_model_path = f"{self.run_dir}@best"
+
     @property
     def rules(self) -> type[methods.Method]:
         """What the method is, without torch."""
@@ -305,8 +352,8 @@ class Config:
         return Path(self.save_path) / (f"{self.name}-debug" if self.debug else self.name)
 
     def by_set(self) -> dict[str, Config]:
-        """The files of val_path by their names, each as the configuration that evaluates it alone; a single path has
-        the name ""."""
+        """What is evaluated: the files of val_path by their names, each as the configuration that evaluates it alone; a
+        single path has the name ""."""
         paths = self.val_path if isinstance(self.val_path, dict) else {"": self.val_path}
         return {name: dataclasses.replace(self, val_path=path) for name, path in paths.items()}
 
@@ -339,14 +386,121 @@ class Config:
 
     def problems(self, world_size: int = 1, needs_files: bool = True) -> list[str]:
         """What is impossible about this configuration on this machine, a sentence each."""
-        return (config_checks.paths(self) if needs_files else []) + config_checks.combinations(self, world_size)
+        found = [*(self._of_paths() if needs_files else []), *self._of_the_run(), *self._of_stages_and_weights()]
+        for rules in methods.all_rules().values():
+            found += rules.problems(self)
+        if not self.only_eval:  # which has no optimizer steps
+            try:
+                self.passes(world_size)
+            except UserError as error:
+                found.append(str(error))
+        return found
+
+    def _of_the_run(self) -> list[str]:
+        """Its folder, its files, what an eval-only run is for."""
+        found = []
+        if reason := why_unreadable(self.save_path):
+            found.append(f"save_path {self.save_path!r} cannot be reached: {reason}")
+        elif Path(self.save_path).is_file():
+            found.append(f"save_path {self.save_path!r} is a file, not a folder")
+        if self.resume >= self.num_epochs and not self.only_eval:
+            found.append(f"resume {self.resume} leaves nothing of num_epochs {self.num_epochs}")
+        if self.only_eval and self.load_model_path is None:
+            found.append("only_eval needs load_model_path: the checkpoint to evaluate")
+        if self.eval_latents is not None and not (self.only_eval and self.has_latents):
+            found.append("eval_latents is for eval-only runs of method coconut, or of another with latents")
+        if is_no_file_name(self.name):
+            found.append(f"name {self.name!r} must be a plain folder name, of at most {LONGEST_NAME} bytes")
+        if isinstance(self.val_path, dict) and not self.only_eval:
+            found.append("val_path names several files, which is for eval-only runs: a training run takes one path")
+        for key_name in ("val_path", "test_path"):
+            names = getattr(self, key_name)
+            if names == {}:
+                found.append(f"{key_name} is an empty mapping: set it to a path, or to {{name: path, other: path}}")
+            found += [
+                f"{key_name}: the name {name!r} must be a plain one, of at most {LONGEST_NAME} bytes: a file bears it"
+                for name in (names if isinstance(names, dict) else ())
+                if is_no_file_name(name)
+            ]
+        return found
+
+    def _of_stages_and_weights(self) -> list[str]:
+        """The curriculum; where weights come from, and how they are kept."""
+        found = []
+        if isinstance(self.epochs_per_stage, list) and len(self.epochs_per_stage) > self.last_stage + 1:
+            found.append(
+                f"epochs_per_stage has {len(self.epochs_per_stage)} entries, but there are only {self.last_stage + 1} "
+                f"stages: 0 to max_latent_stage + 1"
+            )
+        if not self.rules.has_stages:
+            always = f"method {self.method} has always the thoughts of the last one"
+            if self.uniform_prob or self.advance_at is not None:
+                found.append(f"uniform_prob and advance_at are of stages, and {always}")
+            if not self.c_thought * self.max_latent_stage * self.pad_latent_to_max:
+                what = f"method {self.method} thinks max_latent_stage x c_thought thoughts"
+                found.append(f"{what}: it needs both, and pad_latent_to_max")
+        exclusive = {
+            "from_scratch and load_model_path": self.from_scratch and self.load_model_path is not None,
+            "bf16 (mixed precision) and bf16_weights (everything in bfloat16)": self.bf16 and self.bf16_weights,
+            "compile and gradient_checkpointing": self.compile and self.gradient_checkpointing,
+        }
+        found += [f"{keys} exclude each other" for keys, both in exclusive.items() if both]
+        if self.lora_rank is not None and self.from_scratch:
+            found.append("lora_rank updates weights that there are, and from_scratch has none")
+        return found
+
+    def _of_paths(self) -> list[str]:
+        """Files that are missing, and placeholders that are still there."""
+        val_paths = {f"val_path {name}".strip(): one.val_path for name, one in self.by_set().items()}
+        found = [
+            f"{name} is still the placeholder {value!r}: set it to your own path"
+            for name, value in {**vars(self), **val_paths}.items()
+            if isinstance(value, str) and PLACEHOLDER.search(value)
+        ]
+        data = val_paths if self.only_eval else {"train_path": self.train_path, **val_paths}
+        for name, value in data.items():
+            if value is None:
+                found.append(f"{name} is missing: set it to a JSON list of question, answer and steps")
+            elif not PLACEHOLDER.search(value):
+                found += _unreadable(name, value) or ([] if Path(value).is_file() else [f"{name} {value!r} is no file"])
+        source = self.load_model_path
+        # the run's own checkpoint wins over it; the hub is asked later
+        if source and not PLACEHOLDER.search(source) and not self._continues() and not is_on_hub(source):
+            found += _unreadable("load_model_path", str(run_of(source)))
+        model = Path(self.model_id)
+        if reason := why_unreadable(self.model_id):
+            return [*found, f"model_id {self.model_id!r} cannot be reached: {reason}"]
+        is_path = (
+            model.is_absolute()
+            or self.model_id.startswith(".")
+            or (len(model.parts) > 1 and model.parents[-2].is_dir())
+        )
+        if is_path and not PLACEHOLDER.search(self.model_id) and not model.is_dir() and not self._has_model_elsewhere():
+            found += _unreadable("model_id", self.model_id)
+        return found
+
+    def _continues(self) -> bool:
+        """Whether the run has a checkpoint of its own."""
+        if self.only_eval or why_unreadable(self.run_dir):
+            return False
+        return any(self.run_dir.glob("checkpoint_*/coconut.json"))
+
+    def _has_model_elsewhere(self) -> bool:
+        """Whether a checkpoint has all that model_id would be asked for: shape, weights and tokenizer."""
+        if self._continues():
+            return True
+        source = run_of(self.load_model_path or "")
+        return self.load_model_path is not None and (
+            (source / "config.json").is_file() or any(source.glob("checkpoint_*/config.json"))
+        )
 
     @classmethod
     def problems_of(cls, values: dict) -> list[str]:
-        """What is wrong with values that a file has for some of the keys, a sentence each; what is no key is passed
-        over."""
+        """What is wrong with the values of a JSON file, a sentence each; unknown keys are ignored."""
         problems: list[str] = []
-        _checked(cls, {name: Value(value, None) for name, value in values.items()}, problems)
+        for name, value in _checked(values, problems).items():
+            if value != values[name]:
+                problems.append(f"{name} must be {value!r}, not {values[name]!r}")
         return problems
 
     @classmethod
@@ -362,13 +516,165 @@ class Config:
         return "\n".join(lines)
 
 
-def _merge(values: dict[str, Value], layer: Layer, problems: list[str]) -> None:
+def is_no_file_name(name: str) -> bool:
+    return bool(NO_FILE_NAME.search(name)) or len(name.encode(errors="surrogatepass")) > LONGEST_NAME
+
+
+def _unreadable(name: str, value: str) -> list[str]:
+    """Why the path that a key has is not there, if so."""
+    if reason := why_unreadable(value):
+        return [f"{name} {value!r} cannot be reached: {reason}"]
+    return [] if Path(value).exists() else [f"{name} {value!r} does not exist{_preparation_hint(value)}"]
+
+
+def _preparation_hint(path: str) -> str:
+    """The script that makes a file or model of args/."""
+    tiny, llama = "python preprocessing/tiny_model.py data/", "--tokenizer char --shape llama --width 64"
+    hints = {
+        "data/machine/model": f"{tiny}machine/machine_train.json --out data/machine/model {llama} --positions 64",
+        "prosqa_mini": "python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100",
+        "prosqa_": "python preprocessing/prosqa.py",
+        **{name: f"python preprocessing/ood.py {name}" for name in ("gsm_hard", "svamp", "multiarith")},
+        "gsm_": "bash preprocessing/gsm_icot.bash",
+        "arithmetic": "python preprocessing/arithmetic.py",
+        "machine": "python preprocessing/machine.py --out data/machine",
+        "tiny_arithmetic": f"{tiny}arithmetic_train.json --out data/tiny_arithmetic {llama} --untied",
+        "tiny_prosqa": f"{tiny}prosqa_mini_train.json --out data/tiny_prosqa",
+    }
+    where = Path(path)
+    how = next(
+        (how for word, how in hints.items() if where.name.startswith(word) or where.as_posix().endswith(word)), None
+    )
+    if "mirrored" in where.parent.name:  # with its chains and its model
+        how = f"python experiments/grid.py experiments/{where.parent.name}.yaml --dry-run"
+    return f" (make it with: {how})" if how else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Where values are written
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Layer(typing.NamedTuple):
+    """The values of one file, or of the command line, by key: texts, and lists and mappings of texts. None where the
+    file cannot be read."""
+
+    origin: str
+    values: dict | None
+    rows: dict[str, dict] = {}  # noqa: RUF012
+
+
+def read_yaml(text: str, where: str, problems: list[str]) -> dict:
+    """The keys of a YAML mapping. Every value is as it is written: text, or a list or a mapping of such.
+
+    Raises YAMLError, ValueError and RecursionError where it is no YAML.
+    """
+    node = yaml.compose(text, Loader=yaml.BaseLoader)
+    if node is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        problems.append(f"{where} must hold `key: value` lines")
+        return {}
+    return _content(node, where, problems, ())
+
+
+def _content(node: yaml.Node, where: str, problems: list[str], above: tuple[yaml.Node, ...]):
+    if node in above:
+        raise ValueError("an alias stands for a part of itself")
+    above = (*above, node)
+    if isinstance(node, yaml.ScalarNode):
+        return node.value
+    if isinstance(node, yaml.SequenceNode):
+        return [_content(item, where, problems, above) for item in node.value]
+    found: dict = {}
+    lines: dict[str, int] = {}
+    for name, value in node.value:
+        line = name.start_mark.line + 1
+        if not isinstance(name, yaml.ScalarNode):
+            raise ValueError(f"the key in line {line} is no plain text")
+        if name.value in lines:
+            problems.append(f"{where} has the key {name.value!r} twice, in lines {lines[name.value]} and {line}")
+        lines[name.value] = line
+        found[name.value] = _content(value, where, problems, above)
+    return found
+
+
+def _layers_of(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> list[Layer]:
+    """The files that `path` extends, outermost first, then `path` itself. What is wrong with them goes to problems."""
+    try:
+        if path.resolve() in seen:
+            raise ValueError("it extends itself")
+        values = read_yaml(path.read_text(encoding="utf-8"), str(path), problems)
+    except OSError as error:
+        problems.append(f"cannot read {path}: {error.strerror}")
+        return [Layer(str(path), None)]
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problems.append(f"{path} is not valid YAML: {' '.join(str(error).split())}")
+        return [Layer(str(path), None)]
+    layers, parent = [], values.pop("extends", "")
+    if not isinstance(parent, str):
+        problems.append(f"extends in {path} must be the path of a file, not {_shown(parent)}")
+    elif parent not in NOTHING:
+        layers = _layers_of(path.parent / parent, problems, (*seen, path.resolve()))
+    for layer in layers:
+        (layer.values or {}).pop("name", None)  # two files must not share a run's folder by accident
+    rows = values.pop("rows", {})
+    if not isinstance(rows, dict) or not all(isinstance(keys, dict) for keys in rows.values()):
+        problems.append(f"rows in {path} must be a mapping of names to `key: value` lines")
+        rows = {}
+    return [*layers, Layer(str(path), values, rows)]
+
+
+def _command_line(overrides, problems: list[str]) -> list[Layer]:
+    """The key=value arguments: as in a file, but that a text is as the shell gives it, which has taken the quotes that
+    a file needs around a name with ' #' or ': ' in it, or one that begins with @, * or %."""
+    values, given = {}, {}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals:
+            problems.append(f"{text!r} on the command line is not key=value")
+            continue
+        if name in given:
+            problems.append(f"{name} is set twice on the command line: {given[name]!r} and {text!r}")
+        given[name], values[name] = text, value.strip()
+        with suppress(yaml.YAMLError, ValueError, KeyError, RecursionError):
+            found = read_yaml(f"value: {value}", f"{text!r} on the command line", problems)["value"]
+            if not isinstance(found, str) or value.strip().startswith(("'", '"')):
+                values[name] = found
+    return [Layer("the command line", values)] if values else []
+
+
+def _choose_row(layers: list[Layer], problems: list[str]) -> list[str]:
+    """Puts the keys of the chosen row behind those of the file that has it. Returns what the name of the run gets from
+    that: nothing where a file that extends has chosen it, and has a name of its own."""
+    rows = {name: keys for layer in layers for name, keys in layer.rows.items()}
+    chosen, chooser = None, None
+    for layer in layers:
+        if "row" in layer.values:
+            chosen, chooser = layer.values.pop("row"), layer
+    if chosen not in rows:
+        if rows:
+            what = "set row=NAME" if chosen is None else f"unknown row {_shown(chosen)} in {chooser.origin}"
+            problems.append(f"{what}: the rows are {', '.join(rows)}")
+        elif chosen is not None:
+            problems.append(f"row {_shown(chosen)} in {chooser.origin}: there are no rows to choose from")
+        return []
+    keys, parent = dict(rows[chosen]), chosen
+    while (parent := keys.pop("extends", None)) is not None:
+        if parent not in rows or list(rows).index(parent) >= list(rows).index(chosen):
+            problems.append(f"row {chosen} extends {_shown(parent)}, which is no row before it")
+            break
+        keys = {**rows[parent], **keys}
+    number = next(number for number, layer in enumerate(layers) if chosen in layer.rows)
+    layers.insert(number + 1, Layer(f"{layers[number].origin}, row {chosen}", keys))
+    return [] if layers.index(chooser) > number + 1 and chooser is not layers[-1] else [chosen.replace("_", "-")]
+
+
+def _merge(values: dict, layer: Layer, problems: list[str]) -> None:
     """Lays one file, or the command line, over `values`; the four method booleans become `method` on the way."""
-    if layer.values is None:
-        return
     if "gradient_accumulation_steps" in layer.values and "global_batch_size" not in layer.values:
-        of_before = values.get("global_batch_size", Value(None, None)).value
-        if of_before not in (None, "None"):
+        of_before = values.get("global_batch_size", "")
+        if of_before not in NOTHING:
             problems.append(
                 f"gradient_accumulation_steps in {layer.origin} has no effect, since it follows from global_batch_size "
                 f"{of_before}: set that instead, or to null"
@@ -377,45 +683,98 @@ def _merge(values: dict[str, Value], layer: Layer, problems: list[str]) -> None:
     booleans = {}
     for name, value in layer.values.items():
         if name in METHOD_BOOLEANS:
-            if not isinstance(value.value, bool):
-                problems.append(f"{name} must be true or false, not {value.value!r}")
-            booleans[name] = value.value is True
+            booleans[name] = BOOLEANS.get(str(value).lower())
+            if booleans[name] is None:
+                problems.append(f"{name} must be true or false, not {_shown(value)}")
         elif name in known:
             values[name] = value
         else:
-            close = difflib.get_close_matches(str(name), [*known, *METHOD_BOOLEANS, "extends"], 1)
+            close = difflib.get_close_matches(name, [*known, *METHOD_BOOLEANS, "extends", "row", "rows"], 1)
             hint = f": did you mean {close[0]!r}?" if close else " (run.py --help lists the keys)"
-            hint = ": it is for files alone" if name == "extends" else hint
+            hint = ": it is for files alone" if name in ("extends", "rows") else hint
             problems.append(f"unknown key {name!r} in {layer.origin}{hint}")
     chosen = {name for name, on in booleans.items() if on}
     if {"coconut", "no_thoughts"} <= chosen:  # as in the reference, "without thoughts" is a switch on top of coconut
         chosen.remove("coconut")
     if "method" in layer.values:
-        chosen.add(str(layer.values["method"].value))
+        chosen.add(str(layer.values["method"]))
     if len(chosen) > 1:
-        problems.append(f"two methods at once in {layer.origin}: {' and '.join(sorted(map(str, chosen)))}")
+        problems.append(f"two methods at once in {layer.origin}: {' and '.join(sorted(chosen))}")
     elif chosen:
-        values["method"] = Value(chosen.pop(), None)
-    elif booleans and ("method" not in values or values["method"].value in booleans):
+        values["method"] = layer.values.get("method", *chosen) if "method" in layer.values else chosen.pop()
+    elif booleans and ("method" not in values or values["method"] in booleans):
         problems.append(f"no method in {layer.origin}: set method to one of {', '.join(METHODS)}")
 
 
-def _checked(cls, values: dict[str, Value], problems: list[str]) -> dict:
-    """Converts each value to its field's type; what does not convert is reported and left out."""
-    annotations = typing.get_type_hints(cls)
+# ---------------------------------------------------------------------------------------------------------------
+# From what is written to a value of a type
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def converted(value, annotation, empty: bool = False):
+    """What a file has as the annotated type of a key; `empty` where "" is not nothing. Raises ValueError with what was
+    expected."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if value is None or (isinstance(value, str) and value in NOTHING and not (empty and value == "")):
+        if type(None) in options:
+            return None
+        raise ValueError("must be set")
+    for option in options:
+        with suppress(ValueError, KeyError):
+            return _as(option, value)
+    raise ValueError("must be " + " or ".join(IN_WORDS[option] for option in options if option in IN_WORDS))
+
+
+def _as(kind, value):
+    """Raises ValueError and KeyError where a value, a text most often, is not of this kind."""
+    if kind is bool:
+        return BOOLEANS[str(value).lower()]
+    if kind is int and type(value) in (int, str):
+        return int(value)
+    if kind is float and type(value) in (int, float, str):
+        return float(value)
+    if kind is str and isinstance(value, str):
+        return value
+    if kind == list[int] and isinstance(value, list) and value:
+        return [_as(int, item) for item in value]
+    if kind == dict[str, str] and isinstance(value, dict):
+        return {name: _as(str, text) for name, text in value.items()}
+    raise ValueError
+
+
+def _shown(value) -> str:
+    """A value in a message: a list or a mapping as it was written."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    return repr(value)
+
+
+def _check_range(value, metadata) -> None:
+    if metadata["choices"] and isinstance(value, str) and value not in metadata["choices"]:
+        raise ValueError("must be one of " + ", ".join(metadata["choices"]))
+    if metadata["check"]:
+        metadata["check"](value)
+    for number in value if isinstance(value, list) else [value]:
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            continue
+        if metadata["low"] is not None and not number >= metadata["low"]:
+            raise ValueError(f"must be at least {metadata['low']}")
+        if metadata["high"] is not None and not number <= metadata["high"]:
+            raise ValueError(f"must be at most {metadata['high']}")
+
+
+def _checked(values: dict, problems: list[str]) -> dict:
+    """Converts each value to its key's type; what does not convert is reported and left out."""
+    annotations = typing.get_type_hints(Config)
     result = {}
-    for field in dataclasses.fields(cls):
+    for field in dataclasses.fields(Config):
         if field.name not in values:
             continue
-        written = values[field.name]
-        if field.metadata["empty"] and written.text == "":
-            written = Value("", "")
         try:
-            value = converted(written, annotations[field.name])
-            check_range(value, field.metadata)
+            value = converted(values[field.name], annotations[field.name], field.metadata["empty"])
+            _check_range(value, field.metadata)
         except ValueError as error:
-            shown = written.value if written.text is None or isinstance(written.value, str) else written.text
-            problems.append(f"{field.name} {error}, not {shown!r}")
+            problems.append(f"{field.name} {error}, not {_shown(values[field.name])}")
             continue
         result[field.name] = value
     return result
