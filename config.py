@@ -613,7 +613,7 @@ def _layers_of(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> 
         return [Layer(str(path), None)]
     layers, parent = [], values.pop("extends", "")
     if not isinstance(parent, str):
-        problems.append(f"extends in {path} must be the path of a file, not {_shown(parent)}")
+        problems.append(f"extends in {path} must be the path of a file, not {shown(parent)}")
     elif parent not in NOTHING:
         layers = _layers_of(path.parent / parent, problems, (*seen, path.resolve()))
     for layer in layers:
@@ -654,15 +654,15 @@ def _choose_row(layers: list[Layer], problems: list[str]) -> list[str]:
             chosen, chooser = layer.values.pop("row"), layer
     if chosen not in rows:
         if rows:
-            what = "set row=NAME" if chosen is None else f"unknown row {_shown(chosen)} in {chooser.origin}"
+            what = "set row=NAME" if chosen is None else f"unknown row {shown(chosen)} in {chooser.origin}"
             problems.append(f"{what}: the rows are {', '.join(rows)}")
         elif chosen is not None:
-            problems.append(f"row {_shown(chosen)} in {chooser.origin}: there are no rows to choose from")
+            problems.append(f"row {shown(chosen)} in {chooser.origin}: there are no rows to choose from")
         return []
     keys, parent = dict(rows[chosen]), chosen
     while (parent := keys.pop("extends", None)) is not None:
         if parent not in rows or list(rows).index(parent) >= list(rows).index(chosen):
-            problems.append(f"row {chosen} extends {_shown(parent)}, which is no row before it")
+            problems.append(f"row {chosen} extends {shown(parent)}, which is no row before it")
             break
         keys = {**rows[parent], **keys}
     number = next(number for number, layer in enumerate(layers) if chosen in layer.rows)
@@ -685,7 +685,7 @@ def _merge(values: dict, layer: Layer, problems: list[str]) -> None:
         if name in METHOD_BOOLEANS:
             booleans[name] = BOOLEANS.get(str(value).lower())
             if booleans[name] is None:
-                problems.append(f"{name} must be true or false, not {_shown(value)}")
+                problems.append(f"{name} must be true or false, not {shown(value)}")
         elif name in known:
             values[name] = value
         else:
@@ -742,7 +742,7 @@ def _as(kind, value):
     raise ValueError
 
 
-def _shown(value) -> str:
+def shown(value) -> str:
     """A value in a message: a list or a mapping as it was written."""
     if isinstance(value, list):
         return f"[{', '.join(map(str, value))}]"
@@ -774,7 +774,7 @@ def _checked(values: dict, problems: list[str]) -> dict:
             value = converted(values[field.name], annotations[field.name], field.metadata["empty"])
             _check_range(value, field.metadata)
         except ValueError as error:
-            problems.append(f"{field.name} {error}, not {_shown(values[field.name])}")
+            problems.append(f"{field.name} {error}, not {shown(values[field.name])}")
             continue
         result[field.name] = value
     return result
