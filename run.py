@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import curriculum
 import dataset
 from dataset import EpochPlan, MicroBatch
-from methods import method_of
+from methods import parts_of
 from methods.sim_cot import SimCot
 from trainer import checkpoint, evaluate, parallel, trainer_state
 from trainer import distributed as ranks
@@ -173,7 +173,7 @@ def train_epoch(run: Run, epoch: int) -> int:
     plan = plan_of_epoch(run, epoch, run.world.rank, progress.seen)
     first = n_steps - len(plan)
     stages = [curriculum.stage_of_step(config, epoch, step, n_steps) for step in range(n_steps)]
-    examples = method_of(config).dataset(run.data.train, config, run.pretrained.markers, epoch)
+    examples = parts_of(config).dataset(run.data.train, config, run.pretrained.markers, epoch)
     run.wrapped.train()
     title = f"epoch {epoch} stage {curriculum.stage_name(stages[-1])}"
     with (
@@ -234,7 +234,7 @@ def train_step(
         group["lr"] = lr
     step_loss, auxiliary, passes = torch.zeros((), device=world.device), None, []
     drawn, units = draw(run, batches, len(micro_batches)), {}
-    if method_of(config).dataset.counts_loss_terms:
+    if parts_of(config).dataset.counts_loss_terms:
         drawn = list(drawn)
         counts = [batch.pop("loss_counts") for batch in drawn]
         units = loss_counts_of_step(counts, micro_batches, world)  # all ranks

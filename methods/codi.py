@@ -16,6 +16,31 @@ Legend: B rows, T columns of a batch, D hidden size, L decoder blocks.
 
 from __future__ import annotations
 
+import methods
+from methods import LARGEST_FACTOR, key
+
+
+class Method(methods.Method):
+    has_latents = True
+    has_stages = False
+    distillation: float = key(
+        1.0,
+        "codi: weight of the distance between the student's states and the teacher's",
+        low=0,
+        high=LARGEST_FACTOR,
+        later=True,
+    )
+
+    @staticmethod
+    def options(config) -> dict:
+        return {"distillation": config.distillation}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With torch
+# ---------------------------------------------------------------------------------------------------------------
+
+
 import torch
 import torch.nn.functional as F
 
@@ -56,11 +81,12 @@ class Codi(Coconut):
     """Coconut that is taught in training, where a batch has a teacher's part.
 
     distillation: weight of the distance between the student's states and the teacher's.
+    first_layer: of those that are compared; 0 is the embeddings.
     """
 
-    def __init__(self, *args, distillation: float = 1.0, **kwargs):
+    def __init__(self, *args, distillation: float = 1.0, first_layer: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.distillation = distillation
+        self.distillation, self.first_layer = distillation, first_layer
         self.backbone.hook_blocks()
 
     def forward(
@@ -80,7 +106,7 @@ class Codi(Coconut):
         output, found = self._states_at(student_columns, *args, **kwargs)
         distances = [
             F.smooth_l1_loss(own, target.detach()) / target.detach().std()
-            for own, target in zip(found, wanted, strict=True)
+            for own, target in list(zip(found, wanted, strict=True))[self.first_layer :]
         ]
         loss = output.loss + self.distillation * torch.stack(distances).mean() + taught.loss
         return output._replace(loss=loss)

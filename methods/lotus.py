@@ -4,8 +4,8 @@ Counted from the position before the first latent (the start marker), index 0, p
 of step k, through the base's own LM head: a step is read from the group of latents that stands for it, as if its tokens
 were written there. A step of more than c tokens is read on in the next group, whose first positions then have two
 targets. The labels' cross-entropy is a mean over all labels of an optimizer step, on whatever rank, that of the written
-part a mean over all of its tokens. How the latents come about is latent_block.py: `thought: looped`, `latent_passes:
-stage`.
+part a mean over all of its tokens. The latents are made as methods/parallel_latents.py says, in one pass more than
+there are groups.
 
 Legend: B rows, T columns of a batch, c latents of a group, S labels.
 """
@@ -13,6 +13,48 @@ Legend: B rows, T columns of a batch, c latents of a group, S labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import methods
+from methods import LARGEST_FACTOR, key
+
+
+class Method(methods.Method):
+    has_latents = True
+    variant_of = "coconut"
+    needs = ("parallel_latents",)
+    defaults = {
+        **{"thought": "looped", "latent_passes": "stage", "latent_labels": 0.05},
+        **{"c_thought": 13, "max_latent_stage": 6, "epochs_per_stage": 1},
+        **{"max_grad_norm": 1.0, "reset_optimizer": "never"},
+    }
+    latent_labels: float = key(
+        0.0,
+        "lotus: weight of the loss in which the latents predict the tokens of their steps",
+        low=0,
+        high=LARGEST_FACTOR,
+        later=True,
+    )
+
+    @staticmethod
+    def problems(config) -> list[str]:
+        wrong = config.latent_labels and config.method != "lotus"
+        return [f"latent_labels are for method lotus, not {config.method}"] if wrong else []
+
+    @staticmethod
+    def options(config) -> dict:
+        return {"latent_labels": config.latent_labels}
+
+    @staticmethod
+    def older(values: dict) -> None:
+        """Method coconut with labels."""
+        explained = values.get("step_decoder", "none") != "none"
+        if values.get("method", "coconut") == "coconut" and values.get("latent_labels") and not explained:
+            values["method"] = "lotus"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With torch
+# ---------------------------------------------------------------------------------------------------------------
 
 import torch
 
@@ -81,3 +123,6 @@ class Lotus(ParallelLatents):
         hidden = output.hidden.flatten(0, 1)[label_places]  # (S, D)
         auxiliary = self.latent_labels * self.backbone.cross_entropy(hidden, label_targets, reduction="sum")
         return output._replace(hidden=None, auxiliary=auxiliary)
+
+
+MODEL, DATASET = Lotus, LabelledDataset

@@ -11,6 +11,39 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import methods
+from methods import key
+
+
+class Method(methods.Method):
+    has_latents = True
+    mode: str = key(
+        "latent",
+        "multi_mode: latent | written | direct, how the model is asked in an eval-only run: for thoughts, for written "
+        "steps, for the answer at once; a training run validates all three",
+        choices=("latent", "written", "direct"),
+        free=True,
+    )
+
+    @staticmethod
+    def problems(config) -> list[str]:
+        found = []
+        if config.method == "multi_mode":
+            if config.latent_markers == "none":
+                found.append("method multi_mode distinguishes its modes by the markers: latent_markers must be both")
+        elif config.mode != "latent":
+            found.append(f"mode {config.mode} is for method multi_mode")
+        if config.mode != "latent" and not config.only_eval:
+            found.append(f"mode {config.mode} is for eval-only runs: a training run has all modes")
+        if config.mode != "latent" and config.eval_latents is not None:
+            found.append(f"eval_latents counts latents, and mode {config.mode} has none")
+        return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With torch
+# ---------------------------------------------------------------------------------------------------------------
+
 from coconut import Coconut, CoconutOutput
 from curriculum import MODES
 from dataset import StageDataset, collate_for_device
@@ -48,3 +81,6 @@ class MultiMode(Coconut):
         losses = [super(MultiMode, self).forward(**batch).loss for batch in (direct, written) if batch is not None]
         output = super().forward(*args, **kwargs)
         return output._replace(loss=sum(losses, output.loss)) if losses else output
+
+
+MODEL, DATASET = MultiMode, ModesDataset

@@ -14,6 +14,70 @@ Legend: B rows, H heads, T columns of a batch, K columns of the block, D hidden 
 
 from __future__ import annotations
 
+import re
+
+import methods
+from methods import key
+
+
+def split_passes(spelling: str) -> int | str | None:
+    """What Coconut is given as latent_passes: None where it is sequential, a number, or "stage". Raises ValueError."""
+    if spelling == "sequential":
+        return None
+    if spelling != "stage" and not re.fullmatch(r"\d{1,6}", spelling):
+        raise ValueError("must be sequential, a number from 0 on, or stage")
+    return spelling if spelling == "stage" else int(spelling)
+
+
+class Method(methods.Method):
+    has_latents = True
+    variant_of = "coconut"
+    defaults = {"latent_passes": "3"}
+    latent_passes: str = key(
+        "sequential",
+        "sequential | T | stage: thoughts one after the other, or all at once: in T passes after that with the latent "
+        "token's embedding (PCCoT), or in as many passes as they stand for steps (LOTUS)",
+        check=split_passes,
+        later=True,
+    )
+
+    @staticmethod
+    def problems(config) -> list[str]:
+        found = []
+        in_parallel = config.latent_passes != "sequential"
+        if in_parallel and not config.has_latents:
+            found.append(f"latent_passes {config.latent_passes} is for latents, and method {config.method} has none")
+        if in_parallel and config.thought == "pause":
+            found.append("latent_passes makes thoughts, and thought pause has none")
+        if config.latent_passes == "stage" and config.c_thought == 0:
+            found.append("latent_passes stage counts groups of c_thought latents, and c_thought is 0")
+        if config.thought == "looped" and not in_parallel:
+            found.append(
+                "thought looped is for latents that are made in parallel: set latent_passes to stage or a number"
+            )
+        return found
+
+    @staticmethod
+    def options(config) -> dict:
+        return {"latent_passes": split_passes(config.latent_passes), "c_thought": config.c_thought}
+
+    @staticmethod
+    def mixes_in(config) -> bool:
+        return config.latent_passes != "sequential"
+
+    @staticmethod
+    def older(values: dict) -> None:
+        """Method coconut with passes."""
+        more = values.get("step_decoder", "none") != "none" or values.get("latent_labels")
+        in_parallel = str(values.get("latent_passes", "sequential")) != "sequential"
+        if values.get("method", "coconut") == "coconut" and in_parallel and not more:
+            values["method"] = "parallel_latents"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With torch
+# ---------------------------------------------------------------------------------------------------------------
+
 import torch
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
@@ -135,3 +199,6 @@ def growing_cache(cache: Cache, capacity: int) -> Cache:
         layers.append(GrowingLayer(capacity))
         layers[-1].update(layer.keys, layer.values)
     return Cache(layers=layers)
+
+
+MODEL = ParallelLatents

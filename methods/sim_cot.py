@@ -12,6 +12,58 @@ the longest text, S tokens that are predicted.
 
 from __future__ import annotations
 
+import methods
+from methods import LARGEST_FACTOR, key
+
+
+class Method(methods.Method):
+    has_latents = True
+    variant_of = "coconut"
+    defaults = {"step_decoder": "pretrained", "c_thought": 2, "max_latent_stage": 5, "epochs_per_stage": 3}
+    step_decoder: str = key(
+        "none",
+        "sim_cot: none | pretrained | copy: in training, a second model predicts each step from the thoughts that "
+        "replace it: model_id with its pretrained weights, or a copy of this model as it begins",
+        choices=("none", "pretrained", "copy"),
+        later=True,
+    )
+    step_decoder_weight: float = key(
+        1.0, "sim_cot: of that model's loss beside the answer's", low=0, high=LARGEST_FACTOR, later=True
+    )
+    step_decoder_reduction: str = key(
+        "sum", "sim_cot: sum | mean: of its loss over the tokens of a step", choices=("sum", "mean"), later=True
+    )
+    step_decoder_surplus: str = key(
+        "answer",
+        "sim_cot: answer | none: the target of thoughts that an example has beyond its steps",
+        choices=("answer", "none"),
+        later=True,
+    )
+
+    @staticmethod
+    def problems(config) -> list[str]:
+        if config.step_decoder == "none" or config.only_eval:
+            return []
+        found = []
+        if config.method != "sim_cot":
+            found.append(f"step_decoder is for method sim_cot, not {config.method}")
+        elif config.thought == "pause" or not config.c_thought or getattr(config, "latent_passes", None) == "0":
+            found.append("method sim_cot explains thoughts: it needs a thought that is fed back, and c_thought")
+        if config.step_decoder == "pretrained" and config.from_scratch:
+            found.append("step_decoder pretrained takes weights of model_id, and from_scratch has none: set it to copy")
+        return found
+
+    @staticmethod
+    def older(values: dict) -> None:
+        """Method coconut with a step decoder."""
+        if values.get("method", "coconut") == "coconut" and values.get("step_decoder", "none") != "none":
+            values["method"] = "sim_cot"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With torch
+# ---------------------------------------------------------------------------------------------------------------
+
 import torch
 from transformers import PreTrainedModel
 
@@ -136,3 +188,6 @@ class SimCot(Coconut):
         losses = self.step_decoder(embeds, step_places, step_targets)
         counted = torch.where(step_divisors > 0, losses / step_divisors.clamp(min=1), 0 * losses)
         return output._replace(auxiliary=self.step_decoder_weight * counted.sum())
+
+
+MODEL, DATASET = SimCot, ExplainedDataset

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from config import split_thought
+from config import THOUGHTS, split_thought
 from utils import UserError
 
 
@@ -57,8 +57,9 @@ class Thought(nn.Module):
 REGISTRY: dict[str, type[Thought]] = {}
 
 
-def register(name: str) -> Callable[[type[Thought]], type[Thought]]:
-    """Gives a thought the name by which configurations call it; config.THOUGHTS lists it too."""
+def register(name: str, takes: str = "") -> Callable[[type[Thought]], type[Thought]]:
+    """Gives a thought the name by which configurations call it, and says what may follow the name: nothing, a layer
+    ":N", a threshold "[:T]" or a width "[:P]". config.THOUGHTS reads both from the source, so they must be literals."""
 
     def add(thought: type[Thought]) -> type[Thought]:
         REGISTRY[name] = thought
@@ -73,8 +74,7 @@ def make_thought(spelling: str, base: PreTrainedModel) -> Thought:
         name, number = split_thought(spelling)
     except ValueError as error:
         raise UserError(f"thought {error}, not {spelling!r}") from None
-    if name not in REGISTRY:
-        importlib.import_module("methods.thoughts")
+    importlib.import_module(THOUGHTS[name][1])
     return REGISTRY[name](base, number)
 
 

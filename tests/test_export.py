@@ -400,7 +400,7 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(checkpoints, tmp_path, ca
     assert "cannot be written" in complaint(capsys, checkpoints["llama"], tmp_path / "file" / "out")
 
     monkeypatch.setitem(thought.REGISTRY, "gated", thought.Thought)
-    monkeypatch.setitem(config_module.THOUGHTS, "gated", "")
+    monkeypatch.setitem(config_module.THOUGHTS, "gated", ("", "model.thought"))
     own = shutil.copytree(checkpoints["llama"], tmp_path / "own")
     description = json.loads((own / "coconut.json").read_text())
     (own / "coconut.json").write_text(json.dumps(description | {"thought": "gated"}))

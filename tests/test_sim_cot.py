@@ -166,7 +166,7 @@ def test_the_decoder_has_no_dropout_and_evaluation_has_no_decoder():
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
-        ({"method": "cot"}, "needs method coconut"),
+        ({"method": "cot"}, "is for method sim_cot"),
         ({"thought": "pause"}, "a thought that is fed back"),
         ({"c_thought": 0}, "c_thought"),
         ({"step_decoder": "pretrained", "from_scratch": True}, "set it to copy"),

@@ -1,5 +1,7 @@
 """The thoughts by themselves. What each does to a model is tested in test_coconut.py, against the plain definition."""
 
+import importlib
+
 import pytest
 import torch
 from conftest import tiny_base
@@ -9,7 +11,7 @@ from model.backbone import Backbone, decoder_blocks
 from model.thought import REGISTRY, Seen, make_thought
 from utils import UserError
 
-SPELLINGS = [name + {":N": ":-2", "[:T]": ":0.1", "[:P]": ":8", "": ""}[takes] for name, takes in THOUGHTS.items()]
+SPELLINGS = [name + {":N": ":-2", "[:T]": ":0.1", "[:P]": ":8", "": ""}[takes] for name, (takes, _) in THOUGHTS.items()]
 
 
 def seen(layers: int = 4, width: int = 32, **parts) -> Seen:
@@ -31,6 +33,8 @@ def gradients(thought, given: Seen) -> list[torch.Tensor | None]:
 
 
 def test_the_configuration_knows_every_thought():
+    for _, module in THOUGHTS.values():
+        importlib.import_module(module)
     assert REGISTRY.keys() == THOUGHTS.keys()
     assert all(thought.__doc__ for thought in REGISTRY.values())
 
@@ -51,7 +55,7 @@ def test_every_spelling_makes_a_thought(family, spelling):
     "spelling", ["first", "layer", "layer:", "layer:two", "last:1", "suppressed:-1", "Last", "", "layer:1:2", "last+"]
 )
 def test_an_unknown_thought_lists_what_there_is(spelling):
-    wanted = r"must be one of last, layer:N, pause, .*embedding\+suppressed\[:T\]"
+    wanted = r"must be one of last, pause, .*layer:N, .*embedding\+suppressed\[:T\]"
     with pytest.raises(UserError, match=wanted):
         make_thought(spelling, tiny_base("gpt2"))
 
@@ -166,4 +170,4 @@ def make_coconut_of(base):
 
 
 def test_help_lists_them():
-    assert "last | layer:N | pause | projected | normalised | projected+normalised | realigned" in Config.describe()
+    assert "projected | normalised | projected+normalised | realigned | layer:N | suppressed[:T]" in Config.describe()

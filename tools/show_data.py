@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from methods import method_of
+from methods import parts_of
 from trainer.pretrained import LATENT, load_tokenizer, mark
 
 COLOURS = {"given": "0", "latent": "1;35", "supervised": "32"}  # of a terminal
@@ -69,7 +69,7 @@ def show_more(item, config: Config, markers: Markers, tokenizer, coloured: bool 
         return []
     if config.method == "multi_mode":
         return [line for mode in MODES[:-1] for line in sequence(mode, *item[mode])]
-    if config.method == "codi":
+    if config.method in ("codi", "pccot"):
         *_, place, teacher, labels, teacher_place = item
         ids = item[0]
         where = (
@@ -129,7 +129,7 @@ def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool)
         told = [{**example, "steps": auxiliary.steps(example["steps"])} for example in examples]
         tokens.auxiliary = tokenize(told, tokenizer, step_separator="")
         tokens.answer_prefix = tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
-    dataset = method_of(config).dataset(tokens, config, markers)
+    dataset = parts_of(config).dataset(tokens, config, markers)
     for number in range(min(n_examples, len(examples))):
         item = dataset[number, stage]
         ids, labels = item["latent"] if config.method == "multi_mode" else item[:2]

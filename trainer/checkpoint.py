@@ -35,7 +35,8 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from config import Config
+from config import Config, modern
+from methods import rules_of
 from model import lora
 from trainer import parallel
 from trainer.distributed import World, on_every_rank, on_main_rank
@@ -377,11 +378,13 @@ def damage(folder: Path) -> str | None:
 def differences(config: Config, folder: Path) -> dict[str, str]:
     """Where a configuration departs from the one that a checkpoint was trained with: key -> "key 1, not 2"."""
     description = read_description(folder) or {}
-    return {
-        name: f"{name} {_shown(description[name])}, not {_shown(getattr(config, name))}"
-        for name in DESCRIBED
-        if name in description and description[name] != getattr(config, name)
-    }
+    others = {name: getattr(config, name) for name in DESCRIBED if name in description}
+    others = {name: value for name, value in others.items() if description[name] != value}
+    if "method" in others:  # a variant adds to the training of the other, not to its sequences
+        theirs = rules_of(description["method"]).variant_of or description["method"]
+        if theirs == (config.rules.variant_of or config.method):
+            del others["method"]
+    return {name: f"{name} {_shown(description[name])}, not {_shown(value)}" for name, value in others.items()}
 
 
 def _shown(value) -> str:
@@ -421,6 +424,7 @@ def changes(config: Config, run_dir: Path) -> dict[str, str]:
         return {}
     if not isinstance(before, dict):
         return {}
+    before = modern(before)
     free = {key.name for key in fields(Config) if key.metadata["free"]}
     if config.global_batch_size is not None:
         free |= {"batch_size_training", "gradient_accumulation_steps"}

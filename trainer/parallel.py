@@ -24,12 +24,11 @@ from transformers import AutoModelForCausalLM
 
 from coconut import Coconut
 from config import Config
-from methods import make_model
 from model import lora
 from model.backbone import decoder_blocks
 from model.checkpointing import checkpoint_blocks
 from trainer.distributed import World, on_every_rank, on_main_rank
-from trainer.pretrained import Pretrained, load_model, shape_of
+from trainer.pretrained import Pretrained, load_model, make_model, shape_of
 from utils import UserError
 
 BYTES_PER_PARAMETER = 16  # float32 weights, gradients, and AdamW's two averages
@@ -59,7 +58,7 @@ def load(config: Config, world: World, source: Path | None) -> Pretrained:
             decoder = AutoModelForCausalLM.from_config(decoder_config, dtype=decoder_config.dtype)
             model.attach(decoder, config.step_decoder_weight)
         if config.lora_rank is not None:
-            lora.add(base, config.lora_rank, config.lora_alpha)
+            lora.add(base, config.lora_rank, config.lora_alpha, config.lora_dropout)
     model.backbone.recomputes = recomputes
     wrap_blocks(model, config)
     _shard(model, config)
