@@ -15,17 +15,14 @@ import torch
 from conftest import ROOT
 from elsewhere import written_elsewhere
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-import config as config_module
 import utils
+from coconut import Coconut
 from config import Config
 from dataset import collate_prompts
-from model import thought
 from tools import export
-from tools.modeling_coconut import CoconutForCausalLM
-from tools.trained import Coconut
-from trainer import checkpoint, run_folder
+from trainer import checkpoint, inference, run_folder
 from trainer.pretrained import END, load_model
 
 QUESTIONS = ["3+4", "5*6-0*2", "9?", "7!?", "12"]
@@ -123,9 +120,13 @@ def elsewhere(folders, tmp_path_factory) -> dict[str, list]:
     return written_elsewhere({name: folders[name] for name in CASES}, QUESTIONS, NEW, tmp_path_factory.mktemp("else"))
 
 
+def load_exported(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
 def tokens_of(model: Coconut, questions: list[str]) -> list[list[int]]:
     """This model's own new tokens."""
-    batch = collate_prompts(model.prompts(questions), model.markers.eos)
+    batch = collate_prompts(inference.prompts(model, questions), model.markers.eos)
     return model.generate(**batch, max_new_tokens=NEW).tolist()
 
 
@@ -143,24 +144,24 @@ def test_it_writes_elsewhere_what_it_writes_here(case, checkpoints, elsewhere):
 def test_the_thoughts_matter_to_what_is_compared(checkpoints, folders):
     """Were they left out, the logits would be others."""
     for case in ("llama", "realigned", "suppressed", "layer:-2"):
-        model, whole = Coconut.from_pretrained(checkpoints[case]), CoconutForCausalLM.from_pretrained(folders[case])
+        model, whole = Coconut.from_pretrained(checkpoints[case]), load_exported(folders[case])
         ids, mask = whole.prompts(torch.tensor([model.tokenizer("3+4")["input_ids"]]))
         logits = whole(input_ids=ids, attention_mask=mask).logits
         torch.testing.assert_close(logits, model(ids, mask).logits, rtol=1e-4, atol=1e-4)
-        whole.config.thought = "pause"
+        whole.thought.sequential = False  # as `pause`
         assert (whole(input_ids=ids, attention_mask=mask).logits[:, -1] - logits[:, -1]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("case", ["llama", "two a step", "cot"])
 def test_a_newline_is_put_in_as_the_tokenizer_does(case, checkpoints, folders):
     """Appending its token to those of a question is another prompt, where the two are one token."""
-    model, whole = Coconut.from_pretrained(checkpoints[case]), CoconutForCausalLM.from_pretrained(folders[case])
+    model, whole = Coconut.from_pretrained(checkpoints[case]), load_exported(folders[case])
     tokenizer = AutoTokenizer.from_pretrained(folders[case], trust_remote_code=True)
     ids, mask = whole.prompts(**tokenizer_arguments(tokenizer, QUESTIONS))
     rows = [row[-n:] for row, n in zip(ids.tolist(), mask.sum(dim=1).tolist(), strict=True)]
-    assert rows == model.prompts(QUESTIONS)
+    assert rows == inference.prompts(model, QUESTIONS)
     assert len(whole.config.endings) == 2  # "?" and "!"
-    assert whole.prompts(torch.zeros((1, 0), dtype=torch.long))[0][0].tolist() == model.prompts([""])[0]
+    assert whole.prompts(torch.zeros((1, 0), dtype=torch.long))[0][0].tolist() == inference.prompts(model, [""])[0]
 
 
 def tokenizer_arguments(tokenizer, questions: list[str]) -> dict[str, torch.Tensor]:
@@ -172,14 +173,14 @@ def test_prompts_that_would_differ_are_counted(checkpoints, tmp_path, monkeypatc
     folder = shutil.copytree(checkpoints["llama"], tmp_path / "checkpoint_4")
     (folder / "predictions.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS))
     assert export.export(str(folder), tmp_path / "right") == []
-    rightly = export._with_newline
-    monkeypatch.setattr(export, "_with_newline", lambda tokenizer: (rightly(tokenizer)[0], {}))
+    rightly = export.with_newline
+    monkeypatch.setattr(export, "with_newline", lambda tokenizer: (rightly(tokenizer)[0], {}))
     (warning,) = export.export(str(folder), tmp_path / "wrong")
     assert warning.startswith("2 of 5 validation questions get other tokens than in training")
 
 
 def test_sampling_beams_and_lengths_are_those_of_transformers(folders):
-    whole = CoconutForCausalLM.from_pretrained(folders["llama"])
+    whole = load_exported(folders["llama"])
     tokenizer = AutoTokenizer.from_pretrained(folders["llama"], trust_remote_code=True)
     questions = tokenizer(QUESTIONS, padding=True, return_tensors="pt")
     width = questions["input_ids"].shape[1]
@@ -193,7 +194,7 @@ def test_sampling_beams_and_lengths_are_those_of_transformers(folders):
     beams = whole.generate(**questions, num_beams=3, max_new_tokens=NEW, return_dict_in_generate=True).sequences
     assert beams[:, :width].equal(questions["input_ids"])
     assert whole.generate(**questions, max_new_tokens=1000).shape[1] < 64  # positions
-    with pytest.raises(ValueError, match="a question of 66 tokens leaves no room in 64 positions"):
+    with pytest.raises(ValueError, match="a question of 66 tokens fills all 64 positions"):
         whole.generate(torch.ones((1, 61), dtype=torch.long))
     with pytest.raises(ValueError, match="generate takes questions"):
         whole.generate(inputs_embeds=torch.zeros((1, 3, 32)))
@@ -202,7 +203,14 @@ def test_sampling_beams_and_lengths_are_those_of_transformers(folders):
 def test_the_folder(folders):
     folder = folders["projected"]
     assert {path.name for path in folder.iterdir()} == {
-        *("README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_coconut.py"),
+        *(
+            "README.md",
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "modeling_coconut.py",
+            "thought.py",
+        ),
         *("tokenizer.json", "tokenizer_config.json"),
     }
     settings = json.loads((folder / "config.json").read_text())
@@ -316,10 +324,10 @@ def test_what_a_model_of_several_modes_writes_is_read_without_its_marker(folders
         ("coconut.json", {"stage": "x"}, "coconut.json is damaged: stage must be a whole number from 0 on, not 'x'"),
         ("coconut.json", {"c_thought": "many"}, "coconut.json is damaged: c_thought must be a whole number"),
         ("coconut.json", {"method": "none"}, "coconut.json is damaged: method must be one of"),
-        ("coconut.json", {"c_thought": 1000}, "leave no room in 64 positions"),
+        ("coconut.json", {"c_thought": 1000}, "fill all 64 positions"),
         ("predictions.jsonl", '{"question": ', "predictions.jsonl is damaged"),
         ("predictions.jsonl", "{}", "predictions.jsonl is damaged"),
-        ("../eval/metrics.json", '{"checkpoint": 5}', "is damaged, and cannot be put into the model card"),
+        ("../eval/metrics.json", '{"checkpoint": 5}', "the model card cannot be made, a file of"),
         ("../config.yaml", "\ta", "is not a configuration"),
     ],
 )
@@ -340,7 +348,7 @@ def test_what_is_damaged_is_said_in_a_sentence(checkpoints, tmp_path, capsys, fi
 
 def test_lengths_count_the_questions(folders):
     """max_length in a generation_config, and min_length, counted the latents and markers too; 0 tokens were 128."""
-    model = AutoModelForCausalLM.from_pretrained(folders["llama"], trust_remote_code=True)
+    model = load_exported(folders["llama"])
     question = torch.tensor([[3, 4, 5]])
     assert model.generate(question, generation_config=GenerationConfig(max_length=8, min_length=8)).shape[1] == 8
     assert model.generate(question, min_length=12, max_new_tokens=9).shape[1] == 12
@@ -374,7 +382,7 @@ def test_what_is_there_is_kept(checkpoints, tmp_path, capsys):
     out.mkdir()
     assert export.main([str(source), str(out)]) == 0  # an empty folder is no loss
     before = (out / "config.json").read_text()
-    assert "holds an exported model already" in complaint(capsys, checkpoints["llama"], out)
+    assert "holds an exported model: choose" in complaint(capsys, checkpoints["llama"], out)
     assert (out / "config.json").read_text() == before
     assert export.main([str(checkpoints["llama"]), str(out), "--force"]) == 0
     assert (out / "config.json").read_text() != before
@@ -387,7 +395,7 @@ def test_what_is_there_is_kept(checkpoints, tmp_path, capsys):
     (tmp_path / "file").write_text("some of it")
     for name in ("mine", "file"):
         for options in ([], ["--force"]):
-            assert "is there already, and is no exported model" in complaint(capsys, source, tmp_path / name, *options)
+            assert "exists and is no exported model" in complaint(capsys, source, tmp_path / name, *options)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "all of it"
     assert (tmp_path / "file").read_text() == "some of it"
 
@@ -422,7 +430,7 @@ def test_a_full_disk_leaves_nothing_half(checkpoints, tmp_path, capsys, monkeypa
         def full(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(CoconutForCausalLM, "save_pretrained", full)
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
         assert "cannot be written: No space left on device" in complaint(capsys, checkpoints["llama"], tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 

@@ -7,12 +7,12 @@ import pytest
 import tiny_model
 import torch
 from huggingface_hub import ModelCard
+from tools.trained import Coconut
 from transformers.utils import hub
 
 import coconut
 from config import Config
 from tools import trained
-from tools.trained import Coconut
 from trainer import checkpoint
 from trainer.pretrained import load_model
 from utils import UserError
