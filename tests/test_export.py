@@ -1,7 +1,10 @@
 """export.py, modeling_coconut.py and card.py: a folder that needs none of this code, and says what it is."""
 
 import dataclasses
+import hashlib
+import importlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -14,16 +17,20 @@ import tiny_model
 import torch
 from conftest import ROOT
 from elsewhere import written_elsewhere
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.dynamic_module_utils import check_imports, get_imports
 
 import utils
 from coconut import Coconut
 from config import Config
 from dataset import collate_prompts
-from tools import export
+from model import thought
+from tools import export, portable
 from trainer import checkpoint, inference, run_folder
 from trainer.pretrained import END, load_model
+from utils import UserError
 
 QUESTIONS = ["3+4", "5*6-0*2", "9?", "7!?", "12"]
 NEW = 8  # tokens
@@ -226,16 +233,93 @@ def test_the_folder(folders):
         names = set(weights.keys())
     assert "thought.weight" in names
     assert {name.partition(".")[0] for name in names} == {"thought", "base_causallm"}
-    assert (folder / "modeling_coconut.py").read_text() == (ROOT / "tools/modeling_coconut.py").read_text()
+    here = (ROOT / "tools/modeling_coconut.py").read_text()
+    assert (folder / "modeling_coconut.py").read_text() == re.sub(r"from model\.\w+", "from .thought", here)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert set(tokenizer("3+4")) == {"input_ids", "attention_mask"}
     assert tokenizer.padding_side == "left"
 
 
-def test_the_modelling_file_imports_only_torch_and_transformers():
-    lines = (ROOT / "tools/modeling_coconut.py").read_text().splitlines()
-    imported = {line.split()[1].partition(".")[0] for line in lines if line.startswith(("import ", "from "))}
-    assert imported == {"inspect", "contextlib", "typing", "torch", "transformers"}
+def test_the_code_imports_only_torch_and_transformers(folders):
+    for name in ("projected", "layer:-2"):
+        for file in ("modeling_coconut.py", "thought.py"):
+            assert set(get_imports(folders[name] / file)) <= sys.stdlib_module_names | {"torch", "transformers"}
+    assert check_imports(folders["llama"] / "modeling_coconut.py") == ["thought"]
+
+
+def test_the_code_has_one_thought(folders):
+    text = (folders["projected+normalised"] / "thought.py").read_text()
+    assert "class Projected(Thought)" in text
+    assert "class Realigned" not in text
+
+
+OWN = """
+from torch import nn
+from methods.thoughts import Projected
+from model.thought import Seen, register
+from utils import UserError
+
+SCALE = 3.0  # of the thought
+
+
+def _gate(x):
+    return SCALE * x.sigmoid() * x
+
+
+@register("mlp")
+class Gated(Projected):
+    def forward(self, seen: Seen):
+        if seen.hidden is None:
+            raise UserError("never")
+        return _gate(super().forward(seen)) + nn.functional.relu(seen.embedding)
+"""
+
+
+@pytest.fixture
+def own_thought(tmp_path, monkeypatch):
+    """A thought in a file of its own, under the name of another one, which it replaces here."""
+    import methods.thoughts  # the other one comes first
+
+    monkeypatch.setitem(thought.REGISTRY, "mlp", methods.thoughts.Mlp)
+    (tmp_path / "own_thought.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("own_thought")
+    del sys.modules["own_thought"]
+
+
+@pytest.mark.slow
+def test_a_thought_of_ones_own_is_exported_without_a_second_edit(own_thought, tmp_path):
+    source = make_checkpoint(tmp_path, "mlp", c_thought=2, tied=False)
+    assert isinstance(Coconut.from_pretrained(source).thought, own_thought.Gated)
+    assert export.export(str(source), tmp_path / "out") == []
+    found = written_elsewhere({"own": tmp_path / "out"}, QUESTIONS, NEW, tmp_path)
+    assert found["own"]["batch"] == tokens_of(Coconut.from_pretrained(source), QUESTIONS)
+
+
+def test_code_that_cannot_be_taken_along_is_named(own_thought, tmp_path, monkeypatch):
+    file = tmp_path / "own_thought.py"
+    for before, after, sentence in (
+        ("from utils import UserError", "from utils import UserError as UserError2", "write `from utils import`"),
+        ("from utils import UserError", "import utils as UserError", "write `from utils import`"),
+        ("    return SCALE", "    import config\n    return SCALE", "it imports within a function"),
+    ):
+        file.write_text(OWN.replace(before, after).replace("raise UserError(", f"raise {after.split()[-1]}("))
+        portable._names.cache_clear()
+        with pytest.raises(UserError, match=sentence):
+            portable.write_code(tmp_path, own_thought.Gated)
+
+
+def test_padding_without_an_attention_mask(folders):
+    """Padding was read as tokens, without a word."""
+    whole, tokenizer = load_exported(folders["llama"]), AutoTokenizer.from_pretrained(folders["llama"])
+    found = tokenizer(QUESTIONS, padding=True, return_tensors="pt")
+    ids, width = found["input_ids"], found["input_ids"].shape[1]
+    wanted = whole.generate(**found, max_new_tokens=NEW)
+    assert whole.generate(ids, max_new_tokens=NEW).equal(wanted)
+    right = tokenizer(QUESTIONS, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
+    assert whole.generate(right, max_new_tokens=NEW)[:, width:].equal(wanted[:, width:])
+    first = torch.tensor([[tokenizer.pad_token_id, 5, 6], [tokenizer.pad_token_id, 7, 8]])  # of each text: no padding
+    assert whole.prompts(first)[1].all()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -246,13 +330,12 @@ def test_the_modelling_file_imports_only_torch_and_transformers():
 def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
     run = shutil.copytree(checkpoints["two a step"].parent, tmp_path / "mine")
     config = Config(
-        name="mine", c_thought=2, seed=7, train_path="data/some_train.json", val_path="data/some_valid.json"
+        name="mine", c_thought=2, seed=7, train_path=str(tmp_path / "some_train.json"), val_path="data/some_valid.json"
     )
+    Path(config.train_path).write_text("[]")
     run_folder.write_config(dataclasses.asdict(config), run, 2, "a fast one")
     (run / "checkpoint_4" / "trainer").mkdir()
-    (run / "checkpoint_4" / "trainer" / "state.json").write_text(
-        '{"format": 1, "epoch": 2, "step": 90, "data": "abc123"}'
-    )
+    (run / "checkpoint_4" / "trainer" / "state.json").write_text('{"format": 1, "epoch": 2, "step": 90}')
     epochs = [{"event": "epoch", "epoch": n, "train_seconds": 1700.0, "seconds": 100.0} for n in (0, 1, 1, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
     found = {"accuracy": 0.3456, "cot_match": 0.1, "generated_tokens": 8.25, "examples": 300}
@@ -264,7 +347,12 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
     text = (tmp_path / "out" / "README.md").read_text()
     for part in (
         *("# out\n", "`coconut`: Coconut (chain of continuous thought", "Its stage is 2.", "4 latent positions"),
-        *("`data/some_train.json`", "`abc123`", "| seed | 7 |", "| hours | 1.00, of 2 epochs with their validations |"),
+        *(
+            f"`{config.train_path}`",
+            f"`{hashlib.sha256(b'[]').hexdigest()}`",
+            "| seed | 7 |",
+            "| hours | 1.00, of 2 epochs with their validations |",
+        ),
         *("| hardware | a fast one; ranks: 2 |", "| epochs, optimizer steps | 2, 90 |", "torch 2."),
         "| `data/some_valid.json` (validation) | 300 | 34.6% | text | 10.0% | 8.2 |",
         "| `data/test.json` | 1000 | 50.0% | text | 10.0% | 8.2 |",
@@ -273,6 +361,14 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
         (run / "config.yaml").read_text().strip(),
     ):
         assert part in text, part
+    digest = hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
+    assert f"\n    {digest}  model.safetensors\n" in text
+    data = ModelCard(text).data
+    assert (data.library_name, data.language, data.datasets) == ("transformers", "en", ["some_train"])
+    assert (data.base_model, data.license) == ("openai-community/gpt2", None)
+    assert [(r.dataset_type, r.dataset_split, r.metric_value) for r in data.eval_results] == [
+        ("some_valid", "validation", 0.3456), ("test", "test", 0.5)
+    ]  # fmt: skip
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert f"git checkout {commit.stdout.strip()}" in text or not commit.stdout
     assert (tmp_path / "out" / "config.yaml").read_text() == (run / "config.yaml").read_text()
@@ -407,16 +503,16 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(checkpoints, tmp_path, ca
     (tmp_path / "file").write_text("")
     assert "cannot be written" in complaint(capsys, checkpoints["llama"], tmp_path / "file" / "out")
 
-    monkeypatch.setitem(thought.REGISTRY, "gated", thought.Thought)
-    monkeypatch.setitem(config_module.THOUGHTS, "gated", "")
     own = shutil.copytree(checkpoints["llama"], tmp_path / "own")
-    description = json.loads((own / "coconut.json").read_text())
-    (own / "coconut.json").write_text(json.dumps(description | {"thought": "gated"}))
-    assert "the thought gated is not among those that an exported model can have" in complaint(capsys, own, out)
 
-    (own / "coconut.json").write_text(json.dumps(description))
-    monkeypatch.setattr(CoconutForCausalLM, "think", lambda self, hidden, *_: hidden + 1)
-    assert "a llama cannot be exported, to run over transformers' own cache: its logits are others" in complaint(
+    def wrong(folder: Path, thought: type) -> None:
+        portable.write_code(folder, thought)
+        (folder / "thought.py").write_text(
+            (folder / "thought.py").read_text() + "\nLast.forward = lambda _, s: s[0] + 1"
+        )
+
+    monkeypatch.setattr(export, "write_code", wrong)
+    assert "a llama cannot be exported, to run over transformers' own cache: its logits differ" in complaint(
         capsys, own, out
     )
     (own / "trainer").mkdir()

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from tools.portable import MODELLING, write_code
+from tools.portable import MODELLING, THOUGHT, write_code
 from trainer.run_folder import check_checkpoint
 from utils import MODEL_FILES, UserError, parse_json, print_error, whole_folder
 
@@ -66,7 +66,7 @@ def export(
     from trainer.checkpoint import damage
     from trainer.pretrained import read_tokenizer
 
-    with whole_folder(out, replaces=MODEL_FILES if force else ()) as aside, TemporaryDirectory() as code:
+    with whole_folder(out, replaces=(*MODEL_FILES, THOUGHT) if force else ()) as aside, TemporaryDirectory() as code:
         model = Coconut.from_pretrained(checkpoint)
         folder = Path(model.config.model_id).resolve()  # '.' has no name and no parent
         if (folder / "trainer").is_dir() and (problem := damage(folder)):

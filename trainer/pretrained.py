@@ -267,9 +267,10 @@ def not_loadable(key: str, source, error: Exception) -> UserError:
     else:
         if not isinstance(error, (OSError, ValueError)):
             reason = f"{type(error).__name__}: {reason}"
-        if (status := _http_status(error)) is not None:
+        status = _http_status(error)
+        if status is not None:
             reason += f"; the hub's last answer was HTTP {status}"
-        if Path(source).is_dir():
+        elif Path(source).is_dir():
             reason += " (the folder must be a whole Hugging Face model)"
         elif problem := hub_problem():
             reason = f"it has not been downloaded, and the hub does not answer ({problem}); without a network, "
