@@ -26,7 +26,7 @@ from curriculum import prompt
 from dataset import collate_prompts
 from trainer.checkpoint import DESCRIBED, write_model
 from trainer.evaluate import extract_answer, generate_tokens
-from trainer.pretrained import Pretrained, load_model, not_loadable, read_description
+from trainer.pretrained import Pretrained, hub_problem, load_model, not_loadable, read_description
 from trainer.run_folder import HUB_ID, resolve
 from utils import UserError, whole_folder
 
@@ -104,7 +104,8 @@ def _local_folder(source: str | Path, hub_options: dict) -> Path:
     if os.path.exists(source) or not HUB_ID.fullmatch(str(source)):
         return resolve(str(source))
     try:
-        folder = snapshot_download(str(source), **hub_options)
+        cached_only = {"local_files_only": True} if hub_problem() else {}
+        folder = snapshot_download(str(source), **cached_only | hub_options)
     except Exception as error:  # of the hub or the connection
         raise not_loadable("checkpoint", source, error) from None
     return resolve(str(folder))

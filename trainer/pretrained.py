@@ -231,6 +231,7 @@ def read_tokenizer(source: str | Path, **options) -> PreTrainedTokenizerBase:
     For some families, such as Qwen2, transformers ignores the declaration, and its own class drops the words of another
     vocabulary. Raises UserError where a folder has no tokenizer; transformers would make an empty one.
     """
+    options = {"trust_remote_code": False} | options
     if Path(source).is_dir() and not any(next(Path(source).glob(files), None) for files in TOKENIZER_FILES):
         raise UserError(f"{source} has no tokenizer")
     declared = get_tokenizer_config(str(source), **options).get("tokenizer_class")
