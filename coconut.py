@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -281,3 +282,44 @@ class Coconut(nn.Module):
         if supervised is None:
             supervised = (targets != IGNORE).nonzero().flatten()
         return self.backbone.cross_entropy(hidden.flatten(0, 1)[supervised], targets[supervised])
+
+    # From files and into them; the code is in trainer/inference.py, which knows folders and tokenizers
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, trust_remote_code: bool = False, **hub_options) -> Coconut:
+        """Loads a checkpoint, a run's newest checkpoint or a hub id, on the CPU and in the dtype of its file.
+
+        The model has `tokenizer`, `markers`, `config` and `stage` too, which the methods below need. hub_options are
+        those of huggingface_hub.snapshot_download: revision, token, ... Raises UserError.
+        """
+        from trainer import inference
+
+        return inference.load(source, trust_remote_code, **hub_options)
+
+    def save_pretrained(self, folder: str | Path, **hub_options) -> None:
+        """Writes a new folder for `from_pretrained`; AutoModelForCausalLM reads it too, without thoughts. hub_options:
+        push_to_hub=True, and then repo_id and the options of `push_to_hub`."""
+        from trainer import inference
+
+        inference.save(self, folder, **hub_options)
+
+    def push_to_hub(self, repo_id: str, **options) -> str:
+        """Uploads the folder; options are private, token and those of huggingface_hub's upload_folder."""
+        from trainer import inference
+
+        return inference.push(self, repo_id, **options)
+
+    def ask(self, question: str, **options) -> str:
+        """The model's output for a question; options as in `answers`."""
+        return self.answers([question], **options)[0]["output"]
+
+    def answers(self, questions: list[str], **options) -> list[dict]:
+        """The model's {"output", "answer"} for each question, as one batch, by greedy decoding.
+
+        options: max_new_tokens (128); n_thoughts, a number of latents other than its stage's; mode, of a multi-mode
+        model; show_thoughts, which adds "thoughts": for each latent the five likeliest [token, probability] pairs at
+        the position before it (paper, Section 5.2); sampling options of `generate`. Raises UserError.
+        """
+        from trainer import inference
+
+        return inference.answers(self, questions, **options)

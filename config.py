@@ -103,8 +103,8 @@ class Config:
     save_path: str = key("checkpoints", "folder that holds the runs", free=True)
     only_eval: bool = key(
         False,
-        "evaluate the run's best checkpoint on test_path, and stop; or, where they are set beside only_eval (in the same "
-        "file, in one that extends it, on the command line), load_model_path, and val_path",
+        "evaluate the run's best checkpoint on test_path, and stop; or, if they are set beside only_eval (in the same "
+        "file, in one that extends it, on the command line), load_model_path on val_path",
         free=True,
     )
     seed: int = key(0, "seeds the weights that are made anew, the data order, dropout and stage mixing", low=0)

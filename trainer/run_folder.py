@@ -15,6 +15,7 @@ import yaml
 from utils import UserError, as_json, parse_json, why_unreadable, write_whole
 
 ENDED = "ended.json"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>[^:]+)")
 
 
@@ -120,6 +121,12 @@ def resolve(load_model_path: str, cached: bool = False) -> Path:
         f"load_model_path {load_model_path!r} is no checkpoint: neither a file, nor a folder with a config.json, nor "
         f"a run's folder with a whole checkpoint in it"
     )
+
+
+def check_checkpoint(source: str) -> None:
+    """Raises the UserError of a path that holds no checkpoint, before a command imports torch. A hub id passes."""
+    if os.path.exists(source) or not HUB_ID.fullmatch(source):
+        resolve(source)
 
 
 def _chosen(load_model_path: str, run: Path, which: str) -> Path:

@@ -1,4 +1,4 @@
-"""trained.py: a Coconut that comes from a folder or the hub, is asked, and goes into a folder or to the hub."""
+"""Coconut.from_pretrained, ask, answers, save_pretrained, push_to_hub."""
 
 import json
 from pathlib import Path
@@ -6,14 +6,10 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
-from huggingface_hub import ModelCard
-from transformers.utils import hub
 
-import coconut
+from coconut import Coconut
 from config import Config
-from tools import trained
-from tools.trained import Coconut
-from trainer import checkpoint
+from trainer import checkpoint, inference
 from trainer.pretrained import load_model
 from utils import UserError
 
@@ -43,7 +39,6 @@ def run(tmp_path_factory) -> Path:
 
 def test_a_question_in_three_lines(run):
     model = Coconut.from_pretrained(str(run))
-    assert isinstance(model, coconut.Coconut)
     assert (model.stage, model.config.c_thought, model.training) == (2, 2, False)
     ids = [*model.tokenizer("3+4\n")["input_ids"], *[model.markers.latent] * 4]
     new = model.generate(torch.tensor([ids]), max_new_tokens=6)[0].tolist()
@@ -78,31 +73,36 @@ def test_what_is_saved_is_what_is_read(run, tmp_path, dtype):
 
 
 def test_the_hub(run, tmp_path, monkeypatch):
-    uploaded = {}
+    uploaded, made = {}, []
 
     class Api:
-        def create_repo(self, repo_id, **_):
+        def __init__(self, token):
+            self.token = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            made.append((repo_id, private, self.token))
             return type("Repo", (), {"repo_id": repo_id})
 
-        def create_commit(self, repo_id, operations, **_):
-            for operation in operations:
-                uploaded[operation.path_in_repo] = Path(operation.path_or_fileobj).read_bytes()
+        def upload_folder(self, repo_id, folder_path, commit_message=None):
+            uploaded.update({path.name: path.read_bytes() for path in folder_path.iterdir()})
+            return "https://hub/commit"
 
-    monkeypatch.setattr(hub, "hf_api", Api)
-    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("a card"))
+    monkeypatch.setattr(inference, "HfApi", Api)
+    monkeypatch.setattr(inference, "hub_problem", lambda: None)
     model = Coconut.from_pretrained(run)
-    model.push_to_hub("someone/coconut")
+    assert model.push_to_hub("someone/coconut", commit_message="first") == "https://hub/commit"
     assert {"coconut.json", "thought.safetensors", "model.safetensors", "tokenizer.json", "README.md"} <= set(uploaded)
     for name, content in uploaded.items():
         (tmp_path / name).write_bytes(content)
     asked = []
-    monkeypatch.setattr(trained, "snapshot_download", lambda name, **how: asked.append((name, how)) or tmp_path)
+    monkeypatch.setattr(inference, "snapshot_download", lambda name, **how: asked.append((name, how)) or tmp_path)
     assert Coconut.from_pretrained("someone/coconut", revision="v1").ask("3+4") == model.ask("3+4")
     assert asked == [("someone/coconut", {"revision": "v1"})]
     uploaded.clear()
     model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="someone/other", private=True)
     assert "coconut.json" in uploaded
-    with pytest.raises(TypeError, match="private: options of push_to_hub, which is not asked for"):
+    assert made == [("someone/coconut", None, None), ("someone/other", True, None)]
+    with pytest.raises(TypeError, match="private are options of push_to_hub=True"):
         model.save_pretrained(tmp_path / "again", private=True)
 
 
@@ -111,12 +111,13 @@ def test_the_hub(run, tmp_path, monkeypatch):
     [
         ("none", "'none' is no checkpoint"),
         ("some/where/else", "'some/where/else' is no checkpoint"),
-        ("some/model", "checkpoint 'some/model' cannot be loaded: it is neither a whole local"),
+        ("some/model", "checkpoint 'some/model' cannot be loaded: .*it is no local folder; on the hub"),
         ("{tiny}", "lacks coconut.json"),
         ("{exported}", "is what tools/export.py writes"),
     ],
 )
-def test_what_is_no_checkpoint(run, tmp_path, source, sentence):
+def test_what_is_no_checkpoint(run, tmp_path, monkeypatch, source, sentence):
+    monkeypatch.setattr("trainer.pretrained.hub_problem", lambda: None)
     for name in ("config.json", "modeling_coconut.py"):
         (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match=sentence):
@@ -130,3 +131,19 @@ def test_thoughts_are_counted_where_there_are_some(run, tmp_path):
     model.save_pretrained(folder)
     with pytest.raises(UserError, match="this one is of method cot"):
         model.ask("3+4", n_thoughts=2)
+    with pytest.raises(UserError, match="a mode is for models of method multi_mode"):
+        model.ask("3+4", mode="direct")
+
+
+def test_one_question_is_a_text(run):
+    """A list was a bare TypeError of str and list."""
+    with pytest.raises(TypeError, match=r"a question must be a str, not list: answers\(\[...\]\) takes several"):
+        Coconut.from_pretrained(run).ask(["3+4", "5"])
+
+
+def test_unknown_characters_are_named(run, caplog):
+    model = Coconut.from_pretrained(run)
+    model.answers(["3 + 4", "3+4"], max_new_tokens=1)
+    assert caplog.messages == []
+    model.ask("3x+4xy", max_new_tokens=1)
+    assert caplog.messages == ["warning: the tokenizer does not know 'xy' in the question '3x+4xy'"]
