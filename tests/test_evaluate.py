@@ -25,11 +25,12 @@ from trainer.evaluate import (
     is_right,
     number_of,
     of_sets,
+    summary,
     validation_loss,
     warn_unscorable_answers,
+    wilson,
 )
 from trainer.pretrained import Pretrained
-from trainer.table import summary, wilson
 from utils import UserError
 
 

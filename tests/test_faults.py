@@ -24,6 +24,7 @@ from test_run import place as place
 
 import run as run_module
 from config import Config
+from trainer import checkpoint
 from trainer.checkpoint import checkpoints
 from trainer.logger import read_log
 from utils import UserError
@@ -151,12 +152,12 @@ def test_a_run_that_was_killed_in_validation_validates_again(place, here):
 def test_a_second_signal_exits_at_once():
     """But not one that comes together with the first, as launchers hand on what all processes have got anyway."""
     program = (
-        "import sys, time; from trainer.distributed import Interruption, World\n"
-        "with Interruption(World(0, 0, 1, None)) as interruption:\n"
+        "import sys, time; from trainer.distributed import StopSignal, World\n"
+        "with StopSignal(World(0, 0, 1, None)) as stop:\n"
         "    print('ready', flush=True)\n"
         "    while True:\n"
         "        time.sleep(0.05)\n"
-        "        if interruption.asked(): print('asked', flush=True)\n"
+        "        if stop.requested(): print('asked', flush=True)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
@@ -309,7 +310,7 @@ DAMAGES = {
 }
 
 
-def test_a_damaged_checkpoint_is_passed_over(place, two_epochs, here):
+def test_a_damaged_checkpoint_is_passed_over(place, two_epochs, here, capsys):
     run, arguments = two_epochs
     keep = run.parent / "kept"
     shutil.copytree(run, keep)
@@ -317,12 +318,10 @@ def test_a_damaged_checkpoint_is_passed_over(place, two_epochs, here):
         shutil.rmtree(run)
         shutil.copytree(keep, run)
         act(run / "checkpoint_2")
-        found = []
-        from trainer import checkpoint
-
-        assert checkpoint.newest_whole(run, found.append) == run / "checkpoint_1", damage
-        assert len(found) == 1
-        assert re.search("checkpoint_2 is damaged .*passed over", found[0]), damage
+        capsys.readouterr()
+        assert checkpoint.newest_whole(run) == run / "checkpoint_1", damage
+        (found,) = capsys.readouterr().err.splitlines()
+        assert re.search("warning: .*checkpoint_2 is damaged .*passed over", found), damage
     done = here(place / "run.yaml", *arguments)  # the last of them, in the program
     assert done.returncode == 0, done.stderr
     assert "warning: " in done.stderr
@@ -625,7 +624,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(place, here, rank
     (complaint,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     record = json.loads((run / "nonfinite.jsonl").read_text())
     assert 5 in record["examples"]
-    assert len(record["examples"]) == 4  # of the pass that it was in
+    assert len(record["examples"]) == 8  # of the step that it was in
     assert f"the loss of step {record['step']}, in epoch 0, is nan" in complaint
     assert "the last good checkpoint is none" in complaint
     shutil.rmtree(run)

@@ -436,14 +436,15 @@ def test_a_damaged_log_fails_no_training(place, trained, tmp_path, here, file, c
 
 
 def test_a_finished_run_that_saves_only_what_improves_is_left_as_it_is(place):
-    """Started again, it trained all epochs after its best one anew; with more epochs it goes on from there."""
+    """Started again, it trained all epochs after its best one again; with more epochs it goes on from its last."""
     keys = ["name=improves", "save_only_improve=true", "lr=0", "epochs_per_stage=9", "max_new_tokens=2"]
     run = main(place, *keys, "num_epochs=3")
-    assert [path.name for path in load_path.checkpoints(run)] == ["checkpoint_1"]
+    assert [path.name for path in load_path.checkpoints(run)] == ["checkpoint_1", "checkpoint_3_step_57"]
+    assert load_path.resolve(str(run)) == run / "checkpoint_1"
     main(place, *keys, "num_epochs=3")
     assert [record["epoch"] for record in epochs(run)] == [0, 1, 2]
     main(place, *keys, "num_epochs=4")
-    assert [record["epoch"] for record in epochs(run)] == [0, 1, 2, 1, 2, 3]
+    assert [record["epoch"] for record in epochs(run)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("method", ["cot", "no_cot", "no_thoughts"])
@@ -462,7 +463,7 @@ def test_the_other_methods_run(place, method):
     )
     assert len(epochs(run)) == 2
     assert epochs(run)[-1]["loss"] < 3
-    saved = list(run.glob("checkpoint_*"))
+    saved = [path for path in run.glob("checkpoint_*") if load_path.is_of_finished_epoch(path)]
     assert len(saved) == 1
     assert "<|latent|>" not in AutoTokenizer.from_pretrained(saved[0]).get_vocab()
 
@@ -580,9 +581,9 @@ def test_results_of_an_evaluation_appear_together(place, trained, tmp_path):
     assert run_module.main(Config.from_file(place / "run.yaml", keys)) == 0
     assert {path.name for path in folder.glob("predictions*")} == {"predictions.jsonl"}
     before = digest(folder)
-    (folder / f".predictions.jsonl.{os.getpid()}").mkdir()  # where it is to be written
+    (folder / f".{os.getpid()}.predictions.jsonl").mkdir()  # where it is to be written
     assert run_module.main(Config.from_file(place / "run.yaml", keys)) == 2
-    (folder / f".predictions.jsonl.{os.getpid()}").rmdir()
+    (folder / f".{os.getpid()}.predictions.jsonl").rmdir()
     assert digest(folder) == before
     (folder / "predictions.jsonl").unlink()
     (folder / "predictions.jsonl").mkdir()  # of which the renaming told only after metrics.json had its new content

@@ -40,8 +40,14 @@ from tools.trained import Coconut
 from trainer.check_family import COARSE, ORDINARY
 from trainer.checkpoint import damage
 from trainer.pretrained import END, read_tokenizer
-from utils import MODEL_FILES, UserError, parse_json, print_error, whole_folder
+from utils import UserError, parse_json, print_error, replaced
 
+# what an exported folder, or a checkpoint, may hold
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
+    *("modeling_coconut.py", "__pycache__", "README.md", "config.yaml"),
+)
 MODELLING = "modeling_coconut.py"  # as transformers names it, after the module
 TRIED = 5  # tokens of the questions that both models are compared with
 KNOWN = (
@@ -61,7 +67,7 @@ def export(checkpoint: str, out: Path, force: bool = False) -> list[str]:
             raise UserError(f"{out} is there already, and is no exported model: choose another name")
         if not force:
             raise UserError(f"{out} holds an exported model already: choose another name, or --force to replace it")
-    with whole_folder(out, replaces=MODEL_FILES if force else ()) as aside:
+    with replaced(out, MODEL_FILES if force else ()) as aside:
         model = Coconut.from_pretrained(checkpoint)
         folder = Path(model.config.model_id).resolve()  # '.' has no name, and no parent
         if (folder / "trainer").is_dir() and (problem := damage(folder)):

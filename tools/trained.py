@@ -28,7 +28,7 @@ from trainer.checkpoint import DESCRIBED, write_model
 from trainer.evaluate import extract_answer, generate_tokens
 from trainer.pretrained import Pretrained, load_model, not_loadable, read_description
 from trainer.run_folder import resolve
-from utils import UserError, whole_folder
+from utils import UserError, replaced
 
 TOP = 5  # words shown of a thought
 MOST_THOUGHTS = 100_000  # of a model that knows no limit
@@ -95,7 +95,7 @@ class Coconut(coconut.Coconut, PushToHubMixin):
 
         Raises UserError where the folder holds something already, or cannot be written.
         """
-        with whole_folder(Path(folder)) as aside:
+        with replaced(Path(folder), ()) as aside:
             write_model(aside, self.config, self.as_pretrained(), self.stage, self.state_dict())
         if push_to_hub:
             self.push_to_hub(repo_id or Path(folder).name, **of_hub)
