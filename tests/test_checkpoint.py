@@ -94,9 +94,7 @@ def test_a_file_of_the_hub_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert resolve("someone/coconut-gsm:checkpoint_33") == tmp_path / "checkpoint_33"
     assert asked == [("someone/coconut-gsm", "checkpoint_33")]
-    with pytest.raises(
-        UserError, match="coconut-gsm:none' cannot be downloaded from the hub: 404 no such file"
-    ):
+    with pytest.raises(UserError, match="coconut-gsm:none' cannot be downloaded from the hub: 404 no such file"):
         resolve("someone/coconut-gsm:none")
 
 
@@ -329,6 +327,65 @@ def test_what_another_rank_writes_late_is_in_the_manifest(tiny, tmp_path, world,
     monkeypatch.setattr(checkpoint, "retried", lambda action: action())
     with pytest.raises(FileNotFoundError):  # `save` makes a UserError of it
         checkpoint._publish(target, folder, world_size=2)
+
+
+def test_a_group_can_read_all_files_of_a_checkpoint(tiny, tmp_path, world):
+    """G17: safetensors gave its files mode 0600."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run", thought="projected", lora_rank=2)
+    before = os.umask(0o027)
+    try:
+        folder = save(config, world, load_model(config, None), 1)
+    finally:
+        os.umask(before)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".safetensors"]) == 3
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+    assert folder.stat().st_mode & 0o777 == 0o750
+
+
+def test_a_file_that_may_not_be_read_is_not_damaged(tiny, tmp_path, world, monkeypatch):
+    """G17: a colleague was told that the checkpoint is damaged, and a run would have begun before it."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
+    folder = save(config, world, load_model(config, None), 1)
+    checkpoint.add_digests(folder)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(checkpoint, "file_digest", refuse)
+    for look in (checkpoint.damage, lambda folder: checkpoint.newest_whole(folder.parent)):
+        with pytest.raises(UserError, match=r"checkpoint_1/\S+ cannot be read: Permission denied"):
+            look(folder)
+
+
+def test_sizes_are_compared_until_there_are_digests(tiny, tmp_path, world):
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
+    folder = save(config, world, load_model(config, None), 1)
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    assert checkpoint.damage(folder) == "model.safetensors is not what was written"
+    file.write_bytes(content)
+    checkpoint.add_digests(folder)
+    assert checkpoint.damage(folder) is None
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert checkpoint.damage(folder) == "model.safetensors is not what was written"
+
+
+def test_the_newest_two_epochs_keep_the_optimizer(tiny, tmp_path, world):
+    """G19: 75 GB for 50 epochs of GPT-2."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
+    parts = load_model(config, None)
+    folders = [save(config, world, parts, epoch) for epoch in (1, 2, 3, 4)]
+    assert [(folder / checkpoint.OPTIMIZER).exists() for folder in folders] == [False, False, True, True]
+    assert [checkpoint.damage(folder) for folder in folders] == [None] * 4
+    assert checkpoint.find_newest(config, world) == folders[-1]
+    for folder in folders[2:]:
+        shutil.rmtree(folder)
+    sentence = "checkpoint_2 cannot be continued: only the newest two epochs keep .* load_model_path=.* and resume=2"
+    with pytest.raises(UserError, match=sentence):
+        checkpoint.find_newest(config, world)
+    assert not list(config.run_dir.glob(".removing-*"))
 
 
 def test_a_checkpoint_for_restarts_goes_when_its_epoch_is_saved(tiny, tmp_path, world):

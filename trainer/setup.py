@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +52,7 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     unlogged: list[Step] = field(default_factory=list)  # since the last write to the log
     saved: Path | None = None  # the newest checkpoint
+    hashing: threading.Thread | None = None  # its `add_digests`, on rank 0
 
     @property
     def model(self) -> torch.nn.Module:
