@@ -35,8 +35,8 @@ from trainer import checkpoint, evaluate, parallel
 from trainer import distributed as ranks
 from trainer.checkpoint import Progress
 from trainer.distributed import World
-from trainer.pretrained import read_description
-from trainer.setup import Run, Step, announce, setup_run, stage_to_evaluate
+from trainer.only_eval import evaluate_only
+from trainer.setup import Run, Step, announce, setup_run
 from trainer.throughput import FlopCounter, Throughput, peak_flops
 from utils import UserError, log, print_error, print_result, progress_bar, seed_everything, writing
 
@@ -80,49 +80,18 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
         ranks.barrier(world)  # all ranks: some may have read for longer
         while (epoch := run.progress.epoch) < config.num_epochs:
             stage = train_epoch(run, epoch)
-            save_checkpoint(
-                run, stage
-            )  # also without a signal: one may come in validation, and the kill before its end
+            # also without a signal: one may come in the validation, and the kill before its end
+            save_checkpoint(run, stage)
             if stop.requested(wait=True):  # all ranks
                 announce_stop(run)
-                return
+                break
             metrics, predictions = validate(run, epoch, stage)
             save_epoch(run, epoch, stage, metrics, predictions)
             if run.progress.epoch < config.num_epochs and stop.requested(wait=True):  # all ranks
                 announce_stop(run)
-                return
-        finish(run)
-
-
-def evaluate_only(config: Config, world: World) -> None:
-    """Evaluates load_model_path on each file of val_path; results go to save_path/name/eval."""
-    source = checkpoint.find_weights(config, world)
-    warnings = checkpoint.check_method(config, source)
-    stage, more = stage_to_evaluate(config, read_description(source) or {})
-    run = setup_run(config, world, source, Progress(), stage)
-    if not parallel.weights_are_finite(run.model):  # all ranks
-        raise UserError.of_all(f"the weights of {source} are not finite: there is nothing to evaluate")
-    sets, results = config.by_set(), {}
-    warnings += more + checkpoint.check_unseen(source, {sets[n].val_path: run.sets[n].val_digest for n in sets})
-    with run.logger:
-        for text in warnings:
-            log.warning(text)
-        parallel.gather_weights(run.model)  # all ranks
-        for name, one in sets.items():
-            data = run.sets[name]
-            log.info(f"evaluating {source} at stage {stage} on {one.val_path} ({len(data.val)} examples)")
-            metrics, predictions = evaluate.evaluate(run.pretrained, data, stage, one, world, "evaluating")  # all ranks
-            metrics |= {"stage": stage, "checkpoint": str(source), "file": one.val_path}
-            results[name] = metrics, predictions
-        with ranks.agree(world):  # all ranks
-            if world.is_main:
-                metrics, files = evaluate.of_sets(results)
-                try:
-                    evaluate.write_results(config.run_dir / "eval", files)
-                finally:  # not lost where the disk is full
-                    print_result(evaluate.summary(config.run_dir, metrics))
-                for name, (metrics, _) in results.items():
-                    run.logger.log(f"eval/{name}" if name else "eval", **metrics)
+                break
+        else:
+            finish(run)
 
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
@@ -147,11 +116,6 @@ def resume(run: Run, newest: Path | None) -> None:
         run.progress.epoch = run.config.resume
         # so that curves and schedules are those of the whole run
         run.progress.step = run.config.resume * run.steps_per_epoch
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# An epoch
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def train_epoch(run: Run, epoch: int) -> int:
@@ -339,11 +303,6 @@ def validate(run: Run, epoch: int, stage: int) -> tuple[dict, list[dict]]:
         f"tokens {metrics['generated_tokens']:.1f}, {metrics['train_seconds']:.0f} s + {metrics['seconds']:.0f} s"
     )
     return metrics, predictions
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Saving and ending
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def save_epoch(run: Run, epoch: int, stage: int, metrics: dict, predictions: list[dict]) -> None:

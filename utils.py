@@ -103,11 +103,6 @@ def seed_everything(*entropy: int) -> None:
     torch.manual_seed(int(words[2]))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def why_unreadable(path: Path | str) -> str | None:
     """Why the system does not even answer whether a path exists, where `Path.exists` raises: a folder on the way may
     not be entered, or a name is too long. None where it answers."""
@@ -161,11 +156,6 @@ def retried(action: Callable, seconds: float = 30):
             if time.monotonic() > end:
                 raise
             time.sleep(0.1)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

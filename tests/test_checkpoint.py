@@ -67,7 +67,7 @@ def test_a_checkpoint_can_be_chosen(tiny, tmp_path, world):
     assert resolve(f"{run}@2").name == "checkpoint_2"
     (run / "checkpoint_4" / "metrics.json").write_text("{")
     assert resolve(f"{run}@best").name == "checkpoint_3"
-    with pytest.raises(UserError, match=r"comes best, or after how many epochs, of which .* has 1, 2, 3, 4, 5"):
+    with pytest.raises(UserError, match=r"comes best, or a number of epochs; .* has 1, 2, 3, 4, 5"):
         resolve(f"{run}@last")
     with pytest.raises(UserError, match="is no run's folder with a whole checkpoint in it"):
         resolve(f"{tmp_path}@best")
@@ -76,7 +76,7 @@ def test_a_checkpoint_can_be_chosen(tiny, tmp_path, world):
     assert resolve(str(strange)).name == "checkpoint_5"  # a folder may be called so
     for path in strange.glob("*/metrics.json"):
         path.unlink()
-    with pytest.raises(UserError, match=r"no checkpoint of .* says how accurate it is"):
+    with pytest.raises(UserError, match=r"no checkpoint of .* has a validation accuracy"):
         resolve(f"{strange}@best")
 
 
@@ -116,7 +116,7 @@ def test_what_a_thought_has_learnt_comes_back(tiny, tmp_path, world):
     # the folder stays one of the model alone, for everybody else
     names = load_file(folder / "model.safetensors").keys()
     assert names == load_file(Path(tiny) / "model.safetensors").keys()
-    # other folders have nothing for it: it begins anew; and no thought that learns nothing writes a file
+    # other folders have nothing for it: it is re-initialised; and no thought that learns nothing writes a file
     assert torch.equal(load_model(config, Path(tiny))[0].thought.weight, torch.eye(32))
     plain = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="plain")
     assert not (save(plain, world, load_model(plain, None), 1) / "thought.safetensors").exists()
@@ -175,8 +175,8 @@ def test_what_cannot_be_removed_ends_no_run(tiny, tmp_path, world, monkeypatch, 
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", keep)
         save(config, world, parts, 2, 0.5)
-        assert "warning: " in (said := capsys.readouterr().err)
-        assert "checkpoint_1 cannot be removed: Directory not empty" in said
+        assert "warning: " in (printed := capsys.readouterr().err)
+        assert "checkpoint_1 cannot be removed: Directory not empty" in printed
         save(config, world, parts, 3, 0.6)
     save(config, world, parts, 4, 0.7)
     assert [path.name for path in config.run_dir.iterdir()] == ["checkpoint_4"]  # once it can be, it is
@@ -344,7 +344,7 @@ def test_a_group_can_read_all_files_of_a_checkpoint(tiny, tmp_path, world):
 
 
 def test_a_file_that_may_not_be_read_is_not_damaged(tiny, tmp_path, world, monkeypatch):
-    """G17: a colleague was told that the checkpoint is damaged, and a run would have begun before it."""
+    """G17: a colleague read that the checkpoint is damaged, and a run would have continued from an earlier one."""
     config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
     folder = save(config, world, load_model(config, None), 1)
     checkpoint.add_digests(folder)

@@ -48,7 +48,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def launch(script, *arguments, n_ranks: int = 0, **options) -> subprocess.CompletedProcess:
-    """Runs a script with the house on its path, under torchrun where there are ranks."""
+    """Runs a script with this repository on its path, under torchrun where there are ranks."""
     launcher = [sys.executable]
     if n_ranks:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
@@ -72,7 +72,7 @@ def test_any_exception_ends_the_job_at_once(place, tmp_path, n_ranks):
     done = launch(tmp_path / "job.py", ROOT / "run.py", place / "run.yaml", *overrides, n_ranks=n_ranks)
     assert done.returncode == 1, done.stderr[-3000:]
     assert "OutOfMemoryError: CUDA out of memory" in done.stderr
-    if n_ranks:  # @record has seen it: torchrun's report says more than "to enable traceback see"
+    if n_ranks:  # @record has seen it: torchrun's report has more than "to enable traceback see"
         assert (
             '"message": "OutOfMemoryError: CUDA out of memory' in done.stderr or "traceback : Traceback" in done.stderr
         )
@@ -200,8 +200,8 @@ original = dist.init_process_group
 dist.init_process_group = lambda *a, **k: original(*a, timeout=timedelta(seconds=2), **k)
 
 
-def slow(room, name):
-    do, calls = getattr(room, name), []
+def slow(module, name):
+    do, calls = getattr(module, name), []
 
     def slowly(*arguments):
         if not calls:
@@ -209,7 +209,7 @@ def slow(room, name):
         calls.append(1)
         return do(*arguments)
 
-    setattr(room, name, slowly)
+    setattr(module, name, slowly)
 
 
 if os.environ["RANK"] == "1":

@@ -570,7 +570,7 @@ def test_settings_that_contradict_each_other_are_kept(place, tmp_path, strategy)
 # ---- folders ----
 
 
-def test_a_folder_of_another_configuration_is_refused_unless_told_otherwise(place, two_epochs, here):
+def test_a_folder_of_another_configuration_is_refused_unless_continue_changed_is_set(place, two_epochs, here):
     run, arguments = two_epochs
     before = digest(run)
     done = here(place / "run.yaml", *arguments, "lr=0.5", "seed=2")

@@ -269,11 +269,11 @@ def test_a_continued_run_is_bitwise_an_undisturbed_one(place, trained):
     arguments = (place / "run.yaml", f"model_id={with_dropout(place)}", "max_new_tokens=2")
     together(*arguments, "name=whole")
     together(*arguments, "name=parts", "num_epochs=1")
-    stranger = place / "runs" / "parts" / "checkpoint_9"
-    stranger.mkdir()  # half a checkpoint, or somebody's notes: not to be taken for one
+    unrelated = place / "runs" / "parts" / "checkpoint_9"
+    unrelated.mkdir()  # half a checkpoint, or somebody's notes: not to be taken for one
     done = together(*arguments, "name=parts")
     assert "checkpoint_1, after 1 of 3 epochs" in done.stderr
-    assert not any(stranger.iterdir())
+    assert not any(unrelated.iterdir())
     whole, parts = (weights(place / "runs" / name / "checkpoint_3") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert not torch.equal(whole["transformer.wte.weight"], weights(run / "checkpoint_3")["transformer.wte.weight"])
@@ -371,7 +371,7 @@ def main(place: Path, *overrides: str) -> Path:
 @pytest.mark.parametrize(
     ("reset", "epochs_of_new"), [("never", [0]), ("stage", [0, 2]), ("epoch", [0, 1, 2, 3]), ("true", [0, 1, 2, 3])]
 )
-def test_the_optimizer_is_made_anew_when_it_should_be(place, monkeypatch, reset, epochs_of_new):
+def test_the_optimizer_is_reset_when_it_should_be(place, monkeypatch, reset, epochs_of_new):
     made = []
     original = run_module.make_optimizer
     monkeypatch.setattr(run_module, "make_optimizer", lambda r: made.append(r.progress.step) or original(r))
@@ -508,8 +508,8 @@ def test_the_best_checkpoint_is_named_and_all_can_be_evaluated(place, trained, c
     assert "checkpoint_2 could not be evaluated: " in printed.err
     assert printed.err.count("a checkpoint looks better than it is on the set that chose it") == 1
     assert evaluate_tool.main([str(run), "--all", "none.json"]) == 2
-    assert "checkpoint_1 could not be evaluated: " in (said := capsys.readouterr().err)
-    assert "none.json" in said
+    assert "checkpoint_1 could not be evaluated: " in (printed := capsys.readouterr().err)
+    assert "none.json" in printed
     assert evaluate_tool.main([str(tmp_path), "--all", "none.json"]) == 2
     assert "holds no checkpoint of a finished epoch" in capsys.readouterr().err
 
@@ -586,7 +586,7 @@ def test_results_of_an_evaluation_appear_together(place, trained, tmp_path):
     (folder / f".{os.getpid()}.predictions.jsonl").rmdir()
     assert digest(folder) == before
     (folder / "predictions.jsonl").unlink()
-    (folder / "predictions.jsonl").mkdir()  # of which the renaming told only after metrics.json had its new content
+    (folder / "predictions.jsonl").mkdir()  # the renaming failed only after metrics.json had its new content
     metrics = (folder / "metrics.json").read_bytes()
     assert run_module.main(Config.from_file(place / "run.yaml", keys)) == 2
     assert (folder / "metrics.json").read_bytes() == metrics

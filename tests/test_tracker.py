@@ -1,4 +1,4 @@
-"""wandb must not end a training, hold it up or change what it says: it dies, hangs, is missing, or knows too little."""
+"""wandb must not end a training, delay it or change its exit code: it dies, hangs, is missing, or is not logged in."""
 
 import json
 import os
@@ -22,15 +22,15 @@ SHORT = ("max_train_examples=32", "max_new_tokens=2", "num_epochs=1", "wandb=off
 
 
 class Wandb(types.ModuleType):
-    """A stand-in that writes down what it is told; `failing` names the calls that go wrong, and how."""
+    """A stand-in that records its calls; `failing` names the calls that go wrong, and how."""
 
     def __init__(self, failing: dict | None = None):
         super().__init__("wandb")
         self.failing, self.calls, self.id = failing or {}, [], "abc"
         self.Settings = dict
 
-    def _do(self, name: str, *told):
-        self.calls.append((name, *told))
+    def _do(self, name: str, *arguments):
+        self.calls.append((name, *arguments))
         if name in self.failing:
             self.failing[name]()
 
@@ -157,8 +157,8 @@ def test_the_tracker_learns_the_exit_code(place, use, monkeypatch):
     assert ended("exit-stopped") == [("mark_preempting",), ("finish", 0)]
 
 
-def test_a_stopped_run_has_seconds_to_say_so(place, use, monkeypatch, capsys):
-    """Nothing was waited for, and every run that a signal had stopped said that wandb had failed."""
+def test_a_stopped_run_has_seconds_to_finish_its_log(place, use, monkeypatch, capsys):
+    """Nothing was waited for, and every run that a signal had stopped warned that wandb had failed."""
     module = use(Wandb({"finish": lambda: time.sleep(0.5)}))
     original = run_module.train_step
 

@@ -55,7 +55,7 @@ from utils import UserError, as_json, file_digest, log, parse_json, read_object,
 FORMAT = 2  # of state.json, and of coconut.json beside it
 OPTIMIZER = "trainer/optimizer"
 MANIFEST = "trainer/manifest.json"  # file -> SHA-256, or its size until `add_digests` has run
-# keys that say what a model's sequences look like
+# keys that decide what a model's sequences look like
 DESCRIBED = (
     *("method", "thought", "latent_passes", "c_thought", "max_latent_stage", "pad_latent_to_max"),
     *("latent_markers", "step_separator", "lora_rank", "lora_alpha"),
@@ -175,7 +175,7 @@ def write_model(
     weights: dict[str, torch.Tensor],
     validated_on: dict | None = None,
 ) -> None:
-    """Model, thought and tokenizer, and coconut.json, which says what the model's sequences look like, and which file
+    """Model, thought and tokenizer, and coconut.json: what the model's sequences look like, and which file
     it was validated on; weights: those of pretrained.model, whole."""
     base_weights, updates = lora.split(_under(PREFIX, weights))
     _save_base(pretrained.model.base_causallm, folder, base_weights)
@@ -194,8 +194,8 @@ def write_model(
 def _save_base(base: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
     """A Hugging Face folder of the model; its generation_config as it is.
 
-    transformers loads settings that contradict each other, such as a temperature without do_sample, of which published
-    models have many, but refuses to save them once one has been changed: here the stop tokens.
+    transformers loads settings that contradict each other, as many published models have, such as a temperature without
+    do_sample, but refuses to save them once one has been changed: here the stop tokens.
     """
     settings = base.generation_config if base.can_generate() else None
     if settings is None:
@@ -347,10 +347,10 @@ def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.
     """Restores the optimizer's averages from a checkpoint, on any number of ranks; its hyper-parameters are those of
     the configuration. Collective: every rank must call it.
 
-    What the checkpoint does not have, begins anew: weights that never got a gradient have no averages, and another
+    What the checkpoint does not have is re-initialised: weights that never got a gradient have no averages, and another
     version of torch may keep more of them.
     """
-    optimizer.zero_grad()  # where gradients wait for a step, torch makes no state to load into, and says nothing
+    optimizer.zero_grad()  # where gradients wait for a step, torch silently makes no state to load into
     reader = dcp.FileSystemReader(folder / OPTIMIZER)
     saved = reader.read_metadata().state_dict_metadata
     whole = get_optimizer_state_dict(model, optimizer)

@@ -56,7 +56,7 @@ class World:
 def setup_distributed() -> World:
     """Joins the ranks that torchrun started; without torchrun, a world of one. Undone by `cleanup_distributed`.
 
-    The device comes from LOCAL_RANK: the global rank says nothing about a node's GPUs. A process group is made for a
+    The device comes from LOCAL_RANK: the global rank does not index a node's GPUs. A process group is made for a
     world of one too, so that no collective needs an `if`.
     """
     import torch
@@ -88,8 +88,8 @@ def setup_distributed() -> World:
 
 
 def _die_with_launcher() -> None:
-    """A torchrun that is killed takes its ranks along: left to themselves they would wait for each other for ever, and
-    hold the run's folder against the next job."""
+    """When torchrun is killed, its ranks die too: otherwise they would wait for each other for ever, and keep the run's
+    folder locked."""
     set_parent_death_signal = 1  # of Linux's prctl
     with suppress(OSError, AttributeError):  # of another system
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
@@ -141,8 +141,8 @@ def hardware(world: World) -> str:
 def cleanup_distributed(orderly: bool = True) -> None:
     """Undoes `setup_distributed`.
 
-    Where the ranks do not end alike, one that takes its process group down may wait for another for ever: then only a
-    world of one is, and `leave` ends the others with their processes.
+    Where a rank fails, destroying its process group may wait for the others for ever: then `exit_process` ends it with
+    the process, unless it is a world of one.
     """
     import torch.distributed as dist
 
@@ -197,14 +197,14 @@ def exit_process(code: int) -> typing.NoReturn:
     do under FSDP. One that has a tensor to free needs the GIL for that, and Python ends threads that ask for the GIL
     while it is going down: C++ answers with SIGABRT, and a rank that has done all of its work counts as dead.
     """
-    # an exit handler that hangs, of a tracker say, has so long
+    # a timeout for exit handlers that hang, such as a tracker's
     watchdog = threading.Timer(EXIT_HANDLERS_SECONDS, os._exit, [code])
     watchdog.daemon = True
     watchdog.start()
     end_children()
     atexit._run_exitfuncs()  # Python has no public call for this
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, AttributeError):  # nobody reads it any more, or it was closed from the beginning
+        with suppress(OSError, AttributeError):  # its reader is gone, or it was closed at the start
             stream.flush()
     os._exit(code)
 
@@ -261,7 +261,7 @@ def on_every_rank(world: World, action: typing.Callable) -> list:
 
 
 def barrier(world: World) -> None:
-    """Waits for all ranks, without a limit: before a collective, to which some may come hours after the others.
+    """Waits for all ranks, without a timeout: before a collective that some may reach hours after the others.
 
     Collectives give up after half an hour, and tokenizing, loading or generating may take longer. Where a rank dies
     meanwhile, the others end. Collective: every rank must call it.

@@ -158,7 +158,7 @@ def _scored(example: dict, kept_reasoning: str, answer_match: str, text: str, n_
 def warn_unscorable_answers(tokenizer, data: Data, config: Config, stages: Iterable[int] = ()) -> list[str]:
     """What to warn of where even a perfect model would be marked wrong: gold answers that are not what is read back
     from their own tokens, because the tokenizer changes them, they hold a '#' themselves or are longer than
-    max_new_tokens; and at these stages steps that leave no room for the answer, hold an EOS before it, or a '#', at
+    max_new_tokens; and at these stages steps that leave no tokens for the answer, hold an EOS before it, or a '#', at
     which the reasoning ends that cot_match compares.
 
     Raises UserError where answers are to be compared as numbers, and one is none.
@@ -186,7 +186,7 @@ def warn_unscorable_answers(tokenizer, data: Data, config: Config, stages: Itera
     for index, wanted in enumerate(gold):
         if not is_right(text := read_back(index), wanted, config.answer_match):
             alone[index] = f"whose answer {wanted!r} is read back as {extract_answer(text)!r}"
-    warnings = warning(alone, "answers cannot come out right, whatever the model says")
+    warnings = warning(alone, "answers cannot come out right, whatever the model generates")
     modes = MODES if config.method == "multi_mode" and not config.only_eval else [config.mode]
     for stage, mode in product(dict.fromkeys(stages), modes):
         of_mode, wrong, unmatched = replace(config, mode=mode), {}, {}
@@ -202,7 +202,7 @@ def warn_unscorable_answers(tokenizer, data: Data, config: Config, stages: Itera
             elif extract_steps(text) != reasoning:
                 unmatched[index] = f"whose steps {reasoning[-60:]!r} are read back as {extract_steps(text)[-60:]!r}"
         at_stage = f"at stage {stage_name(stage)}"
-        warnings += warning(wrong, f"answers cannot come out right {at_stage}, whatever the model says")
+        warnings += warning(wrong, f"answers cannot come out right {at_stage}, whatever the model generates")
         warnings += warning(unmatched, f"examples cannot have a cot_match {at_stage}")
     return warnings
 
@@ -255,8 +255,8 @@ def generate_tokens(
     device: torch.device,
     **sampling,
 ) -> list[list[int]]:
-    """The tokens that are written after each prompt, up to EOS, all in one batch; but where a prompt leaves less room
-    than max_new_tokens in the model's positions, it has a batch of its own, for its end is not that of the others."""
+    """The generated tokens after each prompt, up to EOS, all in one batch. A prompt that leaves fewer of the model's
+    positions than max_new_tokens has a batch of its own, since it ends earlier than the others."""
     model, _, markers = pretrained
     limit = model.max_positions or math.inf
     fits = [len(row) + max_new_tokens <= limit for row in prompts]
@@ -266,8 +266,8 @@ def generate_tokens(
     for indices in [together, *alone] if together else alone:
         batch = collate_prompts([prompts[index] for index in indices], markers.eos)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        room = min(max_new_tokens, limit - batch["input_ids"].shape[1])
-        rows = model.generate(**batch, max_new_tokens=room, **sampling).tolist()
+        left = min(max_new_tokens, limit - batch["input_ids"].shape[1])
+        rows = model.generate(**batch, max_new_tokens=left, **sampling).tolist()
         for index, row in zip(indices, rows, strict=True):
             new = _before(markers.eos, row)
             # multi_mode writes the end marker after its reasoning

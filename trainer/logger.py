@@ -116,7 +116,7 @@ class Tracker:
 
 
 def _ignore_its_exit_handlers() -> None:
-    """wandb's own exit handler fails too once its helper process is gone, of which there was a warning."""
+    """wandb's own exit handler fails too once its helper process is gone; there was a warning."""
     before = sys.unraisablehook
 
     def hook(failed) -> None:
@@ -195,7 +195,7 @@ class RunLogger:
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if self.file is not None:
-            with suppress(OSError):  # a full disk, of which there was an error already
+            with suppress(OSError):  # a full disk: there was an error already
                 self.file.close()
         code = 0 if kind is None else 2 if issubclass(kind, UserError) else 1
         if kind is not None and issubclass(kind, KeyboardInterrupt):

@@ -64,7 +64,7 @@ def has_ended(newest: Path, num_epochs: int) -> bool:
 
 
 def rating(path: Path) -> tuple[int, float] | None:
-    """(stage, validation accuracy) of a checkpoint; None where it does not say, or is damaged."""
+    """(stage, validation accuracy) of a checkpoint; None where they are missing, or damaged."""
     try:
         stage = parse_json((path / "coconut.json").read_text(encoding="utf-8"))["stage"]
         accuracy = parse_json((path / "metrics.json").read_text(encoding="utf-8"))["accuracy"]
@@ -75,7 +75,7 @@ def rating(path: Path) -> tuple[int, float] | None:
 
 def best(run_dir: Path) -> Path | None:
     """The checkpoint with the best validation accuracy of the latest stage, of several the latest: earlier stages have
-    steps written, and are easier. None where none says how good it is."""
+    steps written, and are easier. None where no checkpoint has an accuracy."""
     rated = [(path, rating(path)) for path in reversed(checkpoints(run_dir)) if is_of_finished_epoch(path)]
     return max((pair for pair in rated if pair[1] is not None), key=lambda pair: pair[1], default=(None, None))[0]
 
@@ -115,11 +115,11 @@ def _chosen(load_model_path: str, run: Path, which: str) -> Path:
     if which == "best":
         if found := best(run):
             return found
-        raise UserError(f"load_model_path {load_model_path!r}: no checkpoint of {run} says how accurate it is")
+        raise UserError(f"load_model_path {load_model_path!r}: no checkpoint of {run} has a validation accuracy")
     if which not in there:
         raise UserError(
-            f"load_model_path {load_model_path!r}: after the @ comes best, or after how many epochs, of which {run} "
-            f"has {', '.join(there)}"
+            f"load_model_path {load_model_path!r}: after the @ comes best, or a number of epochs; {run} has "
+            f"{', '.join(there)}"
         )
     return run / f"checkpoint_{which}"
 

@@ -108,27 +108,6 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
     return Run(config, world, loaded, sets, logger, progress)
 
 
-def stage_to_evaluate(config: Config, description: dict) -> tuple[int, list[str]]:
-    """The checkpoint's own stage, unless `resume` names an epoch; and what there is to warn of.
-
-    A folder or file that says nothing of a stage, such as a file of the reference, is taken to be of the last one.
-    """
-    recorded, scheduled = description.get("stage"), curriculum.stage_of(config, config.resume)
-    if recorded is not None:
-        if config.resume and recorded != scheduled:
-            text = f"the checkpoint is of stage {recorded}, but resume {config.resume} asks for {scheduled}"
-            return scheduled, [text]
-        return recorded, []
-    if config.resume:
-        return scheduled, []
-    last = curriculum.stage_of(config, config.num_epochs - 1)
-    text = (
-        f"{config.load_model_path} does not say of which stage it is: it is evaluated at the last one of this "
-        f"configuration, {curriculum.stage_name(last)}; resume=EPOCH takes that of another epoch"
-    )
-    return last, [text] if last else []
-
-
 def announce(run: Run, newest: Path | None) -> None:
     """Logs what is about to happen."""
     config, world, progress = run.config, run.world, run.progress
