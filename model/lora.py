@@ -132,7 +132,7 @@ def apply_lora(base: PreTrainedModel, rank: int | None, alpha: int, folder: Path
         path = folder / FOLDER / "adapter_config.json"
         theirs = read_object(path)
         if not all(type(theirs.get(name)) is int for name in ("r", "lora_alpha")):
-            raise UserError(f"{path} does not say rank and alpha: it is no adapter of run.py")
+            raise UserError(f"{path} lacks rank and alpha: it is no adapter of run.py")
         add(base, theirs["r"], theirs["lora_alpha"], dropout)
         load(base, folder)
         if rank != theirs["r"] or alpha != theirs["lora_alpha"]:
