@@ -318,7 +318,7 @@ class Coconut(nn.Module):
         spans = embeds.split(widths, dim=1) if columns else [embeds]
         for number, (span, (begin, end)) in enumerate(zip(spans, pairwise(bounds), strict=True), start=-1):
             if begin > 0:
-                seen = Seen(hidden_spans[-1][:, -1:], span[:, :1], stream, prepared)
+                seen = Seen(hidden_spans[-1][:, -1:], span[:, :1], stream, prepared, self)
                 span = self._with_thought(span, is_latent[:, begin], seen, number, edit)
             embed_spans.append(span)
             records = self._recorder is not None and end < input_ids.shape[1]

@@ -37,22 +37,27 @@ THOUGHTS = {
     "realigned": "",
     "looped": "",
     "mlp": "[:P]",
+    "token": "[:st]",
     "suppressed": "[:T]",
     "last+suppressed": "[:T]",
     "embedding+suppressed": "[:T]",
 }
 
 
-def split_thought(spelling: str) -> tuple[str, int | float | None]:
-    """(name, number) of a thought: "layer:-2" is ("layer", -2), "layer:0.5" is ("layer", 0.5), "last" ("last", None).
+def split_thought(spelling: str) -> tuple[str, int | float | str | None]:
+    """(name, number) of a thought: "layer:-2" is ("layer", -2), "layer:0.5" is ("layer", 0.5), "last" ("last", None),
+    "token:st" ("token", "st").
 
     Raises ValueError that lists what there is.
     """
     name, colon, text = spelling.partition(":")
     whole, share = r"\d{1,6}", r"\d{0,6}\.\d{1,20}"
     numbers = {"": "", ":N": f":(-?{whole}|{share})", "[:T]": f"(:({whole}|{share}))?", "[:P]": r"(:[1-9]\d{0,5})?"}
+    numbers["[:st]"] = "(:st)?"
     if name not in THOUGHTS or not re.fullmatch(numbers[THOUGHTS[name]], colon + text):
         raise ValueError(f"must be one of {', '.join(name + takes for name, takes in THOUGHTS.items())}")
+    if text == "st":
+        return name, text
     number = None if not text else float(text) if "." in text else int(text)
     return name, number
 
@@ -128,7 +133,8 @@ class Config:
     thought: str = _key(
         "last",
         "what a latent position is fed: " + " | ".join(name + takes for name, takes in THOUGHTS.items()) + "; N is a "
-        "layer, counted from the end where negative, or a share of the layers such as 0.5, T a threshold, P a width",
+        "layer, counted from the end where negative, or a share of the layers such as 0.5, T a threshold, P a width, st "
+        "the straight-through gradient",
         check=split_thought,
     )
     latent_passes: str = _key(

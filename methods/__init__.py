@@ -10,7 +10,7 @@ from coconut import Coconut
 from config import Config, split_passes
 from curriculum import Markers
 from dataset import StageDataset
-from methods import thoughts  # noqa: F401 registers them
+from methods import thoughts, token  # noqa: F401 registers them
 from methods.codi import Codi, TaughtDataset
 from methods.lotus import LabelledDataset, Lotus
 from methods.multi_mode import ModesDataset, MultiMode

@@ -59,7 +59,8 @@ def run_block(
     fed = block
     for number in range(1, n_updates + 1):
         shifted = torch.cat([prefix[:, -1:], states], dim=1)[:, :-1]
-        thought = model.thought(Seen(states if model.thought.in_place else shifted, block, None, prepared))
+        made_from = states if model.thought.in_place else shifted
+        thought = model.thought(Seen(made_from, block, None, prepared, model))
         changes = is_latent & model.still_updated(is_latent, number)  # rows may be done before others
         fed = torch.where(changes[..., None], thought.to(block.dtype), fed)
         if number < n_updates:

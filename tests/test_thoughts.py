@@ -1,5 +1,7 @@
 """The thoughts by themselves. What each does to a model is tested in test_coconut.py, against the plain definition."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import tiny_base
@@ -9,7 +11,10 @@ from model.backbone import StreamRecorder, decoder_blocks
 from model.thought import REGISTRY, Seen, make_thought
 from utils import UserError
 
-SPELLINGS = [name + {":N": ":-2", "[:T]": ":0.1", "[:P]": ":8", "": ""}[takes] for name, takes in THOUGHTS.items()]
+SPELLINGS = [
+    name + {":N": ":-2", "[:T]": ":0.1", "[:P]": ":8", "[:st]": ":st", "": ""}[takes]
+    for name, takes in THOUGHTS.items()
+]
 
 
 def seen(layers: int = 4, width: int = 32, **parts) -> Seen:
@@ -20,7 +25,7 @@ def seen(layers: int = 4, width: int = 32, **parts) -> Seen:
         return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
     made = {"hidden": states(2, 1, width), "embedding": states(2, 1, width), "stream": states(layers + 1, 2, 1, width)}
-    return Seen(**{**made, "prepared": None, **parts})
+    return Seen(**{**made, "prepared": None, "model": None, **parts})
 
 
 def gradients(thought, given: Seen) -> list[torch.Tensor | None]:
@@ -37,12 +42,14 @@ def test_the_configuration_knows_every_thought():
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_every_spelling_makes_a_thought(family, spelling):
-    thought = make_thought(spelling, tiny_base(family, layers=4))
+    base = tiny_base(family, layers=4)
+    thought = make_thought(spelling, base)
     assert thought.needs_layers == ("layer" in spelling or "suppressed" in spelling)
     assert thought.sequential == (spelling != "pause")
     if thought.sequential:
         weight = torch.randn(40, 32, dtype=torch.float64)
-        made = thought(seen(prepared=thought.precompute(weight, weight)))
+        model = SimpleNamespace(base_causallm=base, head=base.get_output_embeddings())
+        made = thought(seen(prepared=thought.precompute(weight, weight), model=model))
         assert made.shape == (2, 1, 32)
         assert made.dtype == torch.float64
 
