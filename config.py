@@ -133,8 +133,8 @@ class Config:
     thought: str = _key(
         "last",
         "what a latent position is fed: " + " | ".join(name + takes for name, takes in THOUGHTS.items()) + "; N is a "
-        "layer, counted from the end where negative, or a share of the layers such as 0.5, T a threshold, P a width, st "
-        "the straight-through gradient",
+        "layer, counted from the end where negative, or a share of the layers such as 0.5, T a threshold, P a width, "
+        "st the straight-through gradient",
         check=split_thought,
     )
     latent_passes: str = _key(

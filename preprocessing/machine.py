@@ -26,9 +26,10 @@ three ask the same questions. --candidates asks so of a machine with --fan-out 1
 
 Traps. The splits share no word: the words of each length are divided between the splits in proportion to the splits'
 sizes (valid and test get at most one word for each of their examples), drawn at random; every word of a split may come
-with any start. By default 427 of the 17,576 words of three buttons are held out, 1,500 of each longer length. Where a
-length has fewer than 10 words, its questions are divided in their place, and the output says so. Another call with
-other sizes divides anew. With candidates, of which each word has many, valid and test get one word in twenty each. Lengths are uniform until the questions of the short ones have run out.
+with any start. By default 427 of the 17,576 words of three buttons are held out, 1,500 of each longer length. With
+candidates a word has many questions, and valid and test get one word in twenty each. Where a length has fewer than 10
+words, its questions are divided in their place, and the output says so. Another call with other sizes divides anew.
+Lengths are uniform until the questions of the short ones have run out.
 """
 
 import argparse
@@ -227,6 +228,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prefix", default="machine", help="of the file names (default: %(default)s)")
     add_drawing_options(parser, checks=False)
     options, sizes = parse_splits(parser, arguments)
+    if options.steps != "path" and options.fan_out == 1 and not options.candidates:
+        parser.error(f"--steps {options.steps} needs --fan-out 2 or more, or --candidates")
     try:
         splits, permutations, shares = make_splits(
             sizes,
