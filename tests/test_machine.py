@@ -145,7 +145,7 @@ def split_choice(example: dict) -> tuple[str, str, str]:
 
 
 @settings(max_examples=30, deadline=None)
-@given(n_states=st.integers(6, 26), n_buttons=st.integers(7, 26), fan_out=st.integers(1, 4), seed=st.integers(0, 99))
+@given(n_states=st.integers(16, 26), n_buttons=st.integers(7, 26), fan_out=st.integers(1, 3), seed=st.integers(0, 99))
 def test_exactly_one_candidate_can_be_reached(n_states, n_buttons, fan_out, seed):
     """Whatever is drawn; and the three kinds of steps ask the same questions."""
     sizes = {"train": 60, "valid": 4, "test": 8}
@@ -234,6 +234,11 @@ def test_a_machine_without_candidates_is_what_it_was():
     splits, permutations, _ = machine.make_splits({"train": 400, "valid": 20, "test": 40}, seed=1)
     text = json.dumps([splits, permutations], sort_keys=True)
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "33f88cd3eee4c5a9"
+
+
+def test_everything_can_be_reached_where_buttons_lead_to_too_many():
+    with pytest.raises(UserError, match="hardly ever a new question"):
+        machine.make_splits({"train": 60, "valid": 4, "test": 8}, 6, 7, 3, 3, fan_out=4)
 
 
 def test_the_division_leaves_something_to_train():
