@@ -72,7 +72,7 @@ class Coconut(nn.Module):
         self.thought = make_thought(thought, base_causallm)
         self.backbone = Backbone(base_causallm)
         if self.thought.needs_layers:
-            self.backbone.hook_blocks()
+            self.backbone.record_layers()
         freeze_unused(base_causallm)
 
     @property
@@ -247,7 +247,7 @@ class Coconut(nn.Module):
         spans = embeds.split([end - begin for begin, end in bounds], dim=1) if columns else [embeds]
         for number, (span, (begin, end)) in enumerate(zip(spans, bounds, strict=True), start=-1):
             if begin > 0:  # the hidden state before this column becomes the embedding in it
-                seen = Seen(column_of(hidden[-1], before), span[:, :1], stream, precomputed)
+                seen = Seen(column_of(hidden[-1], before), span[:, :1], stream, precomputed, self.backbone)
                 span = self._with_thought(span, rows.input_ids[:, begin] == self.latent_token_id, seen, number, edit)
             before = rows.before if begin == 0 else None
             wanted = self.thought.needs_layers and end < width

@@ -45,16 +45,20 @@ IN_WORDS = {
 THOUGHTS = {"last": ("", "model.thought")} | {name: (takes, module) for name, takes, module in methods.thoughts()}
 
 
-def split_thought(spelling: str) -> tuple[str, int | float | None]:
-    """(name, number) of a thought: "layer:-2" is ("layer", -2), "layer:0.5" is ("layer", 0.5), "last" ("last", None).
+def split_thought(spelling: str) -> tuple[str, int | float | str | None]:
+    """(name, number) of a thought: "layer:-2" is ("layer", -2), "layer:0.5" is ("layer", 0.5), "last" ("last", None),
+    "token:st" ("token", "st").
 
     Raises ValueError that lists what there is.
     """
     name, colon, text = spelling.partition(":")
     whole, share = r"\d{1,6}", r"\d{0,6}\.\d{1,20}"
     numbers = {"": "", ":N": f":(-?{whole}|{share})", "[:T]": f"(:({whole}|{share}))?", "[:P]": r"(:[1-9]\d{0,5})?"}
+    numbers["[:st]"] = "(:st)?"
     if name not in THOUGHTS or not re.fullmatch(numbers[THOUGHTS[name][0]], colon + text):
         raise ValueError(f"must be one of {', '.join(name + takes for name, (takes, _) in THOUGHTS.items())}")
+    if text == "st":
+        return name, text
     number = None if not text else float(text) if "." in text else int(text)
     return name, number
 
@@ -129,7 +133,8 @@ class Config:
         "what a latent position is fed: "
         + " | ".join(name + takes for name, (takes, _) in THOUGHTS.items())
         + "; N is a "
-        "layer, counted from the end where negative, or a share of the layers such as 0.5, T a threshold, P a width",
+        "layer, counted from the end where negative, or a share of the layers such as 0.5, T a threshold, P a width, "
+        "st the straight-through gradient",
         check=split_thought,
     )
     c_thought: int = key(1, "latent thoughts that replace one written step", low=0, high=MOST_LATENTS)

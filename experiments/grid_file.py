@@ -52,6 +52,7 @@ class Grid:
     seeds: tuple[int, ...] = (0, 1, 2)
     controls: tuple[str, ...] = ()  # runs that the others are compared with, question by question
     checkpoint: str = "newest"  # which of a run's is tested, and begins another: newest | best, in validation
+    untrained: tuple[int, ...] = ()  # numbers of steps that the test has and training has not
     chance: float | None = None  # accuracy of guessing
     prediction: str = ""  # written before the runs
     about: str = ""  # a paragraph for the report

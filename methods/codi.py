@@ -87,7 +87,7 @@ class Codi(Coconut):
     def __init__(self, *args, distillation: float = 1.0, first_layer: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
         self.distillation, self.first_layer = distillation, first_layer
-        self.backbone.hook_blocks()
+        self.backbone.record_layers()
 
     def forward(
         self,

@@ -137,7 +137,8 @@ class ParallelLatents(Coconut):
         prefix, states, fed = hidden[:, :begin], hidden[:, begin:end], block  # (B, ., D)
         for number in range(1, n_updates + 1):
             shifted = torch.cat([column_of(prefix, rows.before), states[:, :-1]], dim=1)
-            thought = self.thought(Seen(states if self.thought.in_place else shifted, block, None, precomputed))
+            made_of = states if self.thought.in_place else shifted
+            thought = self.thought(Seen(made_of, block, None, precomputed, self.backbone))
             changes = is_latent & self._takes_part(is_latent, number)
             fed = torch.where(changes[..., None], thought.to(block.dtype), fed)
             if number < n_updates:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -23,32 +23,12 @@ from utils import UserError
 Pick = Callable[[torch.Tensor], torch.Tensor]  # of (B, t, D) states of a pass, (B, 1, D)
 
 
-class Backbone:
-    """What Coconut needs of the model that it wraps. No Module of its own: the wrapped model's parameters keep the
-    names that Coconut gives them."""
+class Vocabulary:
+    """Tokens to input embeddings, and hidden states to logits, as a Hugging Face causal LM has them."""
 
     def __init__(self, base: PreTrainedModel):
-        self.base, self.decoder = base, decoder_of(base)
-        self.blocks = decoder_blocks(base)
-        config = base.config.get_text_config(decoder=True)
-        accepted = inspect.signature(type(self.decoder).forward).parameters
-        # transformers renames the argument during 5.x
-        self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
-        self._takes_position_ids = "position_ids" in accepted  # most models with ALiBi have none
-        self._attends = has_attention(base.config)
-        # whether its attention is told by positions and masks alone where a token stands: padding may then follow the
-        # question, where causality hides it. Windows and recurrent states count columns: it has to come first
-        self.makes_masks = self._takes_position_ids and _attends_plainly(config)
-        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)  # longest sequence
+        self.base = base
         self._scale, self._cap = _around_the_head(base.config)
-        self._head_is_a_matrix = getattr(type(base.get_output_embeddings()), "forward", None) is nn.Linear.forward
-        # what trainer/check_family.py finds: whether some parameters that want gradients get none, and whether
-        # generation must recompute everything for each token, because decoding over a cache would give something else
-        self.leaves_parameters_out = False
-        self.recomputes = False
-        self._pick: Pick | None = None  # while passes are recorded
-        self._states: list[torch.Tensor] = []
-        self._is_hooked = False
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(B, T) -> (B, T, D)."""
@@ -66,6 +46,69 @@ class Backbone:
         logits = self.base.get_output_embeddings()(self._scaled(hidden))
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
+    def _scaled(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if self._scale == 1 else hidden * self._scale
+
+
+class Recorder:
+    """Records the residual stream of passes: what the first block is given and what each block returns.
+
+    transformers' output_hidden_states keeps all columns of all layers, and the last of its states is normed. Raises
+    UserError where the model does not name its blocks.
+    """
+
+    def __init__(self, base: PreTrainedModel):
+        blocks = decoder_blocks(base)
+        if not blocks:
+            raise UserError("a thought or a loss of the layers needs a model that names its decoder blocks")
+        self._pick: Pick | None = None  # while passes are recorded
+        self._states: list[torch.Tensor] = []
+        decoder_of(base).register_forward_pre_hook(lambda *_: self._states.clear() if self._pick else None)
+        for block in blocks:
+            block.register_forward_hook(self._record, with_kwargs=True)
+
+    @contextmanager
+    def recording(self, pick: Pick) -> Iterator[list[torch.Tensor]]:
+        """The L + 1 states of the last pass inside, before the final norm; of each what `pick` takes of it, at once."""
+        self._pick, self._states = pick, []
+        try:
+            yield self._states
+        finally:
+            self._pick = None
+
+    @torch.compiler.disable  # a list that grows would be another graph at each length
+    def _record(self, _, args: tuple, kwargs: dict, output) -> None:
+        if self._pick is None:
+            return
+        if not self._states:
+            self._states.append(self._pick(args[0] if args else kwargs["hidden_states"]))
+        self._states.append(self._pick(output[0] if isinstance(output, tuple) else output))
+
+
+class Backbone(Vocabulary):
+    """What Coconut needs of the model that it wraps. No Module of its own: the wrapped model's parameters keep the
+    names that Coconut gives them."""
+
+    def __init__(self, base: PreTrainedModel):
+        super().__init__(base)
+        self.decoder, self.blocks = decoder_of(base), decoder_blocks(base)
+        self.recorder: Recorder | None = None
+        config = base.config.get_text_config(decoder=True)
+        accepted = inspect.signature(type(self.decoder).forward).parameters
+        # transformers renames the argument during 5.x
+        self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
+        self._takes_position_ids = "position_ids" in accepted  # most models with ALiBi have none
+        self._attends = has_attention(base.config)
+        # whether its attention is told by positions and masks alone where a token stands: padding may then follow the
+        # question, where causality hides it. Windows and recurrent states count columns: it has to come first
+        self.makes_masks = self._takes_position_ids and _attends_plainly(config)
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)  # longest sequence
+        self._head_is_a_matrix = getattr(type(base.get_output_embeddings()), "forward", None) is nn.Linear.forward
+        # what trainer/check_family.py finds: whether some parameters that want gradients get none, and whether
+        # generation must recompute everything for each token, because decoding over a cache would give something else
+        self.leaves_parameters_out = False
+        self.recomputes = False
+
     def cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         """Of the tokens (S,) that the hidden states (S, D) predict, in nats."""
         if hasattr(F, "linear_cross_entropy") and self._cap is None and self._head_is_a_matrix:
@@ -73,9 +116,6 @@ class Backbone:
             hidden, options = self._scaled(hidden), {"linear_bias": head.bias, "reduction": reduction}
             return F.linear_cross_entropy(hidden, head.weight, targets, **options)
         return F.cross_entropy(self.head(hidden), targets, reduction=reduction)
-
-    def _scaled(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden if self._scale == 1 else hidden * self._scale
 
     def make_cache(self, capacity: int, keeps: bool) -> Cache | None:
         """A cache of up to `capacity` columns; `keeps`: whether a later pass reads it."""
@@ -134,40 +174,13 @@ class Backbone:
             lengths, finished = lengths + 1, finished | (token == eos_token_id)
         return torch.cat(tokens, dim=1) if tokens else input_ids[:, :0]
 
-    @contextmanager
-    def recording(self, pick: Pick, on: bool = True) -> Iterator[list[torch.Tensor]]:
-        """The residual stream of the last pass inside: a list of L + 1 states, what the first block is given and what
-        each block returns, before the final norm; of each what `pick` takes, while the pass runs.
+    def record_layers(self) -> None:
+        """Makes the blocks ready for `recording`: before they are compiled or sharded. Raises UserError."""
+        self.recorder = self.recorder or Recorder(self.base)
 
-        transformers' output_hidden_states keeps all columns of all layers, and the last of its states is normed.
-        """
-        if not on:
-            yield []
-            return
-        self._pick, self._states = pick, []
-        try:
-            yield self._states
-        finally:
-            self._pick = None
-
-    def hook_blocks(self) -> None:
-        """Makes the blocks ready for `recording`: before they are compiled or sharded. Raises UserError where the
-        model does not name its blocks."""
-        if not self.blocks:
-            raise UserError("a thought or a loss of the layers needs a model that names its decoder blocks")
-        if not self._is_hooked:
-            self.decoder.register_forward_pre_hook(lambda *_: self._states.clear() if self._pick else None)
-            for block in self.blocks:
-                block.register_forward_hook(self._record, with_kwargs=True)
-            self._is_hooked = True
-
-    @torch.compiler.disable  # a list that grows would be another graph at each length
-    def _record(self, _, args: tuple, kwargs: dict, output) -> None:
-        if self._pick is None:
-            return
-        if not self._states:
-            self._states.append(self._pick(args[0] if args else kwargs["hidden_states"]))
-        self._states.append(self._pick(output[0] if isinstance(output, tuple) else output))
+    def recording(self, pick: Pick, on: bool = True) -> AbstractContextManager[list[torch.Tensor]]:
+        """See Recorder.recording; unless `on`, nothing is recorded."""
+        return self.recorder.recording(pick) if on else nullcontext([])
 
 
 # ---------------------------------------------------------------------------------------------------------------

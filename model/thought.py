@@ -26,7 +26,8 @@ class Seen(NamedTuple):
     hidden: torch.Tensor  # (B, 1, D) last hidden state of the position before, after the final norm
     embedding: torch.Tensor  # (B, 1, D) input embedding of the token at this position: in latent rows the latent token
     stream: torch.Tensor | None  # (L + 1, B, 1, D) residual stream of the position before, where needs_layers
-    prepared: Any  # what the thought's `prepare` has returned for this batch
+    prepared: Any  # what the thought's `precompute` has returned for this batch
+    backbone: Any = None  # the model: its LM head, `head`, and its embeddings, `embed` and `input_embeddings`
 
 
 class Thought(nn.Module):
@@ -41,7 +42,7 @@ class Thought(nn.Module):
     needs_layers = False  # whether the thought needs the residual stream between the blocks
     in_place = False  # whether `hidden` is that of the same position, in the pass before over a block of latents
 
-    def __init__(self, base: PreTrainedModel, number: int | float | None = None):
+    def __init__(self, base: PreTrainedModel, number: int | float | str | None = None):
         super().__init__()
 
     def precompute(self, inputs: torch.Tensor, outputs: torch.Tensor) -> Any:

@@ -11,7 +11,10 @@ from model.backbone import Backbone, decoder_blocks
 from model.thought import REGISTRY, Seen, make_thought
 from utils import UserError
 
-SPELLINGS = [name + {":N": ":-2", "[:T]": ":0.1", "[:P]": ":8", "": ""}[takes] for name, (takes, _) in THOUGHTS.items()]
+SPELLINGS = [
+    name + {":N": ":-2", "[:T]": ":0.1", "[:P]": ":8", "[:st]": ":st", "": ""}[takes]
+    for name, (takes, _) in THOUGHTS.items()
+]
 
 
 def seen(layers: int = 4, width: int = 32, **parts) -> Seen:
@@ -22,7 +25,7 @@ def seen(layers: int = 4, width: int = 32, **parts) -> Seen:
         return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
     made = {"hidden": states(2, 1, width), "embedding": states(2, 1, width), "stream": states(layers + 1, 2, 1, width)}
-    return Seen(**{**made, "prepared": None, **parts})
+    return Seen(**{**made, "prepared": None, "backbone": None, **parts})
 
 
 def gradients(thought, given: Seen) -> list[torch.Tensor | None]:
@@ -41,12 +44,14 @@ def test_the_configuration_knows_every_thought():
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_every_spelling_makes_a_thought(family, spelling):
-    thought = make_thought(spelling, tiny_base(family, layers=4))
+    base = tiny_base(family, layers=4)
+    thought = make_thought(spelling, base)
     assert thought.needs_layers == ("layer" in spelling or "suppressed" in spelling)
     assert thought.sequential == (spelling != "pause")
     if thought.sequential:
         weight = torch.randn(40, 32, dtype=torch.float64)
-        made = thought(seen(prepared=thought.precompute(weight, weight)))
+        backbone = Backbone(base)
+        made = thought(seen(prepared=thought.precompute(weight, weight), backbone=backbone))
         assert made.shape == (2, 1, 32)
         assert made.dtype == torch.float64
 
@@ -143,7 +148,7 @@ def test_suppressed_is_what_falls_in_the_later_half():
 def test_the_last_column_is_recorded_and_only_on_request(family):
     base = tiny_base(family, layers=3)
     backbone = Backbone(base)
-    backbone.hook_blocks()
+    backbone.record_layers()
     input_ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
     with backbone.recording(lambda state: state[:, -1:]) as states:
         output = base.get_decoder()(input_ids, output_hidden_states=True)
