@@ -240,22 +240,8 @@ def test_the_compact_template_says_the_graph(seed, side, hops, mirrored):
 
 
 def test_chains_have_nothing_beside_them(tmp_path):
-    options = [
-        "--mirror",
-        "--chains",
-        "--min-hops",
-        "1",
-        "--max-hops",
-        "3",
-        "--test-hops",
-        "4",
-        "4",
-        "--template",
-        "compact",
-        "--prefix",
-        "chains",
-    ]
-    assert prosqa.main([*options, *SMALL, "--out", str(tmp_path)]) == 0
+    options = "--mirror --chains --min-hops 1 --max-hops 3 --test-hops 4 4 --template compact --prefix chains"
+    assert prosqa.main([*options.split(), *SMALL, "--out", str(tmp_path)]) == 0
     examples = load_examples(tmp_path / "chains_train.json") + load_examples(tmp_path / "chains_test.json")
     assert {len(example["steps"]) for example in examples} == {1, 2, 3, 4}
     for example in examples:
@@ -553,7 +539,8 @@ def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(originals, tmp
     class Server(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             if self.path == "/gone":
-                return self.send_error(404)
+                self.send_error(404)
+                return
             self.send_response(200)
             self.send_header("Content-Length", "1000")
             self.end_headers()
