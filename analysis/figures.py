@@ -150,8 +150,11 @@ def lines(
         handles += panel.plot(x, y, color=style.colour, marker=style.marker, **look)
     panel.set_xlabel(xlabel)
     name_values(panel, ylabel)
-    if all(float(x).is_integer() for points in series.values() for x, _ in points):
+    every_x = {x for points in series.values() for x, _ in points}
+    if all(float(x).is_integer() for x in every_x):
         panel.xaxis.get_major_locator().set_params(integer=True)  # epochs have no halves
+    if len(every_x) == 1:
+        panel.set_xlim(min(every_x) - 0.5, min(every_x) + 0.5)
     add_marks(panel, marks)
     add_legend(figure, handles, list(series))
     return figure

@@ -116,9 +116,9 @@ def example_html(example: Example) -> str:
 # of .wide shows that it can be scrolled there
 STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1f2328; --soft: #59636e; --line: #d5d9de; --shade: #f1f3f5;
-  --link: #0b5cad; }
+  --link: #0b5cad; --edge: #59636e80; }
 @media (prefers-color-scheme: dark) { :root { --paper: #15181c; --ink: #e4e7ea; --soft: #a0a8b1; --line: #3a4149;
-  --shade: #20252b; --link: #7ab8ff; } }
+  --shade: #20252b; --link: #7ab8ff; --edge: #a0a8b180; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; }
 main { max-width: 56rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; overflow-wrap: break-word; }
@@ -132,14 +132,14 @@ figure { margin: 1.8rem 0; }
 figcaption { color: var(--soft); font-size: .92rem; margin: .4rem 0 .8rem; }
 .wide { overflow-x: auto; background: linear-gradient(90deg, var(--paper) 40%, transparent) local,
   linear-gradient(270deg, var(--paper) 40%, transparent) right local,
-  linear-gradient(90deg, var(--soft), transparent), linear-gradient(270deg, var(--soft), transparent) right;
+  linear-gradient(90deg, var(--edge), transparent), linear-gradient(270deg, var(--edge), transparent) right;
   background-repeat: no-repeat; background-size: 2.5rem 100%, 2.5rem 100%, .7rem 100%, .7rem 100%; }
 svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 svg text { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; stroke-linejoin: round; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3em .8em .3em 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; }
-.facts th { white-space: nowrap; padding-right: 1.5em; }
+.facts td { overflow-wrap: anywhere; }
 .number { text-align: right; white-space: nowrap; }
 details { margin: .6rem 0; }
 summary { cursor: pointer; color: var(--soft); }
