@@ -16,7 +16,7 @@ from types import MappingProxyType
 import numpy as np
 
 from curriculum import END, LATENT, START, AuxiliaryTexts
-from preprocessing.examples import read_examples
+from preprocessing.examples import load_examples
 from utils import UserError, progress_bar, retried, sync_to_disk, writing
 
 ANSWER_PREFIX = "### "
@@ -169,7 +169,7 @@ def cache_tokens(
     digest.update(json.dumps(identity).encode())
     target = folder / digest.hexdigest()[:32]
     if not target.exists():
-        examples = read_examples(path, limit)
+        examples = load_examples(path, limit)
         if auxiliary is not None:
             examples = ({**example, "steps": auxiliary.steps(example["steps"])} for example in examples)
         tokens = tokenize(examples, tokenizer, show_progress, step_separator, path, markers_of(tokenizer))
