@@ -401,7 +401,7 @@ def test_yaml_cannot_run_code(write):
 
 
 def test_help_and_readme_name_every_key():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     for field in dataclasses.fields(Config):
         assert f"  {field.name} = " in Config.describe()
         assert f"| `{field.name}` |" in readme, field.name
