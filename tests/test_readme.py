@@ -24,6 +24,7 @@ MADE = (
     "save_path/",
     "results/mine",
 )  # by commands, not by us
+EXAMPLES = {"methods/gated.py", "methods/noisy.py"}  # files that docs/contributing.md shows
 EXTERNAL = {"pdb", "pip", "pytest", "venv"}  # modules of `python -m` that are not ours
 
 
@@ -57,7 +58,7 @@ def problems_of(words: list[str]) -> list[str]:
         if module not in EXTERNAL and not (path.with_suffix(".py").exists() or (path / "__main__.py").exists()):
             missing.append(module)
     if "run.py" in words:
-        known = {*Config.__dataclass_fields__, "row", "key"}
+        known = {*Config.__dataclass_fields__, "row", "key", "noise"}  # noise: a key of such a file
         overrides = [word for word in words if re.match(r"\w+=", word)]
         missing += [word for word in overrides if word.partition("=")[0] not in known]
         (file,) = [word for word in words if word.endswith(".yaml") and word.startswith("args/")] or [None]
@@ -111,7 +112,7 @@ def anchors(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_paths_in_code_exist(path):
     for target in re.findall(r"`([\w.-]+/[\w./-]+\.\w+)`", read(path)):
-        assert (ROOT / target).exists() or target.startswith(MADE) or target == "methods/gated.py", target
+        assert (ROOT / target).exists() or target.startswith(MADE) or target in EXAMPLES, target
 
 
 def test_functions_that_readme_and_docs_name_exist():
@@ -142,3 +143,10 @@ def defined(path: Path) -> set[str]:
 def test_every_page_is_in_the_index():
     linked = set(re.findall(r"\]\(docs/(\w+\.md)\)", read(README)))
     assert linked == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_the_harness_recipe_fits_the_quickstarts_model():
+    """It asked for 128 new tokens of a model with 64 positions: lm-evaluation-harness refuses that."""
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", read(ROOT / "docs" / "export.md"), re.DOTALL)
+    longest = yaml.safe_load(read(ROOT / "args" / "machine.yaml"))["max_new_tokens"]
+    assert yaml.safe_load(recipe)["generation_kwargs"]["max_gen_toks"] == longest < 64
