@@ -74,7 +74,7 @@ def run_copy(tmp_path, *words: str) -> None:
 
 @pytest.mark.slow
 def test_a_new_thought_trains_and_is_exported_as_the_docs_have_it(tmp_path):
-    """One new file, and nothing else edited."""
+    """One new file, and nothing else edited. The Python examples of the docs run with the model."""
     overrides = added_as_written("Adding a thought", tmp_path)
     run_copy(tmp_path, "run.py", "own.yaml", *overrides)
     gate = load_file(tmp_path / "checkpoints" / "own" / "checkpoint_2" / "thought.safetensors")["gate"]
@@ -82,6 +82,13 @@ def test_a_new_thought_trains_and_is_exported_as_the_docs_have_it(tmp_path):
     assert not torch.equal(gate, torch.ones(32))
     run_copy(tmp_path, "-m", "tools.export", "checkpoints/own", "exported")
     assert any("class Gated" in path.read_text(encoding="utf-8") for path in (tmp_path / "exported").glob("*.py"))
+    blocks = []
+    for page in ("README.md", "docs/export.md", "docs/evaluation.md"):
+        blocks += re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 4  # each prints answers
+    for block in {re.sub(r"checkpoints/[\w/-]+", "checkpoints/own", block) for block in blocks}:
+        code = re.sub(r'"(Msnqw|Ass|What [^"]*)"', '"1+2"', block.replace("exported/machine", "exported"))
+        run_copy(tmp_path, "-c", code)
 
 
 @pytest.mark.slow
