@@ -7,9 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from preprocessing.examples import load_examples
-from utils import UserError, parse_json, print_error, whole_folder
+from utils import UserError, parse_json, print_error, replaced
 
-__all__ = ["UserError", "load_examples", "print_error", "publish", "read_json", "read_text", "whole_folder"]
+__all__ = ["UserError", "load_examples", "print_error", "publish", "read_json", "read_text", "replaced"]
 
 
 def read_text(path: Path) -> str:

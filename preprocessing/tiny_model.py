@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from files import UserError, load_examples, print_error, read_json, whole_folder
+from files import UserError, load_examples, print_error, read_json, replaced
 from random_model import SHAPES, RandomModel
 
 EOS, UNKNOWN = "<|endoftext|>", "<|unknown|>"
@@ -91,7 +91,7 @@ def write_model(data: list[Path], out: Path, kind: str = "word", *model, **named
             texts += [example["question"], "### " + example["answer"], *example["steps"]]
     tokenizer = make_tokenizer(texts, kind)
     model = random.build(len(tokenizer))
-    with whole_folder(out, replaces=_made_here(out)) as aside:
+    with replaced(out, _made_here(out)) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
     return len(tokenizer), model.num_parameters()
