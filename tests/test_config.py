@@ -477,11 +477,11 @@ def test_yaml_cannot_run_code(write):
     assert "name must be text, not []" in problem(write("name: !!python/object/apply:os.getcwd []"))
 
 
-def test_help_and_readme_name_every_key():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_help_and_docs_name_every_key():
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     for field in dataclasses.fields(Config):
         assert f"  {field.name} = " in Config.describe()
-        assert f"| `{field.name}` |" in readme, field.name
+        assert f"| `{field.name}` |" in page, field.name
 
 
 def test_reference_yaml_is_what_yaml_makes_of_it():
