@@ -23,7 +23,6 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from curriculum import IGNORE
-from dataset import latent_columns as find_latent_columns
 from model.backbone import Backbone, freeze_unused
 from model.layout import Rows, column_of, joined, lay_out, lay_out_prompts, restored
 from model.thought import Seen, Thought, make_thought
@@ -216,18 +215,6 @@ class Coconut(nn.Module):
         rows = lay_out_prompts(input_ids, attention_mask, position_ids, **self.family)
         hidden, embeds, _ = self._run(rows, edit=edit)
         return restored(hidden, rows), restored(embeds, rows)
-
-    @torch.no_grad()
-    def thought_logits(
-        self, input_ids: torch.Tensor, return_thoughts: bool = False, **batch
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """What the LM head makes of the positions before the latents, those that thoughts are made from: for rows as in
-        `states`, whose K latents stand in the same columns, (B, K, V); with return_thoughts (logits, thoughts), the
-        latter (B, K, D)."""
-        hidden, embeds = self.states(input_ids, **batch)
-        columns = find_latent_columns(input_ids, self.latent_token_id)
-        logits = self.head(hidden[:, [column - 1 for column in columns]])
-        return (logits, embeds[:, columns]) if return_thoughts else logits
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., V), as the model's own forward makes them."""

@@ -21,8 +21,9 @@ import yaml
 
 import methods
 from methods import LARGEST_FACTOR, key
+from trainer.files import why_unreadable
 from trainer.run_folder import is_on_hub, run_of
-from utils import UserError, launched_ranks, print_error, why_unreadable
+from utils import UserError, launched_ranks, print_error
 
 METHODS = methods.names()
 MOST_LATENTS = 100_000  # longer than any model's positions; sequences of more fill the memory before they are refused

@@ -14,7 +14,6 @@ if __name__ == "__main__":
     STOP = StopSignal.early()  # a cluster's signal may come during the slow imports below
     CONFIG = configure(__doc__, schedule)  # --help and mistakes are answered before them
 
-import json
 import math
 import os
 import threading
@@ -36,8 +35,9 @@ from trainer.checkpoint import Progress
 from trainer.distributed import World
 from trainer.only_eval import evaluate_only
 from trainer.setup import Run, Step, announce, setup_run
+from trainer.step_log import log_steps
 from trainer.throughput import FlopCounter, Throughput, peak_flops
-from utils import UserError, log, print_error, print_result, progress_bar, seed_everything, writing
+from utils import UserError, log, print_error, print_result, progress_bar, seed_everything
 
 INTERRUPTED_FILE = "INTERRUPTED_FILE"  # a run that a signal has stopped creates the file that this variable names
 
@@ -144,7 +144,7 @@ def train_epoch(run: Run, epoch: int) -> int:
             save_now = not is_last and config.save_every_steps and progress.step % config.save_every_steps == 0
             stop_now = run.stop.requested()  # all ranks
             if progress.step % config.log_every_steps == 0 or is_last or save_now or stop_now:
-                loss = log_steps(run, epoch)
+                loss = log_steps(run, epoch)  # all ranks
                 progress.seconds = before + time.perf_counter() - begin
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             if stop_now:
@@ -237,48 +237,6 @@ def update_weights(run: Run, loss: torch.Tensor) -> None:
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.progress.step += 1
-
-
-def log_steps(run: Run, epoch: int) -> float:
-    """Writes the losses since the last call, each the mean over the step's examples on all ranks; returns the last.
-    Losses are checked for NaN here, not at every step, to avoid a device sync each time.
-
-    Raises UserError on every rank where one is not finite, unless skip_nonfinite is set. Collective.
-    """
-    losses = torch.stack([step.losses for step in run.unlogged])  # (steps, 1), with an auxiliary loss (steps, 2)
-    dist.all_reduce(losses)  # all ranks: each holds its share of every step's loss
-    losses = (losses / run.world.size).tolist()
-    speed = run.throughput.report(run.world.size)  # all ranks
-    first = run.progress.step - len(losses) + 1
-    numbered = list(enumerate(zip(losses, run.unlogged, strict=True), start=first))
-    with ranks.agree(run.world):  # all ranks
-        for number, ((loss, *auxiliary), step) in numbered if run.world.is_main else ():
-            added = {"auxiliary_loss": auxiliary[0]} if auxiliary else {}
-            run.logger.log("step", step=number, epoch=epoch, stage=step.stage, loss=loss, **added, lr=step.lr, **speed)
-    for number, (both, step) in numbered:
-        if math.isfinite(sum(both)):
-            run.progress.losses += both[0] * len(step.examples)
-        else:
-            report_nonfinite(run, epoch, number, sum(both), step)
-    run.unlogged.clear()
-    return losses[-1][0]
-
-
-def report_nonfinite(run: Run, epoch: int, number: int, loss: float, step: Step) -> None:
-    """Writes down the examples of a step whose loss is NaN or infinite, and stops the run, unless skip_nonfinite is
-    set. Collective: every rank must call it."""
-    file = run.config.run_dir / "nonfinite.jsonl"
-    record = {"epoch": epoch, "step": number, "loss": str(loss), "examples": sorted(step.examples)}
-    with ranks.agree(run.world):  # all ranks
-        if run.world.is_main:
-            with writing(file), file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(record) + "\n")
-    if not run.config.skip_nonfinite:
-        raise UserError.of_all(
-            f"the loss of step {number}, in epoch {epoch}, is {loss}; its examples are in {file}; "
-            f"the last good checkpoint is {run.saved or 'none'}; try a lower lr, max_grad_norm, or skip_nonfinite=true"
-        )
-    log.warning(f"the loss of step {number} is {loss}: left out, its examples are in {file}")
 
 
 def validate(run: Run, epoch: int, stage: int) -> tuple[dict, list[dict]]:

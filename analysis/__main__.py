@@ -54,7 +54,8 @@ from analysis import interventions, probe, search, sweep
 from analysis.report import read, write_page
 from analysis.subject import Subject
 from analysis.tasks import Graphs, Machine, Task, load_task
-from utils import UserError, as_json, print_error, print_result, write_whole
+from trainer.files import write_whole
+from utils import UserError, as_json, print_error, print_result
 
 
 def measure_probe(subject: Subject, task: Task, options: argparse.Namespace) -> dict:

@@ -9,7 +9,8 @@ from pathlib import Path
 from analysis import figures
 from analysis.page import Example, Figure, Section, page, table_html
 from preprocessing.examples import read_json
-from utils import UserError, replaced, write_whole
+from trainer.files import replaced, write_whole
+from utils import UserError
 
 Found = dict  # of a part: subject -> its numbers
 NO_SHARES = ("auc", "norm", "cosine", "cosine with the one before")  # columns of tables that are not in per cent

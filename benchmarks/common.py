@@ -26,8 +26,9 @@ from config import Config
 from curriculum import Markers, training_sequence
 from trainer import parallel
 from trainer.distributed import World
+from trainer.files import write_whole
 from trainer.pretrained import Pretrained
-from utils import UserError, as_json, print_error, write_whole
+from utils import UserError, as_json, print_error
 
 GPT2_VOCABULARY = 50257
 MARKERS = Markers(GPT2_VOCABULARY, GPT2_VOCABULARY + 2, GPT2_VOCABULARY + 1, GPT2_VOCABULARY - 1)

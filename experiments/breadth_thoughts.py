@@ -34,7 +34,9 @@ from machine import STATES, frontiers_of
 from analysis.subject import Change, Subject
 from preprocessing.examples import load_examples
 from trainer.evaluate import extract_answer
-from utils import UserError, as_json, print_error, read_object, write_whole
+from trainer.files import write_whole
+from trainer.inference import thought_logits
+from utils import UserError, as_json, print_error, read_object
 
 SEED = 0  # of the pairs of starts
 
@@ -93,7 +95,7 @@ def replacements(subject: Subject, frontiers: list[list[str]]) -> dict[str, Repl
 def read_off(subject: Subject, frontiers: list[list[str]], n_states: int) -> list[dict]:
     """For each thought how the LM head, at the position that it is made from, values the states."""
     ids = subject.tokenizer.convert_tokens_to_ids(list(STATES[:n_states]))
-    logits = torch.cat([subject.model.thought_logits(**inputs) for _, inputs in subject.batches()])  # (N, K, V)
+    logits = torch.cat([thought_logits(subject.model, **inputs)[0] for _, inputs in subject.batches()])  # (N, K, V)
     shares = logits.float().softmax(-1)[..., ids]  # (N, K, S)
     found = []
     for k in range(subject.n_thoughts):

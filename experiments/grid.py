@@ -30,7 +30,8 @@ from grid_file import Grid, read_grid
 from jobs import Job, by_digest, check_folders, jobs_of, left_of, read_results
 
 from curriculum import stage_name
-from utils import UserError, print_error, print_result, writing
+from trainer.files import writing
+from utils import UserError, print_error, print_result
 
 
 def prepare(grid: Grid) -> None:

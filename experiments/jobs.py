@@ -14,9 +14,10 @@ from grid_file import Grid, RunSpec
 
 from config import Config
 from preprocessing.examples import load_examples
+from trainer.files import file_digest, write_whole
 from trainer.logger import read_log
 from trainer.run_folder import checkpoints, has_ended, resolve
-from utils import UserError, as_json, file_digest, read_object, write_whole
+from utils import UserError, as_json, read_object
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "grid.json"  # in a run's folder: the digest of what it was trained on

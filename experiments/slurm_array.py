@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import write_whole
+from trainer.files import write_whole
 
 if TYPE_CHECKING:
     from jobs import Job

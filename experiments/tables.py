@@ -15,8 +15,9 @@ from intervals import LARGEST_GAP, clopper_pearson, difference, has_one_mode, me
 from jobs import by_digest
 
 from preprocessing.examples import load_examples
+from trainer.files import replaced, write_whole
 from trainer.run_folder import notes_of
-from utils import as_json, replaced, write_whole
+from utils import as_json
 
 if TYPE_CHECKING:
     from grid_file import Grid

@@ -9,7 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from preprocessing.examples import load_examples, read_bytes, read_json, read_text
-from utils import UserError, print_error, replaced
+from trainer.files import replaced
+from utils import UserError, print_error
 
 __all__ = ["UserError", "command", "load_examples", "print_error", "publish", "read_bytes", "read_json", "read_text"]
 

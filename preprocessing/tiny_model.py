@@ -16,7 +16,7 @@ from pathlib import Path
 from files import UserError, command, load_examples, read_json
 from random_model import SHAPES, RandomModel
 
-from utils import replaced
+from trainer.files import replaced
 
 EOS, UNKNOWN = "<|endoftext|>", "<|unknown|>"
 # char: one character, or a mark of the data format; word: with the space before it, as in GPT-2's vocabulary

@@ -18,7 +18,8 @@ import numpy as np
 from curriculum import END, LATENT, START
 from methods import Texts
 from preprocessing.examples import load_examples
-from utils import UserError, progress_bar, retried, sync_to_disk, writing
+from trainer.files import retried, sync_to_disk, writing
+from utils import UserError, progress_bar
 
 ANSWER_PREFIX = "### "
 CACHE_VERSION = 1  # raise it when `tokenize` changes

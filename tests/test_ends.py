@@ -14,7 +14,8 @@ from test_run import place as place  # a fixture
 
 from trainer import distributed as ranks
 from trainer.distributed import World
-from utils import UserError, retried
+from trainer.files import retried
+from utils import UserError
 
 SHORT = ("max_train_examples=96", "max_new_tokens=2", "num_epochs=1", "log_every_steps=1")
 

@@ -22,13 +22,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.dynamic_module_utils import check_imports, get_imports
 
-import utils
 from coconut import Coconut
 from config import Config
 from dataset import collate_prompts
 from model import thought
 from tools import export, portable
-from trainer import checkpoint, inference, run_folder
+from trainer import checkpoint, files, inference, run_folder
 from trainer.pretrained import END, load_model
 from utils import UserError
 
@@ -539,7 +538,7 @@ import utils
 if sys.argv[2] == "between":
     rename = Path.rename
     Path.rename = lambda self, to: os.kill(os.getpid(), 9) if self.name.startswith(".writing") else rename(self, to)
-with utils.replaced(Path(sys.argv[1]), ("whole",)) as aside:
+with files.replaced(Path(sys.argv[1]), ("whole",)) as aside:
     (aside / "half").write_text("")
     if sys.argv[2] == "within":
         os.kill(os.getpid(), 9)
@@ -549,7 +548,7 @@ with utils.replaced(Path(sys.argv[1]), ("whole",)) as aside:
 @pytest.mark.parametrize("when", ["within", "between"])
 def test_a_kill_loses_nothing(tmp_path, when):
     out = tmp_path / "out"
-    with utils.replaced(out, ()) as aside:
+    with files.replaced(out, ()) as aside:
         (aside / "whole").write_text("")
     done = subprocess.run([sys.executable, "-c", KILLED, str(out), when], cwd=ROOT, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -557,10 +556,10 @@ def test_a_kill_loses_nothing(tmp_path, when):
     if when == "within":
         assert (out / "whole").exists()
     # the next one begins with what there was
-    with pytest.raises(RuntimeError), utils.replaced(out, ("whole",)):
+    with pytest.raises(RuntimeError), files.replaced(out, ("whole",)):
         raise RuntimeError
     assert [path.name for path in out.iterdir()] == ["whole"]
-    with utils.replaced(out, ("whole",)) as aside:
+    with files.replaced(out, ("whole",)) as aside:
         (aside / "new").write_text("")
     assert [path.name for path in out.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

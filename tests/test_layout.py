@@ -10,7 +10,12 @@ from conftest import ROOT
 # from the ground up: what stands in a line imports what stands in earlier lines, or beside it, and nothing else
 LAYERS = [
     ["utils"],
-    ["methods", "trainer.logger", "trainer.run_folder"],  # methods/__init__.py is the protocol, without torch
+    [
+        "methods",
+        "trainer.files",
+        "trainer.logger",
+        "trainer.run_folder",
+    ],  # methods: the protocol alone
     ["config"],
     ["curriculum", "trainer.distributed"],
     ["preprocessing.*"],

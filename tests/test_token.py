@@ -9,6 +9,7 @@ from test_coconut import EOS, LATENT, gradients, make_model, make_rows, prompts
 import methods  # noqa: F401 registers the thoughts
 from dataset import collate_for_device, collate_prompts
 from model.thought import make_thought
+from trainer.inference import thought_logits
 from utils import UserError
 
 
@@ -76,7 +77,7 @@ def test_generation_feeds_the_token_that_the_head_finds_likeliest(family):
     model = make_model(family, thought="token:st")
     rows = prompts([3, 0, 2])
     batch = collate_prompts(rows, EOS)
-    logits, thoughts = model.thought_logits(**batch, return_thoughts=True)
+    logits, thoughts = thought_logits(model, **batch)
     is_latent = batch["input_ids"][:, -4:-1] == LATENT
     likeliest = model.base_causallm.get_input_embeddings()(logits.argmax(-1))
     assert torch.equal(thoughts[is_latent], likeliest[is_latent])

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 import pytest
 from conftest import ROOT
 
-from utils import UserError, replaced, write_whole
+from trainer.files import replaced, write_whole
+from utils import UserError
 
 
 def program(text: str, shell: str = "{}", **environment) -> subprocess.CompletedProcess:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from curriculum import stage_name
 from trainer.evaluate import HEADER, named_best, row_of, summary
+from trainer.files import why_unreadable
 from trainer.run_folder import best, checkpoints, is_of_finished_epoch
-from utils import UserError, print_error, progress_bar, read_object, why_unreadable
+from utils import UserError, print_error, progress_bar, read_object
 
 
 def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:

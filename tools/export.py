@@ -20,8 +20,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from tools.portable import MODELLING, THOUGHT, write_code
+from trainer.files import replaced
 from trainer.run_folder import check_checkpoint
-from utils import UserError, parse_json, print_error, replaced
+from utils import UserError, parse_json, print_error
 
 if TYPE_CHECKING:  # imported when the arguments have been checked: it takes seconds
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

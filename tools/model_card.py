@@ -12,9 +12,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from curriculum import stage_name
+from trainer.files import file_digest
 from trainer.logger import read_log
 from trainer.run_folder import notes_of
-from utils import UserError, file_digest, read_object
+from utils import UserError, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

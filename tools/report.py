@@ -22,8 +22,9 @@ import yaml
 
 from analysis.page import Figure, Section, page
 from curriculum import stage_name
+from trainer.files import write_whole
 from trainer.logger import read_log
-from utils import UserError, print_error, print_result, write_whole
+from utils import UserError, print_error, print_result
 
 POINTS = 500  # of a line over steps
 ROWS = 12  # of the table under it

@@ -49,9 +49,10 @@ from methods import rules_of
 from model import lora
 from trainer import parallel
 from trainer.distributed import World, agree, on_main_rank
+from trainer.files import file_digest, retried, sync_to_disk, write_whole
 from trainer.pretrained import THOUGHT_FILE, Pretrained, read_description
 from trainer.run_folder import best, checkpoints, is_of_finished_epoch, is_on_hub, rating, resolve, run_checkpoints
-from utils import UserError, as_json, file_digest, log, parse_json, read_object, retried, sync_to_disk, write_whole
+from utils import UserError, as_json, log, parse_json, read_object
 
 FORMAT = 2  # of state.json, and of coconut.json beside it
 OPTIMIZER = "trainer/optimizer"

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from utils import UserError, launched_ranks, log, retried, under_debugger, writing
+from trainer.files import retried, writing
+from utils import UserError, launched_ranks, log, under_debugger
 
 LAUNCHER = os.getppid()  # of a rank: torchrun
 EXIT_HANDLERS_SECONDS = 15

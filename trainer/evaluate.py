@@ -24,9 +24,10 @@ from methods import rules_of
 from preprocessing.tokens import Tokens
 from trainer.data import Data
 from trainer.distributed import World, barrier
+from trainer.files import replaced
 from trainer.logger import read_log
 from trainer.run_folder import best, rating
-from utils import UserError, as_json, progress_bar, read_object, replaced
+from utils import UserError, as_json, progress_bar, read_object
 
 if TYPE_CHECKING:
     import torch

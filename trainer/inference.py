@@ -20,15 +20,16 @@ import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from coconut import Coconut
+from coconut import Coconut, Edit
 from config import Config
 from curriculum import prompt
-from dataset import collate_prompts
+from dataset import collate_prompts, latent_columns
 from trainer.checkpoint import DESCRIBED, write_model
 from trainer.evaluate import extract_answer, generate_tokens
+from trainer.files import replaced
 from trainer.pretrained import Pretrained, hub_problem, load_model, not_loadable, read_description
 from trainer.run_folder import HUB_ID, resolve
-from utils import UserError, replaced
+from utils import UserError
 
 TOP = 5  # tokens shown for each thought
 MAX_THOUGHTS = 100_000  # of a model without a longest sequence
@@ -38,7 +39,7 @@ CARD = """\
 A Coconut of method `{method}` at stage {stage} (chain of continuous thought, arXiv 2412.06769), for the trainer that
 saved it:
 
-    from coconut import Coconut
+    from coconut import Coconut, Edit
 
     Coconut.from_pretrained("{name}").ask("...")
 """
@@ -196,11 +197,22 @@ def config_for(model: Coconut, n_thoughts: int | None = None, mode: str | None =
     return replace(config, eval_latents=n_thoughts)
 
 
+@torch.no_grad()
+def thought_logits(
+    model: Coconut, input_ids: torch.Tensor, edit: Edit | None = None, **batch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the LM head makes of the positions before the latents, those that thoughts are made from, (B, K, V), and the
+    thoughts, (B, K, D), for rows as in Coconut.states whose K latents stand in the same columns."""
+    hidden, embeds = model.states(input_ids, edit=edit, **batch)
+    columns = latent_columns(input_ids, model.latent_token_id)
+    return model.head(hidden[:, [column - 1 for column in columns]]), embeds[:, columns]
+
+
 def decoded_thoughts(
     model: Coconut, tokenizer: PreTrainedTokenizerBase, batch: dict[str, torch.Tensor]
 ) -> list[list[list[tuple[str, float]]]]:
     """For each row, for each latent: the TOP likeliest (token, probability) pairs at the position before it."""
-    top = model.thought_logits(**batch).float().softmax(dim=-1).topk(TOP)  # (B, K, TOP) each
+    top = thought_logits(model, **batch)[0].float().softmax(dim=-1).topk(TOP)  # (B, K, TOP) each
 
     def pairs(ids: list[int], shares: list[float]) -> list[tuple[str, float]]:
         return [(tokenizer.decode([token]), round(share, 4)) for token, share in zip(ids, shares, strict=True)]

@@ -19,7 +19,8 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 
-from utils import UserError, log, parse_json, why_unreadable, writing
+from trainer.files import why_unreadable, writing
+from utils import UserError, log, parse_json
 
 TIMEOUTS = {"start": 90, "log": 20, "finish": 120, "signal": 5}  # seconds; the last is what a signal leaves for finish
 

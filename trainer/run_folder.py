@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import yaml
 
-from utils import UserError, parse_json, why_unreadable, write_whole
+from trainer.files import why_unreadable, write_whole
+from utils import UserError, parse_json
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>[^:]+)")

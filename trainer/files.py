@@ -1,0 +1,127 @@
+"""Files and folders that appear whole or not at all, and what disks and file systems make of reading and writing."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from utils import UserError
+
+
+def why_unreadable(path: Path | str) -> str | None:
+    """Why the system does not even answer whether a path exists, where `Path.exists` raises: a folder on the way may
+    not be entered, or a name is too long. None where it answers."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return None
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def retried(action: Callable, seconds: float = 30):
+    """The result of an action that reads what another process has just written: the file system of several nodes may
+    show it only a while later."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return action()
+        except FileNotFoundError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Raises UserError for what a full or broken disk, or missing rights, make of writing a file or a folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextmanager
+def replaced(path: Path, overwrites: tuple[str, ...] | None = None) -> Iterator[Path]:
+    """A path to write to: a file, or a folder, which is there already and empty. It gets the name `path` when it is
+    whole and on the disk; a kill, or an exception, leaves nothing half-written under that name.
+
+    overwrites: None for a file. Of a folder, the names, or their patterns, that an existing one may hold.
+    Raises UserError where it cannot be written, and where the folder holds anything else.
+    """
+    target = path.resolve()  # a link is written through, and '.' has no name
+    with writing(path):
+        if overwrites is None:
+            aside, old = target.with_name(f".{os.getpid()}.{target.name}"), None  # its suffix is the format
+            if target.exists() and not target.is_file():
+                aside = target  # a device; a folder is an error
+            target.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            aside, old = (target.with_name(f".{what}-{target.name}") for what in ("writing", "replaced"))
+            if old.exists() and not target.exists():
+                old.rename(target)  # a kill came between the two renames below
+            if target.exists() and not target.is_dir():
+                raise UserError(f"{path} is there already, and is no folder")
+            there = sorted(part.name for part in target.iterdir()) if target.exists() else []
+            if others := [name for name in there if not any(fnmatch(name, pattern) for pattern in overwrites)]:
+                raise UserError(f"{path} is there already, and nothing of it is overwritten: it holds {others[0]}")
+            for leftover in (aside, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            aside.mkdir(parents=True)
+        try:
+            yield aside
+            if aside != target:
+                sync_to_disk(aside)
+                if old is not None and target.exists():
+                    target.rename(old)
+                aside.rename(target)
+                sync_to_disk(target.parent, deep=False)
+        finally:
+            if old is not None:
+                shutil.rmtree(aside, ignore_errors=True)
+                if target.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+            elif aside != target:
+                aside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file through `replaced`. Raises UserError."""
+    with replaced(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def sync_to_disk(path: Path, deep: bool = True) -> None:
+    """Waits until a file or folder, and what is in it, would survive a power cut. Files in a folder get the mode of the
+    umask, which some libraries keep from others. Some file systems refuse to sync folders."""
+    parts = [*path.rglob("*")] if deep and path.is_dir() else []
+    mode = path.stat().st_mode & 0o666
+    for part in [*parts, path]:
+        is_folder = part.is_dir()
+        if part != path and not is_folder:
+            part.chmod(mode)
+        try:
+            handle = os.open(part, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            if not (is_folder and error.errno in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)):
+                raise

@@ -1,0 +1,56 @@
+"""The log of training steps: losses over all ranks, and steps whose loss is not finite."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import torch
+import torch.distributed as dist
+
+from trainer import distributed as ranks
+from trainer.files import writing
+from trainer.setup import Run, Step
+from utils import UserError, log
+
+
+def log_steps(run: Run, epoch: int) -> float:
+    """Writes the losses since the last call, each the mean over the step's examples on all ranks; returns the last.
+    Losses are checked for NaN here, not at every step, to avoid a device sync each time.
+
+    Raises UserError on every rank where one is not finite, unless skip_nonfinite is set. Collective.
+    """
+    losses = torch.stack([step.losses for step in run.unlogged])  # (steps, 1), with an auxiliary loss (steps, 2)
+    dist.all_reduce(losses)  # all ranks: each holds its share of every step's loss
+    losses = (losses / run.world.size).tolist()
+    speed = run.throughput.report(run.world.size)  # all ranks
+    first = run.progress.step - len(losses) + 1
+    numbered = list(enumerate(zip(losses, run.unlogged, strict=True), start=first))
+    with ranks.agree(run.world):  # all ranks
+        for number, ((loss, *auxiliary), step) in numbered if run.world.is_main else ():
+            added = {"auxiliary_loss": auxiliary[0]} if auxiliary else {}
+            run.logger.log("step", step=number, epoch=epoch, stage=step.stage, loss=loss, **added, lr=step.lr, **speed)
+    for number, (both, step) in numbered:
+        if math.isfinite(sum(both)):
+            run.progress.losses += both[0] * len(step.examples)
+        else:
+            report_nonfinite(run, epoch, number, sum(both), step)
+    run.unlogged.clear()
+    return losses[-1][0]
+
+
+def report_nonfinite(run: Run, epoch: int, number: int, loss: float, step: Step) -> None:
+    """Writes down the examples of a step whose loss is NaN or infinite, and stops the run, unless skip_nonfinite is
+    set. Collective: every rank must call it."""
+    file = run.config.run_dir / "nonfinite.jsonl"
+    record = {"epoch": epoch, "step": number, "loss": str(loss), "examples": sorted(step.examples)}
+    with ranks.agree(run.world):  # all ranks
+        if run.world.is_main:
+            with writing(file), file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(record) + "\n")
+    if not run.config.skip_nonfinite:
+        raise UserError.of_all(
+            f"the loss of step {number}, in epoch {epoch}, is {loss}; its examples are in {file}; "
+            f"the last good checkpoint is {run.saved or 'none'}; try a lower lr, max_grad_norm, or skip_nonfinite=true"
+        )
+    log.warning(f"the loss of step {number} is {loss}: left out, its examples are in {file}")
