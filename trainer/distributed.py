@@ -254,9 +254,9 @@ def lock_run_dir(world: World, folder: Path) -> typing.Iterator[None]:
     try:
         yield
     finally:
-        for action in (lambda: file.truncate(0), lambda: file.close()) if file is not None else ():
-            with suppress(OSError):
-                action()
+        if file is not None:
+            with suppress(OSError), file:
+                file.truncate(0)
 
 
 def _locked(folder: Path) -> typing.IO[str]:

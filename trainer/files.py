@@ -115,7 +115,8 @@ def sync_to_disk(path: Path, deep: bool = True) -> None:
     for part in [*parts, path]:
         is_folder = part.is_dir()
         if part != path and not is_folder:
-            part.chmod(mode)
+            with suppress(PermissionError):
+                part.chmod(mode)
         try:
             handle = os.open(part, os.O_RDONLY)
             try:
