@@ -59,6 +59,17 @@ class StageDataset:
         """Items -> the arguments of the model's forward."""
         return collate_for_device(rows, self.markers.eos, self.markers.latent)
 
+    def micro_batch(self, micro: MicroBatch, stage: int) -> dict:
+        """The collated items of a micro-batch with its `weight`, by its share of the supervised tokens of its group."""
+        items, weight = [self[index, stage] for index in micro.indices], micro.weight
+        if micro.group and weight:
+            mine, whole = map(self._n_supervised, (items, [self[index, stage] for index in micro.group]))
+            weight *= mine / whole * len(micro.group) / len(items)
+        return self.collate(items) | {"weight": weight}
+
+    def _n_supervised(self, items: list) -> int:
+        return sum(label != IGNORE for item in items for label in self.sequence(item)[1])
+
     def sequence(self, item) -> tuple[list[int], list[int]]:
         """(input_ids, labels) of an item, for tools/show_data.py."""
         return item[:2]
@@ -169,6 +180,9 @@ class MicroBatch(NamedTuple):
 
     indices: list[int]
     weight: float
+    group: Sequence[
+        int
+    ] = ()  # batch_size_training examples, several micro-batches', whose loss is one mean over tokens
 
 
 def example_order(n_examples: int, config: Config, epoch: int, lengths: np.ndarray | None = None) -> np.ndarray:
@@ -216,13 +230,16 @@ class EpochPlan(Sequence):
     with weight 0, because every rank has to join the passes.
 
     Weights: gradients are averaged over ranks and summed over a rank's micro-batches, so that
-    weight = world_size x (examples in the micro-batch) / (examples in the step).
+    weight = world_size x (examples in the micro-batch) / (examples in the step). On so many ranks that a pass has fewer
+    than batch_size_training examples, these many stay the group whose loss is one mean over tokens.
     """
 
     def __init__(self, order: np.ndarray, config: Config, rank: int, world_size: int, seen: int = 0):
         self.order, self.rank, self.world_size = order[seen:], rank, world_size
         accumulation, self.size = config.passes(world_size)
         self.per_step = accumulation * world_size * self.size
+        whole = config.batch_size_training
+        self.group_size = whole if self.size < whole and whole % self.size == 0 else 0
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.per_step)
@@ -238,8 +255,10 @@ class EpochPlan(Sequence):
         rounds = -(-len(examples) // (self.size * self.world_size))
         mine = []
         for place in range(self.rank, rounds * self.world_size, self.world_size):
-            part = examples[place * self.size : (place + 1) * self.size]
-            mine.append(MicroBatch(part or examples[:1], self.world_size * len(part) / len(examples)))
+            begin = place * self.size
+            part = examples[begin : begin + self.size]
+            group = examples[begin - begin % self.group_size :][: self.group_size] if self.group_size else ()
+            mine.append(MicroBatch(part or examples[:1], self.world_size * len(part) / len(examples), group))
         return PlannedStep(mine, len(examples))
 
 
@@ -250,15 +269,15 @@ def batches_of(dataset: StageDataset, plan: EpochPlan, stages: Sequence[int]) ->
     iterator raises."""
     import torch
 
-    def make(indices: list[int], stage: int) -> dict:
-        batch = dataset.collate([dataset[index, stage] for index in indices])
+    def make(micro: MicroBatch, stage: int) -> dict:
+        batch = dataset.micro_batch(micro, stage)
         return _map(batch, lambda tensor: tensor.pin_memory()) if torch.cuda.is_available() else batch
 
     def ahead(pool: ThreadPoolExecutor) -> Iterator[dict]:
         waiting: deque[Future] = deque()
         for stage, step in zip(stages, plan, strict=True):
             for micro in step.micro_batches:
-                waiting.append(pool.submit(make, micro.indices, stage))
+                waiting.append(pool.submit(make, micro, stage))
                 if len(waiting) > 1:
                     yield waiting.popleft().result()
         while waiting:

@@ -199,8 +199,10 @@ def weighted_batches(run: Run, planned: PlannedStep, batches: Iterator[dict]) ->
     terms of its losses (StageDataset.counts_loss_terms), over these."""
     world, micro_batches = run.world, planned.micro_batches
     if not run.parts.dataset.counts_loss_terms:
-        for micro in micro_batches:
-            yield next_batch(run, batches), (micro.weight, micro.weight)
+        for _ in micro_batches:
+            batch = next_batch(run, batches)
+            weight = batch.pop("weight")
+            yield batch, (weight, weight)
         return
     drawn = [next_batch(run, batches) for _ in micro_batches]
     counts = [batch.pop("loss_counts") for batch in drawn]
@@ -212,8 +214,9 @@ def weighted_batches(run: Run, planned: PlannedStep, batches: Iterator[dict]) ->
     dist.all_reduce(totals)  # all ranks
     totals = totals.clamp(min=1)
     for batch, count, micro in zip(drawn, counts, micro_batches, strict=True):
-        share = world.size * (micro.weight > 0) / totals  # a rank without examples of its own runs one that counts not
-        yield batch, (count["loss"] * share[0] if "loss" in count else micro.weight, share[1])
+        share = world.size * (micro.weight > 0) / totals  # an idle rank runs an example that does not count
+        weight = batch.pop("weight")
+        yield batch, (count["loss"] * share[0] if "loss" in count else weight, share[1])
 
 
 def next_batch(run: Run, batches: Iterator[dict]) -> dict:

@@ -125,8 +125,8 @@ def test_the_rest_of_an_epoch_neither_repeats_nor_skips(world_after):
     assert sorted(indices) == list(range(61))
 
 
-class Recorded:
-    """A dataset that notes what is made of it, and when."""
+class Recorded(StageDataset):
+    """A dataset that notes what is made of it, and when. Item i has i + 1 supervised tokens."""
 
     def __init__(self, fails_at: int | None = None):
         self.collated, self.fails_at = [], fails_at
@@ -135,6 +135,9 @@ class Recorded:
         if key[0] == self.fails_at:
             raise MemoryError(f"item {key[0]}")
         return key
+
+    def sequence(self, item):
+        return [], [7] * (item[0] + 1) + [-100] * 3
 
     def collate(self, rows):
         self.collated.append(rows)
@@ -152,6 +155,27 @@ def test_batches_come_as_planned_one_ahead():
             found.append(batch["rows"])
             assert len(recorded.collated) <= number + 2
     assert found == [[(i, 5 + (i > 7)) for i in indices] for indices in wanted]
+
+
+@pytest.mark.parametrize("n_examples", [16, 24, 21, 3])
+def test_the_loss_of_a_step_does_not_depend_on_the_number_of_ranks(n_examples):
+    """Ranks whose share is smaller than batch_size_training made a mean of means over smaller passes."""
+    losses = np.random.default_rng(0).normal(size=(n_examples, 40))  # of each token
+    config = Config(global_batch_size=16, batch_size_training=8)
+
+    def mean(batch: dict) -> float:
+        return np.concatenate([losses[index][: index + 1] for index, _ in batch["rows"]]).mean()
+
+    def steps_on(world_size: int) -> list[float]:
+        plans = [EpochPlan(np.arange(n_examples), config, rank, world_size) for rank in range(world_size)]
+        micro = [
+            [Recorded().micro_batch(m, 0) for plan in plans for m in plan[n].micro_batches]
+            for n in range(len(plans[0]))
+        ]
+        return [sum(batch["weight"] * mean(batch) for batch in step) / world_size for step in micro]
+
+    for world_size in (2, 4, 8, 16):
+        assert steps_on(world_size) == pytest.approx(steps_on(1), abs=1e-12)
 
 
 def test_what_fails_in_a_batch_ends_the_loop_and_leaves_no_thread():
