@@ -180,9 +180,7 @@ class MicroBatch(NamedTuple):
 
     indices: list[int]
     weight: float
-    group: Sequence[
-        int
-    ] = ()  # batch_size_training examples, several micro-batches', whose loss is one mean over tokens
+    group: Sequence[int] = ()  # the examples of several micro-batches whose loss is one mean over tokens
 
 
 def example_order(n_examples: int, config: Config, epoch: int, lengths: np.ndarray | None = None) -> np.ndarray:
@@ -285,7 +283,7 @@ def batches_of(dataset: StageDataset, plan: EpochPlan, stages: Sequence[int]) ->
 
     if under_debugger():
         yield (
-            make(micro.indices, stage) for stage, step in zip(stages, plan, strict=True) for micro in step.micro_batches
+            make(micro, stage) for stage, step in zip(stages, plan, strict=True) for micro in step.micro_batches
         )
         return
     with ThreadPoolExecutor(1, "batches") as pool:
