@@ -27,6 +27,7 @@ from utils import UserError, launched_ranks, print_error, why_unreadable
 METHODS = methods.names()
 MOST_LATENTS = 100_000  # longer than any model's positions; sequences of more fill the memory before they are refused
 METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")  # keys of the reference that became `method`
+COMMAND_LINE = "the command line"
 PLACEHOLDER = re.compile(r"YOUR_\w+")
 NO_FILE_NAME = re.compile(r"[/\\\0]|^\.*$")  # of what a name must not be, since files and folders bear it
 LONGEST_NAME = 200  # bytes: a file's name has at most 255, and what is written aside is called a little longer
@@ -103,8 +104,8 @@ class Config:
     save_path: str = key("checkpoints", "folder that holds the runs", free=True)
     only_eval: bool = key(
         False,
-        "evaluate the run's best checkpoint on test_path, and stop; or, where they are set beside only_eval (in the same "
-        "file, in one that extends it, on the command line), load_model_path, and val_path",
+        "evaluate the run's best checkpoint on test_path, and stop; or, where set beside only_eval, in the same file or "
+        "later, load_model_path (on val_path if there is no test_path) and val_path",
         free=True,
     )
     seed: int = key(0, "seeds the weights that are made anew, the data order, dropout and stage mixing", low=0)
@@ -531,7 +532,6 @@ def _preparation_hint(path: str) -> str:
     """The script that makes a file or model of args/."""
     tiny, llama = "python preprocessing/tiny_model.py data/", "--tokenizer char --shape llama --width 64"
     hints = {
-        "data/machine/model": f"{tiny}machine/machine_train.json --out data/machine/model {llama} --positions 64",
         "prosqa_mini": "python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100",
         "prosqa_": "python preprocessing/prosqa.py",
         **{name: f"python preprocessing/ood.py {name}" for name in ("gsm_hard", "svamp", "multiarith")},
@@ -542,9 +542,9 @@ def _preparation_hint(path: str) -> str:
         "tiny_prosqa": f"{tiny}prosqa_mini_train.json --out data/tiny_prosqa",
     }
     where = Path(path)
-    how = next(
-        (how for word, how in hints.items() if where.name.startswith(word) or where.as_posix().endswith(word)), None
-    )
+    how = next((how for word, how in hints.items() if where.name.startswith(word)), None)
+    if where.as_posix().endswith("data/machine/model"):
+        how = f"{tiny}machine/machine_train.json --out data/machine/model {llama} --positions 64"
     if "mirrored" in where.parent.name:  # with its chains and its model
         how = f"python experiments/grid.py experiments/{where.parent.name}.yaml --dry-run"
     return f" (make it with: {how})" if how else ""
@@ -641,7 +641,7 @@ def _command_line(overrides, problems: list[str]) -> list[Layer]:
             found = read_yaml(f"value: {value}", f"{text!r} on the command line", problems)["value"]
             if not isinstance(found, str) or value.strip().startswith(("'", '"')):
                 values[name] = found
-    return [Layer("the command line", values)] if values else []
+    return [Layer(COMMAND_LINE, values)] if values else []
 
 
 def _choose_row(layers: list[Layer], problems: list[str]) -> list[str]:
@@ -667,7 +667,8 @@ def _choose_row(layers: list[Layer], problems: list[str]) -> list[str]:
         keys = {**rows[parent], **keys}
     number = next(number for number, layer in enumerate(layers) if chosen in layer.rows)
     layers.insert(number + 1, Layer(f"{layers[number].origin}, row {chosen}", keys))
-    return [] if layers.index(chooser) > number + 1 and chooser is not layers[-1] else [chosen.replace("_", "-")]
+    names = chooser.origin == COMMAND_LINE or chosen in chooser.rows
+    return [chosen.replace("_", "-")] if names else []
 
 
 def _merge(values: dict, layer: Layer, problems: list[str]) -> None:
