@@ -15,6 +15,7 @@ import types
 import typing
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -44,6 +45,8 @@ IN_WORDS = {
 # name -> (what may follow it, the module that has it): layer is written as layer:-2 or layer:0.5, and suppressed may
 # name its threshold, as suppressed:0.3
 THOUGHTS = {"last": ("", "model.thought")} | {name: (takes, module) for name, takes, module in methods.thoughts()}
+SPELLINGS = ", ".join(name + takes for name, (takes, _) in THOUGHTS.items())
+setting = partial(key, free=True)
 
 
 def split_thought(spelling: str) -> tuple[str, int | float | None]:
@@ -55,24 +58,9 @@ def split_thought(spelling: str) -> tuple[str, int | float | None]:
     whole, share = r"\d{1,6}", r"\d{0,6}\.\d{1,20}"
     numbers = {"": "", ":N": f":(-?{whole}|{share})", "[:T]": f"(:({whole}|{share}))?", "[:P]": r"(:[1-9]\d{0,5})?"}
     if name not in THOUGHTS or not re.fullmatch(numbers[THOUGHTS[name][0]], colon + text):
-        raise ValueError(f"must be one of {', '.join(name + takes for name, (takes, _) in THOUGHTS.items())}")
+        raise ValueError(f"must be one of {SPELLINGS}")
     number = None if not text else float(text) if "." in text else int(text)
     return name, number
-
-
-def modern(values: dict) -> dict:
-    """Values of keys in today's spelling, where they are in that of before a method had a name of its own."""
-    values = dict(values)
-    for rules in methods.all_rules().values():
-        rules.older(values)
-    return values
-
-
-def with_defaults(values: dict) -> dict:
-    """`modern`, with the defaults of the method where it is chosen by its name: an older spelling had none."""
-    values, given = modern(values), values.get("method")
-    rules = methods.all_rules().get(given)
-    return {**rules.defaults, **values} if rules and values["method"] == given else values
 
 
 def _with_keys_of_methods(cls):
@@ -95,42 +83,31 @@ class Config:
     """
 
     # the run
-    project: str = key("coconut", "wandb project", free=True)
-    name: str = key(
-        "run",
-        "name of the run; its folder is save_path/name (default: the YAML file's name; never inherited by extends)",
-        free=True,
-    )
-    save_path: str = key("checkpoints", "folder that holds the runs", free=True)
-    only_eval: bool = key(
+    project: str = setting("coconut", "wandb project")
+    name: str = setting("run", "its folder is save_path/name (default: the YAML file's name and row; never inherited)")
+    save_path: str = setting("checkpoints", "folder that holds the runs")
+    only_eval: bool = setting(
         False,
-        "evaluate the run's best checkpoint on test_path, and stop; or, where set beside only_eval, in the same file or "
-        "later, load_model_path (on val_path if there is no test_path) and val_path",
-        free=True,
+        "evaluate the run's best checkpoint on test_path, and stop; or, where set beside only_eval, in the same file "
+        "or later, load_model_path (on val_path if there is no test_path) and val_path",
     )
     seed: int = key(0, "seeds the weights that are made anew, the data order, dropout and stage mixing", low=0)
-    debug: bool = key(
-        False,
-        "quick look in the folder NAME-debug: 5000 training and 32 validation examples, no checkpoints, no wandb",
-        free=True,
+    debug: bool = setting(
+        False, "quick look, in folder NAME-debug: 5000 training, 32 validation examples, no checkpoints, no wandb"
     )
-    wandb: str = key(
+    wandb: str = setting(
         "online",
-        "online | offline | disabled; online becomes offline where nobody is logged in; "
-        "the variable WANDB_MODE wins over this key",
+        "online | offline | disabled; online becomes offline where nobody is logged in; WANDB_MODE wins over this key",
         choices=("online", "offline", "disabled"),
-        free=True,
     )
-    log_every_steps: int = key(10, "optimizer steps between two writes to metrics.jsonl and wandb", low=1, free=True)
+    log_every_steps: int = setting(10, "optimizer steps between two writes to metrics.jsonl and wandb", low=1)
 
     # the method
     method: str = key("coconut", " | ".join(METHODS) + "; the reference's four booleans are read too", choices=METHODS)
     thought: str = key(
         "last",
-        "what a latent position is fed: "
-        + " | ".join(name + takes for name, (takes, _) in THOUGHTS.items())
-        + "; N is a "
-        "layer, counted from the end where negative, or a share of the layers such as 0.5, T a threshold, P a width",
+        f"what a latent position is fed: {SPELLINGS.replace(',', ' |')}; N is a layer, counted from the end where "
+        "negative, or a share of the layers such as 0.5, T a threshold, P a width",
         check=split_thought,
     )
     c_thought: int = key(1, "latent thoughts that replace one written step", low=0, high=MOST_LATENTS)
@@ -140,75 +117,47 @@ class Config:
     epochs_per_stage: int | list[int] = key(
         5, "epochs of each stage; or a list with one entry a stage, the last stage going on to num_epochs", low=1
     )
-    curriculum: str = key(
-        "staged", "staged | none (the last stage from the first epoch on)", choices=("staged", "none")
-    )
-    pad_latent_to_max: bool = key(
-        True, "in the last stage, max_latent_stage thoughts also where an example has fewer steps"
-    )
+    curriculum: str = key("staged", "staged | none (only the last stage)", choices=("staged", "none"))
+    pad_latent_to_max: bool = key(True, "in the last stage, max_latent_stage thoughts also for fewer steps")
     uniform_prob: float = key(0.0, "probability that an example trains at a stage drawn from 0..n", low=0, high=1)
-    advance_at: float | None = key(
-        None, "a stage ends before its epochs are over when validation accuracy has reached this", low=0, high=1
-    )
+    advance_at: float | None = key(None, "validation accuracy that ends a stage before its epochs do", low=0, high=1)
     latent_markers: str = key(
-        "both",
-        "both | none: whether the latents stand between a start and an end marker, as in the paper",
-        choices=("both", "none"),
+        "both", "both | none: whether start and end marker surround the latents (paper: both)", choices=("both", "none")
     )
     step_separator: str = key("\n", 'what follows each written step; "" for steps of one token', empty=True)
-    eval_latents_from_steps: bool = key(
-        False,
-        "with pad_latent_to_max off, evaluate with at most as many steps of thought as the example has (reference)",
-        free=True,
+    eval_latents_from_steps: bool = setting(
+        False, "with pad_latent_to_max off, evaluate with at most as many thoughts as the example has steps (reference)"
     )
-    eval_latents: int | None = key(
-        None,
-        "in an eval-only run of method coconut, so many latent thoughts whatever the stage",
-        low=0,
-        high=MOST_LATENTS,
-        free=True,
+    eval_latents: int | None = setting(
+        None, "in an eval-only run, this many latent thoughts whatever the stage", low=0, high=MOST_LATENTS
     )
 
     # the model
-    model_id: str = key(
-        "openai-community/gpt2", "Hugging Face id or local folder of the causal language model", free=True
-    )
+    model_id: str = setting("openai-community/gpt2", "Hugging Face id or local folder of the causal language model")
     from_scratch: bool = key(False, "take only the shape of model_id; initialise its weights from seed")
-    load_model_path: str | None = key(
+    load_model_path: str | None = setting(
         None,
         "weights to start from or to evaluate: a checkpoint folder, a run's folder (its newest checkpoint), RUN@best, "
         "RUN@12 (after 12 epochs), a Hugging Face folder, a file of the reference, or org/name:file on the hub",
-        free=True,
     )
     lora_rank: int | None = key(
-        None,
-        "train low-rank updates of the linear layers, of this rank, and nothing else (LoRA)",
-        low=1,
-        later=True,
+        None, "LoRA: train only low-rank updates, of this rank, of linear layers", low=1, later=True
     )
     lora_alpha: int = key(32, "LoRA: the updates count lora_alpha / lora_rank times", low=1, later=True)
     lora_dropout: float = key(0.0, "LoRA: dropout of what the updates are given", low=0, high=1, later=True)
-    resume: int = key(
-        0, "epoch to start from with load_model_path; in an eval-only run the epoch whose stage is used", low=0
-    )
+    resume: int = key(0, "epoch to start from with load_model_path; in an eval-only run, whose stage is used", low=0)
 
     # the data
-    train_path: str | None = key(None, "JSON list of {question, answer, steps}", free=True)
-    val_path: str | dict[str, str] | None = key(
-        None,
-        "the same, for validation and for eval-only runs; these take several files too, as {name: path, other: path}",
-        free=True,
+    train_path: str | None = setting(None, "JSON list of {question, answer, steps}")
+    val_path: str | dict[str, str] | None = setting(
+        None, "the same, for validation; an eval-only run takes several files too, as {name: path, other: path}"
     )
-    test_path: str | dict[str, str] | None = key(None, "the same, for eval-only runs: see only_eval", free=True)
+    test_path: str | dict[str, str] | None = setting(None, "the same, for eval-only runs: see only_eval")
     max_train_examples: int | None = key(None, "train on the first so many examples", low=1)
-    max_train_tokens: int | None = key(
-        None, "leave out training examples that are longer than this with all steps written", low=1
-    )
-    max_eval_examples: int | None = key(None, "validate on the first so many examples", low=1, free=True)
-    group_by_length: bool = key(
-        False, "batches of similar lengths, in random order: less padding (the paper's order is random throughout)"
-    )
-    num_workers: int = key(1, "loader processes for each rank; none under a debugger", low=0, free=True)
+    max_train_tokens: int | None = key(None, "leave out longer training examples, counted with all steps", low=1)
+    max_eval_examples: int | None = setting(None, "validate on the first so many examples", low=1)
+    group_by_length: bool = key(False, "batches of similar lengths, in random order: less padding (the paper: random)")
+    num_workers: int = setting(1, "loader processes for each rank; none under a debugger", low=0)
 
     # the optimisation
     num_epochs: int = key(50, "epochs in all, counted from epoch 0 of the curriculum", low=1)
@@ -224,60 +173,35 @@ class Config:
     max_grad_norm: float | None = key(None, "clip the gradient's norm to this; not at all where it is 0", low=0)
     reset_optimizer: bool | str = key(
         "stage",
-        "never | stage | epoch: make AdamW anew when the stage changes or at every epoch; "
-        "True = epoch and False = never, as the reference's code does",
+        "never | stage | epoch: when AdamW is re-initialised; True = epoch, False = never, as in the reference's code",
         choices=("never", "stage", "epoch"),
     )
 
     # the machine
-    strategy: str = key(
+    strategy: str = setting(
         "auto",
-        "auto | ddp | fsdp; auto is ddp, which replicates the model, unless that would take more than 60 % of a GPU's "
-        "memory: then fsdp, which shards it",
+        "auto | ddp | fsdp; auto replicates the model, or shards it where it takes over 60 % of a GPU's memory",
         choices=("auto", "ddp", "fsdp"),
-        free=True,
     )
-    compile: bool = key(
-        False, "compile the decoder blocks with torch.compile: minutes at first, faster steps on GPUs", free=True
-    )
-    gradient_checkpointing: bool = key(
-        False, "keep only the inputs of the decoder blocks and compute the rest again: less memory, slower", free=True
-    )
+    compile: bool = setting(False, "torch.compile the decoder blocks: minutes at first, faster steps on GPUs")
+    gradient_checkpointing: bool = setting(False, "recompute the decoder blocks in backward: less memory, slower")
     bf16: bool = key(False, "mixed precision: bfloat16 arithmetic, float32 weights and optimizer")
     bf16_weights: bool = key(False, "weights and optimizer in bfloat16 too (what the reference's bf16 does)")
 
     # evaluation and checkpoints
-    eval_batch_size: int = key(32, "prompts generated from at once on one rank", low=1, free=True)
-    max_new_tokens: int = key(128, "longest generation", low=1, free=True)
-    answer_match: str = key(
+    eval_batch_size: int = setting(32, "prompts generated from at once on one rank", low=1)
+    max_new_tokens: int = setting(128, "longest generation", low=1)
+    answer_match: str = setting(
         "text",
         "text | number: an answer is right where it is the gold answer's text without commas (reference), or where the "
         "last number in it is less than 0.001 from the gold answer",
         choices=("text", "number"),
-        free=True,
     )
-    save_only_improve: bool = key(
-        False, "save only when validation accuracy is the best of its stage so far", free=True
-    )
-    save_every_steps: int | None = key(
-        None,
-        "save within epochs too, after every so many optimizer steps; only the newest two of these are kept",
-        low=1,
-        free=True,
-    )
-    keep_checkpoints: int | None = key(
-        None, "keep the newest so many epochs, and the best (default: all)", low=1, free=True
-    )
-    continue_changed: bool = key(
-        False,
-        "continue the run in save_path/name although this configuration would have led to other weights",
-        free=True,
-    )
-    skip_nonfinite: bool = key(
-        False,
-        "leave out optimizer steps whose loss or gradient is not finite, and count them, instead of stopping",
-        free=True,
-    )
+    save_only_improve: bool = setting(False, "save only when validation accuracy is the best of its stage so far")
+    save_every_steps: int | None = setting(None, "save within epochs too, every so many optimizer steps", low=1)
+    keep_checkpoints: int | None = setting(None, "keep the newest so many epochs, and the best (default: all)", low=1)
+    continue_changed: bool = setting(False, "continue a run although these keys would have led to other weights")
+    skip_nonfinite: bool = setting(False, "skip and count optimizer steps with a loss or gradient that is not finite")
 
     @classmethod
     def from_file(
@@ -319,8 +243,8 @@ class Config:
         return config
 
     def __init__(self, **values):
-        """Keys that are not given have their defaults; see `with_defaults`."""
-        values = with_defaults(values)
+        """Keys that are not given have their defaults; see `methods.with_defaults`."""
+        values = methods.with_defaults(values)
         fields = {field.name: field for field in dataclasses.fields(self)}
         if unknown := values.keys() - fields.keys():
             raise TypeError(f"no keys of a configuration: {', '.join(sorted(unknown))}")
@@ -387,7 +311,7 @@ class Config:
 
     def problems(self, world_size: int = 1, needs_files: bool = True) -> list[str]:
         """What is impossible about this configuration on this machine, a sentence each."""
-        found = [*(self._of_paths() if needs_files else []), *self._of_the_run(), *self._of_stages_and_weights()]
+        found = [*(self._of_paths() if needs_files else []), *self._of_names(), *self._of_combinations()]
         for rules in methods.all_rules().values():
             found += rules.problems(self)
         if not self.only_eval:  # which has no optimizer steps
@@ -397,87 +321,76 @@ class Config:
                 found.append(str(error))
         return found
 
-    def _of_the_run(self) -> list[str]:
-        """Its folder, its files, what an eval-only run is for."""
+    def _of_names(self) -> list[str]:
+        """The run's folder, and names of sets, which files bear."""
         found = []
         if reason := why_unreadable(self.save_path):
             found.append(f"save_path {self.save_path!r} cannot be reached: {reason}")
         elif Path(self.save_path).is_file():
             found.append(f"save_path {self.save_path!r} is a file, not a folder")
-        if self.resume >= self.num_epochs and not self.only_eval:
-            found.append(f"resume {self.resume} leaves nothing of num_epochs {self.num_epochs}")
-        if self.only_eval and self.load_model_path is None:
-            found.append("only_eval needs load_model_path: the checkpoint to evaluate")
-        if self.eval_latents is not None and not (self.only_eval and self.has_latents):
-            found.append("eval_latents is for eval-only runs of method coconut, or of another with latents")
         if is_no_file_name(self.name):
             found.append(f"name {self.name!r} must be a plain folder name, of at most {LONGEST_NAME} bytes")
         if isinstance(self.val_path, dict) and not self.only_eval:
             found.append("val_path names several files, which is for eval-only runs: a training run takes one path")
-        for key_name in ("val_path", "test_path"):
-            names = getattr(self, key_name)
-            if names == {}:
-                found.append(f"{key_name} is an empty mapping: set it to a path, or to {{name: path, other: path}}")
-            found += [
-                f"{key_name}: the name {name!r} must be a plain one, of at most {LONGEST_NAME} bytes: a file bears it"
-                for name in (names if isinstance(names, dict) else ())
-                if is_no_file_name(name)
-            ]
+        for option in ("val_path", "test_path"):
+            paths = getattr(self, option)
+            if paths == {}:
+                found.append(f"{option} is an empty mapping: set it to a path, or to {{name: path, other: path}}")
+            for name in filter(is_no_file_name, paths if isinstance(paths, dict) else ()):
+                found.append(f"{option}: the name {name!r} must be a plain one, of at most {LONGEST_NAME} bytes")
         return found
 
-    def _of_stages_and_weights(self) -> list[str]:
-        """The curriculum; where weights come from, and how they are kept."""
-        found = []
-        if isinstance(self.epochs_per_stage, list) and len(self.epochs_per_stage) > self.last_stage + 1:
-            found.append(
-                f"epochs_per_stage has {len(self.epochs_per_stage)} entries, but there are only {self.last_stage + 1} "
-                f"stages: 0 to max_latent_stage + 1"
-            )
-        if not self.rules.has_stages:
-            always = f"method {self.method} has always the thoughts of the last one"
-            if self.uniform_prob or self.advance_at is not None:
-                found.append(f"uniform_prob and advance_at are of stages, and {always}")
-            if not self.c_thought * self.max_latent_stage * self.pad_latent_to_max:
-                what = f"method {self.method} thinks max_latent_stage x c_thought thoughts"
-                found.append(f"{what}: it needs both, and pad_latent_to_max")
-        exclusive = {
-            "from_scratch and load_model_path": self.from_scratch and self.load_model_path is not None,
-            "bf16 (mixed precision) and bf16_weights (everything in bfloat16)": self.bf16 and self.bf16_weights,
-            "compile and gradient_checkpointing": self.compile and self.gradient_checkpointing,
-        }
-        found += [f"{keys} exclude each other" for keys, both in exclusive.items() if both]
-        if self.lora_rank is not None and self.from_scratch:
-            found.append("lora_rank updates weights that there are, and from_scratch has none")
-        return found
+    def _of_combinations(self) -> list[str]:
+        """Keys that exclude or need each other."""
+        entries = len(self.epochs_per_stage) if isinstance(self.epochs_per_stage, list) else 0
+        ends, stages, loads = self.resume >= self.num_epochs, self.last_stage + 1, self.load_model_path is not None
+        thinks = self.only_eval and self.has_latents
+        wrong = [
+            (ends and not self.only_eval, f"resume {self.resume} leaves nothing of num_epochs {self.num_epochs}"),
+            (self.only_eval and not loads, "only_eval needs load_model_path: the checkpoint to evaluate"),
+            (
+                self.eval_latents is not None and not thinks,
+                "eval_latents is for eval-only runs of method coconut, or of another with latents",
+            ),
+            (
+                entries > stages,
+                f"epochs_per_stage has {entries} entries, but there are only {stages} stages: 0 to {stages - 1}",
+            ),
+            (self.from_scratch and loads, "from_scratch and load_model_path exclude each other"),
+            (self.from_scratch and self.lora_rank, "lora_rank updates existing weights, and from_scratch has none"),
+            (
+                self.bf16 and self.bf16_weights,
+                "bf16 (mixed precision) and bf16_weights (all bfloat16) exclude each other",
+            ),
+            (self.compile and self.gradient_checkpointing, "compile and gradient_checkpointing exclude each other"),
+        ]
+        return [text for is_wrong, text in wrong if is_wrong]
 
     def _of_paths(self) -> list[str]:
         """Files that are missing, and placeholders that are still there."""
-        val_paths = {f"val_path {name}".strip(): one.val_path for name, one in self.by_set().items()}
+        data = {f"val_path {name}".strip(): one.val_path for name, one in self.by_set().items()}
         found = [
             f"{name} is still the placeholder {value!r}: set it to your own path"
-            for name, value in {**vars(self), **val_paths}.items()
+            for name, value in {**vars(self), **data}.items()
             if isinstance(value, str) and PLACEHOLDER.search(value)
         ]
-        data = val_paths if self.only_eval else {"train_path": self.train_path, **val_paths}
-        for name, value in data.items():
+        for name, value in data.items() if self.only_eval else [("train_path", self.train_path), *data.items()]:
             if value is None:
                 found.append(f"{name} is missing: set it to a JSON list of question, answer and steps")
-            elif not PLACEHOLDER.search(value):
-                found += _unreadable(name, value) or ([] if Path(value).is_file() else [f"{name} {value!r} is no file"])
+            else:
+                found += _missing(name, value) or ([] if _is_file(value) else [f"{name} {value!r} is no file"])
         source = self.load_model_path
-        # the run's own checkpoint wins over it; the hub is asked later
-        if source and not PLACEHOLDER.search(source) and not self._continues() and not is_on_hub(source):
-            found += _unreadable("load_model_path", str(run_of(source)))
+        if source and not self._continues() and not is_on_hub(source):  # the run's own wins; the hub is asked later
+            found += _missing("load_model_path", str(run_of(source)))
         model = Path(self.model_id)
-        if reason := why_unreadable(self.model_id):
-            return [*found, f"model_id {self.model_id!r} cannot be reached: {reason}"]
         is_path = (
             model.is_absolute()
             or self.model_id.startswith(".")
+            or bool(why_unreadable(self.model_id))
             or (len(model.parts) > 1 and model.parents[-2].is_dir())
         )
-        if is_path and not PLACEHOLDER.search(self.model_id) and not model.is_dir() and not self._has_model_elsewhere():
-            found += _unreadable("model_id", self.model_id)
+        if is_path and not (why_unreadable(self.model_id) is None and self._has_model_elsewhere()):
+            found += _missing("model_id", self.model_id)
         return found
 
     def _continues(self) -> bool:
@@ -521,11 +434,17 @@ def is_no_file_name(name: str) -> bool:
     return bool(NO_FILE_NAME.search(name)) or len(name.encode(errors="surrogatepass")) > LONGEST_NAME
 
 
-def _unreadable(name: str, value: str) -> list[str]:
-    """Why the path that a key has is not there, if so."""
+def _missing(name: str, value: str) -> list[str]:
+    """Why there is nothing at the path that a key has, if so."""
+    if PLACEHOLDER.search(value):
+        return []
     if reason := why_unreadable(value):
         return [f"{name} {value!r} cannot be reached: {reason}"]
     return [] if Path(value).exists() else [f"{name} {value!r} does not exist{_preparation_hint(value)}"]
+
+
+def _is_file(value: str) -> bool:
+    return bool(PLACEHOLDER.search(value)) or Path(value).is_file()
 
 
 def _preparation_hint(path: str) -> str:
@@ -659,16 +578,15 @@ def _choose_row(layers: list[Layer], problems: list[str]) -> list[str]:
         elif chosen is not None:
             problems.append(f"row {shown(chosen)} in {chooser.origin}: there are no rows to choose from")
         return []
-    keys, parent = dict(rows[chosen]), chosen
-    while (parent := keys.pop("extends", None)) is not None:
-        if parent not in rows or list(rows).index(parent) >= list(rows).index(chosen):
-            problems.append(f"row {chosen} extends {shown(parent)}, which is no row before it")
-            break
+    keys = dict(rows[chosen])
+    before = list(rows)[: list(rows).index(chosen)]
+    while (parent := keys.pop("extends", None)) in before:
         keys = {**rows[parent], **keys}
+    if parent is not None:
+        problems.append(f"row {chosen} extends {shown(parent)}, which is no row before it")
     number = next(number for number, layer in enumerate(layers) if chosen in layer.rows)
     layers.insert(number + 1, Layer(f"{layers[number].origin}, row {chosen}", keys))
-    names = chooser.origin == COMMAND_LINE or chosen in chooser.rows
-    return [chosen.replace("_", "-")] if names else []
+    return [chosen.replace("_", "-")] if chooser.origin == COMMAND_LINE or chosen in chooser.rows else []
 
 
 def _merge(values: dict, layer: Layer, problems: list[str]) -> None:
@@ -701,8 +619,8 @@ def _merge(values: dict, layer: Layer, problems: list[str]) -> None:
         chosen.add(str(layer.values["method"]))
     if len(chosen) > 1:
         problems.append(f"two methods at once in {layer.origin}: {' and '.join(sorted(chosen))}")
-    elif chosen:
-        values["method"] = layer.values.get("method", *chosen) if "method" in layer.values else chosen.pop()
+    elif chosen:  # as it is written, where it is no text
+        values["method"] = layer.values.get("method", *chosen)
     elif booleans and ("method" not in values or values["method"] in booleans):
         problems.append(f"no method in {layer.origin}: set method to one of {', '.join(METHODS)}")
 

@@ -123,6 +123,21 @@ def rules_of(name: str) -> type[Method]:
     return all_rules()[name]
 
 
+def modern(values: dict) -> dict:
+    """Values of keys in today's spelling, where they are in that of before a method had a name of its own."""
+    values = dict(values)
+    for rules in all_rules().values():
+        rules.older(values)
+    return values
+
+
+def with_defaults(values: dict) -> dict:
+    """`modern`, with the defaults of the method where it is chosen by its name: an older spelling had none."""
+    values, given = modern(values), values.get("method")
+    rules = all_rules().get(given)
+    return {**rules.defaults, **values} if rules and values["method"] == given else values
+
+
 def own_keys(rules: type[Method]) -> Iterator[tuple[str, str, dataclasses.Field]]:
     """(name, annotation, field) of each key that a method brings."""
     for name, annotation in inspect.get_annotations(rules).items():

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import config as config_module
+import methods
 import utils
 from config import Config
 from trainer import run_folder
@@ -395,7 +396,7 @@ def test_a_method_is_still_read_in_its_older_spelling(write, method):
     )
     config = Config.from_file(write(""), [f"{key}={value}" for key, value in older.items()])
     assert config.method == method
-    assert config_module.modern({"method": "coconut", **older})["method"] == method
+    assert methods.modern({"method": "coconut", **older})["method"] == method
     assert dataclasses.replace(Config(**older), seed=1).method == method
 
 

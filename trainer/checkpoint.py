@@ -35,8 +35,8 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from config import Config, modern
-from methods import rules_of
+from config import Config
+from methods import modern, rules_of
 from model import lora
 from trainer import parallel
 from trainer.distributed import World, on_every_rank, on_main_rank

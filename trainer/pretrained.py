@@ -28,10 +28,10 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from coconut import Coconut
-from config import Config, modern
+from config import Config
 from curriculum import END, LATENT, START, Markers
 from dataset import StageDataset
-from methods import CORE, implementation, rules_of
+from methods import CORE, implementation, modern, rules_of
 from methods.parallel_latents import split_passes
 from methods.sim_cot import SimCot
 from model import lora
