@@ -34,14 +34,8 @@ NO_FILE_NAME = re.compile(r"[/\\\0]|^\.*$")  # of what a name must not be, since
 LONGEST_NAME = 200  # bytes: a file's name has at most 255, and what is written aside is called a little longer
 NOTHING = ("", "~", "null", "Null", "NULL", "None")  # the reference writes None where YAML has null
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-IN_WORDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list[int]: "a list of whole numbers",
-    dict[str, str]: "a mapping of names to texts",
-}
+IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+IN_WORDS |= {list[int]: "a list of whole numbers", dict[str, str]: "a mapping of names to texts"}
 # name -> (what may follow it, the module that has it): layer is written as layer:-2 or layer:0.5, and suppressed may
 # name its threshold, as suppressed:0.3
 THOUGHTS = {"last": ("", "model.thought")} | {name: (takes, module) for name, takes, module in methods.thoughts()}
@@ -51,16 +45,13 @@ setting = partial(key, free=True)
 
 def split_thought(spelling: str) -> tuple[str, int | float | None]:
     """(name, number) of a thought: "layer:-2" is ("layer", -2), "layer:0.5" is ("layer", 0.5), "last" ("last", None).
-
-    Raises ValueError that lists what there is.
-    """
+    Raises ValueError that lists what there is."""
     name, colon, text = spelling.partition(":")
     whole, share = r"\d{1,6}", r"\d{0,6}\.\d{1,20}"
     numbers = {"": "", ":N": f":(-?{whole}|{share})", "[:T]": f"(:({whole}|{share}))?", "[:P]": r"(:[1-9]\d{0,5})?"}
     if name not in THOUGHTS or not re.fullmatch(numbers[THOUGHTS[name][0]], colon + text):
         raise ValueError(f"must be one of {SPELLINGS}")
-    number = None if not text else float(text) if "." in text else int(text)
-    return name, number
+    return name, None if not text else float(text) if "." in text else int(text)
 
 
 def _with_keys_of_methods(cls):
@@ -193,8 +184,8 @@ class Config:
     max_new_tokens: int = setting(128, "longest generation", low=1)
     answer_match: str = setting(
         "text",
-        "text | number: an answer is right where it is the gold answer's text without commas (reference), or where the "
-        "last number in it is less than 0.001 from the gold answer",
+        "text | number: whether an answer has to be the gold answer's text without commas (reference), or the last "
+        "number in it to be less than 0.001 from the gold answer",
         choices=("text", "number"),
     )
     save_only_improve: bool = setting(False, "save only when validation accuracy is the best of its stage so far")
@@ -232,14 +223,10 @@ class Config:
             config._evaluate(beside or set(), problems)
         if readable:  # of keys that nobody could read there is nothing to say
             wrong = [name for name in values if name not in right]  # of which there is a complaint, and a default here
-            problems += [
-                text
-                for text in config.problems(launched_ranks()[1], needs_files)
-                if not any(re.search(rf"\b{name}\b", text) for name in wrong)
-            ]
+            found = config.problems(launched_ranks()[1], needs_files)
+            problems += [text for text in found if not any(re.search(rf"\b{name}\b", text) for name in wrong)]
         if problems:
-            head = f"{path}: "
-            raise UserError(head + (problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems])))
+            raise UserError(f"{path}: " + (problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems])))
         return config
 
     def __init__(self, **values):
@@ -298,15 +285,14 @@ class Config:
         The second is batch_size_training, or less where that would be more than the global batch on so many ranks.
         Raises UserError where the global batch does not divide.
         """
-        if self.global_batch_size is None:
-            return self.gradient_accumulation_steps, self.batch_size_training
-        share, rest = divmod(self.global_batch_size, world_size)
-        size = min(share, self.batch_size_training)
+        batch, most = self.global_batch_size, self.batch_size_training
+        if batch is None:
+            return self.gradient_accumulation_steps, most
+        share, rest = divmod(batch, world_size)
+        size = min(share, most)
         if rest or not size or share % size:
-            raise UserError(
-                f"global_batch_size {self.global_batch_size} is no multiple of {world_size} ranks x "
-                f"batch_size_training {self.batch_size_training}"
-            )
+            what = f"no multiple of {world_size} ranks x batch_size_training {most}"
+            raise UserError(f"global_batch_size {batch} is {what}")
         return share // size, size
 
     def problems(self, world_size: int = 1, needs_files: bool = True) -> list[str]:
@@ -344,23 +330,17 @@ class Config:
         """Keys that exclude or need each other."""
         entries = len(self.epochs_per_stage) if isinstance(self.epochs_per_stage, list) else 0
         ends, stages, loads = self.resume >= self.num_epochs, self.last_stage + 1, self.load_model_path is not None
-        thinks = self.only_eval and self.has_latents
+        thinks, forced = self.only_eval and self.has_latents, self.eval_latents is not None
         wrong = [
             (ends and not self.only_eval, f"resume {self.resume} leaves nothing of num_epochs {self.num_epochs}"),
             (self.only_eval and not loads, "only_eval needs load_model_path: the checkpoint to evaluate"),
-            (
-                self.eval_latents is not None and not thinks,
-                "eval_latents is for eval-only runs of method coconut, or of another with latents",
-            ),
-            (
-                entries > stages,
-                f"epochs_per_stage has {entries} entries, but there are only {stages} stages: 0 to {stages - 1}",
-            ),
+            (forced and not thinks, "eval_latents is for eval-only runs of method coconut, or of another with latents"),
+            (entries > stages, f"epochs_per_stage has {entries} entries, but there are only {stages} stages, from 0"),
             (self.from_scratch and loads, "from_scratch and load_model_path exclude each other"),
             (self.from_scratch and self.lora_rank, "lora_rank updates existing weights, and from_scratch has none"),
             (
                 self.bf16 and self.bf16_weights,
-                "bf16 (mixed precision) and bf16_weights (all bfloat16) exclude each other",
+                "bf16 (mixed precision) and bf16_weights (no float32) exclude each other",
             ),
             (self.compile and self.gradient_checkpointing, "compile and gradient_checkpointing exclude each other"),
         ]
@@ -377,56 +357,35 @@ class Config:
         for name, value in data.items() if self.only_eval else [("train_path", self.train_path), *data.items()]:
             if value is None:
                 found.append(f"{name} is missing: set it to a JSON list of question, answer and steps")
-            else:
-                found += _missing(name, value) or ([] if _is_file(value) else [f"{name} {value!r} is no file"])
-        source = self.load_model_path
-        if source and not self._continues() and not is_on_hub(source):  # the run's own wins; the hub is asked later
+            elif not PLACEHOLDER.search(value):
+                found += _missing(name, value) or ([] if Path(value).is_file() else [f"{name} {value!r} is no file"])
+        source, model = self.load_model_path, Path(self.model_id)
+        continues = not self.only_eval and _holds(self.run_dir, "checkpoint_*/coconut.json")
+        if source and not continues and not is_on_hub(source):  # its own checkpoint wins; the hub is asked later
             found += _missing("load_model_path", str(run_of(source)))
-        model = Path(self.model_id)
-        is_path = (
-            model.is_absolute()
-            or self.model_id.startswith(".")
-            or bool(why_unreadable(self.model_id))
-            or (len(model.parts) > 1 and model.parents[-2].is_dir())
-        )
-        if is_path and not (why_unreadable(self.model_id) is None and self._has_model_elsewhere()):
+        shapes = continues or (source and _holds(run_of(source), "config.json", "checkpoint_*/config.json"))
+        is_path = model.is_absolute() or self.model_id.startswith(".")
+        unknown = why_unreadable(self.model_id)
+        if unknown or (not shapes and (is_path or (len(model.parts) > 1 and model.parents[-2].is_dir()))):
             found += _missing("model_id", self.model_id)
         return found
-
-    def _continues(self) -> bool:
-        """Whether the run has a checkpoint of its own."""
-        if self.only_eval or why_unreadable(self.run_dir):
-            return False
-        return any(self.run_dir.glob("checkpoint_*/coconut.json"))
-
-    def _has_model_elsewhere(self) -> bool:
-        """Whether a checkpoint has all that model_id would be asked for: shape, weights and tokenizer."""
-        if self._continues():
-            return True
-        source = run_of(self.load_model_path or "")
-        return self.load_model_path is not None and (
-            (source / "config.json").is_file() or any(source.glob("checkpoint_*/config.json"))
-        )
 
     @classmethod
     def problems_of(cls, values: dict) -> list[str]:
         """What is wrong with the values of a JSON file, a sentence each; unknown keys are ignored."""
         problems: list[str] = []
-        for name, value in _checked(values, problems).items():
-            if value != values[name]:
-                problems.append(f"{name} must be {value!r}, not {values[name]!r}")
-        return problems
+        right = _checked(values, problems).items()
+        return problems + [
+            f"{key} must be {value!r}, not {values[key]!r}" for key, value in right if value != values[key]
+        ]
 
     @classmethod
     def describe(cls) -> str:
         """Every key with its default and its meaning, for --help."""
-        lines = []
-        for field in dataclasses.fields(cls):
-            lines.append(f"  {field.name} = {json.dumps(field.default)}\n      {field.metadata['help']}")
-        lines.append("\nother defaults of methods:")
-        for name, rules in methods.all_rules().items():
-            if rules.defaults:
-                lines.append(f"  {name}: {', '.join(f'{key} {value}' for key, value in rules.defaults.items())}")
+        fields = dataclasses.fields(cls)
+        lines = [f"  {field.name} = {json.dumps(field.default)}\n      {field.metadata['help']}" for field in fields]
+        others = {name: rules.defaults for name, rules in methods.all_rules().items() if rules.defaults}
+        lines += ["\nother defaults of methods:", *(f"  {name}: {json.dumps(keys)}" for name, keys in others.items())]
         return "\n".join(lines)
 
 
@@ -434,17 +393,16 @@ def is_no_file_name(name: str) -> bool:
     return bool(NO_FILE_NAME.search(name)) or len(name.encode(errors="surrogatepass")) > LONGEST_NAME
 
 
+def _holds(folder: Path, *patterns: str) -> bool:
+    return not why_unreadable(folder) and any(any(folder.glob(pattern)) for pattern in patterns)
+
+
 def _missing(name: str, value: str) -> list[str]:
     """Why there is nothing at the path that a key has, if so."""
-    if PLACEHOLDER.search(value):
-        return []
     if reason := why_unreadable(value):
         return [f"{name} {value!r} cannot be reached: {reason}"]
-    return [] if Path(value).exists() else [f"{name} {value!r} does not exist{_preparation_hint(value)}"]
-
-
-def _is_file(value: str) -> bool:
-    return bool(PLACEHOLDER.search(value)) or Path(value).is_file()
+    there = Path(value).exists() or PLACEHOLDER.search(value)
+    return [] if there else [f"{name} {value!r} does not exist{_preparation_hint(value)}"]
 
 
 def _preparation_hint(path: str) -> str:
@@ -591,18 +549,14 @@ def _choose_row(layers: list[Layer], problems: list[str]) -> list[str]:
 
 def _merge(values: dict, layer: Layer, problems: list[str]) -> None:
     """Lays one file, or the command line, over `values`; the four method booleans become `method` on the way."""
-    if "gradient_accumulation_steps" in layer.values and "global_batch_size" not in layer.values:
-        of_before = values.get("global_batch_size", "")
-        if of_before not in NOTHING:
-            problems.append(
-                f"gradient_accumulation_steps in {layer.origin} has no effect, since it follows from global_batch_size "
-                f"{of_before}: set that instead, or to null"
-            )
+    batch = "" if "global_batch_size" in layer.values else values.get("global_batch_size", "")
+    if "gradient_accumulation_steps" in layer.values and batch not in NOTHING:
+        why = f"it follows from global_batch_size {batch}: set that instead, or to null"
+        problems.append(f"gradient_accumulation_steps in {layer.origin} has no effect, since {why}")
     known = {field.name for field in dataclasses.fields(Config)}
-    booleans = {}
+    booleans = {name: BOOLEANS.get(str(layer.values[name]).lower()) for name in METHOD_BOOLEANS if name in layer.values}
     for name, value in layer.values.items():
-        if name in METHOD_BOOLEANS:
-            booleans[name] = BOOLEANS.get(str(value).lower())
+        if name in booleans:
             if booleans[name] is None:
                 problems.append(f"{name} must be true or false, not {shown(value)}")
         elif name in known:
@@ -662,24 +616,20 @@ def _as(kind, value):
 
 
 def shown(value) -> str:
-    """A value in a message: a list or a mapping as it was written."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(str, value))}]"
-    return repr(value)
+    """A value in a message: a list as it was written."""
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else repr(value)
 
 
-def _check_range(value, metadata) -> None:
-    if metadata["choices"] and isinstance(value, str) and value not in metadata["choices"]:
-        raise ValueError("must be one of " + ", ".join(metadata["choices"]))
-    if metadata["check"]:
-        metadata["check"](value)
+def _check_limits(value, limits) -> None:
+    if limits["choices"] and isinstance(value, str) and value not in limits["choices"]:
+        raise ValueError("must be one of " + ", ".join(limits["choices"]))
+    if limits["check"]:
+        limits["check"](value)
     for number in value if isinstance(value, list) else [value]:
-        if not isinstance(number, (int, float)) or isinstance(number, bool):
-            continue
-        if metadata["low"] is not None and not number >= metadata["low"]:
-            raise ValueError(f"must be at least {metadata['low']}")
-        if metadata["high"] is not None and not number <= metadata["high"]:
-            raise ValueError(f"must be at most {metadata['high']}")
+        if type(number) in (int, float) and not number >= limits["low"]:
+            raise ValueError(f"must be at least {limits['low']}")
+        if type(number) in (int, float) and not number <= limits["high"]:
+            raise ValueError(f"must be at most {limits['high']}")
 
 
 def _checked(values: dict, problems: list[str]) -> dict:
@@ -691,11 +641,10 @@ def _checked(values: dict, problems: list[str]) -> dict:
             continue
         try:
             value = converted(values[field.name], annotations[field.name], field.metadata["empty"])
-            _check_range(value, field.metadata)
+            _check_limits(value, field.metadata)
+            result[field.name] = value
         except ValueError as error:
             problems.append(f"{field.name} {error}, not {shown(values[field.name])}")
-            continue
-        result[field.name] = value
     return result
 
 

@@ -25,6 +25,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -48,8 +49,8 @@ def key(
     text: str,
     *,
     choices: tuple = (),
-    low: float | None = None,
-    high: float | None = None,
+    low: float = -math.inf,
+    high: float = math.inf,
     check: Callable | None = None,
     free: bool = False,
     later: bool = False,
