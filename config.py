@@ -15,6 +15,7 @@ import types
 import typing
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -28,55 +29,33 @@ from utils import UserError, launched_ranks, print_error
 METHODS = methods.names()
 MOST_LATENTS = 100_000  # longer than any model's positions; sequences of more fill the memory before they are refused
 METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")  # keys of the reference that became `method`
+COMMAND_LINE = "the command line"
 PLACEHOLDER = re.compile(r"YOUR_\w+")
 NO_FILE_NAME = re.compile(r"[/\\\0]|^\.*$")  # of what a name must not be, since files and folders bear it
 LONGEST_NAME = 200  # bytes: a file's name has at most 255, and what is written aside is called a little longer
 NOTHING = ("", "~", "null", "Null", "NULL", "None")  # the reference writes None where YAML has null
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-IN_WORDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list[int]: "a list of whole numbers",
-    dict[str, str]: "a mapping of names to texts",
-}
+IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+IN_WORDS |= {list[int]: "a list of whole numbers", dict[str, str]: "a mapping of names to texts"}
 # name -> (what may follow it, the module that has it): layer is written as layer:-2 or layer:0.5, and suppressed may
 # name its threshold, as suppressed:0.3
 THOUGHTS = {"last": ("", "model.thought")} | {name: (takes, module) for name, takes, module in methods.thoughts()}
+SPELLINGS = ", ".join(name + takes for name, (takes, _) in THOUGHTS.items())
+setting = partial(key, free=True)
 
 
 def split_thought(spelling: str) -> tuple[str, int | float | str | None]:
     """(name, number) of a thought: "layer:-2" is ("layer", -2), "layer:0.5" is ("layer", 0.5), "last" ("last", None),
-    "token:st" ("token", "st").
-
-    Raises ValueError that lists what there is.
-    """
+    "token:st" ("token", "st"). Raises ValueError that lists what there is."""
     name, colon, text = spelling.partition(":")
     whole, share = r"\d{1,6}", r"\d{0,6}\.\d{1,20}"
     numbers = {"": "", ":N": f":(-?{whole}|{share})", "[:T]": f"(:({whole}|{share}))?", "[:P]": r"(:[1-9]\d{0,5})?"}
     numbers["[:st]"] = "(:st)?"
     if name not in THOUGHTS or not re.fullmatch(numbers[THOUGHTS[name][0]], colon + text):
-        raise ValueError(f"must be one of {', '.join(name + takes for name, (takes, _) in THOUGHTS.items())}")
+        raise ValueError(f"must be one of {SPELLINGS}")
     if text == "st":
         return name, text
-    number = None if not text else float(text) if "." in text else int(text)
-    return name, number
-
-
-def modern(values: dict) -> dict:
-    """Values of keys in today's spelling, where they are in that of before a method had a name of its own."""
-    values = dict(values)
-    for rules in methods.all_rules().values():
-        rules.older(values)
-    return values
-
-
-def with_defaults(values: dict) -> dict:
-    """`modern`, with the defaults of the method where it is chosen by its name: an older spelling had none."""
-    values, given = modern(values), values.get("method")
-    rules = methods.all_rules().get(given)
-    return {**rules.defaults, **values} if rules and values["method"] == given else values
+    return name, None if not text else float(text) if "." in text else int(text)
 
 
 def _with_keys_of_methods(cls):
@@ -99,43 +78,31 @@ class Config:
     """
 
     # the run
-    project: str = key("coconut", "wandb project", free=True)
-    name: str = key(
-        "run",
-        "name of the run; its folder is save_path/name (default: the YAML file's name; never inherited by extends)",
-        free=True,
-    )
-    save_path: str = key("checkpoints", "folder that holds the runs", free=True)
-    only_eval: bool = key(
+    project: str = setting("coconut", "wandb project")
+    name: str = setting("run", "its folder is save_path/name (default: the YAML file's name and row; never inherited)")
+    save_path: str = setting("checkpoints", "folder that holds the runs")
+    only_eval: bool = setting(
         False,
-        "evaluate the run's best checkpoint on test_path, and stop; or, if they are set beside only_eval (in the same "
-        "file, in one that extends it, on the command line), load_model_path on val_path",
-        free=True,
+        "evaluate the run's best checkpoint on test_path, and stop; or, where set beside only_eval, in the same file "
+        "or later, load_model_path (on val_path if there is no test_path) and val_path",
     )
     seed: int = key(0, "seeds the weights that are made anew, the data order, dropout and stage mixing", low=0)
-    debug: bool = key(
-        False,
-        "quick look in the folder NAME-debug: 5000 training and 32 validation examples, no checkpoints, no wandb",
-        free=True,
+    debug: bool = setting(
+        False, "quick look, in folder NAME-debug: 5000 training, 32 validation examples, no checkpoints, no wandb"
     )
-    wandb: str = key(
+    wandb: str = setting(
         "online",
-        "online | offline | disabled; online becomes offline where nobody is logged in; "
-        "the variable WANDB_MODE wins over this key",
+        "online | offline | disabled; online becomes offline where nobody is logged in; WANDB_MODE wins over this key",
         choices=("online", "offline", "disabled"),
-        free=True,
     )
-    log_every_steps: int = key(10, "optimizer steps between two writes to metrics.jsonl and wandb", low=1, free=True)
+    log_every_steps: int = setting(10, "optimizer steps between two writes to metrics.jsonl and wandb", low=1)
 
     # the method
     method: str = key("coconut", " | ".join(METHODS) + "; the reference's four booleans are read too", choices=METHODS)
     thought: str = key(
         "last",
-        "what a latent position is fed: "
-        + " | ".join(name + takes for name, (takes, _) in THOUGHTS.items())
-        + "; N is a "
-        "layer, counted from the end where negative, or a share of the layers such as 0.5, T a threshold, P a width, "
-        "st the straight-through gradient",
+        f"what a latent position is fed: {SPELLINGS.replace(',', ' |')}; N is a layer, counted from the end where "
+        "negative, or a share of the layers such as 0.5, T a threshold, P a width, st the straight-through gradient",
         check=split_thought,
     )
     c_thought: int = key(1, "latent thoughts that replace one written step", low=0, high=MOST_LATENTS)
@@ -145,75 +112,47 @@ class Config:
     epochs_per_stage: int | list[int] = key(
         5, "epochs of each stage; or a list with one entry a stage, the last stage going on to num_epochs", low=1
     )
-    curriculum: str = key(
-        "staged", "staged | none (the last stage from the first epoch on)", choices=("staged", "none")
-    )
-    pad_latent_to_max: bool = key(
-        True, "in the last stage, max_latent_stage thoughts also where an example has fewer steps"
-    )
+    curriculum: str = key("staged", "staged | none (only the last stage)", choices=("staged", "none"))
+    pad_latent_to_max: bool = key(True, "in the last stage, max_latent_stage thoughts also for fewer steps")
     uniform_prob: float = key(0.0, "probability that an example trains at a stage drawn from 0..n", low=0, high=1)
-    advance_at: float | None = key(
-        None, "a stage ends before its epochs are over when validation accuracy has reached this", low=0, high=1
-    )
+    advance_at: float | None = key(None, "validation accuracy that ends a stage before its epochs do", low=0, high=1)
     latent_markers: str = key(
-        "both",
-        "both | none: whether the latents stand between a start and an end marker, as in the paper",
-        choices=("both", "none"),
+        "both", "both | none: whether start and end marker surround the latents (paper: both)", choices=("both", "none")
     )
     step_separator: str = key("\n", 'what follows each written step; "" for steps of one token', empty=True)
-    eval_latents_from_steps: bool = key(
-        False,
-        "with pad_latent_to_max off, evaluate with at most as many steps of thought as the example has (reference)",
-        free=True,
+    eval_latents_from_steps: bool = setting(
+        False, "with pad_latent_to_max off, evaluate with at most as many thoughts as the example has steps (reference)"
     )
-    eval_latents: int | None = key(
-        None,
-        "in an eval-only run of method coconut, so many latent thoughts whatever the stage",
-        low=0,
-        high=MOST_LATENTS,
-        free=True,
+    eval_latents: int | None = setting(
+        None, "in an eval-only run, this many latent thoughts whatever the stage", low=0, high=MOST_LATENTS
     )
 
     # the model
-    model_id: str = key(
-        "openai-community/gpt2", "Hugging Face id or local folder of the causal language model", free=True
-    )
+    model_id: str = setting("openai-community/gpt2", "Hugging Face id or local folder of the causal language model")
     from_scratch: bool = key(False, "take only the shape of model_id; initialise its weights from seed")
-    load_model_path: str | None = key(
+    load_model_path: str | None = setting(
         None,
         "weights to start from or to evaluate: a checkpoint folder, a run's folder (its newest checkpoint), RUN@best, "
         "RUN@12 (after 12 epochs), a Hugging Face folder, a file of the reference, or org/name:file on the hub",
-        free=True,
     )
     lora_rank: int | None = key(
-        None,
-        "train low-rank updates of the linear layers, of this rank, and nothing else (LoRA)",
-        low=1,
-        later=True,
+        None, "LoRA: train only low-rank updates, of this rank, of linear layers", low=1, later=True
     )
     lora_alpha: int = key(32, "LoRA: the updates count lora_alpha / lora_rank times", low=1, later=True)
     lora_dropout: float = key(0.0, "LoRA: dropout of what the updates are given", low=0, high=1, later=True)
-    resume: int = key(
-        0, "epoch to start from with load_model_path; in an eval-only run the epoch whose stage is used", low=0
-    )
+    resume: int = key(0, "epoch to start from with load_model_path; in an eval-only run, whose stage is used", low=0)
 
     # the data
-    train_path: str | None = key(None, "JSON list of {question, answer, steps}", free=True)
-    val_path: str | dict[str, str] | None = key(
-        None,
-        "the same, for validation and for eval-only runs; these take several files too, as {name: path, other: path}",
-        free=True,
+    train_path: str | None = setting(None, "JSON list of {question, answer, steps}")
+    val_path: str | dict[str, str] | None = setting(
+        None, "the same, for validation; an eval-only run takes several files too, as {name: path, other: path}"
     )
-    test_path: str | dict[str, str] | None = key(None, "the same, for eval-only runs: see only_eval", free=True)
+    test_path: str | dict[str, str] | None = setting(None, "the same, for eval-only runs: see only_eval")
     max_train_examples: int | None = key(None, "train on the first so many examples", low=1)
-    max_train_tokens: int | None = key(
-        None, "leave out training examples that are longer than this with all steps written", low=1
-    )
-    max_eval_examples: int | None = key(None, "validate on the first so many examples", low=1, free=True)
-    group_by_length: bool = key(
-        False, "batches of similar lengths, in random order: less padding (the paper's order is random throughout)"
-    )
-    num_workers: int = key(1, "without effect, for older files: a thread makes batches one ahead", low=0, free=True)
+    max_train_tokens: int | None = key(None, "leave out longer training examples, counted with all steps", low=1)
+    max_eval_examples: int | None = setting(None, "validate on the first so many examples", low=1)
+    group_by_length: bool = key(False, "batches of similar lengths, in random order: less padding (the paper: random)")
+    num_workers: int = setting(1, "without effect, for older files: a thread makes batches one ahead", low=0)
 
     # the optimisation
     num_epochs: int = key(50, "epochs in all, counted from epoch 0 of the curriculum", low=1)
@@ -229,60 +168,35 @@ class Config:
     max_grad_norm: float | None = key(None, "clip the gradient's norm to this; not at all where it is 0", low=0)
     reset_optimizer: bool | str = key(
         "stage",
-        "never | stage | epoch: make AdamW anew when the stage changes or at every epoch; "
-        "True = epoch and False = never, as the reference's code does",
+        "never | stage | epoch: when AdamW is re-initialised; True = epoch, False = never, as in the reference's code",
         choices=("never", "stage", "epoch"),
     )
 
     # the machine
-    strategy: str = key(
+    strategy: str = setting(
         "auto",
-        "auto | ddp | fsdp; auto is ddp, which replicates the model, unless that would take more than 60 % of a GPU's "
-        "memory: then fsdp, which shards it",
+        "auto | ddp | fsdp; auto replicates the model, or shards it where it takes over 60 % of a GPU's memory",
         choices=("auto", "ddp", "fsdp"),
-        free=True,
     )
-    compile: bool = key(
-        False, "compile the decoder blocks with torch.compile: minutes at first, faster steps on GPUs", free=True
-    )
-    gradient_checkpointing: bool = key(
-        False, "keep only the inputs of the decoder blocks and compute the rest again: less memory, slower", free=True
-    )
+    compile: bool = setting(False, "torch.compile the decoder blocks: minutes at first, faster steps on GPUs")
+    gradient_checkpointing: bool = setting(False, "recompute the decoder blocks in backward: less memory, slower")
     bf16: bool = key(False, "mixed precision: bfloat16 arithmetic, float32 weights and optimizer")
     bf16_weights: bool = key(False, "weights and optimizer in bfloat16 too (what the reference's bf16 does)")
 
     # evaluation and checkpoints
-    eval_batch_size: int = key(32, "prompts generated from at once on one rank", low=1, free=True)
-    max_new_tokens: int = key(128, "longest generation", low=1, free=True)
-    answer_match: str = key(
+    eval_batch_size: int = setting(32, "prompts generated from at once on one rank", low=1)
+    max_new_tokens: int = setting(128, "longest generation", low=1)
+    answer_match: str = setting(
         "text",
-        "text | number: an answer is right where it is the gold answer's text without commas (reference), or where the "
-        "last number in it is less than 0.001 from the gold answer",
+        "text | number: whether an answer has to be the gold answer's text without commas (reference), or the last "
+        "number in it to be less than 0.001 from the gold answer",
         choices=("text", "number"),
-        free=True,
     )
-    save_only_improve: bool = key(
-        False, "save only when validation accuracy is the best of its stage so far", free=True
-    )
-    save_every_steps: int | None = key(
-        None,
-        "save within epochs too, after every so many optimizer steps; only the newest two of these are kept",
-        low=1,
-        free=True,
-    )
-    keep_checkpoints: int | None = key(
-        None, "keep the newest so many epochs, and the best (default: all)", low=1, free=True
-    )
-    continue_changed: bool = key(
-        False,
-        "continue the run in save_path/name although this configuration would have led to other weights",
-        free=True,
-    )
-    skip_nonfinite: bool = key(
-        False,
-        "leave out optimizer steps whose loss or gradient is not finite, and count them, instead of stopping",
-        free=True,
-    )
+    save_only_improve: bool = setting(False, "save only when validation accuracy is the best of its stage so far")
+    save_every_steps: int | None = setting(None, "save within epochs too, every so many optimizer steps", low=1)
+    keep_checkpoints: int | None = setting(None, "keep the newest so many epochs, and the best (default: all)", low=1)
+    continue_changed: bool = setting(False, "continue a run although these keys would have led to other weights")
+    skip_nonfinite: bool = setting(False, "skip and count optimizer steps with a loss or gradient that is not finite")
 
     @classmethod
     def from_file(
@@ -313,19 +227,15 @@ class Config:
             config._evaluate(beside or set(), problems)
         if readable:  # of keys that nobody could read there is nothing to say
             wrong = [name for name in values if name not in right]  # of which there is a complaint, and a default here
-            problems += [
-                text
-                for text in config.problems(launched_ranks()[1], needs_files)
-                if not any(re.search(rf"\b{name}\b", text) for name in wrong)
-            ]
+            found = config.problems(launched_ranks()[1], needs_files)
+            problems += [text for text in found if not any(re.search(rf"\b{name}\b", text) for name in wrong)]
         if problems:
-            head = f"{path}: "
-            raise UserError(head + (problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems])))
+            raise UserError(f"{path}: " + (problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems])))
         return config
 
     def __init__(self, **values):
-        """Keys that are not given have their defaults; see `with_defaults`."""
-        values = with_defaults(values)
+        """Keys that are not given have their defaults; see `methods.with_defaults`."""
+        values = methods.with_defaults(values)
         fields = {field.name: field for field in dataclasses.fields(self)}
         if unknown := values.keys() - fields.keys():
             raise TypeError(f"no keys of a configuration: {', '.join(sorted(unknown))}")
@@ -379,20 +289,19 @@ class Config:
         The second is batch_size_training, or less where that would be more than the global batch on so many ranks.
         Raises UserError where the global batch does not divide.
         """
-        if self.global_batch_size is None:
-            return self.gradient_accumulation_steps, self.batch_size_training
-        share, rest = divmod(self.global_batch_size, world_size)
-        size = min(share, self.batch_size_training)
+        batch, most = self.global_batch_size, self.batch_size_training
+        if batch is None:
+            return self.gradient_accumulation_steps, most
+        share, rest = divmod(batch, world_size)
+        size = min(share, most)
         if rest or not size or share % size:
-            raise UserError(
-                f"global_batch_size {self.global_batch_size} is no multiple of {world_size} ranks x "
-                f"batch_size_training {self.batch_size_training}"
-            )
+            what = f"no multiple of {world_size} ranks x batch_size_training {most}"
+            raise UserError(f"global_batch_size {batch} is {what}")
         return share // size, size
 
     def problems(self, world_size: int = 1, needs_files: bool = True) -> list[str]:
         """What is impossible about this configuration on this machine, a sentence each."""
-        found = [*(self._of_paths() if needs_files else []), *self._of_the_run(), *self._of_stages_and_weights()]
+        found = [*(self._of_paths() if needs_files else []), *self._of_names(), *self._of_combinations()]
         for rules in methods.all_rules().values():
             found += rules.problems(self)
         if not self.only_eval:  # which has no optimizer steps
@@ -402,123 +311,85 @@ class Config:
                 found.append(str(error))
         return found
 
-    def _of_the_run(self) -> list[str]:
-        """Its folder, its files, what an eval-only run is for."""
+    def _of_names(self) -> list[str]:
+        """The run's folder, and names of sets, which files bear."""
         found = []
         if reason := why_unreadable(self.save_path):
             found.append(f"save_path {self.save_path!r} cannot be reached: {reason}")
         elif Path(self.save_path).is_file():
             found.append(f"save_path {self.save_path!r} is a file, not a folder")
-        if self.resume >= self.num_epochs and not self.only_eval:
-            found.append(f"resume {self.resume} leaves nothing of num_epochs {self.num_epochs}")
-        if self.only_eval and self.load_model_path is None:
-            found.append("only_eval needs load_model_path: the checkpoint to evaluate")
-        if self.eval_latents is not None and not (self.only_eval and self.has_latents):
-            found.append("eval_latents is for eval-only runs of method coconut, or of another with latents")
         if is_no_file_name(self.name):
             found.append(f"name {self.name!r} must be a plain folder name, of at most {LONGEST_NAME} bytes")
         if isinstance(self.val_path, dict) and not self.only_eval:
             found.append("val_path names several files, which is for eval-only runs: a training run takes one path")
-        for key_name in ("val_path", "test_path"):
-            names = getattr(self, key_name)
-            if names == {}:
-                found.append(f"{key_name} is an empty mapping: set it to a path, or to {{name: path, other: path}}")
-            found += [
-                f"{key_name}: the name {name!r} must be a plain one, of at most {LONGEST_NAME} bytes: a file bears it"
-                for name in (names if isinstance(names, dict) else ())
-                if is_no_file_name(name)
-            ]
+        for option in ("val_path", "test_path"):
+            paths = getattr(self, option)
+            if paths == {}:
+                found.append(f"{option} is an empty mapping: set it to a path, or to {{name: path, other: path}}")
+            for name in filter(is_no_file_name, paths if isinstance(paths, dict) else ()):
+                found.append(f"{option}: the name {name!r} must be a plain one, of at most {LONGEST_NAME} bytes")
         return found
 
-    def _of_stages_and_weights(self) -> list[str]:
-        """The curriculum; where weights come from, and how they are kept."""
-        found = []
-        if isinstance(self.epochs_per_stage, list) and len(self.epochs_per_stage) > self.last_stage + 1:
-            found.append(
-                f"epochs_per_stage has {len(self.epochs_per_stage)} entries, but there are only {self.last_stage + 1} "
-                f"stages: 0 to max_latent_stage + 1"
-            )
-        if not self.rules.has_stages:
-            always = f"method {self.method} has always the thoughts of the last one"
-            if self.uniform_prob or self.advance_at is not None:
-                found.append(f"uniform_prob and advance_at are of stages, and {always}")
-            if not self.c_thought * self.max_latent_stage * self.pad_latent_to_max:
-                what = f"method {self.method} thinks max_latent_stage x c_thought thoughts"
-                found.append(f"{what}: it needs both, and pad_latent_to_max")
-        exclusive = {
-            "from_scratch and load_model_path": self.from_scratch and self.load_model_path is not None,
-            "bf16 (mixed precision) and bf16_weights (everything in bfloat16)": self.bf16 and self.bf16_weights,
-            "compile and gradient_checkpointing": self.compile and self.gradient_checkpointing,
-        }
-        found += [f"{keys} exclude each other" for keys, both in exclusive.items() if both]
-        if self.lora_rank is not None and self.from_scratch:
-            found.append("lora_rank updates weights that there are, and from_scratch has none")
-        return found
+    def _of_combinations(self) -> list[str]:
+        """Keys that exclude or need each other."""
+        entries = len(self.epochs_per_stage) if isinstance(self.epochs_per_stage, list) else 0
+        ends, stages, loads = self.resume >= self.num_epochs, self.last_stage + 1, self.load_model_path is not None
+        thinks, forced = self.only_eval and self.has_latents, self.eval_latents is not None
+        wrong = [
+            (ends and not self.only_eval, f"resume {self.resume} leaves nothing of num_epochs {self.num_epochs}"),
+            (self.only_eval and not loads, "only_eval needs load_model_path: the checkpoint to evaluate"),
+            (forced and not thinks, "eval_latents is for eval-only runs of method coconut, or of another with latents"),
+            (entries > stages, f"epochs_per_stage has {entries} entries, but there are only {stages} stages, from 0"),
+            (self.from_scratch and loads, "from_scratch and load_model_path exclude each other"),
+            (self.from_scratch and self.lora_rank, "lora_rank updates existing weights, and from_scratch has none"),
+            (
+                self.bf16 and self.bf16_weights,
+                "bf16 (mixed precision) and bf16_weights (no float32) exclude each other",
+            ),
+            (self.compile and self.gradient_checkpointing, "compile and gradient_checkpointing exclude each other"),
+        ]
+        return [text for is_wrong, text in wrong if is_wrong]
 
     def _of_paths(self) -> list[str]:
         """Files that are missing, and placeholders that are still there."""
-        val_paths = {f"val_path {name}".strip(): one.val_path for name, one in self.by_set().items()}
+        data = {f"val_path {name}".strip(): one.val_path for name, one in self.by_set().items()}
         found = [
             f"{name} is still the placeholder {value!r}: set it to your own path"
-            for name, value in {**vars(self), **val_paths}.items()
+            for name, value in {**vars(self), **data}.items()
             if isinstance(value, str) and PLACEHOLDER.search(value)
         ]
-        data = val_paths if self.only_eval else {"train_path": self.train_path, **val_paths}
-        for name, value in data.items():
+        for name, value in data.items() if self.only_eval else [("train_path", self.train_path), *data.items()]:
             if value is None:
                 found.append(f"{name} is missing: set it to a JSON list of question, answer and steps")
             elif not PLACEHOLDER.search(value):
-                found += _unreadable(name, value) or ([] if Path(value).is_file() else [f"{name} {value!r} is no file"])
-        source = self.load_model_path
-        # the run's own checkpoint wins over it; the hub is asked later
-        if source and not PLACEHOLDER.search(source) and not self._continues() and not is_on_hub(source):
-            found += _unreadable("load_model_path", str(run_of(source)))
-        model = Path(self.model_id)
-        if reason := why_unreadable(self.model_id):
-            return [*found, f"model_id {self.model_id!r} cannot be reached: {reason}"]
-        is_path = (
-            model.is_absolute()
-            or self.model_id.startswith(".")
-            or (len(model.parts) > 1 and model.parents[-2].is_dir())
-        )
-        if is_path and not PLACEHOLDER.search(self.model_id) and not model.is_dir() and not self._has_model_elsewhere():
-            found += _unreadable("model_id", self.model_id)
+                found += _missing(name, value) or ([] if Path(value).is_file() else [f"{name} {value!r} is no file"])
+        source, model = self.load_model_path, Path(self.model_id)
+        continues = not self.only_eval and _holds(self.run_dir, "checkpoint_*/coconut.json")
+        if source and not continues and not is_on_hub(source):  # its own checkpoint wins; the hub is asked later
+            found += _missing("load_model_path", str(run_of(source)))
+        shapes = continues or (source and _holds(run_of(source), "config.json", "checkpoint_*/config.json"))
+        is_path = model.is_absolute() or self.model_id.startswith(".")
+        unknown = why_unreadable(self.model_id)
+        if unknown or (not shapes and (is_path or (len(model.parts) > 1 and model.parents[-2].is_dir()))):
+            found += _missing("model_id", self.model_id)
         return found
-
-    def _continues(self) -> bool:
-        """Whether the run has a checkpoint of its own."""
-        if self.only_eval or why_unreadable(self.run_dir):
-            return False
-        return any(self.run_dir.glob("checkpoint_*/coconut.json"))
-
-    def _has_model_elsewhere(self) -> bool:
-        """Whether a checkpoint has all that model_id would be asked for: shape, weights and tokenizer."""
-        if self._continues():
-            return True
-        source = run_of(self.load_model_path or "")
-        return self.load_model_path is not None and (
-            (source / "config.json").is_file() or any(source.glob("checkpoint_*/config.json"))
-        )
 
     @classmethod
     def problems_of(cls, values: dict) -> list[str]:
         """What is wrong with the values of a JSON file, a sentence each; unknown keys are ignored."""
         problems: list[str] = []
-        for name, value in _checked(values, problems).items():
-            if value != values[name]:
-                problems.append(f"{name} must be {value!r}, not {values[name]!r}")
-        return problems
+        right = _checked(values, problems).items()
+        return problems + [
+            f"{key} must be {value!r}, not {values[key]!r}" for key, value in right if value != values[key]
+        ]
 
     @classmethod
     def describe(cls) -> str:
         """Every key with its default and its meaning, for --help."""
-        lines = []
-        for field in dataclasses.fields(cls):
-            lines.append(f"  {field.name} = {json.dumps(field.default)}\n      {field.metadata['help']}")
-        lines.append("\nother defaults of methods:")
-        for name, rules in methods.all_rules().items():
-            if rules.defaults:
-                lines.append(f"  {name}: {', '.join(f'{key} {value}' for key, value in rules.defaults.items())}")
+        fields = dataclasses.fields(cls)
+        lines = [f"  {field.name} = {json.dumps(field.default)}\n      {field.metadata['help']}" for field in fields]
+        others = {name: rules.defaults for name, rules in methods.all_rules().items() if rules.defaults}
+        lines += ["\nother defaults of methods:", *(f"  {name}: {json.dumps(keys)}" for name, keys in others.items())]
         return "\n".join(lines)
 
 
@@ -526,18 +397,22 @@ def is_no_file_name(name: str) -> bool:
     return bool(NO_FILE_NAME.search(name)) or len(name.encode(errors="surrogatepass")) > LONGEST_NAME
 
 
-def _unreadable(name: str, value: str) -> list[str]:
-    """Why the path that a key has is not there, if so."""
+def _holds(folder: Path, *patterns: str) -> bool:
+    return not why_unreadable(folder) and any(any(folder.glob(pattern)) for pattern in patterns)
+
+
+def _missing(name: str, value: str) -> list[str]:
+    """Why there is nothing at the path that a key has, if so."""
     if reason := why_unreadable(value):
         return [f"{name} {value!r} cannot be reached: {reason}"]
-    return [] if Path(value).exists() else [f"{name} {value!r} does not exist{_preparation_hint(value)}"]
+    there = Path(value).exists() or PLACEHOLDER.search(value)
+    return [] if there else [f"{name} {value!r} does not exist{_preparation_hint(value)}"]
 
 
 def _preparation_hint(path: str) -> str:
     """The script that makes a file or model of args/."""
     tiny, llama = "python preprocessing/tiny_model.py data/", "--tokenizer char --shape llama --width 64"
     hints = {
-        "data/machine/model": f"{tiny}machine/machine_train.json --out data/machine/model {llama} --positions 64",
         "prosqa_mini": "python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100",
         "prosqa_": "python preprocessing/prosqa.py",
         **{name: f"python preprocessing/ood.py {name}" for name in ("gsm_hard", "svamp", "multiarith")},
@@ -548,9 +423,9 @@ def _preparation_hint(path: str) -> str:
         "tiny_prosqa": f"{tiny}prosqa_mini_train.json --out data/tiny_prosqa",
     }
     where = Path(path)
-    how = next(
-        (how for word, how in hints.items() if where.name.startswith(word) or where.as_posix().endswith(word)), None
-    )
+    how = next((how for word, how in hints.items() if where.name.startswith(word)), None)
+    if where.as_posix().endswith("data/machine/model"):
+        how = f"{tiny}machine/machine_train.json --out data/machine/model {llama} --positions 64"
     if "mirrored" in where.parent.name:  # with its chains and its model
         how = f"python experiments/grid.py experiments/{where.parent.name}.yaml --dry-run"
     return f" (make it with: {how})" if how else ""
@@ -647,7 +522,7 @@ def _command_line(overrides, problems: list[str]) -> list[Layer]:
             found = read_yaml(f"value: {value}", f"{text!r} on the command line", problems)["value"]
             if not isinstance(found, str) or value.strip().startswith(("'", '"')):
                 values[name] = found
-    return [Layer("the command line", values)] if values else []
+    return [Layer(COMMAND_LINE, values)] if values else []
 
 
 def _choose_row(layers: list[Layer], problems: list[str]) -> list[str]:
@@ -665,31 +540,27 @@ def _choose_row(layers: list[Layer], problems: list[str]) -> list[str]:
         elif chosen is not None:
             problems.append(f"row {shown(chosen)} in {chooser.origin}: there are no rows to choose from")
         return []
-    keys, parent = dict(rows[chosen]), chosen
-    while (parent := keys.pop("extends", None)) is not None:
-        if parent not in rows or list(rows).index(parent) >= list(rows).index(chosen):
-            problems.append(f"row {chosen} extends {shown(parent)}, which is no row before it")
-            break
+    keys = dict(rows[chosen])
+    before = list(rows)[: list(rows).index(chosen)]
+    while (parent := keys.pop("extends", None)) in before:
         keys = {**rows[parent], **keys}
+    if parent is not None:
+        problems.append(f"row {chosen} extends {shown(parent)}, which is no row before it")
     number = next(number for number, layer in enumerate(layers) if chosen in layer.rows)
     layers.insert(number + 1, Layer(f"{layers[number].origin}, row {chosen}", keys))
-    return [] if layers.index(chooser) > number + 1 and chooser is not layers[-1] else [chosen.replace("_", "-")]
+    return [chosen.replace("_", "-")] if chooser.origin == COMMAND_LINE or chosen in chooser.rows else []
 
 
 def _merge(values: dict, layer: Layer, problems: list[str]) -> None:
     """Lays one file, or the command line, over `values`; the four method booleans become `method` on the way."""
-    if "gradient_accumulation_steps" in layer.values and "global_batch_size" not in layer.values:
-        of_before = values.get("global_batch_size", "")
-        if of_before not in NOTHING:
-            problems.append(
-                f"gradient_accumulation_steps in {layer.origin} has no effect, since it follows from global_batch_size "
-                f"{of_before}: set that instead, or to null"
-            )
+    batch = "" if "global_batch_size" in layer.values else values.get("global_batch_size", "")
+    if "gradient_accumulation_steps" in layer.values and batch not in NOTHING:
+        why = f"it follows from global_batch_size {batch}: set that instead, or to null"
+        problems.append(f"gradient_accumulation_steps in {layer.origin} has no effect, since {why}")
     known = {field.name for field in dataclasses.fields(Config)}
-    booleans = {}
+    booleans = {name: BOOLEANS.get(str(layer.values[name]).lower()) for name in METHOD_BOOLEANS if name in layer.values}
     for name, value in layer.values.items():
-        if name in METHOD_BOOLEANS:
-            booleans[name] = BOOLEANS.get(str(value).lower())
+        if name in booleans:
             if booleans[name] is None:
                 problems.append(f"{name} must be true or false, not {shown(value)}")
         elif name in known:
@@ -706,8 +577,8 @@ def _merge(values: dict, layer: Layer, problems: list[str]) -> None:
         chosen.add(str(layer.values["method"]))
     if len(chosen) > 1:
         problems.append(f"two methods at once in {layer.origin}: {' and '.join(sorted(chosen))}")
-    elif chosen:
-        values["method"] = layer.values.get("method", *chosen) if "method" in layer.values else chosen.pop()
+    elif chosen:  # as it is written, where it is no text
+        values["method"] = layer.values.get("method", *chosen)
     elif booleans and ("method" not in values or values["method"] in booleans):
         problems.append(f"no method in {layer.origin}: set method to one of {', '.join(METHODS)}")
 
@@ -749,24 +620,20 @@ def _as(kind, value):
 
 
 def shown(value) -> str:
-    """A value in a message: a list or a mapping as it was written."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(str, value))}]"
-    return repr(value)
+    """A value in a message: a list as it was written."""
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else repr(value)
 
 
-def _check_range(value, metadata) -> None:
-    if metadata["choices"] and isinstance(value, str) and value not in metadata["choices"]:
-        raise ValueError("must be one of " + ", ".join(metadata["choices"]))
-    if metadata["check"]:
-        metadata["check"](value)
+def _check_limits(value, limits) -> None:
+    if limits["choices"] and isinstance(value, str) and value not in limits["choices"]:
+        raise ValueError("must be one of " + ", ".join(limits["choices"]))
+    if limits["check"]:
+        limits["check"](value)
     for number in value if isinstance(value, list) else [value]:
-        if not isinstance(number, (int, float)) or isinstance(number, bool):
-            continue
-        if metadata["low"] is not None and not number >= metadata["low"]:
-            raise ValueError(f"must be at least {metadata['low']}")
-        if metadata["high"] is not None and not number <= metadata["high"]:
-            raise ValueError(f"must be at most {metadata['high']}")
+        if type(number) in (int, float) and not number >= limits["low"]:
+            raise ValueError(f"must be at least {limits['low']}")
+        if type(number) in (int, float) and not number <= limits["high"]:
+            raise ValueError(f"must be at most {limits['high']}")
 
 
 def _checked(values: dict, problems: list[str]) -> dict:
@@ -778,11 +645,10 @@ def _checked(values: dict, problems: list[str]) -> dict:
             continue
         try:
             value = converted(values[field.name], annotations[field.name], field.metadata["empty"])
-            _check_range(value, field.metadata)
+            _check_limits(value, field.metadata)
+            result[field.name] = value
         except ValueError as error:
             problems.append(f"{field.name} {error}, not {shown(values[field.name])}")
-            continue
-        result[field.name] = value
     return result
 
 

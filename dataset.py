@@ -282,9 +282,7 @@ def batches_of(dataset: StageDataset, plan: EpochPlan, stages: Sequence[int]) ->
             yield waiting.popleft().result()
 
     if under_debugger():
-        yield (
-            make(micro, stage) for stage, step in zip(stages, plan, strict=True) for micro in step.micro_batches
-        )
+        yield (make(micro, stage) for stage, step in zip(stages, plan, strict=True) for micro in step.micro_batches)
         return
     with ThreadPoolExecutor(1, "batches") as pool:
         yield ahead(pool)

@@ -25,6 +25,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -48,8 +49,8 @@ def key(
     text: str,
     *,
     choices: tuple = (),
-    low: float | None = None,
-    high: float | None = None,
+    low: float = -math.inf,
+    high: float = math.inf,
     check: Callable | None = None,
     free: bool = False,
     later: bool = False,
@@ -155,6 +156,21 @@ def names() -> tuple[str, ...]:
 
 def rules_of(name: str) -> type[Method]:
     return all_rules()[name]
+
+
+def modern(values: dict) -> dict:
+    """Values of keys in today's spelling, where they are in that of before a method had a name of its own."""
+    values = dict(values)
+    for rules in all_rules().values():
+        rules.older(values)
+    return values
+
+
+def with_defaults(values: dict) -> dict:
+    """`modern`, with the defaults of the method where it is chosen by its name: an older spelling had none."""
+    values, given = modern(values), values.get("method")
+    rules = all_rules().get(given)
+    return {**rules.defaults, **values} if rules and values["method"] == given else values
 
 
 def own_keys(rules: type[Method]) -> Iterator[tuple[str, str, dataclasses.Field]]:

@@ -39,6 +39,19 @@ class Method(methods.Method):
     )
 
     @staticmethod
+    def problems(config) -> list[str]:
+        found = []
+        if config.rules.has_stages:
+            return found
+        if config.uniform_prob or config.advance_at is not None:
+            always = f"method {config.method} has always the thoughts of the last one"
+            found.append(f"uniform_prob and advance_at are of stages, and {always}")
+        if not config.c_thought * config.max_latent_stage * config.pad_latent_to_max:
+            what = f"method {config.method} thinks max_latent_stage x c_thought thoughts"
+            found.append(f"{what}: it needs both, and pad_latent_to_max")
+        return found
+
+    @staticmethod
     def texts(config) -> Texts:
         return Texts({"teacher": "all steps but the last, blanks between them"}, teacher_steps)
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import config as config_module
+import methods
 import utils
 from config import Config
 from trainer import run_folder
@@ -41,10 +42,17 @@ def problem(path: Path, *overrides: str) -> str:
     return str(error.value)
 
 
-def problems_of(path: Path) -> list[str]:
+ROWS_OF = {
+    stem: re.findall(r"^  (\w+):", (ROOT / "args" / f"{stem}.yaml").read_text(), re.MULTILINE)
+    for stem in ("gsm", "prosqa")
+}
+ROWS_OF["prontoqa"] = ROWS_OF["prosqa"]
+
+
+def problems_of(path: Path, *overrides: str) -> list[str]:
     """All that is said about a file, a line each."""
     try:
-        Config.from_file(path)
+        Config.from_file(path, overrides)
     except UserError as error:
         return str(error).removeprefix(f"{path}: ").strip().splitlines()
     return []
@@ -388,7 +396,7 @@ def test_a_method_is_still_read_in_its_older_spelling(write, method):
     )
     config = Config.from_file(write(""), [f"{key}={value}" for key, value in older.items()])
     assert config.method == method
-    assert config_module.modern({"method": "coconut", **older})["method"] == method
+    assert methods.modern({"method": "coconut", **older})["method"] == method
     assert dataclasses.replace(Config(**older), seed=1).method == method
 
 
@@ -412,10 +420,9 @@ FILES = sorted(path.stem for path in (ROOT / "methods").glob("*.py") if path.ste
 
 @pytest.mark.parametrize("gone", FILES)
 def test_without_a_methods_file_the_rest_is_read(tmp_path, gone):
-    for path in ("config.py", "config_files.py", "config_checks.py", "utils.py", "trainer/run_folder.py"):
+    for path in ("config.py", "utils.py", "trainer/run_folder.py"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
-        if (ROOT / path).exists():
-            shutil.copy(ROOT / path, tmp_path / path)
+        shutil.copy(ROOT / path, tmp_path / path)
     shutil.copytree(ROOT / "methods", tmp_path / "methods")
     (tmp_path / "methods" / f"{gone}.py").unlink()
     code = """if True:
@@ -468,9 +475,107 @@ def test_the_written_config_repeats_the_run(write, tmp_path):
 
 
 def test_every_yaml_in_args_is_valid_but_for_missing_files():
-    for path in sorted((ROOT / "args").glob("*.yaml")):
-        lines = [line for line in problems_of(path) if "does not exist" not in line]
-        assert not lines, path
+    paths = sorted((ROOT / "args").glob("*.yaml"))
+    assert len(paths) <= 25
+    for path in paths:
+        rows = ROWS_OF.get(path.stem, [None])
+        for row in rows:
+            overrides = [] if row is None else [f"row={row}"]
+            for more in ([], ["only_eval=true"]):
+                lines = [line for line in problems_of(path, *overrides, *more) if "does not exist" not in line]
+                assert not lines, (path, row)
+
+
+@pytest.mark.parametrize("name", ["gsm_cot", "gsm_coconut", "prontoqa_coconut", "prosqa_coconut"])
+def test_the_authors_files_are_rows(name):
+    stem, _, row = name.partition("_")
+    found = [
+        Config.from_file(ROOT / "args" / file, overrides, needs_files=False)
+        for file, overrides in ((f"{name}.yaml", []), (f"{stem}.yaml", [f"row={row}"]))
+    ]
+    assert found[0] == found[1]
+    assert found[0].name == f"{stem}-{row}"
+    if row == "coconut":
+        evaluation = Config.from_file(ROOT / "args" / f"{name}_eval.yaml", needs_files=False)
+        assert evaluation.load_model_path == f"checkpoints/{stem}-coconut@best"
+        assert evaluation.val_path == f"data/{stem}_test.json"
+        assert (evaluation.run_dir, evaluation.resume) == (found[0].run_dir, 0)
+
+
+ROWED = """
+seed: 1
+row: plain
+rows:
+  plain: {}
+  no_cot: {method: no_cot, lr: 0.5}
+  slow: {extends: no_cot, lr: 0.25, seed: 2}
+"""
+
+
+def test_a_row_is_chosen_and_names_the_run(write, tmp_path):
+    path = write(ROWED, "set.yaml")
+    found = [
+        Config.from_file(path, overrides) for overrides in ([], ["row=no_cot"], ["row=slow"], ["row=slow", "lr=1"])
+    ]
+    assert [config.name for config in found] == ["set-plain", "set-no-cot", "set-slow", "set-slow"]
+    assert [config.method for config in found] == ["coconut", "no_cot", "no_cot", "no_cot"]
+    assert [config.lr for config in found] == [1e-4, 0.5, 0.25, 1]
+    assert [config.seed for config in found] == [1, 1, 2, 2]
+    (tmp_path / "mine.yaml").write_text("extends: set.yaml\nrow: slow\nseed: 5")
+    config = Config.from_file(tmp_path / "mine.yaml")
+    assert (config.name, config.lr, config.seed) == ("mine", 0.25, 5)
+    config = Config.from_file(tmp_path / "mine.yaml", ["row=no_cot"])
+    assert (config.name, config.lr, config.seed) == ("mine-no-cot", 0.5, 5)
+
+
+def test_a_row_that_is_not_there_lists_the_rows(write):
+    path = write(ROWED, "set.yaml")
+    assert "unknown row 'none' in the command line: the rows are plain, no_cot, slow" in problem(path, "row=none")
+    path = write(ROWED.replace("row: plain\n", ""), "set.yaml")
+    assert "set row=NAME: the rows are plain, no_cot, slow" in problem(path)
+    assert "row 'x' in the command line: there are no rows to choose from" in problem(write(""), "row=x")
+    assert "unknown key 'sed' in" in problem(write("rows: {a: {sed: 1}}"), "row=a")
+    assert "rows in" in problem(write("rows: [a]"))
+    assert "row a extends 'b', which is no row before it" in problem(write("rows: {a: {extends: b}, b: {}}"), "row=a")
+
+
+def test_what_an_eval_only_run_evaluates(write, tmp_path):
+    """The run's best checkpoint on test_path; what is set beside only_eval wins; the rest is of the training."""
+    (tmp_path / "other.json").write_text("[]")
+    training = (
+        f"test_path: {tmp_path}/train.json\nload_model_path: {tmp_path}/weights\nresume: 3\nsave_path: {tmp_path}/r\n"
+    )
+    path, best = write(f"only_eval: False\n{training}from_scratch: true"), f"{tmp_path}/r/run@best"
+
+    def evaluated(path, *overrides):
+        config = Config.from_file(path, ["only_eval=true", *overrides], needs_files=False)
+        assert config.test_path is None
+        return config.load_model_path, config.val_path, config.resume, config.from_scratch
+
+    train, valid, other = (f"{tmp_path}/{name}.json" for name in ("train", "valid", "other"))
+    assert evaluated(path) == (best, train, 0, False)
+    assert evaluated(path, "load_model_path=x", "resume=2") == ("x", train, 2, False)
+    assert evaluated(path, f"val_path={other}") == (best, other, 0, False)
+    assert evaluated(path, f"test_path={{a: {other}}}") == (best, {"a": other}, 0, False)
+    assert evaluated(write(""), "load_model_path=x") == ("x", valid, 0, False)  # no test_path
+    with pytest.raises(UserError, match=r"only_eval evaluates .*/run@best on test_path: set test_path"):
+        evaluated(write(""))
+    reference = write(REFERENCE.format(folder=tmp_path).replace("only_eval: False", "only_eval: True"))
+    config = Config.from_file(reference)
+    assert (config.load_model_path, config.val_path, config.resume) == (f"{tmp_path}/weights", valid, 3)
+    config = Config.from_file(path, ["only_eval=true", f"val_path={other}"], needs_files=False)
+    run_folder.write_config(dataclasses.asdict(config), tmp_path / "out", world_size=1)
+    assert Config.from_file(tmp_path / "out" / "config.yaml", needs_files=False) == config
+
+
+@pytest.mark.parametrize(
+    "path", ["data/tiny_arithmetic", "data/tiny_prosqa", "data/machine/model", "data/machine/machine_train.json"]
+)
+def test_the_hint_names_scripts(path):
+    """N6: it named a make target."""
+    hint = config_module._preparation_hint(path)
+    assert (ROOT / re.search(r"make it with: python ([^ )]+)", hint)[1]).is_file()
+    assert "make data" not in hint
 
 
 def test_yaml_cannot_run_code(write):

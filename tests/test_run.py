@@ -613,7 +613,7 @@ BAD = {
     "no steps": (["train_path={place}/no_steps.json"], "record 1 .*lacks 'steps'"),
     "mistyped key": (["num_epoch=3"], "unknown key 'num_epoch'.*did you mean 'num_epochs'"),
     "two methods": (["coconut=true", "cot=true"], "two methods at once"),
-    "nothing to evaluate": (["only_eval=true"], "only_eval needs load_model_path"),
+    "nothing to evaluate": (["only_eval=true"], "only_eval evaluates .*@best on test_path: set test_path"),
     "placeholder": (["load_model_path=YOUR_PATH_TO_COCONUT_CKPT"], "still the placeholder"),
     "checkpoint of another model": (
         ["only_eval=true", "load_model_path={place}/other_model"],
@@ -637,7 +637,7 @@ BAD = {
         ["only_eval=true", "load_model_path={place}/runs/run", "answer_match=number", f"val_path={SETS}", "name=new"],
         "needs numbers, but the answer of record 0 .counted from 0. of .*words.json is '.-'",
     ),
-    "no thought": (["thought=first", "name=new"], "thought must be one of last, layer:N, .*, not 'first'"),
+    "no thought": (["thought=first", "name=new"], "thought must be one of last, .*, layer:N, .*, not 'first'"),
     "a marker in the data": (["train_path={place}/marked.json", "name=new"], "record 1 .* has the text '<.latent.>'"),
     "no text": (["val_path={place}/half.json", "name=new"], "half.json: record 0 .* half a character"),
     "a long name": (["name=" + "a" * 300], "must be a plain folder name, of at most 200 bytes"),

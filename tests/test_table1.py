@@ -79,6 +79,26 @@ def test_the_row_trains_and_is_evaluated(place, data_set, row):
         assert counted <= prediction["generated_tokens"] <= counted + 30
 
 
+@pytest.mark.parametrize(
+    ("row", "first"),
+    [
+        *(("sim_cot", 3), ("codi", 0), ("pccot", 0), ("lotus", 1), ("multi_mode", 3), ("parallel_latents", 3)),
+        *(("coconut_qwen", 0), ("coconut_llama", 0)),
+    ],
+)
+def test_a_later_method_trains_and_is_evaluated(place, row, first):
+    shared = [f"row={row}", f"save_path={place / 'runs'}", f"model_id={place / 'gsm'}", "max_new_tokens=4"]
+    training = [f"{key}={place / 'gsm.json'}" for key in ("train_path", "val_path")]
+    training += [f"num_epochs={first + 1}", "load_model_path=null", "num_workers=0", "strategy=ddp", "lora_rank=null"]
+    config = Config.from_file(ROOT / "args" / "gsm.yaml", [*shared, *training])
+    assert config.method == row.partition("_qwen")[0].partition("_llama")[0]
+    assert run.main(config) == 0
+    asked = [*shared, "only_eval=true", f"test_path={place / 'gsm.json'}", "lora_rank=null"]
+    assert run.main(Config.from_file(ROOT / "args" / "gsm.yaml", asked)) == 0
+    metrics = json.loads((config.run_dir / "eval" / "metrics.json").read_text())
+    assert metrics["stage"] == stage_of(config, first)
+
+
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("data_set", DATA_SETS)
 def test_the_row_has_the_papers_values(data_set, row):

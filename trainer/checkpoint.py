@@ -44,8 +44,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from coconut import Coconut
-from config import Config, modern
-from methods import rules_of
+from config import Config
+from methods import modern, rules_of
 from model import lora
 from trainer import parallel
 from trainer.distributed import World, agree, on_main_rank

@@ -32,10 +32,10 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import methods
 from coconut import Coconut
-from config import Config, modern
+from config import Config
 from curriculum import END, LATENT, START, Markers
 from dataset import StageDataset
-from methods import rules_of
+from methods import modern, rules_of
 from model import lora
 from model.thought import Thought
 from trainer.check_family import check_family
