@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from tools.portable import MODELLING, THOUGHT, write_code
 from trainer.run_folder import check_checkpoint
-from utils import MODEL_FILES, UserError, parse_json, print_error, whole_folder
+from utils import MODEL_FILES, UserError, parse_json, print_error, print_result, whole_folder
 
 if TYPE_CHECKING:  # imported when the arguments have been checked: it takes seconds
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -219,7 +219,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"warning: {text}", file=sys.stderr)
     except UserError as error:
         return print_error(error)
-    print(f"{options.out}: AutoModelForCausalLM.from_pretrained({str(options.out)!r}, trust_remote_code=True) reads it")
+    call = f"AutoModelForCausalLM.from_pretrained({str(options.out)!r}, trust_remote_code=True)"
+    print_result(f"{options.out}: {call} reads it")
     return 0
 
 
