@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import shortcuts
+from intervals import LARGEST_GAP, clopper_pearson, difference, has_one_mode, mean_interval
 from jobs import by_digest
 
 from preprocessing.examples import load_examples
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from jobs import Job
 
 LEARNT = 0.9  # from this accuracy on a seed counts as having learnt the task
-RESAMPLES = 10_000
 MADE_BY = ("python", "torch", "transformers", "hardware")
 
 
@@ -62,8 +62,8 @@ def with_others(results: dict[str, list[dict]], before: dict[str, list[dict]]) -
 def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """run -> for each finished seed, from its folder or as it was recorded under its digest: "seed", "digest"; of the
     test split "accuracy", "by_steps" (number of steps -> accuracy), "tokens", "seconds_per_example" (in batches),
-    "correct" (a 0 or 1 for each question); "seconds" of training and validation; "epochs", for the curves; "made_by",
-    commit, versions and hardware."""
+    "correct" (a 0 or 1 for each question), "steps" (the number of steps of each); "seconds" of training and validation;
+    "epochs", for the curves; "made_by", commit, versions and hardware."""
     recorded = by_digest(before)
     results: dict[str, list[dict]] = {}
     for job in jobs:
@@ -97,6 +97,7 @@ def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[
                     for epoch, record in enumerate(epochs)
                 ],
                 "correct": "".join(map(str, correct)),
+                "steps": " ".join(map(str, n_steps)),
                 "made_by": made(job),
             }
         )
@@ -114,41 +115,35 @@ def made(job: Job) -> dict[str, str]:
     return {"commit": commit} | {name: notes[name] for name in MADE_BY if name in notes}
 
 
-def difference(rows: list[dict], control: list[dict]) -> tuple[float, float, float] | None:
-    """(mean, low, high): accuracy less the control's over the seeds that both have, with a 95 % bootstrap over the
-    questions within each seed; a question's two answers stay together."""
-    of_control = {row["seed"]: answers(row) for row in control}
-    both = [(answers(row), of_control[row["seed"]]) for row in rows if row["seed"] in of_control]
-    pairs = [right - others for right, others in both if len(right) == len(others)]  # of the same questions
-    if not pairs:
-        return None
-    random = np.random.default_rng(0)
-    means = np.zeros(RESAMPLES)
-    for pair in pairs:
-        drawn = random.integers(len(pair), size=(RESAMPLES, len(pair)))
-        means += pair[drawn].mean(axis=1) / len(pairs)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(np.mean([pair.mean() for pair in pairs])), float(low), float(high)
+def answers(row: dict, untrained: tuple[int, ...] = ()) -> np.ndarray:
+    """(questions,) int64, 1 where an answer is right, of the questions whose number of steps training had."""
+    right = np.array([int(digit) for digit in row["correct"]])
+    return right[~np.isin(np.array(row["steps"].split(), dtype=int), untrained)] if untrained else right
 
 
-def answers(row: dict) -> np.ndarray:
-    """(questions,) int64, 1 where an answer is right."""
-    return np.array([int(digit) for digit in row["correct"]])
+def accuracies(grid: Grid, rows: list[dict]) -> list[float]:
+    """Of each seed, on the questions whose number of steps training had."""
+    return [float(answers(row, grid.untrained).mean()) for row in rows]
 
 
 def as_text(grid: Grid, results: dict[str, list[dict]], arguments: str) -> str:
     """The text of results/NAME.md."""
-    n_questions = len(next(iter(results.values()))[0]["correct"])
+    one = next(iter(results.values()))[0]
+    chance = f" Chance is {grid.chance:.1%}." if grid.chance is not None else ""
     lines = [f"# {grid.title}", "", f"    python experiments/grid.py experiments/{grid.name}.yaml{arguments}", ""]
     if grid.about:
         lines += [grid.about.strip(), ""]
-    chance = f" Chance is {grid.chance:.1%}." if grid.chance is not None else ""
+    of_training = f" of {' or '.join(trained_steps(grid, one))} steps, as in training" if grid.untrained else ""
     lines += [
-        f"Accuracy on {n_questions} test questions, in percent: mean and standard deviation over the seeds, then each "
-        f"seed.{chance} Learnt: seeds that reach {LEARNT:.0%}. By steps: mean over the seeds, by the number of a "
-        f"question's steps. Tokens: as Table 1 of the paper counts them, thoughts included; a generation takes one "
-        f"more forward pass than that, each waiting for the one before. ms: generation for a question, in batches. "
-        f"Minutes: training and validation, what a run begins with included.",
+        f"Accuracy on {len(answers(one, grid.untrained))} test questions{of_training}, in percent: mean over the seeds "
+        f"with the 95 % interval for the mean over all seeds there could be (t), then each seed; no interval for one "
+        f"seed, nor where two neighbouring seeds are more than {100 * LARGEST_GAP:.0f} points apart (two modes)."
+        f"{chance} Learnt: seeds that reach {LEARNT:.0%}, and the 95 % interval for the share of such seeds "
+        f"(Clopper-Pearson). By steps: mean over the seeds, by the number of a question's steps. Less: difference to "
+        f"a control over the seeds that both have, with a 95 % bootstrap over seeds, then questions, the same for "
+        f"both; from few seeds it is rather too narrow. Tokens: as Table 1 of the paper counts them, thoughts "
+        f"included; a generation takes one more forward pass than that, each waiting for the one before. ms: "
+        f"generation for a question, in batches. Minutes: training and validation, what a run begins with included.",
         "",
         *rules(grid),
     ]
@@ -172,10 +167,15 @@ def made_by(rows: Iterable[dict]) -> list[str]:
     return ["Made by " + "; ".join(f"{name} {', '.join(sorted(values))}" for name, values in found.items()) + "."]
 
 
+def trained_steps(grid: Grid, row: dict) -> list[str]:
+    return [n for n in row["by_steps"] if int(n) not in grid.untrained]
+
+
 def table(grid: Grid, results: dict[str, list[dict]]) -> list[list[str]]:
     """The cells of the report's table, the head first; without the columns that are empty."""
-    steps = " / ".join(str(n) for n in next(iter(results.values()))[0]["by_steps"])
-    head = ["run", "paper", "accuracy", "seeds", "learnt", f"by steps: {steps}", "tokens", "ms", "minutes"]
+    steps = " / ".join(trained_steps(grid, next(iter(results.values()))[0]))
+    head = ["run", "paper", "accuracy (95 %)", "seeds", "learnt (95 %)", f"by steps: {steps}"]
+    head += [f"{n} steps, untrained" for n in grid.untrained] + ["tokens", "ms", "minutes"]
     head += [f"less {grid.runs[control].label or control} (95 %)" for control in grid.controls]
     rows = [head, *(cells_of(grid, run, results) for run in results)]
     filled = [column for column in range(len(head)) if any(row[column] for row in rows[1:])]
@@ -184,21 +184,47 @@ def table(grid: Grid, results: dict[str, list[dict]]) -> list[list[str]]:
 
 def cells_of(grid: Grid, run: str, results: dict[str, list[dict]]) -> list[str]:
     spec, rows = grid.runs[run], results[run]
-    accuracy = [100 * row["accuracy"] for row in rows]
-    spread = f" ± {statistics.stdev(accuracy):.1f}" if len(accuracy) > 1 else ""
-    less = [difference(rows, results.get(control, [])) if run != control else None for control in grid.controls]
+    accuracy = accuracies(grid, rows)
+    learnt = sum(value >= LEARNT for value in accuracy)
+    share = clopper_pearson(learnt, len(rows))
+
+    def mean_of(name: str) -> float:
+        return statistics.mean(row[name] for row in rows)
+
+    def of_steps(n: str) -> float:
+        return 100 * statistics.mean(row["by_steps"][n] for row in rows)
+
     return [
         spec.label or run,
         spec.paper or "",
-        f"{statistics.mean(accuracy):.1f}{spread}",
-        " ".join(f"{value:.1f}" for value in accuracy) if len(accuracy) > 1 else "",
-        f"{sum(row['accuracy'] >= LEARNT for row in rows)} of {len(rows)}",
-        " / ".join(f"{100 * statistics.mean(row['by_steps'][n] for row in rows):.0f}" for n in rows[0]["by_steps"]),
-        f"{statistics.mean(row['tokens'] for row in rows):.1f}",
-        f"{1000 * statistics.mean(row['seconds_per_example'] for row in rows):.2f}",
-        f"{statistics.mean(row['seconds'] for row in rows) / 60:.1f}",
-        *("" if found is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in found)) for found in less),
+        with_interval(accuracy),
+        " ".join(f"{100 * value:.1f}" for value in accuracy) if len(accuracy) > 1 else "",
+        f"{learnt} of {len(rows)} ({100 * share[0]:.0f} to {100 * share[1]:.0f} %)",
+        " / ".join(f"{of_steps(n):.0f}" for n in trained_steps(grid, rows[0])),
+        *(with_interval([row["by_steps"][str(n)] for row in rows]) for n in grid.untrained),
+        f"{mean_of('tokens'):.1f}",
+        f"{1000 * mean_of('seconds_per_example'):.2f}",
+        f"{mean_of('seconds') / 60:.1f}",
+        *("" if run == control else less(grid, rows, results.get(control, [])) for control in grid.controls),
     ]
+
+
+def with_interval(accuracy: list[float]) -> str:
+    """Mean, in percent, with its interval over seeds or why there is none."""
+    text = f"{100 * statistics.mean(accuracy):.1f}"
+    if not has_one_mode(accuracy):
+        return f"{text} (two modes)"
+    interval = mean_interval(accuracy)
+    return text if interval is None else f"{text} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+
+
+def less(grid: Grid, rows: list[dict], control: list[dict]) -> str:
+    """The difference to a control, in points, with its interval over seeds and questions where there are seeds."""
+    found = difference(*({row["seed"]: answers(row, grid.untrained) for row in of} for of in (rows, control)))
+    if found is None:
+        return ""
+    mean, *interval = (f"{100 * value:+.1f}" for value in found)
+    return f"{mean} ({' to '.join(interval)})" if interval else mean
 
 
 def rules(grid: Grid) -> list[str]:

@@ -5,6 +5,7 @@ Legend: B rows, D hidden size, V vocabulary, L decoder blocks.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from config import split_thought
+from config import THOUGHTS, split_thought
 from utils import UserError
 
 
@@ -25,7 +26,8 @@ class Seen(NamedTuple):
     hidden: torch.Tensor  # (B, 1, D) last hidden state of the position before, after the final norm
     embedding: torch.Tensor  # (B, 1, D) input embedding of the token at this position: in latent rows the latent token
     stream: torch.Tensor | None  # (L + 1, B, 1, D) residual stream of the position before, where needs_layers
-    prepared: Any  # what the thought's `prepare` has returned for this batch
+    prepared: Any  # what the thought's `precompute` has returned for this batch
+    backbone: Any = None  # the model: its LM head, `head`, and its embeddings, `embed` and `input_embeddings`
 
 
 class Thought(nn.Module):
@@ -40,7 +42,7 @@ class Thought(nn.Module):
     needs_layers = False  # whether the thought needs the residual stream between the blocks
     in_place = False  # whether `hidden` is that of the same position, in the pass before over a block of latents
 
-    def __init__(self, base: PreTrainedModel, number: int | float | None = None):
+    def __init__(self, base: PreTrainedModel, number: int | float | str | None = None):
         super().__init__()
 
     def precompute(self, inputs: torch.Tensor, outputs: torch.Tensor) -> Any:
@@ -56,8 +58,9 @@ class Thought(nn.Module):
 REGISTRY: dict[str, type[Thought]] = {}
 
 
-def register(name: str) -> Callable[[type[Thought]], type[Thought]]:
-    """Gives a thought the name by which configurations call it; config.THOUGHTS lists it too."""
+def register(name: str, takes: str = "") -> Callable[[type[Thought]], type[Thought]]:
+    """Gives a thought the name by which configurations call it, and says what may follow the name: nothing, a layer
+    ":N", a threshold "[:T]" or a width "[:P]". config.THOUGHTS reads both from the source, so they must be literals."""
 
     def add(thought: type[Thought]) -> type[Thought]:
         REGISTRY[name] = thought
@@ -72,6 +75,7 @@ def make_thought(spelling: str, base: PreTrainedModel) -> Thought:
         name, number = split_thought(spelling)
     except ValueError as error:
         raise UserError(f"thought {error}, not {spelling!r}") from None
+    importlib.import_module(THOUGHTS[name][1])
     return REGISTRY[name](base, number)
 
 

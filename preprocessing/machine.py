@@ -10,13 +10,26 @@ steps must be gone one after the other. Chance is 1 in STATES.
     python preprocessing/machine.py --states 10 --buttons 10 --train 5000 --prefix small
 
 PREFIX_machine.json holds the permutations: {"states", "buttons", "permutations": {button: {state: next state}}}. They
-follow from --seed, --states and --buttons alone: another call with these and other steps asks the same machine.
+follow from --seed, --states, --buttons and --fan-out alone: another call with these and other steps asks the same
+machine.
+
+With --fan-out F a button is F permutations that differ everywhere, and may lead to F states ("next state" above is then
+their F letters). The question ends with two candidates, of which exactly one can be reached:
+
+    {"question": "AcfaKD", "steps": ["N", "S", "K"], "answer": "D"}
+
+The answer is drawn uniformly from what can be reached at the end of the word, the other candidate from the rest, their
+order is random: chance is 1 in 2. `steps` are by default a path that takes one of the F states of each button at random
+whatever the answer is, so that it helps only one who looks at all of them; --steps answer is a path that leads to the
+answer, --steps frontier lists the states that can be reached after each button, and ends each list with "/". These
+three ask the same questions. --candidates asks so of a machine with --fan-out 1.
 
 Traps. The splits share no word: the words of each length are divided between the splits in proportion to the splits'
 sizes (valid and test get at most one word for each of their examples), drawn at random; every word of a split may come
-with any start. By default 427 of the 17,576 words of three buttons are held out, 1,500 of each longer length. Where a
-length has fewer than 10 words, its questions are divided in their place, and the output says so. Another call with
-other sizes divides anew. Lengths are uniform until the questions of the short ones have run out.
+with any start. By default 427 of the 17,576 words of three buttons are held out, 1,500 of each longer length. With
+candidates a word has many questions, and valid and test get one word in twenty each. Where a length has fewer than 10
+words, its questions are divided in their place, and the output says so. Another call with other sizes divides anew.
+Lengths are uniform until the questions of the short ones have run out.
 """
 
 import argparse
@@ -30,8 +43,11 @@ from splits import MOST_STEPS, Splits, add_drawing_options, add_split_options, d
 
 STATES, BUTTONS = string.ascii_uppercase, string.ascii_lowercase
 FEWEST_WORDS = 10  # of a length whose words are divided
+MOST_FAN_OUT = 4  # permutations that differ everywhere are found by drawing, one in e^3 for the fourth
+ONE_WORD_IN = 20  # is a held-out split's, where a word has many questions
+STEPS = ("path", "answer", "frontier")
 
-Permutations = dict[str, dict[str, str]]  # button -> state -> next state
+Permutations = dict[str, dict[str, str]]  # button -> state -> the states that it leads to
 
 
 class Share(NamedTuple):
@@ -61,9 +77,17 @@ class Share(NamedTuple):
         return None if number // self.starts in self.taken else number
 
 
-def make_machine(rng: random.Random, states: str, buttons: str) -> Permutations:
-    """A random permutation of the states for each button."""
-    return {button: dict(zip(states, rng.sample(states, len(states)), strict=True)) for button in buttons}
+def make_machine(rng: random.Random, states: str, buttons: str, fan_out: int = 1) -> Permutations:
+    """For each button random permutations of the states that differ everywhere."""
+    machine = {}
+    for button in buttons:
+        permutations: list[list[str]] = []
+        while len(permutations) < fan_out:
+            drawn = rng.sample(states, len(states))
+            if all(a != b for earlier in permutations for a, b in zip(drawn, earlier, strict=True)):
+                permutations.append(drawn)
+        machine[button] = dict(zip(states, map("".join, zip(*permutations, strict=True)), strict=True))
+    return machine
 
 
 def make_example(permutations: Permutations, start: str, word: str) -> dict:
@@ -73,6 +97,37 @@ def make_example(permutations: Permutations, start: str, word: str) -> dict:
         state = permutations[button][state]
         steps.append(state)
     return {"question": start + word, "steps": steps, "answer": state}
+
+
+def frontiers_of(permutations: Permutations, start: str, word: str) -> list[str]:
+    """What can be reached after each button of a word, in alphabetical order."""
+    found, frontier = [], start
+    for button in word:
+        frontier = "".join(sorted({after for state in frontier for after in permutations[button][state]}))
+        found.append(frontier)
+    return found
+
+
+def make_choice(
+    rng: random.Random, permutations: Permutations, start: str, word: str, steps: str = "path"
+) -> dict | None:
+    """Which of two states can be reached at the end of a word? None where all can. What is drawn does not depend on
+    `steps`, so that each kind asks the same questions."""
+    frontiers = frontiers_of(permutations, start, word)
+    others = [state for state in permutations[word[0]] if state not in frontiers[-1]]
+    if not others:
+        return None
+    answer = rng.choice(frontiers[-1])
+    candidates = rng.sample([answer, rng.choice(others)], 2)
+    path, state = [], start
+    for button in word:
+        state = rng.choice(permutations[button][state])
+        path.append(state)
+    to_answer = [answer]  # backwards: one of the states before from which the button leads there
+    for button, before in zip(word[:0:-1], frontiers[-2::-1], strict=True):
+        to_answer.append(rng.choice([state for state in before if to_answer[-1] in permutations[button][state]]))
+    written = {"path": path, "answer": to_answer[::-1], "frontier": [frontier + "/" for frontier in frontiers]}
+    return {"question": start + word + "".join(candidates), "steps": written[steps], "answer": answer}
 
 
 def divide(rng: random.Random, n_states: int, n_buttons: int, length: int, sizes: dict[str, int]) -> Share:
@@ -101,8 +156,12 @@ def make_splits(
     min_steps: int = 3,
     max_steps: int = 5,
     seed: int = 0,
+    fan_out: int = 1,
+    candidates: bool = False,
+    steps: str = "path",
 ) -> tuple[Splits, Permutations, list[Share]]:
-    """Splits of the given sizes, the machine, and how the questions of each length were divided.
+    """Splits of the given sizes, the machine, and how the questions of each length were divided. With more than one
+    state that a button leads to there are always candidates.
 
     Raises UserError where there is no such machine, or a split has not enough questions.
     """
@@ -116,10 +175,17 @@ def make_splits(
             f"words of {min_steps} to {max_steps} buttons cannot be: it takes 1 <= min-steps <= max-steps <= "
             f"{MOST_STEPS}"
         )
+    if not 1 <= fan_out <= min(MOST_FAN_OUT, n_states - 1):
+        raise UserError(
+            f"a button of {n_states} states leads to 1 to {min(MOST_FAN_OUT, n_states - 1)} states, not to {fan_out}"
+        )
     rng = random.Random(seed)
-    permutations = make_machine(rng, STATES[:n_states], BUTTONS[:n_buttons])
-    shares = [divide(rng, n_states, n_buttons, length, sizes) for length in range(min_steps, max_steps + 1)]
-    for name, size in sizes.items():
+    permutations = make_machine(rng, STATES[:n_states], BUTTONS[:n_buttons], fan_out)
+    chosen = candidates or fan_out > 1
+    total = sum(sizes.values())
+    weights = {name: (ONE_WORD_IN - 2 if name == "train" else 1) * total for name in sizes} if chosen else sizes
+    shares = [divide(rng, n_states, n_buttons, length, weights) for length in range(min_steps, max_steps + 1)]
+    for name, size in sizes.items() if not chosen else ():
         capacity = sum(share.capacity(name) for share in shares)
         if size > capacity:
             raise UserError(
@@ -135,6 +201,8 @@ def make_splits(
             return None
         word, start = divmod(number, n_states)
         buttons = (BUTTONS[word // n_buttons**place % n_buttons] for place in range(share.length))
+        if chosen:
+            return make_choice(rng, permutations, STATES[start], "".join(buttons), steps)
         return make_example(permutations, STATES[start], "".join(buttons))
 
     splits: Splits = {}
@@ -154,12 +222,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--buttons", type=int, default=26, help="how many, 1 to 26 (default: %(default)s)")
     parser.add_argument("--min-steps", type=int, default=3, help="fewest buttons of a word (default: %(default)s)")
     parser.add_argument("--max-steps", type=int, default=5, help="most buttons of a word (default: %(default)s)")
+    parser.add_argument("--fan-out", type=int, default=1, help="states a button leads to (default: %(default)s)")
+    parser.add_argument("--candidates", action="store_true", help="ask which of two, as --fan-out 2 always does")
+    parser.add_argument("--steps", choices=STEPS, default="path", help="with candidates (default: %(default)s)")
     parser.add_argument("--prefix", default="machine", help="of the file names (default: %(default)s)")
     add_drawing_options(parser, checks=False)
     options, sizes = parse_splits(parser, arguments)
+    if options.steps != "path" and options.fan_out == 1 and not options.candidates:
+        parser.error(f"--steps {options.steps} needs --fan-out 2 or more, or --candidates")
     try:
         splits, permutations, shares = make_splits(
-            sizes, options.states, options.buttons, options.min_steps, options.max_steps, options.seed
+            sizes,
+            options.states,
+            options.buttons,
+            options.min_steps,
+            options.max_steps,
+            options.seed,
+            options.fan_out,
+            options.candidates,
+            options.steps,
         )
         machine = {
             "states": list(STATES[: options.states]),

@@ -539,7 +539,7 @@ import utils
 if sys.argv[2] == "between":
     rename = Path.rename
     Path.rename = lambda self, to: os.kill(os.getpid(), 9) if self.name.startswith(".writing") else rename(self, to)
-with utils.whole_folder(Path(sys.argv[1]), replaces=("whole",)) as aside:
+with utils.replaced(Path(sys.argv[1]), ("whole",)) as aside:
     (aside / "half").write_text("")
     if sys.argv[2] == "within":
         os.kill(os.getpid(), 9)
@@ -549,7 +549,7 @@ with utils.whole_folder(Path(sys.argv[1]), replaces=("whole",)) as aside:
 @pytest.mark.parametrize("when", ["within", "between"])
 def test_a_kill_loses_nothing(tmp_path, when):
     out = tmp_path / "out"
-    with utils.whole_folder(out) as aside:
+    with utils.replaced(out, ()) as aside:
         (aside / "whole").write_text("")
     done = subprocess.run([sys.executable, "-c", KILLED, str(out), when], cwd=ROOT, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -557,10 +557,10 @@ def test_a_kill_loses_nothing(tmp_path, when):
     if when == "within":
         assert (out / "whole").exists()
     # the next one begins with what there was
-    with pytest.raises(RuntimeError), utils.whole_folder(out, replaces=("whole",)):
+    with pytest.raises(RuntimeError), utils.replaced(out, ("whole",)):
         raise RuntimeError
     assert [path.name for path in out.iterdir()] == ["whole"]
-    with utils.whole_folder(out, replaces=("whole",)) as aside:
+    with utils.replaced(out, ("whole",)) as aside:
         (aside / "new").write_text("")
     assert [path.name for path in out.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,5 +1,6 @@
 """The machine's examples follow its permutations, and no word of a split is another's."""
 
+import hashlib
 import json
 import re
 
@@ -112,6 +113,8 @@ def test_nearly_all_questions_can_be_asked():
         (["--buttons", "0"], "26 states and 0 buttons cannot be named"),
         (["--min-steps", "0"], "words of 0 to 5 buttons cannot be"),
         (["--min-steps", "6"], "words of 6 to 5 buttons cannot be"),
+        (["--fan-out", "0"], "a button of 26 states leads to 1 to 4 states, not to 0"),
+        (["--states", "3", "--fan-out", "3"], "a button of 3 states leads to 1 to 2 states, not to 3"),
         (
             ["--states", "2", "--buttons", "2"],
             "train: 400 examples are more than its 10. of the 112 questions that 2 states, 2 buttons and 3 to 5 steps",
@@ -124,6 +127,118 @@ def test_a_machine_that_cannot_be_made_is_one_sentence(tmp_path, changes, compla
     assert re.search(f"^error: {complaint}", error)
     assert error.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+BREADTH = {"n_states": 16, "n_buttons": 8, "min_steps": 2, "max_steps": 4, "fan_out": 2}
+
+
+def reachable(permutations: dict, start: str, word: str) -> set[str]:
+    """By recursion over the buttons: every state at the end of a path."""
+    if not word:
+        return {start}
+    return set().union(*(reachable(permutations, after, word[1:]) for after in permutations[word[0]][start]))
+
+
+def split_choice(example: dict) -> tuple[str, str, str]:
+    """(start, word, candidates) of a question."""
+    return example["question"][0], example["question"][1:-2], example["question"][-2:]
+
+
+@settings(max_examples=30, deadline=None)
+@given(n_states=st.integers(16, 26), n_buttons=st.integers(7, 26), fan_out=st.integers(1, 3), seed=st.integers(0, 99))
+def test_exactly_one_candidate_can_be_reached(n_states, n_buttons, fan_out, seed):
+    """Whatever is drawn; and the three kinds of steps ask the same questions."""
+    sizes = {"train": 60, "valid": 4, "test": 8}
+    made = {
+        steps: machine.make_splits(sizes, n_states, n_buttons, 2, 3, seed, fan_out, candidates=True, steps=steps)
+        for steps in machine.STEPS
+    }
+    splits, permutations, _ = made["path"]
+    states = set(machine.STATES[:n_states])
+    for button in permutations.values():
+        assert all(len(set(after)) == len(after) == fan_out for after in button.values())
+        for place in range(fan_out):
+            assert {after[place] for after in button.values()} == set(button) == states
+    examples = {steps: everything(splits) for steps, (splits, *_) in made.items()}
+    for path, answer, frontier in zip(*examples.values(), strict=True):
+        assert len({(example["question"], example["answer"]) for example in (path, answer, frontier)}) == 1
+        start, word, candidates = split_choice(path)
+        at_end = reachable(permutations, start, word)
+        assert path["answer"] in at_end & set(candidates)
+        assert len(at_end & set(candidates)) == len(set(candidates)) - 1 == 1
+        for n, listed in enumerate(frontier["steps"], start=1):
+            assert listed == "".join(sorted(reachable(permutations, start, word[:n]))) + "/"
+        for steps in (path["steps"], answer["steps"]):
+            assert len(steps) == len(word) == len(frontier["steps"])
+            for before, button, after in zip([start, *steps], word, steps, strict=False):
+                assert after in permutations[button][before]
+        assert answer["steps"][-1] == answer["answer"]
+    held = [{split_choice(example)[1] for example in splits[name]} for name in sizes]
+    assert not held[0] & held[1]
+    assert not held[0] & held[2]
+    assert not held[1] & held[2]
+
+
+def test_the_written_path_is_uniform_and_independent_of_the_answer():
+    """Each successor in half of the steps; a path ends in the answer as often as chance has it, in the other candidate
+    never; and the answer is uniform over what can be reached, at either place of the question."""
+    splits, permutations, _ = machine.make_splits({"train": 20_000, "valid": 500, "test": 500}, **BREADTH)
+    firsts, ends, expected, ranks, is_first, count = 0, 0, 0.0, 0.0, 0, 0
+    for example in splits["train"]:
+        start, word, candidates = split_choice(example)
+        frontiers = machine.frontiers_of(permutations, start, word)
+        for before, button, after in zip([start, *example["steps"]], word, example["steps"], strict=False):
+            firsts += permutations[button][before][0] == after
+            count += 1
+        paths = [start]
+        for button in word:
+            paths = [after for state in paths for after in permutations[button][state]]
+        expected += paths.count(example["answer"]) / len(paths)
+        ends += example["steps"][-1] == example["answer"]
+        assert example["steps"][-1] not in set(candidates) - {example["answer"]}
+        ranks += (frontiers[-1].index(example["answer"]) + 0.5) / len(frontiers[-1])
+        is_first += candidates[0] == example["answer"]
+    n = len(splits["train"])
+    assert abs(firsts / count - 0.5) < 0.01
+    assert abs(ends - expected) / n < 0.01
+    assert abs(ranks / n - 0.5) < 0.01
+    assert abs(is_first / n - 0.5) < 0.015
+
+
+def test_breadth_grows_and_words_are_held_out_of_every_length():
+    splits, permutations, shares = machine.make_splits({"train": 4000, "valid": 400, "test": 800}, **BREADTH)
+    widths = {n: [] for n in range(1, 5)}
+    for example in everything(splits):
+        start, word, _ = split_choice(example)
+        for n, frontier in enumerate(machine.frontiers_of(permutations, start, word), start=1):
+            widths[n].append(len(frontier))
+    means = {n: sum(found) / len(found) for n, found in widths.items()}
+    assert means[1] == 2
+    assert 3.7 < means[2] <= 4
+    assert 6.5 < means[3] < 7.5
+    assert 10.5 < means[4] < 12
+    assert max(widths[4]) <= 15
+    for name in ("valid", "test"):  # one word in twenty of 64, 512 and 4,096
+        assert {share.length: len(share.held[name]) for share in shares} == {2: 3, 3: 25, 4: 204}
+
+
+def test_steps_to_the_answer_need_candidates(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        machine.main(["--out", str(tmp_path), "--steps", "answer"])
+    assert ended.value.code == 2
+    assert "--steps answer needs --fan-out 2 or more, or --candidates" in capsys.readouterr().err
+
+
+def test_a_machine_without_candidates_is_what_it_was():
+    """Digests of what it made before there was a fan-out."""
+    splits, permutations, _ = machine.make_splits({"train": 400, "valid": 20, "test": 40}, seed=1)
+    text = json.dumps([splits, permutations], sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "33f88cd3eee4c5a9"
+
+
+def test_everything_can_be_reached_where_buttons_lead_to_too_many():
+    with pytest.raises(UserError, match="hardly ever a new question"):
+        machine.make_splits({"train": 60, "valid": 4, "test": 8}, 6, 7, 3, 3, fan_out=4)
 
 
 def test_the_division_leaves_something_to_train():

@@ -61,7 +61,7 @@ def test_the_loss_and_all_gradients_are_the_plain_definition(family, tied, keys)
     ("keys", "problem"),
     [
         ({"method": "multi_mode", "latent_markers": "none"}, "latent_markers must be both"),
-        ({"method": "multi_mode", "latent_labels": 0.1}, "for the latents of method coconut alone"),
+        ({"method": "multi_mode", "latent_labels": 0.1}, "latent_labels are for method lotus"),
         ({"method": "coconut", "mode": "written"}, "mode written is for method multi_mode"),
         ({"method": "multi_mode", "mode": "written"}, "mode written is for eval-only runs"),
         (

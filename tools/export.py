@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from tools.portable import MODELLING, THOUGHT, write_code
 from trainer.run_folder import check_checkpoint
-from utils import MODEL_FILES, UserError, parse_json, print_error, print_result, whole_folder
+from utils import UserError, parse_json, print_error, print_result, replaced
 
 if TYPE_CHECKING:  # imported when the arguments have been checked: it takes seconds
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +30,13 @@ if TYPE_CHECKING:  # imported when the arguments have been checked: it takes sec
 
 N_TRIED = 5  # tokens of the questions that both models are compared on
 PACKAGE = "exported_coconut"  # of the exported code in this process
+
+# what an exported folder may hold
+EXPORTED = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
+    *(MODELLING, THOUGHT, "__pycache__", "README.md", "config.yaml"),
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -66,7 +73,7 @@ def export(
     from trainer.checkpoint import damage
     from trainer.pretrained import read_tokenizer
 
-    with whole_folder(out, replaces=(*MODEL_FILES, THOUGHT) if force else ()) as aside, TemporaryDirectory() as code:
+    with replaced(out, EXPORTED if force else ()) as aside, TemporaryDirectory() as code:
         model = Coconut.from_pretrained(checkpoint)
         folder = Path(model.config.model_id).resolve()  # '.' has no name and no parent
         if (folder / "trainer").is_dir() and (problem := damage(folder)):
@@ -109,14 +116,14 @@ def exported(model: Coconut, code: ModuleType) -> PreTrainedModel:
     if config.lora_rank is not None:
         lora.merge(base)
     base.config.name_or_path = ""  # a path of this machine
-    if model.recomputes:
+    if model.backbone.recomputes:
         raise UserError(f"a {base.config.model_type} cannot be exported: its generation is right without a cache only")
     newline, endings = with_newline(model.tokenizer)
     appended = prompts(model, [""])[0][len(model.tokenizer("\n")["input_ids"]) :]
     if model.max_positions is not None and len(appended) + N_TRIED > model.max_positions:
         raise UserError(f"its {len(appended)} latents and markers fill all {model.max_positions} positions")
     n_latents = appended.count(model.latent_token_id)
-    in_parallel = model.latent_passes is not None and n_latents > 0
+    in_parallel = hasattr(model, "latent_updates") and n_latents > 0
     name, number = split_thought(config.thought)
     settings = code.CoconutConfig(
         text_config=base.config,

@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from model.backbone import StreamRecorder, decoder_blocks, decoder_of
+from model.backbone import Recorder, Vocabulary, decoder_of
 from model.thought import REGISTRY, Seen, Thought
 
 logger = logging.get_logger(__name__)
@@ -217,19 +217,22 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         decoder, positions = self.get_decoder(), _positions(attention_mask)
         if self.config.latent_passes is not None:
             return self._embed_in_parallel(embeds, is_latent, columns, attention_mask, positions)
-        accepted, prepared = _accepted(decoder), self._precompute()
+        accepted, vocabulary, prepared = _accepted(decoder), Vocabulary(self.base_causallm), self._precompute()
         cache = DynamicCache(config=self.config.text_config)
         options = {"cache" if "cache" in accepted else "past_key_values": cache, "use_cache": True}
         begin = 0
         for column in columns:
             if "position_ids" in accepted:
                 options["position_ids"] = positions[:, begin:column]
-            with self._recorder.recording() if self.thought.needs_layers else nullcontext() as states:
+            recording = self._recorder.recording(lambda state: state[:, -1:]) if self.thought.needs_layers else None
+            with recording or nullcontext() as states:
                 hidden = decoder(
                     inputs_embeds=embeds[:, begin:column], attention_mask=attention_mask[:, :column], **options
                 ).last_hidden_state[:, -1:]  # (B, 1, D)
             stream = torch.stack(states) if states else None
-            thought = self.thought(Seen(hidden, embeds[:, column : column + 1], stream, prepared))  # (B, 1, D)
+            thought = self.thought(
+                Seen(hidden, embeds[:, column : column + 1], stream, prepared, vocabulary)
+            )  # (B, 1, D)
             # rows with an ordinary token in this column keep its embedding
             fed = torch.where(is_latent[:, column, None], thought[:, 0].to(embeds.dtype), embeds[:, column])
             embeds[:, column] = fed
@@ -238,7 +241,8 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _embed_in_parallel(self, embeds, is_latent, columns, attention_mask, positions):
         """`embed` with all thoughts of a pass made from the hidden states of the pass before."""
-        decoder, prepared, end = self.get_decoder(), self._precompute(), columns[-1] + 1
+        decoder, end = self.get_decoder(), columns[-1] + 1
+        vocabulary, prepared = Vocabulary(self.base_causallm), self._precompute()
         learned, before = embeds[:, columns], [column - 1 for column in columns]  # (B, K, D)
         options = {"position_ids": positions[:, :end]} if "position_ids" in _accepted(decoder) else {}
         for _ in range(self.config.latent_passes):
@@ -246,20 +250,19 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
                 inputs_embeds=embeds[:, :end], attention_mask=attention_mask[:, :end], use_cache=False, **options
             ).last_hidden_state
             hidden = hidden[:, columns if self.thought.in_place else before]
-            thoughts = self.thought(Seen(hidden, learned, None, prepared)).to(embeds.dtype)  # (B, K, D)
+            thoughts = self.thought(Seen(hidden, learned, None, prepared, vocabulary)).to(embeds.dtype)  # (B, K, D)
             embeds[:, columns] = torch.where(is_latent[:, columns, None], thoughts, learned)
         return embeds
 
     def _precompute(self):
         if type(self.thought).precompute is Thought.precompute:
             return None
-        embed = self.get_input_embeddings()  # called, as some families scale their weights
-        inputs = embed(torch.arange(len(embed.weight), device=embed.weight.device))  # (V, D)
+        inputs = Vocabulary(self.base_causallm).input_embeddings()  # (V, D)
         return self.thought.precompute(inputs, self.get_output_embeddings().weight)
 
     @cached_property
     def _recorder(self):
-        return StreamRecorder(decoder_blocks(self.base_causallm))
+        return Recorder(self.base_causallm)
 
 
 def _accepted(module):

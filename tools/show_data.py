@@ -64,7 +64,7 @@ def show_more(item, config: Config, markers: Markers, tokenizer, coloured: bool 
         return []
     if config.method == "multi_mode":
         return [line for mode in MODES[:-1] for line in sequence(mode, *item[mode])]
-    if config.method == "codi":
+    if config.method in ("codi", "pccot"):
         *_, place, teacher, labels, teacher_place = item
         ids = item[0]
         where = (
@@ -119,7 +119,7 @@ def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool)
         if problem.startswith(("val_path", "model_id")):
             raise UserError(problem.removeprefix("val_path "))
     examples = load_examples(path)
-    from methods import method_of  # torch: seconds
+    from methods import parts_of
     from trainer.pretrained import load_tokenizer, mark
 
     tokenizer = load_tokenizer(config)
@@ -131,7 +131,7 @@ def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool)
         texts = [{**example, "steps": auxiliary.steps(example["steps"])} for example in examples]
         tokens.auxiliary = tokenize(texts, tokenizer, step_separator="")
         tokens.answer_prefix = tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
-    dataset = method_of(config).dataset(tokens, config, markers)
+    dataset = parts_of(config).dataset(tokens, config, markers)
     for number in range(min(n_examples, len(examples))):
         item = dataset[number, stage]
         ids, labels = item["latent"] if config.method == "multi_mode" else item[:2]

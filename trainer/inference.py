@@ -28,7 +28,7 @@ from trainer.checkpoint import DESCRIBED, write_model
 from trainer.evaluate import extract_answer, generate_tokens
 from trainer.pretrained import Pretrained, hub_problem, load_model, not_loadable, read_description
 from trainer.run_folder import HUB_ID, resolve
-from utils import UserError, whole_folder
+from utils import UserError, replaced
 
 TOP = 5  # tokens shown for each thought
 MAX_THOUGHTS = 100_000  # of a model without a longest sequence
@@ -76,7 +76,7 @@ def save(
     default of repo_id is the folder's name. Raises UserError."""
     if not push_to_hub and (hub_options or repo_id):
         raise TypeError(f"{', '.join(['repo_id', *hub_options])} are options of push_to_hub=True")
-    with whole_folder(Path(folder)) as aside:
+    with replaced(Path(folder), ()) as aside:
         write_model(aside, model.config, _pretrained(model), model.stage, model.state_dict())
     if push_to_hub:
         push(model, repo_id or Path(folder).name, **hub_options)

@@ -30,10 +30,11 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+import methods
 from coconut import Coconut
-from config import WITH_LATENTS, Config
+from config import Config, modern
 from curriculum import END, LATENT, START, Markers
-from methods import make_model
+from methods import rules_of
 from methods.sim_cot import SimCot
 from model import lora
 from model.thought import Thought
@@ -51,6 +52,12 @@ class Pretrained(NamedTuple):
     model: Coconut
     tokenizer: PreTrainedTokenizerBase
     markers: Markers
+
+
+def make_model(config: Config, base: PreTrainedModel, markers: Markers) -> Coconut:
+    """A causal LM as the configuration trains it."""
+    tokens, parts = (markers.latent, markers.start, markers.end, markers.eos), methods.parts_of(config)
+    return parts.model(base, *tokens, thought=config.thought, **parts.options)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -101,7 +108,7 @@ def load_model(config: Config, source: Path | None, cached: bool = False) -> Pre
     check_family(model)
     if isinstance(model, SimCot):
         model.attach(_load_step_decoder(config, base, folder, cached), config.step_decoder_weight)
-    lora.apply_lora(base, config.lora_rank, config.lora_alpha, folder)
+    lora.apply_lora(base, config.lora_rank, config.lora_alpha, folder, config.lora_dropout)
     return Pretrained(model, tokenizer, markers)
 
 
@@ -200,7 +207,7 @@ def read_description(folder: Path) -> dict | None:
         problems.append(f"validated_on must be an object, not {description['validated_on']!r}")
     if problems:
         raise UserError(f"{path} is damaged: {'; '.join(problems)}")
-    return description
+    return modern(description)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -296,7 +303,7 @@ def _http_status(error: BaseException | None) -> int | None:
 def mark(tokenizer, method: str) -> Markers:
     """The ids of the markers; a tokenizer without them gets them in the reference's order. All but EOS are None for
     methods without latents."""
-    if method not in WITH_LATENTS:
+    if not rules_of(method).has_latents:
         return Markers(None, None, None, tokenizer.eos_token_id)
     tokenizer.add_tokens([START, END, LATENT])
     start, end, latent = tokenizer.convert_tokens_to_ids([START, END, LATENT])

@@ -1,0 +1,39 @@
+"""The committed tables are what the committed numbers come to."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT, load_script
+
+sys.path.insert(0, str(ROOT / "experiments"))
+from grid_file import read_grid
+
+tables = load_script(ROOT / "experiments" / "tables.py")
+NAMES = sorted(
+    path.stem for path in (ROOT / "results").glob("*.json") if (ROOT / f"experiments/{path.stem}.yaml").exists()
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_table_follows_from_its_numbers(name, monkeypatch):
+    """All of its text does, but for what cheap rules get on the questions, which takes the data."""
+    written = (ROOT / "results" / f"{name}.md").read_text()
+    of_rules = [line for line in written.splitlines() if line.startswith("What cheap rules get")]
+    monkeypatch.setattr(tables, "rules", lambda grid: [*of_rules, ""] if of_rules else [])
+    grid = read_grid(ROOT / "experiments" / f"{name}.yaml")
+    numbers = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    results = {run: numbers[run] for run in grid.runs if run in numbers}
+    command = next(line for line in written.splitlines() if line.startswith("    python experiments/grid.py"))
+    assert tables.as_text(grid, results, command.partition(".yaml")[2]) == written
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_numbers_agree_with_each_other(name):
+    for rows in json.loads((ROOT / "results" / f"{name}.json").read_text()).values():
+        for row in rows:
+            right = tables.answers(row)
+            assert right.mean() == pytest.approx(row["accuracy"])
+            for n in row["by_steps"] if "steps" in row else ():
+                of_steps = [one for one, steps in zip(right, row["steps"].split(), strict=True) if steps == n]
+                assert sum(of_steps) / len(of_steps) == pytest.approx(row["by_steps"][n])
