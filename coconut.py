@@ -76,6 +76,11 @@ class Coconut(nn.Module):
         freeze_unused(base_causallm)
 
     @property
+    def companions(self) -> dict[str, Coconut]:
+        """Models that are trained beside this one, and that belong to the trainer's state: none."""
+        return {}
+
+    @property
     def thinks(self) -> bool:
         """Whether latent positions are fed anything but the latent token's embedding."""
         return self.thought.sequential

@@ -212,7 +212,7 @@ class Config:
     group_by_length: bool = key(
         False, "batches of similar lengths, in random order: less padding (the paper's order is random throughout)"
     )
-    num_workers: int = key(1, "loader processes for each rank; none under a debugger", low=0, free=True)
+    num_workers: int = key(1, "without effect, for older files: a thread makes batches one ahead", low=0, free=True)
 
     # the optimisation
     num_epochs: int = key(50, "epochs in all, counted from epoch 0 of the curriculum", low=1)

@@ -1,99 +1,30 @@
-"""From examples to batches: sequences, padding, this rank's share.
+"""From tokens to batches: sequences of a stage, padding, this rank's share, one batch ahead.
 
 Legend: Q question, S_i written step i, A answer, n number of written steps; B rows of a batch, T columns.
 
-The sequence of a stage is built from the tokens (tokens.py) when it is asked for, so that an epoch starts at once
-whatever the size of the data. Everything random here is a function of (seed, epoch, example): no number of ranks,
-workers or restarts changes it.
-
-All is numpy until the last moment, when `padded` makes tensors: data can be read without waiting for torch.
+The sequence of a stage is built from the tokens (preprocessing/tokens.py) when a batch needs it, so that an epoch
+starts at once whatever the size of the data. Everything random is a function of (seed, epoch, example): no number of
+ranks or restarts changes it. torch is imported late: data can be read without waiting for it.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from config import Config
-from curriculum import (
-    IGNORE,
-    MODES,
-    AuxiliaryTexts,
-    Markers,
-    auxiliary_texts,
-    stage_of_example,
-    thoughts_and_dropped,
-    training_sequence,
-)
-from preprocessing.examples import content_digest, load_examples
-from preprocessing.tokens import ANSWER_PREFIX, Tokens, cache_tokens
-from trainer.distributed import World, ignore_signals, on_main_rank, under_debugger
-from utils import UserError
+from curriculum import IGNORE, Markers, kept_lengths, stage_of_example, thoughts_and_dropped, training_sequence
+from preprocessing.tokens import Tokens
+from utils import under_debugger
 
 if TYPE_CHECKING:
     import torch
-
-DEBUG_EXAMPLES = {"train": 5000, "val": 32}
-
-
-@dataclass
-class Data:
-    """What is trained or evaluated on: tokens of either file, and the examples themselves for the evaluation."""
-
-    val_examples: list[dict]
-    val: Tokens
-    val_digest: str | None = None  # of the file's bytes
-    train: Tokens | None = None
-    train_digest: str | None = None
-
-
-def load_data(config: Config, world: World, tokenizer) -> Data:
-    """Rank 0 tokenizes, or finds the tokens of an earlier run; all ranks map the same files into memory. Collective."""
-    cache = Path(config.save_path) / ".tokens"
-    limits = {"train": config.max_train_examples, "val": config.max_eval_examples}
-    if config.debug:
-        limits = {name: min(limit or DEBUG_EXAMPLES[name], DEBUG_EXAMPLES[name]) for name, limit in limits.items()}
-
-    def tokens_of(path: str, limit: int | None, auxiliary: AuxiliaryTexts | None = None) -> Path:
-        options = {"step_separator": config.step_separator if auxiliary is None else "", "auxiliary": auxiliary}
-        return on_main_rank(world, lambda: cache_tokens(path, tokenizer, cache, limit, **options))
-
-    val = Tokens.open(tokens_of(config.val_path, limits["val"]))
-    # after rank 0 has read them, and complained where there is reason to
-    data = Data(load_examples(config.val_path, limits["val"]), val, content_digest(config.val_path))
-    if not config.only_eval:
-        folder = tokens_of(config.train_path, limits["train"])
-        data.train, data.train_digest = Tokens.open(folder), folder.name
-        if config.max_train_tokens is not None:
-            data.train.leave_out_longer_than(config.max_train_tokens)
-            if len(data.train) == 0:
-                raise UserError(f"max_train_tokens {config.max_train_tokens} leaves no example of {config.train_path}")
-        if (auxiliary := auxiliary_texts(config)) is not None:
-            data.train.auxiliary = Tokens.open(tokens_of(config.train_path, limits["train"], auxiliary))
-            data.train.answer_prefix = tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
-            data.train.auxiliary.chosen = data.train.chosen
-    return data
-
-
-def check_lengths(config: Config, max_positions: int | None, data: Data) -> None:
-    """Raises UserError where an example does not fit the model: better now than in the middle of an epoch."""
-    for path, tokens in ((config.train_path, data.train), (config.val_path, data.val)):
-        if tokens is None or max_positions is None:
-            continue
-        length, index = longest_sequence(tokens, config)
-        if length > max_positions:
-            raise UserError(
-                f"{path}: record {index} (counted from 0) makes {length} tokens, but {config.model_id} has only "
-                f"{max_positions} positions" + ("; see max_train_tokens" if tokens is data.train else "")
-            )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -108,23 +39,34 @@ class StageDataset:
     do (validation).
     """
 
-    # whether batches have `units`: {"auxiliary": over how many things the model's auxiliary loss is a sum}, and with
-    # "loss" how many tokens its loss is a mean of, where it is to be a mean over a whole step's, not a mean of means
+    # whether batches have `loss_counts`: {"auxiliary": the number of terms in the model's auxiliary loss}, and with
+    # "loss" the number of tokens that its loss is a mean of, where it is to be a mean over a whole step's
     counts_loss_terms = False
 
     def __init__(self, tokens: Tokens, config: Config, markers: Markers, epoch: int | None = None):
         self.tokens, self.config, self.markers, self.epoch = tokens, config, markers, epoch
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[int], list[int]]:
+        question, steps, answer = self.tokens[key[0]]
+        return training_sequence(question, steps, answer, self.stage_of(key, len(steps)), self.config, self.markers)
+
+    def stage_of(self, key: tuple[int, int], n_steps: int) -> int:
+        """The stage at which an item, with n_steps written steps, is seen."""
         index, stage = key
-        question, steps, answer = self.tokens[index]
-        if self.epoch is not None:
-            stage = stage_of_example(self.config, stage, self.epoch, index, len(steps))
-        return training_sequence(question, steps, answer, stage, self.config, self.markers)
+        return stage if self.epoch is None else stage_of_example(self.config, stage, self.epoch, index, n_steps)
 
     def collate(self, rows: list[tuple]) -> dict:
         """Items -> the arguments of the model's forward."""
         return collate_for_device(rows, self.markers.eos, self.markers.latent)
+
+    def sequence(self, item) -> tuple[list[int], list[int]]:
+        """(input_ids, labels) of an item, for tools/show_data.py."""
+        return item[:2]
+
+    def others(self, item, words) -> list[str | tuple[str, list[int], list[int]]]:
+        """What an item holds beside it: lines of text, and (title, input_ids, labels) of further sequences. words(ids)
+        is their text."""
+        return []
 
 
 def collate(rows: list[tuple[list[int], list[int]]], pad_token_id: int, latent_token_id: int | None) -> dict:
@@ -209,28 +151,12 @@ def sequence_lengths(tokens: Tokens, config: Config, stage: int) -> np.ndarray:
     n_steps = ends - starts - 2
     by_steps = np.array([thoughts_and_dropped(n, stage, config) for n in range(n_steps.max() + 1)])
     latents, dropped = by_steps[n_steps].T
-    reasoning = tokens.texts[ends - 1] - tokens.texts[starts + 1 + dropped]
-    if config.method == "icot":
-        reasoning = np.maximum(reasoning - stage, 0)
+    reasoning = kept_lengths(tokens.texts[ends - 1] - tokens.texts[starts + 1 + dropped], stage, config)
     question = tokens.texts[starts + 1] - tokens.texts[starts]
     answer = tokens.texts[ends] - tokens.texts[ends - 1] + 1  # EOS
     if config.has_latents and config.latent_markers == "both":
         latents = latents + 2
     return question + latents + reasoning + answer
-
-
-def longest_sequence(tokens: Tokens, config: Config) -> tuple[int, int]:
-    """(length, index in the file) of the longest training sequence of any stage, or of the thoughts that an evaluation
-    forces and an answer."""
-    stages = range(config.last_stage + 1) if config.has_latents or config.method == "no_thoughts" else [0]
-    modes = MODES if config.method == "multi_mode" else [config.mode]
-    of_stages = [sequence_lengths(tokens, replace(config, mode=mode), stage) for mode in modes for stage in stages]
-    if config.eval_latents is not None:
-        forced = replace(config, c_thought=1, max_latent_stage=config.eval_latents, pad_latent_to_max=True)
-        of_stages.append(sequence_lengths(tokens, forced, forced.last_stage))
-    lengths = np.max(of_stages, axis=0)
-    index = int(lengths.argmax())
-    return int(lengths[index]), index if tokens.chosen is None else int(tokens.chosen[index])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -317,56 +243,56 @@ class EpochPlan(Sequence):
         return PlannedStep(mine, len(examples))
 
 
-class PlannedBatches:
-    """A batch sampler: the items of StageDataset that each micro-batch of a plan holds, as they are asked for."""
-
-    def __init__(self, plan: EpochPlan, stages: Sequence[int]):
-        self.plan, self.stages = plan, stages
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for stage, step in zip(self.stages, self.plan, strict=True):
-            for micro in step.micro_batches:
-                yield [(index, stage) for index in micro.indices]
-
-
 @contextmanager
 def batches_of(dataset: StageDataset, plan: EpochPlan, stages: Sequence[int]) -> Iterator[Iterator[dict]]:
-    """The batches of a plan, a micro-batch each, as the dataset collates them; its steps have these `stages`.
-
-    The loader processes end with the context, whatever ends it: left to themselves they would hold up the program's
-    exit for ever, since they do not heed SIGTERM.
-    """
+    """The batches of a plan, a micro-batch each, as the dataset collates them; its steps have these `stages`. A thread
+    makes them one ahead; under a debugger, whose breakpoints it would pass, nothing is ahead. What it raises, the
+    iterator raises."""
     import torch
-    from torch.utils.data import DataLoader
 
-    config = dataset.config
-    loader = DataLoader(
-        dataset,
-        batch_sampler=PlannedBatches(plan, stages),
-        collate_fn=dataset.collate,
-        num_workers=0 if under_debugger() or why_no_loader_processes(config) else config.num_workers,
-        worker_init_fn=ignore_signals,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # the loader draws its workers' seeds: not from the stream that dropout uses
-    )
-    batches = iter(loader)
-    try:
-        yield batches
-    finally:
-        if loader.num_workers:
-            batches._shutdown_workers()  # torch has no public call for this
+    def make(indices: list[int], stage: int) -> dict:
+        batch = dataset.collate([dataset[index, stage] for index in indices])
+        return _map(batch, lambda tensor: tensor.pin_memory()) if torch.cuda.is_available() else batch
+
+    def ahead(pool: ThreadPoolExecutor) -> Iterator[dict]:
+        waiting: deque[Future] = deque()
+        for stage, step in zip(stages, plan, strict=True):
+            for micro in step.micro_batches:
+                waiting.append(pool.submit(make, micro.indices, stage))
+                if len(waiting) > 1:
+                    yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    if under_debugger():
+        yield (
+            make(micro.indices, stage) for stage, step in zip(stages, plan, strict=True) for micro in step.micro_batches
+        )
+        return
+    with ThreadPoolExecutor(1, "batches") as pool:
+        yield ahead(pool)
 
 
-def why_no_loader_processes(config: Config) -> str | None:
-    """Why there can be no loader processes here, whatever num_workers says; None where there can.
+def on_device(batch: dict, device: torch.device) -> dict:
+    """A batch with its tensors on a device, without waiting for them."""
+    return _map(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
-    They hand over their tensors through a socket in the folder for temporary files, whose path the system allows 107
-    characters.
-    """
-    socket_path = os.path.join(tempfile.gettempdir(), "pymp-" + 8 * "x", "listener-" + 8 * "x")
-    if config.num_workers == 0 or len(os.fsencode(socket_path)) <= 107:
-        return None
-    return (
-        f"the folder for temporary files, {tempfile.gettempdir()}, has too long a path for loader processes: batches "
-        f"are made by the ranks themselves; a shorter TMPDIR mends that"
-    )
+
+def _map(batch: dict, function) -> dict:
+    """A batch, and batches within it, with another tensor in place of each."""
+    import torch
+
+    def one(value):
+        if isinstance(value, dict):
+            return _map(value, function)
+        return function(value) if isinstance(value, torch.Tensor) else value
+
+    return {name: one(value) for name, value in batch.items()}
+
+
+def sequences_in(batch: dict) -> Iterator[dict]:
+    """A batch and those within it: some methods see an example more than once."""
+    yield batch
+    for part in batch.values():
+        if isinstance(part, dict) and "input_ids" in part:
+            yield from sequences_in(part)

@@ -19,6 +19,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,9 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import curriculum
 import dataset
-from dataset import EpochPlan, MicroBatch
-from methods import parts_of
-from methods.sim_cot import SimCot
+from dataset import EpochPlan, PlannedStep
 from trainer import checkpoint, evaluate, parallel
 from trainer import distributed as ranks
 from trainer.checkpoint import Progress
@@ -108,8 +107,8 @@ def resume(run: Run, newest: Path | None) -> None:
     seed_everything(run.config.seed, run.world.rank, run.progress.step)
     if newest is not None:
         checkpoint.load_optimizer(newest, run.model, run.optimizer)  # all ranks
-        if isinstance(run.model, SimCot) and not checkpoint.load_step_decoder(newest, run.model):  # all ranks
-            log.info(f"{newest} has no step decoder: it is re-initialised")
+        for name in checkpoint.load_companions(newest, run.model):  # all ranks
+            log.info(f"{newest} has no {name}: it is re-initialised")
         if not checkpoint.load_random_state(newest, run.world):
             log.info("the number of ranks has changed: dropout goes on with new random numbers")
     elif run.config.resume:
@@ -125,7 +124,7 @@ def train_epoch(run: Run, epoch: int) -> int:
     plan = plan_of_epoch(run, epoch, run.world.rank, progress.seen)
     first = n_steps - len(plan)
     stages = [curriculum.stage_of_step(config, epoch, step, n_steps) for step in range(n_steps)]
-    examples = parts_of(config).dataset(run.data.train, config, run.pretrained.markers, epoch)
+    examples = run.parts.dataset(run.data.train, config, run.pretrained.markers, epoch)
     run.wrapped.train()
     title = f"epoch {epoch} stage {curriculum.stage_name(stages[-1])}"
     with (
@@ -138,8 +137,8 @@ def train_epoch(run: Run, epoch: int) -> int:
             if curriculum.should_reset_optimizer(config, epoch, step, n_steps, lambda *place: trained_on(run, *place)):
                 run.optimizer = make_optimizer(run)
             lr = config.lr * curriculum.lr_factor(config, epoch, step, n_steps)
-            loss, _, auxiliary = train_step(run, planned.micro_batches, batches, lr)
-            run.unlogged.append(Step(loss, lr, stages[step], plan.examples(step - first), auxiliary))
+            losses = train_step(run, planned, batches, lr)
+            run.unlogged.append(Step(losses, lr, stages[step], plan.examples(step - first)))
             progress.seen += planned.n_examples
             is_last = step + 1 == n_steps
             save_now = not is_last and config.save_every_steps and progress.step % config.save_every_steps == 0
@@ -172,73 +171,72 @@ def trained_on(run: Run, epoch: int, step: int):
         yield index, run.data.train[index][1]
 
 
-def train_step(
-    run: Run, micro_batches: list[MicroBatch], batches, lr: float
-) -> tuple[torch.Tensor, list, torch.Tensor | None]:
-    """Forward and backward of each micro-batch, then one optimizer step. Gradients meet at the last backward.
-
-    Returns this rank's share of the step's loss, of each micro-batch its examples and its share, and this rank's
-    share of what a method adds to the loss (see `loss_counts_of_step`): scalars that are still on the device.
-    """
-    config, world = run.config, run.world
+def train_step(run: Run, planned: PlannedStep, batches: Iterator[dict], lr: float) -> torch.Tensor:
+    """Forward and backward of each micro-batch, then one optimizer step. Gradients are averaged across ranks in the
+    backward of the last micro-batch. Returns this rank's share of the step's (main, auxiliary) loss, still on the
+    device; of a method without the latter (1,)."""
+    total = torch.zeros(2, device=run.world.device)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    step_loss, auxiliary, passes = torch.zeros((), device=world.device), None, []
-    drawn, units = draw(run, batches, len(micro_batches)), {}
-    if parts_of(config).dataset.counts_loss_terms:
-        drawn = list(drawn)
-        counts = [batch.pop("loss_counts") for batch in drawn]
-        units = loss_counts_of_step(counts, micro_batches, world)  # all ranks
-    for number, (micro, batch) in enumerate(zip(micro_batches, drawn, strict=True)):
-        for name in [name for name in batch if name.endswith("attention_mask")]:  # some methods have several sequences
-            predicted = batch[name.replace("attention_mask", "supervised")]
-            run.throughput.add(batch[name].sum(dim=1).tolist(), len(predicted))
-        for name, value in batch.items():
-            if isinstance(value, torch.Tensor):
-                batch[name] = value.to(world.device, non_blocking=True)
-        with parallel.sync_gradients(run.wrapped, now=number + 1 == len(micro_batches)):
-            with evaluate.autocast(config, world):
+    for number, (batch, weights) in enumerate(weighted_batches(run, planned, batches), start=1):
+        with parallel.sync_gradients(run.wrapped, now=number == len(planned.micro_batches)):
+            with evaluate.autocast(run.config, run.world):
                 output = run.wrapped(**batch)
-            loss, weight = output.loss, micro.weight
-            if "loss" in units:
-                weight = counts[number]["loss"] * (world.size * (micro.weight > 0) / units["loss"])
-            share = loss * weight
+            losses = [output.loss * weights[0]]
             if output.auxiliary is not None:
-                added = output.auxiliary * (world.size * (micro.weight > 0) / units["auxiliary"])
-                share, auxiliary = share + added, (0 if auxiliary is None else auxiliary) + added.detach()
-            share.backward()  # all ranks, where it is the last: gradients are averaged
-        passes.append((micro.indices, share.detach()))
-        step_loss += loss.detach() * weight
-    norm = None
+                losses.append(output.auxiliary * weights[1])
+            sum(losses).backward()  # all ranks, where it is the last
+        for index, loss in enumerate(losses):
+            total[index] += loss.detach()
+    total = total[: len(losses)]
+    update_weights(run, total.sum())
+    return total
+
+
+def weighted_batches(run: Run, planned: PlannedStep, batches: Iterator[dict]) -> Iterator[tuple[dict, tuple]]:
+    """The micro-batches of a step, on the device, with the factors of their (main, auxiliary) losses in the step's: the
+    sum over micro-batches and mean over ranks is then a mean over the step's examples or, where a method counts the
+    terms of its losses (StageDataset.counts_loss_terms), over these."""
+    world, micro_batches = run.world, planned.micro_batches
+    if not run.parts.dataset.counts_loss_terms:
+        for micro in micro_batches:
+            yield next_batch(run, batches), (micro.weight, micro.weight)
+        return
+    drawn = [next_batch(run, batches) for _ in micro_batches]
+    counts = [batch.pop("loss_counts") for batch in drawn]
+    counted = [(count.get("loss", 0), count["auxiliary"]) for count in counts]
+    whole = torch.tensor(
+        [c for c, micro in zip(counted, micro_batches, strict=True) if micro.weight] or [(0, 0)], device=world.device
+    )
+    totals = whole.sum(dim=0).float()
+    dist.all_reduce(totals)  # all ranks
+    totals = totals.clamp(min=1)
+    for batch, count, micro in zip(drawn, counts, micro_batches, strict=True):
+        share = world.size * (micro.weight > 0) / totals  # a rank without examples of its own runs one that counts not
+        yield batch, (count["loss"] * share[0] if "loss" in count else micro.weight, share[1])
+
+
+def next_batch(run: Run, batches: Iterator[dict]) -> dict:
+    """The next micro-batch on the device."""
+    begin = time.perf_counter()
+    batch = next(batches)
+    run.throughput.waiting += time.perf_counter() - begin
+    for sequences in dataset.sequences_in(batch):
+        run.throughput.add(sequences["attention_mask"].sum(dim=1).tolist(), len(sequences["supervised"]))
+    return dataset.on_device(batch, run.world.device)
+
+
+def update_weights(run: Run, loss: torch.Tensor) -> None:
+    """The optimizer's step; none where skip_nonfinite is set and the loss or the gradient is not finite."""
+    config, norm = run.config, None
     if config.max_grad_norm is not None or config.skip_nonfinite:
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
-    whole_loss = step_loss if auxiliary is None else step_loss + auxiliary
-    if config.skip_nonfinite and not parallel.step_is_finite(norm, whole_loss):
+    if config.skip_nonfinite and not parallel.step_is_finite(norm, loss):
         run.progress.skipped += 1
     else:
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.progress.step += 1
-    return step_loss, passes, auxiliary
-
-
-def draw(run: Run, batches, count: int):
-    """The next so many batches, each when it is asked for."""
-    for _ in range(count):
-        begin = time.perf_counter()
-        batch = next(batches)
-        run.throughput.waiting += time.perf_counter() - begin
-        yield batch
-
-
-def loss_counts_of_step(counts: list[dict], micro_batches: list[MicroBatch], world: World) -> dict[str, torch.Tensor]:
-    """The units of a step's batches (see StageDataset) on all ranks, scalars on the device and at least 1: with them a
-    loss is a mean whatever rank or micro-batch its parts are in. Collective."""
-    taken = [count for count, micro in zip(counts, micro_batches, strict=True) if micro.weight]
-    names = list(counts[0])
-    totals = torch.tensor([float(sum(count[name] for count in taken)) for name in names], device=world.device)
-    dist.all_reduce(totals)  # all ranks
-    return dict(zip(names, totals.clamp(min=1), strict=True))
 
 
 def log_steps(run: Run, epoch: int) -> float:
@@ -247,8 +245,7 @@ def log_steps(run: Run, epoch: int) -> float:
 
     Raises UserError on every rank where one is not finite, unless skip_nonfinite is set. Collective.
     """
-    values = [(step.loss, *(() if step.auxiliary is None else (step.auxiliary,))) for step in run.unlogged]
-    losses = torch.stack([torch.stack(value) for value in values])  # (steps, 1), with an auxiliary loss (steps, 2)
+    losses = torch.stack([step.losses for step in run.unlogged])  # (steps, 1), with an auxiliary loss (steps, 2)
     dist.all_reduce(losses)  # all ranks: each holds its share of every step's loss
     losses = (losses / run.world.size).tolist()
     speed = run.throughput.report(run.world.size)  # all ranks
@@ -291,15 +288,16 @@ def validate(run: Run, epoch: int, stage: int) -> tuple[dict, list[dict]]:
     if run.config.skip_nonfinite:
         trained["skipped"] = progress.skipped
     parallel.gather_weights(run.model)  # all ranks: what follows they do at their own pace
-    metrics, predictions = evaluate.evaluate_modes(run.pretrained, run.data, stage, run.config, run.world)
+    validate_epoch = run.parts.validate or evaluate.evaluate
+    metrics, predictions = validate_epoch(run.pretrained, run.data, stage, run.config, run.world)  # all ranks
     metrics = {"epoch": epoch, "stage": stage, **trained, **metrics}
     with ranks.agree(run.world):  # all ranks
         if run.world.is_main:
             run.logger.log("epoch", step=progress.step, **metrics)
-    modes = ", ".join(f"{m} {metrics[f'accuracy_{m}']:.1%}" for m in curriculum.MODES if f"accuracy_{m}" in metrics)
+    parts = ", ".join(f"{key[9:]} {value:.1%}" for key, value in metrics.items() if key.startswith("accuracy_"))
     log.info(
         f"epoch {epoch:3} stage {curriculum.stage_name(stage)}: train loss {metrics['train_loss']:.4f}, "
-        f"validation loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.1%}{modes and f' ({modes})'}, "
+        f"validation loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.1%}{parts and f' ({parts})'}, "
         f"tokens {metrics['generated_tokens']:.1f}, {metrics['train_seconds']:.0f} s + {metrics['seconds']:.0f} s"
     )
     return metrics, predictions

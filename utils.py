@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -101,6 +102,14 @@ def seed_everything(*entropy: int) -> None:
     random.seed(int(words[0]))
     np.random.seed(words[1])
     torch.manual_seed(int(words[2]))
+
+
+def under_debugger() -> bool:
+    """Whether a debugger watches this process, or has started it (python -m pdb, IPython's %run -d)."""
+    monitoring = getattr(sys, "monitoring", None)  # what debuggers use from Python 3.12 on
+    if sys.gettrace() is not None or (monitoring and monitoring.get_tool(monitoring.DEBUGGER_ID)):
+        return True
+    return any(frame.f_globals.get("__name__") == "bdb" for frame, _ in traceback.walk_stack(None))
 
 
 def why_unreadable(path: Path | str) -> str | None:

@@ -27,7 +27,7 @@ import importlib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -62,13 +62,22 @@ def key(
     return dataclasses.field(default=default, metadata={"help": text, "empty": empty, **limits})
 
 
+class Texts(typing.NamedTuple):
+    """Other texts in place of an example's steps, and what names their tokens in the cache."""
+
+    name: dict
+    steps: Callable[[Sequence[str]], list[str]]
+
+
 class Method:
-    """What a method is, without torch. Its own keys are annotated fields made by `key`."""
+    """What a method is, without torch. Its own keys are annotated fields made by `key`; a static function that is
+    named as one of curriculum.py's `@replaceable` functions takes its place."""
 
     has_latents = False  # whether its sequences have latent positions
     has_stages = True  # where not, its latents are always those of the last stage
     variant_of: str | None = None  # the method with the same sequences, as which checkpoints and results recorded it
     needs: tuple[str, ...] = ()  # other files of this folder
+    n_companions = 0  # models of the same size that are trained beside it
     defaults: typing.ClassVar[dict] = {}  # of any keys, where it is chosen by its name
 
     @staticmethod
@@ -76,6 +85,21 @@ class Method:
         """What is impossible about a config.Config, a sentence each; called whatever the method, for a key of this one
         may be set under another."""
         return []
+
+    @staticmethod
+    def texts(config) -> Texts | None:
+        """Other texts of each example that are tokenized too, as `tokens.auxiliary`."""
+        return None
+
+    @staticmethod
+    def variants(config) -> list:
+        """The configurations of all sequences that a training step sees of an example."""
+        return [config]
+
+    @staticmethod
+    def output(tokens: list[int], markers) -> list[int]:
+        """What of generated tokens is the model's output."""
+        return tokens
 
     @staticmethod
     def options(config) -> dict:
@@ -150,26 +174,7 @@ def thoughts() -> Iterator[tuple[str, str, str]]:
                     yield call.args[0].value, takes, f"methods.{module}"
 
 
-class Parts(typing.NamedTuple):
-    """What a configuration trains: a subclass of Coconut with options of its own, and one of StageDataset."""
-
-    model: type
-    options: dict
-    dataset: type
-
-
-def parts_of(config) -> Parts:
-    """The parts of config.method, with those that are mixed in; in an eval-only run what a method adds in training is
-    left out. Imports torch."""
-    from coconut import Coconut
-    from dataset import StageDataset
-
-    own = None if config.only_eval or config.method in CORE else importlib.import_module(f"methods.{config.method}")
-    model, dataset = getattr(own, "MODEL", Coconut), getattr(own, "DATASET", StageDataset)
-    options = config.rules.options(config) if own is not None else {}
-    for name, rules in all_rules().items():
-        if rules.mixes_in(config):
-            other = importlib.import_module(f"methods.{name}").MODEL
-            model = model if issubclass(model, other) else type(model.__name__, (model, other), {})
-            options |= rules.options(config)
-    return Parts(model, options, dataset)
+def implementation(name: str) -> types.ModuleType:
+    """The whole file of a method, which imports torch. It may define MODEL, a subclass of Coconut; DATASET, one of
+    StageDataset; and `validate`, with the arguments of trainer.evaluate.evaluate."""
+    return importlib.import_module(f"methods.{name}")

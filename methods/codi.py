@@ -16,8 +16,15 @@ Legend: B rows, T columns of a batch, D hidden size, L decoder blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import methods
-from methods import LARGEST_FACTOR, key
+from methods import LARGEST_FACTOR, Texts, key
+
+
+def teacher_steps(steps: Sequence[str]) -> list[str]:
+    """The reasoning of the teacher as one text: all steps but the last, joined by blanks."""
+    return [" ".join(steps[:-1])] if len(steps) > 1 else []
 
 
 class Method(methods.Method):
@@ -30,6 +37,10 @@ class Method(methods.Method):
         high=LARGEST_FACTOR,
         later=True,
     )
+
+    @staticmethod
+    def texts(config) -> Texts:
+        return Texts({"teacher": "all steps but the last, blanks between them"}, teacher_steps)
 
     @staticmethod
     def options(config) -> dict:
@@ -65,6 +76,12 @@ class TaughtDataset(StageDataset):
         )
         student_position, position = (len(ids) - 1 - len(answer) + shared - 1 for ids in (input_ids, teacher))
         return input_ids, labels, student_position, teacher, [IGNORE] * len(question) + written, position
+
+    def others(self, item: tuple, words) -> list:
+        ids, _, position, teacher, labels, teacher_position = item
+        pair = f"{words(ids[position : position + 1])!r}, before {words(ids[position + 1 : position + 2])!r}"
+        where = f"  compared: the states at {pair}, columns {position} and {teacher_position}"
+        return [("teacher", teacher, labels), where]
 
     def collate(self, rows: list[tuple]) -> dict:
         """`StageDataset.collate`, with the arguments of `Codi.forward`."""

@@ -86,6 +86,13 @@ class LabelledDataset(StageDataset):
         n_latents = input_ids.count(self.markers.latent)
         return input_ids, labels, latent_labels(self.tokens[key[0]][1], n_latents, self.config.c_thought)
 
+    def others(self, item: tuple, words) -> list:
+        at: dict[int, list[str]] = {}
+        for index, token in item[2]:
+            at.setdefault(index, []).append(words([token]))
+        names = {index: f"latent {index}" if index else "before latent 1" for index in at}
+        return [f"  {names[index]} predicts: {' and '.join(texts)}" for index, texts in sorted(at.items())]
+
     def collate(self, rows: list[tuple]) -> dict:
         """`StageDataset.collate`, with the arguments of `Lotus.forward`, and the tokens of either loss."""
         batch = super().collate([(input_ids, labels) for input_ids, labels, _ in rows])

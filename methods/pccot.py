@@ -32,6 +32,10 @@ class Method(methods.Method):
         return [f"distilled_layers is for method pccot, not {config.method}"] if wrong else []
 
     @staticmethod
+    def texts(config):
+        return methods.rules_of("codi").texts(config)
+
+    @staticmethod
     def options(config) -> dict:
         first = {"all": 0, "blocks": 1}[config.distilled_layers]
         return {"distillation": config.distillation, "first_layer": first}

@@ -12,12 +12,38 @@ the longest text, S tokens that are predicted.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import methods
-from methods import LARGEST_FACTOR, key
+from methods import LARGEST_FACTOR, Texts, key
+
+
+def step_targets(steps: Sequence[str], max_latent_stage: int) -> list[str]:
+    """The texts that groups of thoughts stand for: each of the first max_latent_stage steps; and where there are more,
+    at last the text of the last group once no step is written any more, this step and all further ones, a newline
+    between them."""
+    if not max_latent_stage:
+        return []
+    more = ["\n".join(steps[max_latent_stage - 1 :])] if len(steps) > max_latent_stage else []
+    return [*steps[:max_latent_stage], *more]
+
+
+def explanations(
+    texts: Sequence[Sequence[int]], answer: Sequence[int], n_latents: int, stage: int, config
+) -> list[Sequence[int] | None]:
+    """The tokens that each group of a row's latents stands for at a stage, without EOS, or None; `texts` are those of
+    `step_targets`."""
+    last = config.max_latent_stage
+    surplus = answer if config.step_decoder_surplus == "answer" else None
+    own = list(texts[:last])
+    if stage > last and len(texts) > last:
+        own[-1] = texts[last]
+    return [own[group] if group < len(own) else surplus for group in range(n_latents // config.c_thought)]
 
 
 class Method(methods.Method):
     has_latents = True
+    n_companions = 1
     variant_of = "coconut"
     defaults = {"step_decoder": "pretrained", "c_thought": 2, "max_latent_stage": 5, "epochs_per_stage": 3}
     step_decoder: str = key(
@@ -54,6 +80,15 @@ class Method(methods.Method):
         return found
 
     @staticmethod
+    def texts(config) -> Texts:
+        n_groups = config.max_latent_stage
+        return Texts({"step targets": n_groups}, lambda steps: step_targets(steps, n_groups))
+
+    @staticmethod
+    def options(config) -> dict:
+        return {"step_decoder_weight": config.step_decoder_weight}
+
+    @staticmethod
     def older(values: dict) -> None:
         """Method coconut with a step decoder."""
         if values.get("method", "coconut") == "coconut" and values.get("step_decoder", "none") != "none":
@@ -64,12 +99,15 @@ class Method(methods.Method):
 # With torch
 # ---------------------------------------------------------------------------------------------------------------
 
+import copy
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedModel
 
 from coconut import Coconut, CoconutOutput
-from curriculum import explanations
 from dataset import StageDataset, padded
+from model import lora
 
 
 class ExplainedDataset(StageDataset):
@@ -82,7 +120,12 @@ class ExplainedDataset(StageDataset):
         input_ids, labels = super().__getitem__(key)
         _, texts, answer = self.tokens.auxiliary[key[0]]
         n_latents = input_ids.count(self.markers.latent)
-        return input_ids, labels, explanations(texts, answer, n_latents, self.config)
+        stage = self.stage_of(key, n_steps=len(self.tokens[key[0]][1]))
+        return input_ids, labels, explanations(texts, answer, n_latents, stage, self.config)
+
+    def others(self, item: tuple, words) -> list:
+        size, targets = self.config.c_thought, ["nothing" if text is None else words(text) for text in item[2]]
+        return [f"  latents {k * size + 1} to {k * size + size} stand for: {text}" for k, text in enumerate(targets)]
 
     def collate(self, rows: list[tuple]) -> dict:
         """`StageDataset.collate`, with the arguments of `SimCot.forward`, and `loss_counts`: the number of groups.
@@ -148,16 +191,28 @@ class StepDecoder(Coconut):
 
 
 class SimCot(Coconut):
-    """Coconut with a step decoder, once `attach` has given it one."""
+    """Coconut with a step decoder, in training; step_decoder_weight: of its loss beside that of the answer."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, step_decoder_weight: float = 1.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.step_decoder: StepDecoder | None = None
-        self.step_decoder_weight = 1.0
+        self.step_decoder_weight = step_decoder_weight
 
-    def attach(self, base: PreTrainedModel, weight: float) -> None:
-        """base: the decoder's causal LM; weight: of its loss beside that of the answer."""
-        self.step_decoder, self.step_decoder_weight = StepDecoder(base, self.eos_token_id), weight
+    @property
+    def companions(self) -> dict[str, Coconut]:
+        return {} if self.step_decoder is None else {"step_decoder": self.step_decoder}
+
+    def add_companion(self, base: PreTrainedModel) -> None:
+        self.step_decoder = StepDecoder(base, self.eos_token_id)
+
+    def load_companion(self, config, folder: Path | None, load: Callable[[str], PreTrainedModel]) -> None:
+        """A causal LM with weights of its own; a pretrained one has no rows for the markers."""
+        if config.step_decoder == "copy":
+            base = copy.deepcopy(self.base_causallm)
+            lora.apply_lora(base, None, 0, folder)  # a base with updates is copied with them in its weights
+        else:
+            base = load(config.model_id)
+        self.add_companion(base)
 
     def forward(
         self,

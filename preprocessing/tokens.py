@@ -15,7 +15,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from curriculum import END, LATENT, START, AuxiliaryTexts
+from curriculum import END, LATENT, START
+from methods import Texts
 from preprocessing.examples import load_examples
 from utils import UserError, progress_bar, retried, sync_to_disk, writing
 
@@ -35,7 +36,7 @@ class Tokens:
     def __init__(self, ids: np.ndarray, texts: np.ndarray, examples: np.ndarray):
         self.ids, self.texts, self.examples = ids, texts, examples
         self.chosen: np.ndarray | None = None  # where examples are left out, the numbers of the others
-        self.auxiliary: Tokens | None = None  # of curriculum.auxiliary_texts: with other texts in place of the steps
+        self.auxiliary: Tokens | None = None  # of Method.texts: with other texts in place of the steps
         self.answer_prefix: list[int] = []  # what stands before the answer itself, where a method asks for it
 
     def __len__(self) -> int:
@@ -149,7 +150,7 @@ def cache_tokens(
     limit: int | None = None,
     show_progress: bool = True,
     step_separator: str = "\n",
-    auxiliary: AuxiliaryTexts | None = None,
+    auxiliary: Texts | None = None,
 ) -> Path:
     """Tokenizes the data file `path` into a folder under `folder`, unless it is there already; returns that folder.
 

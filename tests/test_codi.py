@@ -10,7 +10,6 @@ from test_run import place as place  # a fixture
 from test_sim_cot import MARKERS, make_tokens
 
 from config import Config
-from curriculum import auxiliary_texts
 from methods.codi import Codi, TaughtDataset
 from preprocessing.tokens import tokenize
 from trainer.pretrained import load_model
@@ -25,7 +24,7 @@ def make_codi(family: str, tied: bool, thought: str) -> Codi:
 
 def make_dataset(config: Config, n_steps: list[int]) -> tuple[TaughtDataset, list[dict]]:
     examples, tokens, words = make_tokens(n_steps, 2)
-    told = [{**example, "steps": auxiliary_texts(config).steps(example["steps"])} for example in examples]
+    told = [{**example, "steps": config.rules.texts(config).steps(example["steps"])} for example in examples]
     tokens.auxiliary = tokenize(told, words, step_separator="")
     tokens.answer_prefix = words(["### "])["input_ids"][0]
     return TaughtDataset(tokens, config, MARKERS, epoch=0), examples

@@ -1,6 +1,8 @@
 """Batches, shares of the ranks, the token cache, data files."""
 
 import json
+import threading
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -19,18 +21,10 @@ from curriculum import (
     Markers,
     training_sequence,
 )
-from dataset import (
-    EpochPlan,
-    PlannedBatches,
-    StageDataset,
-    collate,
-    collate_prompts,
-    example_order,
-    longest_sequence,
-    sequence_lengths,
-)
+from dataset import EpochPlan, StageDataset, batches_of, collate, collate_prompts, example_order, sequence_lengths
 from preprocessing.examples import load_examples
 from preprocessing.tokens import Tokens, cache_tokens, tokenize
+from trainer.data import longest_sequence
 from utils import UserError
 
 M = Markers(start=90, latent=91, end=92, eos=99)
@@ -131,12 +125,46 @@ def test_the_rest_of_an_epoch_neither_repeats_nor_skips(world_after):
     assert sorted(indices) == list(range(61))
 
 
-def test_batches_come_as_planned():
+class Recorded:
+    """A dataset that notes what is made of it, and when."""
+
+    def __init__(self, fails_at: int | None = None):
+        self.collated, self.fails_at = [], fails_at
+
+    def __getitem__(self, key):
+        if key[0] == self.fails_at:
+            raise MemoryError(f"item {key[0]}")
+        return key
+
+    def collate(self, rows):
+        self.collated.append(rows)
+        return {"rows": rows}
+
+
+def test_batches_come_as_planned_one_ahead():
     config = Config(batch_size_training=4, gradient_accumulation_steps=2)
     plan = EpochPlan(np.arange(11), config, 0, 1)
     assert [step.n_examples for step in plan] == [8, 3]
     wanted = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
-    assert list(PlannedBatches(plan, [5, 6])) == [[(i, 5 + (i > 7)) for i in indices] for indices in wanted]
+    recorded, found = Recorded(), []
+    with batches_of(recorded, plan, [5, 6]) as batches:
+        for number, batch in enumerate(batches):
+            found.append(batch["rows"])
+            assert len(recorded.collated) <= number + 2
+    assert found == [[(i, 5 + (i > 7)) for i in indices] for indices in wanted]
+
+
+def test_what_fails_in_a_batch_ends_the_loop_and_leaves_no_thread():
+    """F0: an exception in a loader process was waited for for ever."""
+    plan = EpochPlan(np.arange(11), Config(batch_size_training=4), 0, 1)
+    found = []
+    with pytest.raises(MemoryError, match="item 6"), batches_of(Recorded(fails_at=6), plan, [0, 0, 0]) as batches:
+        found += batches
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+    with suppress(RuntimeError), batches_of(Recorded(), plan, [0, 0, 0]) as batches:
+        next(batches)
+        raise RuntimeError("in the loop")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():

@@ -2,21 +2,16 @@
 
 import contextlib
 import fcntl
-import multiprocessing
 import os
 import subprocess
 import sys
-import tempfile
 import time
 
 import pytest
 from conftest import ROOT
 from test_faults import processes_of
-from test_run import epochs, main
 from test_run import place as place  # a fixture
 
-import run as run_module
-from config import Config
 from trainer import distributed as ranks
 from trainer.distributed import World
 from utils import UserError, retried
@@ -65,10 +60,10 @@ def launch(script, *arguments, n_ranks: int = 0, **options) -> subprocess.Comple
 @pytest.mark.slow
 @pytest.mark.parametrize("n_ranks", [0, 2])
 def test_any_exception_ends_the_job_at_once(place, tmp_path, n_ranks):
-    """F0: the rank waited for ever for a loader process that does not heed SIGTERM, and held GPU and lock."""
+    """F0: the rank waited for ever for a process that made its batches, and held GPU and lock."""
     name = f"memory-{n_ranks}"
     (tmp_path / "job.py").write_text(OUT_OF_MEMORY)
-    overrides = (*SHORT, f"name={name}", "num_workers=2")
+    overrides = (*SHORT, f"name={name}")
     done = launch(tmp_path / "job.py", ROOT / "run.py", place / "run.yaml", *overrides, n_ranks=n_ranks)
     assert done.returncode == 1, done.stderr[-3000:]
     assert "OutOfMemoryError: CUDA out of memory" in done.stderr
@@ -81,20 +76,6 @@ def test_any_exception_ends_the_job_at_once(place, tmp_path, n_ranks):
     assert not processes_of(place, name)
 
 
-def test_an_exception_in_the_loop_takes_the_loader_processes_along(place, monkeypatch):
-    """F0, for whoever calls main() and ends as Python does."""
-
-    def failing(*_):
-        assert multiprocessing.active_children()
-        raise RuntimeError("no")
-
-    monkeypatch.setattr(run_module, "train_step", failing)
-    config = Config.from_file(place / "run.yaml", [*SHORT, "name=loader", "num_workers=2"])
-    with pytest.raises(RuntimeError):
-        run_module.main(config)
-    assert not multiprocessing.active_children()
-
-
 def test_a_hanging_exit_handler_does_not_keep_a_rank(tmp_path):
     """A tracker's, for example."""
     (tmp_path / "job.py").write_text(
@@ -105,15 +86,6 @@ def test_a_hanging_exit_handler_does_not_keep_a_rank(tmp_path):
         "ranks.run_main(lambda: 7)\n"
     )
     assert launch(tmp_path / "job.py").returncode == 7
-
-
-def test_a_long_path_for_temporary_files(place, tmp_path, monkeypatch, capsys):
-    """F2: "AF_UNIX path too long" in the loader process, and the rank waited for ever."""
-    folder = tmp_path / ("x" * 90)
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    assert len(epochs(main(place, *SHORT, "name=long-path", "num_workers=1"))) == 1
-    assert "has too long a path for loader processes" in capsys.readouterr().err
 
 
 SLOW = """

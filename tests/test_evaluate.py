@@ -12,9 +12,10 @@ from tokenizers import normalizers, pre_tokenizers
 from coconut import Coconut
 from config import Config
 from curriculum import Markers
-from dataset import Data, StageDataset, collate
+from dataset import StageDataset, collate
 from preprocessing.tokens import tokenize
 from tools.evaluate import main
+from trainer.data import Data
 from trainer.evaluate import (
     as_files,
     evaluate,

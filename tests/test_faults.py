@@ -265,36 +265,6 @@ def test_a_run_goes_on_with_another_number_of_ranks(place, here, before, after):
     assert max((found[n] - begun[n]).abs().max() for n in begun if begun[n].shape == found[n].shape) > 1e-3
 
 
-FORK = """
-import hashlib
-import os
-import threading
-
-from trainer.distributed import cleanup_distributed, setup_distributed
-
-setup_distributed()
-busy = threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"", b"", 200_000))  # without the GIL
-busy.start()
-was_busy = busy.is_alive()
-child = os.fork()
-if child == 0:
-    os._exit(0)
-os.waitpid(child, 0)
-print(was_busy, busy.is_alive())
-cleanup_distributed()
-"""
-
-
-@pytest.mark.slow
-def test_a_rank_forks_only_while_its_other_threads_are_quiet(tmp_path):
-    """A loader process that is forked while a thread of gloo holds a lock of the interpreter never starts."""
-    (tmp_path / "fork.py").write_text(FORK)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(tmp_path / "fork.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
-    assert done.stdout.split() == ["True", "False"], done.stdout + done.stderr[-3000:]
-
-
 PROBE = """
 import atexit
 import os

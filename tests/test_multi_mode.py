@@ -13,8 +13,8 @@ from test_sim_cot import MARKERS, make_tokens
 
 from coconut import Coconut
 from config import Config
-from curriculum import IGNORE, MODES, prompt, training_sequence
-from methods.multi_mode import ModesDataset, MultiMode
+from curriculum import IGNORE, prompt, training_sequence
+from methods.multi_mode import MODES, ModesDataset, MultiMode
 from tools import generate
 from trainer import run_folder as load_path
 

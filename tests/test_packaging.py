@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from trainer.distributed import under_debugger
+from utils import under_debugger
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -105,8 +105,8 @@ def test_a_new_method_trains_and_continues_as_the_docs_have_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_breakpoints_in_the_data_are_met_without_a_loader_process(tmp_path):
-    """A loader process would never stop at them."""
+def test_breakpoints_in_the_data_are_met(tmp_path):
+    """A thread would never stop at them."""
     assert not under_debugger()
     examples = arithmetic.make_splits({"train": 16}, base=5)["train"]
     (tmp_path / "data.json").write_text(json.dumps(examples))

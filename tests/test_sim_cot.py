@@ -12,8 +12,8 @@ from test_run import place as place  # a fixture
 
 import run
 from config import Config
-from curriculum import Markers, explanations, step_targets
-from methods.sim_cot import ExplainedDataset, SimCot, StepDecoder
+from curriculum import Markers
+from methods.sim_cot import ExplainedDataset, SimCot, StepDecoder, explanations, step_targets
 from preprocessing.tokens import tokenize
 from trainer.pretrained import load_model
 from utils import UserError
@@ -37,14 +37,14 @@ def make_tokens(n_steps: list[int], max_latent_stage: int):
         {"question": text(1, 9), "steps": [text(1, 5) for _ in range(n)], "answer": text(1, 3)} for n in n_steps
     ]
     tokens = tokenize(examples, words)
-    told = [{**example, "steps": step_targets(example["steps"], max_latent_stage)} for example in examples]
-    tokens.auxiliary = tokenize(told, words, step_separator="")
+    texts = [{**example, "steps": step_targets(example["steps"], max_latent_stage)} for example in examples]
+    tokens.auxiliary = tokenize(texts, words, step_separator="")
     return examples, tokens, words
 
 
 def make_model(family: str, tied: bool, weight: float = 1.0) -> SimCot:
-    model = SimCot(tiny_base(family, tied), LATENT, START, END, EOS)
-    model.attach(tiny_base(family, tied, seed=5), weight)
+    model = SimCot(tiny_base(family, tied), LATENT, START, END, EOS, step_decoder_weight=weight)
+    model.add_companion(tiny_base(family, tied, seed=5))
     return model.train()
 
 
@@ -117,17 +117,22 @@ class SimpleModel:
 
 
 def test_what_thoughts_stand_for():
+    """The last group explains further steps only where none is written any more (it did so at its own stage too)."""
     assert step_targets(["a", "b"], 3) == ["a", "b"]
     assert step_targets(["a", "b", "c"], 3) == ["a", "b", "c"]
-    assert step_targets(["a", "b", "c", "d"], 2) == ["a", "b\nc\nd"]
-    assert step_targets(["a", "b"], 1) == ["a\nb"]
+    assert step_targets(["a", "b", "c", "d"], 2) == ["a", "b", "b\nc\nd"]
+    assert step_targets(["a", "b"], 1) == ["a", "a\nb"]
     assert step_targets(["a", "b"], 0) == []
+    three, config = [[5], [6], [6, 10, 7]], Config(max_latent_stage=2)  # steps 5, 6, 7
+    assert explanations(three, [8], 1, 1, config) == [[5]]
+    assert explanations(three, [8], 2, 2, config) == [[5], [6]]
+    assert explanations(three, [8], 2, 3, config) == [[5], [6, 10, 7]]
     texts, answer = [[5], [6, 7]], [8, 9]
     config = Config(c_thought=2, step_decoder_surplus="answer")
-    assert explanations(texts, answer, 2, config) == [[5]]
-    assert explanations(texts, answer, 8, config) == [[5], [6, 7], [8, 9], [8, 9]]
-    assert explanations(texts, answer, 6, Config(c_thought=2, step_decoder_surplus="none")) == [[5], [6, 7], None]
-    assert explanations(texts, answer, 0, config) == []
+    assert explanations(texts, answer, 2, 1, config) == [[5]]
+    assert explanations(texts, answer, 8, 4, config) == [[5], [6, 7], [8, 9], [8, 9]]
+    assert explanations(texts, answer, 6, 3, Config(c_thought=2, step_decoder_surplus="none")) == [[5], [6, 7], None]
+    assert explanations(texts, answer, 0, 0, config) == []
 
 
 def test_a_step_is_said_without_its_newline_and_all_further_ones_by_the_last_thoughts():
@@ -157,7 +162,7 @@ def test_the_decoder_has_no_dropout_and_evaluation_has_no_decoder():
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
-    model.attach(base, 1.0)
+    model.add_companion(base)
     assert model.train().training
     assert not any(module.training for module in model.step_decoder.modules())
     assert model(torch.tensor([[5, 6, LATENT, 7]]), labels=torch.tensor([[-100, -100, -100, 7]])).auxiliary is None

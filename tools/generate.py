@@ -21,7 +21,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from curriculum import MODES
 from trainer.run_folder import check_checkpoint
 from utils import UserError, parse_json, print_error
 
@@ -43,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("question", nargs="?")
     parser.add_argument("--file", type=Path, help="questions: a JSON list as in data/, or lines of text or JSON")
     parser.add_argument("--thoughts", type=int, metavar="K", help="latent thoughts (default: as in training)")
-    parser.add_argument("--mode", choices=MODES, help="of a model of method multi_mode (default: latent)")
+    parser.add_argument("--mode", help="of a model that was trained in several (default: latent)")
     parser.add_argument("--show-thoughts", action="store_true", help="the likeliest tokens at each thought")
     parser.add_argument("--sample", action="store_true", help="sample instead of greedy decoding")
     parser.add_argument("--temperature", type=float, default=1.0, help="with --sample (default: %(default)s)")

@@ -15,7 +15,7 @@ from itertools import groupby
 import numpy as np
 
 from config import Config
-from curriculum import IGNORE, LATENT, MODES, Markers, auxiliary_texts, stage_of, training_sequence
+from curriculum import IGNORE, LATENT, Markers, stage_of, training_sequence
 from preprocessing.examples import load_examples
 from preprocessing.tokens import ANSWER_PREFIX, Tokens, markers_of, tokenize
 from utils import UserError, print_error, print_result
@@ -52,37 +52,16 @@ def show_sequence(
     return lines
 
 
-def show_more(item, config: Config, markers: Markers, tokenizer, coloured: bool = False) -> list[str]:
-    """Lines of text for what an item of the method's dataset holds beside the sequence: the method's own targets."""
-
-    def sequence(title: str, ids: list[int], labels: list[int]) -> list[str]:
-        return [f"  {title}:", *show_sequence(ids, labels, markers, tokenizer, coloured)]
-
-    def words(ids: list[int]) -> str:
-        return "|".join(tokenizer.decode([token]) for token in ids).replace("\n", "⏎")
-
-    if config.only_eval:
-        return []
-    if config.method == "multi_mode":
-        return [line for mode in MODES[:-1] for line in sequence(mode, *item[mode])]
-    if config.method in ("codi", "pccot"):
-        *_, place, teacher, labels, teacher_place = item
-        ids = item[0]
-        where = (
-            f"  compared: the states at {words(ids[place : place + 1])!r}, before {words(ids[place + 1 : place + 2])!r}"
-        )
-        return [*sequence("teacher", teacher, labels), f"{where}, columns {place} and {teacher_place}"]
-    if config.step_decoder != "none":
-        size = config.c_thought
-        targets = ["nothing" if text is None else words(text) for text in item[2]]
-        return [f"  latents {k * size + 1} to {k * size + size} stand for: {text}" for k, text in enumerate(targets)]
-    if config.latent_labels:
-        at: dict[int, list[str]] = {}
-        for index, token in item[2]:
-            at.setdefault(index, []).append(words([token]))
-        names = {index: f"latent {index}" if index else "before latent 1" for index in at}
-        return [f"  {names[index]} predicts: {' and '.join(texts)}" for index, texts in sorted(at.items())]
-    return []
+def show_others(others: list, markers: Markers, tokenizer, coloured: bool = False) -> list[str]:
+    """Lines of text for what an item of the method's dataset holds beside the sequence: StageDataset.others."""
+    lines = []
+    for other in others:
+        if isinstance(other, str):
+            lines.append(other)
+        else:
+            title, ids, labels = other
+            lines += [f"  {title}:", *show_sequence(ids, labels, markers, tokenizer, coloured)]
+    return lines
 
 
 def length_table(tokens: Tokens, stage: int, config: Config, markers: Markers) -> list[str]:
@@ -120,25 +99,28 @@ def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool)
         if problem.startswith(("val_path", "model_id")):
             raise UserError(problem.removeprefix("val_path "))
     examples = load_examples(path)
-    from methods import parts_of
-    from trainer.pretrained import load_tokenizer, mark
+    from trainer.pretrained import load_tokenizer, mark, parts_of
 
     tokenizer = load_tokenizer(config)
     markers = mark(tokenizer, config.method)
     shown = len(examples) > 20_000
     tokens = tokenize(examples, tokenizer, shown, config.step_separator, path, markers_of(tokenizer))
     lines = [f"{path}: {len(examples):,} examples; method {config.method}, stage {stage}, model {config.model_id}"]
-    if (auxiliary := auxiliary_texts(config)) is not None:
+    if (auxiliary := config.rules.texts(config)) is not None:
         texts = [{**example, "steps": auxiliary.steps(example["steps"])} for example in examples]
         tokens.auxiliary = tokenize(texts, tokenizer, step_separator="")
         tokens.answer_prefix = tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
     dataset = parts_of(config).dataset(tokens, config, markers)
+
+    def words(ids: list[int]) -> str:
+        return "|".join(tokenizer.decode([token]) for token in ids).replace("\n", "⏎")
+
     for number in range(min(n_examples, len(examples))):
         item = dataset[number, stage]
-        ids, labels = item["latent"] if config.method == "multi_mode" else item[:2]
+        ids, labels = dataset.sequence(item)
         lines += ["", f"example {number}: {len(ids)} tokens"]
         lines += show_sequence(ids, labels, markers, tokenizer, coloured)
-        lines += show_more(item, config, markers, tokenizer, coloured)
+        lines += show_others(dataset.others(item, words), markers, tokenizer, coloured)
     return "\n".join([*lines, "", *length_table(tokens, stage, config, markers)])
 
 

@@ -43,9 +43,9 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from coconut import Coconut
 from config import Config, modern
 from methods import rules_of
-from methods.sim_cot import SimCot
 from model import lora
 from trainer import parallel
 from trainer.distributed import World, agree, on_main_rank
@@ -337,10 +337,9 @@ def _delete(path: Path) -> None:
 
 
 def save_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """All ranks' averages, and the weights of SIM-CoT's step decoder. Collective: every rank must call it."""
+    """All ranks' averages, and the weights of the model's companions. Collective: every rank must call it."""
     state = {"optimizer": {"state": get_optimizer_state_dict(model, optimizer)["state"]}}
-    if isinstance(model, SimCot):
-        state["step_decoder"] = get_model_state_dict(model.step_decoder)
+    state |= {name: get_model_state_dict(companion) for name, companion in model.companions.items()}
     dcp.save(state, checkpoint_id=folder / OPTIMIZER)
 
 
@@ -364,15 +363,16 @@ def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.
     set_optimizer_state_dict(model, optimizer, optim_state_dict=whole, options=StateDictOptions(strict=False))
 
 
-def load_step_decoder(folder: Path, model: SimCot) -> bool:
-    """Gives the step decoder the weights that it had in a checkpoint; False where that has none. Collective."""
+def load_companions(folder: Path, model: Coconut) -> list[str]:
+    """Loads the weights of the model's companions; returns the names of those that the checkpoint lacks. Collective."""
     reader = dcp.FileSystemReader(folder / OPTIMIZER)
-    if not any(name.startswith("step_decoder.") for name in reader.read_metadata().state_dict_metadata):
-        return False
-    state = get_model_state_dict(model.step_decoder)
-    dcp.load({"step_decoder": state}, storage_reader=reader)
-    set_model_state_dict(model.step_decoder, state)
-    return True
+    saved = {name.partition(".")[0] for name in reader.read_metadata().state_dict_metadata}
+    for name, companion in model.companions.items():
+        if name in saved:
+            state = get_model_state_dict(companion)
+            dcp.load({name: state}, storage_reader=reader)
+            set_model_state_dict(companion, state)
+    return [name for name in model.companions if name not in saved]
 
 
 def save_random_state(folder: Path, world: World) -> None:

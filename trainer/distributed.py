@@ -9,11 +9,8 @@ import atexit
 import ctypes
 import errno
 import fcntl
-import functools
-import multiprocessing
 import os
 import platform
-import re
 import signal
 import socket
 import sys
@@ -27,7 +24,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from utils import UserError, launched_ranks, log, retried, writing
+from utils import UserError, launched_ranks, log, retried, under_debugger, writing
 
 LAUNCHER = os.getppid()  # of a rank: torchrun
 EXIT_HANDLERS_SECONDS = 15
@@ -65,7 +62,6 @@ def setup_distributed() -> World:
     is_launched = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
     if is_launched:
         _die_with_launcher()
-    _fork_when_quiet()
     rank, size = launched_ranks()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
@@ -95,38 +91,6 @@ def _die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != LAUNCHER:  # it was killed before
         os._exit(1)
-
-
-@functools.cache  # once in a process
-def _fork_when_quiet() -> None:
-    os.register_at_fork(before=wait_for_quiet_threads)
-
-
-def wait_for_quiet_threads() -> None:
-    """Waits until no other thread of this process is doing anything; a second at most, for some never rest.
-
-    Before a rank forks a loader process: gloo's threads free the tensors of a collective after its ranks have gone on,
-    and take locks of the interpreter for it without the GIL. A process that is forked in that moment inherits the lock
-    for ever and never starts (CPython 3.11), and its rank waits for the first batch, and all ranks for that one.
-    """
-    before, end = None, time.monotonic() + 1
-    while time.monotonic() < end:
-        now = _other_threads()
-        if now == before and all(state == "S" for state, *_ in now.values()):
-            return  # the GIL was free for a while, and nobody woke
-        before = now
-        time.sleep(0.002)
-
-
-def _other_threads() -> dict[str, list[str]]:
-    """State and number of context switches of each of this process's other threads; empty elsewhere than on Linux."""
-    found = {}
-    for task in Path("/proc/self/task").glob("[0-9]*"):
-        if task.name != str(threading.get_native_id()):
-            with suppress(OSError):  # it has just ended
-                status = (task / "status").read_text()
-                found[task.name] = re.findall(r"^(?:State|\w+_ctxt_switches):\s*(\w+)", status, re.M)
-    return found
 
 
 def hardware(world: World) -> str:
@@ -201,19 +165,11 @@ def exit_process(code: int) -> typing.NoReturn:
     watchdog = threading.Timer(EXIT_HANDLERS_SECONDS, os._exit, [code])
     watchdog.daemon = True
     watchdog.start()
-    end_children()
     atexit._run_exitfuncs()  # Python has no public call for this
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, AttributeError):  # its reader is gone, or it was closed at the start
             stream.flush()
     os._exit(code)
-
-
-def end_children() -> None:
-    """Ends the loader processes that are left."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler makes an exception of each that dies
-    for child in multiprocessing.active_children():
-        child.kill()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -427,22 +383,3 @@ class StopSignal:
         work.wait()
         self._pending = None
         return bool(flag)
-
-
-def ignore_signals(*_) -> None:
-    """For processes that serve a rank: it is the rank that decides what to do, and ends them."""
-    for number in StopSignal.SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# This process
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def under_debugger() -> bool:
-    """Whether a debugger watches this process, or has started it (python -m pdb, IPython's %run -d)."""
-    monitoring = getattr(sys, "monitoring", None)  # what debuggers use from Python 3.12 on
-    if sys.gettrace() is not None or (monitoring and monitoring.get_tool(monitoring.DEBUGGER_ID)):
-        return True
-    return any(frame.f_globals.get("__name__") == "bdb" for frame, _ in traceback.walk_stack(None))

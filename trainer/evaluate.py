@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 import math
 import re
-import statistics
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,9 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from config import Config
-from curriculum import IGNORE, MODES, kept_reasoning, prompt, stage_name
-from dataset import Data, StageDataset, collate, collate_prompts
+from curriculum import IGNORE, kept_reasoning, prompt, stage_name
+from dataset import StageDataset, collate, collate_prompts
+from methods import rules_of
 from preprocessing.tokens import Tokens
+from trainer.data import Data
 from trainer.distributed import World, barrier
 from trainer.logger import read_log
 from trainer.run_folder import best, rating
@@ -116,32 +116,6 @@ def evaluate(
     return metrics, predictions
 
 
-def evaluate_modes(
-    pretrained: Pretrained, data: Data, stage: int, config: Config, world: World, title: str = "validating"
-) -> tuple[dict, list[dict]]:
-    """`evaluate`, of a model of method multi_mode in all three modes. Collective: every rank must call it.
-
-    The metrics are those of the latent mode but for `loss`, the sum of all, and `accuracy`, the harmonic mean of
-    accuracy_direct, accuracy_written and accuracy_latent; cot_match_MODE and generated_tokens_MODE are there too. A
-    prediction has under the name of each other mode its "output", "answer" and "correct". For other methods it is
-    `evaluate`.
-    """
-    if config.method != "multi_mode" or config.only_eval:
-        return evaluate(pretrained, data, stage, config, world, title)
-    found = {
-        mode: evaluate(pretrained, data, stage, replace(config, mode=mode), world, f"{title}, {mode}") for mode in MODES
-    }
-    metrics, predictions = found["latent"]
-    for name in ("accuracy", "cot_match", "generated_tokens"):
-        metrics = metrics | {f"{name}_{mode}": of_mode[name] for mode, (of_mode, _) in found.items()}
-    metrics["accuracy"] = statistics.harmonic_mean([of_mode["accuracy"] for of_mode, _ in found.values()])
-    metrics |= {name: sum(of_mode[name] for of_mode, _ in found.values()) for name in ("loss", "seconds")}
-    for mode in MODES[:-1]:
-        for prediction, other in zip(predictions, found[mode][1], strict=True):
-            prediction[mode] = {name: other[name] for name in ("output", "answer", "correct")}
-    return metrics, predictions
-
-
 def _scored(example: dict, kept_reasoning: str, answer_match: str, text: str, n_tokens: int, n_latents: int) -> dict:
     gold = _gold(example)
     return {
@@ -187,12 +161,12 @@ def warn_unscorable_answers(tokenizer, data: Data, config: Config, stages: Itera
         if not is_right(text := read_back(index), wanted, config.answer_match):
             alone[index] = f"whose answer {wanted!r} is read back as {extract_answer(text)!r}"
     warnings = warning(alone, "answers cannot come out right, whatever the model generates")
-    modes = MODES if config.method == "multi_mode" and not config.only_eval else [config.mode]
-    for stage, mode in product(dict.fromkeys(stages), modes):
-        of_mode, wrong, unmatched = replace(config, mode=mode), {}, {}
+    variants = [config] if config.only_eval else config.rules.variants(config)
+    for stage, variant in product(dict.fromkeys(stages), variants):
+        wrong, unmatched = {}, {}
         for index in [index for index in range(len(gold)) if index not in alone]:
             _, steps, answer = data.val[index]
-            kept = kept_reasoning(steps, stage, of_mode)
+            kept = kept_reasoning(steps, stage, variant)
             text, reasoning = read_back(index, kept), tokenizer.decode(kept).strip()
             if not is_right(text, gold[index], config.answer_match):
                 wrong[index] = (
@@ -269,8 +243,7 @@ def generate_tokens(
         rows = model.generate(**batch, max_new_tokens=left, **sampling).tolist()
         for index, row in zip(indices, rows, strict=True):
             new = _before(markers.eos, row)
-            # multi_mode writes the end marker after its reasoning
-            found[index] = [token for token in new if method != "multi_mode" or token != markers.end]
+            found[index] = rules_of(method).output(new, markers)
     return [found[index] for index in range(len(prompts))]
 
 

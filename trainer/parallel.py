@@ -47,16 +47,15 @@ def load(config: Config, world: World, source: Path | None) -> Pretrained:
         return loaded
     # rank 0 reads the model, into its CPU's memory; the others learn what it looks like
     whole: list = []
-    base_config, decoder_config, generation_config, tokenizer, markers, recomputes = on_main_rank(
+    base_config, others, generation_config, tokenizer, markers, recomputes = on_main_rank(
         world, lambda: whole.append(load_model(config, source)) or _shape(*whole[0])
     )
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(base_config, dtype=base_config.dtype)
         base.generation_config = generation_config
         model = make_model(config, base, markers)
-        if decoder_config is not None:
-            decoder = AutoModelForCausalLM.from_config(decoder_config, dtype=decoder_config.dtype)
-            model.attach(decoder, config.step_decoder_weight)
+        for other in others:
+            model.add_companion(AutoModelForCausalLM.from_config(other, dtype=other.dtype))
         if config.lora_rank is not None:
             lora.add(base, config.lora_rank, config.lora_alpha, config.lora_dropout)
     model.backbone.recomputes = recomputes
@@ -86,8 +85,8 @@ def choose_strategy(config: Config, world: World, source: Path | None) -> str:
     shape = in_turn(world, lambda cached: shape_of(config, source, cached))
     with torch.device("meta"):
         n_parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(shape).parameters())
-    if config.step_decoder != "none" and not config.only_eval:
-        n_parameters *= 2
+    if not config.only_eval:
+        n_parameters *= 1 + config.rules.n_companions
     # of the smallest GPU: all ranks have to choose alike
     memory = on_every_rank(world, lambda: torch.cuda.get_device_properties(world.device).total_memory)
     room = SHARE_OF_MEMORY * min(memory)
@@ -95,18 +94,18 @@ def choose_strategy(config: Config, world: World, source: Path | None) -> str:
 
 
 def blocks_of(model: Coconut, purpose: str) -> list[nn.Module]:
-    """The decoder blocks, a step decoder's too. Raises UserError where the purpose, a key of the configuration, would
+    """The decoder blocks, its companions' too. Raises UserError where the purpose, a key of the configuration, would
     find none."""
-    blocks = [block for part in parts_of(model) for block in decoder_blocks(part.base_causallm)]
+    blocks = [block for part in with_companions(model) for block in decoder_blocks(part.base_causallm)]
     if not blocks:
         family = model.base_causallm.config.model_type
         raise UserError(f"{purpose} works on decoder blocks, and the model family {family} does not say which they are")
     return blocks
 
 
-def parts_of(model: Coconut) -> list[Coconut]:
-    """The model, and the step decoder where it has one."""
-    return [module for module in model.modules() if isinstance(module, Coconut)]
+def with_companions(model: Coconut) -> list[Coconut]:
+    """The model, and those that are trained beside it."""
+    return [model, *model.companions.values()]
 
 
 def wrap_blocks(model: Coconut, config: Config) -> None:
@@ -132,11 +131,11 @@ def is_sharded(model: nn.Module) -> bool:
 
 def _shape(model: Coconut, tokenizer, markers) -> tuple:
     """What another rank needs to make the same model without its weights."""
-    for part in parts_of(model):
+    for part in with_companions(model):
         part.base_causallm.config.dtype = part.base_causallm.dtype
-    base_config, decoder_config = ([part.base_causallm.config for part in parts_of(model)] + [None])[:2]
+    base_config, *others = (part.base_causallm.config for part in with_companions(model))
     return (
-        *(base_config, decoder_config, model.base_causallm.generation_config),
+        *(base_config, others, model.base_causallm.generation_config),
         *(tokenizer, markers, model.backbone.recomputes),
     )
 
@@ -146,7 +145,7 @@ def _shard(model: Coconut, config: Config) -> None:
     options = {"reshard_after_forward": False, "mp_policy": bf16 if config.bf16 else MixedPrecisionPolicy()}
     for block in blocks_of(model, "strategy: fsdp"):
         fully_shard(block, **options)
-    for part in reversed(parts_of(model)):
+    for part in reversed(with_companions(model)):
         fully_shard(part, **options)
     register_fsdp_forward_method(model, "generate")
 
@@ -154,7 +153,7 @@ def _shard(model: Coconut, config: Config) -> None:
 def _fill(model: Coconut, whole: Coconut | None, world: World) -> None:
     """Materialises a model that was made on the meta device with the weights that rank 0 has. All ranks."""
     model.to_empty(device=world.device)
-    for part in parts_of(model):
+    for part in with_companions(model):
         part.base_causallm.tie_weights()  # materialising has made two of tied weights
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, whole.state_dict() if whole is not None else {}, options=options)
@@ -209,8 +208,8 @@ def sync_gradients(wrapped: nn.Module, now: bool) -> Iterator[None]:
             yield
     elif isinstance(wrapped, FSDPModule):
         wrapped.set_is_last_backward(now)
-        for part in parts_of(wrapped):
-            # the step decoder runs once, and all of its backward comes before the latents'; each pass over a block of
+        for part in with_companions(wrapped):
+            # a companion runs once, and all of its backward comes before the latents'; each pass over a block of
             # the model ends with its gradients, which wait until the backward has come to the first pass
             _sync_blocks(part, now and part is not wrapped)
         with _after_first_pass(wrapped, lambda: _sync_blocks(wrapped, True)) if now else nullcontext():

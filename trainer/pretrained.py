@@ -6,11 +6,11 @@ Face folder, to which a checkpoint of this program adds coconut.json and, where 
 
 from __future__ import annotations
 
-import copy
 import pickle
 import re
 import zipfile
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,8 +34,8 @@ import methods
 from coconut import Coconut
 from config import Config, modern
 from curriculum import END, LATENT, START, Markers
+from dataset import StageDataset
 from methods import rules_of
-from methods.sim_cot import SimCot
 from model import lora
 from model.thought import Thought
 from trainer.check_family import check_family
@@ -54,9 +54,32 @@ class Pretrained(NamedTuple):
     markers: Markers
 
 
+class Parts(NamedTuple):
+    """What a configuration trains."""
+
+    model: type[Coconut]
+    options: dict  # of its constructor, beside Coconut's
+    dataset: type[StageDataset]
+    validate: Callable | None  # in place of trainer.evaluate.evaluate, with its arguments
+
+
+def parts_of(config: Config) -> Parts:
+    """The parts of config.method, with what other methods mix in; an eval-only run leaves out what a method adds in
+    training."""
+    own = None if config.only_eval or config.method in methods.CORE else methods.implementation(config.method)
+    model, dataset = getattr(own, "MODEL", Coconut), getattr(own, "DATASET", StageDataset)
+    options = config.rules.options(config) if own is not None else {}
+    for name, rules in methods.all_rules().items():
+        if rules.mixes_in(config):
+            other = methods.implementation(name).MODEL
+            model = model if issubclass(model, other) else type(model.__name__, (model, other), {})
+            options |= rules.options(config)
+    return Parts(model, options, dataset, getattr(own, "validate", None))
+
+
 def make_model(config: Config, base: PreTrainedModel, markers: Markers) -> Coconut:
     """A causal LM as the configuration trains it."""
-    tokens, parts = (markers.latent, markers.start, markers.end, markers.eos), methods.parts_of(config)
+    tokens, parts = (markers.latent, markers.start, markers.end, markers.eos), parts_of(config)
     return parts.model(base, *tokens, thought=config.thought, **parts.options)
 
 
@@ -106,24 +129,17 @@ def load_model(config: Config, source: Path | None, cached: bool = False) -> Pre
     if folder is not None:
         _load_thought(model.thought, config.thought, folder)
     check_family(model)
-    if isinstance(model, SimCot):
-        model.attach(_load_step_decoder(config, base, folder, cached), config.step_decoder_weight)
+    if hasattr(model, "load_companion"):
+        model.load_companion(config, folder, partial(_load_another, config, base.dtype, cached))
     lora.apply_lora(base, config.lora_rank, config.lora_alpha, folder, config.lora_dropout)
     return Pretrained(model, tokenizer, markers)
 
 
-def _load_step_decoder(config: Config, base: PreTrainedModel, folder: Path | None, cached: bool) -> PreTrainedModel:
-    """A causal LM with weights of its own; a pretrained one has no rows for the markers. A restart then loads the
-    weights of the checkpoint (`checkpoint.load_step_decoder`)."""
-    if config.step_decoder == "copy":
-        decoder = copy.deepcopy(base)
-        lora.apply_lora(decoder, None, 0, folder)  # of a base with updates: with them in its weights
-        return decoder
+def _load_another(config: Config, dtype: torch.dtype, cached: bool, model_id: str) -> PreTrainedModel:
     try:
-        options = hub_options(config, config.model_id, cached)
-        return AutoModelForCausalLM.from_pretrained(config.model_id, dtype=base.dtype, **options)
+        return AutoModelForCausalLM.from_pretrained(model_id, dtype=dtype, **hub_options(config, model_id, cached))
     except Exception as error:
-        raise not_loadable("model_id", config.model_id, error) from None
+        raise not_loadable("model_id", model_id, error) from None
 
 
 def _stop_at(base: PreTrainedModel, eos: int) -> None:

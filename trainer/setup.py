@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,26 +15,26 @@ from transformers.utils import logging as transformers_logging
 import curriculum
 import dataset
 from config import Config
-from dataset import Data
+from trainer import data as data_files
 from trainer import distributed as ranks
 from trainer import evaluate, parallel
 from trainer.checkpoint import Progress
+from trainer.data import Data
 from trainer.distributed import StopSignal, World
 from trainer.logger import RunLogger
-from trainer.pretrained import Pretrained
+from trainer.pretrained import Parts, Pretrained, parts_of
 from trainer.run_folder import write_config
 from trainer.throughput import Throughput
 from utils import UserError, log, seed_everything
 
 
 class Step(NamedTuple):
-    """A step that has not been written to the log yet; its losses are still on the device."""
+    """A step that has not been written to the log."""
 
-    loss: torch.Tensor  # this rank's share, scalar
+    losses: torch.Tensor  # this rank's share of the step's (main, auxiliary) loss, (1,) or (2,), on the device
     lr: float
     stage: int
-    examples: list[int]  # of all ranks
-    auxiliary: torch.Tensor | None = None  # this rank's share of what a method adds to the loss, scalar
+    examples: list[int]  # over all ranks
 
 
 @dataclass
@@ -58,6 +59,11 @@ class Run:
     def model(self) -> torch.nn.Module:
         return self.pretrained.model
 
+    @cached_property
+    def parts(self) -> Parts:
+        """The method's dataset and validation."""
+        return parts_of(self.config)
+
     @property
     def data(self) -> Data:
         """Of a training run, which has one set."""
@@ -79,8 +85,8 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
     loaded = parallel.load(config, world, source)
     sets, by_set = {}, config.by_set()
     for name, one in by_set.items():
-        sets[name] = data = dataset.load_data(one, world, loaded.tokenizer)  # of a training run, the only one
-        dataset.check_lengths(one, loaded.model.max_positions, data)
+        sets[name] = data = data_files.load_data(one, world, loaded.tokenizer)  # of a training run, the only one
+        data_files.check_lengths(one, loaded.model.max_positions, data)
     if progress.data not in (None, data.train_digest) and not config.continue_changed:
         raise UserError(
             f"{source} was trained on other data than {config.train_path} now holds: choose another name, or set "
@@ -122,8 +128,6 @@ def announce(run: Run, newest: Path | None) -> None:
         f"{size} examples x {accumulation} passes; {run.steps_per_epoch} steps an epoch, "
         f"{len(run.data.train)} training and {len(run.data.val)} validation examples"
     )
-    if text := dataset.why_no_loader_processes(config):
-        log.warning(text)
     if newest is not None:
         within = f" and {progress.seen} examples" if progress.seen else ""
         log.info(f"continuing from {newest}, after {progress.epoch} of {config.num_epochs} epochs{within}")

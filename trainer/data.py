@@ -1,0 +1,84 @@
+"""Data files of a run as token arrays that all ranks map into memory, and whether their sequences fit the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from config import Config
+from dataset import sequence_lengths
+from methods import Texts
+from preprocessing.examples import content_digest, load_examples
+from preprocessing.tokens import ANSWER_PREFIX, Tokens, cache_tokens
+from trainer.distributed import World, on_main_rank
+from utils import UserError
+
+DEBUG_EXAMPLES = {"train": 5000, "val": 32}
+
+
+@dataclass
+class Data:
+    """What is trained or evaluated on: tokens of either file, and the examples themselves for the evaluation."""
+
+    val_examples: list[dict]
+    val: Tokens
+    val_digest: str | None = None  # of the file's bytes
+    train: Tokens | None = None
+    train_digest: str | None = None
+
+
+def load_data(config: Config, world: World, tokenizer) -> Data:
+    """Rank 0 tokenizes, or finds the tokens of an earlier run; all ranks map the same files into memory. Collective."""
+    cache = Path(config.save_path) / ".tokens"
+    limits = {"train": config.max_train_examples, "val": config.max_eval_examples}
+    if config.debug:
+        limits = {name: min(limit or DEBUG_EXAMPLES[name], DEBUG_EXAMPLES[name]) for name, limit in limits.items()}
+
+    def tokens_of(path: str, limit: int | None, auxiliary: Texts | None = None) -> Path:
+        options = {"step_separator": config.step_separator if auxiliary is None else "", "auxiliary": auxiliary}
+        return on_main_rank(world, lambda: cache_tokens(path, tokenizer, cache, limit, **options))
+
+    val = Tokens.open(tokens_of(config.val_path, limits["val"]))
+    # after rank 0 has read them, and complained where there is reason to
+    data = Data(load_examples(config.val_path, limits["val"]), val, content_digest(config.val_path))
+    if not config.only_eval:
+        folder = tokens_of(config.train_path, limits["train"])
+        data.train, data.train_digest = Tokens.open(folder), folder.name
+        if config.max_train_tokens is not None:
+            data.train.leave_out_longer_than(config.max_train_tokens)
+            if len(data.train) == 0:
+                raise UserError(f"max_train_tokens {config.max_train_tokens} leaves no example of {config.train_path}")
+        if (auxiliary := config.rules.texts(config)) is not None:
+            data.train.auxiliary = Tokens.open(tokens_of(config.train_path, limits["train"], auxiliary))
+            data.train.answer_prefix = tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
+            data.train.auxiliary.chosen = data.train.chosen
+    return data
+
+
+def check_lengths(config: Config, max_positions: int | None, data: Data) -> None:
+    """Raises UserError where an example does not fit the model: better now than in the middle of an epoch."""
+    for path, tokens in ((config.train_path, data.train), (config.val_path, data.val)):
+        if tokens is None or max_positions is None:
+            continue
+        length, index = longest_sequence(tokens, config)
+        if length > max_positions:
+            raise UserError(
+                f"{path}: record {index} (counted from 0) makes {length} tokens, but {config.model_id} has only "
+                f"{max_positions} positions" + ("; see max_train_tokens" if tokens is data.train else "")
+            )
+
+
+def longest_sequence(tokens: Tokens, config: Config) -> tuple[int, int]:
+    """(length, index in the file) of the longest training sequence of any stage, or of the thoughts that an evaluation
+    forces and an answer."""
+    stages = range(config.last_stage + 1) if config.has_latents or config.method == "no_thoughts" else [0]
+    variants = [config] if config.only_eval else config.rules.variants(config)
+    of_stages = [sequence_lengths(tokens, variant, stage) for variant in variants for stage in stages]
+    if config.eval_latents is not None:
+        forced = replace(config, c_thought=1, max_latent_stage=config.eval_latents, pad_latent_to_max=True)
+        of_stages.append(sequence_lengths(tokens, forced, forced.last_stage))
+    lengths = np.max(of_stages, axis=0)
+    index = int(lengths.argmax())
+    return int(lengths[index]), index if tokens.chosen is None else int(tokens.chosen[index])
