@@ -85,7 +85,7 @@ def export(
         options = {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
         tokenizer = read_tokenizer(folder, **options)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        if model.config.method == "multi_mode":  # which writes the end marker after its reasoning
+        if model.config.has_latents and not model.config.rules.output([model.markers.end], model.markers):
             tokenizer.add_special_tokens({"additional_special_tokens": [END]})
         tokenizer.save_pretrained(aside)
         card(folder, out.resolve().name, aside, whole, license, language).save(aside / "README.md")
