@@ -152,3 +152,6 @@ class Codi(Coconut):
         with self.backbone.recording(pick) as states:
             output = super().forward(*args, return_hidden=True, **kwargs)
         return output._replace(hidden=None), [*states[:-1], column_of(output.hidden, columns)]
+
+
+MODEL, DATASET = Codi, TaughtDataset

@@ -47,7 +47,7 @@ CASES = {
     "two a step": LLAMA | {"c_thought": 2, "latent_markers": "none"},
     "last stage": LLAMA | {"stage": 9, "c_thought": 2},
     "stage 0": LLAMA | {"stage": 0},
-    "in parallel": LLAMA | {"latent_passes": 1, "c_thought": 2},
+    "in parallel": LLAMA | {"latent_passes": "1", "c_thought": 2},
     "looped": LLAMA | {"latent_passes": "stage", "thought": "looped", "c_thought": 2},
     **{method: LLAMA | {"method": method} for method in ("cot", "no_cot", "icot", "no_thoughts", "codi", "multi_mode")},
     **{

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
+from conftest import ROOT
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from coconut import Coconut
@@ -118,6 +119,13 @@ def test_a_reader_that_stops_is_no_error(folders, monkeypatch):
         assert generate.main([str(folders["coconut"]), "3+4", "--max-new-tokens", "2"]) == 0
 
 
+def test_a_full_disk_is_one_sentence(folders, capfd, monkeypatch):
+    with open("/dev/full", "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert generate.main([str(folders["coconut"]), "3+4", "--max-new-tokens", "2"]) == 2
+    assert capfd.readouterr().err == "error: standard output cannot be written: No space left on device\n"
+
+
 def test_sampling_is_repeatable(folders, capsys):
     hot = (folders["coconut"], "3+4", "--sample", "--temperature", "3")
     runs = [ask(capsys, *hot, "--seed", seed)[0]["output"] for seed in (1, 1, 2, 3)]
@@ -160,6 +168,22 @@ def test_what_is_wrong_is_said_in_a_sentence(folders, tmp_path, capsys, argument
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert re.search(sentence, error), error
+
+
+def test_wrong_arguments_are_answered_without_torch(tmp_path):
+    """After five seconds of imports."""
+    calls = [
+        ["generate", "none", "3+4"],
+        ["generate", str(tmp_path), "3+4"],
+        ["generate", "a/b", "--file", "none.json"],
+    ]
+    calls += [["export", "none", "out"], ["export", "a/b", str(tmp_path.parent)], ["show_data", "none.json"]]
+    code = "import importlib, sys\n"
+    for tool, *arguments in calls:
+        code += f"assert importlib.import_module('tools.{tool}').main({arguments}) == 2\n"
+    code += "assert not {'torch', 'transformers'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line.startswith("error: ") for line in done.stderr.splitlines()] == [True] * len(calls)
 
 
 @pytest.mark.parametrize(

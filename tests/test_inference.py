@@ -131,8 +131,10 @@ def test_thoughts_are_counted_where_there_are_some(run, tmp_path):
     model.save_pretrained(folder)
     with pytest.raises(UserError, match="this one is of method cot"):
         model.ask("3+4", n_thoughts=2)
-    with pytest.raises(UserError, match="a mode is for models of method multi_mode"):
+    with pytest.raises(UserError, match="mode direct is for method multi_mode: this model is of method cot"):
         model.ask("3+4", mode="direct")
+    with pytest.raises(UserError, match="mode must be one of"):
+        model.ask("3+4", mode="none")
 
 
 def test_one_question_is_a_text(run):

@@ -83,7 +83,10 @@ def test_no_modules_import_each_other():
 QUICK = ["utils", "config", "curriculum", "preprocessing.examples", "dataset", "trainer.distributed", "tools.evaluate"]
 
 
-@pytest.mark.parametrize("module", [*QUICK, "tools.report"])
+QUICK += ["tools.report", "tools.generate", "tools.export", "tools.show_data"]
+
+
+@pytest.mark.parametrize("module", QUICK)
 def test_what_reads_configurations_and_data_does_not_wait_for_torch(module):
     code = f"import sys, {module}; print({{'torch', 'transformers', 'wandb', 'matplotlib'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

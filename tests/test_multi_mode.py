@@ -116,4 +116,4 @@ def test_ranks_agree_a_restart_is_bitwise_the_same_and_three_accuracies_are_told
     capsys.readouterr()
     plain = main(place, "name=modes-none", "num_epochs=1", "max_train_examples=16", "max_new_tokens=2")
     assert generate.main([str(plain), question, "--mode", "written"]) == 2
-    assert "a mode is for models of method multi_mode" in capsys.readouterr().err
+    assert "mode written is for method multi_mode" in capsys.readouterr().err

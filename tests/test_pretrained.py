@@ -241,7 +241,7 @@ def test_the_hubs_answer_is_in_the_sentence(monkeypatch):
         except RuntimeError as error:
             raise OSError("We couldn't connect to the hub") from error
 
-    monkeypatch.setattr("trainer.pretrained.AutoTokenizer.from_pretrained", refuse)
+    monkeypatch.setattr("trainer.pretrained.get_tokenizer_config", refuse)
     monkeypatch.setattr("trainer.pretrained.hub_problem", lambda: None)
     with pytest.raises(UserError, match=r"couldn't connect to the hub; the hub's last answer was HTTP 429"):
         load_model(coconut_config("some/model"), None)

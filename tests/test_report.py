@@ -70,6 +70,23 @@ def test_nan_and_a_torn_line_are_no_obstacle(make_run, capsys):
     assert "1 of 3 epochs, 4 steps" in text
 
 
+def test_one_run_has_its_configuration_and_its_evaluations(make_run, capsys):
+    folder = make_run("one", [epoch(0, 0.25)], {"name": "one", "lr": 0.5})
+    for place, metrics in (
+        ("eval", {"sets": {"a": {"checkpoint": "x/checkpoint_1", "file": "a.json", "examples": 8, "accuracy": 0.125}}}),
+        ("evaluations/b/checkpoint_2/eval", {"checkpoint": "x/checkpoint_2", "examples": 4, "accuracy": 0.75}),
+    ):
+        (folder / place).mkdir(parents=True)
+        (folder / place / "metrics.json").write_text(json.dumps(metrics))
+    written(folder, capsys=capsys)
+    html = (folder / "report.html").read_text(encoding="utf-8").replace(' class="number"', "")
+    assert "<td>lr</td><td>0.5</td>" in html
+    assert "<td>one</td><td>checkpoint_1</td><td>a.json</td><td>8</td><td>12.5%</td>" in html
+    assert "<td>one</td><td>checkpoint_2</td><td></td><td>4</td><td>75.0%</td>" in html
+    (folder / "eval" / "metrics.json").write_text('{"accuracy": 1}')
+    assert "a record is damaged: KeyError('checkpoint')" in complaint(folder, capsys=capsys)
+
+
 def test_a_run_that_has_just_begun_is_shown_as_far_as_it_is(make_run, capsys):
     text = written(make_run("young", [step(1, 4.0)]), capsys=capsys).text
     assert "0 epochs, 1 steps" in text
@@ -153,4 +170,6 @@ def test_mistakes_are_one_sentence(make_run, tmp_path, capsys):
 
 def test_without_matplotlib_it_says_what_to_install(make_run, monkeypatch, capsys):
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    assert "pip install -r requirements-dev.txt" in complaint(make_run("run", [step(1, 4.0)]), capsys=capsys)
+    """The sentence was about a damaged record."""
+    sentence = "error: the figures need matplotlib: pip install -r requirements-dev.txt\n"
+    assert complaint(make_run("run", [step(1, 4.0)]), capsys=capsys) == sentence

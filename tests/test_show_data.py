@@ -51,7 +51,7 @@ def test_the_configuration_says_what_a_stage_is(folder, capsys):
     assert "method coconut, stage 1" in lines[0]  # the run begins with epoch 3
     assert "    latent    2  <|latent|> x 2" in lines
     assert "example 1:" not in "\n".join(lines)
-    lines = looked(folder, capsys, "--config", str(ROOT / "args" / "gsm_icot.yaml"), "--stage", "3")
+    lines = looked(folder, capsys, "--config", str(ROOT / "args" / "gsm.yaml"), "--stage", "3", "row=icot")
     assert lines[3:5] == [
         "     given    7  1|+|2|*|3|?|⏎",
         "supervised   17  2|=|3|>>|⏎|<<|3|*|3|=|9|>>|⏎|###| |9|<|endoftext|>",
@@ -93,7 +93,7 @@ def test_a_terminal_gets_colours(folder, capsys, monkeypatch):
         (["data.json", "--model", "none/at/all"], "model_id 'none/at/all' cannot be loaded"),
         (["absent.json", "--model", "model"], "'absent.json' does not exist"),
         (["gsm_valid.json", "--model", "model"], r"does not exist \(make it with: bash preprocessing/gsm_icot.bash\)"),
-        (["data.json", "--model", "./tiny_arithmetic"], r"does not exist \(make it with: .*tiny_arithmetic"),
+        (["data.json", "--model", "./tiny_arithmetic"], r"does not exist \(make it with: .*arithmetic"),
         ([".", "--model", "model"], "'.' is no file"),
         (["data.json", "--config", "absent.yaml"], "cannot read absent.yaml"),
     ],

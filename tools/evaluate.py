@@ -16,21 +16,21 @@ from curriculum import stage_name
 from trainer.evaluate import HEADER, named_best, row_of, summary
 from trainer.files import why_unreadable
 from trainer.run_folder import best, checkpoints, is_of_finished_epoch
-from utils import UserError, print_error, progress_bar, read_object
+from utils import UserError, print_error, print_result, progress_bar, read_object
 
 
 def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
     """Evaluates every checkpoint of a finished epoch by run.py, one after the other. Results go to
     RUN/evaluations/FILE/CHECKPOINT/eval.
 
-    Returns a table, the best in validation marked, and what went wrong, a sentence for each checkpoint that could not
-    be evaluated; what run.py warns of is passed on, once. Raises UserError where there is none.
+    Returns a table that marks the best checkpoint in validation, and a sentence for each failed evaluation; prints each
+    warning of run.py once. Raises UserError without a checkpoint.
     """
     paths = [path for path in checkpoints(run_dir) if is_of_finished_epoch(path)]
     if not paths:
         raise UserError(f"{run_dir} holds no checkpoint of a finished epoch")
     rows, failed, folder, chosen = [HEADER], [], run_dir / "evaluations" / Path(file).stem, best(run_dir)
-    said: set[str] = set()
+    warned: set[str] = set()
     for path in progress_bar(paths, "evaluating", "checkpoint", shown=True):
         keys = {"only_eval": True, "from_scratch": False, "load_model_path": str(path), "val_path": file, "resume": 0}
         keys |= {"max_eval_examples": None}  # the run's is of its validation
@@ -41,9 +41,9 @@ def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         for warning in [line for line in lines if line.startswith("warning: ")]:
             general = warning.replace(str(path), "a checkpoint")  # the same of each
-            if general not in said:
+            if general not in warned:
                 print(general, file=sys.stderr, flush=True)
-            said.add(general)
+            warned.add(general)
         if done.returncode:
             errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
             failed.append(f"{path} could not be evaluated: {[*errors, *lines[-1:], 'no reason given'][0]}")
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
             found, failed = evaluate_all(options.run, options.all)
         else:
             found, failed = summary(options.run), []
-        print(*filter(None, (found, named_best(options.run))), sep="\n")
+        print_result("\n".join(filter(None, (found, named_best(options.run)))))
         if failed:
             raise UserError("; ".join(failed))
     except UserError as error:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from tools.portable import MODELLING, THOUGHT, write_code
 from trainer.files import replaced
 from trainer.run_folder import check_checkpoint
-from utils import UserError, parse_json, print_error
+from utils import UserError, parse_json, print_error, print_result
 
 if TYPE_CHECKING:  # imported when the arguments have been checked: it takes seconds
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,7 +86,7 @@ def export(
         options = {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
         tokenizer = read_tokenizer(folder, **options)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        if model.config.method == "multi_mode":  # which writes the end marker after its reasoning
+        if model.config.has_latents and not model.config.rules.output([model.markers.end], model.markers):
             tokenizer.add_special_tokens({"additional_special_tokens": [END]})
         tokenizer.save_pretrained(aside)
         card(folder, out.resolve().name, aside, whole, license, language).save(aside / "README.md")
@@ -227,7 +227,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"warning: {text}", file=sys.stderr)
     except UserError as error:
         return print_error(error)
-    print(f"{options.out}: AutoModelForCausalLM.from_pretrained({str(options.out)!r}, trust_remote_code=True) reads it")
+    call = f"AutoModelForCausalLM.from_pretrained({str(options.out)!r}, trust_remote_code=True)"
+    print_result(f"{options.out}: {call} reads it")
     return 0
 
 

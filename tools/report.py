@@ -24,7 +24,7 @@ from analysis.page import Figure, Section, page
 from curriculum import stage_name
 from trainer.files import write_whole
 from trainer.logger import read_log
-from utils import UserError, print_error, print_result
+from utils import UserError, print_error, print_result, read_object
 
 POINTS = 500  # of a line over steps
 ROWS = 12  # of the table under it
@@ -40,22 +40,23 @@ EPOCH_COLUMNS = {  # name -> key of an epoch's record, how it is written
 }
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is known of a run
+# Reading runs
 # ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder says of it."""
+    """The log and the configuration in a run's folder."""
 
     name: str  # in the page
     steps: dict[int, dict]  # optimizer step, from 1 -> its record
     epochs: dict[int, dict]  # epoch, from 1 -> its record
-    config: dict  # as in config.yaml; empty where there is none
+    config: dict  # as in config.yaml; empty without it
+    evaluations: list[tuple[str, dict]]  # (checkpoint, metrics) of each data file
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
-    """Reads the runs in these folders. Raises UserError where one holds none, or is given twice."""
+    """Reads the runs in these folders. Raises UserError for another folder and for one given twice."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         twice = next(folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1)
@@ -71,7 +72,7 @@ def read_run(folder: Path, name: str) -> Run:
     records = read_log(path)
     if not path.is_file():
         raise UserError(f"{folder} is not the folder of a run: it holds no metrics.jsonl")
-    # a restarted run repeats what it had lost: what was written last counts
+    # a restarted run repeats steps and epochs: the last record counts
     try:
         steps = {record["step"]: record for record in records if record["event"] == "step"}
         epochs = {record["epoch"] + 1: record for record in records if record["event"] == "epoch"}
@@ -79,11 +80,22 @@ def read_run(folder: Path, name: str) -> Run:
         raise UserError(f"{path} is damaged: {error!r}") from None
     if not steps and not epochs:
         raise UserError(f"{path} has no step and no epoch yet")
-    return Run(name, dict(sorted(steps.items())), dict(sorted(epochs.items())), read_config(folder / "config.yaml"))
+    config, evaluations = read_config(folder / "config.yaml"), read_evaluations(folder)
+    return Run(name, dict(sorted(steps.items())), dict(sorted(epochs.items())), config, evaluations)
+
+
+def read_evaluations(folder: Path) -> list[tuple[str, dict]]:
+    """(checkpoint, metrics) of the evaluations in a run's folder: those under its name, and `tools.evaluate --all`."""
+    found = []
+    for path in [folder / "eval" / "metrics.json", *sorted(folder.glob("evaluations/*/*/eval/metrics.json"))]:
+        if path.is_file():
+            metrics = read_object(path)
+            found += [(Path(one["checkpoint"]).name, one) for one in metrics.get("sets", {"": metrics}).values()]
+    return found
 
 
 def read_config(path: Path) -> dict:
-    """The keys of a run. Raises UserError where the file is there and cannot be read."""
+    """The keys of a run; without the file none. Raises UserError if it cannot be read."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -96,12 +108,12 @@ def read_config(path: Path) -> dict:
 
 
 def values_of(records: dict[int, dict], key: str) -> dict[int, float]:
-    """Step or epoch -> value, where the records have it."""
+    """Step or epoch -> value, for the records that have it."""
     return {number: record[key] for number, record in records.items() if key in record}
 
 
 def averaged(values: dict[int, float], width: int) -> dict[int, float]:
-    """Means over so many steps each: number of the interval -> mean of what is finite there, NaN if nothing is."""
+    """Means over intervals of `width` steps: its number -> the mean of its finite values, NaN without any."""
     intervals: dict[int, list[float]] = {}
     for step, value in values.items():
         intervals.setdefault((step - 1) // width, [])
@@ -110,7 +122,7 @@ def averaged(values: dict[int, float], width: int) -> dict[int, float]:
     return {number: statistics.fmean(found) if found else math.nan for number, found in intervals.items()}
 
 
-def beginnings(records: dict[int, dict]) -> list[tuple[float, str]]:
+def stage_starts(records: dict[int, dict]) -> list[tuple[float, str]]:
     """(where, name) of each stage but the first, among steps or epochs."""
     return [
         (number - 0.5, f"stage {stage_name(record['stage'])}")
@@ -125,18 +137,16 @@ def beginnings(records: dict[int, dict]) -> list[tuple[float, str]]:
 
 
 def report_page(runs: list[Run]) -> str:
-    """The HTML of the page. Raises UserError where matplotlib is not installed."""
+    """The HTML of the page. Raises UserError without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the figures need matplotlib: pip install -r requirements-dev.txt")
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    sections = [training(runs), validation(runs)]
-    if len(runs) > 1:
-        sections.append(differences(runs))
+    sections = [training(runs), validation(runs), *evaluations(runs), configurations(runs)]
     return page(title, "", sections, [(run.name, in_short(run)) for run in runs])
 
 
 def in_short(run: Run) -> str:
-    """How far a run is, and what it is."""
+    """A run's progress, its last accuracy, and the keys that describe it."""
     planned = f" of {run.config['num_epochs']}" if "num_epochs" in run.config else ""
     parts = [f"{len(run.epochs)}{planned} epochs, {max(run.steps, default=0):,} steps"]
     if run.epochs:
@@ -156,13 +166,13 @@ def training(runs: list[Run]) -> Section:
 
 
 def not_finite(run: Run) -> str:
-    """A sentence on the losses that the figure leaves out."""
+    """A sentence on the losses that the figure cannot show."""
     steps = [step for step, loss in values_of(run.steps, "loss").items() if not math.isfinite(loss)]
     return f"{run.name}: losses that are not finite: {len(steps)}, the first at step {steps[0]}." if steps else ""
 
 
 def over_steps(runs: list[Run], key: str, ylabel: str, form: str) -> Figure:
-    """A line for each run, thinned to means; under it a table of means over more steps."""
+    """A line of means for each run; under it a table of means over more steps."""
     values = {run.name: values_of(run.steps, key) for run in runs}
     last = max(max(run.steps, default=0) for run in runs)
     width, wide = math.ceil(last / POINTS), math.ceil(last / ROWS)
@@ -175,13 +185,15 @@ def over_steps(runs: list[Run], key: str, ylabel: str, form: str) -> Figure:
         [f"{first + 1:,} to {min(last, first + wide):,}", *(cell(form, column.get(number)) for column in columns)]
         for number, first in enumerate(range(0, last, wide))
     ]
-    staged = max(runs, key=lambda run: len(beginnings(run.steps)))
+    staged = max(runs, key=lambda run: len(stage_starts(run.steps)))
     caption = f"{ylabel} by optimizer step" + (f", means of {width} steps each" if width > 1 else "")
-    return drawn(series, "optimizer step", ylabel, staged, beginnings(staged.steps), caption, ["steps", *values], rows)
+    return drawn(
+        series, "optimizer step", ylabel, staged, stage_starts(staged.steps), caption, ["steps", *values], rows
+    )
 
 
 def validation(runs: list[Run]) -> Section:
-    """Loss and accuracy over epochs, and what else the epochs have come to."""
+    """Loss and accuracy over epochs, and a table of all epochs."""
     if not any(run.epochs for run in runs):
         return Section("Validation", "No epoch is finished yet.")
     tables = [epoch_table(run) for run in runs if run.epochs]
@@ -189,16 +201,16 @@ def validation(runs: list[Run]) -> Section:
 
 
 def over_epochs(runs: list[Run], name: str) -> Figure:
-    """A line for each run, of a column of the epochs' table."""
+    """A line for each run, for one column of the epochs' table."""
     key, form = EPOCH_COLUMNS[name]
     values = {run.name: values_of(run.epochs, key) for run in runs}
     factor, ylabel = (100, f"{name}, %") if form.endswith("%}") else (1, name)
     series = {run: [(epoch, factor * value) for epoch, value in of_run.items()] for run, of_run in values.items()}
     epochs = sorted({epoch for of_run in values.values() for epoch in of_run})
     rows = [[str(epoch), *(cell(form, of_run.get(epoch)) for of_run in values.values())] for epoch in epochs]
-    staged = max(runs, key=lambda run: len(beginnings(run.epochs)))
+    staged = max(runs, key=lambda run: len(stage_starts(run.epochs)))
     caption = f"{name} after each epoch"
-    return drawn(series, "epoch", ylabel, staged, beginnings(staged.epochs), caption, ["epoch", *values], rows)
+    return drawn(series, "epoch", ylabel, staged, stage_starts(staged.epochs), caption, ["epoch", *values], rows)
 
 
 def drawn(
@@ -211,7 +223,7 @@ def drawn(
     head: list[str],
     rows: list[list[str]],
 ) -> Figure:
-    """Lines with the stages of a run marked; on a logarithmic axis if the values span more than that shows."""
+    """Lines with the stages of a run marked; on a logarithmic axis if losses span more than a factor of SPAN."""
     from analysis import figures
 
     figure = figures.lines(series, xlabel, ylabel, marks)
@@ -236,16 +248,34 @@ def epoch_table(run: Run) -> Figure:
     return Figure("", caption, ["epoch", "stage", *filled], rows)
 
 
-def differences(runs: list[Run]) -> Section:
-    """The keys in which the runs' configurations differ."""
+def evaluations(runs: list[Run]) -> list[Section]:
+    """A table of the runs' evaluations, if there are any."""
+    rows = [
+        [run.name, checkpoint, str(one.get("file", "")), str(one["examples"]), f"{one['accuracy']:.1%}"]
+        for run in runs
+        for checkpoint, one in run.evaluations
+    ]
+    head = ["run", "checkpoint", "data", "n", "accuracy"]
+    return (
+        [Section("Evaluations", "", [Figure("", "accuracy of checkpoints on other data", head, rows)])] if rows else []
+    )
+
+
+def configurations(runs: list[Run]) -> Section:
+    """A run's configuration, or the keys in which several runs differ."""
     known = [run for run in runs if run.config]
     text = " ".join(f"{run.name} has no config.yaml." for run in runs if not run.config)
     keys = dict.fromkeys(key for run in known for key in run.config if key != "name")
     table = [[key, *(spelled(run.config.get(key)) for run in known)] for key in keys]
-    rows = [row for row in table if len(set(row[1:])) > 1]
+    rows = [row for row in table if len(runs) == 1 or len(set(row[1:])) > 1]
     if len(known) > 1 and not rows:
         text += " All keys but their names are the same."
-    figure = Figure("", "keys in which the runs differ", ["key", *(run.name for run in known)], rows)
+    figure = Figure(
+        "",
+        "keys in which the runs differ" if len(runs) > 1 else "all keys",
+        ["key", *(run.name for run in known)],
+        rows,
+    )
     return Section("Configurations", text, [figure] if rows else [])
 
 
@@ -269,9 +299,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     out = options.out or options.runs[0] / "report.html"
     try:
-        runs = read_runs(options.runs)
         try:
-            html = report_page(runs)
+            html = report_page(read_runs(options.runs))
+        except UserError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             logs = ", ".join(str(folder / "metrics.jsonl") for folder in options.runs)
             raise UserError(f"{logs}: a record is damaged: {error!r}") from None

@@ -1,7 +1,7 @@
 """Shows a data file as the model sees it at a stage: sequences token by token, and how long they are.
 
     python -m tools.show_data data/prosqa_valid.json --model openai-community/gpt2 \\
-        --config args/prosqa_coconut.yaml --stage 2
+        --config args/prosqa.yaml --stage 2 row=pause
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from utils import UserError, print_error, print_result
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="JSON list of {question, answer, steps}")
+    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="of the configuration, as for run.py")
     parser.add_argument("--model", metavar="ID", help="whose tokenizer (default: model_id of the configuration)")
     parser.add_argument("--config", metavar="YAML", help="method and stages (default: Coconut, c_thought 1)")
     parser.add_argument("--stage", type=int, metavar="S", help="(default: that of the run's first epoch)")
@@ -125,11 +126,13 @@ def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool)
 
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if (options.stage or 0) < 0 or options.examples < 0:
         parser.error("--stage and --examples must not be negative")
     try:
-        config = Config.from_file(options.config, needs_files=False) if options.config else Config()
+        if options.keys and not options.config:
+            raise UserError(f"{options.keys[0]}: keys need --config YAML")
+        config = Config.from_file(options.config, options.keys, needs_files=False) if options.config else Config()
         config.model_id = options.model or config.model_id
         stage = stage_of(config, config.resume) if options.stage is None else options.stage
         coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ

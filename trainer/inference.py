@@ -183,11 +183,10 @@ def config_for(model: Coconut, n_thoughts: int | None = None, mode: str | None =
     """The model's configuration with another number of latents or another mode. Raises UserError."""
     config = model.config
     if mode is not None:
-        if config.method != "multi_mode":
-            raise UserError(f"a mode is for models of method multi_mode, and this one is of {config.method}")
-        if problems := Config.problems_of({"mode": mode}):
-            raise UserError(problems[0])
-        config = replace(config, mode=mode)
+        problems, config = Config.problems_of({"mode": mode}), replace(config, mode=mode)
+        problems += [text for text in config.problems(needs_files=False) if text.startswith("mode")]
+        if problems:
+            raise UserError(f"{problems[0]}: this model is of method {config.method}")
     if n_thoughts is None:
         return config
     if not config.has_latents:

@@ -72,7 +72,10 @@ def parts_of(config: Config) -> Parts:
     for name, rules in methods.all_rules().items():
         if rules.mixes_in(config):
             other = methods.implementation(name).MODEL
-            model = model if issubclass(model, other) else type(model.__name__, (model, other), {})
+            if issubclass(other, model):
+                model = other
+            elif not issubclass(model, other):
+                model = type(model.__name__, (model, other), {})
             options |= rules.options(config)
     return Parts(model, options, dataset, getattr(own, "validate", None))
 
