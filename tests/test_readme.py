@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from config import Config
 from tools import docs
+from utils import UserError
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md", ROOT / "results" / "README.md"]
@@ -25,6 +26,7 @@ MADE = (
     "results/mine",
 )  # by commands, not by us
 EXAMPLES = {"methods/gated.py", "methods/noisy.py"}  # files that docs/contributing.md shows
+EXAMPLE_KEYS = ("thought=gated", "method=noisy", "noise=")
 EXTERNAL = {"pdb", "pip", "pytest", "venv"}  # modules of `python -m` that are not ours
 
 
@@ -57,14 +59,12 @@ def problems_of(words: list[str]) -> list[str]:
         path = ROOT / module.replace(".", "/")
         if module not in EXTERNAL and not (path.with_suffix(".py").exists() or (path / "__main__.py").exists()):
             missing.append(module)
-    if "run.py" in words:
-        known = {*Config.__dataclass_fields__, "row", "key", "noise"}  # noise: a key of such a file
-        overrides = [word for word in words if re.match(r"\w+=", word)]
-        missing += [word for word in overrides if word.partition("=")[0] not in known]
-        (file,) = [word for word in words if word.endswith(".yaml") and word.startswith("args/")] or [None]
-        for row in [word.removeprefix("row=") for word in overrides if word.startswith("row=")]:
-            if row not in yaml.safe_load(read(ROOT / file))["rows"]:
-                missing.append(f"{file} row={row}")
+    for file in [word for word in words if re.fullmatch(r"args/[a-z]\w*\.yaml", word) and not missing]:
+        overrides = [word for word in words if re.match(r"\w+=", word) and not word.startswith(EXAMPLE_KEYS)]
+        try:
+            Config.from_file(ROOT / file, overrides, needs_files=False)
+        except UserError as error:
+            missing += [] if "set row=NAME" in str(error) else [str(error)]  # without a row, it lists them
     return missing
 
 

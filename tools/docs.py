@@ -12,6 +12,7 @@ import json
 import re
 from pathlib import Path
 
+import methods
 from config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,8 +33,21 @@ def updated(path: Path) -> str:
 
 def keys() -> str:
     """Every key of Config as a row of a table."""
-    rows = [f"| `{field.name}` | {_default(field)} | {_cell(field.metadata['help'])} |" for field in _fields()]
+    rows = [
+        f"| `{field.name}` | {_value(field.default)} | {_cell(field.metadata['help'])} |"
+        for field in dataclasses.fields(Config)
+    ]
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows, ""])
+
+
+def defaults() -> str:
+    """What each method sets where it is chosen by its name."""
+    rows = [
+        f"| `{name}` | {', '.join(f'`{key}` {_value(value)}' for key, value in rules.defaults.items())} |"
+        for name, rules in methods.all_rules().items()
+        if rules.defaults
+    ]
+    return "\n".join(["| method | defaults |", "|---|---|", *rows, ""])
 
 
 def quickstart() -> str:
@@ -42,21 +56,15 @@ def quickstart() -> str:
     return "".join(line + "\n" for line in text.splitlines() if line.startswith("|"))
 
 
-def _fields() -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(Config)
-
-
-def _default(field: dataclasses.Field) -> str:
-    factory = field.default_factory
-    default = field.default if factory is dataclasses.MISSING else factory()
-    return f"`{json.dumps(default)}`"
+def _value(value) -> str:
+    return f"`{json.dumps(value)}`"
 
 
 def _cell(text: str) -> str:
     return text.replace(" | ", " / ").replace("|", "\\|")
 
 
-BLOCKS = {"keys": keys, "quickstart": quickstart}
+BLOCKS = {"keys": keys, "defaults": defaults, "quickstart": quickstart}
 PAGES = (ROOT / "README.md", ROOT / "docs" / "configuration.md")
 
 
