@@ -47,7 +47,7 @@ def stage_of(config: Config, epoch: int) -> int:
         return 0
     if config.method == "icot":
         return stage_of_step(config, epoch, config.icot_tokens_per_epoch - 1, config.icot_tokens_per_epoch)
-    if config.curriculum == "none" or config.method == "codi":
+    if config.curriculum == "none" or not config.rules.has_stages:
         return config.last_stage
     if isinstance(config.epochs_per_stage, int):
         return min(epoch // config.epochs_per_stage, config.last_stage)
@@ -185,7 +185,7 @@ def auxiliary_texts(config: Config) -> AuxiliaryTexts | None:
     if config.step_decoder != "none":
         n_groups = config.max_latent_stage
         return AuxiliaryTexts({"explained": n_groups}, lambda steps: step_targets(steps, n_groups))
-    if config.method == "codi":
+    if config.method in ("codi", "pccot"):
         return AuxiliaryTexts({"teacher": "all steps but the last, blanks between them"}, teacher_steps)
     return None
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -126,53 +127,71 @@ class StageDataset:
         return collate_for_device(rows, self.markers.eos, self.markers.latent)
 
 
-def padded(rows: list[Sequence[int]], fill: int, lefts: list[int] | None = None) -> torch.Tensor:
-    """Rows of int, each after lefts[i] paddings, or none, as one (B, T) int64 tensor."""
-    import torch
-
-    lefts = [0] * len(rows) if lefts is None else lefts
-    width = max(left + len(row) for row, left in zip(rows, lefts, strict=True))
-    result = np.full((len(rows), width), fill, dtype=np.int64)
-    for line, row, left in zip(result, rows, lefts, strict=True):
-        line[left : left + len(row)] = row
-    return torch.from_numpy(result)
-
-
-def _batch(rows: list[Sequence[int]], lefts: list[int], pad_token_id: int) -> dict[str, torch.Tensor]:
-    return {
-        "input_ids": padded(rows, pad_token_id, lefts),
-        "attention_mask": padded([[1] * len(row) for row in rows], 0, lefts),
-        "position_ids": padded([range(len(row)) for row in rows], 0, lefts),
-    }
-
-
 def collate(rows: list[tuple[list[int], list[int]]], pad_token_id: int, latent_token_id: int | None) -> dict:
     """(input_ids, labels) pairs -> input_ids, attention_mask, position_ids, labels, each (B, T) int64.
 
-    Rows are padded on the left so that the first latent of each stands in one column, which is what lets rows share
-    the latent passes, and on the right to one width. Pads have attention 0, position 0 and label IGNORE.
+    The first latents of all rows stand in one column, which is what lets rows share the latent passes: in rows with
+    latents, padding follows the question; more of it fills up rows on the right. Pads have attention 0, position 0 and
+    label IGNORE.
     """
-    first = [ids.index(latent_token_id) if latent_token_id in ids else None for ids, _ in rows]
-    column = max((place for place in first if place is not None), default=0)
-    lefts = [0 if place is None else column - place for place in first]
-    batch = _batch([ids for ids, _ in rows], lefts, pad_token_id)
-    batch["labels"] = padded([labels for _, labels in rows], IGNORE, lefts)
-    return batch
+    import torch
+
+    first = [ids.index(latent_token_id) if latent_token_id in ids else len(ids) for ids, _ in rows]  # (B,)
+    column = max((begin for begin, (ids, _) in zip(first, rows, strict=True) if begin < len(ids)), default=0)
+    gaps = [column - begin if begin < len(ids) else 0 for begin, (ids, _) in zip(first, rows, strict=True)]
+    batch = _padded([ids for ids, _ in rows], pad_token_id, first, gaps)
+    labels = np.full(batch["input_ids"].shape, IGNORE, dtype=np.int64)
+    labels[batch["attention_mask"].numpy() == 1] = _flat(labels for _, labels in rows)
+    return batch | {"labels": torch.from_numpy(labels)}
 
 
 def collate_for_device(rows: list[tuple[list[int], list[int]]], pad_token_id: int, latent_token_id: int | None) -> dict:
-    """`collate`, with what the model would otherwise have to ask the device for, and wait: `latent_columns`, a list of
-    int; `supervised`, (S,) int64, the positions in the flattened (B, T) that predict a supervised token; and
-    `left_padded`, whether a row is padded on the left."""
+    """`collate`, with what the model would otherwise wait for the device to know: `latent_columns`, a list of int;
+    `prefix_lengths`, (B,) int64, the tokens of each row before the first latent column, or None where no padding
+    follows them; and `supervised`, (S,) int64, the positions in the flattened (B, T) that predict a supervised
+    token."""
     import torch
 
     batch = collate(rows, pad_token_id, latent_token_id)
     predicting = torch.zeros_like(batch["labels"], dtype=torch.bool)
     predicting[:, :-1] = batch["labels"][:, 1:] != IGNORE
     batch["supervised"] = predicting.flatten().nonzero().flatten()
-    batch["latent_columns"] = latent_columns(batch["input_ids"], latent_token_id)
-    batch["left_padded"] = not bool(batch["attention_mask"][:, 0].all())
+    columns = batch["latent_columns"] = latent_columns(batch["input_ids"], latent_token_id)
+    prefix = batch["attention_mask"][:, : columns[0]] if columns else None
+    batch["prefix_lengths"] = None if prefix is None or prefix.all() else prefix.sum(dim=1)
     return batch
+
+
+def collate_prompts(prompts: list[Sequence[int]], pad_token_id: int) -> dict:
+    """Prompts -> input_ids, attention_mask, position_ids, each (B, T) int64, padded on the left: generation
+    continues every row in the same column."""
+    width = max(len(row) for row in prompts)
+    return _padded(prompts, pad_token_id, [0] * len(prompts), [width - len(row) for row in prompts])
+
+
+def padded(rows: list[Sequence[int]], fill: int) -> torch.Tensor:
+    """Rows of int, padded on the right, as one (B, T) int64 tensor."""
+    return _padded(rows, fill, [0] * len(rows), [0] * len(rows))["input_ids"]
+
+
+def _padded(rows: list[Sequence[int]], fill: int, begins: list[int], gaps: list[int]) -> dict[str, torch.Tensor]:
+    """Rows of int with gaps[i] paddings before the token begins[i], and as many on the right as it takes."""
+    import torch
+
+    begin, gap = np.array(begins)[:, None], np.array(gaps)[:, None]  # (B, 1)
+    end = gap + np.array([len(row) for row in rows])[:, None]
+    column = np.arange(end.max())  # (T,)
+    mask = (column < end) & ((column < begin) | (column >= begin + gap))  # (B, T)
+    input_ids = np.full(mask.shape, fill, dtype=np.int64)
+    input_ids[mask] = _flat(rows)
+    positions = np.where(mask, column - gap * (column >= begin), 0)
+    arrays = {"input_ids": input_ids, "attention_mask": mask.astype(np.int64), "position_ids": positions}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _flat(rows: Iterable[Sequence[int]]) -> np.ndarray:
+    """All numbers of all rows, int64."""
+    return np.fromiter(chain.from_iterable(rows), dtype=np.int64)
 
 
 def latent_columns(input_ids: torch.Tensor, latent_token_id: int | None) -> list[int]:
@@ -180,13 +199,6 @@ def latent_columns(input_ids: torch.Tensor, latent_token_id: int | None) -> list
     if latent_token_id is None:
         return []
     return (input_ids == latent_token_id).any(dim=0).nonzero().flatten().tolist()
-
-
-def collate_prompts(prompts: list[Sequence[int]], pad_token_id: int) -> dict:
-    """Prompts -> input_ids, attention_mask, position_ids, each (B, T) int64, padded on the left: generation
-    continues every row in the same column."""
-    width = max(len(row) for row in prompts)
-    return _batch(prompts, [width - len(row) for row in prompts], pad_token_id)
 
 
 def sequence_lengths(tokens: Tokens, config: Config, stage: int) -> np.ndarray:

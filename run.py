@@ -8,15 +8,16 @@ A run continues from the newest checkpoint in its folder, save_path/name, where 
 
 from config import Config, configure
 from curriculum import schedule
-from trainer.distributed import Interruption
+from trainer.distributed import StopSignal
 
 if __name__ == "__main__":
-    INTERRUPTION = Interruption.early()  # a cluster's signal may come during the slow imports below
+    STOP = StopSignal.early()  # a cluster's signal may come during the slow imports below
     CONFIG = configure(__doc__, schedule)  # --help and mistakes are answered before them
 
 import json
 import math
 import os
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -28,25 +29,23 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import curriculum
 import dataset
 from dataset import EpochPlan, MicroBatch
-from methods import method_of
+from methods import parts_of
 from methods.sim_cot import SimCot
-from trainer import checkpoint, evaluate, parallel, trainer_state
+from trainer import checkpoint, evaluate, parallel
 from trainer import distributed as ranks
+from trainer.checkpoint import Progress
 from trainer.distributed import World
-from trainer.pretrained import read_description
-from trainer.run_folder import has_ended, note_end
-from trainer.setup import Run, Step, announce, setup_run, stage_to_evaluate
-from trainer.table import summary
+from trainer.only_eval import evaluate_only
+from trainer.setup import Run, Step, announce, setup_run
 from trainer.throughput import FlopCounter, Throughput, peak_flops
-from trainer.trainer_state import Progress
-from utils import UserError, print_error, print_result, progress_bar, write_together, writing
+from utils import UserError, log, print_error, print_result, progress_bar, seed_everything, writing
 
 INTERRUPTED_FILE = "INTERRUPTED_FILE"  # a run that a signal has stopped creates the file that this variable names
 
 
 @record
-def main(config: Config, interruption: Interruption | None = None) -> int:
-    """Trains, or evaluates only; returns the exit code. interruption: where signals are heeded already."""
+def main(config: Config, stop: StopSignal | None = None) -> int:
+    """Trains, or evaluates only; returns the exit code. stop: where it watches for signals already."""
     code = 1
     try:
         world = ranks.setup_distributed()
@@ -54,10 +53,10 @@ def main(config: Config, interruption: Interruption | None = None) -> int:
         if config.only_eval:
             evaluate_only(config, world)
         else:
-            interruption = interruption or Interruption()
-            interruption.world = world
-            with ranks.lock_run_dir(world, config.run_dir), interruption:
-                train(config, world, interruption)
+            stop = stop or StopSignal()
+            stop.world = world
+            with ranks.lock_run_dir(world, config.run_dir), stop:
+                train(config, world, stop)
         code = 0
     except UserError as error:
         code = print_error(error)
@@ -66,75 +65,33 @@ def main(config: Config, interruption: Interruption | None = None) -> int:
     return code
 
 
-def train(config: Config, world: World, interruption: Interruption) -> None:
+def train(config: Config, world: World, stop: StopSignal) -> None:
     """The whole curriculum: train an epoch, validate, save; from the newest checkpoint where there is one."""
     newest = checkpoint.find_newest(config, world)
-    progress = trainer_state.read_progress(newest) if newest is not None else Progress()
-    if newest is not None and has_ended(newest, config.num_epochs):
-        progress.epoch = config.num_epochs  # what save_only_improve has left out is not trained again
+    progress = checkpoint.read_progress(newest) if newest is not None else Progress()
     run = setup_run(config, world, newest or checkpoint.find_weights(config, world), progress)
-    run.interruption, run.saved = interruption, newest
-    run.logger.hurry = interruption.came
+    run.stop, run.saved, run.logger.signalled = stop, newest, lambda: stop.received
     with run.logger:
         run.throughput = Throughput(FlopCounter.of(run.model), peak_flops(world.device))
         ranks.barrier(world)  # all ranks
         run.wrapped = parallel.wrap(run.model, world)
-        restore(run, newest)
+        resume(run, newest)
         announce(run, newest)
         ranks.barrier(world)  # all ranks: some may have read for longer
         while (epoch := run.progress.epoch) < config.num_epochs:
             stage = train_epoch(run, epoch)
-            # a signal has come, or one may come during the validation, and the kill before its end
+            # also without a signal: one may come in the validation, and the kill before its end
             save_checkpoint(run, stage)
-            if interruption.settle():
-                announce_interruption(run)
-                return
+            if stop.requested(wait=True):  # all ranks
+                announce_stop(run)
+                break
             metrics, predictions = validate(run, epoch, stage)
-            save_if_due(run, epoch, stage, metrics, predictions)
-            if run.progress.epoch < config.num_epochs and interruption.asked() | interruption.settle():
-                announce_interruption(run)
-                return
-        finish(run)
-
-
-def evaluate_only(config: Config, world: World) -> None:
-    """Evaluates load_model_path on each file of val_path; results go to save_path/name/eval."""
-    source = checkpoint.find_weights(config, world)
-    warnings = checkpoint.check_method(config, source)
-    stage, more = stage_to_evaluate(config, read_description(source) or {})
-    run = setup_run(config, world, source, Progress(), stage)
-    if not parallel.weights_are_finite(run.model):  # all ranks
-        raise UserError.of_all(f"the weights of {source} are not finite: there is nothing to evaluate")
-    sets, results = config.by_set(), {}
-    warnings += more + checkpoint.check_unseen(source, {sets[n].val_path: run.sets[n].val_digest for n in sets})
-    with run.logger:
-        for text in warnings:
-            run.logger.say(f"warning: {text}")
-        parallel.gather_weights(run.model)  # all ranks
-        for name, one in sets.items():
-            data = run.sets[name]
-            run.logger.say(f"evaluating {source} at stage {stage} on {one.val_path} ({len(data.val)} examples)")
-            metrics, predictions = evaluate.evaluate(run.pretrained, data, stage, one, world, "evaluating")  # all ranks
-            metrics |= {"stage": stage, "checkpoint": str(source), "file": one.val_path}
-            results[name] = metrics, predictions
-
-        def publish() -> None:
-            metrics, files = evaluate.of_sets(results)
-            print_result(summary(config.run_dir, metrics))  # first: should the disk be full, it is not lost
-            folder = config.run_dir / "eval"
-            write_together({folder / name: text for name, text in files.items()})
-            for path in folder.glob("predictions*.jsonl"):
-                if path.name not in files:
-                    path.unlink()  # of other sets, whose metrics are no longer beside it
-            for name, (metrics, _) in results.items():
-                run.logger.log(f"eval/{name}" if name else "eval", **metrics)
-
-        ranks.on_main_rank(world, publish)  # all ranks
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Before the first step
-# ---------------------------------------------------------------------------------------------------------------
+            save_epoch(run, epoch, stage, metrics, predictions)
+            if run.progress.epoch < config.num_epochs and stop.requested(wait=True):  # all ranks
+                announce_stop(run)
+                break
+        else:
+            finish(run)
 
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
@@ -144,36 +101,31 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
     return torch.optim.AdamW(run.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
-def restore(run: Run, newest: Path | None) -> None:
-    """Where the run goes on: optimizer and random state of its checkpoint, or the epoch that `resume` names."""
+def resume(run: Run, newest: Path | None) -> None:
+    """Optimizer and random state of the newest checkpoint, or the epoch that the key `resume` names."""
     run.optimizer = make_optimizer(run)
     # ranks draw different dropout, and other than before where a checkpoint has no random state for so many ranks
-    ranks.seed_everything(run.config.seed, run.world.rank, run.progress.step)
+    seed_everything(run.config.seed, run.world.rank, run.progress.step)
     if newest is not None:
-        trainer_state.load_optimizer(newest, run.model, run.optimizer)
-        if isinstance(run.model, SimCot) and not trainer_state.load_step_decoder(newest, run.model):
-            run.logger.say(f"{newest} has no step decoder: it begins anew")
-        if not trainer_state.load_random_state(newest, run.world):
-            run.logger.say("the number of ranks has changed: dropout goes on with new random numbers")
+        checkpoint.load_optimizer(newest, run.model, run.optimizer)  # all ranks
+        if isinstance(run.model, SimCot) and not checkpoint.load_step_decoder(newest, run.model):  # all ranks
+            log.info(f"{newest} has no step decoder: it is re-initialised")
+        if not checkpoint.load_random_state(newest, run.world):
+            log.info("the number of ranks has changed: dropout goes on with new random numbers")
     elif run.config.resume:
         run.progress.epoch = run.config.resume
         # so that curves and schedules are those of the whole run
         run.progress.step = run.config.resume * run.steps_per_epoch
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def train_epoch(run: Run, epoch: int) -> int:
     """One pass over the training set, or over what an interrupted one has left of it. Returns the stage that it ended
-    with. It ends early where the ranks have agreed to stop (see Interruption)."""
+    with. It ends early where the ranks have agreed to stop (see StopSignal)."""
     config, progress, n_steps = run.config, run.progress, run.steps_per_epoch
     plan = plan_of_epoch(run, epoch, run.world.rank, progress.seen)
     first = n_steps - len(plan)
     stages = [curriculum.stage_of_step(config, epoch, step, n_steps) for step in range(n_steps)]
-    examples = method_of(config).dataset(run.data.train, config, run.pretrained.markers, epoch)
+    examples = parts_of(config).dataset(run.data.train, config, run.pretrained.markers, epoch)
     run.wrapped.train()
     title = f"epoch {epoch} stage {curriculum.stage_name(stages[-1])}"
     with (
@@ -186,17 +138,16 @@ def train_epoch(run: Run, epoch: int) -> int:
             if curriculum.should_reset_optimizer(config, epoch, step, n_steps, lambda *place: trained_on(run, *place)):
                 run.optimizer = make_optimizer(run)
             lr = config.lr * curriculum.lr_factor(config, epoch, step, n_steps)
-            loss, passes, auxiliary = train_step(run, planned.micro_batches, batches, lr)
-            run.unlogged.append(Step(loss, lr, stages[step], passes, auxiliary))
+            loss, _, auxiliary = train_step(run, planned.micro_batches, batches, lr)
+            run.unlogged.append(Step(loss, lr, stages[step], plan.examples(step - first), auxiliary))
             progress.seen += planned.n_examples
             is_last = step + 1 == n_steps
             save_now = not is_last and config.save_every_steps and progress.step % config.save_every_steps == 0
-            stop_now = run.interruption.asked()
+            stop_now = run.stop.requested()  # all ranks
             if progress.step % config.log_every_steps == 0 or is_last or save_now or stop_now:
-                losses = log_steps(run, epoch)
-                progress.losses += sum(loss for loss in losses if math.isfinite(loss))
+                loss = log_steps(run, epoch)
                 progress.seconds = before + time.perf_counter() - begin
-                bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             if stop_now:
                 break
             if save_now:
@@ -234,9 +185,9 @@ def train_step(
         group["lr"] = lr
     step_loss, auxiliary, passes = torch.zeros((), device=world.device), None, []
     drawn, units = draw(run, batches, len(micro_batches)), {}
-    if method_of(config).dataset.counts_loss_terms:
+    if parts_of(config).dataset.counts_loss_terms:
         drawn = list(drawn)
-        counts = [batch.pop("units") for batch in drawn]
+        counts = [batch.pop("loss_counts") for batch in drawn]
         units = loss_counts_of_step(counts, micro_batches, world)  # all ranks
     for number, (micro, batch) in enumerate(zip(micro_batches, drawn, strict=True)):
         for name in [name for name in batch if name.endswith("attention_mask")]:  # some methods have several sequences
@@ -290,69 +241,63 @@ def loss_counts_of_step(counts: list[dict], micro_batches: list[MicroBatch], wor
     return dict(zip(names, totals.clamp(min=1), strict=True))
 
 
-def log_steps(run: Run, epoch: int) -> list[float]:
-    """Writes the losses since the last call, each the mean over the step's examples on all ranks; returns them.
+def log_steps(run: Run, epoch: int) -> float:
+    """Writes the losses since the last call, each the mean over the step's examples on all ranks; returns the last.
+    Losses are checked for NaN here, not at every step, to avoid a device sync each time.
 
-    Raises UserError on every rank where one is not finite, unless skip_nonfinite is set.
+    Raises UserError on every rank where one is not finite, unless skip_nonfinite is set. Collective.
     """
     values = [(step.loss, *(() if step.auxiliary is None else (step.auxiliary,))) for step in run.unlogged]
     losses = torch.stack([torch.stack(value) for value in values])  # (steps, 1), with an auxiliary loss (steps, 2)
     dist.all_reduce(losses)  # all ranks: each holds its share of every step's loss
-    losses, *auxiliary = (losses / run.world.size).T.tolist()
+    losses = (losses / run.world.size).tolist()
     speed = run.throughput.report(run.world.size)  # all ranks
     first = run.progress.step - len(losses) + 1
     numbered = list(enumerate(zip(losses, run.unlogged, strict=True), start=first))
-
-    def write() -> None:
-        for number, (loss, step) in numbered:
-            added = {"auxiliary_loss": auxiliary[0][number - first]} if auxiliary else {}
+    with ranks.agree(run.world):  # all ranks
+        for number, ((loss, *auxiliary), step) in numbered if run.world.is_main else ():
+            added = {"auxiliary_loss": auxiliary[0]} if auxiliary else {}
             run.logger.log("step", step=number, epoch=epoch, stage=step.stage, loss=loss, **added, lr=step.lr, **speed)
-
-    ranks.on_main_rank(run.world, write)  # all ranks
-    for number, (loss, step) in numbered:
-        whole = loss + (auxiliary[0][number - first] if auxiliary else 0.0)
-        if not math.isfinite(whole):
-            report_nonfinite(run, epoch, number, whole, step)
+    for number, (both, step) in numbered:
+        if math.isfinite(sum(both)):
+            run.progress.losses += both[0] * len(step.examples)
+        else:
+            report_nonfinite(run, epoch, number, sum(both), step)
     run.unlogged.clear()
-    return losses
+    return losses[-1][0]
 
 
 def report_nonfinite(run: Run, epoch: int, number: int, loss: float, step: Step) -> None:
-    """Writes down which examples made the loss of a step NaN or infinite, and stops the run, or not: skip_nonfinite.
-    Collective: every rank must call it."""
-    mine = [index for indices, value in step.passes if not value.isfinite() for index in indices]
-    shares: list = [None] * run.world.size
-    dist.all_gather_object(shares, mine)  # all ranks
+    """Writes down the examples of a step whose loss is NaN or infinite, and stops the run, unless skip_nonfinite is
+    set. Collective: every rank must call it."""
     file = run.config.run_dir / "nonfinite.jsonl"
-    examples = sorted(index for share in shares for index in share)
-    record = {"epoch": epoch, "step": number, "loss": str(loss), "examples": examples}
-
-    def write() -> None:
-        with writing(file), file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record) + "\n")
-
-    ranks.on_main_rank(run.world, write)  # all ranks
-    if run.config.skip_nonfinite:
-        run.logger.say(f"warning: the loss of step {number} is {loss}: left out, its examples are in {file}")
-        return
-    raise UserError.of_all(
-        f"the loss of step {number}, in epoch {epoch}, is {loss}; the examples of its passes are in {file}; "
-        f"the last good checkpoint is {run.saved or 'none'}; try a lower lr, max_grad_norm, or skip_nonfinite=true"
-    )
+    record = {"epoch": epoch, "step": number, "loss": str(loss), "examples": sorted(step.examples)}
+    with ranks.agree(run.world):  # all ranks
+        if run.world.is_main:
+            with writing(file), file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(record) + "\n")
+    if not run.config.skip_nonfinite:
+        raise UserError.of_all(
+            f"the loss of step {number}, in epoch {epoch}, is {loss}; its examples are in {file}; "
+            f"the last good checkpoint is {run.saved or 'none'}; try a lower lr, max_grad_norm, or skip_nonfinite=true"
+        )
+    log.warning(f"the loss of step {number} is {loss}: left out, its examples are in {file}")
 
 
 def validate(run: Run, epoch: int, stage: int) -> tuple[dict, list[dict]]:
-    """Evaluates after an epoch, and says and logs the result together with the epoch's training."""
+    """Evaluates after an epoch; prints and logs the result together with the epoch's training."""
     progress = run.progress
-    trained = {"train_loss": progress.losses / run.steps_per_epoch, "train_seconds": progress.seconds}
+    trained = {"train_loss": progress.losses / len(run.data.train), "train_seconds": progress.seconds}
     if run.config.skip_nonfinite:
         trained["skipped"] = progress.skipped
     parallel.gather_weights(run.model)  # all ranks: what follows they do at their own pace
     metrics, predictions = evaluate.evaluate_modes(run.pretrained, run.data, stage, run.config, run.world)
     metrics = {"epoch": epoch, "stage": stage, **trained, **metrics}
-    ranks.on_main_rank(run.world, lambda: run.logger.log("epoch", step=progress.step, **metrics))  # all ranks
+    with ranks.agree(run.world):  # all ranks
+        if run.world.is_main:
+            run.logger.log("epoch", step=progress.step, **metrics)
     modes = ", ".join(f"{m} {metrics[f'accuracy_{m}']:.1%}" for m in curriculum.MODES if f"accuracy_{m}" in metrics)
-    run.logger.say(
+    log.info(
         f"epoch {epoch:3} stage {curriculum.stage_name(stage)}: train loss {metrics['train_loss']:.4f}, "
         f"validation loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.1%}{modes and f' ({modes})'}, "
         f"tokens {metrics['generated_tokens']:.1f}, {metrics['train_seconds']:.0f} s + {metrics['seconds']:.0f} s"
@@ -360,14 +305,9 @@ def validate(run: Run, epoch: int, stage: int) -> tuple[dict, list[dict]]:
     return metrics, predictions
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Saving and ending
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def save_if_due(run: Run, epoch: int, stage: int, metrics: dict, predictions: list[dict]) -> None:
-    """Saves after every epoch. With save_only_improve, an epoch whose accuracy is not the best of its stage so far
-    leaves a checkpoint for a restart only."""
+def save_epoch(run: Run, epoch: int, stage: int, metrics: dict, predictions: list[dict]) -> None:
+    """Saves a finished epoch. With save_only_improve, one whose accuracy is not the best of its stage so far leaves a
+    checkpoint for a restart only. Collective: every rank must call it."""
     progress = run.progress
     progress.epoch = curriculum.next_epoch(run.config, epoch, metrics["accuracy"])
     progress.seen, progress.losses, progress.seconds = 0, 0.0, 0.0
@@ -389,14 +329,24 @@ def save_checkpoint(run: Run, stage: int, files: dict[str, str] | None = None) -
             f"the weights after step {run.progress.step} are not finite and not saved; the last good checkpoint is "
             f"{run.saved or 'none'}; try a lower lr, max_grad_norm, or skip_nonfinite=true"
         )
+    wait_for_digests(run)
     run.saved = checkpoint.save(run.config, run.world, run.pretrained, run.optimizer, run.progress, stage, files)
+    if run.world.is_main:
+        run.hashing = threading.Thread(target=checkpoint.add_digests, args=[run.saved])
+        run.hashing.start()
 
 
-def announce_interruption(run: Run) -> None:
-    """What a run says that has been saved and is to be continued, because a signal has announced this job's end."""
+def wait_for_digests(run: Run) -> None:
+    if run.hashing is not None:
+        run.hashing.join()
+
+
+def announce_stop(run: Run) -> None:
+    """A signal has stopped the run, which is saved: logs how to continue it, and leaves a note for slurm/common.sh."""
     run.logger.interrupted = True
+    wait_for_digests(run)
     if run.saved is not None:
-        run.logger.say(f"stopped by a signal; start the same command again to continue from {run.saved}")
+        log.info(f"stopped by a signal; start the same command again to continue from {run.saved}")
         if run.world.is_main and (file := os.environ.get(INTERRUPTED_FILE)):
             with suppress(OSError):
                 Path(file).touch()
@@ -404,15 +354,14 @@ def announce_interruption(run: Run) -> None:
 
 def finish(run: Run) -> None:
     """Removes what only a restart would need, and prints the run's table."""
+    wait_for_digests(run)
     if run.world.is_main:
         checkpoint.remove_restarts(run.config.run_dir)
-        with suppress(UserError):  # a full disk: what is lost is a note that spares a second start its epochs
-            note_end(run.config.run_dir, run.config.num_epochs)
         try:
-            print_result(summary(run.config.run_dir))
+            print_result(evaluate.summary(run.config.run_dir))
         except UserError as error:  # the training has ended well, whatever has become of its log
-            run.logger.say(f"warning: there is no table: {error}")
+            log.warning(f"there is no table: {error}")
 
 
 if __name__ == "__main__":
-    ranks.run_main(main, CONFIG, INTERRUPTION)
+    ranks.run_main(main, CONFIG, STOP)

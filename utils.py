@@ -1,6 +1,6 @@
-"""Small things that every room needs: errors, progress bars, the run logger, what is on disk.
+"""What every module may need: errors and messages, seeds, progress bars, JSON, files that appear whole or not at all.
 
-tqdm is imported where it is needed: `--help` and every complaint about a configuration come at once.
+tqdm and torch are imported where they are needed: `--help` and every error in a configuration come at once.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
+import random
 import shutil
 import signal
 import socket
@@ -19,11 +21,8 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
-
-# ---------------------------------------------------------------------------------------------------------------
-# Errors
-# ---------------------------------------------------------------------------------------------------------------
 
 
 class UserError(ValueError):
@@ -39,56 +38,51 @@ class UserError(ValueError):
         return error
 
 
+def launched_ranks() -> tuple[int, int]:
+    """(rank, world size) as torchrun set them; (0, 1) without it: some schedulers set a RANK of their own."""
+    is_launched = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if is_launched else (0, 1)
+
+
+class _AboveProgressBars(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        with suppress(OSError):  # nobody reads standard error any more, or its disk is full: no reason to end
+            tqdm.write(("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage(), sys.stderr)
+
+
+log = logging.getLogger("coconut")  # on standard error, by rank 0
+log.setLevel(logging.INFO)
+log.propagate = False
+log.addHandler(_AboveProgressBars())
+log.addFilter(lambda _: launched_ranks()[0] == 0)
+
+
+def print_result(text: str) -> None:
+    """Prints a result; nothing where standard output is closed (`| head`). Raises UserError where its disk is full."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would write it again at its exit
+        if not isinstance(error, BrokenPipeError):
+            raise UserError(f"standard output cannot be written: {error.strerror}") from None
+
+
 def print_error(error: UserError) -> int:
-    """Says what is wrong, on one rank; returns the exit code."""
+    """Prints what is wrong, on one rank; returns the exit code."""
     rank = launched_ranks()[0]
     if rank > 0:
-        with suppress(ValueError):  # of a thread
+        with suppress(ValueError):  # in a thread
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which slurm/launch.sh has the ranks ignore
-        # torchrun stops a node's ranks when one of them exits: rank 0 must have had its say. Whoever is still there
-        # then is alone with the error, or on another node, where one speaks before its neighbours too
+        # torchrun stops a node's ranks when one of them exits: rank 0 prints first. A rank that is still there after
+        # that is alone with the error, or on another node, where the ranks take turns too
         time.sleep(3 + int(os.environ.get("LOCAL_RANK", 0)))
         if error.is_shared:
             return 2
         error = UserError(f"{error} (rank {rank} on {socket.gethostname()})")
     print(f"error: {error}", file=sys.stderr, flush=True)
     return 2
-
-
-def is_launched() -> bool:
-    """Whether torchrun has started this process; some schedulers set a RANK of their own."""
-    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
-
-
-def launched_ranks() -> tuple[int, int]:
-    """(rank, world size) as torchrun set them; (0, 1) without it."""
-    if not is_launched():
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Progress and the run logger
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class ErrorTolerantStream:
-    """A stream that nobody reads any more, or whose disk is full, ends nothing: what it cannot take is lost."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
 
 
 def progress_bar(iterable, title: str, unit: str, shown: bool):
@@ -99,20 +93,19 @@ def progress_bar(iterable, title: str, unit: str, shown: bool):
     return tqdm(iterable, title, unit=unit, leave=False, disable=not shown, mininterval=interval, dynamic_ncols=True)
 
 
-def print_result(text: str) -> None:
-    """A result, on standard output. That nobody reads it, or that its disk is full, ends nothing."""
-    with suppress(OSError):
-        print(text, flush=True)
+def seed_everything(*entropy: int) -> None:
+    """Seeds python, numpy and torch (CPU and GPU) from the given numbers, such as (seed, rank)."""
+    import torch
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# Disk
-# ---------------------------------------------------------------------------------------------------------------
+    words = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]))
 
 
 def why_unreadable(path: Path | str) -> str | None:
-    """Why the system does not even say whether there is something under a path: a folder on the way may not be looked
-    into, or a name is too long; None where it says. `Path.exists` raises there."""
+    """Why the system does not even answer whether a path exists, where `Path.exists` raises: a folder on the way may
+    not be entered, or a name is too long. None where it answers."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -130,15 +123,6 @@ def parse_json(text: str):
         raise ValueError("it is nested too deeply") from None
 
 
-@contextmanager
-def writing(path: Path | str) -> Iterator[None]:
-    """Makes a UserError of what a full or broken disk, or missing rights, make of writing a file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
 def read_object(path: Path) -> dict:
     """A JSON file that holds an object. Raises UserError where it is damaged."""
     try:
@@ -150,61 +134,20 @@ def read_object(path: Path) -> dict:
     return content
 
 
+def as_json(content) -> str:
+    """As this program writes its JSON files."""
+    return json.dumps(content, indent=1) + "\n"
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def as_json(content) -> str:
-    """As this program writes its JSON files."""
-    return json.dumps(content, indent=1) + "\n"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file, and its folder, so that there is never half of it: aside, and renamed. Raises UserError."""
-    write_together({path: text})
-
-
-def write_together(files: dict[Path, str]) -> None:
-    """`write_whole` of several files: none of them appears before all are written. A link is written through, to where
-    somebody wants the file to be."""
-    # others may write the same file
-    asides = {path: path if path.is_symlink() else path.with_name(f".{path.name}.{os.getpid()}") for path in files}
-    try:
-        for path, text in files.items():
-            with writing(path):
-                if path.is_dir():
-                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                asides[path].write_text(text, encoding="utf-8")
-        for path, aside in asides.items():
-            with writing(path):
-                aside.replace(path)
-    finally:
-        for path, aside in asides.items():
-            with suppress(OSError):  # it has its name by now, or was never there
-                if aside != path:
-                    aside.unlink()
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A path to write to, for what is no text; the file has its own name when it is whole. Raises UserError."""
-    aside = path.with_name(f".{os.getpid()}.{path.name}")  # its suffix says the format
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield aside
-            aside.replace(path)
-        finally:
-            with suppress(OSError):
-                aside.unlink()
-
-
 def retried(action: Callable, seconds: float = 30):
-    """The result of an action that looks for what another process has just written: where there are several nodes,
-    their file system may show it only a while later."""
+    """The result of an action that reads what another process has just written: the file system of several nodes may
+    show it only a while later."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -215,54 +158,80 @@ def retried(action: Callable, seconds: float = 30):
             time.sleep(0.1)
 
 
-def sync_to_disk(path: Path, deep: bool = True) -> None:
-    """Waits until a folder, and what is in it, would survive a power cut."""
-    for part in [*path.rglob("*"), path] if deep else [path]:
-        handle = os.open(part, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-# what a folder with a model holds that this program writes, an exported one too
-MODEL_FILES = (
-    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
-    *("modeling_coconut.py", "__pycache__", "README.md", "config.yaml"),
-)
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Raises UserError for what a full or broken disk, or missing rights, make of writing a file or a folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 @contextmanager
-def whole_folder(target: Path, replaces: tuple[str, ...] = ()) -> Iterator[Path]:
-    """A folder to fill, which gets the name `target` when it is full: a kill leaves nothing half under that name.
+def replaced(path: Path, overwrites: tuple[str, ...] | None = None) -> Iterator[Path]:
+    """A path to write to: a file, or a folder, which is there already and empty. It gets the name `path` when it is
+    whole and on the disk; a kill, or an exception, leaves nothing half-written under that name.
 
-    Raises UserError where it cannot be written, and where target holds something else than is to be replaced: files of
-    these names, which may be patterns.
+    overwrites: None for a file. Of a folder, the names, or their patterns, that an existing one may hold.
+    Raises UserError where it cannot be written, and where the folder holds anything else.
     """
-    target = target.resolve()  # '.' has no name
-    aside, old = (target.with_name(f".{what}-{target.name}") for what in ("writing", "replaced"))
-    with writing(target):
-        if old.exists() and not target.exists():
-            old.rename(target)  # a kill came between the two names below
-        if target.exists() and not target.is_dir():
-            raise UserError(f"{target} is there already, and is no folder")
-        there = sorted(path.name for path in target.iterdir()) if target.exists() else []
-        if strangers := [name for name in there if not any(fnmatch(name, pattern) for pattern in replaces)]:
-            raise UserError(f"{target} is there already, and nothing of it is overwritten: it holds {strangers[0]}")
-        for path in (aside, old):
-            shutil.rmtree(path, ignore_errors=True)
-        aside.mkdir(parents=True)
+    target = path.resolve()  # a link is written through, and '.' has no name
+    with writing(path):
+        if overwrites is None:
+            aside, old = target.with_name(f".{os.getpid()}.{target.name}"), None  # its suffix is the format
+            if target.exists() and not target.is_file():
+                aside = target  # a device; a folder is an error
+            target.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            aside, old = (target.with_name(f".{what}-{target.name}") for what in ("writing", "replaced"))
+            if old.exists() and not target.exists():
+                old.rename(target)  # a kill came between the two renames below
+            if target.exists() and not target.is_dir():
+                raise UserError(f"{path} is there already, and is no folder")
+            there = sorted(part.name for part in target.iterdir()) if target.exists() else []
+            if others := [name for name in there if not any(fnmatch(name, pattern) for pattern in overwrites)]:
+                raise UserError(f"{path} is there already, and nothing of it is overwritten: it holds {others[0]}")
+            for leftover in (aside, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            aside.mkdir(parents=True)
         try:
             yield aside
-            sync_to_disk(aside)
-            if target.exists():
-                target.rename(old)
-            aside.rename(target)
-        except BaseException as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            if isinstance(error, SafetensorError):  # what it makes of an OSError
-                raise OSError(error) from error
-            raise
-        sync_to_disk(target.parent, deep=False)
-        shutil.rmtree(old, ignore_errors=True)
+            if aside != target:
+                sync_to_disk(aside)
+                if old is not None and target.exists():
+                    target.rename(old)
+                aside.rename(target)
+                sync_to_disk(target.parent, deep=False)
+        finally:
+            if old is not None:
+                shutil.rmtree(aside, ignore_errors=True)
+                if target.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+            elif aside != target:
+                aside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file through `replaced`. Raises UserError."""
+    with replaced(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def sync_to_disk(path: Path, deep: bool = True) -> None:
+    """Waits until a file or folder, and what is in it, would survive a power cut. Files in a folder get the mode of the
+    umask, which some libraries keep from others. Some file systems refuse to sync folders."""
+    parts = [*path.rglob("*")] if deep and path.is_dir() else []
+    mode = path.stat().st_mode & 0o666
+    for part in [*parts, path]:
+        is_folder = part.is_dir()
+        if part != path and not is_folder:
+            part.chmod(mode)
+        try:
+            handle = os.open(part, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            if not (is_folder and error.errno in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)):
+                raise

@@ -1,4 +1,4 @@
-"""Looks at the thoughts of a checkpoint, beside those of a control: what they hold, and whether they are used.
+"""Analyses the thoughts of a checkpoint, beside those of a control: what they hold, and whether they are used.
 
     python -m analysis checkpoints/state_tracking/coconut-0 --control checkpoints/state_tracking/pause_as_thought-0 \\
         --data data/machine/machine_test.json --out results/analysis_machine
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 PARTS = ("probe", "sweep", "search", "interventions", "examples")
@@ -25,25 +26,26 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m analysis", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", help="a checkpoint folder, or a run's folder: its newest checkpoint")
-    parser.add_argument("--control", metavar="CHECKPOINT", help="the same without feedback: every figure has its twin")
-    parser.add_argument("--data", type=Path, required=True, help="questions: state tracking, or graphs as ProsQA's")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the page and its numbers")
-    parser.add_argument("--names", nargs=2, default=[OWN, CONTROL], help=f"of the two (default: {OWN!r}, {CONTROL!r})")
-    parser.add_argument("--questions", type=int, default=500, metavar="N", help="the first so many (default: 500)")
-    parser.add_argument("--thoughts", type=int, metavar="K", help="(default: as the last stage was trained)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure anew (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of donors and noise (default: 0)")
-    parser.add_argument("--steps", type=int, metavar="N", help="only questions with so many steps (default: all)")
-    parser.add_argument(
-        "--show", type=int, nargs="+", default=range(8), help="questions to show whole (default: 0 to 7)"
-    )
-    parser.add_argument("--page", action="store_true", help="write the page from the numbers that are there, and stop")
+    add = parser.add_argument
+    add("checkpoint", help="a checkpoint folder, or a run's folder: its newest checkpoint")
+    add("--control", metavar="CHECKPOINT", help="the same without feedback: every figure has its twin")
+    add("--data", type=Path, required=True, help="questions: state tracking, or graphs as ProsQA's")
+    add("--out", type=Path, required=True, help="folder of the page and its numbers")
+    add("--names", nargs=2, default=[OWN, CONTROL], help=f"of the two (default: {OWN!r}, {CONTROL!r})")
+    add("--questions", type=int, default=500, metavar="N", help="the first so many (default: 500)")
+    add("--thoughts", type=int, metavar="K", help="(default: as the last stage was trained)")
+    add("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure again (default: all)")
+    add("--seed", type=int, default=0, help="of donors and noise (default: 0)")
+    add("--steps", type=int, metavar="N", help="only questions with so many steps (default: all)")
+    add("--show", type=int, nargs="+", default=range(8), help="questions to show whole (default: 0 to 7)")
+    add("--page", action="store_true", help="write the page from the numbers in FOLDER, and stop")
     return parser
 
 
 if __name__ == "__main__":
     make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+    if find_spec("matplotlib") is None:
+        make_parser().exit(2, "error: the figures need matplotlib: pip install -r requirements-dev.txt\n")
 
 from tqdm import tqdm
 from transformers.utils import logging
@@ -71,7 +73,7 @@ def measure_sweep(subject: Subject, task: Task, options: argparse.Namespace) -> 
 
 
 def measure_search(subject: Subject, task: Task, options: argparse.Namespace) -> dict | None:
-    """Graphs only. The first and the second thought are what the paper compares."""
+    """Graphs only. The paper compares the first and the second thought."""
     if not isinstance(task, Graphs):
         return None
     deepest = max(task.fewest, min(subject.n_thoughts, max(len(example["steps"]) for example in task.examples) - 1))
@@ -81,18 +83,10 @@ def measure_search(subject: Subject, task: Task, options: argparse.Namespace) ->
         "parallelism": [search.parallelism(task, values[k]) for k in range(1, min(deepest, 2) + 1)],
         "frontier": [search.frontier(task, values[k], k) for k in counts],
         "by height": {
-            kind: [
-                {"thoughts": k, **row}
-                for k in counts
-                for row in search.by_height(task, values[k], k, kind == "longest")
-            ]
-            for kind in ("shortest", "longest")
+            kind: [{"thoughts": k, **row} for k in counts for row in search.by_height(task, values[k], k, longest)]
+            for kind, longest in (("shortest", False), ("longest", True))
         },
-        "trees": [
-            [search.tree(task, index, values[k]) for k in counts]
-            for index in options.show
-            if index < len(task.examples)
-        ],
+        "trees": [[search.tree(task, index, values[k]) for k in counts] for index in shown(task, options)],
     }
 
 
@@ -116,8 +110,12 @@ def measure_interventions(subject: Subject, task: Task, options: argparse.Namesp
 
 
 def measure_examples(subject: Subject, task: Task, options: argparse.Namespace) -> list[dict]:
-    """What the page shows of single questions."""
-    return probe.close_up(subject, task, [number for number in options.show if number < len(task.examples)])
+    """Single questions, for a closer look."""
+    return probe.close_up(subject, task, shown(task, options))
+
+
+def shown(task: Task, options: argparse.Namespace) -> list[int]:
+    return [index for index in options.show if index < len(task.examples)]
 
 
 MEASURES = {
@@ -150,12 +148,10 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> None:
     """Writes FOLDER/PART.json for each part that is asked for, and FOLDER/about.json. Raises UserError."""
     task = load_task(options.data, options.questions, options.steps)
-    checkpoints = dict(zip(options.names, [options.checkpoint, options.control], strict=True))
-    subjects = {
-        name: Subject.load(checkpoint, task.examples, options.thoughts)
-        for name, checkpoint in checkpoints.items()
-        if checkpoint is not None
-    }
+    checkpoints = {options.names[0]: options.checkpoint}
+    if options.control is not None:
+        checkpoints[options.names[1]] = options.control
+    subjects = {name: Subject.load(path, task.examples, options.thoughts) for name, path in checkpoints.items()}
     about = {
         "kind": task.kind,
         "data": str(options.data),
@@ -163,7 +159,7 @@ def measure(options: argparse.Namespace) -> None:
         "steps": options.steps,
         "seed": options.seed,
         "classes": task.classes,
-        "checkpoints": {name: checkpoint for name, checkpoint in checkpoints.items() if checkpoint is not None},
+        "checkpoints": checkpoints,
         "thoughts": {name: subject.n_thoughts for name, subject in subjects.items()},
     }
     if isinstance(task, Machine):
@@ -180,18 +176,18 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def check_kept(options: argparse.Namespace, about: dict) -> None:
-    """A page is of one analysis. Raises UserError where numbers of another would stay beside the new ones; removes
-    those that are about to be replaced."""
+    """Raises UserError where numbers of another analysis would stay beside the new ones; removes those that are about
+    to be replaced."""
     before = read(options.out, "about")
     if before is None or before == json.loads(json.dumps(about)):
         return
-    there = [part for part in PARTS if (options.out / f"{part}.json").is_file()]
-    if kept := [part for part in there if part not in options.only]:
+    measured = [part for part in PARTS if (options.out / f"{part}.json").is_file()]
+    if kept := [part for part in measured if part not in options.only]:
         raise UserError(
             f"{options.out} holds {', '.join(kept)} of another analysis (about.json): measure all parts, or choose "
             "another --out"
         )
-    for part in there:
+    for part in measured:
         (options.out / f"{part}.json").unlink()
 
 
@@ -200,7 +196,7 @@ def write_json(path: Path, content) -> None:
 
 
 def rounded(content):
-    """Numbers to five digits after the point: what is beyond differs between machines, and fills the files."""
+    """Numbers to five digits after the point: further digits differ between machines."""
     if isinstance(content, float):
         return round(content, 5)
     if isinstance(content, dict):

@@ -1,16 +1,16 @@
-"""Figures for `page`: matplotlib's, as SVG text that stands in a page. Their colours work on white and on black.
+"""Figures for `page`: matplotlib's, as SVG for an HTML page. Their colours work on white and on black.
 
-Only what draws imports this module: matplotlib takes a second. Figures are made without pyplot, which would look for a
-display and keep each of them until it is closed.
+matplotlib takes a second to import. Figures are made without pyplot, which would look for a display and keep each of
+them until it is closed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from io import StringIO
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 
 class Style(NamedTuple):
-    """How one series is told from the others: never by its colour alone."""
+    """What distinguishes one series from the others: never its colour alone."""
 
     colour: str
     marker: str
@@ -51,9 +51,9 @@ LOOK = {
     **{"svg.fonttype": "none", "svg.hashsalt": "coconut", "text.parse_math": False},
 }
 WIDTH, HEIGHT = 7.2, 4.0  # inches
-LETTER = 0.6  # of its size is a letter wide, or less
+LETTER = 0.6  # a letter's width, at most, as a share of its size
 FAINT = 0.3  # opacity of areas
-SHRUNK = 0.75  # of its width has a drawing on a narrow screen: a smaller one could not be read
+SHRUNK = 0.75  # least share of its width that a drawing has on a narrow screen: a smaller one is unreadable
 
 # ---------------------------------------------------------------------------------------------------------------
 # From matplotlib to a page
@@ -62,11 +62,9 @@ SHRUNK = 0.75  # of its width has a drawing on a narrow screen: a smaller one co
 
 @rc_context(LOOK)
 def svg(figure: Figure) -> str:
-    """A figure as an <svg> element: the text is text, in the page's font; neutral colours are that of the page's text;
-    the background is transparent.
+    """A figure as an <svg> element: text in the page's font, neutral colours as the page's text, no background.
 
-    The same numbers give the same bytes. Ids begin with a digest of the drawing, so that several fit in one page; only
-    drawings that are alike to the byte share theirs.
+    The same numbers give the same bytes. Ids begin with a digest of the drawing, so that several fit in one page.
     """
     file = StringIO()
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
@@ -80,7 +78,7 @@ def svg(figure: Figure) -> str:
             element.set("style", re.sub(r"font-family: [^;]*; ", "", style).replace(INK, "currentColor"))
     for definitions in root.findall("defs"):
         if definitions.find("style") is not None:
-            root.remove(definitions)  # its rule is for all elements of the page: the root hands it down instead
+            root.remove(definitions)  # its rule would apply to the whole page: the root's style takes its place
     narrowest = f"{SHRUNK * 72 * figure.get_figwidth():.0f}pt"
     root.set("style", f"stroke-linejoin: round; stroke-linecap: butt; min-width: {narrowest}")
     root.set("xmlns", "http://www.w3.org/2000/svg")
@@ -92,14 +90,14 @@ def svg(figure: Figure) -> str:
             if name == "id" and value in used:
                 element.set("id", f"f{digest}-{value}")
             elif name == "id":
-                del element.attrib["id"]  # figure_1, text_1: nobody's
+                del element.attrib["id"]  # figure_1, text_1: not referenced
             else:
                 element.set(name, re.sub(r"^#|(?<=url\()#", f"#f{digest}-", value))
     return ElementTree.tostring(root, encoding="unicode")
 
 
 def picture(figure: Figure, path: Path) -> None:
-    """Writes a figure as a PNG on white, for where a page cannot be shown."""
+    """Writes a figure as a PNG on white, for Markdown."""
     with rc_context(LOOK):
         figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
 
@@ -111,11 +109,13 @@ def blank(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:
 
 
 def style_of(number: int) -> Style:
-    return STYLES[number % len(STYLES)]
+    """Of the series with that number; from the eighth on colours come again, with another marker, line and hatch."""
+    colour, again = STYLES[number % len(STYLES)], STYLES[(number + number // len(STYLES)) % len(STYLES)]
+    return again._replace(colour=colour.colour)
 
 
 def add_legend(figure: Figure, handles: Sequence, names: Sequence[str]) -> None:
-    """Names under the drawing, where they hide nothing; those of one series alone are the caption's affair."""
+    """Names under the drawing, where they hide nothing; a single series has its name in the caption."""
     if len(names) > 1:
         column = 50 + LETTERS * LETTER * max(map(len, names))  # points
         columns = int(max(1, min(len(names), 72 * figure.get_figwidth() // column)))
@@ -133,31 +133,38 @@ def lines(
     xlabel: str,
     ylabel: str,
     marks: Sequence[tuple[float, str]] = (),
-    bands: Mapping[str, list[tuple[float, float, float]]] = {},
+    joined: bool = True,
 ) -> Figure:
-    """A line for each series of (x, y); where y is NaN there is a gap.
+    """A line for each series of (x, y), or points that are not joined; where y is NaN there is a gap.
 
     Args:
         marks: (x, label) of dotted lines, such as where a stage begins; those too close to the one before are left out.
-        bands: series -> (x, low, high) of the area around its line.
     """
     figure, panel = blank()
     handles = []
-    for number, (name, points) in enumerate(series.items()):
+    for number, points in enumerate(series.values()):
         style = style_of(number)
         x, y = zip(*points, strict=True) if points else ((), ())
-        every = max(1, len(points) // 12)
-        options = {"color": style.colour, "linestyle": style.line, "marker": style.marker, "markersize": 5}
-        handles += panel.plot(x, y, **options, markevery=every)
-        if band := bands.get(name):
-            x, low, high = zip(*band, strict=True)
-            panel.fill_between(x, low, high, color=style.colour, alpha=FAINT, linewidth=0)
-    panel.set(xlabel=xlabel, ylabel=ylabel)
-    if all(float(x).is_integer() for points in series.values() for x, _ in points):
+        look = {"linestyle": style.line, "markersize": 5, "markevery": max(1, len(points) // 12)}
+        look = look if joined else {"linestyle": "", "markersize": 6, "alpha": 0.8}
+        handles += panel.plot(x, y, color=style.colour, marker=style.marker, **look)
+    panel.set_xlabel(xlabel)
+    name_values(panel, ylabel)
+    every_x = {x for points in series.values() for x, _ in points}
+    if all(float(x).is_integer() for x in every_x):
         panel.xaxis.get_major_locator().set_params(integer=True)  # epochs have no halves
+    if len(every_x) == 1:
+        panel.set_xlim(min(every_x) - 0.5, min(every_x) + 0.5)
     add_marks(panel, marks)
     add_legend(figure, handles, list(series))
     return figure
+
+
+def name_values(panel: Axes, ylabel: str) -> None:
+    """The name of the y axis; percentages go from 0 to 100 in every figure, so that figures can be compared."""
+    panel.set_ylabel(ylabel)
+    if ylabel.endswith("%"):
+        panel.set_ylim(-2 if panel.lines else 0, 102)
 
 
 def add_marks(panel: Axes, marks: Sequence[tuple[float, str]]) -> None:
@@ -186,82 +193,57 @@ def make_logarithmic(figure: Figure) -> None:
 
 
 @rc_context(LOOK)
-def scatter(series: dict[str, list[tuple[float, float]]], xlabel: str, ylabel: str) -> Figure:
-    """A point for each (x, y), in the marker of its series."""
-    figure, panel = blank()
-    handles = []
-    for number, points in enumerate(series.values()):
-        style = style_of(number)
-        x, y = zip(*points, strict=True) if points else ((), ())
-        handles += panel.plot(x, y, color=style.colour, linestyle="", marker=style.marker, markersize=6, alpha=0.8)
-    panel.set(xlabel=xlabel, ylabel=ylabel)
-    add_legend(figure, handles, list(series))
-    return figure
-
-
-@rc_context(LOOK)
-def bars(
-    groups: list[str],
-    series: dict[str, list[float | None]],
-    ylabel: str,
-    errors: dict[str, list[tuple[float, float]]] | None = None,
-    rotate: bool = False,
-) -> Figure:
-    """Bars side by side in each group, one for each series; a dash where there is no value.
-
-    Args:
-        errors: series -> for each group the ends (low, high) of its interval, on the axis of the values.
-        rotate: whether the groups' names are long and stand slanted.
-    """
+def bars(groups: list[str], series: dict[str, list[float | None]], ylabel: str) -> Figure:
+    """Bars side by side in each group, one for each series; a dash where there is no value."""
     figure, panel = blank()
     width = 0.8 / max(1, len(series))
     handles = []
-    for number, (name, values) in enumerate(series.items()):
-        places = [group + (number - (len(series) - 1) / 2) * width for group in range(len(groups))]
-        there = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
-        handles.append(add_bars(panel, there, 0.92 * width, style_of(number)))
-        for place in set(places) - {place for place, _ in there}:
-            panel.text(place, 0, "\N{EN DASH}", ha="center", va="bottom")
-        for place, value, (low, high) in zip_longest(places, values, (errors or {}).get(name, ()), fillvalue=(0, 0)):
-            if value is not None and low < high:
-                middle, half = (low + high) / 2, (high - low) / 2
-                panel.errorbar(place, middle, half, fmt="none", ecolor=INK, elinewidth=1, capsize=3)
-    name_groups(panel, groups, ylabel, rotate)
+    for number, values in enumerate(series.values()):
+        positions = [group + (number - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        known = [(x, value) for x, value in zip(positions, values, strict=True) if value is not None]
+        handles.append(add_bars(panel, known, 0.92 * width, style_of(number)))
+        for x in set(positions) - {x for x, _ in known}:
+            panel.text(x, 0, "\N{EN DASH}", ha="center", va="bottom")
+    name_groups(panel, groups, ylabel)
     add_legend(figure, handles, list(series))
     return figure
 
 
 @rc_context(LOOK)
-def stacked(groups: list[str], parts: dict[str, list[float]], ylabel: str) -> Figure:
-    """A bar for each group, made of the parts, the first at the bottom."""
+def stacked(groups: list[str], parts: dict[str, list[float]], xlabel: str, ylabel: str) -> Figure:
+    """A bar for each group, made of the parts, the first at the bottom. A part has the same style in every figure with
+    the same parts, and is not in the legend where it is 0 everywhere."""
     figure, panel = blank()
-    floor = [0.0] * len(groups)
-    handles = []
-    for number, values in enumerate(parts.values()):
-        handles.append(add_bars(panel, list(enumerate(values)), 0.7, style_of(number), floor))
-        floor = [low + value for low, value in zip(floor, values, strict=True)]
-    name_groups(panel, groups, ylabel, rotate=sum(map(len, groups)) > 70)
-    add_legend(figure, handles, list(parts))
+    below = [0.0] * len(groups)
+    handles = {}
+    for number, (name, values) in enumerate(parts.items()):
+        if any(values):
+            handles[name] = add_bars(panel, list(enumerate(values)), 0.7, style_of(number), below)
+            below = [low + value for low, value in zip(below, values, strict=True)]
+    name_groups(panel, groups, ylabel)
+    panel.set_xlabel(xlabel)
+    add_legend(figure, list(handles.values()), list(handles))
     return figure
 
 
 def add_bars(
-    panel: Axes, bars: list[tuple[float, float]], width: float, style: Style, floor: Sequence[float] = ()
+    panel: Axes, bars: list[tuple[float, float]], width: float, style: Style, below: Sequence[float] = ()
 ) -> tuple:
-    """Bars (place, height), hatched; returns what a legend shows of them."""
-    options = {"bottom": floor or 0, "width": width}
-    places, heights = [place for place, _ in bars], [height for _, height in bars]
+    """Bars (x, height), hatched; returns their handles for a legend."""
+    options = {"bottom": below or 0, "width": width}
+    x, heights = zip(*bars, strict=True) if bars else ((), ())
     # twice: in an SVG the hatch has the opacity of the face behind it
-    face = panel.bar(places, heights, color=style.colour, alpha=FAINT, **options)
-    hatch = panel.bar(places, heights, color="none", edgecolor=style.colour, hatch=style.hatch, **options)
+    face = panel.bar(x, heights, color=style.colour, alpha=FAINT, **options)
+    hatch = panel.bar(x, heights, color="none", edgecolor=style.colour, hatch=style.hatch, **options)
     return face, hatch
 
 
-def name_groups(panel: Axes, groups: list[str], ylabel: str, rotate: bool) -> None:
-    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if rotate else {}
+def name_groups(panel: Axes, groups: list[str], ylabel: str) -> None:
+    """The names of the groups, slanted where they are long."""
+    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if max(map(len, groups)) > 8 else {}
     panel.set_xticks(range(len(groups)), groups, **slanted)
     panel.grid(False, axis="x")
-    panel.set_ylabel(ylabel)
+    name_values(panel, ylabel)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
-"""Whether thoughts are used: what becomes of the answers when they are changed.
+"""Whether thoughts are used: the answers when thoughts are changed.
 
 Legend: N questions, K thoughts, D hidden size.
 
-Every intervention puts something in the place of some thoughts and lets the model go on: later thoughts are made from
-the changed ones. What is put there is a (N, K, D) of content, a vector for each question and thought:
+Every intervention replaces some thoughts and lets the model go on: later thoughts are made from the changed ones. The
+replacement is a (N, K, D) of content, a vector for each question and thought:
 
     controls   itself (nothing changes); the question with its parts in another order
     content    the mean thought of that number; noise of the mean and covariance of that number; the latent token's
@@ -28,7 +28,7 @@ from trainer.evaluate import extract_answer
 
 @dataclass(frozen=True)
 class Intervention:
-    """What is put in the place of thoughts, and what should come of it."""
+    """What replaces thoughts, and the answers that should follow."""
 
     name: str
     kind: str  # control, content, donor, removal
@@ -37,7 +37,7 @@ class Intervention:
 
 
 def interventions(subject: Subject, task: Task, seed: int = 0) -> list[Intervention]:
-    """All that is tried, but other questions and other numbers of thoughts. Draws follow from the seed."""
+    """All replacements of thoughts. Draws follow from the seed."""
     random = np.random.default_rng(seed)
     thoughts = subject.thoughts()  # (N, K, D)
     count, k, _ = thoughts.shape
@@ -82,11 +82,11 @@ def _noise(thoughts: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
 
 def _donors(count: int, allowed, random: np.random.Generator) -> list[int | None]:
     """For each question another one that is allowed, or None."""
-    found: list[int | None] = []
-    for mine in range(count):
-        order = (int(other) for other in random.permutation(count) if other != mine)
-        found.append(next((other for other in order if allowed(mine, other)), None))
-    return found
+    orders = (random.permutation(count).tolist() for _ in range(count))
+    return [
+        next((other for other in order if other != mine and allowed(mine, other)), None)
+        for mine, order in enumerate(orders)
+    ]
 
 
 def places(n_thoughts: int) -> dict[str, frozenset[int]]:
@@ -102,13 +102,12 @@ def places(n_thoughts: int) -> dict[str, frozenset[int]]:
 def measure(
     subject: Subject, task: Task, intervention: Intervention, numbers: frozenset[int]
 ) -> dict[str, float | int | None]:
-    """What comes of it, over the questions that have as many steps as the first changed thought has a number, and a
-    donor where one is needed:
+    """The results over the questions that have a step for the first changed thought, and a donor where one is needed:
 
-        accuracy: the answer is still right
-        donor: the answer is the donor's, of those donors whose answer is another
-        gold: mean probability of the right answer when an answer is forced
-        T: gold / (gold + other), escape: 1 - gold - other, where there is another candidate
+    accuracy: the answer is still right
+    donor: the answer is the donor's, of those donors whose answer is another
+    gold: mean probability of the right answer when an answer is forced
+    T: gold / (gold + other), escape: 1 - gold - other, where there is another candidate
     """
     donors = intervention.donors
     asked = [
@@ -120,17 +119,12 @@ def measure(
         change, hidden = None, numbers
     else:
         change, hidden = Change(intervention.content, numbers), frozenset()
-    outputs = subject.written(change=change, hidden_columns=hidden)
-    said = [extract_answer(output) for output in outputs]
+    given = [extract_answer(output) for output in subject.written(change=change, hidden_columns=hidden)]
     answers, others = [example["answer"] for example in task.examples], task.others()
-    found: dict = {
-        "questions": len(asked),
-        "accuracy": _share(said[index] == answers[index] for index in asked),
-        "donor": None,
-        **dict.fromkeys(("gold", "T", "escape")),
-    }
+    found: dict = {"questions": len(asked), "accuracy": _share(given[index] == answers[index] for index in asked)}
+    found |= dict.fromkeys(("donor", "gold", "T", "escape"))
     if donors is not None:
-        found["donor"] = _share(said[index] == donors[index] for index in asked if donors[index] != answers[index])
+        found["donor"] = _share(given[index] == donors[index] for index in asked if donors[index] != answers[index])
     if change is not None and asked:
         names = [[answer] if other is None else [answer, other] for answer, other in zip(answers, others, strict=True)]
         shares = subject.values(names, "### ", change=change).numpy()[asked]
@@ -150,12 +144,12 @@ def _share(outcomes) -> float | None:
 def with_another_question(subject: Subject, task: Task, seed: int = 0) -> dict:
     """The control without a change of thoughts: the question's parts in another order."""
     what, examples = task.redrawn(np.random.default_rng(seed))
-    said = [extract_answer(output) for output in subject.asking(examples).written()]
+    given = [extract_answer(output) for output in subject.asking(examples).written()]
     return {
         "what": what,
-        "questions": len(said),
-        "accuracy": _share(mine == example["answer"] for mine, example in zip(said, task.examples, strict=True)),
-        "of the new question": _share(mine == example["answer"] for mine, example in zip(said, examples, strict=True)),
+        "questions": len(given),
+        "accuracy": _share(mine == example["answer"] for mine, example in zip(given, task.examples, strict=True)),
+        "of the new question": _share(mine == example["answer"] for mine, example in zip(given, examples, strict=True)),
     }
 
 
@@ -163,9 +157,9 @@ def with_fewer(subject: Subject, task: Task) -> list[dict]:
     """Thoughts taken away from the end, without keeping the length."""
     found = []
     for k in range(subject.n_thoughts):
-        said = [extract_answer(output) for output in subject.written(k)]
-        right = (mine == example["answer"] for mine, example in zip(said, task.examples, strict=True))
-        found.append({"thoughts": k, "questions": len(said), "accuracy": _share(right)})
+        given = [extract_answer(output) for output in subject.written(k)]
+        right = (mine == example["answer"] for mine, example in zip(given, task.examples, strict=True))
+        found.append({"thoughts": k, "questions": len(given), "accuracy": _share(right)})
     return found
 
 
@@ -179,19 +173,13 @@ def transplants(subject: Subject, task: Machine, seed: int = 0) -> list[dict]:
         has = [len(example["steps"]) >= k for example in task.examples]
         donors = _donors(len(has), lambda mine, other: has[mine] and has[other], random)  # noqa: B023
         content = thoughts[[mine if donor is None else donor for mine, donor in enumerate(donors)]]
-        said = [extract_answer(output) for output in subject.written(change=Change(content, frozenset([k - 1])))]
+        given = [extract_answer(output) for output in subject.written(change=Change(content, frozenset([k - 1])))]
         asked = []
         for index, donor in enumerate(donors):
             if donor is not None:
                 wanted = task.after_transplant(index, donor, k)
                 if wanted != task.examples[index]["answer"]:
-                    asked.append((said[index] == wanted, said[index] == task.examples[index]["answer"]))
-        found.append(
-            {
-                "thought": k,
-                "questions": len(asked),
-                "where it leads": _share(new for new, _ in asked),
-                "where it was": _share(old for _, old in asked),
-            }
-        )
+                    asked.append((given[index] == wanted, given[index] == task.examples[index]["answer"]))
+        shares = {"where it leads": _share(new for new, _ in asked), "where it was": _share(old for _, old in asked)}
+        found.append({"thought": k, "questions": len(asked), **shares})
     return found

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-ROWS_SHOWN = 12  # a longer table is folded away
+ROWS_SHOWN = 12  # longer tables are collapsed
 NUMBER = re.compile(r"[-+\N{MINUS SIGN}]?\d[\d,.]*(e[-+]?\d+)?( ?%)?")  # such cells stand right
 
 
 @dataclass
 class Figure:
-    """A drawing, what it shows in a sentence, and its numbers as a table."""
+    """A drawing, its caption, and its numbers as a table."""
 
     svg: str  # goes into the page as it is; "" where the table is all there is
     caption: str
@@ -29,7 +29,7 @@ class Figure:
 
 @dataclass
 class Example:
-    """Something to look at closely, folded away."""
+    """A closer look, collapsed."""
 
     title: str
     body: str  # HTML, which goes into the page as it is
@@ -55,7 +55,7 @@ def page(title: str, intro: str, sections: list[Section], facts: Sequence[tuple[
     parts = [f"<h1>{escape(title)}</h1>", paragraphs(intro)]
     if facts:
         rows = (f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in facts)
-        parts.append(f'<div class="wide"><table class="facts">{"".join(rows)}</table></div>')
+        parts.append(f'<div class="wide" tabindex="0"><table class="facts">{"".join(rows)}</table></div>')
     if len(sections) > 1:
         links = (f'<li><a href="#s{n}">{escape(section.title)}</a></li>' for n, section in enumerate(sections, 1))
         parts.append(f'<nav aria-label="Contents"><ol>{"".join(links)}</ol></nav>')
@@ -84,9 +84,11 @@ def coded(text: str) -> str:
 
 
 def figure_html(figure: Figure) -> str:
-    """A drawing, its caption, its table, which is folded away where it is long."""
+    """A drawing, its caption and its table, which is collapsed where it is long."""
     label = escape(figure.caption.replace("`", ""))
-    drawing = f'<div class="wide" role="img" aria-label="{label}">{figure.svg}</div>\n' if figure.svg else ""
+    drawing = (
+        f'<div class="wide" tabindex="0" role="img" aria-label="{label}">{figure.svg}</div>\n' if figure.svg else ""
+    )
     numbers = table_html(figure.head, figure.rows) if figure.rows else ""
     if len(figure.rows) > ROWS_SHOWN:
         numbers = f"<details><summary>the numbers, {len(figure.rows)} rows</summary>\n{numbers}\n</details>"
@@ -102,22 +104,24 @@ def table_html(head: list[str], rows: list[list[str]]) -> str:
     heads = "".join(f'<th scope="col"{side}>{escape(cell)}</th>' for cell, side in zip(head, right, strict=True))
     lines = ("".join(f"<td{side}>{escape(cell)}</td>" for cell, side in zip(row, right, strict=True)) for row in rows)
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    table = f"<table><thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+    return f'<div class="wide" tabindex="0">{table}</div>'
 
 
 def example_html(example: Example) -> str:
     return f"<details><summary>{escape(example.title)}</summary>\n{example.body}\n</details>"
 
 
-# --paper is also the halo of the letters in a drawing, which so are readable across its lines
+# --paper is also the halo of the letters in a drawing, which keeps them readable across its lines; a shadow at the edge
+# of .wide shows that it can be scrolled there
 STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1f2328; --soft: #59636e; --line: #d5d9de; --shade: #f1f3f5;
-  --link: #0b5cad; }
+  --link: #0b5cad; --edge: #59636e80; }
 @media (prefers-color-scheme: dark) { :root { --paper: #15181c; --ink: #e4e7ea; --soft: #a0a8b1; --line: #3a4149;
-  --shade: #20252b; --link: #7ab8ff; } }
+  --shade: #20252b; --link: #7ab8ff; --edge: #a0a8b180; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; }
-main { max-width: 50rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; overflow-wrap: break-word; }
+main { max-width: 56rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; overflow-wrap: break-word; }
 h1 { font-size: 1.7rem; line-height: 1.25; }
 h2 { font-size: 1.25rem; margin-top: 2.5rem; padding-top: .6rem; border-top: 1px solid var(--line); }
 a { color: var(--link); }
@@ -126,13 +130,16 @@ code { padding: .1em .3em; }
 pre { padding: .6em .8em; overflow-x: auto; }
 figure { margin: 1.8rem 0; }
 figcaption { color: var(--soft); font-size: .92rem; margin: .4rem 0 .8rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; background: linear-gradient(90deg, var(--paper) 40%, transparent) local,
+  linear-gradient(270deg, var(--paper) 40%, transparent) right local,
+  linear-gradient(90deg, var(--edge), transparent), linear-gradient(270deg, var(--edge), transparent) right;
+  background-repeat: no-repeat; background-size: 2.5rem 100%, 2.5rem 100%, .7rem 100%, .7rem 100%; }
 svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 svg text { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; stroke-linejoin: round; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3em .8em .3em 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; }
-.facts th { white-space: nowrap; padding-right: 1.5em; }
+.facts td { overflow-wrap: anywhere; }
 .number { text-align: right; white-space: nowrap; }
 details { margin: .6rem 0; }
 summary { cursor: pointer; color: var(--soft); }

@@ -1,13 +1,13 @@
-"""What an output on ProsQA is: a shortest path, a longer one, a hallucination ... (paper, Section 5); and the graphs.
+"""Classes of outputs on ProsQA: a shortest path, a longer one, a hallucination ... (paper, Section 5); and the graphs.
 
 A graph is made from an example of ProsQA, the authors' or ours, mirrored or not, in either template; nodes go by name.
-An output is what a model writes when it is made to begin with language after k latent thoughts:
+An output is the text after k latent thoughts, when the model is forced to begin with language there:
 
     graph = from_example(example)
     classify(graph, extract_steps(text), extract_answer(text), k)   # both from evaluate.py
 
-The classes. The path is what is written; the answer is looked at only where there is no path, as the paper scores
-answers apart: a right path before a wrong answer is a 'correct path', and accuracy is what says the rest.
+The classes. The path decides; the answer decides only where there is no path: the paper scores answers apart, so a
+right path before a wrong answer is a 'correct path'.
 
     correct path     a shortest path from the node asked about (the root) to the target, or the end of one
     longer path      another path from the root to the target, or the end of one
@@ -16,27 +16,27 @@ answers apart: a right path before a wrong answer is a 'correct path', and accur
     wrong target     a path of the graph, or the end of one, that ends in another node than the target
     correct label    no steps, and the right answer
     incorrect label  no steps, and another answer of its form
-    other            neither a step nor an answer: the paper has no name for it
+    other            neither a step nor an answer: the paper does not name it
 
-With k > 0 a path may lack its beginning, which was thought: it is judged by the shortest beginning that makes it whole.
-The beginning may have any number of edges, none and more than k included, for what a thought stands for is what is
-asked. With k = 0 nothing can be lacking: a path begins with a source.
+With k > 0 a path may lack its beginning, which the thoughts replace: the shortest beginning that completes it counts.
+The beginning may have any number of edges, also none or more than k: the analysis does not assume what a thought stands
+for. With k = 0 a path begins with a source.
 
-A 'wrong target' need not come from the root: a path from another source, all of whose edges exist, is a walk through
-the wrong part of the graph and nothing made up. On mirrored data it is the other component, or another leaf of the
-right one. The compact template writes only the nodes after the first, so there the source is any that has such an edge,
-the root if it has: both templates give a path the same class.
+A 'wrong target' need not come from the root: a path from another source, all of whose edges exist, leads through the
+wrong part of the graph, and is not made up. On mirrored data it is the other component, or another leaf of the right
+one. The compact template leaves out a path's first node, so there the source is any that has such an edge, the root if
+it has: both templates give a path the same class.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 
+from preprocessing.distances import fewest_edges
 from utils import UserError
 
 CORRECT_PATH = "correct path"
@@ -56,7 +56,7 @@ CHARACTER = re.compile(r"\w")  # a step, or an answer, of the compact template
 
 @dataclass(frozen=True)
 class Graph:
-    """A directed acyclic graph and what is asked of it: is `root` a `target`, which it reaches, or an `other`?"""
+    """A directed acyclic graph and its question: is `root` a `target`, which it reaches, or an `other`?"""
 
     names: tuple[str, ...]
     edges: frozenset[tuple[str, str]]  # (parent, child)
@@ -97,8 +97,8 @@ class Graph:
 def from_example(example: dict) -> Graph:
     """The graph of an example with ProsQA's fields.
 
-    Raises UserError that says, without the example's number, which field is lacking or does not fit: the names must
-    differ and be readable in the template, the edges go round in no circle, and the root reach the target alone.
+    Raises UserError that names the field that is missing or does not fit, without the example's number: the names must
+    differ and be readable in the template, the edges have no cycle, and the root reach the target alone.
     """
     for field in FIELDS:
         if field not in example:
@@ -111,12 +111,11 @@ def from_example(example: dict) -> Graph:
     asked = [example[field] for field in ("root", "target", "neg_target")]
     for node in (*asked, *(node for edge in edges for node in edge)):
         if not (isinstance(node, int) and 0 <= node < len(names)):
-            raise UserError(f"the example speaks of node {node!r}, and has {len(names)} names, counted from 0")
+            raise UserError(f"the example names node {node!r}, and has {len(names)} names, counted from 0")
     root, target, other = (names[node] for node in asked)
     named = frozenset((names[parent], names[child]) for parent, child in edges)
     graph = Graph(tuple(names), named, root, target, other, compact=example["answer"] == target)
-    problem = _problem(graph, example["answer"])
-    if problem:
+    if problem := _problem(graph, example["answer"]):
         raise UserError(f"the example's {problem}")
     return graph
 
@@ -146,7 +145,7 @@ def _problem(graph: Graph, answer: str) -> str | None:
 
 def distances(graph: Graph, start: str) -> dict[str, int]:
     """Name -> the fewest edges that lead to it from `start`, which is itself at 0; unreachable nodes are left out."""
-    return _fewest_edges(graph.children, [start])
+    return fewest_edges(graph.children, [start])
 
 
 def reachable(graph: Graph, start: str) -> set[str]:
@@ -174,20 +173,9 @@ def frontier(graph: Graph, k: int) -> set[str]:
 
 
 def same_depth_unreachable(graph: Graph, k: int) -> set[str]:
-    """What `frontier` is to be held against: nodes that the root does not reach, k edges from the nearest source that
-    is not asked about."""
-    from_others = _fewest_edges(graph.children, graph.sources - {graph.root})
+    """The control of `frontier`: nodes that the root does not reach, k edges from the nearest other source."""
+    from_others = fewest_edges(graph.children, graph.sources - {graph.root})
     return {name for name, depth in from_others.items() if depth == k} - reachable(graph, graph.root)
-
-
-def _fewest_edges(neighbours: dict[str, list[str]], starts: Iterable[str]) -> dict[str, int]:
-    found = dict.fromkeys(sorted(starts), 0)
-    outermost, edges = {*found}, 0
-    while outermost:
-        edges += 1
-        outermost = {neighbour for name in outermost for neighbour in neighbours[name]} - found.keys()
-        found |= dict.fromkeys(sorted(outermost), edges)  # an order that is the same in every process
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -222,8 +210,8 @@ def _split_sentences(text: str) -> list[str]:
 
 
 def _path(graph: Graph, sentences: list[str], k: int) -> list[str] | None:
-    """The nodes that the sentences lead through, the first subject included; None where they are no path, or one that
-    without a thought begins in the middle."""
+    """The nodes of the sentences, with the first subject; None where they are no path, or with k = 0 begin in the
+    middle of one."""
     edges = [graph.sentences.get(sentence) for sentence in sentences]
     if None in edges or any(before[1] != after[0] for before, after in pairwise(edges)):
         return None

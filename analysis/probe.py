@@ -10,7 +10,7 @@ import torch
 
 from analysis.subject import Subject
 from analysis.tasks import Machine, Task
-from tools.trained import decoded_thoughts
+from trainer.inference import decoded_thoughts
 
 TOP = 5  # names shown
 FOLDS = 2

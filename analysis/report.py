@@ -2,60 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
 from analysis import figures
 from analysis.page import Example, Figure, Section, page, table_html
-from utils import UserError, parse_json, replaced, write_whole
+from preprocessing.examples import read_json
+from utils import UserError, replaced, write_whole
 
 Found = dict  # of a part: subject -> its numbers
+NO_SHARES = ("auc", "norm", "cosine", "cosine with the one before")  # columns of tables that are not in per cent
 
 
 def write_page(folder: Path) -> Path:
-    """Writes FOLDER/index.html; returns its path. Raises UserError where there are no numbers, or damaged ones."""
+    """Writes FOLDER/index.html; returns its path. Raises UserError where the numbers are missing or damaged."""
     about = read(folder, "about")
     if about is None:
         raise UserError(f"{folder} holds no analysis: about.json is missing")
+    found = {part: numbers for part in SECTIONS if (numbers := read(folder, part))}
     try:
-        return _write_page(folder, about)
-    except UserError:
-        raise
+        text, figure = page_text(found, about), None
+        if about["kind"] == "machine" and "interventions" in found:
+            figure = transplant_lines(found["interventions"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"a file of {folder} is damaged, and no page can be made of it: {error!r}") from None
+    if figure is not None:
+        with replaced(folder / "transplants.png") as picture:
+            figures.picture(figure, picture)
+    write_whole(folder / "index.html", text)
+    return folder / "index.html"
 
 
-def _write_page(folder: Path, about: dict) -> Path:
-    found = {part: numbers for part in SECTIONS if (numbers := read(folder, part))}
+def page_text(found: dict[str, Found], about: dict) -> str:
     sections = [SECTIONS[part](numbers, about) for part, numbers in found.items() if any(numbers.values())]
+    of_steps = "" if about.get("steps") is None else f" of {about['steps']} steps"
     facts = [
         *((f"{name}, {about['thoughts'][name]} thoughts", source) for name, source in about["checkpoints"].items()),
-        ("data", f"{about['data']}, {about['questions']} questions{of_steps(about)}"),
+        ("data", f"{about['data']}, {about['questions']} questions{of_steps}"),
         ("seed of donors and noise", str(about["seed"])),
     ]
     title = "Thoughts: state tracking" if about["kind"] == "machine" else "Thoughts: search in graphs"
-    path = folder / "index.html"
-    if about["kind"] == "machine" and "interventions" in found:
-        with replaced(folder / "transplants.png") as picture:
-            figures.picture(transplant_lines(found["interventions"]), picture)
-    write_whole(path, page(title, answers(found, about), sections, facts))
-    return path
-
-
-def of_steps(about: dict) -> str:
-    return "" if about.get("steps") is None else f" of {about['steps']} steps"
+    return page(title, answers(found, about), sections, facts)
 
 
 def read(folder: Path, part: str):
-    """The numbers of a part; None where it was not measured."""
+    """The numbers of a part; None where it was not measured. Raises UserError."""
     path = folder / f"{part}.json"
-    if not path.is_file():
-        return None
-    try:
-        return parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    return read_json(path) if path.is_file() else None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -71,25 +65,25 @@ def answers(found: dict[str, Found], about: dict) -> str:
         shares = {name: mean(share for share in of if share is not None) for name, of in decoded.items()}
         paragraphs.append(
             "Do the hidden states that thoughts are made from hold the state? A linear probe finds the right one of "
-            f"{about['states']} in: {said(shares)} (mean over the thoughts)."
+            f"{about['states']} in: {listed(shares)} (mean over the thoughts)."
         )
     if "search" in found and any(found["search"].values()):
         rows = {name: [row for row in of["frontier"] if "auc" in row] for name, of in found["search"].items()}
         first = min((row["thoughts"] for of in rows.values() for row in of), default=0)
         areas = {name: " / ".join(f"{row['auc']:.2f}" for row in of) for name, of in rows.items()}
-        told = ", ".join(f"{name} {of}" for name, of in areas.items())
         paragraphs.append(
             "Do they hold a frontier? The area under the curve of reachable nodes against nodes of the same depth that "
-            f"cannot be reached, after {first}, {first + 1}, ... thoughts: {told} (0.5 is nothing)."
+            f"cannot be reached, after {first}, {first + 1}, ... thoughts: "
+            f"{', '.join(f'{name} {of}' for name, of in areas.items())} (0.5 is nothing)."
         )
     if "interventions" in found:
         of_all = found["interventions"]
         paragraphs.append(followed(of_all, about))
-        told = []
+        results = []
         for name, of in of_all.items():
             itself, noise, average = (row_of(of, what, "all")["accuracy"] for what in ("itself", "noise", "mean"))
-            told.append(f"{name} {percent(itself)}, with noise {percent(noise)}, with the mean {percent(average)}")
-        paragraphs.append(f"Does anything change when nothing is in them? Accuracy: {'; '.join(told)}.")
+            results.append(f"{name} {percent(itself)}, with noise {percent(noise)}, with the mean {percent(average)}")
+        paragraphs.append(f"Does anything change when nothing is in them? Accuracy: {'; '.join(results)}.")
     return "\n\n".join(paragraphs)
 
 
@@ -97,15 +91,15 @@ def followed(found: Found, about: dict) -> str:
     """Whether the answer goes where a thought of another question would lead."""
     if about["kind"] == "machine":
         shares = {name: [row["where it leads"] for row in of["transplants"]] for name, of in found.items()}
-        told = ", ".join(f"{name} {' / '.join(map(percent, of))}" for name, of in shares.items())
+        results = ", ".join(f"{name} {' / '.join(map(percent, of))}" for name, of in shares.items())
         return (
             "Does the answer follow a state that is put in? With the k-th thought of another question (k = 1, 2, ...) "
-            f"it is where the rest of this question's buttons lead from the other's state in: {told}."
+            f"it is where the rest of this question's buttons lead from the other's state in: {results}."
         )
     shares = {name: row_of(of, "the twin", "all")["donor"] for name, of in found.items()}
     return (
         "Does the answer follow thoughts that are put there? With all thoughts of the same graph, asked about the "
-        f"other root, it is that question's answer in: {said(shares)}."
+        f"other root, it is that question's answer in: {listed(shares)}."
     )
 
 
@@ -114,7 +108,7 @@ def row_of(found: dict, name: str, place: str) -> dict:
     return next((row for row in found["rows"] if (row["name"], row["place"]) == (name, place)), {})
 
 
-def said(shares: dict[str, float | None]) -> str:
+def listed(shares: dict[str, float | None]) -> str:
     return ", ".join(f"{name} {percent(share)}" for name, share in shares.items())
 
 
@@ -138,27 +132,27 @@ def line_of(rows: list[dict], x: str, y: str, factor: float = 100) -> list[tuple
 
 def table_of(rows_by_subject: dict[str, list[dict]], head: list[str]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a table whose first column is the subject."""
-    rows = [[name, *(cell(row.get(key)) for key in head)] for name, of in rows_by_subject.items() for row in of]
+    rows = [[name, *(cell(key, row.get(key)) for key in head)] for name, of in rows_by_subject.items() for row in of]
     return ["", *head], rows
 
 
-def cell(value) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+def cell(key: str, value) -> str:
+    """A number of a table: shares in per cent, as in the figures."""
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:.3f}" if key in NO_SHARES else percent(value)
+
+
+def drawing(figure: figures.Figure, caption: str, head: Sequence[str] = (), rows: Sequence = ()) -> Figure:
+    return Figure(figures.svg(figure), caption, [*head], [*rows])
 
 
 def probe_section(found: Found, about: dict) -> Section:
     next_steps = {name: of["next step"] for name, of in found.items()}
+    lines = {name: line_of(rows, "thoughts", "value") for name, rows in next_steps.items()}
     drawn = [
-        Figure(
-            figures.svg(
-                figures.lines(
-                    {name: line_of(rows, "thoughts", "value") for name, rows in next_steps.items()},
-                    "thoughts, then language",
-                    "value of the right step, %",
-                )
-            ),
+        drawing(
+            figures.lines(lines, "thoughts, then language", "value of the right step, %"),
             "When language is forced after k thoughts: the probability of the name with which the right next step "
             "begins, over the questions that have one. Renormalised: over the names; first: how often it is the "
             "likeliest name; elsewhere: the probability that is on no name.",
@@ -173,25 +167,21 @@ def probe_section(found: Found, about: dict) -> Section:
             for name, rows in decoded.items()
         }
         drawn.append(
-            Figure(
-                figures.svg(figures.lines(lines, "thought", "state read rightly, %")),
+            drawing(
+                figures.lines(lines, "thought", "state read rightly, %"),
                 "How often the state after k steps is read where the k-th thought is made: by the LM head, and by a "
                 f"linear probe fitted to other questions. Chance is {percent(1 / about['states'])}.",
                 *table_of(decoded, ["thought", "questions", "head", "probe"]),
             )
         )
-    shapes = {name: of["shape"] for name, of in found.items()}
-    drawn.append(
-        Figure(
-            "",
-            "Norms of the thoughts, and the cosine of each with the one before.",
-            *table_of(shapes, ["thought", "norm", "cosine with the one before"]),
-        )
+    shapes = table_of(
+        {name: of["shape"] for name, of in found.items()}, ["thought", "norm", "cosine with the one before"]
     )
+    drawn.append(Figure("", "Norms of the thoughts, and the cosine of each with the one before.", *shapes))
     return Section(
         "What thoughts hold",
         "A value is the probability of a name when the model has to go on with language (paper, Section 5.2). That "
-        "something can be read does not say that it is used: for that thoughts must be changed.",
+        "something can be read does not show that it is used: for that thoughts must be changed.",
         drawn,
     )
 
@@ -200,92 +190,68 @@ def sweep_section(found: Found, about: dict) -> Section:
     drawn = []
     for name, rows in found.items():
         parts = {label: [100 * row["classes"][label] / row["questions"] for row in rows] for label in about["classes"]}
-        table = [[str(row["thoughts"]), percent(row["accuracy"]), *map(str, row["classes"].values())] for row in rows]
         drawn.append(
-            Figure(
-                figures.svg(
-                    figures.stacked(
-                        [str(row["thoughts"]) for row in rows],
-                        {label: shares for label, shares in parts.items() if any(shares)},
-                        "outputs, %",
-                    )
-                ),
-                f"{name}: what is written after 0, 1, ... thoughts, in the last stage of {about['thoughts'][name]}.",
+            drawing(
+                figures.stacked([str(row["thoughts"]) for row in rows], parts, "thoughts, then language", "outputs, %"),
+                f"{name}: outputs after 0, 1, ... thoughts, in the last stage of {about['thoughts'][name]}.",
                 ["thoughts", "accuracy", *about["classes"]],
-                table,
+                [[str(row["thoughts"]), percent(row["accuracy"]), *map(str, row["classes"].values())] for row in rows],
             )
         )
     return Section(
         "With another number of thoughts",
-        "A switch to language is forced after so many thoughts (paper, Section 5.1). After many thoughts little is "
-        "written, and little can be wrong with it: bars of different numbers are not directly comparable. In mirrored "
-        "graphs a wrong target is the other component, or another leaf of the right one.",
+        "A switch to language is forced after so many thoughts (paper, Section 5.1). After many thoughts outputs are "
+        "short, and hold few mistakes: bars of different numbers are not directly comparable. In mirrored graphs a "
+        "wrong target is the other component, or another leaf of the right one.",
         drawn,
     )
 
 
 def interventions_section(found: Found, about: dict) -> Section:
-    rows_by_subject = {name: of["rows"] for name, of in found.items()}
-    rows = [row for of in rows_by_subject.values() for row in of]
+    rows = [row for of in found.values() for row in of["rows"]]
     names, places = (list(dict.fromkeys(row[key] for row in rows)) for key in ("name", "place"))
 
     def accuracies(subject: str, pairs: list[tuple[str, str]]) -> list[float | None]:
         shares = (row_of(found[subject], name, place).get("accuracy") for name, place in pairs)
         return [None if share is None else 100 * share for share in shares]
 
-    drawn = [
-        Figure(
-            figures.svg(
-                figures.bars(
-                    names,
-                    {subject: accuracies(subject, [(name, "all") for name in names]) for subject in found},
-                    "accuracy, %",
-                    rotate=True,
-                )
-            ),
+    def table(part: str, head: list[str]) -> tuple[list[str], list[list[str]]]:
+        return table_of({name: of[part] for name, of in found.items()}, head)
+
+    of_all = {subject: accuracies(subject, [(name, "all") for name in names]) for subject in found}
+    drawn = [transplant_figure(found, about)] if about["kind"] == "machine" else []
+    drawn.append(
+        drawing(
+            figures.bars(names, of_all, "accuracy, %"),
             "Accuracy when all thoughts are replaced, by what they are replaced with. The table has every place, and "
             "counts the questions that have the first of the replaced thoughts. Donor: the answer is the donor's, "
             "where that is another; gold: probability of the right answer; T: gold / (gold + other candidate); escape: "
             "the probability of neither.",
-            *table_of(
-                rows_by_subject,
-                ["kind", "name", "place", "questions", "accuracy", "donor", "gold", "T", "escape"],
-            ),
+            *table("rows", ["kind", "name", "place", "questions", "accuracy", "donor", "gold", "T", "escape"]),
         )
-    ]
+    )
     for subject in found:
-        lines = {
-            name: accuracies(subject, [(name, place) for place in places])
-            for name in ("itself", "mean", "noise", "any other question", "the twin")
-        }
-        drawn.append(
-            Figure(
-                figures.svg(figures.bars(places, lines, "accuracy, %", rotate=True)),
-                f"{subject}: accuracy by which thoughts are replaced, and with what (numbers above).",
-                [],
-                [],
-            )
-        )
-    if about["kind"] == "machine":
-        drawn.insert(0, transplant_figure(found, about))
+        contents = ("itself", "mean", "noise", "any other question", "the twin")
+        shares = {name: accuracies(subject, [(name, place) for place in places]) for name in contents}
+        caption = f"{subject}: accuracy by which thoughts are replaced, and with what (numbers above)."
+        drawn.append(drawing(figures.bars(places, shares, "accuracy, %"), caption))
     others = {name: [of["another question"]] for name, of in found.items()}
     drawn.append(
         Figure(
             "",
-            "The thoughts left alone, the question changed: how often the answer of the old question comes out, and "
-            "that of the new one.",
+            "The thoughts unchanged, the question changed: how often the answer is that of the old question, and that "
+            "of the new one.",
             *table_of(others, ["what", "questions", "accuracy", "of the new question"]),
         )
     )
-    fewer = {name: of["fewer"] for name, of in found.items()}
     drawn.append(
-        Figure("", "Thoughts taken away from the end.", *table_of(fewer, ["thoughts", "questions", "accuracy"]))
+        Figure("", "Thoughts taken away from the end.", *table("fewer", ["thoughts", "questions", "accuracy"]))
     )
     return Section(
         "Are thoughts used?",
-        "A thought is replaced, and the model goes on from there: later thoughts are made anew. Without feedback all "
-        "thoughts are one embedding, whatever the question: another question's thoughts then change nothing, by "
-        "construction.",
+        "A thought is replaced, and the model goes on from there: it makes the later thoughts from the changed one. "
+        "Without feedback all thoughts are one embedding, whatever the question: another question's thoughts then "
+        "change nothing, by construction.",
         drawn,
     )
 
@@ -301,8 +267,8 @@ def transplant_lines(found: Found) -> figures.Figure:
 
 def transplant_figure(found: Found, about: dict) -> Figure:
     transplants = {name: of["transplants"] for name, of in found.items()}
-    return Figure(
-        figures.svg(transplant_lines(found)),
+    return drawing(
+        transplant_lines(found),
         "The k-th thought of another question is put into this one. Follows: the answer is where the rest of this "
         "question's buttons lead from the other question's state after k steps. Stays: it is what it was. Chance is "
         f"{percent(1 / about['states'])}.",
@@ -325,37 +291,26 @@ def search_section(found: Found, about: dict) -> Section:
         for name, rows in heights.items()
         for right in (True, False)
     }
+    areas = {name: line_of(rows, "thoughts", "auc", 1) for name, rows in frontiers.items()}
     drawn = [
-        Figure(
-            figures.svg(
-                figures.lines(
-                    {name: line_of(rows, "thoughts", "auc", 1) for name, rows in frontiers.items()},
-                    "thoughts, then language",
-                    "area under the curve",
-                )
-            ),
-            "Are the nodes that a search by breadth would name next valued above nodes of the same depth that cannot "
-            "be reached? After k thoughts they are k + 1 edges from the root, or k in sentences, which begin with the "
-            "node before; 0.5 is chance. Frontier, others: their mean values, renormalised over the names.",
+        drawing(
+            figures.lines(areas, "thoughts, then language", "area under the curve"),
+            "Are the nodes that a breadth-first search would name next valued above nodes of the same depth that "
+            "cannot be reached? After k thoughts they are k + 1 edges from the root, or k in sentences, which begin "
+            "with the node before; 0.5 is chance. Frontier, others: their mean values, renormalised over the names.",
             *table_of(frontiers, ["thoughts", "questions", "auc", "frontier", "others"]),
         ),
-        Figure(
-            figures.svg(figures.lines(parallel, "likeliest names together", "of the value of all names, %")),
-            "How many ways are kept open: the share of the value that the likeliest 1, 2, 3 names have together, after "
-            "the first and the second thought (paper, Section 5.3: less parallel later).",
+        drawing(
+            figures.lines(parallel, "likeliest names together", "of the value of all names, %"),
+            "How many paths are kept open: the share of the value that the likeliest 1, 2, 3 names have together, "
+            "after the first and the second thought (paper, Section 5.3: less parallel later).",
             ["", "1", "2", "3"],
-            [[name, *(f"{share:.1f}" for _, share in points)] for name, points in parallel.items()],
+            [[name, *(f"{share:.1f} %" for _, share in points)] for name, points in parallel.items()],
         ),
-        Figure(
-            figures.svg(
-                figures.scatter(
-                    {name: points for name, points in by_height.items() if points},
-                    "height: fewest edges to a leaf",
-                    "value within the frontier, %",
-                )
-            ),
+        drawing(
+            figures.lines(by_height, "height: fewest edges to a leaf", "value within the frontier, %", joined=False),
             "The value of the frontier's nodes after one thought by their height, nodes on a shortest path to the "
-            "target apart from the others (paper, Section 5.4). search.json has the longest way to a leaf as well.",
+            "target apart from the others (paper, Section 5.4). search.json has the longest path to a leaf as well.",
             *table_of(heights, ["thoughts", "height", "right", "nodes", "value"]),
         ),
     ]
@@ -399,14 +354,19 @@ def examples_section(found: Found, about: dict) -> Section:
 
 
 def close_up(example: dict) -> str:
-    """What a question's thoughts say, as a table."""
+    """What can be read from a question's thoughts, as a table."""
 
     def shares(pairs: list) -> str:
         return "  ".join(f"{word!r} {share:.0%}" for word, share in pairs if share >= 0.005)
 
     words = [*map(shares, example["words"]), ""]  # after the last thought none is made
     rows = [
-        [str(row["thoughts"]), word, shares(row["names"]), *(cell(row[key]) for key in ("elsewhere", "norm", "cosine"))]
+        [
+            str(row["thoughts"]),
+            word,
+            shares(row["names"]),
+            *(cell(key, row[key]) for key in ("elsewhere", "norm", "cosine")),
+        ]
         for word, row in zip(words, example["after"], strict=True)
     ]
     head = ["thoughts", "words where the next is made", "names as the next step", "elsewhere", "norm", "cosine"]

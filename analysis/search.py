@@ -1,4 +1,4 @@
-"""Whether thoughts hold a search: values of nodes, the frontier, how many ways are kept open (paper, Section 5).
+"""Whether thoughts hold a search: values of nodes, the frontier, how many paths are kept open (paper, Section 5).
 
 A node's value after k thoughts is how likely its name is when language is forced there: the next step begins with a
 node at `Graphs.distance(k)` from the root. Legend: N questions, C names.
@@ -18,7 +18,7 @@ def parallelism(task: Graphs, values: np.ndarray) -> dict:
     """How much of the value of all names the likeliest 1, 2 and 3 have together: {"mean": [3], "curves": [3][21]}, the
     curves being the quantiles over the questions, of one (N, C) of values.
 
-    Raises no error where a question has fewer names: they count as 0.
+    Names that a question lacks count as 0.
     """
     total = values.sum(1, keepdims=True)
     shares = np.sort(values / np.maximum(total, 1e-12), axis=1)[:, ::-1][:, :TOP].cumsum(1)  # (N, 3)
@@ -41,15 +41,11 @@ def frontier(task: Graphs, values: np.ndarray, k: int) -> dict:
             areas.append(((inside[:, None] > outside).mean() + (inside[:, None] >= outside).mean()) / 2)
             of_frontier.extend(inside)
             of_others.extend(outside)
-    if not areas:
-        return {"thoughts": k, "questions": 0}
-    return {
-        "thoughts": k,
-        "questions": len(areas),
-        "auc": float(np.mean(areas)),
-        "frontier": float(np.mean(of_frontier)),
-        "others": float(np.mean(of_others)),
-    }
+    found = {"thoughts": k, "questions": len(areas)}
+    if areas:
+        means = {"auc": areas, "frontier": of_frontier, "others": of_others}
+        found |= {name: float(np.mean(values)) for name, values in means.items()}
+    return found
 
 
 def by_height(task: Graphs, values: np.ndarray, k: int, longest: bool = False) -> list[dict]:
@@ -75,7 +71,7 @@ def by_height(task: Graphs, values: np.ndarray, k: int, longest: bool = False) -
 
 
 def tree(task: Graphs, index: int, values: np.ndarray) -> dict:
-    """What `figures.tree` draws of a question: layers, edges, renormalised values of one (N, C) of values, roles."""
+    """The arguments of `figures.tree`: layers, edges, renormalised values of one (N, C) of values, roles."""
     graph, example = task.graphs[index], task.examples[index]
     row = values[index, : len(example["idx_to_symbol"])]
     row = row / max(row.sum(), 1e-12)

@@ -75,8 +75,8 @@ class Subject:
         asked = Asked(model, model.tokenizer, model.markers, model.config_with(n_thoughts), model.stage)
         subject = cls(asked, examples, n_thoughts)
         config, stage = subject.asked.config, subject.asked.stage
-        if model.latent_passes is not None or config.method == "multi_mode":
-            how = "method multi_mode" if model.latent_passes is None else f"latent_passes {config.latent_passes}"
+        if config.latent_passes != "sequential" or config.method == "multi_mode":
+            how = "method multi_mode" if config.method == "multi_mode" else f"latent_passes {config.latent_passes}"
             raise UserError(
                 f"{checkpoint} is of {how}: what is asked here is asked of thoughts one after the other, "
                 f"and of language that follows them at once"
@@ -215,13 +215,13 @@ class Subject:
             return total
         mask, positions = inputs["attention_mask"], inputs["position_ids"]
         cache = DynamicCache(config=self.model.base_causallm.config)
-        self.model.span(embeds, mask, positions, masked=True, cache=cache)
+        self.model.backbone.span(embeds, mask, positions, masked=True, cache=cache)
         cache.batch_repeat_interleave(count)
         flat = names.flatten(0, 1)  # (B * C, n)
         after = positions[:, -1:].repeat_interleave(count, 0) + 1 + torch.arange(width - 1, device=mask.device)
         mask = torch.cat([mask.repeat_interleave(count, 0), torch.ones_like(flat[:, :-1])], dim=1)
         tokens = self.model.base_causallm.get_input_embeddings()(flat[:, :-1].clamp(min=0))
-        states = self.model.span(tokens, mask, after, masked=True, cache=cache)  # (B * C, n - 1, D)
+        states = self.model.backbone.span(tokens, mask, after, masked=True, cache=cache)  # (B * C, n - 1, D)
         later = self.model.head(states).float().log_softmax(-1)  # (B * C, n - 1, V)
         shares = later.gather(2, flat[:, 1:, None].clamp(min=0))[..., 0].masked_fill(flat[:, 1:] < 0, 0)
         return total + shares.sum(1).view(n_rows, count)

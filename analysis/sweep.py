@@ -1,4 +1,4 @@
-"""What becomes of the answers with another number of thoughts: 0 to K + 2, then language (paper, Section 5.1)."""
+"""The answers with another number of thoughts: 0 to K + 2, then language (paper, Section 5.1)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,8 @@ def sweep(subject: Subject, task: Task) -> list[dict]:
     for k in range(subject.n_thoughts + 3):
         outputs = subject.written(k)
         classes = Counter(task.classify(index, output, k) for index, output in enumerate(outputs))
-        right = sum(
-            extract_answer(output) == example["answer"] for output, example in zip(outputs, task.examples, strict=True)
-        )
-        found.append(
-            {
-                "thoughts": k,
-                "questions": len(outputs),
-                "accuracy": right / len(outputs),
-                "classes": {name: classes[name] for name in task.classes},
-            }
-        )
+        both = zip(outputs, task.examples, strict=True)
+        right = sum(extract_answer(output) == example["answer"] for output, example in both)
+        found.append({"thoughts": k, "questions": len(outputs), "accuracy": right / len(outputs)})
+        found[-1]["classes"] = {name: classes[name] for name in task.classes}
     return found

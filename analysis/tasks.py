@@ -1,18 +1,17 @@
-"""What there is to know about a question beside its answer: states, graphs, what would follow from another thought.
+"""Questions with what is known of them beside the answer: states, graphs, what would follow from another thought.
 
-Two kinds of data are understood: state tracking (preprocessing/machine.py, with PREFIX_machine.json beside the file),
+Two kinds of data can be analysed: state tracking (preprocessing/machine.py, with PREFIX_machine.json beside the file),
 and graphs with ProsQA's fields (the paper's and the mirrored ones, in sentences or compact).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from analysis import paths
-from preprocessing.examples import load_examples
+from preprocessing.examples import load_examples, read_json
 from trainer.evaluate import extract_answer, extract_steps
 from utils import UserError
 
@@ -37,7 +36,6 @@ class Task:
 
     def names(self) -> list[list[str]]:
         """For each question all names that a step can begin with after step_prefix."""
-        raise NotImplementedError
 
     def next_name(self, index: int, k: int) -> str | None:
         """The name with which the (k + 1)-th step of a question begins; None where it has none, or fewer steps."""
@@ -46,19 +44,15 @@ class Task:
 
     def classify(self, index: int, output: str, n_thoughts: int) -> str:
         """Which of `classes` an output is."""
-        raise NotImplementedError
 
     def others(self) -> list[str | None]:
-        """For each question a wrong answer that is as good as the right one to who has not reasoned."""
-        raise NotImplementedError
+        """For each question the wrong candidate, which only reasoning excludes; None where there is none."""
 
     def twins(self) -> list[dict | None]:
         """For each question one that differs in where it begins, and so in its answer, where there is one."""
-        raise NotImplementedError
 
     def redrawn(self, random) -> tuple[str, list[dict]]:
         """(what was done, questions): the same with their parts in another order."""
-        raise NotImplementedError
 
 
 class Machine(Task):
@@ -98,19 +92,14 @@ class Machine(Task):
 
     def twins(self) -> list[dict | None]:
         """The same words, pressed in the state that comes next in the alphabet."""
-        found: list[dict | None] = []
-        for example in self.examples:
-            start, buttons = example["question"][0], example["question"][1:]
-            other = self.states[(self.states.index(start) + 1) % len(self.states)]
-            found.append(self.question_of(other, buttons))
-        return found
+        following = dict(zip(self.states, [*self.states[1:], self.states[0]], strict=True))
+        questions = [example["question"] for example in self.examples]
+        return [self.question_of(following[question[0]], question[1:]) for question in questions]
 
     def redrawn(self, random) -> tuple[str, list[dict]]:
         """Another order of buttons is another question; its own answer is what should come out."""
-        found = []
-        for example in self.examples:
-            buttons = "".join(random.permutation(list(example["question"][1:])))
-            found.append(self.question_of(example["question"][0], buttons))
+        questions = [example["question"] for example in self.examples]
+        found = [self.question_of(word[0], "".join(random.permutation(list(word[1:])))) for word in questions]
         return "buttons in another order", found
 
     def after_transplant(self, index: int, donor: int, k: int) -> str:
@@ -205,11 +194,11 @@ def load_task(path: Path, count: int | None = None, steps: int | None = None) ->
     """
     examples = load_examples(path, count if steps is None else None)
     kind = _kind_of(examples, path)
-    if steps is not None:  # after the records were looked at: what is said of one names its place in the file
+    if steps is not None:  # after the check: messages name a record by its index in the file
         examples = [example for example in examples if len(example["steps"]) == steps][:count]
     if len(examples) < 2:
         raise UserError(
-            f"{path} holds too few such questions ({len(examples)}): thoughts are held against those of others"
+            f"{path} holds too few such questions ({len(examples)}): thoughts are compared across questions"
         )
     return kind(examples)
 
@@ -234,8 +223,8 @@ def _kind_of(examples: list[dict], path: Path) -> Callable[[list[dict]], Task]:
 def _load_machine(examples: list[dict], path: Path, machine: Path) -> Machine:
     """State tracking; raises UserError where the questions are not of this machine."""
     try:
-        task = Machine(examples, json.loads(machine.read_text(encoding="utf-8"))["permutations"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        task = Machine(examples, read_json(machine)["permutations"])
+    except (UserError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(f"{machine} is not what preprocessing/machine.py wrote ({error!r})") from None
     for number, example in enumerate(examples):
         try:

@@ -48,7 +48,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from config import Config
 from dataset import EpochPlan, PlannedBatches, StageDataset, collate_for_device, example_order, sequence_lengths
-from preprocessing.examples import read_examples
+from preprocessing.examples import load_examples
 from preprocessing.tokens import Tokens, cache_tokens, tokenize
 
 GSM8K_EXAMPLES, PROSQA_EXAMPLES = 385_620, 17_886  # of the training sets
@@ -89,7 +89,7 @@ def gsm_like(n: int, seed: int = 0) -> list[dict]:
 def make_tokenizer(path: Path, folder: Path) -> Path:
     """A folder with a byte-level BPE of the file's texts."""
     bpe = ByteLevelBPETokenizer()
-    texts = (text for e in read_examples(path, 5000) for text in (e["question"], *e["steps"]))
+    texts = (text for e in load_examples(path, 5000) for text in (e["question"], *e["steps"]))
     bpe.train_from_iterator(texts, vocab_size=8000, special_tokens=["<|endoftext|>"], show_progress=False)
     PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
     return folder
@@ -97,7 +97,7 @@ def make_tokenizer(path: Path, folder: Path) -> Path:
 
 def tokenizing(path: Path, tokenizer, cache: Path, repeats: int) -> dict:
     """Seconds to tokenize a file beside the tokenizer's own for the same texts in one batch, and to start again."""
-    examples = list(read_examples(path))
+    examples = load_examples(path)
     texts = [t for e in examples for t in (e["question"] + "\n", *(s + "\n" for s in e["steps"]), "### " + e["answer"])]
     sides = {"tokenizer": lambda: tokenizer(texts), "ours": lambda: tokenize(examples, tokenizer)}
     medians = alternate(sides, repeats, torch.device("cpu"))

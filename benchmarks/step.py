@@ -70,11 +70,15 @@ from common import (
 from coconut import Coconut
 from config import Config
 from dataset import collate_for_device
+from methods.parallel_latents import ParallelLatents
+from model.layout import column_of, last_attended
 from trainer import parallel
 
 
 def floor_loss(model: Coconut, batch: dict) -> torch.Tensor:
-    hidden = model.span(model._embed(batch["input_ids"]), batch["attention_mask"], batch["position_ids"], False, None)
+    hidden = model.backbone.span(
+        model.backbone.embed(batch["input_ids"]), batch["attention_mask"], batch["position_ids"], False, None
+    )
     return model._loss(hidden, batch["labels"], batch["supervised"])
 
 
@@ -85,22 +89,15 @@ def all_logits_loss(model: Coconut, batch: dict) -> torch.Tensor:
 
 
 def no_cache_loss(model: Coconut, batch: dict) -> torch.Tensor:
-    embeds = model._embed(batch["input_ids"])
+    embeds = model.backbone.embed(batch["input_ids"])
     mask, positions = batch["attention_mask"], batch["position_ids"]
     for column in batch["latent_columns"]:
-        hidden = model.span(embeds[:, :column], mask[:, :column], positions[:, :column], True, None)
+        hidden = model.backbone.span(embeds[:, :column], mask[:, :column], positions[:, :column], True, None)
         is_latent = batch["input_ids"][:, column, None, None] == MARKERS.latent
-        filled = torch.where(is_latent, hidden[:, -1:], embeds[:, column : column + 1])
+        thought = column_of(hidden, last_attended(mask[:, :column]))
+        filled = torch.where(is_latent, thought, embeds[:, column : column + 1])
         embeds = torch.cat([embeds[:, :column], filled, embeds[:, column + 1 :]], dim=1)
-    return model._loss(model.span(embeds, mask, positions, True, None), batch["labels"], batch["supervised"])
-
-
-def parallel_loss(model: Coconut, batch: dict, latent_passes: int) -> torch.Tensor:
-    model.latent_passes = latent_passes
-    try:
-        return model(**batch).loss
-    finally:
-        model.latent_passes = None
+    return model._loss(model.backbone.span(embeds, mask, positions, True, None), batch["labels"], batch["supervised"])
 
 
 def passes_of(side: str, n_latents: int, latent_passes: int) -> int:
@@ -118,13 +115,16 @@ def make_sides(options: argparse.Namespace, stage: int, names: list[str]) -> dic
     model = make_model(options.shape, options.size, device)
     parallel.wrap_blocks(model, Config(compile=options.compile))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    ids = (MARKERS.latent, MARKERS.start, MARKERS.end, MARKERS.eos)
+    in_parallel = ParallelLatents(model.base_causallm, *ids, latent_passes=options.latent_passes)
     rows = prosqa_rows(options.batch, stage, options.c_thought)
     batch = to_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), device)
+    unaligned = to_device(collate_for_device(rows, MARKERS.eos, None), device)  # padded on the right only
     losses = {
-        "floor": lambda: floor_loss(model, batch),
+        "floor": lambda: floor_loss(model, unaligned),
         "coconut": lambda: model(**batch).loss,
-        "in parallel": lambda: parallel_loss(model, batch, options.latent_passes),
-        "all logits": lambda: all_logits_loss(model, batch),
+        "in parallel": lambda: in_parallel(**batch).loss,
+        "all logits": lambda: all_logits_loss(model, unaligned),
         "no cache": lambda: no_cache_loss(model, batch),
     }
 

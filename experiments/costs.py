@@ -90,7 +90,7 @@ def print_plan(jobs: list[Job], waiting: list[Job], flops_per_second: float) -> 
 
 def is_counted_in_part(job: Job) -> bool:
     """Whether its method does more than is counted here."""
-    return job.config.step_decoder != "none" or job.config.latent_passes != "sequential"
+    return job.config.has_latents and job.config.method != "coconut"
 
 
 def _tokens_per_second(job: Job) -> float | None:

@@ -7,13 +7,14 @@ import json
 import re
 import shlex
 import typing
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
 
 import yaml
 
-from config_files import read_mapping
+from config import NOTHING, converted, read_yaml, shown
 from utils import UserError
 
 
@@ -23,6 +24,7 @@ class RunSpec:
 
     keys: dict = field(default_factory=dict)  # of run.py, on top of the grid's base file
     base: str | None = None  # where it has another file than the grid
+    row: str | None = None  # of that file
     begins_with: str | None = None  # the beginning or run whose weights it takes; it starts after that one's epochs,
     # or, where that one was trained on other data, at epoch 0
     seeds: tuple[int, ...] | None = None  # where it has others than the grid
@@ -31,7 +33,8 @@ class RunSpec:
 
     @property
     def overrides(self) -> list[str]:
-        return [f"{key}={_spelled(value)}" for key, value in self.keys.items()]
+        chosen = {} if self.row is None else {"row": self.row}
+        return [f"{key}={_spelled(value)}" for key, value in (chosen | self.keys).items()]
 
 
 @dataclass(frozen=True)
@@ -60,28 +63,29 @@ OF_THE_GRID = ("name", "seed", "save_path", "debug")  # keys that are not a run'
 
 
 def _spelled(value) -> str:
-    if isinstance(value, str) and not value.isprintable():  # YAML's own spelling of a newline is two lines
-        return json.dumps(value)
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+    """A value as the command line takes it: text as it is, unless YAML would read it as something else."""
+    if isinstance(value, str) and value.isprintable() and value == value.strip() and not value.startswith(("'", '"')):
+        return value
+    return json.dumps(value)
 
 
 def read_grid(path: Path) -> Grid:
     """Reads a grid. Raises UserError that lists what is wrong with it."""
     problems: list[str] = []
     try:
-        values = read_mapping(path.read_text(encoding="utf-8"), str(path), problems)
+        values = read_yaml(path.read_text(encoding="utf-8"), str(path), problems)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    known = _known(Grid, {name: value.value for name, value in values.items()}, str(path), problems)
+    known = _known(Grid, values, str(path), problems)
     for name in ("title", "base", "save_path", "runs", "test_path"):
         if name not in values:
             problems.append(f"{path} lacks {name!r}")
     for name in ("runs", "beginnings"):
         specs = known.get(name) or {}
         known[name] = {
-            run: RunSpec(**_known(RunSpec, spec or {}, f"{path}: {name}: {run}", problems))
+            run: RunSpec(**_known(RunSpec, {} if spec == "" else spec, f"{path}: {name}: {run}", problems))
             for run, spec in specs.items()
         }
     problems += [f"{path}: {text}" for text in [*_of_runs(known), *_of_needs(known.get("needs", {}))]]
@@ -99,11 +103,7 @@ def _of_runs(known: dict) -> list[str]:
     """What is wrong with names, keys and beginnings of runs."""
     every = known["beginnings"] | known["runs"]
     found = [f"{name!r} is both a run and a beginning" for name in known["beginnings"].keys() & known["runs"].keys()]
-    found += [
-        f"run {name!r}: a name is letters, digits, - _ and ., in quotes where YAML would make something else of it"
-        for name in every
-        if not (isinstance(name, str) and NAME.fullmatch(name))
-    ]
+    found += [f"run {name!r}: a name is letters, digits, - _ and ." for name in every if not NAME.fullmatch(name)]
     for name, spec in every.items():
         if fixed := [key for key in OF_THE_GRID if key in spec.keys]:
             found.append(f"run {name!r} cannot set {' and '.join(fixed)}: these are the grid's")
@@ -121,7 +121,7 @@ def _of_needs(needs: dict) -> list[str]:
     found = []
     for file, script in needs.items():
         try:
-            good = isinstance(file, str) and isinstance(script, str) and shlex.split(script)
+            good = isinstance(script, str) and shlex.split(script)
         except ValueError:
             good = False
         if not good:
@@ -138,32 +138,30 @@ def _known(cls, values, where: str, problems: list[str]) -> dict:
     found = {}
     for name, value in values.items():
         if name not in kinds:
-            close = difflib.get_close_matches(str(name), kinds, 1)
+            close = difflib.get_close_matches(name, kinds, 1)
             problems.append(f"{where}: unknown key {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
-        elif not _is_of(value, kinds[name]):
-            problems.append(f"{where}: {name!r} must be {_in_words(kinds[name])}, not {value!r}")
-        else:
-            found[name] = tuple(value) if isinstance(value, list) else value
+            continue
+        try:
+            found[name] = _typed(value, kinds[name])
+        except ValueError as error:
+            problems.append(f"{where}: {name!r} {error}, not {shown(value)}")
     return found
 
 
-def _options(kind) -> list:
-    return list(typing.get_args(kind)) if isinstance(kind, UnionType) else [kind]
-
-
-def _is_of(value, kind) -> bool:
-    """Whether what YAML has read is of the annotated type of a field."""
-    for option in _options(kind):
-        plain, inner = typing.get_origin(option) or option, typing.get_args(option)
-        if plain is tuple and isinstance(value, list) and all(isinstance(item, inner[0]) for item in value):
-            return True
-        if plain is not tuple and isinstance(value, (int, float) if plain is float else plain):
-            return True
-    return False
-
-
-def _in_words(kind) -> str:
-    words = {dict: "`key: value` lines", str: "text", float: "a number", tuple[int, ...]: "a list of whole numbers"}
-    words |= {tuple[str, ...]: "a list of texts"}
-    known = [option for option in _options(kind) if option is not NoneType]
-    return " or ".join(words[option if option in words else typing.get_origin(option)] for option in known)
+def _typed(value, kind):
+    """What a grid has as the annotated type of a field. Raises ValueError with what was expected."""
+    options = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    main = options[0]
+    if value in NOTHING and NoneType in options:
+        return None
+    if main is dict or typing.get_origin(main) is dict:
+        if isinstance(value, dict):
+            return value
+        raise ValueError("must be `key: value` lines")
+    if typing.get_origin(main) is tuple:
+        item = typing.get_args(main)[0]
+        if isinstance(value, list):
+            with suppress(ValueError):
+                return tuple(converted(text, item) for text in value)
+        raise ValueError(f"must be a list of {'texts' if item is str else 'whole numbers'}")
+    return converted(value, main)

@@ -175,6 +175,7 @@ class Job:
         free = {key.name for key in fields(Config) if key.metadata["free"]}
         free |= {key.name for key in fields(Config) if key.metadata["later"] and values[key.name] == key.default}
         keys = {name: value for name, value in values.items() if name not in free}
+        keys["method"] = self.config.rules.variant_of or self.config.method  # as it was before it had a name
         return _digest(json.dumps(keys, sort_keys=True), *self._of_files)
 
     @cached_property

@@ -1,51 +1,175 @@
-"""Which model and which batches a configuration trains with: Coconut's, or those of a method that came after it."""
+"""The protocol of a method: one file of this folder, found by its name, without which everything else still works.
+
+A file begins with what needs no torch: its docstring and `class Method`, with the method's own keys, the defaults that
+it gives to others', what it excludes, and how it was spelled before. Below that, from the first import of torch or of
+what imports torch on, stand its model and its dataset. config.py reads the upper part alone (`rules_of`), so that
+--help and every complaint come at once; `implementation` imports the whole.
+
+    import methods
+    from methods import key
+
+    class Method(methods.Method):
+        has_latents = True
+        defaults = {"c_thought": 2}
+        sharpness: float = key(1.0, "of its loss", low=0)
+
+    import torch
+    ...
+
+A thought is registered by `@register("name", takes=":N")` in any file of this folder, and found likewise.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import ast
+import dataclasses
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 
-from transformers import PreTrainedModel
-
-from coconut import Coconut
-from config import Config, split_passes
-from curriculum import Markers
-from dataset import StageDataset
-from methods import thoughts, token  # noqa: F401 registers them
-from methods.codi import Codi, TaughtDataset
-from methods.lotus import LabelledDataset, Lotus
-from methods.multi_mode import ModesDataset, MultiMode
-from methods.sim_cot import ExplainedDataset, SimCot
-
-
-class Method(NamedTuple):
-    model: type[Coconut]
-    dataset: type[StageDataset]
-
-
-def make_model(
-    config: Config, base: PreTrainedModel, markers: Markers, model_class: type[Coconut] | None = None
-) -> Coconut:
-    """A causal LM as the configuration trains it; model_class: default, that of its method."""
-    tokens = (markers.latent, markers.start, markers.end, markers.eos)
-    passes = {"latent_passes": split_passes(config.latent_passes), "c_thought": config.c_thought}
-    model = (model_class or method_of(config).model)(base, *tokens, thought=config.thought, **passes)
-    if isinstance(model, Codi):
-        model.distillation = config.distillation
-    if isinstance(model, Lotus):
-        model.latent_labels_weight = config.latent_labels
-    return model
+FOLDER = Path(__file__).parent
+SLOW = {
+    "torch",
+    "transformers",
+    "coconut",
+    "dataset",
+    "model",
+    "trainer",
+}  # the first import of one ends the upper part
+LARGEST_FACTOR = 1e30  # of what a gradient is multiplied with: it has to stay a float32
 
 
-def method_of(config: Config) -> Method:
-    """In an eval-only run all are Coconut: what a method adds is for training."""
-    if config.only_eval:
-        return Method(Coconut, StageDataset)
-    if config.method == "multi_mode":
-        return Method(MultiMode, ModesDataset)
-    if config.method == "codi":
-        return Method(Codi, TaughtDataset)
-    if config.step_decoder != "none":
-        return Method(SimCot, ExplainedDataset)
-    if config.latent_labels:
-        return Method(Lotus, LabelledDataset)
-    return Method(Coconut, StageDataset)
+def key(
+    default,
+    text: str,
+    *,
+    choices: tuple = (),
+    low: float | None = None,
+    high: float | None = None,
+    check: Callable | None = None,
+    free: bool = False,
+    later: bool = False,
+    empty: bool = False,
+):
+    """A key with its limits; `free` where it does not decide what the weights become, so that it may change between a
+    run and its continuation; `later` where results of experiments/ are older than the key, and had its default; `empty`
+    where nothing, as in `key=`, is the empty text."""
+    limits = {"choices": choices, "low": low, "high": high, "check": check, "free": free, "later": later}
+    return dataclasses.field(default=default, metadata={"help": text, "empty": empty, **limits})
+
+
+class Method:
+    """What a method is, without torch. Its own keys are annotated fields made by `key`."""
+
+    has_latents = False  # whether its sequences have latent positions
+    has_stages = True  # where not, its latents are always those of the last stage
+    variant_of: str | None = None  # the method with the same sequences, as which checkpoints and results recorded it
+    needs: tuple[str, ...] = ()  # other files of this folder
+    defaults: typing.ClassVar[dict] = {}  # of any keys, where it is chosen by its name
+
+    @staticmethod
+    def problems(config) -> list[str]:
+        """What is impossible about a config.Config, a sentence each; called whatever the method, for a key of this one
+        may be set under another."""
+        return []
+
+    @staticmethod
+    def options(config) -> dict:
+        """What its model's constructor takes beside Coconut's arguments."""
+        return {}
+
+    @staticmethod
+    def mixes_in(config) -> bool:
+        """Whether its model takes part in that of another method."""
+        return False
+
+    @staticmethod
+    def older(values: dict) -> None:
+        """Rewrites, in place, what is set in an older spelling of this method."""
+
+
+class _WithLatents(Method):
+    has_latents = True
+
+
+CORE = {"coconut": _WithLatents, "cot": Method, "no_cot": Method, "no_thoughts": Method}
+
+
+@cache
+def _trees() -> dict[str, tuple[Path, ast.Module]]:
+    paths = [path for path in sorted(FOLDER.glob("*.py")) if path.stem != "__init__"]
+    return {path.stem: (path, ast.parse(path.read_text(encoding="utf-8"), str(path))) for path in paths}
+
+
+def _is_slow(node: ast.stmt) -> bool:
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+    return any(name.partition(".")[0] in SLOW or name.startswith("methods.") for name in names)
+
+
+@cache
+def all_rules() -> dict[str, type[Method]]:
+    """Name -> the class Method of every method, the core's first; without those that lack a file which they need."""
+    found = dict(CORE)
+    for name, (path, tree) in _trees().items():
+        end = next((number for number, node in enumerate(tree.body) if _is_slow(node)), len(tree.body))
+        upper = tree.body[:end]
+        if any(isinstance(node, ast.ClassDef) and node.name == "Method" for node in upper):
+            module = types.ModuleType(f"methods.{name}")
+            exec(compile(ast.Module(upper, []), str(path), "exec"), vars(module))
+            found[name] = module.Method
+    return {name: rules for name, rules in found.items() if found.keys() >= {*rules.needs}}
+
+
+def names() -> tuple[str, ...]:
+    return tuple(all_rules())
+
+
+def rules_of(name: str) -> type[Method]:
+    return all_rules()[name]
+
+
+def own_keys(rules: type[Method]) -> Iterator[tuple[str, str, dataclasses.Field]]:
+    """(name, annotation, field) of each key that a method brings."""
+    for name, annotation in inspect.get_annotations(rules).items():
+        if isinstance(field := vars(rules)[name], dataclasses.Field):
+            yield name, annotation, field
+
+
+def thoughts() -> Iterator[tuple[str, str, str]]:
+    """(name, what may follow it, module) of each thought that is registered in this folder."""
+    for module, (_, tree) in _trees().items():
+        for node in tree.body:
+            for call in getattr(node, "decorator_list", []):
+                if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] == "register":
+                    takes = {word.arg: word.value.value for word in call.keywords}.get("takes", "")
+                    yield call.args[0].value, takes, f"methods.{module}"
+
+
+class Parts(typing.NamedTuple):
+    """What a configuration trains: a subclass of Coconut with options of its own, and one of StageDataset."""
+
+    model: type
+    options: dict
+    dataset: type
+
+
+def parts_of(config) -> Parts:
+    """The parts of config.method, with those that are mixed in; in an eval-only run what a method adds in training is
+    left out. Imports torch."""
+    from coconut import Coconut
+    from dataset import StageDataset
+
+    own = None if config.only_eval or config.method in CORE else importlib.import_module(f"methods.{config.method}")
+    model, dataset = getattr(own, "MODEL", Coconut), getattr(own, "DATASET", StageDataset)
+    options = config.rules.options(config) if own is not None else {}
+    for name, rules in all_rules().items():
+        if rules.mixes_in(config):
+            other = importlib.import_module(f"methods.{name}").MODEL
+            model = model if issubclass(model, other) else type(model.__name__, (model, other), {})
+            options |= rules.options(config)
+    return Parts(model, options, dataset)

@@ -16,8 +16,30 @@ Legend: B rows, T columns of a batch, D hidden size, L decoder blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import methods
+from methods import LARGEST_FACTOR, key
+
+
+class Method(methods.Method):
+    has_latents = True
+    has_stages = False
+    distillation: float = key(
+        1.0,
+        "codi: weight of the distance between the student's states and the teacher's",
+        low=0,
+        high=LARGEST_FACTOR,
+        later=True,
+    )
+
+    @staticmethod
+    def options(config) -> dict:
+        return {"distillation": config.distillation}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With torch
+# ---------------------------------------------------------------------------------------------------------------
+
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +47,11 @@ import torch.nn.functional as F
 from coconut import Coconut, CoconutOutput
 from curriculum import IGNORE
 from dataset import StageDataset, collate_for_device
-from model.backbone import decoder_blocks
-from utils import UserError
+from model.layout import column_of
 
 
 class TaughtDataset(StageDataset):
-    """Items (input_ids, labels, place, teacher's input_ids, labels, place): a place is that of the token before the
+    """Items (input_ids, labels, position, teacher's input_ids, labels, position): that of the token before the
     answer's first."""
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
@@ -42,114 +63,62 @@ class TaughtDataset(StageDataset):
         shared = next(
             (n for n, pair in enumerate(zip(prefix, answer, strict=False)) if pair[0] != pair[1]), len(prefix)
         )
-        places = [len(ids) - 1 - len(answer) + shared - 1 for ids in (input_ids, teacher)]
-        return input_ids, labels, places[0], teacher, [IGNORE] * len(question) + written, places[1]
+        student_position, position = (len(ids) - 1 - len(answer) + shared - 1 for ids in (input_ids, teacher))
+        return input_ids, labels, student_position, teacher, [IGNORE] * len(question) + written, position
 
     def collate(self, rows: list[tuple]) -> dict:
         """`StageDataset.collate`, with the arguments of `Codi.forward`."""
         batch = super().collate([row[:2] for row in rows])
-        taught = collate_for_device([row[3:5] for row in rows], self.markers.eos, self.markers.latent)
-        lefts = (batch["attention_mask"].cumsum(dim=1) == 0).sum(dim=1)  # (B,): padding of each row
-        batch["student_places"] = lefts + torch.tensor([row[2] for row in rows])
-        batch["teacher_places"] = torch.tensor([row[5] for row in rows])  # padded on the right only
-        names = ("input_ids", "attention_mask", "position_ids", "labels", "supervised")
-        return batch | {f"teacher_{name}": taught[name] for name in names}
+        column = next(iter(batch["latent_columns"]), 0)  # of the first latent, in each row
+        gaps = [max(column - row[0].index(self.markers.latent), 0) if column else 0 for row in rows]
+        batch["student_columns"] = torch.tensor([row[2] + gap for row, gap in zip(rows, gaps, strict=True)])
+        batch["teacher"] = collate_for_device([row[3:5] for row in rows], self.markers.eos, None)
+        batch["teacher_columns"] = torch.tensor([row[5] for row in rows])
+        return batch
 
 
 class Codi(Coconut):
-    """Coconut that is taught in training, where a batch has a teacher's part."""
+    """Coconut that is taught in training, where a batch has a teacher's part.
 
-    distillation = 1.0  # its weight
+    distillation: weight of the distance between the student's states and the teacher's.
+    first_layer: of those that are compared; 0 is the embeddings.
+    """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, distillation: float = 1.0, first_layer: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
-        self._layers = LayerStates(self)
+        self.distillation, self.first_layer = distillation, first_layer
+        self.backbone.record_layers()
 
     def forward(
         self,
         *args,
-        student_places: torch.Tensor | None = None,
-        teacher_places: torch.Tensor | None = None,
-        teacher_input_ids: torch.Tensor | None = None,
-        teacher_attention_mask: torch.Tensor | None = None,
-        teacher_position_ids: torch.Tensor | None = None,
-        teacher_labels: torch.Tensor | None = None,
-        teacher_supervised: torch.Tensor | None = None,
+        student_columns: torch.Tensor | None = None,
+        teacher_columns: torch.Tensor | None = None,
+        teacher: dict | None = None,
         **kwargs,
     ) -> CoconutOutput:
-        """`Coconut.forward` of the student; with a teacher's arguments, which are as the student's and padded on the
-        right only, `loss` is the whole one. student_places, teacher_places: (B,) int64, the columns that are compared.
-        """
-        if teacher_input_ids is None:
+        """`Coconut.forward` of the student; with a teacher's batch, which is as the student's, `loss` is the whole one.
+        student_columns, teacher_columns: (B,) int64, the columns that are compared."""
+        if teacher is None:
             return super().forward(*args, **kwargs)
-        with self._layers.recording():
-            taught = super().forward(
-                teacher_input_ids,
-                attention_mask=teacher_attention_mask,
-                position_ids=teacher_position_ids,
-                labels=teacher_labels,
-                supervised=teacher_supervised,
-                latent_columns=[],
-                left_padded=False,
-                return_hidden=True,
-            )
-            wanted = [state.detach() for state in self._layers.at(teacher_places, taught.hidden)]
-            # the teacher's pass is the earlier one, so its backward comes last: FSDP waits for that
-            tell, self.before_first_span = self.before_first_span, None
-            try:
-                output = super().forward(*args, return_hidden=True, **kwargs)
-            finally:
-                self.before_first_span = tell
-            found = self._layers.at(student_places, output.hidden, self._moved(kwargs))
-        distances = [F.smooth_l1_loss(ours, theirs) / theirs.std() for ours, theirs in zip(found, wanted, strict=True)]
+        # the teacher's pass is the earlier one, so its backward comes last
+        taught, wanted = self._states_at(teacher_columns, **teacher)
+        output, found = self._states_at(student_columns, *args, **kwargs)
+        distances = [
+            F.smooth_l1_loss(own, target.detach()) / target.detach().std()
+            for own, target in list(zip(found, wanted, strict=True))[self.first_layer :]
+        ]
         loss = output.loss + self.distillation * torch.stack(distances).mean() + taught.loss
-        return output._replace(loss=loss, hidden=None)
+        return output._replace(loss=loss)
 
-    def _moved(self, batch: dict) -> torch.Tensor | int:
-        """By how much each row of the student's last pass was moved to the left (see padding.Shift), (B,): where
-        nothing waits for hidden states it is the only pass, padding and all."""
-        if self.thought.sequential or not (batch["left_padded"] and self._makes_masks):
-            return 0
-        return (batch["attention_mask"].cumsum(dim=1) == 0).sum(dim=1)
+    def _states_at(self, columns: torch.Tensor, *args, **kwargs) -> tuple[CoconutOutput, list[torch.Tensor]]:
+        """Coconut's forward, and L + 1 states, (B, 1, D) each, as transformers' hidden_states, at the columns (B,).
+        The last pass must hold those columns."""
+        width = (args[0] if args else kwargs["input_ids"]).shape[1]
 
+        def pick(state: torch.Tensor) -> torch.Tensor:
+            return column_of(state, (columns - (width - state.shape[1])).clamp(min=0))
 
-class LayerStates:
-    """All columns of the residual stream of the last pass: what the first block is given and what each block returns.
-
-    They are part of the graph anyway, so that keeping them takes no room.
-    """
-
-    def __init__(self, model: Coconut):
-        blocks = decoder_blocks(model.base_causallm)
-        if not blocks:
-            raise UserError("method codi compares layers: it needs a model that names its decoder blocks")
-        self.states: list[torch.Tensor] | None = None  # while passes are recorded
-        self.first = blocks[0]
-        for block in blocks:
-            block.register_forward_hook(self._record, with_kwargs=True)
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        self.states = []
-        try:
-            yield
-        finally:
-            self.states = None
-
-    @torch.compiler.disable
-    def _record(self, block, args: tuple, kwargs: dict, output) -> None:
-        if self.states is None:
-            return
-        if block is self.first:
-            self.states = [args[0] if args else kwargs["hidden_states"]]
-        self.states.append(output[0] if isinstance(output, tuple) else output)
-
-    def at(self, places: torch.Tensor, hidden: torch.Tensor, moved: torch.Tensor | int = 0) -> list[torch.Tensor]:
-        """L + 1 states, (B, 1, D) each, as transformers' hidden_states, at the columns (B,) of the last hidden states
-        (B, T, D). The last pass must hold those columns, each row moved to the left by so many."""
-
-        def pick(state: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-            return state.gather(1, columns[:, None, None].expand(-1, 1, state.shape[-1]))
-
-        in_pass = places - (hidden.shape[1] - self.states[0].shape[1]) - moved
-        return [*(pick(state, in_pass) for state in self.states[:-1]), pick(hidden, places)]
+        with self.backbone.recording(pick) as states:
+            output = super().forward(*args, return_hidden=True, **kwargs)
+        return output._replace(hidden=None), [*states[:-1], column_of(output.hidden, columns)]

@@ -4,8 +4,8 @@ Counted from the position before the first latent (the start marker), index 0, p
 of step k, through the base's own LM head: a step is read from the group of latents that stands for it, as if its tokens
 were written there. A step of more than c tokens is read on in the next group, whose first positions then have two
 targets. The labels' cross-entropy is a mean over all labels of an optimizer step, on whatever rank, that of the written
-part a mean over all of its tokens. How the latents come about is latent_block.py: `thought: looped`, `latent_passes:
-stage`.
+part a mean over all of its tokens. The latents are made as methods/parallel_latents.py says, in one pass more than
+there are groups.
 
 Legend: B rows, T columns of a batch, c latents of a group, S labels.
 """
@@ -14,11 +14,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
+import methods
+from methods import LARGEST_FACTOR, key
 
-from coconut import Coconut, CoconutOutput
+
+class Method(methods.Method):
+    has_latents = True
+    variant_of = "coconut"
+    needs = ("parallel_latents",)
+    defaults = {
+        **{"thought": "looped", "latent_passes": "stage", "latent_labels": 0.05},
+        **{"c_thought": 13, "max_latent_stage": 6, "epochs_per_stage": 1},
+        **{"max_grad_norm": 1.0, "reset_optimizer": "never"},
+    }
+    latent_labels: float = key(
+        0.0,
+        "lotus: weight of the loss in which the latents predict the tokens of their steps",
+        low=0,
+        high=LARGEST_FACTOR,
+        later=True,
+    )
+
+    @staticmethod
+    def problems(config) -> list[str]:
+        wrong = config.latent_labels and config.method != "lotus"
+        return [f"latent_labels are for method lotus, not {config.method}"] if wrong else []
+
+    @staticmethod
+    def options(config) -> dict:
+        return {"latent_labels": config.latent_labels}
+
+    @staticmethod
+    def older(values: dict) -> None:
+        """Method coconut with labels."""
+        explained = values.get("step_decoder", "none") != "none"
+        if values.get("method", "coconut") == "coconut" and values.get("latent_labels") and not explained:
+            values["method"] = "lotus"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With torch
+# ---------------------------------------------------------------------------------------------------------------
+
+import torch
+
+from coconut import CoconutOutput
 from dataset import StageDataset
+from methods.parallel_latents import ParallelLatents
 
 
 def latent_labels(steps: Sequence[Sequence[int]], n_latents: int, c_thought: int) -> list[tuple[int, int]]:
@@ -45,23 +87,26 @@ class LabelledDataset(StageDataset):
         return input_ids, labels, latent_labels(self.tokens[key[0]][1], n_latents, self.config.c_thought)
 
     def collate(self, rows: list[tuple]) -> dict:
-        """`StageDataset.collate`, with the arguments of `Lotus.forward`, and `units`: the tokens of either loss."""
+        """`StageDataset.collate`, with the arguments of `Lotus.forward`, and the tokens of either loss."""
         batch = super().collate([(input_ids, labels) for input_ids, labels, _ in rows])
-        width = batch["input_ids"].shape[1]
-        before = next(iter(batch["latent_columns"]), 1) - 1  # in each row that has latents
-        found = [
-            (row * width + before + index, token) for row, (_, _, told) in enumerate(rows) for index, token in told
-        ]
+        width, first = batch["input_ids"].shape[1], next(iter(batch["latent_columns"]), 0)
+        found = []
+        for number, (input_ids, _, row_labels) in enumerate(rows):
+            for index, token in row_labels:  # padding may stand between the start marker and the first latent
+                column = first - 1 + index if index else input_ids.index(self.markers.latent) - 1
+                found.append((number * width + column, token))
         batch["label_places"] = torch.tensor([place for place, _ in found], dtype=torch.int64)
         batch["label_targets"] = torch.tensor([token for _, token in found], dtype=torch.int64)
-        batch["units"] = {"loss": len(batch["supervised"]), "auxiliary": len(found)}
+        batch["loss_counts"] = {"loss": len(batch["supervised"]), "auxiliary": len(found)}
         return batch
 
 
-class Lotus(Coconut):
-    """Coconut whose latents have labels, in training."""
+class Lotus(ParallelLatents):
+    """Latents in parallel that have labels, in training; latent_labels: their loss's weight beside the answer's."""
 
-    latent_labels_weight = 1.0
+    def __init__(self, *args, latent_labels: float = 0.05, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.latent_labels = latent_labels
 
     def forward(
         self,
@@ -75,6 +120,9 @@ class Lotus(Coconut):
         if label_targets is None:
             return super().forward(*args, **kwargs)
         output = super().forward(*args, return_hidden=True, **kwargs)
-        logits = self.head(output.hidden.flatten(0, 1)[label_places])  # (S, V)
-        auxiliary = self.latent_labels_weight * F.cross_entropy(logits, label_targets, reduction="sum")
+        hidden = output.hidden.flatten(0, 1)[label_places]  # (S, D)
+        auxiliary = self.latent_labels * self.backbone.cross_entropy(hidden, label_targets, reduction="sum")
         return output._replace(hidden=None, auxiliary=auxiliary)
+
+
+MODEL, DATASET = Lotus, LabelledDataset

@@ -1,72 +1,205 @@
-"""Latents in parallel: those of a row are one block, which is run several times over the cache of what is before it.
+"""Latents in parallel: those of a row are one block, which runs several times over the cache of what is before it.
 
 A latent's input is made from hidden states of the pass before, those of all latents at once; so a pass over the block
 takes the place of a pass for each latent. What follows the block attends to the keys and values of its last pass.
-Gradients run through all passes. What is fed is up to the thought:
+Gradients run through all passes. The thought decides what is fed:
 
-- PCCoT (arXiv 2506.18582): the hidden state of the column before, as in Coconut. In the first pass the latents hold the
-  embedding of the latent token; after t more the first t thoughts are those of Coconut. With as many as there are
+- PCCoT (arXiv 2506.18582): the hidden state of the position before, as in Coconut. In the first pass the latents hold
+  the embedding of the latent token; after t more the first t thoughts are those of Coconut. With as many as there are
   latents the result is Coconut's.
-- LOTUS (arXiv 2606.31779), thought `looped`: the latent token's embedding plus the hidden state of the same column.
+- LOTUS (arXiv 2606.31779), thought `looped`: the latent token's embedding plus the hidden state of the same position.
 
-Legend: B rows, T columns of a batch, K columns of the block, D hidden size.
+Legend: B rows, H heads, T columns of a batch, K columns of the block, D hidden size, d head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+
+import methods
+from methods import key
+
+
+def split_passes(spelling: str) -> int | str | None:
+    """What Coconut is given as latent_passes: None where it is sequential, a number, or "stage". Raises ValueError."""
+    if spelling == "sequential":
+        return None
+    if spelling != "stage" and not re.fullmatch(r"\d{1,6}", spelling):
+        raise ValueError("must be sequential, a number from 0 on, or stage")
+    return spelling if spelling == "stage" else int(spelling)
+
+
+class Method(methods.Method):
+    has_latents = True
+    variant_of = "coconut"
+    defaults = {"latent_passes": "3"}
+    latent_passes: str = key(
+        "sequential",
+        "sequential | T | stage: thoughts one after the other, or all at once: in T passes after that with the latent "
+        "token's embedding (PCCoT), or in as many passes as they stand for steps (LOTUS)",
+        check=split_passes,
+        later=True,
+    )
+
+    @staticmethod
+    def problems(config) -> list[str]:
+        found = []
+        in_parallel = config.latent_passes != "sequential"
+        if in_parallel and not config.has_latents:
+            found.append(f"latent_passes {config.latent_passes} is for latents, and method {config.method} has none")
+        if in_parallel and config.thought == "pause":
+            found.append("latent_passes makes thoughts, and thought pause has none")
+        if config.latent_passes == "stage" and config.c_thought == 0:
+            found.append("latent_passes stage counts groups of c_thought latents, and c_thought is 0")
+        if config.thought == "looped" and not in_parallel:
+            found.append(
+                "thought looped is for latents that are made in parallel: set latent_passes to stage or a number"
+            )
+        return found
+
+    @staticmethod
+    def options(config) -> dict:
+        return {"latent_passes": split_passes(config.latent_passes), "c_thought": config.c_thought}
+
+    @staticmethod
+    def mixes_in(config) -> bool:
+        return config.latent_passes != "sequential"
+
+    @staticmethod
+    def older(values: dict) -> None:
+        """Method coconut with passes."""
+        more = values.get("step_decoder", "none") != "none" or values.get("latent_labels")
+        in_parallel = str(values.get("latent_passes", "sequential")) != "sequential"
+        if values.get("method", "coconut") == "coconut" and in_parallel and not more:
+            values["method"] = "parallel_latents"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With torch
+# ---------------------------------------------------------------------------------------------------------------
 
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
 
-from model.kv_cache import forked_cache, grown
+from coconut import Coconut, Edit
+from model.kv_cache import PLAIN_LAYERS, GrowingLayer
+from model.layout import Rows, column_of
 from model.thought import Seen
+from utils import UserError
 
 
-def run_block(
-    model,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    position_ids: torch.Tensor,
-    masked: bool,
-    columns: Sequence[int],
-    new_columns: int,
-) -> tuple[torch.Tensor, torch.Tensor, Cache, torch.Tensor]:
-    """`Coconut._run` for a model with `latent_passes`; `masked` as in `Coconut.span`.
+class ParallelLatents(Coconut):
+    """Coconut whose latents are made all at once.
 
-    Raises ValueError where the latents of a batch are not one block that begins in the same column of each row.
+    Args, beside those of Coconut:
+        latent_passes: passes over the block after the first; "stage": as many as there are groups of latents.
+        c_thought: latents of a group.
+
+    Raises UserError where a family keeps states that cannot be taken back, and for thoughts made from the layers.
     """
-    begin, end, width = columns[0], columns[-1] + 1, input_ids.shape[1]
-    is_latent = input_ids[:, begin:end] == model.latent_token_id  # (B, K)
-    if list(columns) != list(range(begin, end)):
-        raise ValueError("latents that are made in parallel must stand in one block")
-    embeds, prepared = model._embed(input_ids), model._precompute()
-    before, block, after = embeds.split([begin, end - begin, width - end], dim=1)
-    cache = forked_cache(model.base_causallm.config, kept=begin)
-    n_updates = model.latent_updates(end - begin)
 
-    def run(span: torch.Tensor, first: int, pass_number: int) -> torch.Tensor:
-        last = first + span.shape[1]
-        if pass_number == n_updates:  # the last pass, which what is generated attends to
-            for layer in cache.layers:
-                layer.kept = None
-        return model.span(span, attention_mask[:, :last], position_ids[:, first:last], masked, cache)
+    def __init__(self, *args, latent_passes: int | str = "stage", c_thought: int = 1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.latent_passes, self.c_thought = latent_passes, c_thought
+        if self.thought.needs_layers:
+            raise UserError("the thought needs the layers, which the passes of latents in parallel do not give")
+        forked_cache(self.base_causallm.config, kept=0)
 
-    hidden = run(torch.cat([before, block], dim=1) if n_updates else embeds, 0, 0)
-    if hidden.requires_grad and model.before_first_span is not None:
-        hidden.register_hook(lambda _, tell=model.before_first_span: tell())
-    prefix, states = hidden[:, :begin], hidden[:, begin:end]  # (B, ., D)
-    fed = block
-    for number in range(1, n_updates + 1):
-        shifted = torch.cat([prefix[:, -1:], states], dim=1)[:, :-1]
-        made_from = states if model.thought.in_place else shifted
-        thought = model.thought(Seen(made_from, block, None, prepared, model))
-        changes = is_latent & model.still_updated(is_latent, number)  # rows may be done before others
-        fed = torch.where(changes[..., None], thought.to(block.dtype), fed)
-        if number < n_updates:
-            states = run(fed, begin, number)
-        else:
-            hidden = torch.cat([prefix, run(torch.cat([fed, after], dim=1), begin, number)], dim=1)
-    if new_columns:
-        cache = grown(cache, width + new_columns)
-    return hidden, torch.cat([before, fed, after], dim=1), cache, attention_mask
+    @property
+    def thinks(self) -> bool:
+        return super().thinks and self.latent_passes != 0
+
+    def _run(
+        self, rows: Rows, new_columns: int = 0, edit: Edit | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
+        """`Coconut._run`. Raises ValueError where the latents of a batch are not one block that begins in the same
+        column of each row."""
+        if not rows.columns or not self.thought.sequential:
+            return super()._run(rows, new_columns, edit)
+        begin, end, width = rows.columns[0], rows.columns[-1] + 1, rows.input_ids.shape[1]
+        if rows.columns != list(range(begin, end)):
+            raise ValueError("latents that are made in parallel must stand in one block")
+        if edit is not None:
+            raise ValueError("thoughts that are made in parallel cannot be edited one by one")
+        is_latent = rows.input_ids[:, begin:end] == self.latent_token_id  # (B, K)
+        precomputed, n_updates = self._precompute(), self.latent_updates(end - begin)
+        before, block, after = self.backbone.embed(rows.input_ids).split([begin, end - begin, width - end], dim=1)
+        cache = forked_cache(self.base_causallm.config, kept=begin)
+
+        def run(span: torch.Tensor, first: int, pass_number: int) -> torch.Tensor:
+            if pass_number == n_updates:  # the last pass, which what is generated attends to
+                for layer in cache.layers:
+                    layer.kept = None
+            return self.backbone.span(span, *rows.part(first, first + span.shape[1]), cache)
+
+        hidden = run(torch.cat([before, block, after][: 2 if n_updates else 3], dim=1), 0, 0)
+        prefix, states, fed = hidden[:, :begin], hidden[:, begin:end], block  # (B, ., D)
+        for number in range(1, n_updates + 1):
+            shifted = torch.cat([column_of(prefix, rows.before), states[:, :-1]], dim=1)
+            made_of = states if self.thought.in_place else shifted
+            thought = self.thought(Seen(made_of, block, None, precomputed, self.backbone))
+            changes = is_latent & self._takes_part(is_latent, number)
+            fed = torch.where(changes[..., None], thought.to(block.dtype), fed)
+            if number < n_updates:
+                states = run(fed, begin, number)
+            else:
+                hidden = torch.cat([prefix, run(torch.cat([fed, after], dim=1), begin, number)], dim=1)
+        cache = growing_cache(cache, width + new_columns) if new_columns else cache
+        return hidden, torch.cat([before, fed, after], dim=1), cache
+
+    def latent_updates(self, n_columns: int) -> int:
+        """How often the inputs of a block of so many columns are made again: the passes over it less one. Where each
+        is made from the position before, those of K columns are right after K times, and stay what they are."""
+        if self.latent_passes == "stage":
+            return n_columns // self.c_thought
+        return self.latent_passes if self.thought.in_place else min(self.latent_passes, n_columns)
+
+    def _takes_part(self, is_latent: torch.Tensor, number: int) -> torch.Tensor:
+        """(B, 1): whether a row of (B, K) latents takes part in this update, counted from 1. With "stage" a row has as
+        many as it has groups of latents, whatever others have."""
+        if self.latent_passes != "stage":
+            return torch.ones_like(is_latent[:, :1])
+        return number <= is_latent.sum(dim=1, keepdim=True) // self.c_thought
+
+
+class BlockLayer(DynamicLayer):
+    """The keys and values of one layer, (B, H, T, d) each: each pass over the block sees the first `kept` columns and
+    its own, and leaves the former; with None it leaves all."""
+
+    def __init__(self, kept: int):
+        super().__init__()
+        self.kept: int | None = kept
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the kept columns with (B, H, t, d) states behind them."""
+        if self.is_initialized:
+            key_states = torch.cat([self.keys, key_states], dim=-2)
+            value_states = torch.cat([self.values, value_states], dim=-2)
+        self.keys, self.values = key_states[..., : self.kept, :], value_states[..., : self.kept, :]
+        self.is_initialized = True
+        return key_states, value_states
+
+
+def forked_cache(config: PretrainedConfig, kept: int) -> Cache:
+    """A cache of BlockLayers. Raises UserError where a layer keeps a state that cannot be taken back."""
+    layers = DynamicCache(config=config).layers
+    if not all(type(layer) in PLAIN_LAYERS for layer in layers):
+        raise UserError(
+            f"latents in parallel need attention in every layer, and the model family {config.model_type} has not"
+        )
+    return Cache(layers=[BlockLayer(kept) for _ in layers])
+
+
+def growing_cache(cache: Cache, capacity: int) -> Cache:
+    """What the layers of a cache hold, in one that grows to `capacity` columns without copying."""
+    layers = []
+    for layer in cache.layers:
+        layers.append(GrowingLayer(capacity))
+        layers[-1].update(layer.keys, layer.values)
+    return Cache(layers=layers)
+
+
+MODEL = ParallelLatents

@@ -12,14 +12,64 @@ the longest text, S tokens that are predicted.
 
 from __future__ import annotations
 
+import methods
+from methods import LARGEST_FACTOR, key
+
+
+class Method(methods.Method):
+    has_latents = True
+    variant_of = "coconut"
+    defaults = {"step_decoder": "pretrained", "c_thought": 2, "max_latent_stage": 5, "epochs_per_stage": 3}
+    step_decoder: str = key(
+        "none",
+        "sim_cot: none | pretrained | copy: in training, a second model predicts each step from the thoughts that "
+        "replace it: model_id with its pretrained weights, or a copy of this model as it begins",
+        choices=("none", "pretrained", "copy"),
+        later=True,
+    )
+    step_decoder_weight: float = key(
+        1.0, "sim_cot: of that model's loss beside the answer's", low=0, high=LARGEST_FACTOR, later=True
+    )
+    step_decoder_reduction: str = key(
+        "sum", "sim_cot: sum | mean: of its loss over the tokens of a step", choices=("sum", "mean"), later=True
+    )
+    step_decoder_surplus: str = key(
+        "answer",
+        "sim_cot: answer | none: the target of thoughts that an example has beyond its steps",
+        choices=("answer", "none"),
+        later=True,
+    )
+
+    @staticmethod
+    def problems(config) -> list[str]:
+        if config.step_decoder == "none" or config.only_eval:
+            return []
+        found = []
+        if config.method != "sim_cot":
+            found.append(f"step_decoder is for method sim_cot, not {config.method}")
+        elif config.thought == "pause" or not config.c_thought or getattr(config, "latent_passes", None) == "0":
+            found.append("method sim_cot explains thoughts: it needs a thought that is fed back, and c_thought")
+        if config.step_decoder == "pretrained" and config.from_scratch:
+            found.append("step_decoder pretrained takes weights of model_id, and from_scratch has none: set it to copy")
+        return found
+
+    @staticmethod
+    def older(values: dict) -> None:
+        """Method coconut with a step decoder."""
+        if values.get("method", "coconut") == "coconut" and values.get("step_decoder", "none") != "none":
+            values["method"] = "sim_cot"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With torch
+# ---------------------------------------------------------------------------------------------------------------
+
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from coconut import Coconut, CoconutOutput
 from curriculum import explanations
 from dataset import StageDataset, padded
-from model.kv_cache import make_cache
 
 
 class ExplainedDataset(StageDataset):
@@ -35,7 +85,7 @@ class ExplainedDataset(StageDataset):
         return input_ids, labels, explanations(texts, answer, n_latents, self.config)
 
     def collate(self, rows: list[tuple]) -> dict:
-        """`StageDataset.collate`, with the arguments of `SimCot.forward`, and `units`: the number of groups.
+        """`StageDataset.collate`, with the arguments of `SimCot.forward`, and `loss_counts`: the number of groups.
 
         Where there is none, one stands in that counts nothing: the decoder's weights must have a gradient, since DDP
         waits for it.
@@ -49,7 +99,7 @@ class ExplainedDataset(StageDataset):
             for number, text in enumerate(texts)
             if text is not None
         ]
-        batch["units"] = {"auxiliary": len(groups)}
+        batch["loss_counts"] = {"auxiliary": len(groups)}
         counted = [len(targets) if self.config.step_decoder_reduction == "mean" else 1 for _, _, targets in groups]
         if not groups:
             groups, counted = [(0, 0, [eos])], [0]
@@ -92,9 +142,9 @@ class StepDecoder(Coconut):
         """
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
         positions = mask.cumsum(dim=1)
-        cache = make_cache(self.base_causallm.config, embeds.shape[1], keeps=False)
-        hidden = self.span(embeds, mask, positions, masked=False, cache=cache)
-        return F.cross_entropy(self.head(hidden.flatten(0, 1)[places]), targets, reduction="none")
+        cache = self.backbone.make_cache(embeds.shape[1], keeps=False)
+        hidden = self.backbone.span(embeds, mask, positions, masked=False, cache=cache)
+        return self.backbone.cross_entropy(hidden.flatten(0, 1)[places], targets, reduction="none")
 
 
 class SimCot(Coconut):
@@ -134,7 +184,10 @@ class SimCot(Coconut):
         if step_ids is None:
             return output
         thoughts = output.inputs_embeds[step_rows[:, None], step_columns]  # (P, c, D)
-        embeds = torch.cat([thoughts, self._embed(step_ids).to(thoughts.dtype)], dim=1)
+        embeds = torch.cat([thoughts, self.backbone.embed(step_ids).to(thoughts.dtype)], dim=1)
         losses = self.step_decoder(embeds, step_places, step_targets)
         counted = torch.where(step_divisors > 0, losses / step_divisors.clamp(min=1), 0 * losses)
         return output._replace(auxiliary=self.step_decoder_weight * counted.sum())
+
+
+MODEL, DATASET = SimCot, ExplainedDataset

@@ -3,9 +3,8 @@
 Legend: B rows, D hidden size, V vocabulary, L decoder blocks.
 
 A thought is a module that is called with what the model has seen (`Seen`) and returns an input embedding, (B, 1, D). It
-says by two attributes what it needs, and is made for one model. To add one, write a class under `@register` and its
-name in config.THOUGHTS: README, 'Write your own thought'. Its parameters, if it has any, are trained and saved with the
-model's.
+says by two attributes what it needs, and is made for one model. To add one, write a class under `@register`, here or in
+a file of its own beside this one. Its parameters, if it has any, are trained and saved with the model's.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Pause(Thought):
     sequential = False
 
 
-@register("mlp")
+@register("mlp", takes="[:P]")
 class Mlp(Thought):
     """LayerNorm(V GELU(W h_{t-1} + a) + b) with learned W, (P, D), and V, (D, P): CODI's projection (arXiv 2502.21074).
 
@@ -148,7 +147,7 @@ def _rescaled(hidden: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@register("layer")
+@register("layer", takes=":N")
 class Layer(Thought):
     """The hidden state of an earlier layer, counted as in transformers' `hidden_states`: 0 is what the first block is
     given, N what the N-th block returns, L the last hidden state, after the final norm. Negative numbers count from the
@@ -173,7 +172,7 @@ class Layer(Thought):
         return seen.stream[self.index] if self.needs_layers else seen.hidden
 
 
-@register("suppressed")
+@register("suppressed", takes="[:T]")
 class Suppressed(Thought):
     """What the later layers take out of the residual stream: with r_l the stream after block l (r_0 before the first),
     the sum over blocks l of the later half, l > L // 2, of r_{l-1} in those coordinates where |r_{l-1}| - |r_l| > T,
@@ -199,7 +198,7 @@ class Suppressed(Thought):
         return (before * falls).sum(dim=0)
 
 
-@register("last+suppressed")
+@register("last+suppressed", takes="[:T]")
 class LastSuppressed(Suppressed):
     """`last` plus `suppressed`: the last hidden state with what the later layers took out of it."""
 
@@ -207,7 +206,7 @@ class LastSuppressed(Suppressed):
         return seen.hidden + super().forward(seen)
 
 
-@register("embedding+suppressed")
+@register("embedding+suppressed", takes="[:T]")
 class EmbeddingSuppressed(Suppressed):
     """The learned embedding of the latent token, as `pause` feeds it, plus `suppressed`."""
 

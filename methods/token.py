@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from model.thought import Seen, Thought, register
 
 
-@register("token")
+@register("token", takes="[:st]")
 class Token(Thought):
     """The input embedding of the token that the LM head finds likeliest after h_{t-1}: e_y, y = argmax head(h_{t-1}).
 
@@ -25,11 +25,10 @@ class Token(Thought):
         self.straight_through = number == "st"
 
     def forward(self, seen: Seen) -> torch.Tensor:
-        logits = seen.model.head(seen.hidden)  # (B, 1, V)
-        embed = seen.model.base_causallm.get_input_embeddings()  # called, as some families scale their weights
-        likeliest = embed(logits.argmax(-1)).detach()  # (B, 1, D)
+        logits = seen.backbone.head(seen.hidden)  # (B, 1, V)
+        likeliest = seen.backbone.embed(logits.argmax(-1)).detach()  # (B, 1, D)
         if not self.straight_through:
             return likeliest
-        every = embed(torch.arange(logits.shape[-1], device=logits.device))  # (V, D)
+        every = seen.backbone.input_embeddings()  # (V, D)
         mean = logits.softmax(-1).to(every.dtype) @ every
         return likeliest + (mean - mean.detach())

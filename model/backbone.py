@@ -1,19 +1,191 @@
-"""A Hugging Face causal LM as Coconut calls it.
+"""A Hugging Face causal LM as Coconut calls it: decoder, embeddings, LM head, blocks, recorder.
 
-Legend: B rows, D hidden size, L decoder blocks.
+Legend: B rows, T columns of a batch, t columns of a pass, D hidden size, V vocabulary, S supervised tokens, L decoder
+blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from model.kv_cache import has_attention, make_cache
+from model.layout import causal_mask, column_of, take
 from utils import UserError
+
+Pick = Callable[[torch.Tensor], torch.Tensor]  # of (B, t, D) states of a pass, (B, 1, D)
+
+
+class Vocabulary:
+    """Tokens to input embeddings, and hidden states to logits, as a Hugging Face causal LM has them."""
+
+    def __init__(self, base: PreTrainedModel):
+        self.base = base
+        self._scale, self._cap = _around_the_head(base.config)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, T) -> (B, T, D)."""
+        return self.base.get_input_embeddings()(input_ids)
+
+    def input_embeddings(self) -> torch.Tensor:
+        """(V, D), as the model gets them: some embedding modules scale their weights."""
+        module = self.base.get_input_embeddings()
+        if type(module).forward is nn.Embedding.forward:
+            return module.weight
+        return module(torch.arange(len(module.weight), device=module.weight.device))
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., V), as the model's own forward makes them."""
+        logits = self.base.get_output_embeddings()(self._scaled(hidden))
+        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
+
+    def _scaled(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if self._scale == 1 else hidden * self._scale
+
+
+class Recorder:
+    """Records the residual stream of passes: what the first block is given and what each block returns.
+
+    transformers' output_hidden_states keeps all columns of all layers, and the last of its states is normed. Raises
+    UserError where the model does not name its blocks.
+    """
+
+    def __init__(self, base: PreTrainedModel):
+        blocks = decoder_blocks(base)
+        if not blocks:
+            raise UserError("a thought or a loss of the layers needs a model that names its decoder blocks")
+        self._pick: Pick | None = None  # while passes are recorded
+        self._states: list[torch.Tensor] = []
+        decoder_of(base).register_forward_pre_hook(lambda *_: self._states.clear() if self._pick else None)
+        for block in blocks:
+            block.register_forward_hook(self._record, with_kwargs=True)
+
+    @contextmanager
+    def recording(self, pick: Pick) -> Iterator[list[torch.Tensor]]:
+        """The L + 1 states of the last pass inside, before the final norm; of each what `pick` takes of it, at once."""
+        self._pick, self._states = pick, []
+        try:
+            yield self._states
+        finally:
+            self._pick = None
+
+    @torch.compiler.disable  # a list that grows would be another graph at each length
+    def _record(self, _, args: tuple, kwargs: dict, output) -> None:
+        if self._pick is None:
+            return
+        if not self._states:
+            self._states.append(self._pick(args[0] if args else kwargs["hidden_states"]))
+        self._states.append(self._pick(output[0] if isinstance(output, tuple) else output))
+
+
+class Backbone(Vocabulary):
+    """What Coconut needs of the model that it wraps. No Module of its own: the wrapped model's parameters keep the
+    names that Coconut gives them."""
+
+    def __init__(self, base: PreTrainedModel):
+        super().__init__(base)
+        self.decoder, self.blocks = decoder_of(base), decoder_blocks(base)
+        self.recorder: Recorder | None = None
+        config = base.config.get_text_config(decoder=True)
+        accepted = inspect.signature(type(self.decoder).forward).parameters
+        # transformers renames the argument during 5.x
+        self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
+        self._takes_position_ids = "position_ids" in accepted  # most models with ALiBi have none
+        self._attends = has_attention(base.config)
+        # whether its attention is told by positions and masks alone where a token stands: padding may then follow the
+        # question, where causality hides it. Windows and recurrent states count columns: it has to come first
+        self.makes_masks = self._takes_position_ids and _attends_plainly(config)
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)  # longest sequence
+        self._head_is_a_matrix = getattr(type(base.get_output_embeddings()), "forward", None) is nn.Linear.forward
+        # what trainer/check_family.py finds: whether some parameters that want gradients get none, and whether
+        # generation must recompute everything for each token, because decoding over a cache would give something else
+        self.leaves_parameters_out = False
+        self.recomputes = False
+
+    def cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """Of the tokens (S,) that the hidden states (S, D) predict, in nats."""
+        if hasattr(F, "linear_cross_entropy") and self._cap is None and self._head_is_a_matrix:
+            head = self.base.get_output_embeddings()
+            hidden, options = self._scaled(hidden), {"linear_bias": head.bias, "reduction": reduction}
+            return F.linear_cross_entropy(hidden, head.weight, targets, **options)
+        return F.cross_entropy(self.head(hidden), targets, reduction=reduction)
+
+    def make_cache(self, capacity: int, keeps: bool) -> Cache | None:
+        """A cache of up to `capacity` columns; `keeps`: whether a later pass reads it."""
+        return None if self.recomputes else make_cache(self.base.config, capacity, keeps)
+
+    def span(
+        self,
+        embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        masked: bool,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        """Last hidden states (B, t, D) of t new columns after those in the cache, which then holds them too.
+
+        attention_mask is (B, columns so far with these), position_ids (B, t); unless `masked`, no token of these
+        columns has padding before it. The decoder's output is taken after its final norm, as in the reference.
+        """
+        arguments = {"use_cache": cache is not None}
+        if cache is not None:
+            arguments[self._cache_argument] = cache
+        if self._takes_position_ids:
+            arguments["position_ids"] = position_ids
+        mask = attention_mask if self._attends else attention_mask[:, -embeds.shape[1] :]
+        if self.makes_masks:
+            mask = causal_mask(attention_mask, embeds.shape[1], masked)
+        return self.decoder(inputs_embeds=embeds, attention_mask=mask, **arguments).last_hidden_state
+
+    @contextmanager
+    def own_generation_config(self) -> Iterator[None]:
+        """Lets Hugging Face's `generate` use nothing of the generation_config that a model brings along."""
+        brought, self.base.generation_config = self.base.generation_config, GenerationConfig()
+        try:
+            yield
+        finally:
+            self.base.generation_config = brought
+
+    def generate_uncached(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, max_new_tokens: int, eos_token_id: int
+    ) -> torch.Tensor:
+        """Greedy decoding without a cache, everything recomputed for each token: (B, N) int64 new tokens, filled up
+        with EOS. Padding may be anywhere in the prompts (B, T)."""
+        lengths = attention_mask.sum(dim=1, keepdim=True)  # (B, 1)
+        # padding on the right changes nothing
+        ids = take(input_ids, attention_mask.argsort(dim=1, descending=True, stable=True))
+        ids = F.pad(ids, (0, max_new_tokens), value=eos_token_id)
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        finished = torch.zeros_like(lengths, dtype=torch.bool)  # (B, 1)
+        tokens = []
+        while len(tokens) < max_new_tokens and not finished.all():
+            mask, positions = (columns < lengths).long(), columns.expand_as(ids)
+            hidden = self.span(self.embed(ids), mask, positions, masked=False, cache=None)  # (B, T + N, D)
+            token = self.head(column_of(hidden, lengths[:, 0] - 1)).argmax(-1).masked_fill(finished, eos_token_id)
+            tokens.append(token)
+            ids = ids.scatter(1, lengths, token)
+            lengths, finished = lengths + 1, finished | (token == eos_token_id)
+        return torch.cat(tokens, dim=1) if tokens else input_ids[:, :0]
+
+    def record_layers(self) -> None:
+        """Makes the blocks ready for `recording`: before they are compiled or sharded. Raises UserError."""
+        self.recorder = self.recorder or Recorder(self.base)
+
+    def recording(self, pick: Pick, on: bool = True) -> AbstractContextManager[list[torch.Tensor]]:
+        """See Recorder.recording; unless `on`, nothing is recorded."""
+        return self.recorder.recording(pick) if on else nullcontext([])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Families
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def decoder_of(base: PreTrainedModel) -> PreTrainedModel:
@@ -38,41 +210,38 @@ def decoder_blocks(base: PreTrainedModel) -> list[nn.Module]:
     return [block for block in blocks if block not in inner]
 
 
-class StreamRecorder:
-    """The residual stream of the last column of a pass: what the first block is given and what each block returns.
+def freeze_unused(base: PreTrainedModel) -> None:
+    """Takes towers for images and sound out of training: DDP waits for the gradient of every parameter that wants one,
+    and here only the language model runs."""
+    run = (decoder_of(base), base.get_input_embeddings(), base.get_output_embeddings())
+    reached = {parameter for module in run if module is not None for parameter in module.parameters()}
+    for parameter in base.parameters():
+        if parameter not in reached:
+            parameter.requires_grad_(False)
 
-    transformers' output_hidden_states would keep all columns of all layers until the pass is over, and the last of its
-    states is after the final norm.
+
+def _attends_plainly(config: PreTrainedConfig) -> bool:
+    """Whether every layer is causal attention over all columns, computed by torch's scaled_dot_product_attention."""
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    has_alibi = getattr(config, "alibi", False)  # Falcon adds it to a mask of its own
+    return config._attn_implementation == "sdpa" and layers == {"full_attention"} and window is None and not has_alibi
+
+
+def _around_the_head(config: PreTrainedConfig) -> tuple[float, float | None]:
+    """(scale, cap): what a family does around the LM head: cap tanh(scale U h / cap), without a cap scale U h.
+
+    It is read from the configuration, because on the meta device there are no numbers; check_family.py compares.
     """
+    text = config.get_text_config(decoder=True)
 
-    def __init__(self, blocks: list[nn.Module]):
-        if not blocks:
-            raise UserError("a thought from the layers needs a model that names its decoder blocks")
-        self.states: list[torch.Tensor] | None = None  # while a pass is recorded
-        self.columns: torch.Tensor | None = None
-        for block in blocks:
-            block.register_forward_hook(self._record, with_kwargs=True)
+    def value(name: str) -> float | None:
+        return getattr(config, name, None) or getattr(text, name, None)
 
-    @contextmanager
-    def recording(self, columns: torch.Tensor | None = None) -> Iterator[list[torch.Tensor]]:
-        """The list to which the pass inside appends L + 1 states, (B, 1, D) each: of its last column, or of another
-        one in each row, (B,) int64."""
-        self.states, self.columns = [], columns
-        try:
-            yield self.states
-        finally:
-            self.states = None
-
-    @torch.compiler.disable  # a list that grows would be another graph at each length
-    def _record(self, _, args: tuple, kwargs: dict, output) -> None:
-        if self.states is None:
-            return
-        if not self.states:
-            given = args[0] if args else kwargs["hidden_states"]
-            self.states.append(self._last(given))
-        self.states.append(self._last(output[0] if isinstance(output, tuple) else output))
-
-    def _last(self, state: torch.Tensor) -> torch.Tensor:
-        if self.columns is None:
-            return state[:, -1:]
-        return state.gather(1, self.columns[:, None, None].expand(-1, 1, state.shape[-1]))
+    scale = value("logit_scale") or value("lm_head_multiplier") or 1  # Cohere, Falcon-H1
+    scaling = value("logits_scaling") or 1  # by which Granite divides
+    scale = scale * scaling if text.model_type == "hyperclovax" else scale / scaling
+    if value("logits_mup_width_multiplier"):  # Inkling
+        scale /= value("logits_mup_width_multiplier")
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+    return scale, next((value(name) for name in caps if value(name)), None)

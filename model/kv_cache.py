@@ -11,28 +11,18 @@ Legend: B rows, H key-value heads, T columns in all, t columns of a pass, L colu
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, Cache, DynamicCache, PretrainedConfig
-from transformers.cache_utils import (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from utils import UserError
+from model.recurrent_cache import REPLACING_LAYERS
 
 
 def make_cache(config: PretrainedConfig, capacity: int, keeps: bool = True) -> Cache | None:
@@ -57,6 +47,9 @@ def _differentiable(layer, capacity: int):
         options = {"sliding_window": layer.sliding_window} if hasattr(layer, "sliding_window") else {}
         return REPLACING_LAYERS[type(layer)](number_of_states=layer.number_of_states, **options)
     return layer
+
+
+PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}  # that GrowingLayer takes the place of
 
 
 class PassingLayer(DynamicLayer):
@@ -104,166 +97,6 @@ class GrowingLayer(DynamicLayer):
         finally:
             for buffer, (length_now, link) in zip(buffers, now, strict=True):
                 buffer.memory.length, buffer.link = length_now, link
-
-
-class BlockLayer(DynamicLayer):
-    """The keys and values of one layer for passes over one block: each pass sees the first `kept` columns and its own,
-    and leaves the former; with None it leaves all."""
-
-    def __init__(self, kept: int):
-        super().__init__()
-        self.kept: int | None = kept
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the kept columns with (B, H, t, d) states behind them."""
-        if self.is_initialized:
-            key_states = torch.cat([self.keys, key_states], dim=-2)
-            value_states = torch.cat([self.values, value_states], dim=-2)
-        self.keys, self.values = key_states[..., : self.kept, :], value_states[..., : self.kept, :]
-        self.is_initialized = True
-        return key_states, value_states
-
-
-def forked_cache(config: PretrainedConfig, kept: int) -> Cache:
-    """A cache of BlockLayers. Raises UserError where a layer keeps a state that cannot be taken back."""
-    layers = DynamicCache(config=config).layers
-    if not all(type(layer) in PLAIN_LAYERS for layer in layers):
-        raise UserError(
-            f"latent_passes needs attention in every layer, and the model family {config.model_type} has not"
-        )
-    return Cache(layers=[BlockLayer(kept) for _ in layers])
-
-
-def grown(cache: Cache, capacity: int) -> Cache:
-    """What the layers of a cache hold, in one that grows to `capacity` columns without copying."""
-    layers = []
-    for layer in cache.layers:
-        layers.append(GrowingLayer(capacity))
-        layers[-1].update(layer.keys, layer.values)
-    return Cache(layers=layers)
-
-
-class State(torch.Tensor):
-    """The state of a recurrence or a convolution. What a model copies into it, it does not take: it is what the cache
-    holds from then on, and the tensor stays as the backward pass of those who have read it needs it."""
-
-    replace: Callable[[torch.Tensor], None]
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.copy_ and isinstance(args[0], cls):
-            args[0].replace(args[1].to(args[0].dtype))
-            return args[0]
-        plain = partial(tree_map_only, cls, lambda state: state.as_subclass(torch.Tensor))
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*plain(args), **plain(kwargs or {}))
-
-
-class _Replacing:
-    """The states of recurrences and convolutions: each pass leaves new ones, where transformers' own copies them into
-    the tensors that the pass before has given, and that its backward pass needs as they were."""
-
-    def update_conv_state(
-        self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_
-    ) -> torch.Tensor:
-        """Adds (B, C, t) inputs of a convolution over C channels; returns them after the K that are kept."""
-        if self.has_previous_state[state_idx]:
-            whole = torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
-        else:
-            size = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
-            self.lazy_initialization(conv_states=conv_states, state_idx=state_idx, conv_kernel_size=size)
-            self.has_previous_state[state_idx] = True
-            whole = F.pad(conv_states, (max(size - conv_states.shape[-1], 0), 0))
-        self._keep("conv_states", state_idx, whole[..., -self.conv_kernel_size[state_idx] :])
-        return whole
-
-    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **_) -> torch.Tensor:
-        if not self.is_recurrent_states_initialized[state_idx]:
-            self.lazy_initialization(recurrent_states=recurrent_states, state_idx=state_idx)
-        self._keep("recurrent_states", state_idx, recurrent_states)
-        return recurrent_states
-
-    def _keep(self, name: str, index: int, states: torch.Tensor) -> None:
-        state = states.as_subclass(State)
-        owner = weakref.ref(self)  # a circle would hold the memory until Python looks for circles
-        state.replace = lambda states: owner()._keep(name, index, states)
-        getattr(self, name)[index] = state
-
-
-class ReplacingLayer(_Replacing, LinearAttentionLayer):
-    pass
-
-
-class ReplacingLayerWithAttention(_Replacing, LinearAttentionAndFullAttentionLayer):
-    pass
-
-
-class ReplacingLayerWithWindow(_Replacing, LinearAttentionAndSlidingWindowAttentionLayer):
-    pass
-
-
-# transformers' layers, and for those whose passes change what earlier ones have left, ours
-PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
-REPLACING_LAYERS = {
-    LinearAttentionLayer: ReplacingLayer,
-    LinearAttentionAndFullAttentionLayer: ReplacingLayerWithAttention,
-    LinearAttentionAndSlidingWindowAttentionLayer: ReplacingLayerWithWindow,
-}
-
-
-def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Gradient checkpointing: the blocks keep their inputs only and run again in the backward pass.
-
-    transformers' own switches the cache off, and a latent pass without it would not see the columns before it.
-    """
-    for index, block in enumerate(blocks):
-        named = {getattr(module, "layer_idx", None) for module in block.modules()} - {None}
-        block.forward = partial(_checkpointed, block.forward, sorted(named) or [index])
-
-
-def _checkpointed(forward: Callable, indices: list[int], *args, **kwargs):
-    """One block's forward; `indices` are its layers in the cache."""
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-    layers = [cache.layers[index] for index in indices if index < len(cache.layers)] if cache is not None else []
-    begin = [_standing(layer) for layer in layers]
-    replays = False
-
-    def run(*args):
-        nonlocal replays
-        with ExitStack() as stack:
-            if replays:
-                for layer, standing in zip(layers, begin, strict=True):
-                    stack.enter_context(_replayed_from(layer, standing))
-            replays = True
-            return forward(*args, **kwargs)
-
-    return checkpoint(run, *args, use_reentrant=False)
-
-
-def _standing(layer) -> int | dict:
-    """What a layer of a cache holds at this moment."""
-    if isinstance(layer, GrowingLayer):
-        return layer.get_seq_length()
-    return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
-
-
-@contextmanager
-def _replayed_from(layer, standing: int | dict) -> Iterator[None]:
-    """Lets a pass that began so run again: it makes the same states, and then the layer holds what it held before."""
-    if isinstance(layer, GrowingLayer):
-        with layer.replayed_from(standing):
-            yield
-        return
-    now = _standing(layer)
-    layer.__dict__ = standing  # states come in the place of others, none is written to
-    try:
-        yield
-    finally:
-        layer.__dict__ = now
 
 
 class Memory:

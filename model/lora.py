@@ -35,8 +35,9 @@ def _peft():
     return peft
 
 
-def _settings(rank: int, alpha: int, layers: list[str]):
-    return _peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(layers), task_type="CAUSAL_LM")
+def _settings(rank: int, alpha: int, layers: list[str], dropout: float = 0.0):
+    what = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
+    return _peft().LoraConfig(**what, target_modules=sorted(layers), task_type="CAUSAL_LM")
 
 
 def targets_of(base: PreTrainedModel) -> list[str]:
@@ -49,8 +50,9 @@ def targets_of(base: PreTrainedModel) -> list[str]:
     ]
 
 
-def add(base: PreTrainedModel, rank: int, alpha: int) -> None:
-    """Freezes the base and gives it updates, which begin as nothing: alpha / rank B A with B = 0.
+def add(base: PreTrainedModel, rank: int, alpha: int, dropout: float = 0.0) -> None:
+    """Freezes the base and gives it updates, which begin as nothing: alpha / rank B A with B = 0, of an input with
+    dropout in training.
 
     Raises UserError where peft is missing, or has none for this family.
     """
@@ -58,7 +60,7 @@ def add(base: PreTrainedModel, rank: int, alpha: int) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that GPT-2's matrices are transposed, which it then heeds
-            peft.inject_adapter_in_model(_settings(rank, alpha, targets), base, adapter_name=NAME)
+            peft.inject_adapter_in_model(_settings(rank, alpha, targets, dropout), base, adapter_name=NAME)
     except (ValueError, TypeError) as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"lora_rank: peft has no updates for the family {base.config.model_type}: {line}") from None
@@ -122,7 +124,7 @@ def load(base: PreTrainedModel, folder: Path) -> None:
             own[name].copy_(value)
 
 
-def apply_lora(base: PreTrainedModel, rank: int | None, alpha: int, folder: Path | None) -> None:
+def apply_lora(base: PreTrainedModel, rank: int | None, alpha: int, folder: Path | None, dropout: float = 0.0) -> None:
     """Gives the base the updates that a configuration asks for, those of a checkpoint's folder where it has some."""
     trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
     has_some = folder is not None and (folder / FOLDER).is_dir()
@@ -130,12 +132,12 @@ def apply_lora(base: PreTrainedModel, rank: int | None, alpha: int, folder: Path
         path = folder / FOLDER / "adapter_config.json"
         theirs = read_object(path)
         if not all(type(theirs.get(name)) is int for name in ("r", "lora_alpha")):
-            raise UserError(f"{path} does not say rank and alpha: it is no adapter of run.py")
-        add(base, theirs["r"], theirs["lora_alpha"])
+            raise UserError(f"{path} lacks rank and alpha: it is no adapter of run.py")
+        add(base, theirs["r"], theirs["lora_alpha"], dropout)
         load(base, folder)
         if rank != theirs["r"] or alpha != theirs["lora_alpha"]:
             merge(base)
             for parameter in trained:
                 parameter.requires_grad_(True)
     if rank is not None and not (has_some and layers_of(base)):
-        add(base, rank, alpha)
+        add(base, rank, alpha, dropout)

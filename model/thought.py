@@ -5,6 +5,7 @@ Legend: B rows, D hidden size, V vocabulary, L decoder blocks.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from config import split_thought
+from config import THOUGHTS, split_thought
 from utils import UserError
 
 
@@ -26,7 +27,7 @@ class Seen(NamedTuple):
     embedding: torch.Tensor  # (B, 1, D) input embedding of the token at this position: in latent rows the latent token
     stream: torch.Tensor | None  # (L + 1, B, 1, D) residual stream of the position before, where needs_layers
     prepared: Any  # what the thought's `precompute` has returned for this batch
-    model: nn.Module  # the Coconut itself: its LM head, `head`, and its embeddings
+    backbone: Any = None  # the model: its LM head, `head`, and its embeddings, `embed` and `input_embeddings`
 
 
 class Thought(nn.Module):
@@ -57,8 +58,9 @@ class Thought(nn.Module):
 REGISTRY: dict[str, type[Thought]] = {}
 
 
-def register(name: str) -> Callable[[type[Thought]], type[Thought]]:
-    """Gives a thought the name by which configurations call it; config.THOUGHTS lists it too."""
+def register(name: str, takes: str = "") -> Callable[[type[Thought]], type[Thought]]:
+    """Gives a thought the name by which configurations call it, and says what may follow the name: nothing, a layer
+    ":N", a threshold "[:T]" or a width "[:P]". config.THOUGHTS reads both from the source, so they must be literals."""
 
     def add(thought: type[Thought]) -> type[Thought]:
         REGISTRY[name] = thought
@@ -73,6 +75,7 @@ def make_thought(spelling: str, base: PreTrainedModel) -> Thought:
         name, number = split_thought(spelling)
     except ValueError as error:
         raise UserError(f"thought {error}, not {spelling!r}") from None
+    importlib.import_module(THOUGHTS[name][1])
     return REGISTRY[name](base, number)
 
 

@@ -11,7 +11,7 @@ import argparse
 import random
 import sys
 
-from files import UserError, print_error
+from files import UserError, command
 from splits import MOST_STEPS, add_drawing_options, add_split_options, draw, parse_splits, publish_splits
 
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
@@ -56,7 +56,8 @@ def describe_first(examples: list[dict]) -> str:
     return f", first: {examples[0]['question']} -> {examples[0]['answer']}"
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_split_options(parser, train=40000, valid=300, test=1000)
     parser.add_argument("--base", type=int, default=5, help="numbers are 0..BASE-1 (default: %(default)s)")
@@ -66,12 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     options, sizes = parse_splits(parser, arguments)
     if not 2 <= options.base <= 10 or not 1 <= options.min_steps <= options.max_steps <= MOST_STEPS:
         parser.error(f"base must be 2 to 10, and 1 <= min-steps <= max-steps <= {MOST_STEPS}")
-    try:
-        splits = make_splits(sizes, options.min_steps, options.max_steps, options.base, options.seed)
-        publish_splits(splits, options.out, "arithmetic", describe_first)
-    except UserError as error:
-        return print_error(error)
-    return 0
+    splits = make_splits(sizes, options.min_steps, options.max_steps, options.base, options.seed)
+    publish_splits(splits, options.out, "arithmetic", describe_first)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 from files import UserError
 
 LEVEL = 0.01
-LIMIT = 2000  # examples of a side that are looked at
+LIMIT = 2000  # examples of a side that are measured
 PERMUTATIONS = 19_999  # the smallest p is 1 over one more: Holm's correction must be able to leave it below LEVEL
 FEWEST = 20  # examples of a side
 THRESHOLDS = 32  # most of one statistic of numbers
@@ -47,7 +47,7 @@ def measure_all(examples: list[dict], measure: Callable[[dict], Values], origin:
     """
     if len(examples) < FEWEST:
         raise UserError(f"{origin}: {len(examples)} examples are too few to compare, it takes {FEWEST}")
-    chosen: list[int] = list(range(len(examples)))
+    chosen = range(len(examples))
     if len(examples) > LIMIT:
         chosen = sorted(np.random.default_rng(seed).choice(len(examples), LIMIT, replace=False).tolist())
     result = []
@@ -68,9 +68,9 @@ def compare(left: list[Values], right: list[Values], seed: int = 0) -> list[Row]
     p = _permutation_p(features, len(left), np.random.default_rng(seed))
     holm = _holm(p)
     rows = []
-    for place, name in enumerate(names):
+    for name, *numbers in zip(names, p.tolist(), holm.tolist(), strict=True):
         sides = _summaries([values[name] for values in left], [values[name] for values in right])
-        rows.append(Row(name, *sides, float(p[place]), float(holm[place])))
+        rows.append(Row(name, *sides, *numbers))
     return rows
 
 
@@ -134,12 +134,10 @@ def _summaries(left: list[list], right: list[list]) -> tuple[str, str]:
     flat = [[value for row in side for value in row] for side in (left, right)]
     words = sorted({value for side in flat for value in side if isinstance(value, str)})
     if not words:
-        first, second = (f"{np.mean(side):.3f} ± {np.std(side):.3f}" if side else "none" for side in flat)
-        return first, second
+        return tuple(f"{np.mean(side):.3f} ± {np.std(side):.3f}" if side else "none" for side in flat)
     shares = [{word: side.count(word) / max(len(side), 1) for word in words} for side in flat]
     word = max(words, key=lambda word: abs(shares[0][word] - shares[1][word]))
-    first, second = (f"{word} {share[word]:.1%}" for share in shares)
-    return first, second
+    return tuple(f"{word} {share[word]:.1%}" for share in shares)
 
 
 def table(rows: list[Row], left: str, right: str) -> str:

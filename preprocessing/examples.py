@@ -1,115 +1,94 @@
-"""Data files: a JSON list of {question, answer, steps}; other fields are kept."""
+"""Data files: {question: str, answer: str, steps: list of str} each; other fields are kept."""
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from utils import UserError
 
-JSON_SPACE = re.compile(r"[ \t\n\r]*")
-
 
 def load_examples(path: str | Path, limit: int | None = None) -> list[dict]:
-    """The examples of a file, or its first `limit`, as `read_examples` yields them."""
-    return list(read_examples(path, limit))
+    """The first `limit` examples (default: all) of a JSON list, or of a file with a JSON object in each line.
+
+    A number as an answer is read as its text. Raises UserError that names the file, and the record and field that is
+    wrong.
+    """
+    text = read_text(path)
+    if text.lstrip().startswith("{"):
+        lines = enumerate(text.split("\n"), start=1)
+        examples = [read_json(f"{path}, line {number}", line) for number, line in lines if line.strip()]
+    else:
+        examples = read_json(path, text)
+    if not isinstance(examples, list) or not examples:
+        raise UserError(f"{path} must hold a JSON list of at least one example, or one example in each line")
+    for number, example in enumerate(examples[:limit]):
+        if problem := _record_problem(example):
+            raise UserError(f"{path}: record {number} (counted from 0) {problem}")
+    return examples[:limit]
 
 
 def content_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal: which data it is, whatever its name. Raises UserError."""
+    """SHA-256 of a file's bytes, in hexadecimal. Raises UserError."""
+    return hashlib.sha256(read_bytes(path)).hexdigest()
+
+
+def read_bytes(path: str | Path) -> bytes:
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def read_examples(path: str | Path, limit: int | None = None) -> Iterator[dict]:
-    """Reads a JSON list of {question: str, answer: str, steps: list of str}; other fields are kept.
-
-    One example at a time: parsed all at once, GSM8K's training set would take a gigabyte. Raises UserError that names
-    the file, and the record and field where one is wrong.
-    """
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file, without its byte order mark. Raises UserError that names the format of another file."""
+    content = read_bytes(path)
+    if content.startswith(b"PAR1"):
+        convert = f"""python -c 'import pandas; pandas.read_parquet("{path}").to_json("NEW.json", orient="records")'"""
+        raise UserError(f"{path} is a Parquet file; this converts it: {convert}")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path} is UTF-16; this converts it: iconv -f UTF-16 -t UTF-8 {path} > NEW")
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        for number, example in enumerate(_json_list(text)):
-            if number == limit:
-                return
-            if problem := _record_problem(example):
-                raise UserError(f"{path}: record {number} (counted from 0) {problem}")
-            yield example
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: byte {error.start} cannot be decoded") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except _NoListError:
-        raise UserError(f"{path} must hold a JSON list of at least one example") from None
+        line = 1 + content.count(b"\n", 0, error.start)
+        raise UserError(f"{path}: line {line} is not UTF-8") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty")
+    return text
+
+
+def read_json(path: str | Path, text: str | None = None):
+    """The value in a JSON file, or in a text from it. Raises UserError that names the file and what is wrong."""
+    text = read_text(path) if text is None else text
+    try:
+        return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
-        raise UserError(f"{path} is not valid JSON: it is nested too deeply") from None
-    except UserError:
-        raise
-    except ValueError as error:  # a number of thousands of digits
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-
-
-class _NoListError(Exception):
-    """JSON that is another value than a list, or an empty list."""
-
-
-class _Twins(dict):
-    """A JSON object with a key twice, of which JSON itself keeps the last."""
-
-    twin: str
+        problem = "it is nested too deeply"
+    except ValueError as error:  # also a number of thousands of digits, and a key twice
+        problem = str(error)
+    raise UserError(f"{path} is not valid JSON: {problem}")
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        found = _Twins(found)
-        keys = [key for key, _ in pairs]
-        found.twin = next(key for key in keys if keys.count(key) > 1)
-    return found
-
-
-def _json_list(text: str) -> Iterator:
-    """The items of a JSON list. Raises JSONDecodeError and _NoListError."""
-
-    def skip_space(place: int) -> int:
-        return JSON_SPACE.match(text, place).end()
-
-    place = skip_space(0)
-    if not text.startswith("[", place):
-        json.loads(text)  # says what is wrong, if it is no JSON at all
-        raise _NoListError
-    place = skip_space(place + 1)
-    if text.startswith("]", place):
-        json.loads(text)
-        raise _NoListError
-    decoder = json.JSONDecoder(object_pairs_hook=_object)
-    while True:
-        item, place = decoder.raw_decode(text, place)
-        yield item
-        place = skip_space(place)
-        mark = text[place : place + 1]
-        place = skip_space(place + 1)
-        if mark == "]" and place == len(text):
-            return
-        if mark != ",":
-            raise json.JSONDecodeError("Extra data" if mark == "]" else "Expecting ',' delimiter", text, place)
+    """A JSON object. Raises ValueError where it has a key twice: JSON itself would keep the last."""
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the object {json.dumps(dict(pairs)):.80} has {twice!r} twice")
+    return dict(pairs)
 
 
 def _record_problem(example) -> str | None:
     if not isinstance(example, dict):
         return "is no object"
-    if isinstance(example, _Twins):
-        return f"has {example.twin!r} twice"
     for field in ("question", "answer", "steps"):
         if field not in example:
             return f"lacks {field!r}"
+    if isinstance(example["answer"], int | float) and not isinstance(example["answer"], bool):
+        example["answer"] = str(example["answer"])
     for field in ("question", "answer"):
         if not isinstance(example[field], str):
             return f"has a {field!r} that is no text"

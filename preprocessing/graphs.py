@@ -1,10 +1,11 @@
 """The random graphs of prosqa.py: the paper's (Hao et al. 2024, A.2), with a question about two leaves, and those under
 one root; and a shortest path through one."""
 
-from collections import deque
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
+from distances import fewest_edges
 
 ROOTS = (0, 1)
 BIT = {0: 1, 1: 2}  # a node's label: which roots it descends from; 3 for both, 0 for neither
@@ -91,20 +92,15 @@ def grow_side(rng: np.random.Generator, n_nodes: int, hops: int) -> Graph:
 
 def shortest_path(rng: np.random.Generator, edges: list[tuple[int, int]], root: int, target: int) -> list[int]:
     """A path from root to target with the fewest edges, drawn among all such."""
-    parents: dict[int, list[int]] = {}
-    children: dict[int, list[int]] = {}
+    parents, children = defaultdict(list), defaultdict(list)
     for tail, head in edges:
-        parents.setdefault(head, []).append(tail)
-        children.setdefault(tail, []).append(head)
-    distance, ways, queue = {root: 0}, {root: 1}, deque([root])
-    while queue:
-        node = queue.popleft()
-        for child in children.get(node, []):
-            if child not in distance:
-                distance[child], ways[child] = distance[node] + 1, 0
-                queue.append(child)
-            if distance[child] == distance[node] + 1:
-                ways[child] += ways[node]
+        parents[head].append(tail)
+        children[tail].append(head)
+    distance = fewest_edges(children, [root])
+    ways = {**dict.fromkeys(distance, 0), root: 1}  # the number of shortest paths from the root
+    for node in distance:
+        for child in children[node]:
+            ways[child] += ways[node] * (distance[child] == distance[node] + 1)
     path = [target]
     while path[-1] != root:
         before = [node for node in parents[path[-1]] if distance.get(node, -2) == distance[path[-1]] - 1]

@@ -11,20 +11,20 @@ import argparse
 import sys
 from pathlib import Path
 
-from files import UserError, print_error, publish, read_text
+from files import UserError, command, publish, read_text
 
 
 def parse_line(line: str) -> dict:
     """One example. Raises UserError with what is wrong with the line."""
     question, bars, rest = line.partition("||")
+    steps, mark, answer = rest.partition("####")
+    answer = answer.strip()
     if not bars:
         raise UserError("has no '||' between the question and the steps")
     if "||" in rest:
         raise UserError("has more than one '||'")
-    steps, mark, answer = rest.partition("####")
     if not mark:
         raise UserError("has no '####' before the answer")
-    answer = answer.strip()
     if not question.strip() or not answer or "#" in answer:
         raise UserError("has an empty question, or no answer, or more than one answer")
     return {"question": question, "steps": steps.split(), "answer": answer}
@@ -42,24 +42,21 @@ def convert(path: Path) -> list[dict]:
     return examples
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a text file of iCoT")
     parser.add_argument("target", type=Path, help="the JSON file to write")
     parser.add_argument("--expect", type=int, metavar="N", help="write nothing unless there are N examples")
     options = parser.parse_args(arguments)
-    try:
-        if options.target.exists() and options.target.samefile(options.source):
-            raise UserError(f"{options.target} is both what is read and what is to be written")
-        examples = convert(options.source)
-        if options.expect not in (None, len(examples)):
-            raise UserError(f"{options.source} holds {len(examples):,} examples, not {options.expect:,}")
-        publish({options.target: examples})
-    except UserError as error:
-        return print_error(error)
+    if options.target.exists() and options.target.samefile(options.source):
+        raise UserError(f"{options.target} is both what is read and what is to be written")
+    examples = convert(options.source)
+    if options.expect not in (None, len(examples)):
+        raise UserError(f"{options.source} holds {len(examples):,} examples, not {options.expect:,}")
+    publish({options.target: examples})
     without = sum(not example["steps"] for example in examples)
     print(f"{options.target}: {len(examples)} examples, {without} of them without steps")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Makes the test sets on which the field evaluates what was trained on GSM8K: GSM-Hard, SVAMP and MultiArith.
+"""Makes the test sets for models that were trained on GSM8K: GSM-Hard, SVAMP and MultiArith.
 
 Each is made from its original file, which is downloaded, or given by --from, and whose content is verified by its git
 blob id. No set has written steps.
@@ -10,8 +10,8 @@ blob id. No set has written steps.
   blanks.
 - svamp: 1,000 questions, each with a body that stands apart. 358 bodies lack their full stop: it is added. Answers are
   floats, all whole, none negative.
-- multiarith: 600 questions, with blanks around them, which go. 20 are duplicates, and stay: the field reports on all
-  600, or on CODI's split of 180, which is multiarith_180.json. No licence is known: it is for you alone.
+- multiarith: 600 questions, with blanks around them, which go. 20 are duplicates, and stay: papers report on all 600,
+  or on CODI's split of 180, which is multiarith_180.json. No licence is known: do not pass it on.
 
     python preprocessing/ood.py gsm_hard svamp multiarith       # data/{gsm_hard,svamp,multiarith,multiarith_180}.json
     python preprocessing/ood.py svamp --from SVAMP.json         # where there is no network
@@ -29,7 +29,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-from files import UserError, print_error, publish
+from files import UserError, command, publish, read_bytes
 
 GITHUB = "https://raw.githubusercontent.com"
 CODI_180 = """
@@ -115,13 +115,6 @@ def download(url: str) -> bytes:
     raise UserError(f"{url} cannot be had: {reason or 'no reason is given'}; a copy of it is read by --from FILE")
 
 
-def read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
 def verify(content: bytes, origin: Path | str, source: Source) -> None:
     """Raises UserError where the content is not that of the original file."""
     found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -129,13 +122,6 @@ def verify(content: bytes, origin: Path | str, source: Source) -> None:
         raise UserError(
             f"{origin} is not the expected {source.url.rpartition('/')[2]}: its blob id is {found}, not {source.blob}"
         )
-
-
-def check_free(made: dict[Path, list[dict]]) -> None:
-    """Raises UserError where another file would be overwritten: it may be somebody's own."""
-    for path, examples in made.items():
-        if path.is_file() and read(path) != json.dumps(examples).encode():
-            raise UserError(f"{path} is there, with other content: move it away, or name another folder by --out")
 
 
 def described(examples: list[dict]) -> Iterator[str]:
@@ -147,7 +133,8 @@ def described(examples: list[dict]) -> Iterator[str]:
     yield f"{len(examples) - len({row['question'] for row in examples}):,} duplicate questions"
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="+", choices=SOURCES, metavar="SET", help=" | ".join(SOURCES))
     parser.add_argument("--from", dest="file", type=Path, metavar="FILE", help="the original file of the one SET")
@@ -155,19 +142,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.file is not None and len(options.sets) > 1:
         parser.error("--from is the file of one set: name one")
-    try:
-        for name in options.sets:
-            source = SOURCES[name]
-            content = download(source.url) if options.file is None else read(options.file)
-            verify(content, options.file or source.url, source)
-            made = {options.out / f"{file}.json": examples for file, examples in source.convert(content).items()}
-            check_free(made)
-            publish(made)
-            for path, examples in made.items():
-                print(f"{path}: {', '.join(described(examples))}")
-    except UserError as error:
-        return print_error(error)
-    return 0
+    for name in options.sets:
+        source = SOURCES[name]
+        content = download(source.url) if options.file is None else read_bytes(options.file)
+        verify(content, options.file or source.url, source)
+        made = {options.out / f"{file}.json": examples for file, examples in source.convert(content).items()}
+        for path, examples in made.items():
+            if path.is_file() and read_bytes(path) != json.dumps(examples).encode():
+                raise UserError(f"{path} exists with other content: move it away, or name another folder by --out")
+        publish(made)
+        for path, examples in made.items():
+            print(f"{path}: {', '.join(described(examples))}")
 
 
 if __name__ == "__main__":

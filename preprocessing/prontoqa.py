@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from files import UserError, print_error, read_json
+from files import UserError, command, read_json
 from splits import add_split_options, parse_splits, publish_splits
 
 QUERY = "True or false: "
@@ -78,16 +78,13 @@ def split(examples: list[dict], sizes: dict[str, int], origin: Path) -> dict[str
     return {name: [next(rest) for _ in range(size)] for name, size in sizes.items()}
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="5hop_0shot_random.json of the official generator")
     add_split_options(parser, **PAPER)
     options, sizes = parse_splits(parser, arguments)
-    try:
-        publish_splits(split(convert(options.source), sizes, options.source), options.out, "prontoqa")
-    except UserError as error:
-        return print_error(error)
-    return 0
+    publish_splits(split(convert(options.source), sizes, options.source), options.out, "prontoqa")
 
 
 if __name__ == "__main__":

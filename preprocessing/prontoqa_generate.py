@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from compare import check
-from files import UserError, load_examples, print_error, read_json
+from files import command, load_examples, read_json
 from prontoqa import PAPER, QUERY, convert
 from prontoqa_statistics import measure
 from prontoqa_words import CONCEPTS, FAMILIES, NAMES
@@ -96,17 +96,15 @@ def read_either(path: Path) -> list[dict]:
     return convert(path) if isinstance(read_json(path), dict) else load_examples(path)
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_split_options(parser, **PAPER)
     add_drawing_options(parser, checks=True)
     options, sizes = parse_splits(parser, arguments)
-    try:
-        if options.check:
-            return check(options.check, read_either, make_splits, measure, options.seed)
-        publish_splits(make_splits(sizes, options.seed, progress=True), options.out, "prontoqa")
-    except UserError as error:
-        return print_error(error)
+    if options.check:
+        return check(options.check, read_either, make_splits, measure, options.seed)
+    publish_splits(make_splits(sizes, options.seed, progress=True), options.out, "prontoqa")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What `prontoqa_generate.py --check` looks at in one ProntoQA example: its ontology, its order and its words."""
+"""What `prontoqa_generate.py --check` measures of one ProntoQA example: its ontology, its order and its words."""
 
 import re
 from collections import Counter
@@ -8,11 +8,12 @@ from typing import NamedTuple
 from prontoqa_words import FAMILIES
 
 FAMILY = {word: family[0] for family in FAMILIES for word in family}
+SINGULAR = r" is (?P<no>not )?(?:an? (?P<noun>\w+)|(?P<property>\w+))\."
 FORMS = {
-    "each": re.compile(r"Each (?P<subject>\w+) is (?P<no>not )?(?:an? (?P<noun>\w+)|(?P<property>\w+))\."),
-    "every": re.compile(r"Every (?P<subject>\w+) is (?P<no>not )?(?:an? (?P<noun>\w+)|(?P<property>\w+))\."),
+    "each": re.compile(r"Each (?P<subject>\w+)" + SINGULAR),
+    "every": re.compile(r"Every (?P<subject>\w+)" + SINGULAR),
     "plural": re.compile(r"(?P<subject>\w+us)es are (?P<no>not )?(?:(?P<noun>\w+us)es|(?P<property>\w+))\."),
-    "entity": re.compile(r"(?P<subject>[A-Z]\w+) is (?P<no>not )?(?:an? (?P<noun>\w+)|(?P<property>\w+))\."),
+    "entity": re.compile(r"(?P<subject>[A-Z]\w+)" + SINGULAR),
 }
 
 
@@ -29,8 +30,7 @@ class Sentence(NamedTuple):
 def parse(sentence: str) -> Sentence:
     """Raises ValueError where the sentence has none of the known forms."""
     for form, pattern in FORMS.items():
-        match = pattern.fullmatch(sentence)
-        if match:
+        if match := pattern.fullmatch(sentence):
             subject = match["subject"] if form == "entity" else match["subject"].lower()
             return Sentence(form, subject, match["no"] is not None, match["noun"], match["property"])
     raise ValueError(f"{sentence!r} has no known form")
@@ -118,10 +118,10 @@ def _ontology(facts: list[Sentence], chain: list[str], asked: Sentence) -> dict[
 
 
 def _queried(facts: list[Sentence], chain: list[str]) -> Sentence:
-    for fact in facts:
-        if fact.property and fact.subject == chain[-1]:
-            return fact
-    raise ValueError(f"the last concept of its steps, {chain[-1]}, has no property")
+    queried = next((fact for fact in facts if fact.property and fact.subject == chain[-1]), None)
+    if queried is None:
+        raise ValueError(f"the last concept of its steps, {chain[-1]}, has no property")
+    return queried
 
 
 def _negations(facts: list[Sentence], chain: list[str], asked: Sentence) -> dict[str, list]:

@@ -38,70 +38,20 @@ from itertools import pairwise
 
 import numpy as np
 from compare import check
-from files import UserError, load_examples, print_error
+from files import UserError, command, load_examples
 from graphs import ROOTS, choose_question, grow_graph, grow_side, shortest_path
 from prosqa_statistics import measure
 from splits import Splits, add_drawing_options, add_split_options, draw, parse_splits, publish_splits
 
-NAMES = [
-    "Alex",
-    "Bob",
-    "Carol",
-    "Davis",
-    "Eva",
-    "Fae",
-    "Gabriel",
-    "Jack",
-    "Max",
-    "Oliver",
-    "Polly",
-    "Rex",
-    "Sally",
-    "Sam",
-    "Stella",
-    "Tom",
-    "Wren",
-]
-CONCEPTS = [
-    "bompus",
-    "boompus",
-    "brimpus",
-    "chorpus",
-    "dumpus",
-    "felpus",
-    "fompus",
-    "gerpus",
-    "gorpus",
-    "grimpus",
-    "gwompus",
-    "hilpus",
-    "impus",
-    "jelpus",
-    "jompus",
-    "kerpus",
-    "lempus",
-    "lorpus",
-    "numpus",
-    "quimpus",
-    "rempus",
-    "rompus",
-    "rorpus",
-    "scrompus",
-    "shumpus",
-    "sterpus",
-    "storpus",
-    "terpus",
-    "timpus",
-    "tumpus",
-    "vumpus",
-    "worpus",
-    "wumpus",
-    "yerpus",
-    "yimpus",
-    "yumpus",
-    "zhorpus",
-    "zumpus",
-]
+NAMES, CONCEPTS = (
+    words.split()
+    for words in (
+        "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren",
+        "bompus boompus brimpus chorpus dumpus felpus fompus gerpus gorpus grimpus gwompus hilpus impus jelpus jompus "
+        "kerpus lempus lorpus numpus quimpus rempus rompus rorpus scrompus shumpus sterpus storpus terpus timpus "
+        "tumpus vumpus worpus wumpus yerpus yimpus yumpus zhorpus zumpus",
+    )
+)
 CHARACTERS = string.ascii_letters + string.digits
 
 
@@ -114,16 +64,15 @@ class Settings:
     max_hops: int = 6
     names: tuple[str, ...] = tuple(NAMES)
     concepts: tuple[str, ...] = tuple(CONCEPTS)
-    nodes_a_side: int | None = None  # of a mirror, which `nodes` does not count for; of chains that of the longest
+    nodes_a_side: int | None = None  # of a mirror, which ignores `nodes`; of chains that of the longest
     chains: bool = False  # of a mirror: no nodes beside those between root and leaf
-    characters: str = ""  # of the compact template, which takes none of the names and concepts
+    characters: str = ""  # of the compact template, which ignores names and concepts
 
     @property
     def in_words(self) -> str:
-        """The graphs, for what is said about them."""
-        if self.nodes_a_side is None:
-            return f"graphs of {self.nodes} nodes"
-        return f"mirrors of {self.nodes_a_side} nodes a side"
+        """The graphs, for messages."""
+        side = self.nodes_a_side
+        return f"graphs of {self.nodes} nodes" if side is None else f"mirrors of {side} nodes a side"
 
 
 @dataclass(frozen=True)
@@ -143,7 +92,7 @@ def draw_question(rng: np.random.Generator, settings: Settings) -> Question | No
     if choice is None or not settings.min_hops <= graph.depths[choice[1]] <= settings.max_hops:
         return None
     edges = [(parent, node) for node, drawn in enumerate(graph.parents) for parent in drawn]
-    number = {node: place for place, node in enumerate(sorted({node for edge in edges for node in edge}))}
+    number = {node: index for index, node in enumerate(sorted({node for edge in edges for node in edge}))}
     return Question([(number[tail], number[head]) for tail, head in edges], *(number[node] for node in choice))
 
 
@@ -153,12 +102,8 @@ def draw_mirror(rng: np.random.Generator, settings: Settings) -> Question:
     side = grow_side(rng, hops + 1 if settings.chains else settings.nodes_a_side, hops)
     leaf = int(rng.choice([node for node, depth in enumerate(side.depths) if depth == hops]))
     root = int(rng.integers(2))
-    edges = [
-        (2 * parent + copy, 2 * node + copy)
-        for node, drawn in enumerate(side.parents)
-        for copy in ROOTS
-        for parent in drawn
-    ]
+    one = [[(2 * parent, 2 * node) for parent in drawn] for node, drawn in enumerate(side.parents)]
+    edges = [(tail + copy, head + copy) for drawn in one for copy in ROOTS for tail, head in drawn]
     return Question(edges, root, 2 * leaf + root, 2 * leaf + 1 - root)
 
 
@@ -185,21 +130,15 @@ def make_example(rng: np.random.Generator, settings: Settings) -> dict | None:
     if symbols is None:
         return None
     path = [symbols[node] for node in shortest_path(rng, question.edges, question.root, question.target)]
-    shuffled = [question.edges[place] for place in rng.permutation(len(question.edges))]
+    shuffled = [question.edges[index] for index in rng.permutation(len(question.edges))]
     facts = [(symbols[tail], symbols[head]) for tail, head in shuffled]
     candidates = [symbols[question.target], symbols[question.neg_target]]
     if rng.random() >= 0.5:
         candidates.reverse()
     concepts = {symbols[head] for _, head in question.edges}
     text = compact(facts, candidates, path) if settings.characters else sentences(facts, candidates, path, concepts)
-    return {
-        **text,
-        "idx_to_symbol": symbols,
-        "edges": [list(edge) for edge in question.edges],
-        "root": question.root,
-        "target": question.target,
-        "neg_target": question.neg_target,
-    }
+    asked = {"root": question.root, "target": question.target, "neg_target": question.neg_target}
+    return {**text, "idx_to_symbol": symbols, "edges": [list(edge) for edge in question.edges], **asked}
 
 
 def sentences(facts: list[tuple[str, str]], candidates: list[str], path: list[str], concepts: set[str]) -> dict:
@@ -237,14 +176,14 @@ def make_splits(
 ) -> Splits:
     """Splits of the given sizes; no graph, and so no question, occurs twice within a split or across them.
 
-    test_hops: the fewest and most of the split `test`, where they are others. Raises UserError where the settings
+    test_hops: the fewest and most of the split `test`, where it has its own. Raises UserError where the settings
     hardly ever allow a question, or never a mirror.
     """
     of_splits = dict.fromkeys(sizes, settings)
     if test_hops:
         of_splits["test"] = replace(settings, min_hops=test_hops[0], max_hops=test_hops[1])
     for of_split in of_splits.values():
-        refuse_impossible(of_split)
+        check_possible(of_split)
     rng = np.random.default_rng(seed)
     splits: Splits = {}
     seen: set = set()
@@ -259,11 +198,11 @@ def make_splits(
     return splits
 
 
-def refuse_impossible(settings: Settings) -> None:
-    """Raises UserError where a mirror has no leaf so deep, or more nodes than names: the others are drawn and seen."""
+def check_possible(settings: Settings) -> None:
+    """Raises UserError where a mirror has no leaf so deep, or more nodes than names."""
     side = settings.nodes_a_side
     if side is None:
-        return
+        return  # `draw` notices
     if settings.max_hops >= side:
         raise UserError(
             f"{side} nodes a side have no leaf {settings.max_hops} hops from their root, "
@@ -279,35 +218,31 @@ def refuse_impossible(settings: Settings) -> None:
 
 
 def add_graph_options(parser: argparse.ArgumentParser) -> None:
-    """What the graphs are like, and their words."""
-    parser.add_argument("--nodes", type=int, help="nodes before isolated ones go (default: 28)")
-    parser.add_argument("--mirror", action="store_true", help="a graph and its copy: no shortcuts")
-    parser.add_argument("--nodes-a-side", type=int, help="of a mirror, with the root (default: 7)")
-    parser.add_argument("--chains", action="store_true", help="of a mirror: two chains, with nothing beside them")
-    parser.add_argument("--hops", type=int, help="exactly so many steps")
-    parser.add_argument("--min-hops", type=int, help="fewest steps (default: 3)")
-    parser.add_argument("--max-hops", type=int, help="most steps (default: 6; of a mirror 3, or the fewest)")
-    parser.add_argument("--test-hops", type=int, nargs=2, metavar=("MIN", "MAX"), help="of the test split, if others")
-    parser.add_argument(
-        "--template", choices=["sentences", "compact"], default="sentences", help="(default: sentences)"
-    )
-    parser.add_argument(
-        "--vocabulary", type=int, help="characters of the compact template (default: 26, or one a node)"
-    )
-    parser.add_argument("--names", nargs="+", default=NAMES, metavar="NAME", help="who is asked about")
-    parser.add_argument("--concepts", nargs="+", default=CONCEPTS, metavar="CONCEPT", help="what they may be")
+    """The graphs, and their words."""
+    add = parser.add_argument
+    add("--nodes", type=int, help="nodes before isolated ones go (default: 28)")
+    add("--mirror", action="store_true", help="a graph and its copy: no shortcuts")
+    add("--nodes-a-side", type=int, help="of a mirror, with the root (default: 7)")
+    add("--chains", action="store_true", help="of a mirror: two chains, with nothing beside them")
+    add("--hops", type=int, help="exactly so many steps")
+    add("--min-hops", type=int, help="fewest steps (default: 3)")
+    add("--max-hops", type=int, help="most steps (default: 6; of a mirror 3, or the fewest)")
+    add("--test-hops", type=int, nargs=2, metavar=("MIN", "MAX"), help="of the test split, if others")
+    add("--template", choices=["sentences", "compact"], default="sentences", help="(default: sentences)")
+    add("--vocabulary", type=int, help="characters of the compact template (default: 26, or one a node)")
+    add("--names", nargs="+", default=NAMES, metavar="NAME", help="of the nodes without parents")
+    add("--concepts", nargs="+", default=CONCEPTS, metavar="CONCEPT", help="of all other nodes")
 
 
-def settle_hops(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[int, int]:
-    """The fewest and the most; ends the program where they make no sense."""
+def hops_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[int, int]:
+    """The fewest and the most; exits where they make no sense."""
+    low, high = options.min_hops, options.max_hops
     if options.hops is not None:
-        if options.min_hops is not None or options.max_hops is not None:
-            parser.error("--hops says it all: leave --min-hops and --max-hops out")
-        options.min_hops = options.max_hops = options.hops
-    low = 3 if options.min_hops is None else options.min_hops
-    high = options.max_hops
-    if high is None:
-        high = max(3, low) if options.mirror else 6
+        if (low, high) != (None, None):
+            parser.error("--hops takes the place of --min-hops and --max-hops")
+        low = high = options.hops
+    low = 3 if low is None else low
+    high = (max(3, low) if options.mirror else 6) if high is None else high
     if not 1 <= low <= high:
         parser.error("it takes 1 <= min-hops <= max-hops")
     if options.test_hops and not 1 <= options.test_hops[0] <= options.test_hops[1]:
@@ -315,15 +250,15 @@ def settle_hops(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
     return low, high
 
 
-def settle_graph(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Settings:
-    """What the options above ask for; ends the program where they make no sense."""
+def settings_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Settings:
+    """The settings that the options above ask for; exits where they make no sense."""
     if options.mirror and options.nodes is not None:
         parser.error("--mirror takes --nodes-a-side, not --nodes")
     if options.nodes_a_side is not None and not options.mirror:
         parser.error("--nodes-a-side is an option of --mirror")
     if options.chains and (not options.mirror or options.nodes_a_side is not None):
         parser.error("--chains is an option of --mirror, whose nodes follow from the hops: leave --nodes-a-side out")
-    hops = settle_hops(parser, options)
+    hops = hops_of(parser, options)
     nodes = 28 if options.nodes is None else options.nodes
     side = 7 if options.nodes_a_side is None else options.nodes_a_side
     if options.chains:
@@ -333,22 +268,15 @@ def settle_graph(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     compact = options.template == "compact"
     if options.vocabulary is not None and not (compact and 1 <= options.vocabulary <= len(CHARACTERS)):
         parser.error(f"--vocabulary is an option of --template compact, 1 to {len(CHARACTERS)}")
-    if compact and options.check:
-        parser.error("--check reads sentences, not --template compact")
-    if options.test_hops and options.check:
-        parser.error("--check makes one kind of question: --hops, or --min-hops and --max-hops, not --test-hops")
+    if options.check and (compact or options.test_hops):
+        parser.error("--check reads sentences of one kind of question: no --template compact, no --test-hops")
     vocabulary = options.vocabulary or max(26, 2 * side if options.mirror else nodes)
-    return Settings(
-        nodes,
-        *hops,
-        tuple(dict.fromkeys(options.names)),
-        tuple(dict.fromkeys(options.concepts)),
-        side if options.mirror else None,
-        options.chains,
-        CHARACTERS[:vocabulary] if compact else "",
-    )
+    names, concepts = (tuple(dict.fromkeys(words)) for words in (options.names, options.concepts))
+    characters = CHARACTERS[:vocabulary] if compact else ""
+    return Settings(nodes, *hops, names, concepts, side if options.mirror else None, options.chains, characters)
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_split_options(parser, train=17886, valid=300, test=500)
@@ -356,15 +284,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prefix", default="prosqa", help="of the file names (default: %(default)s)")
     add_drawing_options(parser, checks=True)
     options, sizes = parse_splits(parser, arguments)
-    settings = settle_graph(parser, options)
-    try:
-        if options.check:
-            generate = partial(make_splits, settings=settings)
-            return check(options.check, load_examples, generate, measure, options.seed)
-        splits = make_splits(sizes, settings, options.seed, progress=True, test_hops=options.test_hops)
-        publish_splits(splits, options.out, options.prefix)
-    except UserError as error:
-        return print_error(error)
+    settings = settings_of(parser, options)
+    if options.check:
+        generate = partial(make_splits, settings=settings)
+        return check(options.check, load_examples, generate, measure, options.seed)
+    splits = make_splits(sizes, settings, options.seed, progress=True, test_hops=options.test_hops)
+    publish_splits(splits, options.out, options.prefix)
     return 0
 
 

@@ -1,68 +1,30 @@
-"""What `prosqa.py --check` looks at in one ProsQA example: its graph, its question and its words."""
+"""What `prosqa.py --check` measures of one ProsQA example: its graph, its question and its words."""
 
 import re
-from collections import deque
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+from distances import fewest_edges
 
 
-@dataclass(frozen=True)
 class Puzzle:
     """An example's graph. Raises ValueError where root and target do not fit it, KeyError for a missing field."""
 
-    example: dict
-
-    def __post_init__(self):
+    def __init__(self, example: dict):
+        self.example = example
+        self.root, self.target, self.wrong = (example[key] for key in ("root", "target", "neg_target"))
+        self.symbols, self.edges = example["idx_to_symbol"], [(tail, head) for tail, head in example["edges"]]
         if self.root not in (0, 1):
             raise ValueError(f"its root is node {self.root}, not 0 or 1")
+        nodes = range(len(self.symbols))
+        self.parents = [[tail for tail, head in self.edges if head == node] for node in nodes]
+        self.children = [[head for tail, head in self.edges if tail == node] for node in nodes]
+        # node -> its distance, of the nodes that the root reaches, and of those that the other root reaches
+        self.mine, self.others = (fewest_edges(self.children, [root]) for root in (self.root, 1 - self.root))
         if self.target not in self.mine:
             raise ValueError("its root does not reach its target")
-
-    @cached_property
-    def symbols(self) -> list[str]:
-        return self.example["idx_to_symbol"]
-
-    @cached_property
-    def edges(self) -> list[tuple[int, int]]:
-        return [(tail, head) for tail, head in self.example["edges"]]
-
-    @property
-    def root(self) -> int:
-        return self.example["root"]
-
-    @property
-    def target(self) -> int:
-        return self.example["target"]
-
-    @property
-    def wrong(self) -> int:
-        return self.example["neg_target"]
-
-    @cached_property
-    def parents(self) -> list[list[int]]:
-        return [[tail for tail, head in self.edges if head == node] for node in range(len(self.symbols))]
-
-    @cached_property
-    def children(self) -> list[list[int]]:
-        return [[head for tail, head in self.edges if tail == node] for node in range(len(self.symbols))]
-
-    @cached_property
-    def mine(self) -> dict[int, int]:
-        """Node -> its distance from the root, of the nodes that the root reaches."""
-        return self._distances(self.root)
-
-    @cached_property
-    def others(self) -> dict[int, int]:
-        """The same from the other of nodes 0 and 1."""
-        return self._distances(1 - self.root)
-
-    @cached_property
-    def exclusive(self) -> tuple[dict[int, int], dict[int, int]]:
-        """`mine` and `others` without the nodes that both reach."""
-        return (
+        # the same without the nodes that both reach
+        self.exclusive = (
             {node: distance for node, distance in self.mine.items() if node not in self.others},
             {node: distance for node, distance in self.others.items() if node not in self.mine},
         )
@@ -72,9 +34,7 @@ class Puzzle:
         return [distance for node, distance in self.exclusive[side].items() if not self.children[node]]
 
     def reached_by(self, node: int) -> str:
-        return {(True, False): "root", (False, True): "other", (True, True): "both", (False, False): "neither"}[
-            node in self.mine, node in self.others
-        ]
+        return (("neither", "other"), ("root", "both"))[node in self.mine][node in self.others]
 
     def shortest_paths(self, end: int) -> list[tuple[int, ...]]:
         """All from the root, in order."""
@@ -82,16 +42,6 @@ class Puzzle:
             return [(end,)]
         before = sorted(node for node in self.parents[end] if self.mine.get(node, -2) == self.mine[end] - 1)
         return [(*path, end) for node in before for path in self.shortest_paths(node)]
-
-    def _distances(self, start: int) -> dict[int, int]:
-        found, queue = {start: 0}, deque([start])
-        while queue:
-            node = queue.popleft()
-            for child in self.children[node]:
-                if child not in found:
-                    found[child] = found[node] + 1
-                    queue.append(child)
-        return found
 
 
 def measure(example: dict) -> dict[str, list]:

@@ -5,8 +5,8 @@
 
 A rule gives either candidate a number and takes the one with the greater; a tie is a coin, and counts as half. It sees
 the graph and which node is asked about, not which candidate is right: the fields idx_to_symbol, edges, root, target and
-neg_target of the records, whatever their template. What a model must do to be believed to reason is to leave the best
-rule behind. A source is a node without parents.
+neg_target of the records, in either template. A model that reasons must be better than the best rule. A source is a
+node without parents.
 
 Traps. A rule that looks as many edges back as the question has hops is the whole search: with 2 hops 'no other source
 within two back' is no shortcut. And each rule is one that a person thought of: at 50 % it is excluded, the next is not.
@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from files import UserError, load_examples, print_error
+from distances import fewest_edges
+from files import UserError, command, load_examples
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,7 @@ class View:
 
     def way_back(self, node: int) -> dict[int, int]:
         """Ancestor -> the fewest edges between it and the node, which is its own at 0."""
-        distance, frontier, edges = {node: 0}, {node}, 0
-        while frontier:
-            edges += 1
-            frontier = {parent for child in frontier for parent in self.parents[child]} - distance.keys()
-            distance |= dict.fromkeys(frontier, edges)
-        return distance
+        return fewest_edges(self.parents, [node])
 
 
 def chance(view: View, node: int) -> int:
@@ -135,20 +131,17 @@ def table(results: dict[str, dict]) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="as prosqa.py writes them, or the authors'")
     parser.add_argument("--json", action="store_true", help="print JSON: file -> its examples, and right for each rule")
     options = parser.parse_args(arguments)
-    try:
-        results = {}
-        for path in options.files:
-            examples = load_examples(path)
-            results[str(path)] = {"examples": len(examples), "right": measure(examples, str(path))}
-    except UserError as error:
-        return print_error(error)
+    results = {}
+    for path in options.files:
+        examples = load_examples(path)
+        results[str(path)] = {"examples": len(examples), "right": measure(examples, str(path))}
     print(json.dumps(results, indent=2) if options.json else table(results))
-    return 0
 
 
 if __name__ == "__main__":

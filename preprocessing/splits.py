@@ -1,14 +1,15 @@
-"""What the generators share: the options of their splits, and examples of which none occurs twice."""
+"""What the generators share: the options of their splits, and examples that differ within and across splits."""
 
 import argparse
 from collections.abc import Callable, Hashable
+from operator import itemgetter
 from pathlib import Path
 
 from files import UserError, publish
 from tqdm import tqdm
 
 Splits = dict[str, list[dict]]  # name of the split -> its examples
-MOST_STEPS = 100  # of an example: the questions that are possible are counted
+MOST_STEPS = 100  # of an example: the possible questions are counted
 
 
 def add_split_options(parser: argparse.ArgumentParser, train: int, valid: int, test: int) -> None:
@@ -23,19 +24,18 @@ def add_drawing_options(parser: argparse.ArgumentParser, checks: bool) -> None:
     """--seed, and --check where the script can compare."""
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
     if checks:
-        parser.add_argument(
-            "--check", type=Path, nargs="+", metavar="FILE", help="compare FILE with what would be made, or two files"
-        )
+        text = "compare FILE with what this script generates, or two files"
+        parser.add_argument("--check", type=Path, nargs="+", metavar="FILE", help=text)
 
 
 def parse_splits(parser: argparse.ArgumentParser, arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
-    """The options, and the size of each split; ends the program where the options above make no sense."""
+    """The options, and the size of each split; exits where the options above make no sense."""
     options = parser.parse_args(arguments)
     sizes = {"train": options.train, "valid": options.valid, "test": options.test}
     if min(sizes.values()) < 1:
         parser.error("every split needs an example")
     if "/" in (prefix := getattr(options, "prefix", "")):
-        parser.error(f"--prefix {prefix!r} is of the files' names: the folder is --out")
+        parser.error(f"--prefix {prefix!r} begins the files' names: the folder is --out")
     if getattr(options, "seed", 0) < 0:
         parser.error(f"--seed must be at least 0, not {options.seed}")
     if len(getattr(options, "check", None) or ()) > 2:
@@ -43,41 +43,35 @@ def parse_splits(parser: argparse.ArgumentParser, arguments: list[str] | None) -
     return options, sizes
 
 
-def question_of(example: dict) -> str:
-    return example["question"]
-
-
 def draw(
     sizes: dict[str, int],
     make: Callable[[], dict | None],
     progress: bool = False,
-    key: Callable[[dict], Hashable] = question_of,
+    key: Callable[[dict], Hashable] = itemgetter("question"),
     hopeless: str = "with these settings there is hardly ever a new question",
     seen: set[Hashable] | None = None,
 ) -> Splits:
     """Splits of the given sizes, made in this order; no key occurs twice, within a split or across them.
 
-    make() may fail, and then returns None. Keys that are in `seen` are not used again, and those of the examples join
-    them. Raises UserError that says `hopeless` where next to nothing comes of it.
+    Args:
+        make: returns an example, or None where it fails.
+        seen: keys that are not used again; those of the examples are added.
+        hopeless: message of the UserError when nearly all tries fail.
     """
     seen = set() if seen is None else seen
     splits: Splits = {}
     for name, size in sizes.items():
-        examples: list[dict] = []
+        examples = splits[name] = []
         failures = 0
         with tqdm(total=size, desc=name, unit="example", disable=not progress) as bar:
             while len(examples) < size:
                 example = make()
-                mark = None if example is None else key(example)
-                if example is None or mark in seen:
-                    failures += 1
-                    if failures > 1000 + 1000 * len(examples):
-                        raise UserError(hopeless)
-                    continue
-                seen.add(mark)
-                examples.append(example)
-                bar.update()
-        splits[name] = examples
+                if example is not None and (mark := key(example)) not in seen:
+                    seen.add(mark)
+                    examples.append(example)
+                    bar.update()
+                elif (failures := failures + 1) > 1000 + 1000 * len(examples):
+                    raise UserError(hopeless)
     return splits
 
 
@@ -85,14 +79,12 @@ def publish_splits(
     splits: Splits,
     folder: Path,
     prefix: str,
-    describe: Callable[[list[dict]], str] | None = None,
+    describe: Callable[[list[dict]], str] = lambda examples: "",
     beside: dict[Path, dict] | None = None,
 ) -> None:
-    """Writes folder/PREFIX_NAME.json for each split and says so, with what `describe` says of its examples.
-
-    `beside`: files that appear with them.
-    """
+    """Writes folder/PREFIX_NAME.json for each split, and the files `beside`; prints a line for each, which ends with
+    what `describe` returns of its examples."""
     files = {folder / f"{prefix}_{name}.json": examples for name, examples in splits.items()}
     publish(files | (beside or {}))
     for path, examples in files.items():
-        print(f"{path}: {len(examples)} examples{describe(examples) if describe else ''}")
+        print(f"{path}: {len(examples)} examples{describe(examples)}")

@@ -13,8 +13,10 @@ import os
 import sys
 from pathlib import Path
 
-from files import UserError, load_examples, print_error, read_json, whole_folder
+from files import UserError, command, load_examples, read_json
 from random_model import SHAPES, RandomModel
+
+from utils import replaced
 
 EOS, UNKNOWN = "<|endoftext|>", "<|unknown|>"
 # char: one character, or a mark of the data format; word: with the space before it, as in GPT-2's vocabulary
@@ -22,22 +24,19 @@ PIECES = {"char": r"<<|>>|#+|[\s\S]", "word": r" ?\w+| ?#+|[\s\S]"}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; ends the program where it is wrong."""
+    """The command line; exits where it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="+", help="data files whose text is the vocabulary")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--tokenizer", choices=list(PIECES), default="word", help="(default: %(default)s)")
-    parser.add_argument("--shape", choices=SHAPES, default=RandomModel.shape, help="(default: %(default)s)")
-    parser.add_argument("--width", type=int, default=RandomModel.width, help="hidden size (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=RandomModel.layers, help="(default: %(default)s)")
-    parser.add_argument("--heads", type=int, default=RandomModel.heads, help="attention heads (default: %(default)s)")
-    parser.add_argument(
-        "--positions", type=int, default=RandomModel.positions, help="longest sequence (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--untied", dest="tied", action="store_false", help="a matrix each for input and output (GPT-2: never)"
-    )
-    parser.add_argument("--seed", type=int, default=RandomModel.seed, help="of the weights (default: %(default)s)")
+    add, default = parser.add_argument, RandomModel()
+    add("data", type=Path, nargs="+", help="data files whose text is the vocabulary")
+    add("--out", type=Path, required=True, help="folder to write")
+    add("--tokenizer", choices=list(PIECES), default="word", help="(default: %(default)s)")
+    add("--shape", choices=SHAPES, default=default.shape, help="(default: %(default)s)")
+    add("--width", type=int, default=default.width, help="hidden size (default: %(default)s)")
+    add("--layers", type=int, default=default.layers, help="(default: %(default)s)")
+    add("--heads", type=int, default=default.heads, help="attention heads (default: %(default)s)")
+    add("--positions", type=int, default=default.positions, help="longest sequence (default: %(default)s)")
+    add("--untied", dest="tied", action="store_false", help="a matrix each for input and output (GPT-2: never)")
+    add("--seed", type=int, default=default.seed, help="of the weights (default: %(default)s)")
     options = parser.parse_args(arguments)
     if min(options.width, options.layers, options.heads, options.positions) < 1:
         parser.error("--width, --layers, --heads and --positions must be at least 1")
@@ -72,13 +71,8 @@ def make_tokenizer(texts: list[str], kind: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=EOS,
-        pad_token=EOS,
-        unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False,
-    )
+    special = {"eos_token": EOS, "pad_token": EOS, "unk_token": UNKNOWN}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, clean_up_tokenization_spaces=False)
 
 
 def write_model(data: list[Path], out: Path, kind: str = "word", *model, **named) -> tuple[int, int]:
@@ -91,33 +85,30 @@ def write_model(data: list[Path], out: Path, kind: str = "word", *model, **named
             texts += [example["question"], "### " + example["answer"], *example["steps"]]
     tokenizer = make_tokenizer(texts, kind)
     model = random.build(len(tokenizer))
-    with whole_folder(out, replaces=_made_here(out)) as aside:
+    with replaced(out, _made_here(out)) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
     return len(tokenizer), model.num_parameters()
 
 
 def _made_here(folder: Path) -> tuple[str, ...]:
-    """The files of an earlier model of this script, which go; none where a folder holds another model. A tokenizer of
-    whole words tells: no pretrained model has one."""
+    """The files of an earlier model of this script, which are replaced; none where a folder holds another model. Its
+    tokenizer has whole words, as no pretrained model has."""
     try:
-        own = read_json(folder / "tokenizer.json")["model"]["type"] == "WordLevel"
+        if read_json(folder / "tokenizer.json")["model"]["type"] != "WordLevel":
+            return ()
     except (UserError, KeyError, TypeError):
-        own = False
-    files = ("config.json", "generation_config.json", "model.safetensors", "tokenizer*.json", "special_tokens_map.json")
-    return files if own else ()
+        return ()
+    return "config.json", "generation_config.json", "model.safetensors", "tokenizer*.json", "special_tokens_map.json"
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command
+def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     names = {field.name for field in dataclasses.fields(RandomModel)}
     model = {name: value for name, value in vars(options).items() if name in names}
-    try:
-        vocabulary, parameters = write_model(options.data, options.out, options.tokenizer, **model)
-    except UserError as error:
-        return print_error(error)
+    vocabulary, parameters = write_model(options.data, options.out, options.tokenizer, **model)
     print(f"{options.out}: {options.shape}, {parameters:,} parameters, {vocabulary} {options.tokenizer} tokens")
-    return 0
 
 
 if __name__ == "__main__":

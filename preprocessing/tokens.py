@@ -5,14 +5,10 @@ Legend: Q question, S_i written step i, A answer.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +16,7 @@ from types import MappingProxyType
 import numpy as np
 
 from curriculum import END, LATENT, START, AuxiliaryTexts
-from preprocessing.examples import read_examples
+from preprocessing.examples import load_examples
 from utils import UserError, progress_bar, retried, sync_to_disk, writing
 
 ANSWER_PREFIX = "### "
@@ -173,7 +169,7 @@ def cache_tokens(
     digest.update(json.dumps(identity).encode())
     target = folder / digest.hexdigest()[:32]
     if not target.exists():
-        examples = read_examples(path, limit)
+        examples = load_examples(path, limit)
         if auxiliary is not None:
             examples = ({**example, "steps": auxiliary.steps(example["steps"])} for example in examples)
         tokens = tokenize(examples, tokenizer, show_progress, step_separator, path, markers_of(tokenizer))
@@ -193,14 +189,13 @@ def _what_decides_ids(tokenizer) -> str:
 
 def _write_cache(tokens: Tokens, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=target.parent) as own:  # other jobs may write the same
+        aside = Path(own, "tokens")
+        aside.mkdir()
         tokens.save(aside)
         sync_to_disk(aside)
-        os.chmod(aside, 0o755)  # mkdtemp's folders are private, but a data cache is for the whole group
-        with suppress(OSError):  # another job was faster
+        try:
             aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    if not target.exists():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(target))
+        except OSError:
+            if not target.exists():  # otherwise another job was faster
+                raise

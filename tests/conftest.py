@@ -35,6 +35,19 @@ settings.register_profile("shared cores", deadline=None, suppress_health_check=[
 settings.load_profile("shared cores")
 
 VOCABULARY = 40
+DATA = ROOT.parent / "shared" / "data"  # the authors' and others' original files
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is absent")
+SMALL = ["--train", "40", "--valid", "5", "--test", "10"]  # options of the generators
+
+
+def refusal(main, arguments, capsys) -> str:
+    """The standard error of a command that ends with exit code 2."""
+    try:
+        code = main(arguments.split() if isinstance(arguments, str) else list(map(str, arguments)))
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    return capsys.readouterr().err
 
 
 def settled(*arguments) -> list[str]:

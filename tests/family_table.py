@@ -177,7 +177,8 @@ REFUSED: dict[str, str] = {
 REFUSED_WITH_LATENTS: dict[str, str] = {
     **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "git", "marian", "mbart"), PADDING),
     **dict.fromkeys(("mvp", "pegasus", "plbart", "recurrent_gemma", "trocr"), PADDING),
-    **dict.fromkeys(("ctrl", "mamba", "falcon_mamba", "jamba"), "over a cache its"),
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), "over a cache its"),
+    "ctrl": "modified inplace",  # it multiplies the embeddings that it is given
     **dict.fromkeys(("gemma4_text", "minimax", "openai-gpt", "rwkv", "xlstm"), NO_EMBEDDINGS),
     "zamba": "modified by an inplace operation",
 }

@@ -50,7 +50,7 @@ PY
 
 # host NUMBER NAME OUTPUT: a host's torchrun of the job NAME
 host() {
-    local space=$first leads=true # a host cannot tell from an address of 10.77.0.0/24 that it is its own
+    local space=$first leads=true # a host cannot see from an address of 10.77.0.0/24 that it is its own
     if [[ $1 == 2 ]]; then space=$second leads=false; fi
     ip netns exec "$space" "$PYTHON" -m torch.distributed.run --nnodes 2 --nproc_per_node 1 \
         --rdzv_backend c10d --rdzv_endpoint 10.77.0.1:29400 --rdzv_id "$2" --local_addr "10.77.0.$1" --rdzv_conf is_host=$leads \
@@ -71,7 +71,7 @@ final() { sha256sum "$place/runs/$1/checkpoint_3/model.safetensors" | cut -c 1-6
 echo "an undisturbed run on two hosts"
 both undisturbed undisturbed
 grep -q "on 2 x cpu (ddp)" "$place/undisturbed-1.txt"
-! grep -q "epoch" "$place/undisturbed-2.txt" || { echo "error: rank 1 speaks too" >&2; exit 1; }
+! grep -q "epoch" "$place/undisturbed-2.txt" || { echo "error: rank 1 prints too" >&2; exit 1; }
 
 echo "a run whose cable is cut after its first checkpoint within epoch 1"
 host 1 cut "$place/cut-1.txt" &
@@ -96,6 +96,6 @@ stop_job
 echo "the cable is mended, the job is started again"
 ip -n "$first" link set cable up
 both cut again
-grep "continuing from" "$place/again-1.txt" || { echo "error: it began anew" >&2; exit 1; }
+grep "continuing from" "$place/again-1.txt" || { echo "error: it began from scratch" >&2; exit 1; }
 [[ $(final cut) == "$(final undisturbed)" ]] || { echo "error: other weights than undisturbed" >&2; exit 1; }
 echo "the same weights as undisturbed: $(final cut | cut -c 1-12)"

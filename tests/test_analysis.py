@@ -1,6 +1,8 @@
 """Analyses of models whose thoughts are known, because they are made by hand."""
 
 import json
+import subprocess
+import sys
 
 import machine
 import numpy as np
@@ -612,6 +614,18 @@ def test_questions_of_one_length_can_be_chosen(tmp_path):
         load_task(tmp_path / "machine_test.json", steps=4)
 
 
+def test_without_matplotlib_it_says_what_to_install():
+    """A traceback."""
+    code = "import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_module('analysis', run_name='__main__')"
+    command = [sys.executable, "-c", code, "x", "--data", "y", "--out", "z"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: the figures need matplotlib: pip install -r requirements-dev.txt\n"
+
+
 def test_a_page_without_numbers_is_one_sentence(tmp_path, capsys):
     assert command.main(["x", "--data", "y", "--out", str(tmp_path), "--page"]) == 2
     assert "holds no analysis: about.json is missing" in capsys.readouterr().err
+    (tmp_path / "about.json").write_text("{}")
+    assert command.main(["x", "--data", "y", "--out", str(tmp_path), "--page"]) == 2
+    assert "is damaged, and no page can be made of it: KeyError" in capsys.readouterr().err

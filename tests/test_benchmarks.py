@@ -15,6 +15,7 @@ import step
 
 from config import THOUGHTS, Config
 from dataset import collate_for_device
+from methods.parallel_latents import ParallelLatents
 from trainer.parallel import whole_weights
 
 generate, thoughts = (load_script(ROOT / "benchmarks" / f"{name}.py") for name in ("generate", "thoughts"))
@@ -38,10 +39,12 @@ def test_the_sides_of_a_step_agree(small):
     batch = collate_for_device(common.prosqa_rows(2, stage=2, c_thought=1), small.eos, small.latent)
     coconut = model(**batch).loss
     assert abs(step.no_cache_loss(model, batch) - coconut) < 1e-5
-    assert abs(step.floor_loss(model, batch) - step.all_logits_loss(model, batch)) < 1e-5
+    unaligned = collate_for_device(common.prosqa_rows(2, stage=2, c_thought=1), small.eos, None)
+    assert abs(step.floor_loss(model, unaligned) - step.all_logits_loss(model, unaligned)) < 1e-5
     assert len(step.make_sides(argparse.Namespace(**OPTIONS), 1, list(step.SIDES))) == len(step.SIDES)
-    assert abs(step.parallel_loss(model, batch, 2) - coconut) < 1e-5
-    assert model.latent_passes is None
+    ids = (small.latent, small.start, small.end, small.eos)
+    in_parallel = ParallelLatents(model.base_causallm, *ids, latent_passes=2)
+    assert abs(in_parallel(**batch).loss - coconut) < 1e-5
     assert [step.passes_of(side, 4, 2) for side in step.SIDES] == [1, 5, 3, 1, 5]
 
 

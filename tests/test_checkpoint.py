@@ -1,5 +1,6 @@
 """What a run's folder holds: saving, finding, what comes back."""
 
+import contextlib
 import errno
 import json
 import os
@@ -15,11 +16,11 @@ from test_pretrained import coconut_config
 from test_pretrained import tiny as tiny  # a fixture
 
 from config import Config
-from trainer import checkpoint, trainer_state
+from trainer import checkpoint
+from trainer.checkpoint import Progress
 from trainer.distributed import World
 from trainer.pretrained import Pretrained, load_model
 from trainer.run_folder import resolve
-from trainer.trainer_state import Progress
 from utils import UserError
 
 
@@ -42,7 +43,7 @@ def test_only_whole_checkpoints_are_found(tiny, tmp_path, world):
     (run / "checkpoint_best").mkdir()
     assert [path.name for path in checkpoint.checkpoints(run)] == ["checkpoint_2", "checkpoint_9", "checkpoint_10"]
     assert resolve(str(run)).name == "checkpoint_10"
-    assert trainer_state.read_progress(run / "checkpoint_9") == Progress(9, 90, best={0: 0.5})
+    assert checkpoint.read_progress(run / "checkpoint_9") == Progress(9, 90, best={0: 0.5})
     save(config, world, parts, 13)
     assert (run / "checkpoint_13.replaced-1").read_text() == "of the reference"
     assert not list(run.glob(".writing-checkpoint_13"))
@@ -66,7 +67,7 @@ def test_a_checkpoint_can_be_chosen(tiny, tmp_path, world):
     assert resolve(f"{run}@2").name == "checkpoint_2"
     (run / "checkpoint_4" / "metrics.json").write_text("{")
     assert resolve(f"{run}@best").name == "checkpoint_3"
-    with pytest.raises(UserError, match=r"comes best, or after how many epochs, of which .* has 1, 2, 3, 4, 5"):
+    with pytest.raises(UserError, match=r"comes best, or a number of epochs; .* has 1, 2, 3, 4, 5"):
         resolve(f"{run}@last")
     with pytest.raises(UserError, match="is no run's folder with a whole checkpoint in it"):
         resolve(f"{tmp_path}@best")
@@ -75,7 +76,7 @@ def test_a_checkpoint_can_be_chosen(tiny, tmp_path, world):
     assert resolve(str(strange)).name == "checkpoint_5"  # a folder may be called so
     for path in strange.glob("*/metrics.json"):
         path.unlink()
-    with pytest.raises(UserError, match=r"no checkpoint of .* says how accurate it is"):
+    with pytest.raises(UserError, match=r"no checkpoint of .* has a validation accuracy"):
         resolve(f"{strange}@best")
 
 
@@ -93,7 +94,7 @@ def test_a_file_of_the_hub_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert resolve("someone/coconut-gsm:checkpoint_33") == tmp_path / "checkpoint_33"
     assert asked == [("someone/coconut-gsm", "checkpoint_33")]
-    with pytest.raises(UserError, match="'someone/coconut-gsm:none' cannot be had from the hub: 404 no such file"):
+    with pytest.raises(UserError, match="coconut-gsm:none' cannot be downloaded from the hub: 404 no such file"):
         resolve("someone/coconut-gsm:none")
 
 
@@ -115,7 +116,7 @@ def test_what_a_thought_has_learnt_comes_back(tiny, tmp_path, world):
     # the folder stays one of the model alone, for everybody else
     names = load_file(folder / "model.safetensors").keys()
     assert names == load_file(Path(tiny) / "model.safetensors").keys()
-    # other folders have nothing for it: it begins anew; and no thought that learns nothing writes a file
+    # other folders have nothing for it: it is re-initialised; and no thought that learns nothing writes a file
     assert torch.equal(load_model(config, Path(tiny))[0].thought.weight, torch.eye(32))
     plain = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="plain")
     assert not (save(plain, world, load_model(plain, None), 1) / "thought.safetensors").exists()
@@ -174,8 +175,8 @@ def test_what_cannot_be_removed_ends_no_run(tiny, tmp_path, world, monkeypatch, 
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", keep)
         save(config, world, parts, 2, 0.5)
-        assert "warning: " in (said := capsys.readouterr().err)
-        assert "checkpoint_1 cannot be removed: Directory not empty" in said
+        assert "warning: " in (printed := capsys.readouterr().err)
+        assert "checkpoint_1 cannot be removed: Directory not empty" in printed
         save(config, world, parts, 3, 0.6)
     save(config, world, parts, 4, 0.7)
     assert [path.name for path in config.run_dir.iterdir()] == ["checkpoint_4"]  # once it can be, it is
@@ -210,7 +211,7 @@ def test_an_error_that_is_not_of_the_disk_is_what_it_is(tiny, tmp_path, world, m
         def fail(*_, **__):
             raise error
 
-        monkeypatch.setattr(trainer_state, "get_optimizer_state_dict", fail)
+        monkeypatch.setattr(checkpoint, "get_optimizer_state_dict", fail)
 
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Connection closed by peer")):
@@ -232,7 +233,7 @@ def test_a_file_of_a_checkpoint_that_another_node_does_not_see_is_named(tiny, tm
     folder = config.run_dir / "checkpoint_1"
     (folder / "trainer").mkdir(parents=True)
     monkeypatch.setattr(checkpoint, "retried", lambda action: action())  # without waiting
-    monkeypatch.setattr(checkpoint, "on_every_rank", lambda _, action: [action()])
+    monkeypatch.setattr(checkpoint, "agree", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(checkpoint, "on_main_rank", lambda *_: ["trainer/state.json"])
     with pytest.raises(UserError, match=r"rank 1 on .* does not see .*checkpoint_1/trainer/state.json: No such file"):
         checkpoint._seen_by_all(World(1, 0, 2, torch.device("cpu")), folder)
@@ -245,8 +246,8 @@ def test_a_state_without_a_world_is_of_another(tiny, tmp_path, world):
     config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
     folder = save(config, world, load_model(config, None), 1)
     (folder / "trainer/state.json").write_text('{"format": 1, "epoch": 1, "step": 10}')
-    assert not trainer_state.load_random_state(folder, world)
-    assert trainer_state.read_progress(folder).step == 10
+    assert not checkpoint.load_random_state(folder, world)
+    assert checkpoint.read_progress(folder).step == 10
 
 
 def test_optimizer_and_random_state_come_back(tiny, tmp_path, world):
@@ -261,8 +262,8 @@ def test_optimizer_and_random_state_come_back(tiny, tmp_path, world):
     folder = checkpoint.save(config, world, loaded, optimizer, Progress(1, 2), 0, files)
     wanted = torch.rand(3)
     other = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    trainer_state.load_optimizer(folder, model, other)
-    assert trainer_state.load_random_state(folder, world)
+    checkpoint.load_optimizer(folder, model, other)
+    assert checkpoint.load_random_state(folder, world)
     assert torch.equal(torch.rand(3), wanted)
     for parameter in model.parameters():
         before, after = optimizer.state[parameter], other.state[parameter]
@@ -289,7 +290,7 @@ def test_weights_that_never_got_a_gradient_do_not_stop_a_restart(tiny, tmp_path,
     loaded, optimizer, folder = trained(config, world)
     assert loaded.model.unused not in optimizer.state
     other = torch.optim.AdamW(loaded.model.parameters(), lr=1e-3)
-    trainer_state.load_optimizer(folder, loaded.model, other)
+    checkpoint.load_optimizer(folder, loaded.model, other)
     assert loaded.model.unused not in other.state  # it begins as it would have
     for parameter in loaded.model.base_causallm.parameters():
         for name, value in optimizer.state[parameter].items():
@@ -302,7 +303,7 @@ def test_another_torchs_optimizer_takes_what_there_is(tiny, tmp_path, world):
     loaded, optimizer, folder = trained(config, world)
     later = torch.optim.AdamW(loaded.model.parameters(), lr=5e-4, weight_decay=0.5, amsgrad=True)
     later.param_groups[0]["a key of the future"] = True
-    trainer_state.load_optimizer(folder, loaded.model, later)
+    checkpoint.load_optimizer(folder, loaded.model, later)
     group = later.param_groups[0]
     assert (group["lr"], group["weight_decay"], group["a key of the future"]) == (5e-4, 0.5, True)
     weight = next(loaded.model.base_causallm.parameters())
@@ -326,6 +327,65 @@ def test_what_another_rank_writes_late_is_in_the_manifest(tiny, tmp_path, world,
     monkeypatch.setattr(checkpoint, "retried", lambda action: action())
     with pytest.raises(FileNotFoundError):  # `save` makes a UserError of it
         checkpoint._publish(target, folder, world_size=2)
+
+
+def test_a_group_can_read_all_files_of_a_checkpoint(tiny, tmp_path, world):
+    """G17: safetensors gave its files mode 0600."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run", thought="projected", lora_rank=2)
+    before = os.umask(0o027)
+    try:
+        folder = save(config, world, load_model(config, None), 1)
+    finally:
+        os.umask(before)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".safetensors"]) == 3
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+    assert folder.stat().st_mode & 0o777 == 0o750
+
+
+def test_a_file_that_may_not_be_read_is_not_damaged(tiny, tmp_path, world, monkeypatch):
+    """G17: a colleague read that the checkpoint is damaged, and a run would have continued from an earlier one."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
+    folder = save(config, world, load_model(config, None), 1)
+    checkpoint.add_digests(folder)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(checkpoint, "file_digest", refuse)
+    for look in (checkpoint.damage, lambda folder: checkpoint.newest_whole(folder.parent)):
+        with pytest.raises(UserError, match=r"checkpoint_1/\S+ cannot be read: Permission denied"):
+            look(folder)
+
+
+def test_sizes_are_compared_until_there_are_digests(tiny, tmp_path, world):
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
+    folder = save(config, world, load_model(config, None), 1)
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    assert checkpoint.damage(folder) == "model.safetensors is not what was written"
+    file.write_bytes(content)
+    checkpoint.add_digests(folder)
+    assert checkpoint.damage(folder) is None
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert checkpoint.damage(folder) == "model.safetensors is not what was written"
+
+
+def test_the_newest_two_epochs_keep_the_optimizer(tiny, tmp_path, world):
+    """G19: 75 GB for 50 epochs of GPT-2."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
+    parts = load_model(config, None)
+    folders = [save(config, world, parts, epoch) for epoch in (1, 2, 3, 4)]
+    assert [(folder / checkpoint.OPTIMIZER).exists() for folder in folders] == [False, False, True, True]
+    assert [checkpoint.damage(folder) for folder in folders] == [None] * 4
+    assert checkpoint.find_newest(config, world) == folders[-1]
+    for folder in folders[2:]:
+        shutil.rmtree(folder)
+    sentence = "checkpoint_2 cannot be continued: only the newest two epochs keep .* load_model_path=.* and resume=2"
+    with pytest.raises(UserError, match=sentence):
+        checkpoint.find_newest(config, world)
+    assert not list(config.run_dir.glob(".removing-*"))
 
 
 def test_a_checkpoint_for_restarts_goes_when_its_epoch_is_saved(tiny, tmp_path, world):

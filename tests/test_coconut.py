@@ -7,8 +7,8 @@ from conftest import VOCABULARY, tiny_base
 
 from coconut import Coconut
 from dataset import collate, collate_for_device, collate_prompts
-from model.backbone import decoder_blocks
-from model.kv_cache import checkpoint_blocks
+from model.backbone import Backbone, decoder_blocks
+from model.checkpointing import checkpoint_blocks
 from model.thought import Last
 
 EOS, START, LATENT, END = 0, 1, 2, 3
@@ -255,13 +255,13 @@ def test_default_positions_are_those_of_the_collator(family):
 
 def test_every_token_is_processed_once(family, monkeypatch):
     model, lengths = make_model(family), []
-    span = Coconut.span
+    span = Backbone.span
 
     def counting(self, embeds, *others):
         lengths.append(embeds.shape[1])
         return span(self, embeds, *others)
 
-    monkeypatch.setattr(Coconut, "span", counting)
+    monkeypatch.setattr(Backbone, "span", counting)
     batch = collate(make_rows([4, 4, 4]), pad_token_id=EOS, latent_token_id=LATENT)
     model(**batch)
     first = int(batch["input_ids"].eq(LATENT).any(dim=0).nonzero()[0])

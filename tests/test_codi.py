@@ -124,8 +124,8 @@ def test_the_place_is_found_where_a_blank_belongs_to_the_answer():
         ({"uniform_prob": 0.5}, "method codi has always the thoughts of the last one"),
         ({"pad_latent_to_max": False}, "method codi thinks"),
         ({"c_thought": 0}, "method codi thinks"),
-        ({"step_decoder": "copy"}, "it needs method coconut"),
-        ({"latent_labels": 0.1}, "for the latents of method coconut"),
+        ({"step_decoder": "copy"}, "step_decoder is for method sim_cot"),
+        ({"latent_labels": 0.1}, "latent_labels are for method lotus"),
     ],
 )
 def test_stages_are_a_mistake(keys, complaint):

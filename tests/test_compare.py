@@ -12,12 +12,8 @@ import prontoqa_statistics
 import prosqa
 import prosqa_statistics
 import pytest
-from conftest import ROOT
+from conftest import DATA, needs_data, refusal
 from files import UserError, load_examples
-
-DATA = ROOT.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data with the authors' examples is absent")
-
 
 # ---- the tests themselves ----
 
@@ -249,10 +245,7 @@ def test_what_cannot_be_compared_is_named(script, right_prosqa, tmp_path, capsys
     good = [{"question": "q", "answer": "a", "steps": []}]
     cases = {
         "few.json": (good, "1 examples are too few to compare"),
-        "other.json": (
-            good * 30,
-            r"record 0 \(counted from 0\) (lacks 'root'|cannot be measured: its question)",
-        ),
+        "other.json": (good * 30, r"record 0 \(counted from 0\) (lacks 'root'|cannot be measured: its question)"),
         "empty.json": (None, "(is empty|is not valid JSON)"),
     }
     if script is prosqa:
@@ -262,14 +255,11 @@ def test_what_cannot_be_compared_is_named(script, right_prosqa, tmp_path, capsys
         cases["swapped.json"] = ([*right_prosqa[:30], swapped], "record 30 .* cannot be measured: ")
     for name, (content, complaint) in cases.items():
         (tmp_path / name).write_text("" if content is None else json.dumps(content))
-        assert script.main(["--check", str(tmp_path / name), str(tmp_path / name)]) == 2
-        error = capsys.readouterr().err
+        error = refusal(script.main, ["--check", tmp_path / name, tmp_path / name], capsys)
         assert re.search(f"^error: .*{name}:? {complaint}", error)
         assert error.count("\n") == 1
-    assert script.main(["--check", str(tmp_path)]) == 2
-    assert "Is a directory" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        script.main(["--check", "a", "b", "c"])
+    assert "Is a directory" in refusal(script.main, ["--check", tmp_path], capsys)
+    refusal(script.main, "--check a b c", capsys)
 
 
 def test_a_sentence_of_no_known_form_is_named():

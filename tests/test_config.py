@@ -2,13 +2,18 @@
 
 import dataclasses
 import errno
+import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+import config as config_module
 import utils
 from config import Config
 from trainer import run_folder
@@ -140,7 +145,7 @@ def test_overrides_win_and_extends_is_read(write, tmp_path):
         ("batch_size_training: 0", "batch_size_training must be at least 1"),
         ("seed: null", "seed must be set"),
         ("save_path:", "save_path must be set"),
-        ("only_eval: True", "only_eval needs load_model_path"),
+        ("only_eval: True", "load_model_path .checkpoints/run. does not exist"),
         ("eval_latents: 2", "eval_latents is for eval-only runs of method coconut"),
         ("load_model_path: YOUR_PATH_TO_COCONUT_CKPT", "load_model_path is still the placeholder"),
         ("save_path: YOUR_PATH_TO_SAVE_THE_MODEL", "save_path is still the placeholder"),
@@ -150,12 +155,12 @@ def test_overrides_win_and_extends_is_read(write, tmp_path):
         ("epochs_per_stage: [1, 1, 1, 1]\nmax_latent_stage: 1", "epochs_per_stage has 4 entries, but .* only 3 stages"),
         ("epochs_per_stage: [1, 0]", "epochs_per_stage must be at least 1"),
         ("global_batch_size: 100", "global_batch_size 100 is no multiple of 1 ranks x batch_size_training 32"),
-        ("method: [coconut]", "method must be one of"),
+        ("method: [coconut]", "method must be text, not .coconut."),
         ("resume: 50", "resume 50 leaves nothing of num_epochs 50"),
         ("model_id: ./no/such", "model_id './no/such' does not exist"),
         ("save_path: run.yaml", None),
         ("reset_optimizer: sometimes", "reset_optimizer must be one of never, stage, epoch"),
-        ("thought: nothing", "thought must be one of last, layer:N, pause, projected, .*, not .nothing."),
+        ("thought: nothing", "thought must be one of last, pause, .*, projected, .*, layer:N, .*, not .nothing."),
         ("thought: layer:-2", None),
         ("thought: layer:half", "thought must be one of"),
         ("bf16: True\nbf16_weights: True", "exclude each other"),
@@ -184,7 +189,7 @@ def test_a_key_is_a_plain_text_and_nowhere_twice(write):
     """F19, in mappings that are merged; a key that is a list was a TypeError."""
     assert "has the key 'lr' twice, in lines 3 and 3" in problem(write("<<: {lr: 1e-3, lr: 1e-4}"))
     assert "the key in line 3 is no plain text" in problem(write("? [lr, seed]\n: 1"))
-    assert "must be a whole number or a list of whole numbers" in problem(write("epochs_per_stage: &loop [*loop]"))
+    assert "an alias stands for a part of itself" in problem(write("epochs_per_stage: &loop [*loop]"))
 
 
 def test_an_evaluation_takes_several_files(write, tmp_path):
@@ -307,7 +312,8 @@ def test_no_text_is_none_where_none_may_be(write):
     config = Config.from_file(write('load_model_path: ""'), ["icot_smoothing=null"])
     assert config.load_model_path is None
     text = problem(write('load_model_path: ""\nonly_eval: true\nval_path: ""'))
-    assert "only_eval needs load_model_path" in text
+    assert "load_model_path 'checkpoints/run' does not exist" in text
+    assert "only_eval needs load_model_path" in Config(only_eval=True).problems(needs_files=False)[0]
     assert "val_path is missing" in text
 
 
@@ -338,7 +344,7 @@ def test_latents_have_an_end(write, key):
 def test_factors_are_finite(write, key):
     """lr=1e38 was a traceback of AdamW on every rank."""
     for value in ("1e38", ".inf", ".nan"):
-        assert f"{key} must be at " in problem(write(""), f"{key}={value}")
+        assert f"{key} must be a" in problem(write(""), f"{key}={value}")
 
 
 def test_an_evaluation_has_no_global_batch(write, monkeypatch):
@@ -359,6 +365,77 @@ def test_a_rank_without_a_world_is_not_torchruns(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert utils.launched_ranks() == (0, 1)
+
+
+OLDER = {
+    "sim_cot": {"step_decoder": "copy"},
+    "lotus": {"thought": "looped", "latent_passes": "stage", "latent_labels": 0.05},
+    "parallel_latents": {"latent_passes": "3"},
+    "pccot": {"method": "codi", "latent_passes": "3"},
+}
+
+
+@pytest.mark.parametrize("method", OLDER)
+def test_a_method_is_still_read_in_its_older_spelling(write, method):
+    """In YAML, on the command line, in a checkpoint and by the constructor; it changes no other key."""
+    older = OLDER[method]
+    plain = dataclasses.asdict(Config(method="no_thoughts"))
+    expected = plain | older | {"method": method}
+    assert dataclasses.asdict(Config(**older)) == expected
+    config = Config.from_file(write("\n".join(f"{key}: {value}" for key, value in older.items())))
+    assert (
+        expected.items() <= {**dataclasses.asdict(config), "name": "run", "train_path": None, "val_path": None}.items()
+    )
+    config = Config.from_file(write(""), [f"{key}={value}" for key, value in older.items()])
+    assert config.method == method
+    assert config_module.modern({"method": "coconut", **older})["method"] == method
+    assert dataclasses.replace(Config(**older), seed=1).method == method
+
+
+def test_a_method_by_its_name_has_the_papers_settings(write):
+    lotus = Config(method="lotus")
+    found = [lotus.thought, lotus.latent_passes, lotus.latent_labels, lotus.c_thought, lotus.max_latent_stage]
+    assert found == ["looped", "stage", 0.05, 13, 6]
+    assert (lotus.epochs_per_stage, lotus.max_grad_norm, lotus.reset_optimizer) == (1, 1.0, "never")
+    pccot = Config.from_file(write("method: pccot\nseed: 3"))
+    found = [pccot.max_latent_stage, pccot.latent_passes, pccot.thought, pccot.distilled_layers, pccot.weight_decay]
+    assert found == [24, "3", "last", "blocks", 0.01]
+    assert Config.from_file(write("method: pccot"), ["max_latent_stage=6"]).max_latent_stage == 6
+    assert (Config().step_decoder, Config(method="sim_cot").step_decoder) == ("none", "pretrained")
+    assert Config(method="parallel_latents").latent_passes == "3"
+    for method in config_module.METHODS:
+        assert Config(method=method).problems(needs_files=False) == []
+
+
+FILES = sorted(path.stem for path in (ROOT / "methods").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("gone", FILES)
+def test_without_a_methods_file_the_rest_is_read(tmp_path, gone):
+    for path in ("config.py", "config_files.py", "config_checks.py", "utils.py", "trainer/run_folder.py"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        if (ROOT / path).exists():
+            shutil.copy(ROOT / path, tmp_path / path)
+    shutil.copytree(ROOT / "methods", tmp_path / "methods")
+    (tmp_path / "methods" / f"{gone}.py").unlink()
+    code = """if True:
+        import json, sys
+        from config import METHODS, THOUGHTS, Config
+        found = {name: Config(method=name).problems(needs_files=False) for name in METHODS}
+        print(json.dumps([found, list(THOUGHTS), [key for key in vars(Config())], Config.describe()]))
+        assert "torch" not in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    methods_left, thoughts, keys, _ = json.loads(done.stdout)
+    assert gone not in methods_left
+    assert {"coconut", "cot", "no_cot", "no_thoughts"} <= methods_left.keys()
+    assert not any(methods_left.values())
+    own = {"lotus": "latent_labels", "codi": "distillation", "sim_cot": "step_decoder", "icot": "icot_smoothing"}
+    for name, key in own.items():
+        assert (key in keys) == (name in methods_left)
+    assert ("pause" in thoughts) == (gone != "thoughts")
+    assert ("pccot" in methods_left) == (gone not in ("pccot", "codi", "parallel_latents"))
 
 
 def test_missing_data_is_named_with_the_command_that_makes_it(tmp_path):
@@ -397,14 +474,14 @@ def test_every_yaml_in_args_is_valid_but_for_missing_files():
 
 
 def test_yaml_cannot_run_code(write):
-    assert "not valid YAML" in problem(write("name: !!python/object/apply:os.getcwd []"))
+    assert "name must be text, not []" in problem(write("name: !!python/object/apply:os.getcwd []"))
 
 
-def test_help_and_readme_name_every_key():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_help_and_docs_name_every_key():
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     for field in dataclasses.fields(Config):
         assert f"  {field.name} = " in Config.describe()
-        assert f"| `{field.name}` |" in readme, field.name
+        assert f"| `{field.name}` |" in page, field.name
 
 
 def test_reference_yaml_is_what_yaml_makes_of_it():

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import DATA, ROOT, needs_data
 
-DATA = ROOT.parent / "shared" / "data"
 CURL = """#!/usr/bin/env bash
 # Stands in for curl: the file of that name under SERVED; with BREAK_AFTER only so many more bytes of it.
 continues=no
@@ -215,7 +214,7 @@ def test_generated_files_are_not_overwritten(place):
     assert (place.folder / "data" / "prosqa_train.json").read_text() == "mine"
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data with the authors' examples is absent")
+@needs_data
 def test_the_blob_id_of_the_authors_validation_file():
     content = (DATA / "prosqa_valid.json").read_bytes()
     assert f"valid) echo {blob_id(content)} ;;" in (ROOT / "preprocessing" / "prosqa_official.bash").read_text()

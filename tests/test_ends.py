@@ -1,5 +1,6 @@
 """Ends that never came: exceptions beside loader processes, long paths, slow ranks, folders that are not shared."""
 
+import contextlib
 import fcntl
 import multiprocessing
 import os
@@ -47,7 +48,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def launch(script, *arguments, n_ranks: int = 0, **options) -> subprocess.CompletedProcess:
-    """Runs a script with the house on its path, under torchrun where there are ranks."""
+    """Runs a script with this repository on its path, under torchrun where there are ranks."""
     launcher = [sys.executable]
     if n_ranks:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
@@ -71,7 +72,7 @@ def test_any_exception_ends_the_job_at_once(place, tmp_path, n_ranks):
     done = launch(tmp_path / "job.py", ROOT / "run.py", place / "run.yaml", *overrides, n_ranks=n_ranks)
     assert done.returncode == 1, done.stderr[-3000:]
     assert "OutOfMemoryError: CUDA out of memory" in done.stderr
-    if n_ranks:  # @record has seen it: torchrun's report says more than "to enable traceback see"
+    if n_ranks:  # @record has seen it: torchrun's report has more than "to enable traceback see"
         assert (
             '"message": "OutOfMemoryError: CUDA out of memory' in done.stderr or "traceback : Traceback" in done.stderr
         )
@@ -193,15 +194,14 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from trainer import evaluate
-from trainer import trainer_state
+from trainer import checkpoint, evaluate
 
 original = dist.init_process_group
 dist.init_process_group = lambda *a, **k: original(*a, timeout=timedelta(seconds=2), **k)
 
 
-def slow(room, name):
-    do, calls = getattr(room, name), []
+def slow(module, name):
+    do, calls = getattr(module, name), []
 
     def slowly(*arguments):
         if not calls:
@@ -209,12 +209,12 @@ def slow(room, name):
         calls.append(1)
         return do(*arguments)
 
-    setattr(room, name, slowly)
+    setattr(module, name, slowly)
 
 
 if os.environ["RANK"] == "1":
     slow(evaluate, "collate")  # of the validation loss
-    slow(trainer_state, "load_random_state")
+    slow(checkpoint, "load_random_state")
 else:
     slow(evaluate, "warn_unscorable_answers")
 sys.argv = sys.argv[1:]
@@ -237,7 +237,7 @@ def test_a_folder_that_is_not_shared_is_one_sentence(tmp_path, monkeypatch):
     """F11: a FileNotFoundError, or a whole epoch and then "cannot be written"."""
     written: list = []
     monkeypatch.setattr(ranks, "retried", lambda action: action())  # without waiting
-    monkeypatch.setattr(ranks, "on_every_rank", lambda _, action: [action()])
+    monkeypatch.setattr(ranks, "agree", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(ranks, "on_main_rank", lambda _, action: written.append(action()) or written[-1])
     rank_0, rank_1 = World(0, 0, 2, None), World(1, 1, 2, None)
     ranks.check_shared(rank_0, tmp_path / "shared")

@@ -14,7 +14,6 @@ from config import Config
 from curriculum import Markers
 from dataset import Data, StageDataset, collate
 from preprocessing.tokens import tokenize
-from run import stage_to_evaluate
 from tools.evaluate import main
 from trainer.evaluate import (
     as_files,
@@ -25,11 +24,13 @@ from trainer.evaluate import (
     is_right,
     number_of,
     of_sets,
+    summary,
     validation_loss,
     warn_unscorable_answers,
+    wilson,
 )
+from trainer.only_eval import stage_to_evaluate
 from trainer.pretrained import Pretrained
-from trainer.table import summary, wilson
 from utils import UserError
 
 
@@ -112,7 +113,7 @@ EXAMPLES = [
 
 
 class Scripted(Coconut):
-    """Says what it is told for each question."""
+    """Generates a given text for each question."""
 
     def generate(self, input_ids, attention_mask, **options):
         rows = []
@@ -253,7 +254,7 @@ def test_answers_that_cannot_come_out_right_are_named(answer):
     assert f"record 2 (counted from 0), whose answer {answer!r} is read back as" in text
     right = Data(examples[:2], tokenize(examples[:2], tokenizer))
     assert warn_unscorable_answers(tokenizer, right, config) == []
-    config.max_new_tokens = 3  # room for ### and one digit
+    config.max_new_tokens = 3  # enough for ### and one digit
     assert "1 of 2 answers cannot come out right" in warn_unscorable_answers(tokenizer, right, config)[0]
 
 
@@ -281,7 +282,7 @@ def test_steps_that_hide_the_answer_are_named():
 @pytest.mark.parametrize(
     ("keys", "description", "stage", "warning"),
     [
-        ({}, {}, 4, "does not say of which stage it is"),
+        ({}, {}, 4, "has no stage"),
         ({"resume": 4}, {}, 1, None),
         ({}, {"stage": 2}, 2, None),
         ({"resume": 4}, {"stage": 2}, 1, "is of stage 2, but resume 4 asks for 1"),

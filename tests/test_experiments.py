@@ -28,6 +28,7 @@ from trainer.run_folder import notes_of
 from utils import UserError
 
 sys.path.insert(0, str(ROOT / "experiments"))
+import jobs
 from grid_file import read_grid
 from jobs import jobs_of
 
@@ -146,17 +147,17 @@ def tokens(step: str) -> str:
         ({"runs": {"coconut": {"key": {}}}}, "coconut: unknown key 'key': did you mean 'keys'?"),
         ({"controls": ["nobody"]}, "control 'nobody' is no run of the grid"),
         ({"base": "none.yaml"}, "none.yaml: No such file"),
-        ({"runs": ["coconut"]}, "'runs' must be `key: value` lines, not ['coconut']"),
-        ({"seeds": 3}, "'seeds' must be a list of whole numbers, not 3"),
-        ({"seeds": ["a"]}, "'seeds' must be a list of whole numbers, not ['a']"),
+        ({"runs": ["coconut"]}, "'runs' must be `key: value` lines, not [coconut]"),
+        ({"seeds": 3}, "'seeds' must be a list of whole numbers, not '3'"),
+        ({"seeds": ["a"]}, "'seeds' must be a list of whole numbers, not [a]"),
         ({"controls": "pause"}, "'controls' must be a list of texts, not 'pause'"),
-        ({"runs": {"coconut": {"paper": 97.0}}}, "coconut: 'paper' must be text, not 97.0"),
-        ({"runs": {"coconut": {"keys": None}}}, "coconut: 'keys' must be `key: value` lines, not None"),
+        ({"runs": {"coconut": {"paper": [97.0]}}}, "coconut: 'paper' must be text, not [97.0]"),
+        ({"runs": {"coconut": {"keys": None}}}, "coconut: 'keys' must be `key: value` lines, not 'null'"),
         ({"runs": {"coconut": {"keys": {"seed": 7, "name": "x"}}}}, "run 'coconut' cannot set name and seed"),
-        ({"runs": {1: {}}, "controls": []}, "run 1: a name is letters, digits"),
+        ({"runs": {"+": {}}, "controls": []}, "run '+': a name is letters, digits"),
         ({"runs": {"a b": {}}, "controls": []}, "run 'a b': a name is letters, digits"),
         ({"beginnings": {"pause": {}}}, "'pause' is both a run and a beginning"),
-        ({"needs": {"x": 3}}, "'needs' takes FILE: the script, with its arguments, that makes it; not 'x': 3"),
+        ({"needs": {"x": [3]}}, "'needs' takes FILE: the script, with its arguments, that makes it; not 'x': ['3']"),
         ({"needs": {"x": "a.py 'b"}}, "'needs' takes FILE: the script"),
         ({"checkpoint": "first"}, "'checkpoint' must be newest or best, not 'first'"),
         ({"runs": {"pause": {"keys": {"lrr": 3}}}}, "run 'pause' of grid bad: "),
@@ -176,11 +177,11 @@ def test_what_is_wrong_with_a_grid_is_one_sentence(place, tmp_path, change, comp
     ("text", "complaint"),
     [
         ("seeds: [5]", "has the key 'seeds' twice, in lines"),
-        ("title: 2020-13-45", "is not valid YAML: month must be in 1..12"),
+        ("title: [", "is not valid YAML: while parsing"),
     ],
 )
 def test_what_yaml_makes_of_a_grid_is_one_sentence(place, tmp_path, text, complaint, capsys):
-    """The last of two keys won without a word; no date was a traceback."""
+    """The last of two keys won without a word; what is no YAML was a traceback."""
     lines = (place / "small.yaml").read_text().splitlines()
     kept = [line for line in lines if not line.startswith("title") or "title" not in text]
     (tmp_path / "bad.yaml").write_text("\n".join([*kept, text]))
@@ -584,13 +585,13 @@ def test_a_run_on_several_gpus_has_several_ranks(place):
 
 @pytest.mark.parametrize("dataset", ["gsm", "prontoqa", "prosqa"])
 def test_the_grids_of_the_paper_name_every_row_of_table_1(dataset, place, tmp_path, monkeypatch, capsys):
-    """24 files: those that test_table1.py runs."""
+    """24 rows: those that test_table1.py runs."""
     path = ROOT / "experiments" / f"paper_{dataset}.yaml"
     of_paper = read_grid(path)
     jobs = jobs_of(of_paper, None, [0], ())
-    assert {job.base.stem for job in jobs} == {f"{dataset}_{row}" for row in ROWS}
+    assert {(job.base.stem, job.spec.row) for job in jobs} == {(dataset, row) for row in ROWS}
     for job in jobs:
-        alone = Config.from_file(job.base, needs_files=False)
+        alone = Config.from_file(job.base, [f"row={job.spec.row}"], needs_files=False)
         assert (job.config.num_epochs, job.config.resume) == (alone.num_epochs, alone.resume)
         assert (job.config.load_model_path is None) == (alone.load_model_path is None)
 
@@ -636,6 +637,38 @@ def test_a_key_that_came_later_leaves_results_as_they_are_until_it_is_used(place
     if Path(of_grid.test_path).is_file():  # its data belong to what is compared
         (job,) = jobs_of(of_grid, ["coconut"], [0], ())
         assert job.digest in {row["digest"] for row in known["coconut"]}
+
+
+# digests of the files that the recorded runs were trained and tested on, as the grids' scripts make them
+CONTENTS = {
+    "data/machine/machine_train.json": "88ae15315656e7a7",
+    "data/machine/machine_test.json": "a2133ad253fa0531",
+    "data/machine/model/config.json": "906f320c8b42ab9a",
+    "data/machine/layers_4/config.json": "dab4c47e59618506",
+    "data/machine/layers_8/config.json": "a4912330258c1a33",
+    "data/machine/untied/config.json": "d48f53cd392e22e3",
+    "data/mirrored2/chains_train.json": "4e2d807a988b1365",
+    "data/mirrored2/mirror_train.json": "f32e5fee5b608363",
+    "data/mirrored2/mirror_test.json": "87b4d1bea2090477",
+    "data/mirrored2/model/config.json": "64834589d2573758",
+    "data/mirrored3/chains_train.json": "7e724f9d17add5ad",
+    "data/mirrored3/mirror_train.json": "ea44a98ad7e8ff65",
+    "data/mirrored3/mirror_test.json": "9f11d329344919c0",
+    "data/mirrored3/model/config.json": "64834589d2573758",
+}
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "results").glob("*.json") if path.stem != "thoughts_costs")
+)
+def test_every_recorded_result_counts_as_done(name, monkeypatch):
+    """Renaming a key or a method, or moving a file of args/, would have them run again."""
+    monkeypatch.setattr(jobs, "_content", lambda path: CONTENTS[path])
+    results = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    recorded = {(run, row["seed"]): row["digest"] for run, rows in results.items() for row in rows}
+    seeds = sorted({seed for _, seed in recorded})
+    found = jobs_of(read_grid(ROOT / "experiments" / f"{name}.yaml"), None, seeds, ())
+    assert recorded.items() <= {(job.run, job.seed): job.digest for job in found}.items()
 
 
 def test_an_array_has_a_task_for_each_seed_of_what_begins_together(place, tmp_path):

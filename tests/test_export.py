@@ -1,7 +1,10 @@
 """export.py, modeling_coconut.py and card.py: a folder that needs none of this code, and says what it is."""
 
 import dataclasses
+import hashlib
+import importlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -14,19 +17,20 @@ import tiny_model
 import torch
 from conftest import ROOT
 from elsewhere import written_elsewhere
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.dynamic_module_utils import check_imports, get_imports
 
-import config as config_module
 import utils
+from coconut import Coconut
 from config import Config
 from dataset import collate_prompts
 from model import thought
-from tools import export
-from tools.modeling_coconut import CoconutForCausalLM
-from tools.trained import Coconut
-from trainer import checkpoint, run_folder
+from tools import export, portable
+from trainer import checkpoint, inference, run_folder
 from trainer.pretrained import END, load_model
+from utils import UserError
 
 QUESTIONS = ["3+4", "5*6-0*2", "9?", "7!?", "12"]
 NEW = 8  # tokens
@@ -123,9 +127,13 @@ def elsewhere(folders, tmp_path_factory) -> dict[str, list]:
     return written_elsewhere({name: folders[name] for name in CASES}, QUESTIONS, NEW, tmp_path_factory.mktemp("else"))
 
 
+def load_exported(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
 def tokens_of(model: Coconut, questions: list[str]) -> list[list[int]]:
     """This model's own new tokens."""
-    batch = collate_prompts(model.prompts(questions), model.markers.eos)
+    batch = collate_prompts(inference.prompts(model, questions), model.markers.eos)
     return model.generate(**batch, max_new_tokens=NEW).tolist()
 
 
@@ -143,24 +151,24 @@ def test_it_writes_elsewhere_what_it_writes_here(case, checkpoints, elsewhere):
 def test_the_thoughts_matter_to_what_is_compared(checkpoints, folders):
     """Were they left out, the logits would be others."""
     for case in ("llama", "realigned", "suppressed", "layer:-2"):
-        model, whole = Coconut.from_pretrained(checkpoints[case]), CoconutForCausalLM.from_pretrained(folders[case])
+        model, whole = Coconut.from_pretrained(checkpoints[case]), load_exported(folders[case])
         ids, mask = whole.prompts(torch.tensor([model.tokenizer("3+4")["input_ids"]]))
         logits = whole(input_ids=ids, attention_mask=mask).logits
         torch.testing.assert_close(logits, model(ids, mask).logits, rtol=1e-4, atol=1e-4)
-        whole.config.thought = "pause"
+        whole.thought.sequential = False  # as `pause`
         assert (whole(input_ids=ids, attention_mask=mask).logits[:, -1] - logits[:, -1]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("case", ["llama", "two a step", "cot"])
 def test_a_newline_is_put_in_as_the_tokenizer_does(case, checkpoints, folders):
     """Appending its token to those of a question is another prompt, where the two are one token."""
-    model, whole = Coconut.from_pretrained(checkpoints[case]), CoconutForCausalLM.from_pretrained(folders[case])
+    model, whole = Coconut.from_pretrained(checkpoints[case]), load_exported(folders[case])
     tokenizer = AutoTokenizer.from_pretrained(folders[case], trust_remote_code=True)
     ids, mask = whole.prompts(**tokenizer_arguments(tokenizer, QUESTIONS))
     rows = [row[-n:] for row, n in zip(ids.tolist(), mask.sum(dim=1).tolist(), strict=True)]
-    assert rows == model.prompts(QUESTIONS)
+    assert rows == inference.prompts(model, QUESTIONS)
     assert len(whole.config.endings) == 2  # "?" and "!"
-    assert whole.prompts(torch.zeros((1, 0), dtype=torch.long))[0][0].tolist() == model.prompts([""])[0]
+    assert whole.prompts(torch.zeros((1, 0), dtype=torch.long))[0][0].tolist() == inference.prompts(model, [""])[0]
 
 
 def tokenizer_arguments(tokenizer, questions: list[str]) -> dict[str, torch.Tensor]:
@@ -172,14 +180,14 @@ def test_prompts_that_would_differ_are_counted(checkpoints, tmp_path, monkeypatc
     folder = shutil.copytree(checkpoints["llama"], tmp_path / "checkpoint_4")
     (folder / "predictions.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS))
     assert export.export(str(folder), tmp_path / "right") == []
-    rightly = export._with_newline
-    monkeypatch.setattr(export, "_with_newline", lambda tokenizer: (rightly(tokenizer)[0], {}))
+    rightly = export.with_newline
+    monkeypatch.setattr(export, "with_newline", lambda tokenizer: (rightly(tokenizer)[0], {}))
     (warning,) = export.export(str(folder), tmp_path / "wrong")
     assert warning.startswith("2 of 5 validation questions get other tokens than in training")
 
 
 def test_sampling_beams_and_lengths_are_those_of_transformers(folders):
-    whole = CoconutForCausalLM.from_pretrained(folders["llama"])
+    whole = load_exported(folders["llama"])
     tokenizer = AutoTokenizer.from_pretrained(folders["llama"], trust_remote_code=True)
     questions = tokenizer(QUESTIONS, padding=True, return_tensors="pt")
     width = questions["input_ids"].shape[1]
@@ -193,7 +201,7 @@ def test_sampling_beams_and_lengths_are_those_of_transformers(folders):
     beams = whole.generate(**questions, num_beams=3, max_new_tokens=NEW, return_dict_in_generate=True).sequences
     assert beams[:, :width].equal(questions["input_ids"])
     assert whole.generate(**questions, max_new_tokens=1000).shape[1] < 64  # positions
-    with pytest.raises(ValueError, match="a question of 66 tokens leaves no room in 64 positions"):
+    with pytest.raises(ValueError, match="a question of 66 tokens fills all 64 positions"):
         whole.generate(torch.ones((1, 61), dtype=torch.long))
     with pytest.raises(ValueError, match="generate takes questions"):
         whole.generate(inputs_embeds=torch.zeros((1, 3, 32)))
@@ -202,7 +210,14 @@ def test_sampling_beams_and_lengths_are_those_of_transformers(folders):
 def test_the_folder(folders):
     folder = folders["projected"]
     assert {path.name for path in folder.iterdir()} == {
-        *("README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_coconut.py"),
+        *(
+            "README.md",
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "modeling_coconut.py",
+            "thought.py",
+        ),
         *("tokenizer.json", "tokenizer_config.json"),
     }
     settings = json.loads((folder / "config.json").read_text())
@@ -218,16 +233,93 @@ def test_the_folder(folders):
         names = set(weights.keys())
     assert "thought.weight" in names
     assert {name.partition(".")[0] for name in names} == {"thought", "base_causallm"}
-    assert (folder / "modeling_coconut.py").read_text() == (ROOT / "tools/modeling_coconut.py").read_text()
+    here = (ROOT / "tools/modeling_coconut.py").read_text()
+    assert (folder / "modeling_coconut.py").read_text() == re.sub(r"from model\.\w+", "from .thought", here)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert set(tokenizer("3+4")) == {"input_ids", "attention_mask"}
     assert tokenizer.padding_side == "left"
 
 
-def test_the_modelling_file_imports_only_torch_and_transformers():
-    lines = (ROOT / "tools/modeling_coconut.py").read_text().splitlines()
-    imported = {line.split()[1].partition(".")[0] for line in lines if line.startswith(("import ", "from "))}
-    assert imported == {"inspect", "contextlib", "typing", "torch", "transformers"}
+def test_the_code_imports_only_torch_and_transformers(folders):
+    for name in ("projected", "layer:-2"):
+        for file in ("modeling_coconut.py", "thought.py"):
+            assert set(get_imports(folders[name] / file)) <= sys.stdlib_module_names | {"torch", "transformers"}
+    assert check_imports(folders["llama"] / "modeling_coconut.py") == ["thought"]
+
+
+def test_the_code_has_one_thought(folders):
+    text = (folders["projected+normalised"] / "thought.py").read_text()
+    assert "class Projected(Thought)" in text
+    assert "class Realigned" not in text
+
+
+OWN = """
+from torch import nn
+from methods.thoughts import Projected
+from model.thought import Seen, register
+from utils import UserError
+
+SCALE = 3.0  # of the thought
+
+
+def _gate(x):
+    return SCALE * x.sigmoid() * x
+
+
+@register("mlp")
+class Gated(Projected):
+    def forward(self, seen: Seen):
+        if seen.hidden is None:
+            raise UserError("never")
+        return _gate(super().forward(seen)) + nn.functional.relu(seen.embedding)
+"""
+
+
+@pytest.fixture
+def own_thought(tmp_path, monkeypatch):
+    """A thought in a file of its own, under the name of another one, which it replaces here."""
+    import methods.thoughts  # the other one comes first
+
+    monkeypatch.setitem(thought.REGISTRY, "mlp", methods.thoughts.Mlp)
+    (tmp_path / "own_thought.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("own_thought")
+    del sys.modules["own_thought"]
+
+
+@pytest.mark.slow
+def test_a_thought_of_ones_own_is_exported_without_a_second_edit(own_thought, tmp_path):
+    source = make_checkpoint(tmp_path, "mlp", c_thought=2, tied=False)
+    assert isinstance(Coconut.from_pretrained(source).thought, own_thought.Gated)
+    assert export.export(str(source), tmp_path / "out") == []
+    found = written_elsewhere({"own": tmp_path / "out"}, QUESTIONS, NEW, tmp_path)
+    assert found["own"]["batch"] == tokens_of(Coconut.from_pretrained(source), QUESTIONS)
+
+
+def test_code_that_cannot_be_taken_along_is_named(own_thought, tmp_path, monkeypatch):
+    file = tmp_path / "own_thought.py"
+    for before, after, sentence in (
+        ("from utils import UserError", "from utils import UserError as UserError2", "write `from utils import`"),
+        ("from utils import UserError", "import utils as UserError", "write `from utils import`"),
+        ("    return SCALE", "    import config\n    return SCALE", "it imports within a function"),
+    ):
+        file.write_text(OWN.replace(before, after).replace("raise UserError(", f"raise {after.split()[-1]}("))
+        portable._names.cache_clear()
+        with pytest.raises(UserError, match=sentence):
+            portable.write_code(tmp_path, own_thought.Gated)
+
+
+def test_padding_without_an_attention_mask(folders):
+    """Padding was read as tokens, without a word."""
+    whole, tokenizer = load_exported(folders["llama"]), AutoTokenizer.from_pretrained(folders["llama"])
+    found = tokenizer(QUESTIONS, padding=True, return_tensors="pt")
+    ids, width = found["input_ids"], found["input_ids"].shape[1]
+    wanted = whole.generate(**found, max_new_tokens=NEW)
+    assert whole.generate(ids, max_new_tokens=NEW).equal(wanted)
+    right = tokenizer(QUESTIONS, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
+    assert whole.generate(right, max_new_tokens=NEW)[:, width:].equal(wanted[:, width:])
+    first = torch.tensor([[tokenizer.pad_token_id, 5, 6], [tokenizer.pad_token_id, 7, 8]])  # of each text: no padding
+    assert whole.prompts(first)[1].all()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -238,13 +330,12 @@ def test_the_modelling_file_imports_only_torch_and_transformers():
 def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
     run = shutil.copytree(checkpoints["two a step"].parent, tmp_path / "mine")
     config = Config(
-        name="mine", c_thought=2, seed=7, train_path="data/some_train.json", val_path="data/some_valid.json"
+        name="mine", c_thought=2, seed=7, train_path=str(tmp_path / "some_train.json"), val_path="data/some_valid.json"
     )
+    Path(config.train_path).write_text("[]")
     run_folder.write_config(dataclasses.asdict(config), run, 2, "a fast one")
     (run / "checkpoint_4" / "trainer").mkdir()
-    (run / "checkpoint_4" / "trainer" / "state.json").write_text(
-        '{"format": 1, "epoch": 2, "step": 90, "data": "abc123"}'
-    )
+    (run / "checkpoint_4" / "trainer" / "state.json").write_text('{"format": 1, "epoch": 2, "step": 90}')
     epochs = [{"event": "epoch", "epoch": n, "train_seconds": 1700.0, "seconds": 100.0} for n in (0, 1, 1, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
     found = {"accuracy": 0.3456, "cot_match": 0.1, "generated_tokens": 8.25, "examples": 300}
@@ -256,7 +347,12 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
     text = (tmp_path / "out" / "README.md").read_text()
     for part in (
         *("# out\n", "`coconut`: Coconut (chain of continuous thought", "Its stage is 2.", "4 latent positions"),
-        *("`data/some_train.json`", "`abc123`", "| seed | 7 |", "| hours | 1.00, of 2 epochs with their validations |"),
+        *(
+            f"`{config.train_path}`",
+            f"`{hashlib.sha256(b'[]').hexdigest()}`",
+            "| seed | 7 |",
+            "| hours | 1.00, of 2 epochs with their validations |",
+        ),
         *("| hardware | a fast one; ranks: 2 |", "| epochs, optimizer steps | 2, 90 |", "torch 2."),
         "| `data/some_valid.json` (validation) | 300 | 34.6% | text | 10.0% | 8.2 |",
         "| `data/test.json` | 1000 | 50.0% | text | 10.0% | 8.2 |",
@@ -265,6 +361,14 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
         (run / "config.yaml").read_text().strip(),
     ):
         assert part in text, part
+    digest = hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
+    assert f"\n    {digest}  model.safetensors\n" in text
+    data = ModelCard(text).data
+    assert (data.library_name, data.language, data.datasets) == ("transformers", "en", ["some_train"])
+    assert (data.base_model, data.license) == ("openai-community/gpt2", None)
+    assert [(r.dataset_type, r.dataset_split, r.metric_value) for r in data.eval_results] == [
+        ("some_valid", "validation", 0.3456), ("test", "test", 0.5)
+    ]  # fmt: skip
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert f"git checkout {commit.stdout.strip()}" in text or not commit.stdout
     assert (tmp_path / "out" / "config.yaml").read_text() == (run / "config.yaml").read_text()
@@ -316,10 +420,10 @@ def test_what_a_model_of_several_modes_writes_is_read_without_its_marker(folders
         ("coconut.json", {"stage": "x"}, "coconut.json is damaged: stage must be a whole number from 0 on, not 'x'"),
         ("coconut.json", {"c_thought": "many"}, "coconut.json is damaged: c_thought must be a whole number"),
         ("coconut.json", {"method": "none"}, "coconut.json is damaged: method must be one of"),
-        ("coconut.json", {"c_thought": 1000}, "leave no room in 64 positions"),
+        ("coconut.json", {"c_thought": 1000}, "fill all 64 positions"),
         ("predictions.jsonl", '{"question": ', "predictions.jsonl is damaged"),
         ("predictions.jsonl", "{}", "predictions.jsonl is damaged"),
-        ("../eval/metrics.json", '{"checkpoint": 5}', "is damaged, and cannot be put into the model card"),
+        ("../eval/metrics.json", '{"checkpoint": 5}', "the model card cannot be made, a file of"),
         ("../config.yaml", "\ta", "is not a configuration"),
     ],
 )
@@ -340,7 +444,7 @@ def test_what_is_damaged_is_said_in_a_sentence(checkpoints, tmp_path, capsys, fi
 
 def test_lengths_count_the_questions(folders):
     """max_length in a generation_config, and min_length, counted the latents and markers too; 0 tokens were 128."""
-    model = AutoModelForCausalLM.from_pretrained(folders["llama"], trust_remote_code=True)
+    model = load_exported(folders["llama"])
     question = torch.tensor([[3, 4, 5]])
     assert model.generate(question, generation_config=GenerationConfig(max_length=8, min_length=8)).shape[1] == 8
     assert model.generate(question, min_length=12, max_new_tokens=9).shape[1] == 12
@@ -374,7 +478,7 @@ def test_what_is_there_is_kept(checkpoints, tmp_path, capsys):
     out.mkdir()
     assert export.main([str(source), str(out)]) == 0  # an empty folder is no loss
     before = (out / "config.json").read_text()
-    assert "holds an exported model already" in complaint(capsys, checkpoints["llama"], out)
+    assert "holds an exported model: choose" in complaint(capsys, checkpoints["llama"], out)
     assert (out / "config.json").read_text() == before
     assert export.main([str(checkpoints["llama"]), str(out), "--force"]) == 0
     assert (out / "config.json").read_text() != before
@@ -387,7 +491,7 @@ def test_what_is_there_is_kept(checkpoints, tmp_path, capsys):
     (tmp_path / "file").write_text("some of it")
     for name in ("mine", "file"):
         for options in ([], ["--force"]):
-            assert "is there already, and is no exported model" in complaint(capsys, source, tmp_path / name, *options)
+            assert "exists and is no exported model" in complaint(capsys, source, tmp_path / name, *options)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "all of it"
     assert (tmp_path / "file").read_text() == "some of it"
 
@@ -399,16 +503,16 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(checkpoints, tmp_path, ca
     (tmp_path / "file").write_text("")
     assert "cannot be written" in complaint(capsys, checkpoints["llama"], tmp_path / "file" / "out")
 
-    monkeypatch.setitem(thought.REGISTRY, "gated", thought.Thought)
-    monkeypatch.setitem(config_module.THOUGHTS, "gated", "")
     own = shutil.copytree(checkpoints["llama"], tmp_path / "own")
-    description = json.loads((own / "coconut.json").read_text())
-    (own / "coconut.json").write_text(json.dumps(description | {"thought": "gated"}))
-    assert "the thought gated is not among those that an exported model can have" in complaint(capsys, own, out)
 
-    (own / "coconut.json").write_text(json.dumps(description))
-    monkeypatch.setattr(CoconutForCausalLM, "think", lambda self, hidden, *_: hidden + 1)
-    assert "a llama cannot be exported, to run over transformers' own cache: its logits are others" in complaint(
+    def wrong(folder: Path, thought: type) -> None:
+        portable.write_code(folder, thought)
+        (folder / "thought.py").write_text(
+            (folder / "thought.py").read_text() + "\nLast.forward = lambda _, s: s[0] + 1"
+        )
+
+    monkeypatch.setattr(export, "write_code", wrong)
+    assert "a llama cannot be exported, to run over transformers' own cache: its logits differ" in complaint(
         capsys, own, out
     )
     (own / "trainer").mkdir()
@@ -422,7 +526,7 @@ def test_a_full_disk_leaves_nothing_half(checkpoints, tmp_path, capsys, monkeypa
         def full(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(CoconutForCausalLM, "save_pretrained", full)
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
         assert "cannot be written: No space left on device" in complaint(capsys, checkpoints["llama"], tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 
@@ -435,7 +539,7 @@ import utils
 if sys.argv[2] == "between":
     rename = Path.rename
     Path.rename = lambda self, to: os.kill(os.getpid(), 9) if self.name.startswith(".writing") else rename(self, to)
-with utils.whole_folder(Path(sys.argv[1]), replaces=("whole",)) as aside:
+with utils.replaced(Path(sys.argv[1]), ("whole",)) as aside:
     (aside / "half").write_text("")
     if sys.argv[2] == "within":
         os.kill(os.getpid(), 9)
@@ -445,7 +549,7 @@ with utils.whole_folder(Path(sys.argv[1]), replaces=("whole",)) as aside:
 @pytest.mark.parametrize("when", ["within", "between"])
 def test_a_kill_loses_nothing(tmp_path, when):
     out = tmp_path / "out"
-    with utils.whole_folder(out) as aside:
+    with utils.replaced(out, ()) as aside:
         (aside / "whole").write_text("")
     done = subprocess.run([sys.executable, "-c", KILLED, str(out), when], cwd=ROOT, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -453,10 +557,10 @@ def test_a_kill_loses_nothing(tmp_path, when):
     if when == "within":
         assert (out / "whole").exists()
     # the next one begins with what there was
-    with pytest.raises(RuntimeError), utils.whole_folder(out, replaces=("whole",)):
+    with pytest.raises(RuntimeError), utils.replaced(out, ("whole",)):
         raise RuntimeError
     assert [path.name for path in out.iterdir()] == ["whole"]
-    with utils.whole_folder(out, replaces=("whole",)) as aside:
+    with utils.replaced(out, ("whole",)) as aside:
         (aside / "new").write_text("")
     assert [path.name for path in out.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -23,12 +23,11 @@ from family_table import (
 from test_pretrained import write_tiny
 from transformers import AutoModelForCausalLM
 
-import coconut
 from coconut import Coconut
 from config import Config
 from curriculum import IGNORE
 from dataset import collate_for_device, collate_prompts
-from model import kv_cache
+from model import backbone, kv_cache
 from model.backbone import decoder_of
 from trainer import check_family as families
 from trainer.check_family import check_family
@@ -185,13 +184,13 @@ def test_a_head_module_that_does_more_is_run():
 )
 def test_what_is_wrong_is_noticed(breaks, sentence, full_size, monkeypatch):
     base = tiny_model("llama", torch.float32)
-    append, mask = kv_cache.Buffer.append, coconut.causal_mask
+    append, mask = kv_cache.Buffer.append, backbone.causal_mask
     if breaks == "gradients":
         monkeypatch.setattr(kv_cache.Buffer, "append", lambda self, states: append(self, states.detach()))
     elif breaks == "states":
         monkeypatch.setattr(kv_cache.Buffer, "append", lambda self, states: append(self, 0.9 * states))
     elif breaks == "padding":
-        monkeypatch.setattr(coconut, "causal_mask", lambda seen, *rest: mask(torch.ones_like(seen), *rest))
+        monkeypatch.setattr(backbone, "causal_mask", lambda seen, *rest: mask(torch.ones_like(seen), *rest))
     else:
         monkeypatch.setattr(
             type(base), "forward", lambda self, **_: (_ for _ in ()).throw(RuntimeError("strange\nnews"))
@@ -249,8 +248,8 @@ def test_generation_without_a_cache_is_as_long_as_it_says(monkeypatch):
     model = make_model(tiny_model("llama"))
     batch = collate_prompts([[5, 6, 7, START, END], [8, END]], EOS)
     wanted = model.generate(**batch, max_new_tokens=6)
-    model.recomputes = True
-    monkeypatch.setattr(coconut, "make_cache", None)
+    model.backbone.recomputes = True
+    monkeypatch.setattr(backbone, "make_cache", None)
     assert torch.equal(model.generate(**batch, max_new_tokens=6), wanted)
     model.eos_token_id = int(wanted[1, 0])
     found = model.generate(**batch, max_new_tokens=6)
@@ -300,7 +299,7 @@ def test_parameters_without_gradients_do_not_stop_ddp(family):
     """A vision tower, or layers that only images need: DDP would wait for their gradients in its second step."""
     model = make_model(tiny_model(family))
     check_family(model)
-    assert model.leaves_parameters_out == (family == "mllama")
+    assert model.backbone.leaves_parameters_out == (family == "mllama")
     world = setup_distributed()
     try:
         wrapped = wrap(model, replace(world, size=2))

@@ -24,6 +24,7 @@ from test_run import place as place
 
 import run as run_module
 from config import Config
+from trainer import checkpoint
 from trainer.checkpoint import checkpoints
 from trainer.logger import read_log
 from utils import UserError
@@ -148,15 +149,82 @@ def test_a_run_that_was_killed_in_validation_validates_again(place, here):
     assert [path.name for path in run.glob("checkpoint_*")] == ["checkpoint_1"]
 
 
+STOPPED = """
+import os
+import signal
+import sys
+
+from trainer.distributed import StopSignal, World
+
+number = int(sys.argv[1])
+signal.signal(number, signal.SIG_IGN)
+with StopSignal(World(0, 0, 1, None)) as stop:
+    os.kill(os.getpid(), number)
+    print(stop.requested())
+signal.signal(number, signal.default_int_handler)
+with StopSignal(World(0, 0, 1, None)) as stop:
+    os.kill(os.getpid(), number)
+    print(stop.requested())
+print(signal.getsignal(number) is signal.default_int_handler)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signals_stop_a_run_unless_its_user_has_them_ignored(number):
+    """G1: a closed terminal and the first Ctrl-C lost the epoch. nohup and background jobs ignore theirs."""
+    command = [sys.executable, "-c", STOPPED, str(int(number))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [str(number == signal.SIGTERM), "True", "True"], done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_an_interrupted_run_is_saved_inside_its_epoch(place, monkeypatch, number):
+    """G1; and G7: train_loss was the sum of the means of steps of several sizes, over the number of the last ones."""
+    original, name = run_module.train_step, f"interrupted-{number.name}"
+
+    def interrupted(run, *others):
+        if run.progress.step == 4:
+            os.kill(os.getpid(), number)
+        return original(run, *others)
+
+    monkeypatch.setattr(run_module, "train_step", interrupted)
+    keys = (f"name={name}", "max_train_examples=100", "num_epochs=1", "max_new_tokens=2", "log_every_steps=1")
+    run = main(place, *keys)
+    assert [path.name for path in checkpoints(run)] == ["checkpoint_0_step_5"]
+    monkeypatch.setattr(run_module, "train_step", original)
+    main(place, *keys, "gradient_accumulation_steps=3", "continue_changed=true")  # as on three ranks
+    losses = [record["loss"] for record in steps(run)]
+    assert len(losses) == 8
+    sizes = [*(5 * [8]), 24, 24, 12]
+    mean = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / 100
+    assert epochs(run)[0]["train_loss"] == pytest.approx(mean)
+
+
+def test_a_debugger_gets_the_exception(tmp_path):
+    """G23: the process had exited before there could be a post mortem."""
+    (tmp_path / "program.py").write_text("from trainer import distributed\ndistributed.run_main(lambda: 1 / 0)\n")
+    for debugger in ([], ["-m", "pdb", "-c", "continue"]):
+        done = subprocess.run(
+            [sys.executable, *debugger, str(tmp_path / "program.py")],
+            input="q\n",
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=False,
+        )
+        assert "ZeroDivisionError" in done.stdout + done.stderr
+        assert ("Entering post mortem debugging" in done.stdout) == bool(debugger), done.stdout
+
+
 def test_a_second_signal_exits_at_once():
     """But not one that comes together with the first, as launchers hand on what all processes have got anyway."""
     program = (
-        "import sys, time; from trainer.distributed import Interruption, World\n"
-        "with Interruption(World(0, 0, 1, None)) as interruption:\n"
+        "import sys, time; from trainer.distributed import StopSignal, World\n"
+        "with StopSignal(World(0, 0, 1, None)) as stop:\n"
         "    print('ready', flush=True)\n"
         "    while True:\n"
         "        time.sleep(0.05)\n"
-        "        if interruption.asked(): print('asked', flush=True)\n"
+        "        if stop.requested(): print('asked', flush=True)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
@@ -309,7 +377,7 @@ DAMAGES = {
 }
 
 
-def test_a_damaged_checkpoint_is_passed_over(place, two_epochs, here):
+def test_a_damaged_checkpoint_is_passed_over(place, two_epochs, here, capsys):
     run, arguments = two_epochs
     keep = run.parent / "kept"
     shutil.copytree(run, keep)
@@ -317,12 +385,10 @@ def test_a_damaged_checkpoint_is_passed_over(place, two_epochs, here):
         shutil.rmtree(run)
         shutil.copytree(keep, run)
         act(run / "checkpoint_2")
-        found = []
-        from trainer import checkpoint
-
-        assert checkpoint.newest_whole(run, found.append) == run / "checkpoint_1", damage
-        assert len(found) == 1
-        assert re.search("checkpoint_2 is damaged .*passed over", found[0]), damage
+        capsys.readouterr()
+        assert checkpoint.newest_whole(run) == run / "checkpoint_1", damage
+        (found,) = capsys.readouterr().err.splitlines()
+        assert re.search("warning: .*checkpoint_2 is damaged .*passed over", found), damage
     done = here(place / "run.yaml", *arguments)  # the last of them, in the program
     assert done.returncode == 0, done.stderr
     assert "warning: " in done.stderr
@@ -504,7 +570,7 @@ def test_settings_that_contradict_each_other_are_kept(place, tmp_path, strategy)
 # ---- folders ----
 
 
-def test_a_folder_of_another_configuration_is_refused_unless_told_otherwise(place, two_epochs, here):
+def test_a_folder_of_another_configuration_is_refused_unless_continue_changed_is_set(place, two_epochs, here):
     run, arguments = two_epochs
     before = digest(run)
     done = here(place / "run.yaml", *arguments, "lr=0.5", "seed=2")
@@ -625,7 +691,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(place, here, rank
     (complaint,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     record = json.loads((run / "nonfinite.jsonl").read_text())
     assert 5 in record["examples"]
-    assert len(record["examples"]) == 4  # of the pass that it was in
+    assert len(record["examples"]) == 8  # of the step that it was in
     assert f"the loss of step {record['step']}, in epoch 0, is nan" in complaint
     assert "the last good checkpoint is none" in complaint
     shutil.rmtree(run)

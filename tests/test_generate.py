@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from coconut import Coconut
 from config import Config
 from tools import generate
+from trainer import inference
 from trainer.pretrained import load_model
 
 QUESTIONS = ["3+4", "5*6-0*2"]
@@ -69,7 +70,7 @@ def test_a_question_is_asked_as_in_training(folders, capsys):
 def test_a_long_question_does_not_cut_the_answers_of_others(folders):
     """All answers of its batch had the room that it left."""
     model = generate.load(str(folders["coconut"]))
-    n_prompt = len(model.prompts([""])[0])
+    n_prompt = len(inference.prompts(model, [""])[0])
     long = "1" * (model.max_positions - n_prompt - 2)
     short = model.answers(["1+2"], max_new_tokens=6)
     both = model.answers(["1+2", long], max_new_tokens=6)
@@ -135,14 +136,14 @@ def test_a_model_without_latents_is_asked_too(folders, capsys):
         (["{cot}", "3+4", "--thoughts", "2"], "a number of thoughts is for models with latents"),
         (["{tiny}", "3+4"], "lacks coconut.json"),
         (["none", "3+4"], "'none' is no checkpoint"),
-        (["{coconut}", "3" * 60], "a question of 67 tokens leaves no room in 40 positions"),
-        (["{coconut}", "3\udcff"], "a question holds what is no UTF-8"),
+        (["{coconut}", "3" * 60], "a question of 67 tokens fills all 40 positions"),
+        (["{coconut}", "3\udcff"], "a question is not valid UTF-8"),
         (["{coconut}", "<|latent|>3+4"], "a question holds a marker of the latent positions: '<.latent.>3.4'"),
         (["a" * 300, "3+4"], "cannot be reached: File name too long"),
         (["{coconut}", "--file", "{deep}"], "deep.json is not valid JSON: it is nested too deeply"),
         (["{coconut}", "--file", "{deeper}"], "line 1 is not valid JSON: it is nested too deeply"),
-        (["{coconut}", "3+4", "--thoughts", "99999999999999999999"], "thoughts leave no room in 40 positions"),
-        (["{coconut}", "3+4", "--thoughts", "40"], "40 thoughts leave no room in 40 positions"),
+        (["{coconut}", "3+4", "--thoughts", "99999999999999999999"], "thoughts do not fit into 40 positions"),
+        (["{coconut}", "3+4", "--thoughts", "40"], "40 thoughts do not fit into 40 positions"),
         (["{coconut}", "--file", "none.json"], "cannot read none.json"),
         (["{coconut}", "--file", "{bad}"], r"record 1 \(counted from 0\) has no 'question'"),
         (["{coconut}", "--file", "{worse}"], "line 2 is not valid JSON"),
@@ -278,8 +279,8 @@ def test_a_conversation(folders, terminal, capsys):
     for keys, sentence in (
         (":thoughts many\n", "error: :thoughts takes a number, at least 0, not 'many'"),
         (":thoughts -1\n", "error: :thoughts takes a number"),
-        (":thinks\n", "error: there is no :thinks; :help says what there is"),
-        ("3" * 60 + "\n", "error: a question of 67 tokens leaves no room in 40 positions"),
+        (":thinks\n", "error: there is no command :thinks; :help lists them"),
+        ("3" * 60 + "\n", "error: a question of 67 tokens fills all 40 positions"),
         ("\n", "> "),
     ):
         assert sentence in say(keys)

@@ -12,7 +12,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from coconut import Coconut
 from model import kv_cache
-from model.kv_cache import Buffer, GrowingLayer, ReplacingLayer, attend, has_attention, make_cache
+from model.kv_cache import Buffer, GrowingLayer, attend, has_attention, make_cache
+from model.recurrent_cache import ReplacingLayer
 
 
 def passes(*lengths: int) -> list[torch.Tensor]:

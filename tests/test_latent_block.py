@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, MambaConfig
 from coconut import Coconut
 from config import Config
 from dataset import collate_for_device, collate_prompts
+from methods.parallel_latents import ParallelLatents
 from utils import UserError
 
 ROWS = [[3, 3, 3], [2, 0, 5], [1, 4, 2]]
@@ -19,7 +20,7 @@ ROWS = [[3, 3, 3], [2, 0, 5], [1, 4, 2]]
 
 def make_parallel(family: str, passes: int | str, tied: bool = True, thought: str = "last", c_thought: int = 1):
     base = tiny_base(family, tied)
-    return Coconut(base, LATENT, START, END, EOS, thought, latent_passes=passes, c_thought=c_thought).eval()
+    return ParallelLatents(base, LATENT, START, END, EOS, thought, latent_passes=passes, c_thought=c_thought).eval()
 
 
 def batch_of(rows) -> dict:
@@ -34,7 +35,7 @@ def plain_parallel(model: Coconut, rows, in_place: bool = False, c_thought: int 
         latents = [column for column, token in enumerate(input_ids) if token == LATENT]
         updates = model.latent_passes
         if updates == "stage":
-            updates = max(len(latents) // c_thought - 1, 0)
+            updates = len(latents) // c_thought
         learned = [embeds[:, column] for column in latents]
         for _ in range(updates if latents else 0):
             end = latents[-1] + 1
@@ -120,7 +121,7 @@ def plain_logits(model: Coconut, prompt: list[int], written: list[int]) -> torch
     base, latents = model.base_causallm, [column for column, token in enumerate(prompt) if token == LATENT]
     embeds = base.get_input_embeddings()(torch.tensor([prompt + written]))
     learned, in_place = embeds.clone(), model.thought.in_place
-    for _ in range(len(latents) - 1 if model.latent_passes == "stage" else model.latent_passes):
+    for _ in range(len(latents) if model.latent_passes == "stage" else model.latent_passes):
         states = base.get_decoder()(inputs_embeds=embeds).last_hidden_state
         embeds = embeds.clone()
         for column in latents:
@@ -139,7 +140,7 @@ def test_what_cannot_be_made_in_parallel_is_refused():
         model(torch.tensor([[5, LATENT, 7]]), edit=lambda _, thought, __: thought)
     shape = MambaConfig(vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=2, eos_token_id=0)
     with pytest.raises(UserError, match="attention in every layer"):
-        Coconut(AutoModelForCausalLM.from_config(shape), LATENT, START, END, EOS, latent_passes=2)
+        ParallelLatents(AutoModelForCausalLM.from_config(shape), LATENT, START, END, EOS, latent_passes=2)
     for keys in (
         {"latent_passes": "3", "method": "cot"},
         {"thought": "looped"},

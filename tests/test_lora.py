@@ -27,7 +27,7 @@ from config import Config
 from dataset import collate_for_device, collate_prompts
 from model import lora
 from tools import export
-from tools.trained import Coconut as Trained
+from trainer import inference
 from trainer.pretrained import load_model
 from utils import UserError
 
@@ -86,7 +86,7 @@ def test_a_checkpoint_has_the_base_as_it_was_and_the_updates_as_peft_reads_them(
     for name, value in after.items():
         of_words = slice(-3 if "wte" in name else None)  # less the markers'
         assert torch.equal(before[name][of_words], value[of_words])
-    ours = Trained.from_pretrained(folder)
+    ours = Coconut.from_pretrained(folder)
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), folder / "adapter").eval()
     tokens = torch.randint(10, (2, 7), generator=torch.Generator().manual_seed(0))
     found = ours(tokens).logits
@@ -101,7 +101,7 @@ def test_a_checkpoint_has_the_base_as_it_was_and_the_updates_as_peft_reads_them(
 
 def test_markers_are_told_apart(place, tuned):
     """Their rows stay as they began: as copies of "<<" they would tie with it, and with each other, for ever."""
-    model = Trained.from_pretrained(tuned)
+    model = Coconut.from_pretrained(tuned)
     rows = model.base_causallm.get_output_embeddings().weight
     markers = [model.markers.start, model.markers.latent, model.markers.end]
     like = model.tokenizer.convert_tokens_to_ids("<<")
@@ -159,7 +159,7 @@ def test_other_updates_begin_on_top_of_those_of_a_checkpoint(place, tuned):
     layers = lora.layers_of(model.base_causallm).values()
     assert {layer.r["default"] for layer in layers} == {2}
     tokens = torch.randint(10, (2, 7), generator=torch.Generator().manual_seed(0))
-    assert (Trained.from_pretrained(folder)(tokens).logits - model(tokens).logits).abs().max() < 1e-5
+    assert (Coconut.from_pretrained(folder)(tokens).logits - model(tokens).logits).abs().max() < 1e-5
     assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
@@ -191,10 +191,10 @@ def test_an_exported_model_has_the_updates_in_its_weights(place, tuned, tmp_path
     options = {"trust_remote_code": True}
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", **options)
-    ours = Trained.from_pretrained(tuned)
+    ours = Coconut.from_pretrained(tuned)
     question = json.loads((place / "valid.json").read_text())[0]["question"]
     rows = whole.generate(**tokenizer([question], return_tensors="pt"), max_new_tokens=6)
-    wanted = ours.generate(**collate_prompts(ours.prompts([question]), ours.markers.eos), max_new_tokens=6)
+    wanted = ours.generate(**collate_prompts(inference.prompts(ours, [question]), ours.markers.eos), max_new_tokens=6)
     assert rows[0].tolist()[-wanted.shape[1] :] == wanted[0].tolist()
 
 

@@ -18,9 +18,8 @@ from methods.lotus import LabelledDataset, Lotus, latent_labels
 
 def make_lotus(family: str, tied: bool, c_thought: int, weight: float) -> Lotus:
     base = tiny_base(family, tied)
-    model = Lotus(base, LATENT, START, END, EOS, "looped", latent_passes="stage", c_thought=c_thought)
-    model.latent_labels_weight = weight
-    return model
+    options = {"latent_passes": "stage", "c_thought": c_thought, "latent_labels": weight}
+    return Lotus(base, LATENT, START, END, EOS, "looped", **options)
 
 
 def plain_labels(model: Lotus, rows, steps_of, c: int) -> tuple[torch.Tensor, int]:
@@ -32,9 +31,9 @@ def plain_labels(model: Lotus, rows, steps_of, c: int) -> tuple[torch.Tensor, in
             continue
         embeds = base.get_input_embeddings()(torch.tensor([input_ids]))
         learned = embeds
-        for loop in range(len(latents) // c):
+        for loop in range(len(latents) // c + 1):  # pass 0 over the plain embeddings, then as many as groups
             states = base.get_decoder()(inputs_embeds=embeds).last_hidden_state
-            if loop == len(latents) // c - 1:
+            if loop == len(latents) // c:
                 break
             fed = [learned[:, p] + states[:, p] if p in latents else embeds[:, p] for p in range(len(input_ids))]
             embeds = torch.stack(fed, dim=1)
@@ -59,7 +58,7 @@ def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, keys)
     rows = [(input_ids, labels) for input_ids, labels, _ in items]
     model = make_lotus(family, tied, 2, 0.3)
     batch = dataset.collate(items)
-    units = batch.pop("units")
+    units = batch.pop("loss_counts")
     output = model(**batch)
     total, count = plain_labels(model, rows, [tokens[index][1] for index in range(4)], 2)
     assert units == {"loss": sum(label != -100 for _, labels in rows for label in labels), "auxiliary": count}
@@ -84,7 +83,7 @@ def test_a_batch_without_latents_has_no_labels(family):
     _, tokens, _ = make_tokens([2, 3], 6)
     dataset = LabelledDataset(tokens, config, MARKERS)
     batch = dataset.collate([dataset[0, 0], dataset[1, 0]])
-    assert batch.pop("units")["auxiliary"] == 0
+    assert batch.pop("loss_counts")["auxiliary"] == 0
     output = make_lotus(family, True, 2, 0.05)(**batch)
     assert output.auxiliary == 0
     (output.loss + output.auxiliary).backward()

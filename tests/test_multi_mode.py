@@ -11,11 +11,11 @@ from test_run import epochs, main, together, weights
 from test_run import place as place  # a fixture
 from test_sim_cot import MARKERS, make_tokens
 
+from coconut import Coconut
 from config import Config
 from curriculum import IGNORE, MODES, prompt, training_sequence
 from methods.multi_mode import ModesDataset, MultiMode
 from tools import generate
-from tools.trained import Coconut as Trained
 from trainer import run_folder as load_path
 
 Q, STEPS, A = [7, 8], [[10], [20, 21], [30]], [9]
@@ -61,7 +61,7 @@ def test_the_loss_and_all_gradients_are_the_plain_definition(family, tied, keys)
     ("keys", "problem"),
     [
         ({"method": "multi_mode", "latent_markers": "none"}, "latent_markers must be both"),
-        ({"method": "multi_mode", "latent_labels": 0.1}, "for the latents of method coconut alone"),
+        ({"method": "multi_mode", "latent_labels": 0.1}, "latent_labels are for method lotus"),
         ({"method": "coconut", "mode": "written"}, "mode written is for method multi_mode"),
         ({"method": "multi_mode", "mode": "written"}, "mode written is for eval-only runs"),
         (
@@ -107,9 +107,9 @@ def test_ranks_agree_a_restart_is_bitwise_the_same_and_three_accuracies_are_told
         assert metrics["accuracy"] == epochs(alone)[-1][f"accuracy_{mode}"]
         assert statistics.mean(prediction[mode]["correct"] for prediction in predictions) == metrics["accuracy"]
     assert not any("end-latent" in prediction["output"] for prediction in predictions)
-    model, question = Trained.from_pretrained(alone), predictions[0]["question"]
+    model, question = Coconut.from_pretrained(alone), predictions[0]["question"]
     for mode in ("written", "direct"):
-        asked = model.in_mode(mode).ask(question, max_new_tokens=12)
+        asked = model.ask(question, mode=mode, max_new_tokens=12)
         assert asked == predictions[0][mode]["output"]
         assert generate.main([str(alone), question, "--mode", mode, "--max-new-tokens", "12"]) == 0
         assert asked.strip() in capsys.readouterr().out

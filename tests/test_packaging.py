@@ -1,4 +1,4 @@
-"""What stands around the code: the two lists of packages, the editor's launch configurations, the README's example."""
+"""What stands around the code: the two lists of packages, the editor's launch configurations, the docs' examples."""
 
 import json
 import os
@@ -45,46 +45,63 @@ def test_the_editor_can_launch(kind):
     assert (ROOT / found["args"][0]).is_file()
 
 
-@pytest.mark.slow
-def test_the_readmes_thought_trains_as_written(tmp_path):
-    """Its two blocks go where it says, into a copy of the program."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("### Write your own thought\n")[2].partition("\n### ")[0]
-    code, name = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert len(code.splitlines()) <= 10
+def added_as_written(section: str, tmp_path) -> list[str]:
+    """Writes the files that a section of docs/contributing.md shows into a copy of the program; returns their names."""
+    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    text = page.partition(f"## {section}\n")[2].partition("\n## ")[0]
+    (file,), (code,) = re.findall(r"`(methods/\w+\.py)`:\n", text), re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     for path in [*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).glob("*.py"))]:
-        text = path.read_text(encoding="utf-8")
-        if path.name == "thoughts.py":
-            text += "\n\n" + code
-        if path.name == "config.py":
-            text = text.replace("THOUGHTS = {\n", "THOUGHTS = {\n" + name)
         target = tmp_path / path.relative_to(ROOT)
         target.parent.mkdir(exist_ok=True)
-        target.write_text(text, encoding="utf-8")
+        target.write_bytes(path.read_bytes())
+    (tmp_path / file).write_text(code, encoding="utf-8")
     examples = arithmetic.make_splits({"train": 16}, base=5)["train"]
     (tmp_path / "data.json").write_text(json.dumps(examples))
     tiny_model.write_model([tmp_path / "data.json"], tmp_path / "tiny", "char", "llama", 32, 2, 2, 64)
-    keys = {
-        "thought": re.search(r"thought=(\w+)", section)[1],
-        "epochs_per_stage": 1,
-        "num_epochs": 2,
-        "wandb": "disabled",
-    }
-    keys |= {"model_id": "tiny", "train_path": "data.json", "val_path": "data.json", "max_new_tokens": 2}
+    keys = {"epochs_per_stage": 1, "num_epochs": 2, "wandb": "disabled", "max_new_tokens": 2}
+    keys |= {"model_id": "tiny", "train_path": "data.json", "val_path": "data.json"}
     (tmp_path / "own.yaml").write_text(json.dumps(keys))
+    (command,) = re.findall(r"`python run.py args/quickstart.yaml (.+?)`", text)
+    return command.split()
+
+
+def run_copy(tmp_path, *words: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "run.py", "own.yaml"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_a_new_thought_trains_and_is_exported_as_the_docs_have_it(tmp_path):
+    """One new file, and nothing else edited. The Python examples of the docs run with the model."""
+    overrides = added_as_written("Adding a thought", tmp_path)
+    run_copy(tmp_path, "run.py", "own.yaml", *overrides)
     gate = load_file(tmp_path / "checkpoints" / "own" / "checkpoint_2" / "thought.safetensors")["gate"]
     assert gate.shape == (32,)
     assert not torch.equal(gate, torch.ones(32))
+    run_copy(tmp_path, "-m", "tools.export", "checkpoints/own", "exported")
+    assert any("class Gated" in path.read_text(encoding="utf-8") for path in (tmp_path / "exported").glob("*.py"))
+    blocks = []
+    for page in ("README.md", "docs/export.md", "docs/evaluation.md"):
+        blocks += re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 4  # each prints answers
+    for block in {re.sub(r"checkpoints/[\w/-]+", "checkpoints/own", block) for block in blocks}:
+        code = re.sub(r'"(Msnqw|Ass|What [^"]*)"', '"1+2"', block.replace("exported/machine", "exported"))
+        run_copy(tmp_path, "-c", code)
+
+
+@pytest.mark.slow
+def test_a_new_method_trains_and_continues_as_the_docs_have_it(tmp_path):
+    """One new file, and nothing else edited; its key is checked and changes the weights."""
+    overrides = added_as_written("Adding a method", tmp_path)
+    weights = []
+    for name, more in (("plain", ["method=coconut"]), ("own", overrides)):
+        run_copy(tmp_path, "run.py", "own.yaml", f"name={name}", *more)
+        weights.append(load_file(tmp_path / "checkpoints" / name / "checkpoint_2" / "model.safetensors"))
+    assert any(not torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    run_copy(tmp_path, "run.py", "own.yaml", "name=own", *overrides, "num_epochs=3")
+    assert (tmp_path / "checkpoints" / "own" / "checkpoint_3").is_dir()
 
 
 @pytest.mark.slow

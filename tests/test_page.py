@@ -11,9 +11,11 @@ from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.colors import to_rgba
+from matplotlib.patches import Rectangle
 from PIL import Image
 
-from analysis import figures
+from analysis import figures, report
 from analysis.page import Example, Figure, Section, page
 
 NASTY = "<script>alert('&')</script> \"quoted\" & done"
@@ -25,10 +27,10 @@ def all_kinds() -> dict[str, str]:
     loss = {"one": [(1, 4.0), (2, math.nan), (3, 0.5)], "two & <more>": [(1, 3.0), (2, 2.0)], "none yet": []}
     tied = {"root": 0, "a": 1, "b": 1}
     made = {
-        "lines": figures.lines(loss, "step", "loss", [(1.5, "stage 1")], {"one": [(1, 3, 5), (3, 0, 1)]}),
-        "scatter": figures.scatter({"here": [(0, 1)], "there": [(1, 0)]}, "x", "y"),
-        "bars": figures.bars(["g", "h"], {"one": [0.5, None], "two": [0.2, 0.1]}, "y", {"one": [(0.4, 0.8), (0, 0)]}),
-        "stacked": figures.stacked(["g", "h"], {"right": [0.5, 0.25], "wrong": [0.5, 0.75]}, "share"),
+        "lines": figures.lines(loss, "step", "loss", [(1.5, "stage 1")]),
+        "scatter": figures.lines({"here": [(0, 1)], "there": [(1, 0)]}, "x", "y", joined=False),
+        "bars": figures.bars(["g", "h"], {"one": [0.5, None], "two": [0.2, 0.1]}, "y"),
+        "stacked": figures.stacked(["g", "h"], {"right": [0.5, 0.25], "wrong": [0.5, 0.75]}, "thoughts", "share"),
         "tree": figures.tree(tied, [("root", "a"), ("root", "b")], {"root": 1, "a": 0.25}, {"root": "root"}),
     }
     return {kind: figures.svg(figure) for kind, figure in made.items()}
@@ -153,7 +155,7 @@ def test_a_figure_is_well_formed_text_in_the_pages_colour(kind):
         "lines": {"step", "loss", "stage 1", "two & <more>"},
         "scatter": {"x", "y", "here", "there"},
         "bars": {"g", "h", "one", "two", "\N{EN DASH}"},
-        "stacked": {"share", "right", "wrong"},
+        "stacked": {"thoughts", "share", "right", "wrong"},
         "tree": {"root", "100%", "a", "25%", "b"},
     }
     assert expected[kind] <= set(words)
@@ -181,6 +183,37 @@ def test_colours_are_seen_in_light_and_dark_and_are_never_alone():
             assert (light + 0.05) / (dark + 0.05) >= 3, (style, paper)
     for own in zip(*figures.STYLES, strict=True):
         assert len(set(own)) == len(figures.STYLES)
+
+
+def test_a_class_has_one_colour_and_hatch_in_every_figure(monkeypatch):
+    """Classes without outputs were dropped before colours were given: on one page a class had several colours."""
+    drawn = []
+    monkeypatch.setattr(figures, "svg", lambda figure: drawn.append(figure) or "")
+    counts = {"Coconut": (1, 2, 1), "control": (0, 3, 1), "other": (3, 0, 1)}
+    classes = ["path", "longer", "label"]
+    found = {
+        name: [{"thoughts": 0, "questions": 4, "accuracy": 0.5, "classes": dict(zip(classes, row, strict=True))}]
+        for name, row in counts.items()
+    }
+    report.sweep_section(found, {"classes": classes, "thoughts": dict.fromkeys(counts, 3)})
+    for figure, row in zip(drawn, counts.values(), strict=True):
+        (legend,) = figure.legends
+        shown = [number for number, count in enumerate(row) if count]
+        assert [text.get_text() for text in legend.get_texts()] == [classes[number] for number in shown]
+        wanted = [(to_rgba(figures.STYLES[number].colour), figures.STYLES[number].hatch) for number in shown]
+        handles = legend.findobj(Rectangle)  # of each class its face and its hatch
+        assert [(handle.get_edgecolor(), handle.get_hatch()) for handle in handles[1::2]] == wanted
+        assert [handle.get_facecolor()[:3] for handle in handles[::2]] == [colour[:3] for colour, _ in wanted]
+        bars = [group[0] for group in figure.axes[0].containers[1::2]]
+        assert [(bar.get_edgecolor(), bar.get_hatch()) for bar in bars] == wanted
+
+
+def test_percentages_share_an_axis_and_the_eighth_series_has_its_own_look():
+    for figure in (figures.bars(["g"], {"a": [4.0]}, "x, %"), figures.lines({"a": [(0, 4.0)]}, "x", "y, %")):
+        low, high = figure.axes[0].get_ylim()
+        assert low <= 0 < 100 <= high
+    assert len({figures.style_of(number) for number in range(14)}) == 14
+    assert figures.style_of(7).colour == figures.style_of(0).colour
 
 
 def test_stages_that_would_run_into_each_other_are_turned_or_left_out():

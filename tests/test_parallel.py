@@ -235,17 +235,15 @@ def test_attention_on_a_gpu_never_takes_the_slow_path(family):
             model(**batch).loss.backward()
 
 
-def test_rows_padded_on_the_right_need_no_mask(family):
-    """The mask that a promise leaves out would have changed nothing."""
-    model, batch = make_model(family), batch_of([0, 0, 0])
-    assert not batch["left_padded"]
+@pytest.mark.parametrize("n_latents", [[0, 0, 0], [3, 3, 3], [2, 0, 4]])
+def test_padding_behind_a_question_needs_no_mask(family, n_latents):
+    """The mask that the collator's hints leave out would have changed nothing."""
+    model, batch, rows = make_model(family), batch_of(n_latents), make_rows(n_latents)
+    assert (batch["prefix_lengths"] is not None) == (sum(n_latents) > 0)
     loss = model(**batch).loss
-    for said in (True, None):
-        batch["left_padded"] = said
-        assert abs(loss - model(**batch).loss) < 1e-12
-    model, rows = make_model(family), make_rows([3, 3, 3])
-    assert batch_of([3, 3, 3])["left_padded"]
-    assert max(largest_difference(model, rows, model(**batch_of([3, 3, 3])).loss)) < 1e-9
+    without = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "labels")}
+    assert abs(loss - model(**without).loss) < 1e-12
+    assert max(largest_difference(model, rows, loss)) < 1e-9
 
 
 # ---- FLOPs ----

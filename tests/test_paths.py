@@ -354,8 +354,8 @@ def test_distances_of_a_graph():
     assert paths.height(COMPACT) == dict(zip(SYMBOLS, (1, 2, 1, 1, 1, 0, 1, 1, 0, 2, 0), strict=True))
     assert paths.height(COMPACT, longest=True) == dict(zip(SYMBOLS, (3, 3, 2, 1, 1, 0, 1, 1, 0, 2, 0), strict=True))
     assert [paths.frontier(COMPACT, k) for k in range(4)] == [{"a"}, {"c", "d", "f"}, {"t", "e"}, set()]
-    warn_unscorable_answers = [paths.same_depth_unreachable(COMPACT, k) for k in range(4)]
-    assert warn_unscorable_answers == [{"b", "s"}, {"g", "h"}, {"o"}, set()]
+    unreachable = [paths.same_depth_unreachable(COMPACT, k) for k in range(4)]
+    assert unreachable == [{"b", "s"}, {"g", "h"}, {"o"}, set()]
 
 
 @given(drawn(kinds=("small", "mirror, compact", "chains, compact")))
@@ -437,7 +437,7 @@ def test_distances_are_in_the_same_order_in_every_process(tmp_path):
     example |= {"neg_target": 9, "answer": "k", "steps": ["b", "k"]}
     code = (
         "import json, sys; from analysis import paths; graph = paths.from_example(json.loads(sys.argv[1])); "
-        "print(list(paths.depths(graph)), list(paths._fewest_edges(graph.children, graph.sources)))"
+        "print(list(paths.depths(graph)), list(paths.fewest_edges(graph.children, graph.sources)))"
     )
     said = set()
     for seed in "0123":

@@ -1,11 +1,15 @@
 """What is loaded, from the reference's files too, and what is refused."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny_model
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -238,8 +242,59 @@ def test_the_hubs_answer_is_in_the_sentence(monkeypatch):
             raise OSError("We couldn't connect to the hub") from error
 
     monkeypatch.setattr("trainer.pretrained.AutoTokenizer.from_pretrained", refuse)
+    monkeypatch.setattr("trainer.pretrained.hub_problem", lambda: None)
     with pytest.raises(UserError, match=r"couldn't connect to the hub; the hub's last answer was HTTP 429"):
         load_model(coconut_config("some/model"), None)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "reason"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "requires bitsandbytes"),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, "compressed-tensors"),
+        ({"quant_method": "awq", "bits": 4}, "gptqmodel"),
+    ],
+)
+def test_a_quantization_without_its_package_is_the_reason(tiny, quantization, reason):
+    file = Path(tiny) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantization}))
+    with pytest.raises(UserError, match=f"cannot be loaded: it needs a package that is not installed: .*{reason}"):
+        load_model(coconut_config(tiny), None)
+
+
+@pytest.mark.parametrize("keys", [{}, {"from_scratch": True}])
+def test_code_of_a_model_runs_only_where_the_configuration_trusts_it(tiny, tmp_path, monkeypatch, keys):
+    """transformers asked on standard input, and a pipe that said y ran it."""
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    file = Path(tiny) / "config.json"
+    auto_map = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "own", "auto_map": auto_map}))
+    text = "from transformers import GPT2Config, GPT2LMHeadModel\nfrom pathlib import Path\n"
+    text += f"Path({str(tmp_path / 'ran')!r}).touch()\nclass Own(GPT2Config):\n    model_type = 'own'\n"
+    text += "class OwnModel(GPT2LMHeadModel):\n    config_class = Own\n"
+    (Path(tiny) / "own.py").write_text(text)
+    config = coconut_config(tiny, **keys)
+    with pytest.raises(UserError, match="it has Python code of its own: read that code, and set trust_remote_code"):
+        load_model(config, None)
+    assert not (tmp_path / "ran").exists()
+    config.trust_remote_code = True
+    assert type(load_model(config, None).model.base_causallm).__name__ == "OwnModel"
+
+
+@pytest.mark.slow
+def test_a_hub_that_does_not_answer_is_one_sentence_soon():
+    """Forty lines of retries in 80 s."""
+    code = "from test_pretrained import coconut_config, load_model; load_model(coconut_config('some/model'), None)"
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "PYTHONPATH": "tests:."}
+    environment["PYTHONPATH"] += ":preprocessing"
+    code = f"import os, time; begin = time.time()\ntry: {code}\nfinally: print(time.time() - begin)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert "model_id 'some/model' cannot be loaded: it has not been downloaded, and the hub does not answer (h" in last
+    assert "HF_HUB_OFFLINE=1" in last
+    assert "Retrying" not in done.stderr
+    assert float(done.stdout) < 30  # with the imports
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"stage": '])

@@ -13,10 +13,11 @@ from elsewhere import written_elsewhere
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run
+from coconut import Coconut
 from config import Config
 from dataset import collate_prompts
 from tools import export
-from tools.trained import Coconut
+from trainer import inference
 
 # rows in iCoT's format, such as its valid.txt
 ROWS = Path(os.environ.get("COCONUT_GSM_ROWS", ROOT.parent / "shared" / "data" / "gsm_valid.txt"))
@@ -122,7 +123,7 @@ def test_cot_then_coconut_then_evaluation_and_a_restart(place, smollm2):
     assert export.export(str(latent.run_dir), place / "exported") == []
     questions = [example["question"] for example in json.loads((place / "valid.json").read_text())[:4]]
     model = Coconut.from_pretrained(latent.run_dir)
-    batch = collate_prompts(model.prompts(questions), model.markers.eos)
+    batch = collate_prompts(inference.prompts(model, questions), model.markers.eos)
     written = model.generate(**batch, max_new_tokens=24).tolist()
     assert all(model.markers.latent in row for row in batch["input_ids"].tolist())
     assert written_elsewhere({"": place / "exported"}, questions, 24, place)[""]["batch"] == written

@@ -269,11 +269,11 @@ def test_a_continued_run_is_bitwise_an_undisturbed_one(place, trained):
     arguments = (place / "run.yaml", f"model_id={with_dropout(place)}", "max_new_tokens=2")
     together(*arguments, "name=whole")
     together(*arguments, "name=parts", "num_epochs=1")
-    stranger = place / "runs" / "parts" / "checkpoint_9"
-    stranger.mkdir()  # half a checkpoint, or somebody's notes: not to be taken for one
+    unrelated = place / "runs" / "parts" / "checkpoint_9"
+    unrelated.mkdir()  # half a checkpoint, or somebody's notes: not to be taken for one
     done = together(*arguments, "name=parts")
     assert "checkpoint_1, after 1 of 3 epochs" in done.stderr
-    assert not any(stranger.iterdir())
+    assert not any(unrelated.iterdir())
     whole, parts = (weights(place / "runs" / name / "checkpoint_3") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert not torch.equal(whole["transformer.wte.weight"], weights(run / "checkpoint_3")["transformer.wte.weight"])
@@ -371,7 +371,7 @@ def main(place: Path, *overrides: str) -> Path:
 @pytest.mark.parametrize(
     ("reset", "epochs_of_new"), [("never", [0]), ("stage", [0, 2]), ("epoch", [0, 1, 2, 3]), ("true", [0, 1, 2, 3])]
 )
-def test_the_optimizer_is_made_anew_when_it_should_be(place, monkeypatch, reset, epochs_of_new):
+def test_the_optimizer_is_reset_when_it_should_be(place, monkeypatch, reset, epochs_of_new):
     made = []
     original = run_module.make_optimizer
     monkeypatch.setattr(run_module, "make_optimizer", lambda r: made.append(r.progress.step) or original(r))
@@ -436,14 +436,15 @@ def test_a_damaged_log_fails_no_training(place, trained, tmp_path, here, file, c
 
 
 def test_a_finished_run_that_saves_only_what_improves_is_left_as_it_is(place):
-    """Started again, it trained all epochs after its best one anew; with more epochs it goes on from there."""
+    """Started again, it trained all epochs after its best one again; with more epochs it goes on from its last."""
     keys = ["name=improves", "save_only_improve=true", "lr=0", "epochs_per_stage=9", "max_new_tokens=2"]
     run = main(place, *keys, "num_epochs=3")
-    assert [path.name for path in load_path.checkpoints(run)] == ["checkpoint_1"]
+    assert [path.name for path in load_path.checkpoints(run)] == ["checkpoint_1", "checkpoint_3_step_57"]
+    assert load_path.resolve(str(run)) == run / "checkpoint_1"
     main(place, *keys, "num_epochs=3")
     assert [record["epoch"] for record in epochs(run)] == [0, 1, 2]
     main(place, *keys, "num_epochs=4")
-    assert [record["epoch"] for record in epochs(run)] == [0, 1, 2, 1, 2, 3]
+    assert [record["epoch"] for record in epochs(run)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("method", ["cot", "no_cot", "no_thoughts"])
@@ -462,7 +463,7 @@ def test_the_other_methods_run(place, method):
     )
     assert len(epochs(run)) == 2
     assert epochs(run)[-1]["loss"] < 3
-    saved = list(run.glob("checkpoint_*"))
+    saved = [path for path in run.glob("checkpoint_*") if load_path.is_of_finished_epoch(path)]
     assert len(saved) == 1
     assert "<|latent|>" not in AutoTokenizer.from_pretrained(saved[0]).get_vocab()
 
@@ -507,8 +508,8 @@ def test_the_best_checkpoint_is_named_and_all_can_be_evaluated(place, trained, c
     assert "checkpoint_2 could not be evaluated: " in printed.err
     assert printed.err.count("a checkpoint looks better than it is on the set that chose it") == 1
     assert evaluate_tool.main([str(run), "--all", "none.json"]) == 2
-    assert "checkpoint_1 could not be evaluated: " in (said := capsys.readouterr().err)
-    assert "none.json" in said
+    assert "checkpoint_1 could not be evaluated: " in (printed := capsys.readouterr().err)
+    assert "none.json" in printed
     assert evaluate_tool.main([str(tmp_path), "--all", "none.json"]) == 2
     assert "holds no checkpoint of a finished epoch" in capsys.readouterr().err
 
@@ -580,12 +581,12 @@ def test_results_of_an_evaluation_appear_together(place, trained, tmp_path):
     assert run_module.main(Config.from_file(place / "run.yaml", keys)) == 0
     assert {path.name for path in folder.glob("predictions*")} == {"predictions.jsonl"}
     before = digest(folder)
-    (folder / f".predictions.jsonl.{os.getpid()}").mkdir()  # where it is to be written
+    (folder / f".{os.getpid()}.predictions.jsonl").mkdir()  # where it is to be written
     assert run_module.main(Config.from_file(place / "run.yaml", keys)) == 2
-    (folder / f".predictions.jsonl.{os.getpid()}").rmdir()
+    (folder / f".{os.getpid()}.predictions.jsonl").rmdir()
     assert digest(folder) == before
     (folder / "predictions.jsonl").unlink()
-    (folder / "predictions.jsonl").mkdir()  # of which the renaming told only after metrics.json had its new content
+    (folder / "predictions.jsonl").mkdir()  # the renaming failed only after metrics.json had its new content
     metrics = (folder / "metrics.json").read_bytes()
     assert run_module.main(Config.from_file(place / "run.yaml", keys)) == 2
     assert (folder / "metrics.json").read_bytes() == metrics

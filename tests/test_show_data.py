@@ -91,8 +91,10 @@ def test_a_terminal_gets_colours(folder, capsys, monkeypatch):
     [
         (["data.json", "--model", "model", "--stage", "8"], "there is no stage 8: the last one .* is 7"),
         (["data.json", "--model", "none/at/all"], "model_id 'none/at/all' cannot be loaded"),
-        (["absent.json", "--model", "model"], "cannot read absent.json: No such file"),
-        ([".", "--model", "model"], "cannot read .: Is a directory"),
+        (["absent.json", "--model", "model"], "'absent.json' does not exist"),
+        (["gsm_valid.json", "--model", "model"], r"does not exist \(make it with: bash preprocessing/gsm_icot.bash\)"),
+        (["data.json", "--model", "./tiny_arithmetic"], r"does not exist \(make it with: .*tiny_arithmetic"),
+        ([".", "--model", "model"], "'.' is no file"),
         (["data.json", "--config", "absent.yaml"], "cannot read absent.yaml"),
     ],
 )

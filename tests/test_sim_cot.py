@@ -89,7 +89,7 @@ def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, case)
     rows = [(input_ids, labels) for input_ids, labels, _ in items]
     model = make_model(family, tied, weight=0.5)
     batch = dataset.collate(items)
-    units = batch.pop("units")["auxiliary"]
+    units = batch.pop("loss_counts")["auxiliary"]
     output = model(**batch)
     total, count = plain_explained(model, rows, [texts for _, _, texts in items], config)
     assert units == count > 2
@@ -143,7 +143,7 @@ def test_a_batch_without_thoughts_still_gives_the_decoder_a_gradient(family):
     _, tokens, _ = make_tokens([2, 3], 6)
     dataset = ExplainedDataset(tokens, config, MARKERS)
     batch = dataset.collate([dataset[0, 0], dataset[1, 0]])
-    assert batch.pop("units") == {"auxiliary": 0}
+    assert batch.pop("loss_counts") == {"auxiliary": 0}
     model = make_model(family, tied=True)
     output = model(**batch)
     assert output.auxiliary == 0
@@ -166,7 +166,7 @@ def test_the_decoder_has_no_dropout_and_evaluation_has_no_decoder():
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
-        ({"method": "cot"}, "needs method coconut"),
+        ({"method": "cot"}, "is for method sim_cot"),
         ({"thought": "pause"}, "a thought that is fed back"),
         ({"c_thought": 0}, "c_thought"),
         ({"step_decoder": "pretrained", "from_scratch": True}, "set it to copy"),

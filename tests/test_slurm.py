@@ -21,7 +21,7 @@ while [[ $1 == --* ]]; do
     if [[ $1 == --cpus-per-task=* ]]; then cpus=${1#*=}; fi
     shift
 done
-# newer than 22.05, it gives a task one core unless it is told otherwise
+# newer than 22.05, it gives a task one core unless an option asks for more
 [[ $cpus == "${SLURM_CPUS_PER_TASK:-none}" ]] || { echo "srun: $cpus CPUs for a task" >&2; exit 1; }
 status=0 tasks=()
 for ((node = 0; node < SLURM_NNODES; node++)); do
@@ -105,14 +105,14 @@ def test_tasks_get_the_cpus_that_sbatch_was_given(cluster, tmp_path, script):
 
 
 @pytest.mark.slow
-def test_one_rank_says_what_is_wrong(place, cluster):
+def test_one_rank_prints_what_is_wrong(place, cluster):
     """All did: launch.sh has torchrun's SIGTERM ignored, and the ranks had inherited that."""
     printed = submit("train.sbatch", cluster, str(place / "run.yaml"), "lrr=3").communicate(timeout=60)[0]
     assert printed.count("unknown key 'lrr'") == 1, printed
 
 
 @pytest.mark.slow
-def test_a_signal_during_the_slow_imports_is_heeded(place, cluster):
+def test_a_signal_during_the_slow_imports_takes_effect(place, cluster):
     """It was ignored, and the job trained on into its time limit without being requeued."""
     run = place / "runs" / "sbatch-early"
     job = submit("train.sbatch", cluster, str(place / "run.yaml"), *LONG, "name=sbatch-early")
@@ -166,7 +166,7 @@ def test_a_job_near_its_end_is_requeued_and_goes_on(place, cluster, number):
 
 
 @pytest.mark.slow
-def test_several_nodes_meet_and_the_result_is_evaluated(place, cluster):
+def test_several_nodes_train_and_the_result_is_evaluated(place, cluster):
     two = {**cluster, "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
     job = submit("train_multinode.sbatch", two, str(place / "run.yaml"), *LONG, "name=nodes", "num_epochs=1")
     printed = job.communicate(timeout=120)[0]

@@ -44,13 +44,15 @@ def test_the_row_trains_and_is_evaluated(place, data_set, row):
     shared = [
         f"save_path={place / 'runs'}",
         f"model_id={place / data_set}",
-        f"val_path={place / data_set}.json",
         "max_new_tokens=30",
         "num_workers=0",
     ]
     config = Config.from_file(
-        ROOT / "args" / f"{data_set}_{row}.yaml",
-        [*shared, f"train_path={place / data_set}.json", f"num_epochs={first + 1}", "load_model_path=null"],
+        ROOT / "args" / f"{data_set}.yaml",
+        [
+            *(f"row={row}", *shared, f"val_path={place / data_set}.json", f"train_path={place / data_set}.json"),
+            *(f"num_epochs={first + 1}", "load_model_path=null"),
+        ],
     )
     assert config.resume == first
     assert run.main(config) == 0
@@ -60,8 +62,11 @@ def test_the_row_trains_and_is_evaluated(place, data_set, row):
     assert description["thought"] == ("pause" if row.startswith("pause") else "last")
 
     evaluation = Config.from_file(
-        ROOT / "args" / f"{data_set}_{row}_eval.yaml", [*shared, f"load_model_path={config.run_dir}"]
+        ROOT / "args" / f"{data_set}.yaml",
+        [f"row={row}", *shared, "only_eval=true", f"test_path={place / data_set}.json"],
     )
+    assert evaluation.load_model_path == f"{config.run_dir}@best"
+    assert evaluation.run_dir == config.run_dir
     assert run.main(evaluation) == 0
     metrics = json.loads((evaluation.run_dir / "eval" / "metrics.json").read_text())
     assert metrics["examples"] == 12
@@ -77,7 +82,7 @@ def test_the_row_trains_and_is_evaluated(place, data_set, row):
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("data_set", DATA_SETS)
 def test_the_row_has_the_papers_values(data_set, row):
-    config = Config.from_file(ROOT / "args" / f"{data_set}_{row}.yaml", needs_files=False)
+    config = Config.from_file(ROOT / "args" / f"{data_set}.yaml", [f"row={row}"], needs_files=False)
     icot = row == "icot"
     assert config.model_id == "openai-community/gpt2"
     assert config.lr == (5e-5 if icot else 1e-4)
@@ -99,8 +104,9 @@ def test_icot_makes_the_optimizer_anew_while_reasoning_is_left(place, monkeypatc
     original = run.make_optimizer
     monkeypatch.setattr(run, "make_optimizer", lambda r: made.append(r.progress.step) or original(r))
     config = Config.from_file(
-        ROOT / "args" / "gsm_icot.yaml",
+        ROOT / "args" / "gsm.yaml",
         [
+            "row=icot",
             f"save_path={place / 'runs'}",
             "name=resets",
             f"model_id={place / 'gsm'}",
@@ -121,7 +127,9 @@ def test_icot_makes_the_optimizer_anew_while_reasoning_is_left(place, monkeypatc
 
 
 def test_pause_gets_no_feedback(place):
-    config = Config.from_file(ROOT / "args" / "prosqa_pause.yaml", [f"model_id={place / 'prosqa'}"], needs_files=False)
+    config = Config.from_file(
+        ROOT / "args" / "prosqa.yaml", ["row=pause", f"model_id={place / 'prosqa'}"], needs_files=False
+    )
     model, _, markers = load_model(config, None)
     spans = []
     model.span = lambda *arguments, span=model.span: spans.append(1) or span(*arguments)

@@ -1,19 +1,19 @@
 """The thoughts by themselves. What each does to a model is tested in test_coconut.py, against the plain definition."""
 
-from types import SimpleNamespace
+import importlib
 
 import pytest
 import torch
 from conftest import tiny_base
 
 from config import THOUGHTS, Config
-from model.backbone import StreamRecorder, decoder_blocks
+from model.backbone import Backbone, decoder_blocks
 from model.thought import REGISTRY, Seen, make_thought
 from utils import UserError
 
 SPELLINGS = [
     name + {":N": ":-2", "[:T]": ":0.1", "[:P]": ":8", "[:st]": ":st", "": ""}[takes]
-    for name, takes in THOUGHTS.items()
+    for name, (takes, _) in THOUGHTS.items()
 ]
 
 
@@ -25,7 +25,7 @@ def seen(layers: int = 4, width: int = 32, **parts) -> Seen:
         return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
     made = {"hidden": states(2, 1, width), "embedding": states(2, 1, width), "stream": states(layers + 1, 2, 1, width)}
-    return Seen(**{**made, "prepared": None, "model": None, **parts})
+    return Seen(**{**made, "prepared": None, "backbone": None, **parts})
 
 
 def gradients(thought, given: Seen) -> list[torch.Tensor | None]:
@@ -36,6 +36,8 @@ def gradients(thought, given: Seen) -> list[torch.Tensor | None]:
 
 
 def test_the_configuration_knows_every_thought():
+    for _, module in THOUGHTS.values():
+        importlib.import_module(module)
     assert REGISTRY.keys() == THOUGHTS.keys()
     assert all(thought.__doc__ for thought in REGISTRY.values())
 
@@ -48,8 +50,8 @@ def test_every_spelling_makes_a_thought(family, spelling):
     assert thought.sequential == (spelling != "pause")
     if thought.sequential:
         weight = torch.randn(40, 32, dtype=torch.float64)
-        model = SimpleNamespace(base_causallm=base, head=base.get_output_embeddings())
-        made = thought(seen(prepared=thought.precompute(weight, weight), model=model))
+        backbone = Backbone(base)
+        made = thought(seen(prepared=thought.precompute(weight, weight), backbone=backbone))
         assert made.shape == (2, 1, 32)
         assert made.dtype == torch.float64
 
@@ -58,7 +60,7 @@ def test_every_spelling_makes_a_thought(family, spelling):
     "spelling", ["first", "layer", "layer:", "layer:two", "last:1", "suppressed:-1", "Last", "", "layer:1:2", "last+"]
 )
 def test_an_unknown_thought_lists_what_there_is(spelling):
-    wanted = r"must be one of last, layer:N, pause, .*embedding\+suppressed\[:T\]"
+    wanted = r"must be one of last, pause, .*layer:N, .*embedding\+suppressed\[:T\]"
     with pytest.raises(UserError, match=wanted):
         make_thought(spelling, tiny_base("gpt2"))
 
@@ -145,9 +147,10 @@ def test_suppressed_is_what_falls_in_the_later_half():
 
 def test_the_last_column_is_recorded_and_only_on_request(family):
     base = tiny_base(family, layers=3)
-    recorder = StreamRecorder(decoder_blocks(base))
+    backbone = Backbone(base)
+    backbone.record_layers()
     input_ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    with recorder.recording() as states:
+    with backbone.recording(lambda state: state[:, -1:]) as states:
         output = base.get_decoder()(input_ids, output_hidden_states=True)
     base.get_decoder()(input_ids)
     assert [state.shape for state in states] == [(2, 1, 32)] * 4
@@ -172,4 +175,4 @@ def make_coconut_of(base):
 
 
 def test_help_lists_them():
-    assert "last | layer:N | pause | projected | normalised | projected+normalised | realigned" in Config.describe()
+    assert "projected | normalised | projected+normalised | realigned | layer:N | suppressed[:T]" in Config.describe()

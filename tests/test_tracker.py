@@ -1,4 +1,4 @@
-"""wandb must not end a training, hold it up or change what it says: it dies, hangs, is missing, or knows too little."""
+"""wandb must not end a training, delay it or change its exit code: it dies, hangs, is missing, or is not logged in."""
 
 import json
 import os
@@ -9,27 +9,28 @@ import time
 import types
 
 import pytest
+import wandb
 from test_run import epochs, main
 from test_run import place as place  # a fixture
 
 import run as run_module
 from config import Config
 from trainer import logger as tracker
-from trainer.logger import RunLogger, wandb_mode
+from trainer.logger import RunLogger, why_offline
 
 SHORT = ("max_train_examples=32", "max_new_tokens=2", "num_epochs=1", "wandb=offline", "log_every_steps=1")
 
 
 class Wandb(types.ModuleType):
-    """A stand-in that writes down what it is told; `failing` names the calls that go wrong, and how."""
+    """A stand-in that records its calls; `failing` names the calls that go wrong, and how."""
 
     def __init__(self, failing: dict | None = None):
         super().__init__("wandb")
         self.failing, self.calls, self.id = failing or {}, [], "abc"
         self.Settings = dict
 
-    def _do(self, name: str, *told):
-        self.calls.append((name, *told))
+    def _do(self, name: str, *arguments):
+        self.calls.append((name, *arguments))
         if name in self.failing:
             self.failing[name]()
 
@@ -76,7 +77,7 @@ def leaves() -> None:
 def test_a_tracker_that_fails_is_one_warning(place, use, capsys, monkeypatch, call, how):
     """F1: wandb's helper process was killed, and ConnectionResetError ended the run before it was saved; F3: finish
     hung, and nothing but SIGKILL helped."""
-    monkeypatch.setattr(tracker, "LIMITS", dict.fromkeys(tracker.LIMITS, 0.3))
+    monkeypatch.setattr(tracker, "TIMEOUTS", dict.fromkeys(tracker.TIMEOUTS, 0.3))
     module = use(Wandb({call: how}))
     folder = main(place, *SHORT, f"name=tracker-{call}-{how.__name__}")
     assert (folder / "checkpoint_1").is_dir()
@@ -156,8 +157,8 @@ def test_the_tracker_learns_the_exit_code(place, use, monkeypatch):
     assert ended("exit-stopped") == [("mark_preempting",), ("finish", 0)]
 
 
-def test_a_stopped_run_has_seconds_to_say_so(place, use, monkeypatch, capsys):
-    """Nothing was waited for, and every run that a signal had stopped said that wandb had failed."""
+def test_a_stopped_run_has_seconds_to_finish_its_log(place, use, monkeypatch, capsys):
+    """Nothing was waited for, and every run that a signal had stopped warned that wandb had failed."""
     module = use(Wandb({"finish": lambda: time.sleep(0.5)}))
     original = run_module.train_step
 
@@ -173,7 +174,7 @@ def test_a_stopped_run_has_seconds_to_say_so(place, use, monkeypatch, capsys):
 
 def test_an_interrupted_run_has_its_exit_code_too(use, tmp_path):
     module = use(Wandb())
-    logger = RunLogger(tmp_path, is_main=True)
+    logger = RunLogger(tmp_path)
     logger.open({"project": "p", "name": "n", "debug": False, "wandb": "offline"})
     with pytest.raises(KeyboardInterrupt), logger:
         raise KeyboardInterrupt
@@ -199,20 +200,72 @@ def test_what_is_logged(place, use):
     assert progress["wandb_id"] == "abc"
 
 
-def test_wandb_is_offline_where_nobody_is_logged_in(monkeypatch, tmp_path):
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert wandb_mode("online") == "offline"
-    assert wandb_mode("disabled") == "disabled"
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
-    assert wandb_mode("online") == "online"
-    (tmp_path / "netrc").write_bytes(b"\xff\xfe\x00")
-    assert wandb_mode("online") == "offline"
+@pytest.fixture
+def reason(monkeypatch, tmp_path):
+    """`why_offline` where nobody is logged in, until a test changes that."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+
+    def reason() -> str | None:
+        wandb.teardown()  # it reads its settings once
+        return why_offline()
+
+    yield reason
+    wandb.teardown()
+
+
+KEY = "x" * 40
+
+
+def test_wandb_is_offline_where_nobody_is_logged_in(monkeypatch, tmp_path, reason):
+    assert "nobody is logged in at https://" in reason()
+    (tmp_path / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
+    assert reason() is None
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert "cannot be used: AuthenticationError" in reason()
+    (tmp_path / ".netrc").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be used: UnicodeDecodeError" in reason()
+    (tmp_path / ".netrc").unlink()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert reason() is None
+
+
+def test_wandb_reads_its_own_credentials(monkeypatch, tmp_path, reason):
+    """G4: logged in, and offline without a word."""
+    netrc = tmp_path / ".netrc"
+    netrc.write_text(f"machine api.wandb.ai login user password {KEY}\n")
+    netrc.chmod(0o644)
+    assert reason() is None
+    netrc.write_text(f"machine wandb.lab:8080 login user password {KEY}\n")
+    assert "nobody is logged in" in reason()
+    (tmp_path / "settings").write_text("[default]\nbase_url = http://wandb.lab:8080\n")  # wandb login --host
+    assert reason() is None
+    netrc.unlink()
+    assert "nobody is logged in at http://wandb.lab:8080" in reason()
+    (tmp_path / "token").write_text("a.b.c")
+    monkeypatch.setenv("WANDB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    assert reason() is None
+
+
+@pytest.mark.parametrize("offline", ["nobody is logged in", None])
+def test_a_run_that_cannot_log_online_warns_once(tmp_path, use, monkeypatch, capsys, offline):
+    """G4: no curve, found a week later."""
+    module = use(Wandb())
+    monkeypatch.setattr(tracker, "why_offline", lambda: offline)
     monkeypatch.setenv("WANDB_MODE", "")  # as good as not set
-    assert wandb_mode("disabled") == "disabled"
-    (tmp_path / "netrc").unlink()
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert wandb_mode("online") == "online"
+    with RunLogger(tmp_path) as logger:
+        logger.open({"project": "p", "name": "n", "debug": False, "wandb": "online"})
+    assert module.calls[0] == ("init", "offline" if offline else "online")
+    wanted = f"warning: wandb logs offline: {offline}\n" if offline else ""
+    assert capsys.readouterr().err == wanted
+
+
+def test_the_environment_decides_before_the_configuration(tmp_path, use, monkeypatch):
+    module = use(Wandb())
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert wandb_mode("online") == "disabled"
+    with RunLogger(tmp_path) as logger:
+        logger.open({"project": "p", "name": "n", "debug": False, "wandb": "online"})
+    assert module.calls == []

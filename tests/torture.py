@@ -5,8 +5,8 @@
 
 Each run is killed with SIGKILL, all its processes at once, at random moments, every other time while it writes a
 checkpoint, and started again until it ends by itself. Its weights must have the hash of an undisturbed run's. The model
-has dropout and AdamW is never made anew, so that nothing may be lost. Exits with 1 where a run ends otherwise, or where
-more than the steps since the last save were lost.
+has dropout and AdamW is never re-initialised, so that nothing may be lost. Exits with 1 where a run ends otherwise, or
+where more than the steps since the last save were lost.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def digest(run: Path) -> str:
 
 
 def last_step(run: Path) -> int:
-    """The last step that the log tells of."""
+    """The last step in the log."""
     file = run / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("}")]
@@ -83,7 +83,7 @@ class Kill:
     """One kill of one run, and what the next start of the job made of it."""
 
     moment: str
-    reached: int  # the last step that the log tells of
+    reached: int  # the last step in the log
     found: str = "killed before it looked"
     lost: int | None = None  # steps
 

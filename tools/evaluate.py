@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from curriculum import stage_name
+from trainer.evaluate import HEADER, named_best, row_of, summary
 from trainer.run_folder import best, checkpoints, is_of_finished_epoch
-from trainer.table import HEADER, named_best, row_of, summary
 from utils import UserError, print_error, progress_bar, read_object, why_unreadable
 
 

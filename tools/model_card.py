@@ -1,25 +1,25 @@
-"""The model card of an exported checkpoint: what its folder and that of its run say of it, and nothing else."""
+"""The model card of an exported checkpoint, made from its folder, its run's folder and the exported files."""
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
-from curriculum import MODES, stage_name
+from curriculum import stage_name
 from trainer.logger import read_log
 from trainer.run_folder import notes_of
-from utils import UserError, read_object
+from utils import UserError, file_digest, read_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- coconut
-- latent-reasoning
----
 # {name}
 
 {what}
@@ -34,72 +34,100 @@ rows = model.generate(**questions)
 print(tokenizer.batch_decode(rows[:, questions["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-`generate` adds to each question what training put there: {added}. `modeling_coconut.py` is all of the code.
+`generate` appends to each question what training appended: {appended}. `modeling_coconut.py` and `thought.py` are the
+whole code. SHA-256 of the weights, for `sha256sum -c`:
+
+{digests}
 """
-METHODS = {
+METHODS = {  # of the paper; the others' are the first lines of their files
     "coconut": "Coconut (chain of continuous thought, [arXiv 2412.06769](https://arxiv.org/abs/2412.06769))",
-    "multi_mode": "multi-mode training (direct, written and latent reasoning in one model, arXiv 2604.04902)",
-    "codi": "CODI (self-distillation into latent thoughts, [arXiv 2502.21074](https://arxiv.org/abs/2502.21074))",
     "cot": "chain of thought in words",
     "no_cot": "answers without reasoning",
     "no_thoughts": "Coconut's curriculum without latent thoughts",
-    "icot": "iCoT ([arXiv 2405.14838](https://arxiv.org/abs/2405.14838))",
 }
+RULES = ("text", "number")  # accuracy_RULE is of the same generations, accuracy_MODE of others
 
 
-def card(checkpoint: Path, name: str, n_parameters: int, n_latents: int, n_markers: int) -> str:
-    """The text of README.md.
+def card(
+    checkpoint: Path, name: str, exported: Path, whole: PreTrainedModel, license: str | None = None, language="en"
+) -> ModelCard:
+    """The card for a checkpoint's folder, in its run's folder or alone.
 
     Args:
-        checkpoint: its folder; that of its run is the one that it is in.
         name: of the folder that the card is for.
-        n_latents, n_markers: what stands between a question and what is generated.
+        exported: where the weights have been written.
+        whole: the exported model.
+        license, language: of the weights and of the data; without a license the base model's card is asked.
 
-    Raises UserError where a file that it reads is damaged.
+    Raises UserError where a file is damaged.
     """
     try:
-        return _card(checkpoint, name, n_parameters, n_latents, n_markers)
+        return _card(checkpoint, name, exported, whole, license, language)
+    except UserError:
+        raise
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"a file of {checkpoint.parent} is damaged, and cannot be put into the model card: {error!r}"
-        ) from None
+        raise UserError(f"the model card cannot be made, a file of {checkpoint.parent} is damaged: {error!r}") from None
 
 
-def _card(checkpoint: Path, name: str, n_parameters: int, n_latents: int, n_markers: int) -> str:
+def _card(checkpoint: Path, name: str, exported: Path, whole, license: str | None, language: str) -> ModelCard:
     description = read_object(checkpoint / "coconut.json")
-    method, stage = description["method"], stage_name(description["stage"])
-    added = "a newline"
+    method, settings = description["method"], whole.config
+    appended, n_latents = "a newline", settings.appended.count(settings.latent_token_id)
     if n_latents:
-        added += f", then {n_latents} latent positions (thought `{description.get('thought', 'last')}`)"
-        added += {0: "", 1: " after a start marker", 2: " between a start and an end marker"}[n_markers]
-    what = f"A model of {n_parameters:,} parameters, trained by the method `{method}`: {METHODS[method]}. Its stage is "
-    parts = [CARD.format(name=name, what=f"{what}{stage}.", added=added)]
+        appended += f", then {n_latents} latent positions (thought `{description.get('thought', 'last')}`)"
+        n_markers = len(settings.appended) - n_latents
+        appended += {0: "", 1: " after a start marker", 2: " between a start and an end marker"}[n_markers]
+    what = f"A model of {whole.num_parameters():,} parameters, trained by the method `{method}`: {_about(method)}. Its "
+    what += f"stage is {stage_name(description['stage'])}."
+    digests = "\n".join(f"    {file_digest(path)}  {path.name}" for path in sorted(exported.glob("*.safetensors")))
+    parts = [CARD.format(name=name, what=what, appended=appended, digests=digests)]
+    tags = ["coconut", "latent-reasoning", method.replace("_", "-")]
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=tags, language=language, license=license
+    )
     run_dir = checkpoint.parent
     config_file = run_dir / "config.yaml"
     if re.fullmatch(r"checkpoint_\d+(_step_\d+)?", checkpoint.name) and config_file.is_file():
         text = config_file.read_text(encoding="utf-8", errors="replace")
         config, notes = _config(config_file, text)
-        parts.append(_training(checkpoint, config, notes))
-        parts.append(_accuracies(checkpoint, config))
+        results = list(_results(checkpoint, config))
+        model_id, scratch = str(config.get("model_id")), config.get("from_scratch")
+        if not scratch and not Path(model_id).exists():
+            data.base_model = model_id
+        data.license = license or (None if scratch else _license_of(model_id))
+        if config.get("train_path"):
+            data.datasets = [Path(config["train_path"]).stem]
+        data.model_name, data.eval_results = name, [_eval_result(*result) for result in results] or None
+        parts += [_training(checkpoint, config, notes), _accuracies(results)]
         parts.append(_repeating(checkpoint, name, config, notes, text))
     else:
         parts.append("## Training\n\nNothing is known of the run: the checkpoint is not in its folder.\n")
-    return "\n".join(part for part in parts if part)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n".join(part for part in parts if part))
+
+
+def _about(method: str) -> str:
+    file = Path(__file__).parent.parent / "methods" / f"{method}.py"
+    if method in METHODS or not file.is_file():
+        return METHODS.get(method, f"see methods/{method}.py of the trainer")
+    return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or method).splitlines()[0].rstrip(".")
+
+
+def _license_of(model_id: str) -> str | None:
+    """As the base model's card has it, in its folder or among the hub's downloads."""
+    local = Path(model_id) / "README.md"
+    path = local if Path(model_id).is_dir() else try_to_load_from_cache(model_id, "README.md")
+    return ModelCard.load(path).data.license if path and Path(path).is_file() else None
 
 
 def _training(checkpoint: Path, config: dict, notes: dict[str, str]) -> str:
     state = read_object(checkpoint / "trainer" / "state.json")
+    train_path = Path(str(config.get("train_path")))
     rows = {
-        "method": f"`{config.get('method')}`, thought `{config.get('thought')}`, c_thought {config.get('c_thought')}"
-        + "".join(
-            f", {name} {config[name]}"
-            for name, usual in (("latent_passes", "sequential"), ("latent_labels", 0), ("step_decoder", "none"))
-            if config.get(name, usual) != usual
-        ),
+        "method": f"`{config.get('method')}`, thought `{config.get('thought')}`, c_thought {config.get('c_thought')}",
         "starts from": f"`{state.get('started_from') or config.get('load_model_path') or config.get('model_id')}`"
         + (", its shape only" if config.get("from_scratch") and not config.get("load_model_path") else ""),
-        "data": f"`{config.get('train_path')}`",
-        "digest of the data": f"`{state.get('data', 'unknown')}` (with tokenizer and limits)",
+        "data": f"`{train_path}`",
+        "SHA-256 of the data": f"`{file_digest(train_path)}`" if train_path.is_file() else "the file is not here",
         "epochs, optimizer steps": f"{state.get('epoch', 'unknown')}, {state.get('step', 'unknown')}",
         "seed": config.get("seed"),
         "hours": _hours(checkpoint.parent, range(config.get("resume") or 0, state.get("epoch", 0))),
@@ -112,49 +140,62 @@ def _training(checkpoint: Path, config: dict, notes: dict[str, str]) -> str:
 
 def _hours(run_dir: Path, trained: range) -> str:
     """Of these epochs, from 0, with their validations."""
-    # a restarted run repeats the epochs that it had lost: what was written last counts
+    # a restarted run repeats epochs: the last record counts
     epochs = {r["epoch"]: r for r in read_log(run_dir / "metrics.jsonl") if r["event"] == "epoch"}
     seconds = [r["train_seconds"] + r["seconds"] for epoch, r in epochs.items() if epoch in trained]
-    # advance_at passes over epochs
+    # advance_at skips epochs
     return f"{sum(seconds) / 3600:.2f}, of {len(seconds)} epochs with their validations" if seconds else "unknown"
 
 
-def _accuracies(checkpoint: Path, config: dict) -> str:
-    """A row for the validation after the checkpoint's epoch, and one for each evaluation of this checkpoint that its
-    run's folder holds: of `only_eval` under the run's name, and of `python -m tools.evaluate RUN --all`."""
-    rows = []
+def _results(checkpoint: Path, config: dict) -> Iterator[tuple[dict, str, str, str, str]]:
+    """(metrics, data file, split, rule, mode) of the validation after the checkpoint's epoch, and of the evaluations of
+    this checkpoint in its run's folder, by `only_eval` under the run's name and by `python -m tools.evaluate --all`."""
+    evaluations = []
     if (checkpoint / "metrics.json").is_file():
         found = read_object(checkpoint / "metrics.json")
-        rows += _rows(found, f"`{config.get('val_path')}` (validation)", config.get("answer_match"))
+        evaluations.append((found, str(config.get("val_path")), "validation", config.get("answer_match")))
     run_dir = checkpoint.parent
     for folder in [run_dir / "eval", *sorted(run_dir.glob(f"evaluations/*/{checkpoint.name}/eval"))]:
         if not (folder / "metrics.json").is_file():
             continue
-        found = read_object(folder / "metrics.json")
-        file = folder / "config.yaml"
+        found, file = read_object(folder / "metrics.json"), folder / "config.yaml"
         how = _config(file, file.read_text(encoding="utf-8"))[0] if file.is_file() else {}
         for one in found["sets"].values() if "sets" in found else [found]:
             if Path(one["checkpoint"]).name == checkpoint.name:
-                rows += _rows(one, f"`{one['file']}`", how.get("answer_match"))
-    if not rows:
+                evaluations.append((one, one["file"], "test", how.get("answer_match")))
+    for found, file, split, rule in evaluations:
+        modes = [key.removeprefix("accuracy") for key in found if re.fullmatch(r"accuracy_[a-z]+", key)]
+        # `accuracy` of several modes is their mean: a row for each; older validations have other metrics of latent only
+        for suffix in [mode for mode in modes if mode[1:] not in RULES] or [""]:
+            metrics = {key: found.get(key + suffix) for key in ("accuracy", "cot_match", "generated_tokens")}
+            yield {**metrics, "examples": found["examples"]}, file, split, rule or "text", suffix[1:]
+
+
+def _eval_result(found: dict, file: str, split: str, rule: str, mode: str) -> EvalResult:
+    name = f"accuracy ({rule}){f', mode {mode}' if mode else ''}"
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=Path(file).stem,
+        dataset_name=Path(file).name,
+        dataset_split=split,
+        metric_type="accuracy",
+        metric_name=name,
+        metric_value=round(found["accuracy"], 4),
+    )
+
+
+def _accuracies(results: list) -> str:
+    if not results:
         return ""
-    lines = ["| data | n | accuracy | compared as | CoT match | generated tokens |", "|---|---|---|---|---|---|", *rows]
-    how = "Greedy decoding. The answer is what follows the last `#`, without commas; compared as text it must be the "
-    how += "gold answer, as a number the last number in it must be less than 0.001 from the gold answer."
-    return "\n".join(["## Accuracy", "", *lines, "", how, ""])
-
-
-def _rows(found: dict, title: str, answer_match: str | None) -> list[str]:
-    """Of one evaluation; of a validation of method multi_mode a row for each mode, since its accuracy is their mean."""
-    modes = {f"_{mode}": f"{title}, asked in mode {mode}" for mode in MODES if f"accuracy_{mode}" in found}
-    rows = []
-    for suffix, name in (modes or {"": title}).items():
-        # older validations have these of the latent mode alone, without a suffix
-        match, tokens = (found.get(key + suffix) for key in ("cot_match", "generated_tokens"))
+    lines = ["| data | n | accuracy | compared as | CoT match | generated tokens |", "|---|---|---|---|---|---|"]
+    for found, file, split, rule, mode in results:
+        title = f"`{file}`{' (validation)' if split == 'validation' else ''}{f', asked in mode {mode}' if mode else ''}"
+        match, tokens = found["cot_match"], found["generated_tokens"]
         match, tokens = "" if match is None else f"{match:.1%}", "" if tokens is None else f"{tokens:.1f}"
-        share = f"{found['accuracy' + suffix]:.1%}"
-        rows.append(f"| {name} | {found['examples']} | {share} | {answer_match or 'text'} | {match} | {tokens} |")
-    return rows
+        lines.append(f"| {title} | {found['examples']} | {found['accuracy']:.1%} | {rule} | {match} | {tokens} |")
+    how = "Greedy decoding. The answer is the text after the last `#`, without commas; compared as text it must equal "
+    how += "the gold answer, as a number its last number must be less than 0.001 from the gold answer."
+    return "\n".join(["## Accuracy", "", *lines, "", how, ""])
 
 
 def _repeating(checkpoint: Path, name: str, config: dict, notes: dict[str, str], text: str) -> str:
@@ -163,18 +204,17 @@ def _repeating(checkpoint: Path, name: str, config: dict, notes: dict[str, str],
     n_ranks, run_name = notes.get("world size", "1"), config.get("name")
     lines.append(f"torchrun --nproc_per_node {n_ranks} run.py config.yaml name={run_name}")
     run_dir, epochs = f"{config.get('save_path')}/{run_name}", checkpoint.name.removeprefix("checkpoint_")
-    lines.append(
-        f"python -m tools.export {run_dir}{f'@{epochs}' if epochs.isdecimal() else '/' + checkpoint.name} {name}"
-    )
+    which = f"@{epochs}" if epochs.isdecimal() else f"/{checkpoint.name}"
+    lines.append(f"python -m tools.export {run_dir}{which} {name}")
+    commands = "".join(f"    {line}\n" for line in lines)
     return (
-        "## To repeat it\n\nIn the trainer's repository, with this folder's `config.yaml`:\n\n"
-        + "".join(f"    {line}\n" for line in lines)
-        + f"\n## Configuration\n\n```yaml\n{text.strip()}\n```\n"
+        f"## To repeat it\n\nIn the trainer's repository, with this folder's `config.yaml`:\n\n{commands}\n"
+        f"## Configuration\n\n```yaml\n{text.strip()}\n```\n"
     )
 
 
 def _config(path: Path, text: str) -> tuple[dict, dict[str, str]]:
-    """The keys of a run, and what is noted above them: commit, versions, ranks, hardware."""
+    """The keys of a run, and the notes above them: commit, versions, ranks, hardware. Raises UserError."""
     try:
         config = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):

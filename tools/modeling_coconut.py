@@ -1,28 +1,30 @@
-"""A model that was trained to reason in its hidden states (Coconut, arXiv 2412.06769), in one file: it needs torch and
-transformers, and none of the code that has trained it.
+"""A model that was trained to reason in its hidden states (Coconut, arXiv 2412.06769).
 
     tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     questions = tokenizer(["a question", "another one"], padding=True, return_tensors="pt")
-    rows = model.generate(**questions)  # each question, and behind it what the model writes
+    rows = model.generate(**questions)  # each question, followed by the model's output
     tokenizer.batch_decode(rows[:, questions["input_ids"].shape[1] :], skip_special_tokens=True)
 
-`generate` puts behind each question what the training put there: a newline, and the markers and latent positions. The
+`generate` appends to each question what training appended: a newline, the markers and the latent positions. The
 embedding at a latent position is a thought, made from the hidden state of the position before it, one after the other
-over a key-value cache; from there on Hugging Face's own `generate` goes on, with all of its options.
+over a key-value cache; then Hugging Face's own `generate` continues, with all of its options.
 
-`forward` is that of the model on tokens, with thoughts where they hold the latent token. It adds nothing: what
-`generate` starts from is had from `prompts`. The thoughts pass no gradient: this file is for asking a model.
+`forward` is that of the language model on tokens, with thoughts at latent tokens. It appends nothing: `prompts` does.
+Thoughts carry no gradient: this file is for inference.
 
-Legend: B rows, T columns, D hidden size, V vocabulary, L decoder blocks.
+In the trainer's repository this is tools/modeling_coconut.py. An exported folder holds it with thought.py, which has
+the names imported from `model` here: the folder needs torch and transformers only.
+
+Legend: B rows, T columns, D hidden size, V vocabulary, K latents.
 """
 
 import inspect
-from contextlib import contextmanager
+from contextlib import nullcontext
+from functools import cached_property
 from typing import ClassVar
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,20 +33,23 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
-RIDGE = 1e-4  # of `realigned`, relative to the mean eigenvalue of the output embeddings' Gram matrix
+from model.backbone import Recorder, Vocabulary, decoder_of
+from model.thought import REGISTRY, Seen, Thought
+
+logger = logging.get_logger(__name__)
 
 
 class CoconutConfig(PreTrainedConfig):
     """
     Args:
         text_config: the configuration of the language model, or its dictionary.
-        thought: what a latent position is fed, see `CoconutForCausalLM.think`.
-        latent_passes: None for thoughts one after the other; for all at once, in how many passes each is made anew.
-        latent_token_id: the token whose embedding a thought replaces; None where there are no thoughts.
+        thought, thought_number: the name of the thought's class in thought.py, and the number in its spelling.
+        latent_passes: None for thoughts one after the other; for thoughts in parallel, the number of their updates.
+        latent_token_id: the token whose embedding a thought replaces; None for a model without thoughts.
         newline: the tokens of the newline that ends a question.
-        endings: the tokens that stand for a question's last token and the newline together, by that last token, where
-            the tokenizer joins the two.
+        endings: for each token that the tokenizer joins with a newline, the tokens of both together.
         appended: the tokens after the newline: markers and latents.
     """
 
@@ -55,6 +60,7 @@ class CoconutConfig(PreTrainedConfig):
         self,
         text_config=None,
         thought="last",
+        thought_number=None,
         latent_passes=None,
         latent_token_id=None,
         newline=(),
@@ -66,6 +72,7 @@ class CoconutConfig(PreTrainedConfig):
             text_config = AutoConfig.for_model(**text_config)
         self.text_config = text_config
         self.thought = thought
+        self.thought_number = thought_number
         self.latent_passes = latent_passes
         self.latent_token_id = latent_token_id
         self.newline = list(newline)
@@ -92,14 +99,7 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.base_causallm = AutoModelForCausalLM.from_config(config.text_config)
-        name, _, number = config.thought.partition(":")
-        width = self.get_input_embeddings().weight.shape[1]
-        if name.startswith("projected"):
-            self.thought = nn.Linear(width, width, bias=False)
-        if name == "mlp":
-            inner = int(number or width)
-            layers = (nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width), nn.LayerNorm(width))
-            self.thought = nn.Sequential(*layers)
+        self.thought = REGISTRY[config.thought](self.base_causallm, config.thought_number)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -115,7 +115,7 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         self.base_causallm.set_output_embeddings(value)
 
     def get_decoder(self):
-        return self.base_causallm.get_decoder()
+        return decoder_of(self.base_causallm)
 
     @property
     def _latent(self):
@@ -123,7 +123,7 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **options):
         """As of the language model: (B, T) tokens or (B, T, D) embeddings to logits, (B, T, V), and with `labels` a
-        loss. Latent tokens get their thoughts, where no cache is given."""
+        loss. Without a cache, latent tokens get their thoughts."""
         if options.get("past_key_values", options.get("cache")) is None:
             if input_ids is not None and (input_ids == self._latent).any():
                 inputs_embeds, input_ids = self.embed(input_ids, attention_mask), None
@@ -139,12 +139,12 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             inputs, or input_ids: (B, T) int64, padded on the left, as the tokenizer gives them.
-            attention_mask: (B, T), 0 at padding; default all ones.
-            generation_config, and all else: options of `generate`. Lengths count the questions as they are given, not
-                what is added to them, and no more is generated than the model has positions for. Sampling leaves no
-                word out, unless top_k says so: Hugging Face's own default takes the likeliest 50.
+            attention_mask: (B, T), 0 at padding; default as in `prompts`.
+            generation_config, and all else: options of `generate`. Lengths count the questions as they are given,
+                without what is appended; generation stops at the model's longest sequence. Sampling is from all tokens
+                unless top_k is given: Hugging Face's own default are the likeliest 50.
 
-        Raises ValueError where there are no questions, and where one leaves no room for an answer.
+        Raises ValueError without questions, and for a question as long as the model's longest sequence.
         """
         questions = options.pop("input_ids", inputs)
         if questions is None:
@@ -161,7 +161,7 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         limit, length = self.config.max_position_embeddings, input_ids.shape[1]
         if limit is not None:
             if length >= limit:
-                raise ValueError(f"a question of {length} tokens leaves no room in {limit} positions")
+                raise ValueError(f"a question of {length} tokens fills all {limit} positions")
             wanted = options.get("max_new_tokens", settings.max_new_tokens)
             options["max_new_tokens"] = limit - length if wanted is None else min(wanted, limit - length)
         if options.get("do_sample", settings.do_sample) and settings.top_k is None:
@@ -176,9 +176,12 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def prompts(self, questions, attention_mask=None):
-        """(B, T) questions to what the model writes its answers after, padded on the left, and its attention mask."""
+        """(B, T) questions to the sequences that answers follow, padded on the left, and their attention mask.
+
+        Without an attention_mask, padding tokens at a question's ends are padding as far as others have none there.
+        """
         if attention_mask is None:
-            attention_mask = torch.ones_like(questions)
+            attention_mask = self._guessed_mask(questions)
         rows = []
         for row, mask in zip(questions.tolist(), attention_mask.tolist(), strict=True):
             row = [token for token, attended in zip(row, mask, strict=True) if attended]
@@ -190,137 +193,88 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         masks = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
         return tuple(torch.tensor(values, device=questions.device) for values in (ids, masks))
 
+    def _guessed_mask(self, questions):
+        pad = self.generation_config.pad_token_id
+        is_pad = (questions == (-1 if pad is None else pad)).long()  # (B, T)
+        left, right = (ids.cumprod(dim=1).sum(dim=1, keepdim=True) for ids in (is_pad, is_pad.flip(1)))  # (B, 1)
+        left, right = left - left.min(), right - right.min()  # a tokenizer may begin or end each text with this token
+        if (left + right).any():
+            logger.warning_once("generate got padded questions without attention_mask, and takes their ends as padding")
+        columns = torch.arange(questions.shape[1], device=questions.device)
+        return ((columns >= left) & (columns < questions.shape[1] - right)).long()
+
     @torch.no_grad()
     def embed(self, input_ids, attention_mask=None):
-        """Input embeddings, (B, T, D), with the thoughts at the latent tokens of (B, T) ids: each from the hidden state
-        of the column before it, over a cache, so that no column is computed twice."""
+        """Input embeddings, (B, T, D), of (B, T) ids, with a thought at each latent token, made from the hidden state
+        of the column before it, over a cache: each column is computed once."""
         embeds = self.get_input_embeddings()(input_ids)
         is_latent = input_ids == self._latent  # (B, T)
         columns = is_latent.any(dim=0).nonzero().flatten().tolist()
-        if self.config.thought == "pause" or not columns:
+        if not self.thought.sequential or not columns:
             return embeds
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         decoder, positions = self.get_decoder(), _positions(attention_mask)
-        accepted = _accepted(decoder)
         if self.config.latent_passes is not None:
-            return self._embed_at_once(embeds, is_latent, columns, attention_mask, positions)
+            return self._embed_in_parallel(embeds, is_latent, columns, attention_mask, positions)
+        accepted, vocabulary, prepared = _accepted(decoder), Vocabulary(self.base_causallm), self._precompute()
         cache = DynamicCache(config=self.config.text_config)
         options = {"cache" if "cache" in accepted else "past_key_values": cache, "use_cache": True}
-        prepared = self._prepare()
         begin = 0
         for column in columns:
             if "position_ids" in accepted:
                 options["position_ids"] = positions[:, begin:column]
-            with self._recorded() as stream:
+            recording = self._recorder.recording(lambda state: state[:, -1:]) if self.thought.needs_layers else None
+            with recording or nullcontext() as states:
                 hidden = decoder(
                     inputs_embeds=embeds[:, begin:column], attention_mask=attention_mask[:, :column], **options
                 ).last_hidden_state[:, -1:]  # (B, 1, D)
-            thought = self.think(hidden, embeds[:, column : column + 1], stream, prepared)
+            stream = torch.stack(states) if states else None
+            thought = self.thought(
+                Seen(hidden, embeds[:, column : column + 1], stream, prepared, vocabulary)
+            )  # (B, 1, D)
             # rows with an ordinary token in this column keep its embedding
             fed = torch.where(is_latent[:, column, None], thought[:, 0].to(embeds.dtype), embeds[:, column])
             embeds[:, column] = fed
             begin = column
         return embeds
 
-    def _embed_at_once(self, embeds, is_latent, columns, attention_mask, positions):
-        """`embed` with all thoughts made at once, and anew in each pass from the hidden states of the pass before."""
-        decoder, prepared, end = self.get_decoder(), self._prepare(), columns[-1] + 1
-        learned, before = embeds[:, columns], [column - 1 for column in columns]
+    def _embed_in_parallel(self, embeds, is_latent, columns, attention_mask, positions):
+        """`embed` with all thoughts of a pass made from the hidden states of the pass before."""
+        decoder, end = self.get_decoder(), columns[-1] + 1
+        vocabulary, prepared = Vocabulary(self.base_causallm), self._precompute()
+        learned, before = embeds[:, columns], [column - 1 for column in columns]  # (B, K, D)
         options = {"position_ids": positions[:, :end]} if "position_ids" in _accepted(decoder) else {}
         for _ in range(self.config.latent_passes):
             hidden = decoder(
                 inputs_embeds=embeds[:, :end], attention_mask=attention_mask[:, :end], use_cache=False, **options
             ).last_hidden_state
-            of = columns if self.config.thought == "looped" else before
-            thoughts = self.think(hidden[:, of], learned, None, prepared).to(embeds.dtype)  # (B, K, D)
+            hidden = hidden[:, columns if self.thought.in_place else before]
+            thoughts = self.thought(Seen(hidden, learned, None, prepared, vocabulary)).to(embeds.dtype)  # (B, K, D)
             embeds[:, columns] = torch.where(is_latent[:, columns, None], thoughts, learned)
         return embeds
 
-    def think(self, hidden, embedding, stream, prepared):
-        """What a latent position is fed, (B, 1, D), with h the last hidden state of the position before, after the
-        final norm, e the latent token's embedding, and r_0 .. r_L the residual stream of the position before:
-
-            last                    h (the paper)
-            pause                   e (`embed` does not come here: nothing waits for a hidden state)
-            projected               W h, W learned
-            mlp[:P]                 LayerNorm(V GELU(W h + a) + b), P rows of W, D if it is not said
-            normalised              h, rescaled to the mean norm of the input embeddings
-            projected+normalised    both, in this order
-            realigned               h A, A the least squares map from the output to the input embeddings
-            looped                  e + h, h that of the same position in the pass before
-            layer:N                 the N-th of transformers' hidden_states, the L-th of which is h
-            suppressed[:T]          the sum over the later half of the blocks l of r_{l-1} where |r_{l-1}| - |r_l| > T
-            last+suppressed[:T], embedding+suppressed[:T]       that plus h, or plus e
-        """
-        name, _, number = self.config.thought.partition(":")
-        if name == "layer":
-            return stream[int(number)] if int(number) < len(stream) - 1 else hidden
-        if name.endswith("suppressed"):
-            later = torch.stack(stream[(len(stream) - 1) // 2 :])
-            before, after = later[:-1], later[1:]
-            taken = (before * (before.abs() - after.abs() > float(number or 0))).sum(dim=0)
-            return taken + {"last": hidden, "embedding": embedding}.get(name.partition("+")[0], 0)
-        if name.startswith("projected") or name == "mlp":
-            hidden = self.thought(hidden)
-        if name.endswith("normalised"):
-            exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-            return exact * (prepared / exact.norm(dim=-1, keepdim=True))
-        if name == "looped":
-            return embedding + hidden
-        return hidden @ prepared.to(hidden.dtype) if name == "realigned" else hidden
-
-    def _prepare(self):
-        """What `normalised` and `realigned` need of the input embeddings E and output embeddings U, (V, D) each: the
-        mean norm of E, or A = (U'U + r I)^-1 U'E, (D, D)."""
-        name, outputs = self.config.thought, self.get_output_embeddings().weight  # (V, D)
-        if not name.endswith("normalised") and name != "realigned":
+    def _precompute(self):
+        if type(self.thought).precompute is Thought.precompute:
             return None
-        exact = torch.promote_types(outputs.dtype, torch.float32)
-        embed = self.get_input_embeddings()  # called, as some families scale their weights
-        inputs = embed(torch.arange(len(embed.weight), device=embed.weight.device)).to(exact)  # (V, D)
-        if name != "realigned":
-            return inputs.norm(dim=-1).mean()
-        outputs = outputs.to(exact)
-        gram = outputs.T @ outputs
-        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=exact, device=gram.device)
-        return torch.cholesky_solve(outputs.T @ inputs, torch.linalg.cholesky(gram + ridge))
+        inputs = Vocabulary(self.base_causallm).input_embeddings()  # (V, D)
+        return self.thought.precompute(inputs, self.get_output_embeddings().weight)
 
-    @contextmanager
-    def _recorded(self):
-        """The list that gets the residual stream r_0 .. r_L of the last column of a pass, (B, 1, D) each, where the
-        thought needs it. transformers' output_hidden_states has the final norm in its last."""
-        stream, handles = [], []
-
-        def keep(state):
-            stream.append((state[0] if isinstance(state, tuple) else state)[:, -1:])
-
-        if "layer" in self.config.thought or "suppressed" in self.config.thought:
-            depth = self.config.text_config.get_text_config(decoder=True).num_hidden_layers
-            lists = [part for part in self.get_decoder().modules() if isinstance(part, nn.ModuleList)]
-            blocks = next(part for part in lists if len(part) == depth)
-            handles = [block.register_forward_hook(lambda _, __, output: keep(output)) for block in blocks]
-            first = blocks[0].register_forward_pre_hook(
-                lambda _, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-            )
-            handles.append(first)
-        try:
-            yield stream
-        finally:
-            for handle in handles:
-                handle.remove()
+    @cached_property
+    def _recorder(self):
+        return Recorder(self.base_causallm)
 
 
 def _accepted(module):
-    """The arguments that it takes."""
+    """The arguments of its forward."""
     return inspect.signature(type(module).forward).parameters
 
 
 def _positions(attention_mask):
-    """(B, T): those that are attended, counted from 0."""
+    """(B, T): the attended columns, counted from 0."""
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-# what a folder says of its files, where the model is saved: config.json's auto_map
+# save_pretrained then writes auto_map into config.json and copies the code
 CoconutConfig.register_for_auto_class()
 CoconutForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from itertools import groupby
 
+import numpy as np
+
 from config import Config
-from curriculum import IGNORE, MODES, Markers, auxiliary_texts, stage_of, training_sequence
+from curriculum import IGNORE, LATENT, MODES, Markers, auxiliary_texts, stage_of, training_sequence
 from preprocessing.examples import load_examples
 from preprocessing.tokens import ANSWER_PREFIX, Tokens, markers_of, tokenize
-from utils import UserError, print_error
+from utils import UserError, print_error, print_result
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -28,21 +31,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":
-    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
-
-import numpy as np
-
-from methods import method_of
-from trainer.pretrained import LATENT, load_tokenizer, mark
-
 COLOURS = {"given": "0", "latent": "1;35", "supervised": "32"}  # of a terminal
 
 
 def show_sequence(
     input_ids: list[int], labels: list[int], markers: Markers, tokenizer, coloured: bool = False
 ) -> list[str]:
-    """A training sequence as lines of text, a line for each run of tokens of one kind: given, latent or supervised."""
+    """Lines of text for a training sequence, one for each run of tokens of one kind: given, latent or supervised."""
 
     def kind(pair: tuple[int, int]) -> str:
         return "supervised" if pair[1] != IGNORE else "latent" if pair[0] == markers.latent else "given"
@@ -50,14 +45,14 @@ def show_sequence(
     lines = []
     for name, run in groupby(zip(input_ids, labels, strict=True), key=kind):
         texts = [tokenizer.decode([token]).replace("\n", "⏎") for token, _ in run]
-        # a bar between tokens, for their spaces are part of them
+        # a bar between tokens: their spaces are part of them
         line = f"{name:>10} {len(texts):>4}  {f'{LATENT} x {len(texts)}' if name == 'latent' else '|'.join(texts)}"
         lines.append(f"\033[{COLOURS[name]}m{line}\033[0m" if coloured else line)
     return lines
 
 
 def show_more(item, config: Config, markers: Markers, tokenizer, coloured: bool = False) -> list[str]:
-    """What a method tells its model of an example (an item of the method's dataset) beside the sequence, as lines."""
+    """Lines of text for what an item of the method's dataset holds beside the sequence: the method's own targets."""
 
     def sequence(title: str, ids: list[int], labels: list[int]) -> list[str]:
         return [f"  {title}:", *show_sequence(ids, labels, markers, tokenizer, coloured)]
@@ -69,7 +64,7 @@ def show_more(item, config: Config, markers: Markers, tokenizer, coloured: bool 
         return []
     if config.method == "multi_mode":
         return [line for mode in MODES[:-1] for line in sequence(mode, *item[mode])]
-    if config.method == "codi":
+    if config.method in ("codi", "pccot"):
         *_, place, teacher, labels, teacher_place = item
         ids = item[0]
         where = (
@@ -78,8 +73,8 @@ def show_more(item, config: Config, markers: Markers, tokenizer, coloured: bool 
         return [*sequence("teacher", teacher, labels), f"{where}, columns {place} and {teacher_place}"]
     if config.step_decoder != "none":
         size = config.c_thought
-        told = ["nothing" if text is None else words(text) for text in item[2]]
-        return [f"  latents {k * size + 1} to {k * size + size} stand for: {text}" for k, text in enumerate(told)]
+        targets = ["nothing" if text is None else words(text) for text in item[2]]
+        return [f"  latents {k * size + 1} to {k * size + size} stand for: {text}" for k, text in enumerate(targets)]
     if config.latent_labels:
         at: dict[int, list[str]] = {}
         for index, token in item[2]:
@@ -90,7 +85,7 @@ def show_more(item, config: Config, markers: Markers, tokenizer, coloured: bool 
 
 
 def length_table(tokens: Tokens, stage: int, config: Config, markers: Markers) -> list[str]:
-    """How many tokens the parts of a file's examples have, and its training sequences at a stage, as lines of text."""
+    """Lines of text: token counts of the parts of a file's examples, and of its training sequences at a stage."""
     columns: dict[str, list[int]] = {
         "steps of an example": [],
         "tokens of the question": [],
@@ -116,20 +111,27 @@ def length_table(tokens: Tokens, stage: int, config: Config, markers: Markers) -
 
 
 def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool) -> str:
-    """What the script prints. Raises UserError."""
+    """The output of the command. Raises UserError."""
     if (config.has_latents or config.method == "no_thoughts") and stage > config.last_stage:
         raise UserError(f"there is no stage {stage}: the last one of this configuration is {config.last_stage}")
+    files = replace(config, val_path=path, train_path=path, load_model_path=None, only_eval=False)
+    for problem in files.problems():  # files that are missing, and how to make them
+        if problem.startswith(("val_path", "model_id")):
+            raise UserError(problem.removeprefix("val_path "))
     examples = load_examples(path)
+    from methods import parts_of
+    from trainer.pretrained import load_tokenizer, mark
+
     tokenizer = load_tokenizer(config)
     markers = mark(tokenizer, config.method)
     shown = len(examples) > 20_000
     tokens = tokenize(examples, tokenizer, shown, config.step_separator, path, markers_of(tokenizer))
     lines = [f"{path}: {len(examples):,} examples; method {config.method}, stage {stage}, model {config.model_id}"]
     if (auxiliary := auxiliary_texts(config)) is not None:
-        told = [{**example, "steps": auxiliary.steps(example["steps"])} for example in examples]
-        tokens.auxiliary = tokenize(told, tokenizer, step_separator="")
+        texts = [{**example, "steps": auxiliary.steps(example["steps"])} for example in examples]
+        tokens.auxiliary = tokenize(texts, tokenizer, step_separator="")
         tokens.answer_prefix = tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
-    dataset = method_of(config).dataset(tokens, config, markers)
+    dataset = parts_of(config).dataset(tokens, config, markers)
     for number in range(min(n_examples, len(examples))):
         item = dataset[number, stage]
         ids, labels = item["latent"] if config.method == "multi_mode" else item[:2]
@@ -149,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
         config.model_id = options.model or config.model_id
         stage = stage_of(config, config.resume) if options.stage is None else options.stage
         coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print(look(options.file, config, stage, options.examples, coloured))
+        print_result(look(options.file, config, stage, options.examples, coloured))
     except UserError as error:
         return print_error(error)
     return 0

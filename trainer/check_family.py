@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 from coconut import Coconut
 from curriculum import IGNORE
 from dataset import collate_for_device, collate_prompts
-from model.backbone import decoder_blocks, decoder_of
+from definition import filled_embeddings
+from model.backbone import decoder_of
+from model.layout import column_of, lay_out, lay_out_prompts
 from utils import UserError
 
 TRIES = 3  # of which one has to agree: near a tie rounding sends a token to another expert
@@ -55,7 +57,7 @@ def check_family(model: Coconut) -> None:
     sequential = model.latent_token_id is not None and model.thought.sequential
     with _undisturbed(model), _with_weights_that_matter(model) if small else nullcontext():
         latent_problem = _tried(_problem_of_decoding, model, tolerance)
-        model.recomputes = latent_problem is not None
+        model.backbone.recomputes = latent_problem is not None
         problem = _tried(_problem_without_latents, model, tolerance)
         if sequential and problem is None and latent_problem is None:
             latent_problem = _tried(_problem_with_latents, model, tolerance)
@@ -144,11 +146,12 @@ class _Probe(Coconut):
         super().__init__(
             model.base_causallm, model.latent_token_id, model.start_latent_id, model.end_latent_id, model.eos_token_id
         )
-        self.recomputes = model.recomputes
+        self.backbone.recomputes = model.backbone.recomputes
         self.embeds: torch.Tensor | None = None  # (B, T, D) of the last batch
+        self.plain_embed, self.backbone.embed = self.backbone.embed, self._embed
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        self.embeds = super()._embed(input_ids).detach().requires_grad_()
+        self.embeds = self.plain_embed(input_ids).detach().requires_grad_()
         return self.embeds.clone()  # some families multiply in place
 
 
@@ -185,7 +188,7 @@ def _problem_without_latents(model: Coconut, tolerance: Tolerance, seed: int) ->
         if not all(logits.isfinite().all() for logits in wanted):
             return None  # not for its family
         for ids, logits in zip(words, wanted, strict=True):
-            embedded = base(inputs_embeds=Coconut._embed(probe, ids), use_cache=False).logits
+            embedded = base(inputs_embeds=probe.plain_embed(ids), use_cache=False).logits
             if _differs(_exact(embedded), logits, tolerance.logits):
                 return "it makes more of its tokens than their embeddings, and a thought is an embedding"
             earlier = _exact(base(input_ids=ids[:, :-1], use_cache=False).logits)
@@ -232,13 +235,14 @@ def _problem_of_decoding(model: Coconut, tolerance: Tolerance, seed: int) -> str
     prompts = [row.input_ids[:-2] for row in rows]
     device = probe.base_causallm.device
     batch = {name: value.to(device) for name, value in collate_prompts(prompts, prompts[0][0]).items()}
-    position, hidden = batch["position_ids"][:, -1:], []
-    last, _, cache, mask = probe._run(**batch, left_padded=True, new_columns=2)
-    hidden.append(last[:, -1:])
+    laid_out = lay_out_prompts(**batch, **probe.family)
+    whole, _, cache = probe._run(laid_out, new_columns=2)
+    hidden, mask = [column_of(whole, laid_out.before)], laid_out.attention_mask
+    position = column_of(laid_out.position_ids, laid_out.before)
     for column in (-2, -1):
         position, mask = position + 1, torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         token = torch.cat([_tensor(probe.base_causallm, row.input_ids[column:][:1]) for row in rows])
-        hidden.append(probe.span(probe._embed(token), mask, position, True, cache))
+        hidden.append(probe.backbone.span(probe.backbone.embed(token), mask, position, True, cache))
     logits = _exact(probe.head(torch.cat(hidden, dim=1)))  # (B, 3, V)
     whole, padded = (
         _differs(ours, theirs[0, -3:], tolerance.logits) for ours, theirs in zip(logits, wanted, strict=True)
@@ -257,10 +261,10 @@ def _problem_with_latents(model: Coconut, tolerance: Tolerance, seed: int) -> st
     rows = _rows(model, seed, [(3, 2, 3), (1, 2, 2)])
     if model.thought.needs_layers:
         base = model.base_causallm
-        embeds = Coconut._embed(model, _tensor(base, rows[0].input_ids))  # (1, T, D)
-        with model._recorder.recording() as states, torch.no_grad():
+        embeds = model.backbone.embed(_tensor(base, rows[0].input_ids))  # (1, T, D)
+        with model.backbone.recording(lambda state: state[:, -1:]) as states, torch.no_grad():
             decoder_of(base)(inputs_embeds=embeds, use_cache=False)
-        if [state.shape for state in states] != [embeds[:, -1:].shape] * (len(decoder_blocks(base)) + 1):
+        if [state.shape for state in states] != [embeds[:, -1:].shape] * (len(model.backbone.blocks) + 1):
             return "thoughts from the layers need blocks that each run once, on one residual stream"
     return _problem_of_steps(_Probe(model), rows, tolerance, "over a cache")
 
@@ -285,7 +289,8 @@ def _step(probe: Coconut, rows: list[_Row]) -> tuple[torch.Tensor, list[torch.Te
     if not isinstance(probe, _Probe):
         return loss, []
     (gradient,) = torch.autograd.grad(loss, [probe.embeds])
-    attended = batch["attention_mask"].bool()
+    layout = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    attended = lay_out(**layout, **probe.family, latent_columns=batch["latent_columns"]).attention_mask.bool()
     return _exact(loss.detach()), [_exact(one[seen]) for one, seen in zip(gradient, attended, strict=True)]
 
 
@@ -300,12 +305,9 @@ def _plain_step(probe: Coconut, rows: list[_Row]) -> tuple[torch.Tensor, list[to
 def _plain_logits(probe: _Probe, row: _Row) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (1, T, V) by definition, and the input embeddings (1, T, D) that they come from."""
     base = probe.base_causallm
-    embeds = probe._embed(_tensor(base, row.input_ids))  # (1, T, D)
+    embeds = probe.backbone.embed(_tensor(base, row.input_ids))  # (1, T, D)
     leaf = probe.embeds
-    for place, token in enumerate(row.input_ids):
-        if token == probe.latent_token_id:
-            thought = decoder_of(base)(inputs_embeds=embeds[:, :place], use_cache=False).last_hidden_state[:, -1:]
-            embeds = torch.cat([embeds[:, :place], thought.to(embeds.dtype), embeds[:, place + 1 :]], dim=1)
+    embeds = filled_embeddings(base, row.input_ids, probe.latent_token_id, embeds)
     return _exact(base(inputs_embeds=embeds, use_cache=False).logits), leaf
 
 
@@ -320,7 +322,7 @@ def _note_what_is_left_out(model: Coconut, tolerance: Tolerance, seed: int) -> N
             reached.add(getattr(node, "variable", None))
             waiting += [following for following, _ in node.next_functions]
     left_out = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in reached]
-    model.leaves_parameters_out = bool(left_out)
+    model.backbone.leaves_parameters_out = bool(left_out)
 
 
 def _mean_loss(logits: Sequence[torch.Tensor], rows: list[_Row]) -> torch.Tensor:

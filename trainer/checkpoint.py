@@ -12,49 +12,51 @@
       checkpoint_12_step_3400/             within the 13th epoch: for a restart only, without the last two files
 
 A checkpoint is written aside and renamed when it is whole: there is no moment at which a kill leaves something that a
-restart would take for one. A digest of every file tells whether a disk has damaged it since.
+restart would take for one. Sizes, and soon after the save digests, tell whether a disk has damaged a file since.
 """
 
 from __future__ import annotations
 
 import errno
+import random
 import shutil
 import socket
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, fields
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from config import Config
+from config import Config, modern
+from methods import rules_of
+from methods.sim_cot import SimCot
 from model import lora
 from trainer import parallel
-from trainer.distributed import World, on_every_rank, on_main_rank
+from trainer.distributed import World, agree, on_main_rank
 from trainer.pretrained import THOUGHT_FILE, Pretrained, read_description
 from trainer.run_folder import best, checkpoints, is_of_finished_epoch, is_on_hub, rating, resolve, run_checkpoints
-from trainer.trainer_state import (
-    FORMAT,
-    OPTIMIZER,
-    Progress,
-    rank_files,
-    read_state,
-    save_optimizer,
-    save_progress,
-    save_random_state,
-)
-from utils import UserError, as_json, file_digest, parse_json, read_object, retried, sync_to_disk
+from utils import UserError, as_json, file_digest, log, parse_json, read_object, retried, sync_to_disk, write_whole
 
-MANIFEST = "trainer/manifest.json"  # file -> SHA-256
-# keys that say what a model's sequences look like
+FORMAT = 2  # of state.json, and of coconut.json beside it
+OPTIMIZER = "trainer/optimizer"
+MANIFEST = "trainer/manifest.json"  # file -> SHA-256, or its size until `add_digests` has run
+# keys that decide what a model's sequences look like
 DESCRIBED = (
     *("method", "thought", "latent_passes", "c_thought", "max_latent_stage", "pad_latent_to_max"),
     *("latent_markers", "step_separator", "lora_rank", "lora_alpha"),
@@ -63,27 +65,51 @@ PREFIX, THOUGHT_PREFIX = "base_causallm.", "thought."
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Finding
+# How far a run is
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def find_weights(config: Config, world: World) -> Path | None:
-    """What load_model_path points to, if it is set; all ranks get the same, but of the hub's files each node has its
-    own. Collective.
+@dataclass
+class Progress:
+    """How far a run is. Part of every checkpoint."""
 
-    Raises UserError where there is nothing, or something damaged.
-    """
+    epoch: int = 0  # finished epochs, and so the next one to run
+    step: int = 0  # finished optimizer steps
+    seen: int = 0  # examples of the unfinished epoch, in its order, that have been trained on
+    losses: float = 0.0  # sum over these examples of the losses of their steps
+    seconds: float = 0.0  # that it has taken
+    skipped: int = 0  # steps of the run that skip_nonfinite has skipped
+    best: dict[int, float] = field(default_factory=dict)  # stage -> best validation accuracy
+    wandb_id: str | None = None
+    data: str | None = None  # digest of the training data, as `tokens.cache_tokens` computes it
+    val: str | None = None  # SHA-256 of the validation file
+    started_from: str | None = None  # the checkpoint that load_model_path stood for when the run began
 
-    if config.load_model_path and is_on_hub(config.load_model_path):
-        return parallel.in_turn(world, lambda cached: resolve(config.load_model_path, cached))  # all ranks
 
-    def find() -> Path | None:
-        path = resolve(config.load_model_path) if config.load_model_path else None
-        if path is not None and (path / "trainer").is_dir() and (problem := damage(path)):
-            raise UserError(f"load_model_path {str(path)!r} is damaged: {problem}")
-        return path
+def save_progress(folder: Path, progress: Progress, world_size: int) -> None:
+    state = {"format": FORMAT, "world_size": world_size, **asdict(progress)}
+    (folder / "trainer" / "state.json").write_text(as_json(state), encoding="utf-8")
 
-    return _seen_by_all(world, on_main_rank(world, find))
+
+def read_state(folder: Path) -> dict:
+    """What `save_progress` has written. Raises OSError, and ValueError where it is damaged."""
+    state = parse_json((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        raise ValueError("it is no object")
+    kinds = {"epoch": int, "step": int, "seen": int, "losses": (int, float), "seconds": (int, float), "best": dict}
+    for name, kind in {"format": int, "world_size": int, **kinds}.items():
+        if name in state and not isinstance(state[name], kind):  # older files have fewer
+            raise ValueError(f"its {name} is {state[name]!r}")
+    return state
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far the run was when it wrote this checkpoint."""
+    state = read_state(folder)
+    known = {field.name for field in fields(Progress)}
+    progress = Progress(**{name: value for name, value in state.items() if name in known})
+    progress.best = {int(stage): accuracy for stage, accuracy in progress.best.items()}
+    return progress
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -111,35 +137,34 @@ def save(
     name = restart_name(progress) if files is None else f"checkpoint_{progress.epoch}"
     target, aside = config.run_dir / name, config.run_dir / f".writing-{name}"
     weights = parallel.whole_weights(pretrained.model)  # all ranks
-
-    def make_room() -> None:
-        for path in [*config.run_dir.glob(".writing-*"), *config.run_dir.glob(".removing-*")]:
-            with suppress(OSError):  # somebody looks at it: the next save tries again
-                _delete(path)  # of a job that was killed
-        (aside / OPTIMIZER).mkdir(parents=True)
-
-    def write_mine() -> None:
-        retried((aside / OPTIMIZER).stat)  # which rank 0 has made, on another node perhaps
-        save_random_state(aside, world)
-        if world.is_main:
-            validated_on = {"file": config.val_path, "sha256": progress.val}  # and so chosen by
-            write_model(aside, config, pretrained, stage, weights, validated_on)
-            for file, text in (files or {}).items():
-                (aside / file).write_text(text, encoding="utf-8")
-            save_progress(aside, progress, world.size)
-
     try:
-        on_main_rank(world, lambda: _writing(target, make_room))
-        on_every_rank(world, lambda: _writing(target, write_mine))
-        _writing(
-            target, lambda: save_optimizer(aside, pretrained.model, optimizer)
-        )  # all ranks; torch tells all of them when one fails
-        on_main_rank(world, lambda: _writing(target, lambda: _publish(aside, target, world.size)))
+        with agree(world), _writing(target):  # all ranks
+            if world.is_main:
+                for path in [*config.run_dir.glob(".writing-*"), *config.run_dir.glob(".removing-*")]:
+                    with suppress(OSError):  # somebody looks at what a killed job left: the next save tries again
+                        _delete(path)
+                (aside / OPTIMIZER).mkdir(parents=True)
+        with agree(world), _writing(target):  # all ranks
+            retried((aside / OPTIMIZER).stat)  # which rank 0 has made, on another node perhaps
+            save_random_state(aside, world)
+            if world.is_main:
+                validated_on = {"file": config.val_path, "sha256": progress.val}  # and so chosen by
+                write_model(aside, config, pretrained, stage, weights, validated_on)
+                for file, text in (files or {}).items():
+                    (aside / file).write_text(text, encoding="utf-8")
+                save_progress(aside, progress, world.size)
+        with _writing(target):
+            save_optimizer(aside, pretrained.model, optimizer)  # all ranks; when one fails, torch raises on all
+        with agree(world), _writing(target):  # all ranks
+            if world.is_main:
+                _publish(aside, target, world.size)
     except UserError:
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
         raise
-    on_main_rank(world, lambda: _prune(config))
+    with agree(world):  # all ranks
+        if world.is_main:
+            _prune(config)
     return target
 
 
@@ -151,7 +176,7 @@ def write_model(
     weights: dict[str, torch.Tensor],
     validated_on: dict | None = None,
 ) -> None:
-    """Model, thought and tokenizer, and coconut.json, which says what the model's sequences look like, and which file
+    """Model, thought and tokenizer, and coconut.json: what the model's sequences look like, and which file
     it was validated on; weights: those of pretrained.model, whole."""
     base_weights, updates = lora.split(_under(PREFIX, weights))
     _save_base(pretrained.model.base_causallm, folder, base_weights)
@@ -170,8 +195,8 @@ def write_model(
 def _save_base(base: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
     """A Hugging Face folder of the model; its generation_config as it is.
 
-    transformers loads settings that contradict each other, such as a temperature without do_sample, of which published
-    models have many, but refuses to save them once one has been changed: here the stop tokens.
+    transformers loads settings that contradict each other, as many published models have, such as a temperature without
+    do_sample, but refuses to save them once one has been changed: here the stop tokens.
     """
     settings = base.generation_config if base.can_generate() else None
     if settings is None:
@@ -195,11 +220,12 @@ def restart_name(progress: Progress) -> str:
     return f"checkpoint_{progress.epoch}_step_{progress.step}"
 
 
-def _writing(target: Path, action: Callable[[], None]) -> None:
-    """Turns what a full or broken disk makes libraries raise into a UserError. Anything else, such as a GPU without
-    memory for the optimizer's shares, or a rank that is gone, is what it is."""
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Raises UserError for what a full or broken disk makes libraries raise. Other exceptions, such as a GPU without
+    memory for the optimizer's shares, or a rank that is gone, propagate unchanged."""
     try:
-        action()
+        yield
     except (OSError, RuntimeError, SafetensorError, dcp.CheckpointException) as error:
         if not is_io_error(error):
             raise
@@ -217,21 +243,29 @@ def is_io_error(error: BaseException) -> bool:
 
 
 def _publish(aside: Path, target: Path, world_size: int) -> None:
-    """Gives a complete folder its name, after all of it has reached the disk, with a digest of every file."""
+    """Gives a complete folder its name, after all of it has reached the disk, with the size of every file."""
     for path in rank_files(aside, world_size):
         retried(path.stat)  # what another node has written may be seen here only later: it must be in the manifest
-    paths = [path for path in sorted(aside.rglob("*")) if path.is_file()]
-    digests = dict(zip((str(path.relative_to(aside)) for path in paths), _digests(paths), strict=True))
+    sizes = {str(path.relative_to(aside)): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()}
     for path in rank_files(aside, world_size):
-        if str(path.relative_to(aside)) not in digests:
+        if str(path.relative_to(aside)) not in sizes:
             raise FileNotFoundError(errno.ENOENT, "was written, but is not listed", str(path))
-    (aside / MANIFEST).write_text(as_json(digests), encoding="utf-8")
+    (aside / MANIFEST).write_text(as_json(sizes), encoding="utf-8")
     sync_to_disk(aside)
-    if target.exists():  # a stranger, such as a file of the reference: nothing of it is lost
+    if target.exists():  # an unrelated one, such as a file of the reference: it is kept under another name
         number = next(n for n in range(1, 1 << 20) if not target.with_name(f"{target.name}.replaced-{n}").exists())
         target.rename(target.with_name(f"{target.name}.replaced-{number}"))
     aside.rename(target)
     sync_to_disk(target.parent, deep=False)
+
+
+def add_digests(folder: Path) -> None:
+    """Puts the files' digests into the manifest of a checkpoint, in place of their sizes. In a thread of its own beside
+    the training: for GPT-2 it takes half as long as the save itself."""
+    with suppress(OSError, UserError):  # the disk is full, or somebody has moved the folder: the sizes stay
+        names = list(read_object(folder / MANIFEST))
+        digests = _digests([folder / name for name in names])
+        write_whole(folder / MANIFEST, as_json(dict(zip(names, digests, strict=True))))
 
 
 def _digests(paths: list[Path]) -> list[str]:
@@ -242,41 +276,55 @@ def _digests(paths: list[Path]) -> list[str]:
 
 def _prune(config: Config) -> None:
     """Removes what is no longer needed: checkpoints for restarts, but for the newest two since the last finished epoch;
-    and finished epochs beyond keep_checkpoints, but never the best (`load_path.best`)."""
+    the optimizers of all finished epochs but the newest two; and finished epochs beyond keep_checkpoints, but never the
+    best (`run_folder.best`)."""
     everything = checkpoints(config.run_dir)
-    finished = [place for place, path in enumerate(everything) if is_of_finished_epoch(path)]
-    needed = everything[max(finished[-1] if finished else 0, len(everything) - 2) :]
-    for path in everything:
-        if not is_of_finished_epoch(path) and path not in needed:
+    finished = [path for path in everything if is_of_finished_epoch(path)]
+    since = everything.index(finished[-1]) if finished else 0
+    for path in everything[: max(since, len(everything) - 2)]:
+        if not is_of_finished_epoch(path):
             _remove(path)
+    for path in finished[:-2]:
+        _remove_optimizer(path)
     if config.keep_checkpoints is None:
         return
     kept = best(config.run_dir)
-    for path in [path for path in everything if is_of_finished_epoch(path)][: -config.keep_checkpoints]:
+    for path in finished[: -config.keep_checkpoints]:
         if path != kept and rating(path) is not None:  # damaged: whoever owns it may want to restore it
             _remove(path)
 
 
 def remove_restarts(run_dir: Path) -> None:
-    """Removes the checkpoints that only a restart needs: the run is done."""
-    for path in checkpoints(run_dir):
+    """Removes the checkpoints that only a restart needs: the run has ended. The newest stays, for with
+    save_only_improve there may be no other that shows it."""
+    for path in checkpoints(run_dir)[:-1]:
         if not is_of_finished_epoch(path):
             _remove(path)
 
 
-def _remove(path: Path) -> None:
-    """A kill in the middle leaves nothing that is called a checkpoint. What cannot be removed stays, with a warning:
-    the run has been saved, and goes on."""
-    aside = path.with_name(f".removing-{path.name}")
+def _remove(path: Path, folder: Path | None = None) -> None:
+    """A kill in the middle leaves nothing that looks like a checkpoint. What cannot be removed stays, with a warning:
+    the run has been saved, and goes on. folder: of the run, default the one that `path` is in."""
+    aside = (folder or path.parent) / f".removing-{path.name}"
     try:
         path.rename(aside)
         _delete(aside)
     except OSError as error:
-        print(f"warning: {path} cannot be removed: {error.strerror or error}", file=sys.stderr, flush=True)
+        log.warning(f"{path} cannot be removed: {error.strerror or error}")
+
+
+def _remove_optimizer(path: Path) -> None:
+    """Of a checkpoint that is whole, and in this folder: one that was moved and linked stays as it is."""
+    if (path / OPTIMIZER).is_dir() and not path.is_symlink():
+        with suppress(UserError):  # damaged: whoever owns it may want to restore it
+            digests = read_object(path / MANIFEST)
+            kept = {name: digest for name, digest in digests.items() if not name.startswith(f"{OPTIMIZER}/")}
+            write_whole(path / MANIFEST, as_json(kept))
+            _remove(path / OPTIMIZER, path.parent)
 
 
 def _delete(path: Path) -> None:
-    """A folder, or a link to one that somebody has moved, which stays where it is."""
+    """A folder, or a link to one that somebody has moved, whose content stays where it is."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -284,31 +332,131 @@ def _delete(path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Resuming
+# Optimizer and random state
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def save_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """All ranks' averages, and the weights of SIM-CoT's step decoder. Collective: every rank must call it."""
+    state = {"optimizer": {"state": get_optimizer_state_dict(model, optimizer)["state"]}}
+    if isinstance(model, SimCot):
+        state["step_decoder"] = get_model_state_dict(model.step_decoder)
+    dcp.save(state, checkpoint_id=folder / OPTIMIZER)
+
+
+def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restores the optimizer's averages from a checkpoint, on any number of ranks; its hyper-parameters are those of
+    the configuration. Collective: every rank must call it.
+
+    What the checkpoint does not have is re-initialised: weights that never got a gradient have no averages, and another
+    version of torch may keep more of them.
+    """
+    optimizer.zero_grad()  # where gradients wait for a step, torch silently makes no state to load into
+    reader = dcp.FileSystemReader(folder / OPTIMIZER)
+    saved = reader.read_metadata().state_dict_metadata
+    whole = get_optimizer_state_dict(model, optimizer)
+    whole["state"] = {
+        name: {key: value for key, value in values.items() if f"optimizer.state.{name}.{key}" in saved}
+        for name, values in whole["state"].items()
+        if f"optimizer.state.{name}.step" in saved
+    }
+    dcp.load({"optimizer": {"state": whole["state"]}}, storage_reader=reader)
+    set_optimizer_state_dict(model, optimizer, optim_state_dict=whole, options=StateDictOptions(strict=False))
+
+
+def load_step_decoder(folder: Path, model: SimCot) -> bool:
+    """Gives the step decoder the weights that it had in a checkpoint; False where that has none. Collective."""
+    reader = dcp.FileSystemReader(folder / OPTIMIZER)
+    if not any(name.startswith("step_decoder.") for name in reader.read_metadata().state_dict_metadata):
+        return False
+    state = get_model_state_dict(model.step_decoder)
+    dcp.load({"step_decoder": state}, storage_reader=reader)
+    set_model_state_dict(model.step_decoder, state)
+    return True
+
+
+def save_random_state(folder: Path, world: World) -> None:
+    """This rank's."""
+    kind, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None,
+    }
+    torch.save(state, folder / "trainer" / f"random_{world.rank}.pt")
+
+
+def load_random_state(folder: Path, world: World) -> bool:
+    """Restores this rank's random numbers; False where the checkpoint is of another world size and has none for it."""
+    if read_state(folder).get("world_size") != world.size:
+        return False
+    saved = torch.load(folder / "trainer" / f"random_{world.rank}.pt", weights_only=True)
+    random.setstate(saved["python"])
+    kind, keys, *rest = saved["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(saved["torch"])
+    if saved["cuda"] is not None and world.device.type == "cuda":
+        torch.cuda.set_rng_state(saved["cuda"], world.device)
+    return True
+
+
+def rank_files(folder: Path, world_size: int) -> list[Path]:
+    """The files that other ranks than 0 may have written: their random state, their shares of the optimizer."""
+    metadata = dcp.FileSystemReader(folder / OPTIMIZER).read_metadata()
+    shares = {entry.relative_path for entry in (metadata.storage_data or {}).values()}
+    states = [folder / "trainer" / f"random_{rank}.pt" for rank in range(world_size)]
+    return [*states, *(folder / OPTIMIZER / share for share in sorted(shares))]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Finding
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def find_newest(config: Config, world: World) -> Path | None:
     """The newest whole checkpoint of this run, which wins over load_model_path; all ranks get the same. Collective.
 
-    Raises UserError where it is of a run with another configuration.
+    Raises UserError where it is of a run with another configuration, or cannot be continued.
     """
+    return _seen_by_all(world, on_main_rank(world, lambda: _newest_that_fits(config)))  # all ranks
+
+
+def _newest_that_fits(config: Config) -> Path | None:
+    newest = newest_whole(config.run_dir)
+    if newest is None:
+        return None
+    described = differences(config, newest)
+    others = described if config.continue_changed else changes(config, config.run_dir) | described
+    if others:
+        hint = "" if described else ", or set continue_changed=true"
+        raise UserError(
+            f"{newest} is of another configuration ({'; '.join(others.values())}): choose another name{hint}"
+        )
+    if not (newest / OPTIMIZER).is_dir():
+        raise UserError(
+            f"{newest} cannot be continued: only the newest two epochs keep the optimizer's state; to begin with its "
+            f"weights, choose another name, load_model_path={newest} and resume={read_progress(newest).epoch}"
+        )
+    return newest
+
+
+def find_weights(config: Config, world: World) -> Path | None:
+    """What load_model_path points to, if it is set; all ranks get the same, but of the hub's files each node has its
+    own. Collective.
+
+    Raises UserError where there is nothing, or something damaged.
+    """
+    if config.load_model_path and is_on_hub(config.load_model_path):
+        return parallel.in_turn(world, lambda cached: resolve(config.load_model_path, cached))  # all ranks
 
     def find() -> Path | None:
-        newest = newest_whole(config.run_dir, lambda text: print(text, file=sys.stderr, flush=True))
-        if newest is None:
-            return None
-        others = differences(config, newest)
-        if not config.continue_changed:
-            others = changes(config, config.run_dir) | others
-        if others:
-            hint = "" if differences(config, newest) else ", or set continue_changed=true"
-            raise UserError(
-                f"{newest} is of another configuration ({'; '.join(others.values())}): choose another name{hint}"
-            )
-        return newest
+        path = resolve(config.load_model_path) if config.load_model_path else None
+        if path is not None and (path / "trainer").is_dir() and (problem := damage(path)):
+            raise UserError(f"load_model_path {str(path)!r} is damaged: {problem}")
+        return path
 
-    return _seen_by_all(world, on_main_rank(world, find))
+    return _seen_by_all(world, on_main_rank(world, find))  # all ranks
 
 
 def _seen_by_all(world: World, folder: Path | None) -> Path | None:
@@ -319,25 +467,24 @@ def _seen_by_all(world: World, folder: Path | None) -> Path | None:
         path = folder / MANIFEST  # which older checkpoints, and others' folders, have not
         return [MANIFEST, *read_object(path)] if path.is_file() else []
 
-    def look() -> None:
+    if folder is None:
+        return None
+    names = on_main_rank(world, listed)  # all ranks
+    with agree(world):  # all ranks
         for name in names:
             try:
                 retried((folder / name).stat)
             except OSError as error:
                 where = f"rank {world.rank} on {socket.gethostname()}"
                 raise UserError(f"{where} does not see {folder / name}: {error.strerror}") from None
-
-    if folder is not None:
-        names = on_main_rank(world, listed)  # all ranks
-        on_every_rank(world, look)  # all ranks
     return folder
 
 
-def newest_whole(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+def newest_whole(run_dir: Path) -> Path | None:
     """The newest checkpoint that is as it was written; None where there has never been one.
 
-    Damaged ones are passed over with a warning. Raises UserError where all are damaged: starting from scratch would
-    lose what may still be saved.
+    Damaged ones are skipped with a warning. Raises UserError where all are damaged: starting from scratch would lose
+    what may still be saved.
     """
     damaged = []
     for path in reversed(run_checkpoints(run_dir)):
@@ -345,7 +492,7 @@ def newest_whole(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
         if problem is None:
             return path
         damaged.append(path)
-        warn(f"warning: {path} is damaged ({problem}) and passed over")
+        log.warning(f"{path} is damaged ({problem}) and passed over")
     if damaged:
         raise UserError(
             f"{run_dir} holds damaged checkpoints only, {damaged[0].name} the newest: mend or remove them, or choose "
@@ -355,33 +502,36 @@ def newest_whole(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None where nothing is."""
+    """What is wrong with a checkpoint's files; None where nothing is. Raises UserError where they may not be read."""
     try:
         if read_state(folder)["format"] == 1:
-            return None  # had no digests
-        digests = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(digests, dict) or not digests:
+            return None  # had no manifest
+        listed = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(listed, dict) or not listed:
             raise TypeError
-        found = _digests([folder / name for name in digests])
+        sizes = {name: (folder / name).stat().st_size for name in listed}
+        hashed = [name for name, value in listed.items() if isinstance(value, str)]
+        found = sizes | dict(zip(hashed, _digests([folder / name for name in hashed]), strict=True))
+    except PermissionError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     except OSError as error:
         name = Path(error.filename).relative_to(folder) if error.filename else "a file"  # a bad sector has no name
         return f"{name}: {error.strerror}"
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} or trainer/state.json is not readable"
-    for name, digest in zip(digests, found, strict=True):
-        if digests[name] != digest:
-            return f"{name} is not what was written"
-    return None
+    return next((f"{name} is not what was written" for name in listed if listed[name] != found[name]), None)
 
 
 def differences(config: Config, folder: Path) -> dict[str, str]:
     """Where a configuration departs from the one that a checkpoint was trained with: key -> "key 1, not 2"."""
     description = read_description(folder) or {}
-    return {
-        name: f"{name} {_shown(description[name])}, not {_shown(getattr(config, name))}"
-        for name in DESCRIBED
-        if name in description and description[name] != getattr(config, name)
-    }
+    others = {name: getattr(config, name) for name in DESCRIBED if name in description}
+    others = {name: value for name, value in others.items() if description[name] != value}
+    if "method" in others:  # a variant adds to the training of the other, not to its sequences
+        theirs = rules_of(description["method"]).variant_of or description["method"]
+        if theirs == (config.rules.variant_of or config.method):
+            del others["method"]
+    return {name: f"{name} {_shown(description[name])}, not {_shown(value)}" for name, value in others.items()}
 
 
 def _shown(value) -> str:
@@ -421,6 +571,7 @@ def changes(config: Config, run_dir: Path) -> dict[str, str]:
         return {}
     if not isinstance(before, dict):
         return {}
+    before = modern(before)
     free = {key.name for key in fields(Config) if key.metadata["free"]}
     if config.global_batch_size is not None:
         free |= {"batch_size_training", "gradient_accumulation_steps"}

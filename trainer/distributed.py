@@ -1,4 +1,4 @@
-"""The ranks of a job: set-up and tear-down, agreement, signals, the lock on a run's folder, one way out, seeds.
+"""The ranks of a job: set-up and tear-down, agreement, signals, the lock on a run's folder, exit.
 
 torch is imported where it is needed: data are prepared, and mistakes in them found, without waiting for it.
 """
@@ -13,7 +13,6 @@ import functools
 import multiprocessing
 import os
 import platform
-import random
 import re
 import signal
 import socket
@@ -28,9 +27,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
-
-from utils import ErrorTolerantStream, UserError, is_launched, launched_ranks, retried, writing
+from utils import UserError, launched_ranks, log, retried, writing
 
 LAUNCHER = os.getppid()  # of a rank: torchrun
 EXIT_HANDLERS_SECONDS = 15
@@ -59,13 +56,14 @@ class World:
 def setup_distributed() -> World:
     """Joins the ranks that torchrun started; without torchrun, a world of one. Undone by `cleanup_distributed`.
 
-    The device comes from LOCAL_RANK: the global rank says nothing about a node's GPUs. A process group is made for a
+    The device comes from LOCAL_RANK: the global rank does not index a node's GPUs. A process group is made for a
     world of one too, so that no collective needs an `if`.
     """
     import torch
     import torch.distributed as dist
 
-    if is_launched():
+    is_launched = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    if is_launched:
         _die_with_launcher()
     _fork_when_quiet()
     rank, size = launched_ranks()
@@ -81,7 +79,7 @@ def setup_distributed() -> World:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
-    if is_launched():
+    if is_launched:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -90,8 +88,8 @@ def setup_distributed() -> World:
 
 
 def _die_with_launcher() -> None:
-    """A torchrun that is killed takes its ranks along: left to themselves they would wait for each other for ever, and
-    hold the run's folder against the next job."""
+    """When torchrun is killed, its ranks die too: otherwise they would wait for each other for ever, and keep the run's
+    folder locked."""
     set_parent_death_signal = 1  # of Linux's prctl
     with suppress(OSError, AttributeError):  # of another system
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
@@ -143,8 +141,8 @@ def hardware(world: World) -> str:
 def cleanup_distributed(orderly: bool = True) -> None:
     """Undoes `setup_distributed`.
 
-    Where the ranks do not end alike, one that takes its process group down may wait for another for ever: then only a
-    world of one is, and `leave` ends the others with their processes.
+    Where a rank fails, destroying its process group may wait for the others for ever: then `exit_process` ends it with
+    the process, unless it is a world of one.
     """
     import torch.distributed as dist
 
@@ -153,10 +151,10 @@ def cleanup_distributed(orderly: bool = True) -> None:
 
 
 def run_main(main: typing.Callable[..., int], *arguments) -> typing.NoReturn:
-    """The one way out of a program that has ranks: main's exit code, or 1 and a traceback, and nothing is waited for.
-
-    An exception that went on to Python's own exit would wait there for loader processes, which do not heed SIGTERM.
-    """
+    """Runs a program that has ranks and exits with main's code, or with 1 after a traceback; see `exit_process`. A
+    debugger gets the exceptions instead."""
+    if under_debugger():
+        sys.exit(main(*arguments))
     if sys.stderr is not None:
         sys.stderr = ErrorTolerantStream(sys.stderr)
     code = 1
@@ -173,6 +171,25 @@ def run_main(main: typing.Callable[..., int], *arguments) -> typing.NoReturn:
     exit_process(code)
 
 
+class ErrorTolerantStream:
+    """A stream that loses what it cannot write, because nobody reads it any more or its disk is full."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
 def exit_process(code: int) -> typing.NoReturn:
     """Ends a rank with this exit code, after its exit handlers, but without taking the interpreter down.
 
@@ -180,14 +197,14 @@ def exit_process(code: int) -> typing.NoReturn:
     do under FSDP. One that has a tensor to free needs the GIL for that, and Python ends threads that ask for the GIL
     while it is going down: C++ answers with SIGABRT, and a rank that has done all of its work counts as dead.
     """
-    # an exit handler that hangs, of a tracker say, has so long
+    # a timeout for exit handlers that hang, such as a tracker's
     watchdog = threading.Timer(EXIT_HANDLERS_SECONDS, os._exit, [code])
     watchdog.daemon = True
     watchdog.start()
     end_children()
     atexit._run_exitfuncs()  # Python has no public call for this
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, AttributeError):  # nobody reads it any more, or it was closed from the beginning
+        with suppress(OSError, AttributeError):  # its reader is gone, or it was closed at the start
             stream.flush()
     os._exit(code)
 
@@ -204,39 +221,47 @@ def end_children() -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def on_main_rank(world: World, action: typing.Callable):
-    """Runs `action` on rank 0 while the others wait, and gives its result to all.
+@contextmanager
+def agree(world: World) -> typing.Iterator[None]:
+    """A block at whose end the ranks wait for one another, however long it takes. A UserError of any rank is raised on
+    all, so that none waits for ever. Collective: every rank must enter it."""
+    if world.size == 1:  # perhaps one among others, such as a benchmark's
+        yield
+        return
+    import torch.distributed as dist
 
-    Collective: every rank must call it. A UserError of rank 0 is raised on every rank, so that none waits for ever.
-    """
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    barrier(world)  # all ranks
+    problems: list = [None] * world.size
+    dist.all_gather_object(problems, problem)  # all ranks
+    for text in problems:
+        if text is not None:
+            raise UserError.of_all(text)
+
+
+def on_main_rank(world: World, action: typing.Callable):
+    """The result of `action` on rank 0, on every rank, as by `agree`. Collective."""
     return on_every_rank(world, action if world.is_main else lambda: None)[0]
 
 
 def on_every_rank(world: World, action: typing.Callable) -> list:
-    """Runs `action` on every rank and gives the results of all ranks to all. A UserError of any is raised on all.
+    """The results of `action` on all ranks, on every rank, as by `agree`. Collective."""
+    with agree(world):
+        results = [action()]
+    if world.size > 1:
+        import torch.distributed as dist
 
-    It may take as long as it likes on any rank (see `meet`).
-    """
-    if world.size == 1:  # of which there may be one among others: a benchmark's
-        return [action()]
-    import torch.distributed as dist
-
-    result, problem = None, None
-    try:
-        result = action()
-    except UserError as error:
-        problem = str(error)
-    barrier(world)  # all ranks
-    outcomes: list = [None] * world.size
-    dist.all_gather_object(outcomes, (result, problem))  # all ranks
-    for _, text in outcomes:
-        if text is not None:
-            raise UserError.of_all(text)
-    return [result for result, _ in outcomes]
+        results *= world.size
+        dist.all_gather_object(results, results[0])  # all ranks
+    return results
 
 
 def barrier(world: World) -> None:
-    """Waits for all ranks, without a limit: before a collective, to which some may come hours after the others.
+    """Waits for all ranks, without a timeout: before a collective that some may reach hours after the others.
 
     Collectives give up after half an hour, and tokenizing, loading or generating may take longer. Where a rank dies
     meanwhile, the others end. Collective: every rank must call it.
@@ -251,7 +276,7 @@ def barrier(world: World) -> None:
         pause = min(2 * pause, 0.25)
     try:
         work.wait()
-    except RuntimeError:  # what there is to read is said by the rank that has failed
+    except RuntimeError:  # the rank that has failed prints why
         time.sleep(3)  # torchrun reports the rank whose end it sees first
         sys.exit(f"rank {world.rank} ends because another one has")
 
@@ -263,41 +288,40 @@ def barrier(world: World) -> None:
 
 @contextmanager
 def lock_run_dir(world: World, folder: Path) -> typing.Iterator[None]:
-    """Holds a run's folder against other jobs until the end, or the death, of this one. Collective.
+    """Locks a run's folder against other jobs until the end, or the death, of this one. Collective.
 
-    Raises UserError, on every rank, where another job holds it.
+    Raises UserError, on every rank, where another job has locked it.
     """
-    held = []
-
-    def hold() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / ".lock").open("a+", encoding="utf-8")
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader processes
-        except (BlockingIOError, PermissionError) as error:
-            if error.filename is not None:
-                raise UserError(f"{folder} cannot be written to: {error.strerror}") from None
-            file.seek(0)
-            raise UserError(f"{folder} is in use by another job ({file.read().strip()}): choose another name") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise UserError(f"{folder} cannot be written to: {error.strerror}") from None
-            print(f"warning: {folder} is on a file system without locks: start one job only", file=sys.stderr)
-        held.append(file)
-        with suppress(OSError):  # on a full disk there is no room to say who holds it
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-
-    on_main_rank(world, hold)
+    with agree(world):
+        file = _locked(folder) if world.is_main else None
     try:
         yield
     finally:
-        for file in held:
+        for action in (lambda: file.truncate(0), lambda: file.close()) if file is not None else ():
             with suppress(OSError):
-                file.truncate(0)
-            with suppress(OSError):
-                file.close()
+                action()
+
+
+def _locked(folder: Path) -> typing.IO[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to: {error.strerror}") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"{folder} is in use by another job ({file.read().strip()}): choose another name") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise UserError(f"{folder} cannot be written to: {error.strerror}") from None
+        log.warning(f"{folder} is on a file system without locks: start one job only")
+    with suppress(OSError):  # on a full disk the lock does not name its owner
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    return file
 
 
 def check_shared(world: World, folder: Path) -> None:
@@ -306,25 +330,23 @@ def check_shared(world: World, folder: Path) -> None:
     if world.size == 1:
         return
 
-    def write() -> str:
+    def touch() -> str:
         path = folder / f".seen-by-all-{uuid.uuid4().hex}"
         with writing(path):
             folder.mkdir(parents=True, exist_ok=True)
             path.touch()
         return path.name
 
-    def look() -> None:
-        try:
-            retried((folder / name).stat)
-        except OSError as error:  # it is not there, or something else is, or this node may not look
-            raise UserError(
-                f"save_path is not shared: rank {world.rank} on {socket.gethostname()} does not see what rank 0 has "
-                f"written in {os.path.abspath(folder)} ({error.strerror}); choose a folder that all nodes share"
-            ) from None
-
-    name = on_main_rank(world, write)
+    name = on_main_rank(world, touch)
     try:
-        on_every_rank(world, look)
+        with agree(world):
+            try:
+                retried((folder / name).stat)
+            except OSError as error:  # it is not there, or something else is, or this node may not look
+                raise UserError(
+                    f"save_path is not shared: rank {world.rank} on {socket.gethostname()} does not see what rank 0 "
+                    f"has written in {os.path.abspath(folder)} ({error.strerror}); choose a folder that all nodes share"
+                ) from None
     finally:
         if world.is_main:
             (folder / name).unlink(missing_ok=True)
@@ -335,38 +357,43 @@ def check_shared(world: World, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Interruption:
-    """SIGTERM and SIGUSR1, with which clusters announce that a job has to go: the ranks agree to stop at one step.
+class StopSignal:
+    """SIGTERM, SIGUSR1 (what clusters send to a job that has to go), SIGHUP (a closed terminal) and SIGINT (Ctrl-C):
+    all ranks stop at one step, save, and exit. Used as a context.
 
     A second signal exits at once. One within a second of the first does not count as another: launchers hand on what
-    the cluster has sent to every process anyway. Used as a context; `asked` is collective.
+    the cluster has sent to every process anyway. Hang-ups and interrupts that the process was started to ignore, under
+    nohup or in the background, stay ignored; a debugger keeps its Ctrl-C.
 
-    It may come before there is a world, which is then set: see `early`.
+    It may be entered before there is a world, which is then set: see `early`.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
     def __init__(self, world: World | None = None):
         self.world = world
-        self.received: float | None = None  # when
-        self._question = None  # (flag, work) of the last time that the ranks asked each other
+        self.received: float | None = None  # when this rank got the first one (time.monotonic)
+        self._pending = None  # (flag, work) of the last all-reduce
         self._before = {}
 
     @classmethod
-    def early(cls) -> Interruption:
-        """For the first lines of a program: where it has been started to ignore the signals, as slurm/launch.sh starts
-        it, one that comes while libraries are imported and the model is loaded is heeded at the first step. Elsewhere
-        it ends the program, as long as there is nothing to save."""
-        interruption = cls()
+    def early(cls) -> StopSignal:
+        """For the first lines of a program. Where it was started with SIGUSR1 ignored, as slurm/launch.sh starts it, a
+        signal during the imports and the loading of the model takes effect at the first step. Elsewhere it ends the
+        program, as long as there is nothing to save."""
+        stop = cls()
         if signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN:
-            interruption.__enter__()
-        return interruption
+            stop.__enter__()
+        return stop
 
-    def __enter__(self) -> Interruption:
-        if self._before:
+    def __enter__(self) -> StopSignal:
+        if self._before or threading.current_thread() is not threading.main_thread():
             return self
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        for number in self.SIGNALS:
+            of_user = number in (signal.SIGHUP, signal.SIGINT)
+            kept = signal.getsignal(number) == signal.SIG_IGN or (number == signal.SIGINT and under_debugger())
+            if not (of_user and kept):
+                self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_) -> None:
@@ -379,38 +406,32 @@ class Interruption:
             os._exit(128 + number)
         self.received = self.received or time.monotonic()
 
-    def came(self) -> bool:
-        """Whether this rank has been signalled."""
-        return self.received is not None
-
-    def asked(self) -> bool:
-        """Whether a rank had been signalled when they last met here. The answer is that of the call before, so that no
-        step waits for it. Collective: every rank must call it, after every step."""
+    def requested(self, wait: bool = False) -> bool:
+        """Whether any rank has received a signal. Each call starts an all-reduce and returns the result of the call
+        before, so that no step waits for it; with `wait` it returns its own too. Collective: all ranks call it, after
+        every step and, with `wait`, between epochs."""
         if self.world.size == 1:
             return self.received is not None
-        answer = self.settle()
         import torch
         import torch.distributed as dist
 
+        answer = self._result()
         flag = torch.tensor(int(self.received is not None))
-        self._question = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)  # all ranks
-        return answer
+        self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)  # all ranks
+        return self._result() or answer if wait else answer
 
-    def settle(self) -> bool:
-        """The answer that is still out. Collective: at the end of the steps."""
-        if self.world.size == 1:
-            return self.received is not None
-        if self._question is None:
+    def _result(self) -> bool:
+        if self._pending is None:
             return False
-        flag, work = self._question
+        flag, work = self._pending
         work.wait()
-        self._question = None
+        self._pending = None
         return bool(flag)
 
 
 def ignore_signals(*_) -> None:
     """For processes that serve a rank: it is the rank that decides what to do, and ends them."""
-    for number in Interruption.SIGNALS:
+    for number in StopSignal.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -420,22 +441,8 @@ def ignore_signals(*_) -> None:
 
 
 def under_debugger() -> bool:
-    """Whether a debugger waits for breakpoints. Loader processes would run past those in the data's code."""
-    if sys.gettrace() is not None:
-        return True
+    """Whether a debugger watches this process, or has started it (python -m pdb, IPython's %run -d)."""
     monitoring = getattr(sys, "monitoring", None)  # what debuggers use from Python 3.12 on
-    return monitoring is not None and monitoring.get_tool(monitoring.DEBUGGER_ID) is not None
-
-
-def seed_everything(*entropy: int) -> None:
-    """Seeds python, numpy and torch (CPU and GPU) from the given numbers, say (seed, rank)."""
-    import torch
-
-    words = np.random.SeedSequence(entropy).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    torch.manual_seed(int(words[2]))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The run logger
+    if sys.gettrace() is not None or (monitoring and monitoring.get_tool(monitoring.DEBUGGER_ID)):
+        return True
+    return any(frame.f_globals.get("__name__") == "bdb" for frame, _ in traceback.walk_stack(None))

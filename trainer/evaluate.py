@@ -1,4 +1,7 @@
-"""How good a model is: validation loss, accuracy, CoT match, token counts; predictions on disk."""
+"""How good a model is: validation loss, accuracy, CoT match, token counts; predictions on disk; the table of a run.
+
+torch is imported where it is needed: the table of a run is printed without it.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,27 @@ import re
 import statistics
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from config import Config
 from curriculum import IGNORE, MODES, kept_reasoning, prompt, stage_name
 from dataset import Data, StageDataset, collate, collate_prompts
 from preprocessing.tokens import Tokens
 from trainer.distributed import World, barrier
-from trainer.pretrained import Pretrained
-from trainer.table import wilson
-from utils import UserError, as_json, progress_bar
+from trainer.logger import read_log
+from trainer.run_folder import best, rating
+from utils import UserError, as_json, progress_bar, read_object, replaced
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.pretrained import Pretrained
 
 # a sign counts where no word, number or bracket precedes it: 12-3 holds 12 and 3; a point after the digits belongs to
 # the number and may end a sentence
@@ -74,6 +83,9 @@ def evaluate(
             tokens are not counted, since nothing is generated for them
         seconds, seconds_per_example: of generation, by the clock of the slowest rank
     """
+    import torch
+    import torch.distributed as dist
+
     pretrained.model.eval()
     loss = validation_loss(pretrained, data.val, stage, config, world)
     begin = time.perf_counter()
@@ -146,7 +158,7 @@ def _scored(example: dict, kept_reasoning: str, answer_match: str, text: str, n_
 def warn_unscorable_answers(tokenizer, data: Data, config: Config, stages: Iterable[int] = ()) -> list[str]:
     """What to warn of where even a perfect model would be marked wrong: gold answers that are not what is read back
     from their own tokens, because the tokenizer changes them, they hold a '#' themselves or are longer than
-    max_new_tokens; and at these stages steps that leave no room for the answer, hold an EOS before it, or a '#', at
+    max_new_tokens; and at these stages steps that leave no tokens for the answer, hold an EOS before it, or a '#', at
     which the reasoning ends that cot_match compares.
 
     Raises UserError where answers are to be compared as numbers, and one is none.
@@ -174,7 +186,7 @@ def warn_unscorable_answers(tokenizer, data: Data, config: Config, stages: Itera
     for index, wanted in enumerate(gold):
         if not is_right(text := read_back(index), wanted, config.answer_match):
             alone[index] = f"whose answer {wanted!r} is read back as {extract_answer(text)!r}"
-    warnings = warning(alone, "answers cannot come out right, whatever the model says")
+    warnings = warning(alone, "answers cannot come out right, whatever the model generates")
     modes = MODES if config.method == "multi_mode" and not config.only_eval else [config.mode]
     for stage, mode in product(dict.fromkeys(stages), modes):
         of_mode, wrong, unmatched = replace(config, mode=mode), {}, {}
@@ -190,7 +202,7 @@ def warn_unscorable_answers(tokenizer, data: Data, config: Config, stages: Itera
             elif extract_steps(text) != reasoning:
                 unmatched[index] = f"whose steps {reasoning[-60:]!r} are read back as {extract_steps(text)[-60:]!r}"
         at_stage = f"at stage {stage_name(stage)}"
-        warnings += warning(wrong, f"answers cannot come out right {at_stage}, whatever the model says")
+        warnings += warning(wrong, f"answers cannot come out right {at_stage}, whatever the model generates")
         warnings += warning(unmatched, f"examples cannot have a cot_match {at_stage}")
     return warnings
 
@@ -229,8 +241,7 @@ def _generate_share(
         with autocast(config, world):
             rows = generate_tokens(pretrained, config.method, batch, config.max_new_tokens, world.device)
         for index, new in zip(indices, rows, strict=True):
-            thinks = model.thought.sequential and model.latent_passes != 0
-            n_latents = prompts[index].count(markers.latent) if thinks else 0
+            n_latents = prompts[index].count(markers.latent) if model.thinks else 0
             outputs[index] = (tokenizer.decode(new, skip_special_tokens=True), len(new), n_latents)
     return outputs
 
@@ -243,8 +254,8 @@ def generate_tokens(
     device: torch.device,
     **sampling,
 ) -> list[list[int]]:
-    """The tokens that are written after each prompt, up to EOS, all in one batch; but where a prompt leaves less room
-    than max_new_tokens in the model's positions, it has a batch of its own, for its end is not that of the others."""
+    """The generated tokens after each prompt, up to EOS, all in one batch. A prompt that leaves fewer of the model's
+    positions than max_new_tokens has a batch of its own, since it ends earlier than the others."""
     model, _, markers = pretrained
     limit = model.max_positions or math.inf
     fits = [len(row) + max_new_tokens <= limit for row in prompts]
@@ -254,8 +265,8 @@ def generate_tokens(
     for indices in [together, *alone] if together else alone:
         batch = collate_prompts([prompts[index] for index in indices], markers.eos)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        room = min(max_new_tokens, limit - batch["input_ids"].shape[1])
-        rows = model.generate(**batch, max_new_tokens=room, **sampling).tolist()
+        left = min(max_new_tokens, limit - batch["input_ids"].shape[1])
+        rows = model.generate(**batch, max_new_tokens=left, **sampling).tolist()
         for index, row in zip(indices, rows, strict=True):
             new = _before(markers.eos, row)
             # multi_mode writes the end marker after its reasoning
@@ -263,9 +274,11 @@ def generate_tokens(
     return [found[index] for index in range(len(prompts))]
 
 
-@torch.no_grad()
 def validation_loss(pretrained: Pretrained, tokens: Tokens, stage: int, config: Config, world: World) -> float:
     """Mean cross-entropy over all supervised tokens of the set. Collective: every rank must call it."""
+    import torch
+    import torch.distributed as dist
+
     model, _, markers = pretrained
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of tokens
     dataset = StageDataset(tokens, config, markers)
@@ -275,7 +288,7 @@ def validation_loss(pretrained: Pretrained, tokens: Tokens, stage: int, config: 
         batch = collate([rows[index] for index in indices], markers.eos, markers.latent)
         count = int((batch["labels"][:, 1:] != IGNORE).sum())
         batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
-        with autocast(config, world):
+        with torch.no_grad(), autocast(config, world):
             total += torch.tensor([model(**batch).loss.item() * count, count], dtype=torch.float64)
     barrier(world)  # all ranks, however much slower some are
     dist.all_reduce(total)  # all ranks
@@ -284,6 +297,8 @@ def validation_loss(pretrained: Pretrained, tokens: Tokens, stage: int, config: 
 
 def autocast(config: Config, world: World) -> torch.autocast:
     """bf16 arithmetic with float32 weights, where the configuration asks for it."""
+    import torch
+
     return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=config.bf16)
 
 
@@ -311,3 +326,103 @@ def of_sets(results: dict[str, tuple[dict, list[dict]]]) -> tuple[dict, dict[str
 
 def _lines(predictions: list[dict]) -> str:
     return "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
+
+
+def write_results(folder: Path, files: dict[str, str]) -> None:
+    """Writes the files of `of_sets`, none of them before all are whole, and removes predictions for other sets. Raises
+    UserError."""
+    with ExitStack() as together:
+        for name, text in files.items():
+            together.enter_context(replaced(folder / name)).write_text(text, encoding="utf-8")
+    for path in folder.glob("predictions*.jsonl"):
+        if path.name not in files:
+            path.unlink()  # their metrics are no longer beside them
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The table of a run
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def summary(run_dir: Path, evaluation: dict | None = None) -> str:
+    """The table of a run: each stage after its last epoch, then the results of an evaluation where there are any, those
+    that are given or those in the run's folder; of several sets in a table of their own.
+
+    Raises UserError where the folder holds no finished epoch and no evaluation, or something damaged.
+    """
+    try:
+        return _summary(run_dir, evaluation)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"metrics.jsonl or eval/metrics.json in {run_dir} is damaged: {error!r}") from None
+
+
+def _summary(run_dir: Path, evaluation: dict | None) -> str:
+    rows, stages, last_of_stage = [], {}, {}
+    evaluation_file = run_dir / "eval" / "metrics.json"
+    # a restarted run repeats the epochs that it had lost: what was written last counts
+    epochs = {record["epoch"]: record for record in read_log(run_dir / "metrics.jsonl") if record["event"] == "epoch"}
+    for _, record in sorted(epochs.items()):
+        n_epochs, seconds = stages.get(record["stage"], (0, 0.0))
+        stages[record["stage"]] = (n_epochs + 1, seconds + record["train_seconds"] + record["seconds"])
+        last_of_stage[record["stage"]] = record
+    for stage, record in last_of_stage.items():
+        n_epochs, seconds = stages[stage]
+        rows.append((f"validation, stage {stage_name(stage)}", n_epochs, record, f"{seconds:.0f}"))
+    if evaluation is None and evaluation_file.exists():
+        evaluation = read_object(evaluation_file)
+    sets = (evaluation or {}).get("sets")
+    if evaluation is not None and not sets:
+        title = f"{Path(evaluation['file']).stem}, stage {stage_name(evaluation['stage'])}"
+        rows.append((title, "", evaluation, f"{evaluation['seconds']:.1f}"))
+    if not rows and not sets:
+        raise UserError(f"{run_dir} holds neither a finished epoch nor an evaluation")
+    tables = [[HEADER, *(row_of(*row) for row in rows)]] if rows else []
+    if sets:
+        tables.append([SETS_HEADER, *(row_of_set(*found) for found in sets.items())])
+    return "\n\n".join("\n".join(lines) for lines in tables)
+
+
+HEADER = f"{'':32}{'epochs':>7}{'accuracy':>10}{'tokens':>8}{'loss':>8}{'seconds':>9}"
+
+
+def row_of(title: str, n_epochs: int | str, record: dict, seconds: str) -> str:
+    """A line of the table: `record` holds the metrics of an evaluation."""
+    return (
+        f"{title:32}{n_epochs:>7}{record['accuracy']:>10.1%}{record['generated_tokens']:>8.1f}"
+        f"{record['loss']:>8.3f}{seconds:>9}"
+    )
+
+
+SETS_HEADER = f"{'':32}{'n':>7}{'accuracy':>10}{'95 %':>16}{'tokens':>8}{'loss':>8}{'seconds':>9}"
+
+
+def row_of_set(name: str, record: dict) -> str:
+    """A line of the table of an evaluation on several sets: `record` holds the metrics of one."""
+    title = f"{name}, stage {stage_name(record['stage'])}"
+    low, high = record["accuracy_95"]
+    return (
+        f"{title:32}{record['examples']:>7,}{record['accuracy']:>10.1%}{f'{low:.1%} to {high:.1%}':>16}"
+        f"{record['generated_tokens']:>8.1f}{record['loss']:>8.3f}{record['seconds']:>9.1f}"
+    )
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of n questions (Wilson's score interval), also of 0 and 100 %."""
+    z = 1.959964  # the normal distribution's 97.5 % point
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = ((middle + side) / (1 + z * z / n) for side in (-half, half))
+    return max(low, 0.0), min(high, 1.0)
+
+
+def named_best(run_dir: Path) -> str | None:
+    """A line on the checkpoint that RUN@best stands for; None where there is none."""
+    found = best(run_dir)
+    if found is None:
+        return None
+    stage, accuracy = rating(found)
+    return (
+        f"best in validation: {found.name}, stage {stage_name(stage)}, {accuracy:.1%} (load_model_path={run_dir}@best)"
+    )

@@ -1,14 +1,13 @@
-"""The one place that speaks to wandb: start, log, finish.
+"""metrics.jsonl and wandb, a run's two logs.
 
-Whatever a tracker, its server or its helper process does, it must not end a training, hold it up or change what it
-says. Every call is made in a thread of its own and waited for so long at most; after the first thing that goes wrong
-there is one warning and nothing more is sent.
+Whatever wandb, its server or its helper process does, it must not end a training, delay it or change its exit code.
+Every call is made in a thread of its own, with a timeout; after the first failure there is one warning, and nothing
+more is sent.
 """
 
 from __future__ import annotations
 
 import json
-import netrc
 import os
 import queue
 import signal
@@ -20,26 +19,21 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
 
-from utils import UserError, parse_json, why_unreadable, writing
+from utils import UserError, log, parse_json, why_unreadable, writing
 
-LIMITS = {"start": 90, "log": 20, "finish": 120, "hurry": 5}  # seconds
+TIMEOUTS = {"start": 90, "log": 20, "finish": 120, "signal": 5}  # seconds; the last is what a signal leaves for finish
 
 
 class Tracker:
-    """A run of wandb, or nothing: where `mode` is disabled, or after something has gone wrong.
+    """A run of wandb, or nothing: where `mode` is disabled, or after a failure."""
 
-    Args:
-        warn: says a line to the person who watches.
-    """
-
-    def __init__(self, warn: Callable[[str], None]):
-        self.warn = warn
+    def __init__(self):
         self.run = None
         self._calls: queue.SimpleQueue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def start(self, mode: str, config: dict, folder: Path, run_id: str | None) -> str | None:
-        """Begins a run, or goes on with that of an id; returns its id, where there is one."""
+        """Starts a run, or continues the one with this id; returns its id, where there is one."""
         if mode == "disabled":
             return run_id
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
@@ -50,6 +44,9 @@ class Tracker:
     def _start(self, mode: str, config: dict, folder: Path, run_id: str | None):
         import wandb
 
+        if mode == "online" and (reason := why_offline()):
+            log.warning(f"wandb logs offline: {reason}")
+            mode = "offline"
         # the configuration and the numbers are all that is sent: no code, no console, no machine metadata
         settings = {"init_timeout": 30, "silent": True, "console": "off", "save_code": False, "x_disable_meta": True}
         arguments = {
@@ -65,7 +62,7 @@ class Tracker:
         except Exception as error:
             if mode == "offline":
                 raise
-            self.warn(f"wandb did not start, logging offline: {_one_line(error)}")
+            log.warning(f"wandb logs offline: {_one_line(error)}")
             return wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
 
     def log(self, values: dict, step: int | None) -> None:
@@ -73,9 +70,9 @@ class Tracker:
             run = self.run
             self._call("log", lambda: run.log(values, step=step))
 
-    def finish(self, exit_code: int, interrupted: bool, hurry: Callable[[], bool]) -> None:
-        """Ends the run with the program's exit code; `interrupted` where a signal has stopped it and another job goes
-        on. Once `hurry` says so, there are only seconds for it."""
+    def finish(self, exit_code: int, interrupted: bool, signalled: Callable[[], float | None]) -> None:
+        """Ends the run with the program's exit code; `interrupted` where a signal has stopped it and another job will
+        continue it. `signalled` returns when a signal has come (time.monotonic), or None."""
         if self.run is None:
             return
         run = self.run
@@ -85,30 +82,28 @@ class Tracker:
                 run.mark_preempting()
             run.finish(exit_code=exit_code)
 
-        self._call("finish", finish, hurry)
+        self._call("finish", finish, signalled)
         self.run = None
 
-    def _call(self, what: str, action: Callable, hurry: Callable[[], bool] = lambda: False):
-        """The result of an action, made in the tracker's thread; None, a warning and silence where there is none."""
+    def _call(self, what: str, action: Callable, signalled: Callable[[], float | None] = lambda: None):
+        """The result of an action in the tracker's thread; None, after a warning, where it fails or times out."""
         done: Future = Future()
         self._calls.put((action, done))
-        end = time.monotonic() + LIMITS[what]
-        hurried = False
-        while not done.done() and time.monotonic() < end:
-            if not hurried and hurry():
-                hurried, end = True, min(end, time.monotonic() + LIMITS["hurry"])
-            wait([done], timeout=0.1)
+        begin, left = time.monotonic(), TIMEOUTS[what]
+        while not done.done() and left > 0:
+            wait([done], timeout=min(left, 0.1))
+            left = begin + TIMEOUTS[what] - time.monotonic()
+            if (moment := signalled()) is not None:
+                left = min(left, max(begin, moment) + TIMEOUTS["signal"] - time.monotonic())
         if not done.done():
-            problem = "a signal has come first" if hurried else f"no answer within {LIMITS[what]} seconds"
+            problem = "a signal has come first" if signalled() else f"no answer within {TIMEOUTS[what]} seconds"
         elif (error := done.exception()) is not None:
             problem = _one_line(error)
         else:
             return done.result()
         self.run = None
         _ignore_its_exit_handlers()
-        self.warn(
-            f"warning: wandb failed ({what}: {problem}); the run goes on without it, metrics.jsonl has everything"
-        )
+        log.warning(f"wandb failed ({what}: {problem}); the run goes on without it, metrics.jsonl has everything")
         return None
 
     def _work(self) -> None:
@@ -121,7 +116,7 @@ class Tracker:
 
 
 def _ignore_its_exit_handlers() -> None:
-    """wandb's own exit handler fails like all else once its helper process is gone: of that there was a warning."""
+    """wandb's own exit handler fails too once its helper process is gone; there was a warning."""
     before = sys.unraisablehook
 
     def hook(failed) -> None:
@@ -135,37 +130,39 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def wandb_mode(wanted: str) -> str:
-    """online | offline | disabled: what is wanted, but never a login prompt."""
-    mode = os.environ.get("WANDB_MODE") or wanted
-    if mode != "online" or os.environ.get("WANDB_API_KEY"):
-        return mode
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
+def why_offline() -> str | None:
+    """Why wandb cannot log online, by its own reading of environment, netrc and settings; None where it can. Without
+    credentials wandb.init would wait for someone to type them."""
+    from wandb.errors import AuthenticationError
+    from wandb.sdk import wandb_setup
+    from wandb.sdk.lib.wbauth import authenticate_session
+
+    host = wandb_setup.singleton().settings.base_url
     try:
-        return "online" if netrc.netrc(os.environ.get("NETRC")).authenticators(host) else "offline"
-    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
-        return "offline"
+        found = authenticate_session(host=host, source="run.py", prompt=False, update_session=False)
+    except (AuthenticationError, OSError, ValueError) as error:
+        return f"the credentials for {host} cannot be used: {_one_line(error)}"
+    return None if found else f"nobody is logged in at {host}; `wandb login` does that"
 
 
 class RunLogger:
-    """metrics.jsonl always, wandb where it is wanted; silent on every rank but 0. A context: at its end, whatever
-    brings it about, the log is closed with the exit code that the program will have.
+    """metrics.jsonl always, wandb where it is wanted, on rank 0. A context: at its end, whatever causes it, the log is
+    closed with the exit code that the program will have.
 
     Args:
         folder: where metrics.jsonl and wandb/ go.
-        is_main: whether this is rank 0.
     """
 
-    def __init__(self, folder: Path, is_main: bool):
-        self.folder, self.is_main = folder, is_main
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.started = time.time()
         self.file = None
-        self.tracker = Tracker(self.say)
+        self.tracker = Tracker()
         self.interrupted = False  # whether a signal has stopped the run
-        self.hurry: Callable[[], bool] = lambda: False  # whether nothing may be waited for any more
+        self.signalled: Callable[[], float | None] = lambda: None  # when a signal has come (time.monotonic)
 
     def open(self, config: dict, wandb_id: str | None = None) -> str | None:
-        """Opens the log of a run with this configuration, on rank 0; returns the id that wandb gives it.
+        """Opens the log of a run with this configuration; returns the id that wandb gives it. Called on rank 0 only.
 
         wandb_id: of the run that is being continued, so that its curves go on.
         Raises UserError where the folder cannot be written to.
@@ -177,16 +174,8 @@ class RunLogger:
             self.file = path.open("a", encoding="utf-8", buffering=1)
             if torn:
                 self.file.write("\n")  # a job that died has left half a line
-        mode = "disabled" if config["debug"] else wandb_mode(config["wandb"])
+        mode = "disabled" if config["debug"] else os.environ.get("WANDB_MODE") or config["wandb"]
         return self.tracker.start(mode, config, self.folder, wandb_id)
-
-    def say(self, text: str) -> None:
-        """A line for the person who watches, above the progress bars."""
-        if self.is_main:
-            from tqdm import tqdm
-
-            with suppress(OSError):  # a log on a full disk
-                tqdm.write(text, file=sys.stderr)
 
     def log(self, event: str, **values) -> None:
         """One line of metrics.jsonl: {"event", "time" (seconds since the run started), ...values}.
@@ -206,17 +195,17 @@ class RunLogger:
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if self.file is not None:
-            with suppress(OSError):  # of what a full disk has kept from being written there was a complaint already
+            with suppress(OSError):  # a full disk: there was an error already
                 self.file.close()
         code = 0 if kind is None else 2 if issubclass(kind, UserError) else 1
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             code = 128 + signal.SIGINT
-        self.tracker.finish(code, self.interrupted, self.hurry)
+        self.tracker.finish(code, self.interrupted, self.signalled)
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl, none where there is no such file; lines that a job left half written are passed
-    over, and what is no record. Raises UserError."""
+    """The records of a metrics.jsonl, none where there is no such file; lines that a job left half-written, and others
+    that are no record, are skipped. Raises UserError."""
     if reason := why_unreadable(path):
         raise UserError(f"cannot read {path}: {reason}")
     records = []

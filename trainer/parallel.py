@@ -10,7 +10,7 @@ between. What that costs is room for the whole weights and for one whole gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,11 @@ from transformers import AutoModelForCausalLM
 
 from coconut import Coconut
 from config import Config
-from methods import make_model
 from model import lora
 from model.backbone import decoder_blocks
-from model.kv_cache import checkpoint_blocks
+from model.checkpointing import checkpoint_blocks
 from trainer.distributed import World, on_every_rank, on_main_rank
-from trainer.pretrained import Pretrained, load_model, shape_of
+from trainer.pretrained import Pretrained, load_model, make_model, shape_of
 from utils import UserError
 
 BYTES_PER_PARAMETER = 16  # float32 weights, gradients, and AdamW's two averages
@@ -59,8 +58,8 @@ def load(config: Config, world: World, source: Path | None) -> Pretrained:
             decoder = AutoModelForCausalLM.from_config(decoder_config, dtype=decoder_config.dtype)
             model.attach(decoder, config.step_decoder_weight)
         if config.lora_rank is not None:
-            lora.add(base, config.lora_rank, config.lora_alpha)
-    model.recomputes = recomputes
+            lora.add(base, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    model.backbone.recomputes = recomputes
     wrap_blocks(model, config)
     _shard(model, config)
     _fill(model, whole[0][0] if world.is_main else None, world)
@@ -138,7 +137,7 @@ def _shape(model: Coconut, tokenizer, markers) -> tuple:
     base_config, decoder_config = ([part.base_causallm.config for part in parts_of(model)] + [None])[:2]
     return (
         *(base_config, decoder_config, model.base_causallm.generation_config),
-        *(tokenizer, markers, model.recomputes),
+        *(tokenizer, markers, model.backbone.recomputes),
     )
 
 
@@ -196,33 +195,51 @@ def wrap(model: Coconut, world: World) -> nn.Module:
         model,
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
         forward_sync_buffers=False,  # no model has buffers that training changes
-        find_unused_parameters=model.leaves_parameters_out,  # it would wait for their gradients
+        find_unused_parameters=model.backbone.leaves_parameters_out,  # it would wait for their gradients
         gradient_as_bucket_view=True,
     )
 
 
 @contextmanager
 def sync_gradients(wrapped: nn.Module, now: bool) -> Iterator[None]:
-    """Around the forward and backward of a micro-batch: whether the ranks average their gradients at its end. Inside
-    accumulation they do not, and nothing is sent."""
+    """Around the forward and backward of a micro-batch: whether the ranks average their gradients in its backward.
+    Inside accumulation they do not, and nothing is sent."""
     if isinstance(wrapped, DistributedDataParallel) and not now:
         with wrapped.no_sync():
             yield
-        return
-    if isinstance(wrapped, FSDPModule):
-
-        def meet(yes: bool) -> None:
-            wrapped.set_requires_gradient_sync(yes)
-            wrapped.set_reshard_after_backward(yes)
-
-        # each pass over a block ends with its gradients: they wait until the backward pass has come to the first span
-        meet(False)
-        for decoder in parts_of(wrapped)[1:]:  # runs once, and all of its backward pass comes before the latents'
-            decoder.set_requires_gradient_sync(now)
-            decoder.set_reshard_after_backward(now)
+    elif isinstance(wrapped, FSDPModule):
         wrapped.set_is_last_backward(now)
-        wrapped.before_first_span = (lambda: meet(True)) if now else None
-    yield
+        for part in parts_of(wrapped):
+            # the step decoder runs once, and all of its backward comes before the latents'; each pass over a block of
+            # the model ends with its gradients, which wait until the backward has come to the first pass
+            _sync_blocks(part, now and part is not wrapped)
+        with _after_first_pass(wrapped, lambda: _sync_blocks(wrapped, True)) if now else nullcontext():
+            yield
+    else:
+        yield
+
+
+def _sync_blocks(part: Coconut, now: bool) -> None:
+    part.set_requires_gradient_sync(now)
+    part.set_reshard_after_backward(now)
+
+
+@contextmanager
+def _after_first_pass(model: Coconut, action: Callable[[], None]) -> Iterator[None]:
+    """Calls `action` when the backward inside has come to the first call of the decoder inside, and so to the last
+    gradients of its blocks."""
+
+    def hook(_, __, output) -> None:
+        handle.remove()
+        hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: action())
+
+    handle = model.backbone.decoder.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def weights_are_finite(model: nn.Module) -> bool:

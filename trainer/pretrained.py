@@ -10,10 +10,13 @@ import copy
 import pickle
 import re
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
@@ -27,18 +30,20 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+import methods
 from coconut import Coconut
-from config import WITH_LATENTS, Config
+from config import Config, modern
 from curriculum import END, LATENT, START, Markers
-from methods import make_model
+from methods import rules_of
 from methods.sim_cot import SimCot
 from model import lora
 from model.thought import Thought
 from trainer.check_family import check_family
 from utils import UserError, read_object
 
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # of which each kind of tokenizer has one
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # each kind of tokenizer has at least one of them
 THOUGHT_FILE = "thought.safetensors"
+HUB_TIMEOUT = 5  # seconds
 
 
 class Pretrained(NamedTuple):
@@ -49,19 +54,22 @@ class Pretrained(NamedTuple):
     markers: Markers
 
 
+def make_model(config: Config, base: PreTrainedModel, markers: Markers) -> Coconut:
+    """A causal LM as the configuration trains it."""
+    tokens, parts = (markers.latent, markers.start, markers.end, markers.eos), methods.parts_of(config)
+    return parts.model(base, *tokens, thought=config.thought, **parts.options)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Loading
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def load_model(
-    config: Config, source: Path | None, cached: bool = False, model_class: type[Coconut] | None = None
-) -> Pretrained:
-    """From `source` where it is given (see `load_path.resolve`), else from config.model_id.
+def load_model(config: Config, source: Path | None, cached: bool = False) -> Pretrained:
+    """Loads `source` (see `run_folder.resolve`), or config.model_id where it is None.
 
-    For a method with latents the tokenizer gets the three markers and the model an embedding row for each, where they
-    have none yet. `cached`: what is on the hub has been downloaded already, and the hub need not be asked.
-    `model_class`: default, what the configuration trains with.
+    For a method with latents the tokenizer gets the three markers, and the model an embedding row for each, unless they
+    have them already. `cached`: files of the hub have been downloaded, and the hub is not asked.
     Raises UserError where names or shapes do not fit the model that model_id names.
     """
     folder = source if source is not None and source.is_dir() else None
@@ -69,17 +77,19 @@ def load_model(
     dtype = torch.bfloat16 if config.bf16_weights else torch.float32
     try:
         if config.from_scratch and source is None:
-            base = AutoModelForCausalLM.from_config(shape_of(config, source, cached), dtype=dtype)
+            trust = getattr(config, "trust_remote_code", False)
+            shape = shape_of(config, source, cached)
+            base = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=trust)
         else:
             if folder is not None:
-                _check_same_shape(config.model_id, folder)
-            base, report = AutoModelForCausalLM.from_pretrained(
-                folder or config.model_id, dtype=dtype, output_loading_info=True, local_files_only=cached
-            )
+                _check_same_shape(config, folder)
+            options = {"dtype": dtype, "output_loading_info": True}
+            options |= hub_options(config, folder or config.model_id, cached)
+            base, report = AutoModelForCausalLM.from_pretrained(folder or config.model_id, **options)
             _check_names(folder or config.model_id, report["missing_keys"], report["unexpected_keys"] if folder else ())
     except UserError:
         raise
-    except Exception as error:  # whatever the hub, a damaged file or a family that lacks a package makes of it
+    except Exception as error:  # of the hub, a damaged file or a family that needs another package
         raise not_loadable("load_model_path" if folder else "model_id", folder or config.model_id, error) from None
     has_marker_rows = False
     if source is not None and folder is None:
@@ -92,25 +102,26 @@ def load_model(
         markers = mark(tokenizer, config.method)
     base.config.use_cache = True
     _stop_at(base, markers.eos)
-    model = make_model(config, base, markers, model_class)
+    model = make_model(config, base, markers)
     if folder is not None:
         _load_thought(model.thought, config.thought, folder)
     check_family(model)
     if isinstance(model, SimCot):
         model.attach(_load_step_decoder(config, base, folder, cached), config.step_decoder_weight)
-    lora.apply_lora(base, config.lora_rank, config.lora_alpha, folder)
+    lora.apply_lora(base, config.lora_rank, config.lora_alpha, folder, config.lora_dropout)
     return Pretrained(model, tokenizer, markers)
 
 
 def _load_step_decoder(config: Config, base: PreTrainedModel, folder: Path | None, cached: bool) -> PreTrainedModel:
-    """A causal LM of its own, without the markers' rows where it is not a copy. A restart then gives it the weights
-    that it had come to (`checkpoint.load_step_decoder`)."""
+    """A causal LM with weights of its own; a pretrained one has no rows for the markers. A restart then loads the
+    weights of the checkpoint (`checkpoint.load_step_decoder`)."""
     if config.step_decoder == "copy":
         decoder = copy.deepcopy(base)
         lora.apply_lora(decoder, None, 0, folder)  # of a base with updates: with them in its weights
         return decoder
     try:
-        return AutoModelForCausalLM.from_pretrained(config.model_id, dtype=base.dtype, local_files_only=cached)
+        options = hub_options(config, config.model_id, cached)
+        return AutoModelForCausalLM.from_pretrained(config.model_id, dtype=base.dtype, **options)
     except Exception as error:
         raise not_loadable("model_id", config.model_id, error) from None
 
@@ -125,7 +136,7 @@ def _stop_at(base: PreTrainedModel, eos: int) -> None:
 
 
 def _load_thought(thought: Thought, spelling: str, folder: Path) -> None:
-    """What the thought had learnt in a checkpoint. Other folders have none of it: it starts anew."""
+    """Loads the thought's weights from a checkpoint; from other folders it keeps its initial ones."""
     path, own = folder / THOUGHT_FILE, thought.state_dict()
     if not path.is_file():
         if own and (read_description(folder) or {}).get("thought") == spelling:
@@ -145,21 +156,22 @@ def _load_thought(thought: Thought, spelling: str, folder: Path) -> None:
 
 
 def shape_of(config: Config, source: Path | None, cached: bool = False) -> PreTrainedConfig:
-    """The model's own configuration. Raises UserError where it is not to be had."""
+    """The model's own configuration. Raises UserError where it cannot be loaded."""
     where = source if source is not None and source.is_dir() else config.model_id
     try:
-        return AutoConfig.from_pretrained(where, local_files_only=cached)
+        return AutoConfig.from_pretrained(where, **hub_options(config, where, cached))
     except Exception as error:
         raise not_loadable("model_id", where, error) from None
 
 
-def _check_same_shape(model_id: str, folder: Path) -> None:
-    """A checkpoint of another model than model_id is a mistake. Without model_id at hand the checkpoint is believed."""
+def _check_same_shape(config: Config, folder: Path) -> None:
+    """Raises UserError where the checkpoint is of another model than model_id, if that is on this machine."""
+    model_id, options = config.model_id, hub_options(config, folder)
     try:
-        wanted = AutoConfig.from_pretrained(model_id, local_files_only=True)
+        wanted = AutoConfig.from_pretrained(model_id, **options | {"local_files_only": True})
     except (OSError, ValueError):
         return
-    found = AutoConfig.from_pretrained(folder)
+    found = AutoConfig.from_pretrained(folder, **options)
     names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads")
     differ = [name for name in names if getattr(wanted, name, None) != getattr(found, name, None)]
     if differ:
@@ -182,10 +194,7 @@ def _check_names(source, missing, unexpected, mismatched=(), what: str = "model"
 
 
 def read_description(folder: Path) -> dict | None:
-    """coconut.json of a checkpoint folder; None where there is none (other Hugging Face folders, reference files).
-
-    Raises UserError where it is damaged.
-    """
+    """coconut.json of a checkpoint folder; None for other Hugging Face folders. Raises UserError if it is damaged."""
     path = folder / "coconut.json"
     if not path.is_file():
         return None
@@ -198,7 +207,7 @@ def read_description(folder: Path) -> dict | None:
         problems.append(f"validated_on must be an object, not {description['validated_on']!r}")
     if problems:
         raise UserError(f"{path} is damaged: {'; '.join(problems)}")
-    return description
+    return modern(description)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -207,26 +216,29 @@ def read_description(folder: Path) -> dict | None:
 
 
 def load_tokenizer(config: Config, folder: Path | None = None, cached: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint's folder, where it has one, else of config.model_id. Raises UserError."""
+    """The tokenizer of a checkpoint's folder if it holds one, else of config.model_id. Raises UserError."""
     has_one = folder is not None and any(
         (folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
     )
     source, key = (folder, "load_model_path") if has_one else (config.model_id, "model_id")
     try:
-        tokenizer = read_tokenizer(source, local_files_only=cached)
+        tokenizer = read_tokenizer(source, **hub_options(config, source, cached))
     except UserError as error:
         raise UserError(f"{key} {error}") from None
     except Exception as error:
         raise not_loadable(key, source, error) from None
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {source} has no EOS token, without which no answer ends")
+        raise UserError(f"the tokenizer of {source} has no EOS token, and an answer ends with one")
     return tokenizer
 
 
 def read_tokenizer(source: str | Path, **options) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id, as the class that is declared there: of some families, such as Qwen2,
-    transformers makes its own class whatever is declared, and that one loses the words of another vocabulary. Raises
-    UserError where a folder has none: transformers makes an empty one."""
+    """The tokenizer of a folder or hub id, in the class that its files declare.
+
+    For some families, such as Qwen2, transformers ignores the declaration, and its own class drops the words of another
+    vocabulary. Raises UserError where a folder has no tokenizer; transformers would make an empty one.
+    """
+    options = {"trust_remote_code": False} | options
     if Path(source).is_dir() and not any(next(Path(source).glob(files), None) for files in TOKENIZER_FILES):
         raise UserError(f"{source} has no tokenizer")
     declared = get_tokenizer_config(str(source), **options).get("tokenizer_class")
@@ -234,21 +246,50 @@ def read_tokenizer(source: str | Path, **options) -> PreTrainedTokenizerBase:
     return (PreTrainedTokenizerFast if as_it_is else AutoTokenizer).from_pretrained(source, **options)
 
 
+def hub_options(config: Config, source: str | Path, cached: bool = False) -> dict:
+    """Options of transformers' from_pretrained: a hub that does not answer is not asked for each file, and a model's
+    own code runs only if config.trust_remote_code allows it. With None transformers would ask on standard input."""
+    is_local = cached or Path(source).is_dir() or hub_problem() is not None
+    return {"local_files_only": is_local, "trust_remote_code": getattr(config, "trust_remote_code", False)}
+
+
+@cache
+def hub_problem() -> str | None:
+    """Why the hub cannot be reached, or None. It is asked once: transformers tries for minutes, file by file."""
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except Exception as error:  # of the HTTP library, a proxy or a certificate
+        return f"{constants.ENDPOINT}: {error or type(error).__name__}"
+    return None
+
+
 def not_loadable(key: str, source, error: Exception) -> UserError:
-    """That transformers found nothing it can load where `key` points; with the hub's last answer, where it gave one."""
-    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if not isinstance(error, (OSError, ValueError)):
-        first_line = f"{type(error).__name__}: {first_line}"
-    status = _http_status(error)
-    said = f"; the hub's last answer was HTTP {status}" if status is not None else ""
-    return UserError(
-        f"{key} {str(source)!r} cannot be loaded: it is neither a whole local Hugging Face folder nor to be had from "
-        f"the hub ({first_line}{said})"
-    )
+    """The error for a model that transformers cannot load from where `key` points; it begins with the reason."""
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if "trust_remote_code" in str(error):
+        reason = "it has Python code of its own: read that code, and set trust_remote_code: true to run it"
+    elif isinstance(error, ImportError):
+        reason = f"it needs a package that is not installed: {reason}"
+    else:
+        if not isinstance(error, (OSError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
+        status = _http_status(error)
+        if status is not None:
+            reason += f"; the hub's last answer was HTTP {status}"
+        elif Path(source).is_dir():
+            reason += " (the folder must be a whole Hugging Face model)"
+        elif problem := hub_problem():
+            reason = f"it has not been downloaded, and the hub does not answer ({problem}); without a network, "
+            reason += "download it elsewhere and set HF_HUB_OFFLINE=1, or name a local folder"
+        else:
+            reason += " (it is no local folder; on the hub it must be a whole Hugging Face model)"
+    return UserError(f"{key} {str(source)!r} cannot be loaded: {reason}")
 
 
 def _http_status(error: BaseException | None) -> int | None:
-    """Of the answer that lies behind an exception: transformers says it could not connect, whatever the hub said."""
+    """The status of the hub's answer that caused an exception: transformers reports any of them as no connection."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -260,9 +301,9 @@ def _http_status(error: BaseException | None) -> int | None:
 
 
 def mark(tokenizer, method: str) -> Markers:
-    """The ids of the markers, for the methods that have them; the tokenizer gets those that it lacks, in the
-    reference's order."""
-    if method not in WITH_LATENTS:
+    """The ids of the markers; a tokenizer without them gets them in the reference's order. All but EOS are None for
+    methods without latents."""
+    if not rules_of(method).has_latents:
         return Markers(None, None, None, tokenizer.eos_token_id)
     tokenizer.add_tokens([START, END, LATENT])
     start, end, latent = tokenizer.convert_tokens_to_ids([START, END, LATENT])
@@ -273,9 +314,9 @@ def mark(tokenizer, method: str) -> Markers:
 def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True, distinct: bool = False) -> Markers:
     """Adds the markers that tokenizer and model lack; the order of the rows is the reference's.
 
-    A new row, of the input and of the output embedding, tied or not, starts as that of "<<" where the tokenizer has
-    it as one token, else as the mean row, and where they must be `distinct`, as one drawn around the mean row with the
-    deviations of all; unless `initialise` is off, because the rows have been loaded.
+    A new row of the input and of the output embedding, tied or not, starts as a copy of the row of "<<" if the
+    tokenizer has that token, else as the mean row. `distinct`: it is drawn from a normal distribution with the mean and
+    the deviation of all rows. `initialise` is off for rows that have been loaded.
     """
     known = min(len(tokenizer), base.get_input_embeddings().weight.shape[0])
     missing = [marker for marker in (START, END, LATENT) if marker not in tokenizer.get_vocab()]
@@ -303,27 +344,26 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True, disti
 
 
 def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: int) -> bool:
-    """Loads what the reference saved with torch.save: a state dict of the bare model or of its Coconut wrapper.
+    """Loads a file that the reference saved with torch.save: a state dict of the bare model or of its Coconut wrapper.
 
-    Its embeddings have the vocabulary's rows or, trained with latents, `rows_with_markers`, to which the model is then
-    resized. Returns whether the file held the markers' rows.
+    Its embeddings have the vocabulary's rows or, trained with latents, `rows_with_markers`; the model is then resized.
+    Returns whether the file held the markers' rows.
     """
     try:
         # files of before torch 1.6 are no archives, and cannot be mapped into memory
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} is no file of weights, or one that holds more than tensors, which may run code of its own"
+            f"{path} is no file of weights, or it holds objects that are no tensors, and these could run code"
         ) from None
-    except Exception as error:  # torch raises whatever the unpickler meets
+    except Exception as error:  # torch passes on whatever the unpickler raises
         raise UserError(
             f"{path} is no file of weights: {next(iter(str(error).splitlines()), type(error).__name__)}"
         ) from None
-    if (
-        not isinstance(saved, dict)
-        or not saved
-        or not all(isinstance(name, str) for name in saved)
-        or not all(isinstance(value, torch.Tensor) and value.layout == torch.strided for value in saved.values())
+    pairs = saved.items() if isinstance(saved, dict) else ()
+    if not pairs or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        for name, value in pairs
     ):
         raise UserError(f"{path} is no state dict: it must map names to tensors, and to dense ones")
     saved = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in saved.items()}

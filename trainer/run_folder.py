@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import yaml
 
-from utils import UserError, as_json, parse_json, why_unreadable, write_whole
+from utils import UserError, parse_json, why_unreadable, write_whole
 
-ENDED = "ended.json"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>[^:]+)")
 
 
@@ -38,8 +38,8 @@ def run_of(load_model_path: str) -> Path:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, but for obviously damaged ones (see `checkpoint.damage`). Anything else
-    in the folder is a stranger, and left alone."""
+    """The checkpoints of a run, oldest first, but for obviously damaged ones (see `checkpoint.damage`). Unrelated files
+    are ignored."""
     needed = ("coconut.json", "trainer/state.json")
     return [path for path in run_checkpoints(run_dir) if all((path / name).is_file() for name in needed)]
 
@@ -59,26 +59,13 @@ def is_of_finished_epoch(path: Path) -> bool:
 
 
 def has_ended(newest: Path, num_epochs: int) -> bool:
-    """Whether the run whose newest checkpoint this is has done so many epochs: with save_only_improve the last ones may
-    have left none, and `note_end` has noted it."""
-    if newest.name == f"checkpoint_{num_epochs}":
-        return True
-    try:
-        noted = parse_json((newest.parent / ENDED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return noted == {"epochs": num_epochs, "newest": newest.name}
-
-
-def note_end(run_dir: Path, num_epochs: int) -> None:
-    """Notes that a run has done all of its epochs, where its checkpoints do not say so."""
-    found = checkpoints(run_dir)
-    if found and not has_ended(found[-1], num_epochs):
-        write_whole(run_dir / ENDED, as_json({"epochs": num_epochs, "newest": found[-1].name}))
+    """Whether the run whose newest checkpoint this is has finished so many epochs: with save_only_improve the newest is
+    one for a restart where the last epoch has not improved."""
+    return newest.name.partition("_step_")[0] == f"checkpoint_{num_epochs}"
 
 
 def rating(path: Path) -> tuple[int, float] | None:
-    """(stage, validation accuracy) of a checkpoint; None where it does not say, or is damaged."""
+    """(stage, validation accuracy) of a checkpoint; None where they are missing, or damaged."""
     try:
         stage = parse_json((path / "coconut.json").read_text(encoding="utf-8"))["stage"]
         accuracy = parse_json((path / "metrics.json").read_text(encoding="utf-8"))["accuracy"]
@@ -89,7 +76,7 @@ def rating(path: Path) -> tuple[int, float] | None:
 
 def best(run_dir: Path) -> Path | None:
     """The checkpoint with the best validation accuracy of the latest stage, of several the latest: earlier stages have
-    steps written, and are easier. None where none says how good it is."""
+    steps written, and are easier. None where no checkpoint has an accuracy."""
     rated = [(path, rating(path)) for path in reversed(checkpoints(run_dir)) if is_of_finished_epoch(path)]
     return max((pair for pair in rated if pair[1] is not None), key=lambda pair: pair[1], default=(None, None))[0]
 
@@ -122,6 +109,12 @@ def resolve(load_model_path: str, cached: bool = False) -> Path:
     )
 
 
+def check_checkpoint(source: str) -> None:
+    """Raises the UserError of a path that holds no checkpoint, before a command imports torch. A hub id passes."""
+    if os.path.exists(source) or not HUB_ID.fullmatch(source):
+        resolve(source)
+
+
 def _chosen(load_model_path: str, run: Path, which: str) -> Path:
     there = [path.name.removeprefix("checkpoint_") for path in checkpoints(run) if is_of_finished_epoch(path)]
     if not there:
@@ -129,11 +122,11 @@ def _chosen(load_model_path: str, run: Path, which: str) -> Path:
     if which == "best":
         if found := best(run):
             return found
-        raise UserError(f"load_model_path {load_model_path!r}: no checkpoint of {run} says how accurate it is")
+        raise UserError(f"load_model_path {load_model_path!r}: no checkpoint of {run} has a validation accuracy")
     if which not in there:
         raise UserError(
-            f"load_model_path {load_model_path!r}: after the @ comes best, or after how many epochs, of which {run} "
-            f"has {', '.join(there)}"
+            f"load_model_path {load_model_path!r}: after the @ comes best, or a number of epochs; {run} has "
+            f"{', '.join(there)}"
         )
     return run / f"checkpoint_{which}"
 
@@ -153,7 +146,7 @@ def _downloaded(load_model_path: str, cached: bool) -> Path:
         return Path(hf_hub_download(spelled["repo"], spelled["file"], local_files_only=cached))
     except (OSError, ValueError, EntryNotFoundError) as error:  # no connection, a wrong name, what the hub answers
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"load_model_path {load_model_path!r} cannot be had from the hub: {reason}") from None
+        raise UserError(f"load_model_path {load_model_path!r} cannot be downloaded from the hub: {reason}") from None
 
 
 def write_config(values: dict, folder: Path, world_size: int, hardware: str = "unknown") -> None:

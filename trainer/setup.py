@@ -1,15 +1,15 @@
-"""What the steps of a run share, and how it is made ready: model, data, log."""
+"""What the steps of a run share, and how a run is set up: model, data, log."""
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 import curriculum
 import dataset
@@ -17,22 +17,22 @@ from config import Config
 from dataset import Data
 from trainer import distributed as ranks
 from trainer import evaluate, parallel
-from trainer.distributed import Interruption, World
+from trainer.checkpoint import Progress
+from trainer.distributed import StopSignal, World
 from trainer.logger import RunLogger
 from trainer.pretrained import Pretrained
 from trainer.run_folder import write_config
 from trainer.throughput import Throughput
-from trainer.trainer_state import Progress
-from utils import UserError
+from utils import UserError, log, seed_everything
 
 
 class Step(NamedTuple):
-    """A step that has not been written to the log: what is still on the device, and what it was made of."""
+    """A step that has not been written to the log yet; its losses are still on the device."""
 
     loss: torch.Tensor  # this rank's share, scalar
     lr: float
     stage: int
-    passes: list[tuple[list[int], torch.Tensor]]  # (examples, weighted loss) of each of this rank's micro-batches
+    examples: list[int]  # of all ranks
     auxiliary: torch.Tensor | None = None  # this rank's share of what a method adds to the loss, scalar
 
 
@@ -46,12 +46,13 @@ class Run:
     sets: dict[str, Data]  # by the names of val_path; of the name "" where that is a single path
     logger: RunLogger
     progress: Progress
-    interruption: Interruption | None = None
+    stop: StopSignal | None = None
     throughput: Throughput | None = None
     wrapped: torch.nn.Module | None = None  # the model as it is called in training: DDP's, or the model itself
     optimizer: torch.optim.Optimizer | None = None
     unlogged: list[Step] = field(default_factory=list)  # since the last write to the log
     saved: Path | None = None  # the newest checkpoint
+    hashing: threading.Thread | None = None  # its `add_digests`, on rank 0
 
     @property
     def model(self) -> torch.nn.Module:
@@ -72,9 +73,9 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
 
     stage: of an eval-only run; those of a training run are its configuration's.
     """
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    ranks.seed_everything(config.seed)  # every rank makes the same new weights
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    seed_everything(config.seed)  # every rank makes the same new weights
     loaded = parallel.load(config, world, source)
     sets, by_set = {}, config.by_set()
     for name, one in by_set.items():
@@ -88,14 +89,15 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
     progress.data, progress.val = data.train_digest, data.val_digest
     if source is not None and not progress.step:
         progress.started_from = str(source)
-    logger = RunLogger(config.run_dir / "eval" if config.only_eval else config.run_dir, world.is_main)
-    # all ranks; before the log is opened: what fails from then on has to close it
+    logger = RunLogger(config.run_dir / "eval" if config.only_eval else config.run_dir)
+    # before the log is opened: what fails from then on has to close it
     ends = (max(progress.epoch, config.resume), config.num_epochs - 1)  # the longest reasoning, and the shortest
     stages = [curriculum.stage_of(config, epoch) for epoch in ends] if stage is None else [stage]
     for name, one in by_set.items():
-        look = partial(evaluate.warn_unscorable_answers, loaded.tokenizer, sets[name], one, stages)
-        for text in ranks.on_main_rank(world, look):
-            logger.say(f"warning: {text}")
+        with ranks.agree(world):  # all ranks
+            if world.is_main:
+                for text in evaluate.warn_unscorable_answers(loaded.tokenizer, sets[name], one, stages):
+                    log.warning(text)
 
     def open_log() -> str | None:
         values = dataclasses.asdict(config)
@@ -106,51 +108,31 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
     return Run(config, world, loaded, sets, logger, progress)
 
 
-def stage_to_evaluate(config: Config, description: dict) -> tuple[int, list[str]]:
-    """The checkpoint's own stage, unless `resume` names an epoch; and what there is to warn of.
-
-    A folder or file that says nothing of a stage, such as a file of the reference, is taken to be of the last one.
-    """
-    recorded, scheduled = description.get("stage"), curriculum.stage_of(config, config.resume)
-    if recorded is not None:
-        if config.resume and recorded != scheduled:
-            text = f"the checkpoint is of stage {recorded}, but resume {config.resume} asks for {scheduled}"
-            return scheduled, [text]
-        return recorded, []
-    if config.resume:
-        return scheduled, []
-    last = curriculum.stage_of(config, config.num_epochs - 1)
-    text = (
-        f"{config.load_model_path} does not say of which stage it is: it is evaluated at the last one of this "
-        f"configuration, {curriculum.stage_name(last)}; resume=EPOCH takes that of another epoch"
-    )
-    return last, [text] if last else []
-
-
 def announce(run: Run, newest: Path | None) -> None:
-    """Says what is about to happen."""
+    """Logs what is about to happen."""
     config, world, progress = run.config, run.world, run.progress
     accumulation, size = config.passes(world.size)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    say = run.logger.say
     how = "fsdp" if parallel.is_sharded(run.model) else "ddp" if world.size > 1 else "one process"
-    say(f"{config.name}: {config.method}, {parameters:,} parameters, on {world.size} x {world.device.type} ({how})")
-    say(
+    log.info(
+        f"{config.name}: {config.method}, {parameters:,} parameters, on {world.size} x {world.device.type} ({how})"
+    )
+    log.info(
         f"global batch {accumulation * world.size * size} = {world.size} ranks x "
         f"{size} examples x {accumulation} passes; {run.steps_per_epoch} steps an epoch, "
         f"{len(run.data.train)} training and {len(run.data.val)} validation examples"
     )
     if text := dataset.why_no_loader_processes(config):
-        say(f"warning: {text}")
+        log.warning(text)
     if newest is not None:
         within = f" and {progress.seen} examples" if progress.seen else ""
-        say(f"continuing from {newest}, after {progress.epoch} of {config.num_epochs} epochs{within}")
+        log.info(f"continuing from {newest}, after {progress.epoch} of {config.num_epochs} epochs{within}")
         if config.load_model_path is not None:
-            say("(load_model_path is where the run began; its own checkpoint is newer)")
+            log.info("(load_model_path is where the run began; its own checkpoint is newer)")
     elif progress.started_from is not None:
-        say(f"starting from the weights of {progress.started_from}")
+        log.info(f"starting from the weights of {progress.started_from}")
     if newest is None and progress.epoch:
         if config.load_model_path is None:
-            say("warning: resume skips epochs, but there is no load_model_path with a model that has had them")
+            log.warning("resume skips epochs, but there is no load_model_path with a model that has had them")
         stage = curriculum.stage_of(config, progress.epoch)
-        say(f"starting with epoch {progress.epoch}, stage {stage}, as resume says")
+        log.info(f"starting with epoch {progress.epoch}, stage {stage}, as resume says")

@@ -1,0 +1,52 @@
+"""PCCoT (arXiv 2506.18582): CODI with all latents at once, in T passes after the first.
+
+The authors have 24 latents in T = 3 passes, no projection, and compare the states of the decoder blocks alone, not the
+embeddings. With LoRA they train the markers' rows too, which is not done here.
+"""
+
+from __future__ import annotations
+
+import methods
+from methods import key
+
+
+class Method(methods.Method):
+    has_latents = True
+    has_stages = False
+    variant_of = "codi"
+    needs = ("codi", "parallel_latents")
+    defaults = {
+        **{"thought": "last", "latent_passes": "3", "c_thought": 1, "max_latent_stage": 24},
+        **{"distilled_layers": "blocks", "weight_decay": 0.01, "lora_dropout": 0.1},
+    }
+    distilled_layers: str = key(
+        "all",
+        "pccot: all | blocks: whether the distance is over the embeddings too, or over what the decoder blocks return",
+        choices=("all", "blocks"),
+        later=True,
+    )
+
+    @staticmethod
+    def problems(config) -> list[str]:
+        wrong = config.distilled_layers != "all" and config.method != "pccot"
+        return [f"distilled_layers is for method pccot, not {config.method}"] if wrong else []
+
+    @staticmethod
+    def options(config) -> dict:
+        first = {"all": 0, "blocks": 1}[config.distilled_layers]
+        return {"distillation": config.distillation, "first_layer": first}
+
+    @staticmethod
+    def older(values: dict) -> None:
+        """Method codi with passes."""
+        if values.get("method") == "codi" and str(values.get("latent_passes", "sequential")) != "sequential":
+            values["method"] = "pccot"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With torch
+# ---------------------------------------------------------------------------------------------------------------
+
+from methods.codi import Codi, TaughtDataset
+
+MODEL, DATASET = Codi, TaughtDataset

@@ -1,0 +1,66 @@
+"""Gradient checkpointing of decoder blocks that read and write a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+from torch import is_grad_enabled, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache
+
+from model.kv_cache import GrowingLayer
+
+
+def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Gradient checkpointing: the blocks keep their inputs only and run again in the backward pass.
+
+    transformers' own switches the cache off, and a latent pass without it would not see the columns before it.
+    """
+    for index, block in enumerate(blocks):
+        named = {getattr(module, "layer_idx", None) for module in block.modules()} - {None}
+        block.forward = partial(_checkpointed, block.forward, sorted(named) or [index])
+
+
+def _checkpointed(forward: Callable, indices: list[int], *args, **kwargs):
+    """One block's forward; `indices` are its layers in the cache."""
+    if not is_grad_enabled():
+        return forward(*args, **kwargs)
+    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+    layers = [cache.layers[index] for index in indices if index < len(cache.layers)] if cache is not None else []
+    begin = [_state_of(layer) for layer in layers]
+    replays = False
+
+    def run(*args):
+        nonlocal replays
+        with ExitStack() as stack:
+            if replays:
+                for layer, state in zip(layers, begin, strict=True):
+                    stack.enter_context(_replayed_from(layer, state))
+            replays = True
+            return forward(*args, **kwargs)
+
+    return checkpoint(run, *args, use_reentrant=False)
+
+
+def _state_of(layer) -> int | dict:
+    """What a layer of a cache holds at this moment."""
+    if isinstance(layer, GrowingLayer):
+        return layer.get_seq_length()
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
+
+
+@contextmanager
+def _replayed_from(layer, state: int | dict) -> Iterator[None]:
+    """Lets a pass that began so run again: it makes the same states, and then the layer holds what it held before."""
+    if isinstance(layer, GrowingLayer):
+        with layer.replayed_from(state):
+            yield
+        return
+    now = _state_of(layer)
+    layer.__dict__ = state  # states come in the place of others, none is written to
+    try:
+        yield
+    finally:
+        layer.__dict__ = now

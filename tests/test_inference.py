@@ -1,0 +1,149 @@
+"""Coconut.from_pretrained, ask, answers, save_pretrained, push_to_hub."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_model
+import torch
+
+from coconut import Coconut
+from config import Config
+from trainer import checkpoint, inference
+from trainer.pretrained import load_model
+from utils import UserError
+
+KEYS = {"method": "coconut", "thought": "projected", "c_thought": 2, "max_latent_stage": 3, "latent_markers": "none"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run's folder with two checkpoints, of stages 1 and 2."""
+    place = tmp_path_factory.mktemp("trained")
+    examples = [{"question": "<<3+4*5-6=7>>", "answer": "12", "steps": ["0 8 9"]}]
+    (place / "data.json").write_text(json.dumps(examples))
+    tiny_model.write_model([place / "data.json"], place / "tiny", "char", "llama", 32, 2, 2, 40, tied=False)
+    config = Config(model_id=str(place / "tiny"), from_scratch=True, **KEYS)
+    pretrained = load_model(config, None)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in pretrained.model.parameters():
+            parameter.mul_(8.0 if parameter.ndim > 1 else 1.0).add_(0.01 * torch.randn_like(parameter))
+    for epoch in (1, 2):
+        folder = place / "run" / f"checkpoint_{epoch}"
+        (folder / "trainer").mkdir(parents=True)
+        (folder / "trainer" / "state.json").write_text("{}")
+        checkpoint.write_model(folder, config, pretrained, epoch, pretrained.model.state_dict())
+    return place / "run"
+
+
+def test_a_question_in_three_lines(run):
+    model = Coconut.from_pretrained(str(run))
+    assert (model.stage, model.config.c_thought, model.training) == (2, 2, False)
+    ids = [*model.tokenizer("3+4\n")["input_ids"], *[model.markers.latent] * 4]
+    new = model.generate(torch.tensor([ids]), max_new_tokens=6)[0].tolist()
+    text = model.tokenizer.decode(new, skip_special_tokens=True)
+    assert text
+    assert model.ask("3+4", max_new_tokens=6) == text
+    assert model.ask("3+4", max_new_tokens=6, n_thoughts=1) != text
+    batch = model.answers(["3+4", "5*6-0"], max_new_tokens=6, show_thoughts=True)
+    assert batch[0]["output"] == text
+    assert [len(result["thoughts"]) for result in batch] == [4, 4]
+    assert model.ask("3+4", max_new_tokens=6, do_sample=True, top_k=1) == text
+
+
+def test_a_checkpoint_and_a_run_are_read(run):
+    assert Coconut.from_pretrained(run / "checkpoint_1").stage == 1
+    assert Coconut.from_pretrained(run).stage == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_saved_is_what_is_read(run, tmp_path, dtype):
+    model = Coconut.from_pretrained(run).to(dtype)
+    model.save_pretrained(tmp_path / "saved")
+    again = Coconut.from_pretrained(tmp_path / "saved")
+    assert again.markers == model.markers
+    assert again.stage == model.stage
+    for name, value in model.state_dict().items():
+        assert again.state_dict()[name].equal(value), name
+    assert again.ask("3+4") == model.ask("3+4")
+    with pytest.raises(UserError, match="is there already"):
+        again.save_pretrained(tmp_path / "saved")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_the_hub(run, tmp_path, monkeypatch):
+    uploaded, made = {}, []
+
+    class Api:
+        def __init__(self, token):
+            self.token = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            made.append((repo_id, private, self.token))
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path, commit_message=None):
+            uploaded.update({path.name: path.read_bytes() for path in folder_path.iterdir()})
+            return "https://hub/commit"
+
+    monkeypatch.setattr(inference, "HfApi", Api)
+    monkeypatch.setattr(inference, "hub_problem", lambda: None)
+    model = Coconut.from_pretrained(run)
+    assert model.push_to_hub("someone/coconut", commit_message="first") == "https://hub/commit"
+    assert {"coconut.json", "thought.safetensors", "model.safetensors", "tokenizer.json", "README.md"} <= set(uploaded)
+    for name, content in uploaded.items():
+        (tmp_path / name).write_bytes(content)
+    asked = []
+    monkeypatch.setattr(inference, "snapshot_download", lambda name, **how: asked.append((name, how)) or tmp_path)
+    assert Coconut.from_pretrained("someone/coconut", revision="v1").ask("3+4") == model.ask("3+4")
+    assert asked == [("someone/coconut", {"revision": "v1"})]
+    uploaded.clear()
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="someone/other", private=True)
+    assert "coconut.json" in uploaded
+    assert made == [("someone/coconut", None, None), ("someone/other", True, None)]
+    with pytest.raises(TypeError, match="private are options of push_to_hub=True"):
+        model.save_pretrained(tmp_path / "again", private=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("none", "'none' is no checkpoint"),
+        ("some/where/else", "'some/where/else' is no checkpoint"),
+        ("some/model", "checkpoint 'some/model' cannot be loaded: .*it is no local folder; on the hub"),
+        ("{tiny}", "lacks coconut.json"),
+        ("{exported}", "is what tools/export.py writes"),
+    ],
+)
+def test_what_is_no_checkpoint(run, tmp_path, monkeypatch, source, sentence):
+    monkeypatch.setattr("trainer.pretrained.hub_problem", lambda: None)
+    for name in ("config.json", "modeling_coconut.py"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=sentence):
+        Coconut.from_pretrained(source.format(tiny=run.parent / "tiny", exported=tmp_path))
+
+
+def test_thoughts_are_counted_where_there_are_some(run, tmp_path):
+    folder = tmp_path / "cot"
+    model = Coconut.from_pretrained(run)
+    model.config.method = "cot"
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match="this one is of method cot"):
+        model.ask("3+4", n_thoughts=2)
+    with pytest.raises(UserError, match="a mode is for models of method multi_mode"):
+        model.ask("3+4", mode="direct")
+
+
+def test_one_question_is_a_text(run):
+    """A list was a bare TypeError of str and list."""
+    with pytest.raises(TypeError, match=r"a question must be a str, not list: answers\(\[...\]\) takes several"):
+        Coconut.from_pretrained(run).ask(["3+4", "5"])
+
+
+def test_unknown_characters_are_named(run, caplog):
+    model = Coconut.from_pretrained(run)
+    model.answers(["3 + 4", "3+4"], max_new_tokens=1)
+    assert caplog.messages == []
+    model.ask("3x+4xy", max_new_tokens=1)
+    assert caplog.messages == ["warning: the tokenizer does not know 'xy' in the question '3x+4xy'"]

@@ -1,0 +1,152 @@
+"""README.md and docs/: their length, the files, commands and links that they name, and what they repeat."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from config import Config
+from tools import docs
+
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md", ROOT / "results" / "README.md"]
+CORE = ["run.py", "curriculum.py", "dataset.py", "coconut.py", "utils.py"]
+MADE = (
+    "checkpoints/",
+    "data/",
+    "exported/",
+    "pages/",
+    "tasks/",
+    "save_path/",
+    "results/mine",
+)  # by commands, not by us
+EXAMPLES = {"methods/gated.py", "methods/noisy.py"}  # files that docs/contributing.md shows
+EXTERNAL = {"pdb", "pip", "pytest", "venv"}  # modules of `python -m` that are not ours
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def commands(text: str) -> list[list[str]]:
+    """Each command of code blocks and of inline code, as words; a backslash continues a line."""
+    blocks = re.sub(r"\\\n\s*", "", text)
+    lines = re.findall(r"^ {4}(?:\$ )?(\S.*)$", blocks, re.MULTILINE) + re.findall(r"`([^`\n]+)`", blocks)
+    split = [part for line in lines for part in line.split(" && ")]
+    starts = ("python ", "torchrun ", "bash ", "sbatch ", "make ", "uv run ")
+    return [shlex.split(line, comments=True) for line in split if line.startswith(starts)]
+
+
+def problems_of(words: list[str]) -> list[str]:
+    """What in a command does not exist."""
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", read(ROOT / "Makefile"), re.MULTILINE)
+        return [f"make {word}" for word in words[1:] if word not in targets]
+    ours = r"[\w/]+\.(py|bash|sh)|slurm/\w+\.sbatch|(args|experiments)/[a-z]\w*\.yaml"  # NAME.yaml is any of them
+    missing = [word for word in words if re.fullmatch(ours, word) and not (ROOT / word).exists()]
+    if "-m" in words[:3]:
+        module = words[words.index("-m") + 1]
+        path = ROOT / module.replace(".", "/")
+        if module not in EXTERNAL and not (path.with_suffix(".py").exists() or (path / "__main__.py").exists()):
+            missing.append(module)
+    if "run.py" in words:
+        known = {*Config.__dataclass_fields__, "row", "key", "noise"}  # noise: a key of such a file
+        overrides = [word for word in words if re.match(r"\w+=", word)]
+        missing += [word for word in overrides if word.partition("=")[0] not in known]
+        (file,) = [word for word in words if word.endswith(".yaml") and word.startswith("args/")] or [None]
+        for row in [word.removeprefix("row=") for word in overrides if word.startswith("row=")]:
+            if row not in yaml.safe_load(read(ROOT / file))["rows"]:
+                missing.append(f"{file} row={row}")
+    return missing
+
+
+def test_readme_is_short_and_shows_a_training_first():
+    lines = read(README).splitlines()
+    assert len(lines) <= 200
+    assert any("torchrun" in line and "run.py args/" in line for line in lines[:24])
+
+
+def test_readme_names_the_core_and_it_is_short():
+    listed = re.findall(r"^\| \[`([\w.]+)`\]\(\1\) \| (\d+) \|", read(README), re.MULTILINE)
+    assert [file for file, _ in listed] == CORE
+    assert sum(int(count) for _, count in listed) <= 1300
+
+
+@pytest.mark.parametrize("path", docs.PAGES, ids=name_of)
+def test_counts_and_generated_blocks_are_up_to_date(path):
+    """`python -m tools.docs` updates them: line counts, the quickstart's table, the keys of Config."""
+    assert read(path) == docs.updated(path)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_commands_name_files_modules_rows_and_keys_that_exist(path):
+    assert [problem for words in commands(read(path)) for problem in problems_of(words)] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_links_resolve(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(path)):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (path.parent / file).resolve() if file else path
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in anchors(linked), target
+
+
+def anchors(path: Path) -> list[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", read(path), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_paths_in_code_exist(path):
+    for target in re.findall(r"`([\w.-]+/[\w./-]+\.\w+)`", read(path)):
+        assert (ROOT / target).exists() or target.startswith(MADE) or target in EXAMPLES or "/NAME." in target, target
+
+
+def test_functions_that_readme_and_docs_name_exist():
+    """README's 'where is ...', and the tests that docs/methods.md names."""
+    rows = re.findall(r"^\| [\w' ]+\? \| (.+?) \| (.+?) \|$", read(README), re.MULTILINE)
+    rows = [(re.findall(r"`([\w/]+\.py)`", files), re.findall(r"`([\w.]+)`", names)) for files, names in rows]
+    rows = [(files, [name for name in names if not name.endswith(".py")]) for files, names in rows if files]
+    assert len(rows) == 5
+    for files, names in rows:
+        named = set().union(*(defined(ROOT / file) for file in [*files, "run.py"]))
+        assert set(names) <= named, (files, set(names) - named)
+    tests = set().union(*(defined(path) for path in (ROOT / "tests").glob("test_*.py")))
+    for path in PAGES:
+        assert set(re.findall(r"`(test_\w+)`", read(path))) <= tests | {"test_path"}  # a key
+
+
+def defined(path: Path) -> set[str]:
+    """Names of a module's functions and classes; methods as Class.method."""
+    names = set()
+    for node in ast.parse(read(path)).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{each.name}" for each in node.body if isinstance(each, ast.FunctionDef)}
+    return names
+
+
+def test_every_page_is_in_the_index():
+    linked = set(re.findall(r"\]\(docs/(\w+\.md)\)", read(README)))
+    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_the_harness_recipe_fits_the_quickstarts_model():
+    """It asked for 128 new tokens of a model with 64 positions: lm-evaluation-harness refuses that."""
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", read(ROOT / "docs" / "export.md"), re.DOTALL)
+    longest = yaml.safe_load(read(ROOT / "args" / "machine.yaml"))["max_new_tokens"]
+    assert yaml.safe_load(recipe)["generation_kwargs"]["max_gen_toks"] == longest < 64

@@ -1,0 +1,111 @@
+"""Messages, results and files: what full disks, closed pipes, other ranks and odd file systems make of them."""
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+from contextlib import ExitStack
+
+import pytest
+from conftest import ROOT
+
+from utils import UserError, replaced, write_whole
+
+
+def program(text: str, shell: str = "{}", **environment) -> subprocess.CompletedProcess:
+    """Runs a program, in a line of the shell."""
+    command = shell.format(f"'{sys.executable}' -c '{text}'")
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": {**os.environ, **environment}}
+    return subprocess.run(["bash", "-o", "pipefail", "-c", command], check=False, **options)
+
+
+PRINTS = """
+import utils
+try:
+    for number in range(3):
+        utils.print_result(f"result {number}" + 70_000 * " ")
+except utils.UserError as error:
+    raise SystemExit(utils.print_error(error))
+"""
+
+
+def test_results_that_nobody_reads_end_nothing():
+    """G21: BrokenPipeError, or a traceback of the full disk, and exit code 1."""
+    read = program(PRINTS, "{} | head -c 8")
+    assert (read.returncode, read.stdout, read.stderr) == (0, "result 0", "")
+    full = program(PRINTS, "{} > /dev/full")
+    assert full.returncode == 2
+    assert full.stderr == "error: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_messages_are_printed_once(rank):
+    done = program('import utils; utils.log.warning("w"); utils.log.info("i")', RANK=rank, WORLD_SIZE="2")
+    assert done.stderr == ("warning: w\ni\n" if rank == "0" else "")
+
+
+def test_several_files_appear_together_or_not_at_all(tmp_path):
+    paths = [tmp_path / "new" / name for name in ("a", "b")]
+
+    def write(*texts: str) -> None:
+        with ExitStack() as together:
+            for path, text in zip(paths, texts, strict=True):
+                together.enter_context(replaced(path)).write_text(text)
+
+    write("1", "2")
+    with pytest.raises(TypeError):
+        write("3", None)
+    assert [path.read_text() for path in paths] == ["1", "2"]
+    assert len(list(paths[0].parent.iterdir())) == 2
+
+
+def test_a_link_is_written_through(tmp_path):
+    """It names where somebody wants the file to be."""
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    write_whole(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "elsewhere").read_text() == "text"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES, errno.EIO])
+def test_file_systems_that_do_not_sync_folders(tmp_path, monkeypatch, number):
+    """G6: on virtiofs, CIFS and WSL the first save ended the run, after an epoch. A broken disk still does."""
+    sync, refused = os.fsync, []
+
+    def refuse(handle: int, kind=stat.S_ISDIR) -> None:
+        if kind(os.fstat(handle).st_mode):
+            refused.append(handle)
+            raise OSError(number, os.strerror(number))
+        sync(handle)
+
+    def write() -> None:
+        with replaced(tmp_path / "folder", ()) as folder:
+            (folder / "file").write_text("text")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if number == errno.EIO:
+        with pytest.raises(UserError, match="folder cannot be written: Input/output error"):
+            write()
+    else:
+        write()
+        assert (tmp_path / "folder" / "file").read_text() == "text"
+    assert refused
+    monkeypatch.setattr(os, "fsync", lambda handle: refuse(handle, stat.S_ISREG))
+    with pytest.raises(UserError, match="file cannot be written"):
+        write_whole(tmp_path / "file", "text")
+    assert not (tmp_path / "file").exists()
+
+
+def test_a_folder_with_other_files_is_not_overwritten(tmp_path):
+    for name in ("config.json", "notes.txt"):
+        write_whole(tmp_path / "folder" / name, "")
+    with (
+        pytest.raises(UserError, match=r"is there already, and nothing of it is overwritten: it holds notes.txt"),
+        replaced(tmp_path / "folder", ("*.json",)),
+    ):
+        pass
+    write_whole(tmp_path / "file", "")
+    with pytest.raises(UserError, match="is there already, and is no folder"), replaced(tmp_path / "file", ()):
+        pass
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["config.json", "notes.txt"]

@@ -1,0 +1,73 @@
+"""Updates what the documentation repeats from elsewhere: line counts and the quickstart's table in README.md, and the
+keys in docs/configuration.md.
+
+    python -m tools.docs        # after a change of a key, of a file that README lists, or of results/quickstart.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+from config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNTED = re.compile(r"^(\| \[`([\w./]+\.py)`\]\(\2\) \| )\d+( \|)", re.MULTILINE)  # | [`run.py`](run.py) | 340 |
+
+
+def updated(path: Path) -> str:
+    """The text of a Markdown file with its counts and generated blocks as they should be."""
+    text = path.read_text(encoding="utf-8")
+    text = COUNTED.sub(lambda row: f"{row[1]}{len((ROOT / row[2]).read_text('utf-8').splitlines())}{row[3]}", text)
+    for name, make in BLOCKS.items():
+        begin, end = f"<!-- {name}: written by python -m tools.docs -->\n", f"<!-- end of {name} -->"
+        before, found, rest = text.partition(begin)
+        if found:
+            text = before + begin + make() + rest[rest.index(end) :]
+    return text
+
+
+def keys() -> str:
+    """Every key of Config as a row of a table."""
+    rows = [f"| `{field.name}` | {_default(field)} | {_cell(field.metadata['help'])} |" for field in _fields()]
+    return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows, ""])
+
+
+def quickstart() -> str:
+    """The table of results/quickstart.md."""
+    text = (ROOT / "results" / "quickstart.md").read_text(encoding="utf-8")
+    return "".join(line + "\n" for line in text.splitlines() if line.startswith("|"))
+
+
+def _fields() -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(Config)
+
+
+def _default(field: dataclasses.Field) -> str:
+    factory = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
+    return f"`{json.dumps(default)}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace(" | ", " / ").replace("|", "\\|")
+
+
+BLOCKS = {"keys": keys, "quickstart": quickstart}
+PAGES = (ROOT / "README.md", ROOT / "docs" / "configuration.md")
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for path in PAGES:
+        text = updated(path)
+        if text != path.read_text(encoding="utf-8"):
+            path.write_text(text, encoding="utf-8")
+            print(f"{path.relative_to(ROOT)} is updated")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Asking a trained model: from a folder or the hub, and into one. These are Coconut's methods that need files.
+
+A model that `load` returns has, beside coconut.Coconut's attributes: `tokenizer` (with the markers), `markers` (their
+ids), `config` (the keys that shape its sequences, `checkpoint.DESCRIBED`; the others have their defaults) and `stage`.
+
+Legend: B rows, K latents.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from coconut import Coconut
+from config import Config
+from curriculum import prompt
+from dataset import collate_prompts
+from trainer.checkpoint import DESCRIBED, write_model
+from trainer.evaluate import extract_answer, generate_tokens
+from trainer.pretrained import Pretrained, hub_problem, load_model, not_loadable, read_description
+from trainer.run_folder import HUB_ID, resolve
+from utils import UserError, replaced
+
+TOP = 5  # tokens shown for each thought
+MAX_THOUGHTS = 100_000  # of a model without a longest sequence
+CARD = """\
+# {name}
+
+A Coconut of method `{method}` at stage {stage} (chain of continuous thought, arXiv 2412.06769), for the trainer that
+saved it:
+
+    from coconut import Coconut
+
+    Coconut.from_pretrained("{name}").ask("...")
+"""
+log = logging.getLogger("coconut")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loading and saving
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load(source: str | Path, trust_remote_code: bool = False, **hub_options) -> Coconut:
+    """The model of a checkpoint, a run's folder or a hub id: see Coconut.from_pretrained."""
+    folder = _local_folder(source, hub_options)
+    description = read_description(folder)
+    if description is None:
+        raise UserError(f"{folder} lacks coconut.json, which describes the training: it is no checkpoint of run.py")
+    if lacking := [name for name in ("stage", "method") if name not in description]:
+        raise UserError(f"{folder / 'coconut.json'} is damaged: it lacks {' and '.join(lacking)}")
+    known = {name: description[name] for name in DESCRIBED if name in description}
+    config = Config(model_id=str(folder), only_eval=True, **known)
+    config.trust_remote_code = trust_remote_code
+    with suppress(OSError, ValueError):  # load_model raises them with a reason
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config.bf16_weights = shape.dtype == torch.bfloat16
+    model, tokenizer, markers = load_model(config, folder)
+    model.tokenizer, model.markers, model.config, model.stage = tokenizer, markers, config, description["stage"]
+    return model.eval()
+
+
+def save(
+    model: Coconut, folder: str | Path, push_to_hub: bool = False, repo_id: str | None = None, **hub_options
+) -> None:
+    """Writes what `load` reads, into a new folder that appears when it is whole, and uploads it if `push_to_hub`; the
+    default of repo_id is the folder's name. Raises UserError."""
+    if not push_to_hub and (hub_options or repo_id):
+        raise TypeError(f"{', '.join(['repo_id', *hub_options])} are options of push_to_hub=True")
+    with replaced(Path(folder), ()) as aside:
+        write_model(aside, model.config, _pretrained(model), model.stage, model.state_dict())
+    if push_to_hub:
+        push(model, repo_id or Path(folder).name, **hub_options)
+
+
+def push(model: Coconut, repo_id: str, private: bool | None = None, token: str | None = None, **upload_options) -> str:
+    """Uploads what `load` reads with a short model card; returns the commit's address. Errors are the hub's."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    data = ModelCardData(library_name="coconut", pipeline_tag="text-generation", tags=["coconut", "latent-reasoning"])
+    text = CARD.format(name=repo_id, method=model.config.method, stage=model.stage)
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        save(model, folder)
+        ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(folder / "README.md")
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **upload_options))
+
+
+def _pretrained(model: Coconut) -> Pretrained:
+    return Pretrained(model, model.tokenizer, model.markers)
+
+
+def _local_folder(source: str | Path, hub_options: dict) -> Path:
+    """The folder of a local checkpoint, or of the hub's downloaded files. Raises UserError."""
+    if os.path.exists(source) or not HUB_ID.fullmatch(str(source)):
+        return resolve(str(source))
+    try:
+        cached_only = {"local_files_only": True} if hub_problem() else {}
+        folder = snapshot_download(str(source), **cached_only | hub_options)
+    except Exception as error:  # of the hub or the connection
+        raise not_loadable("checkpoint", source, error) from None
+    return resolve(str(folder))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Asking
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def answers(
+    model: Coconut,
+    questions: list[str],
+    max_new_tokens: int = 128,
+    n_thoughts: int | None = None,
+    mode: str | None = None,
+    show_thoughts: bool = False,
+    **sampling,
+) -> list[dict]:
+    """The model's answers to questions: see Coconut.answers."""
+    if not questions:
+        return []
+    rows = prompts(model, questions, n_thoughts, mode)
+    limit = model.max_positions or math.inf
+    for question, row in zip(questions, rows, strict=True):
+        if not row or row[0] == model.markers.latent:
+            raise UserError(f"the tokenizer leaves nothing of the question {question[:60]!r}")
+        if len(row) >= limit:
+            raise UserError(f"a question of {len(row)} tokens fills all {limit} positions: {question[:60]!r}")
+    device, tokenizer = model.base_causallm.device, model.tokenizer
+    results = []
+    for new in generate_tokens(_pretrained(model), model.config.method, rows, max_new_tokens, device, **sampling):
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        results.append({"output": text, "answer": extract_answer(text)})
+    if show_thoughts:
+        batch = {name: value.to(device) for name, value in collate_prompts(rows, model.markers.eos).items()}
+        for result, thoughts in zip(results, decoded_thoughts(model, tokenizer, batch), strict=True):
+            result["thoughts"] = thoughts
+    return results
+
+
+def prompts(
+    model: Coconut, questions: list[str], n_thoughts: int | None = None, mode: str | None = None
+) -> list[list[int]]:
+    """Token ids of each question, its newline, markers and latents: what an answer follows. Raises UserError."""
+    config = config_for(model, n_thoughts, mode)
+    for question in questions:
+        if not isinstance(question, str):
+            raise TypeError(f"a question must be a str, not {type(question).__name__}: answers([...]) takes several")
+        if any("\ud800" <= character <= "\udfff" for character in question):
+            raise UserError(f"a question is not valid UTF-8: {question[:60]!r}")
+        if unknown := unknown_characters(model.tokenizer, question):
+            log.warning("warning: the tokenizer does not know %r in the question %r", unknown, question[:60])
+    ids = model.tokenizer([question + "\n" for question in questions])["input_ids"]
+    for question, row in zip(questions, ids, strict=True):
+        if {model.markers.start, model.markers.latent, model.markers.end}.intersection(row):
+            raise UserError(f"a question holds a marker of the latent positions: {question[:60]!r}")
+    return [prompt(row, [], model.stage, config, model.markers) for row in ids]
+
+
+def unknown_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The characters of a text, each once, that become the unknown token or are in no token; blanks may be in none."""
+    if not tokenizer.is_fast:
+        return ""
+    found = tokenizer(text, return_offsets_mapping=True)
+    known = set()
+    for token, (begin, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        if token != tokenizer.unk_token_id:
+            known.update(range(begin, end))
+    return "".join(dict.fromkeys(c for i, c in enumerate(text) if i not in known and not c.isspace()))
+
+
+def config_for(model: Coconut, n_thoughts: int | None = None, mode: str | None = None) -> Config:
+    """The model's configuration with another number of latents or another mode. Raises UserError."""
+    config = model.config
+    if mode is not None:
+        if config.method != "multi_mode":
+            raise UserError(f"a mode is for models of method multi_mode, and this one is of {config.method}")
+        if problems := Config.problems_of({"mode": mode}):
+            raise UserError(problems[0])
+        config = replace(config, mode=mode)
+    if n_thoughts is None:
+        return config
+    if not config.has_latents:
+        raise UserError(f"a number of thoughts is for models with latents, and this one is of method {config.method}")
+    if n_thoughts >= (limit := model.max_positions or MAX_THOUGHTS):
+        raise UserError(f"{n_thoughts} thoughts do not fit into {limit} positions")
+    return replace(config, eval_latents=n_thoughts)
+
+
+def decoded_thoughts(
+    model: Coconut, tokenizer: PreTrainedTokenizerBase, batch: dict[str, torch.Tensor]
+) -> list[list[list[tuple[str, float]]]]:
+    """For each row, for each latent: the TOP likeliest (token, probability) pairs at the position before it."""
+    top = model.thought_logits(**batch).float().softmax(dim=-1).topk(TOP)  # (B, K, TOP) each
+
+    def pairs(ids: list[int], shares: list[float]) -> list[tuple[str, float]]:
+        return [(tokenizer.decode([token]), round(share, 4)) for token, share in zip(ids, shares, strict=True)]
+
+    rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [[pairs(ids, shares) for ids, shares in zip(*row, strict=True)] for row in rows]

@@ -1,0 +1,64 @@
+"""A run that only evaluates: the key only_eval."""
+
+from __future__ import annotations
+
+import curriculum
+from config import Config
+from trainer import checkpoint, evaluate, parallel
+from trainer import distributed as ranks
+from trainer.distributed import World
+from trainer.pretrained import read_description
+from trainer.setup import setup_run
+from utils import UserError, log, print_result
+
+
+def evaluate_only(config: Config, world: World) -> None:
+    """Evaluates load_model_path on each file of val_path; results go to save_path/name/eval."""
+    source = checkpoint.find_weights(config, world)
+    warnings = checkpoint.check_method(config, source)
+    stage, more = stage_to_evaluate(config, read_description(source) or {})
+    run = setup_run(config, world, source, checkpoint.Progress(), stage)
+    if not parallel.weights_are_finite(run.model):  # all ranks
+        raise UserError.of_all(f"the weights of {source} are not finite: there is nothing to evaluate")
+    sets, results = config.by_set(), {}
+    warnings += more + checkpoint.check_unseen(source, {sets[n].val_path: run.sets[n].val_digest for n in sets})
+    with run.logger:
+        for text in warnings:
+            log.warning(text)
+        parallel.gather_weights(run.model)  # all ranks
+        for name, one in sets.items():
+            data = run.sets[name]
+            log.info(f"evaluating {source} at stage {stage} on {one.val_path} ({len(data.val)} examples)")
+            metrics, predictions = evaluate.evaluate(run.pretrained, data, stage, one, world, "evaluating")  # all ranks
+            metrics |= {"stage": stage, "checkpoint": str(source), "file": one.val_path}
+            results[name] = metrics, predictions
+        with ranks.agree(world):  # all ranks
+            if world.is_main:
+                metrics, files = evaluate.of_sets(results)
+                try:
+                    evaluate.write_results(config.run_dir / "eval", files)
+                finally:  # not lost where the disk is full
+                    print_result(evaluate.summary(config.run_dir, metrics))
+                for name, (metrics, _) in results.items():
+                    run.logger.log(f"eval/{name}" if name else "eval", **metrics)
+
+
+def stage_to_evaluate(config: Config, description: dict) -> tuple[int, list[str]]:
+    """The checkpoint's own stage, unless `resume` names an epoch; and what there is to warn of.
+
+    A folder or file without a stage, such as a file of the reference, is taken to be of the last one.
+    """
+    recorded, scheduled = description.get("stage"), curriculum.stage_of(config, config.resume)
+    if recorded is not None:
+        if config.resume and recorded != scheduled:
+            text = f"the checkpoint is of stage {recorded}, but resume {config.resume} asks for {scheduled}"
+            return scheduled, [text]
+        return recorded, []
+    if config.resume:
+        return scheduled, []
+    last = curriculum.stage_of(config, config.num_epochs - 1)
+    text = (
+        f"{config.load_model_path} has no stage: it is evaluated at the last one of this "
+        f"configuration, {curriculum.stage_name(last)}; resume=EPOCH takes that of another epoch"
+    )
+    return last, [text] if last else []
