@@ -18,6 +18,7 @@ from config import Config
 from curriculum import Markers, prompt
 from dataset import collate_prompts
 from tools.generate import load
+from trainer.inference import config_for
 from utils import UserError
 
 
@@ -72,7 +73,7 @@ class Subject:
         """Raises UserError where there is no such checkpoint, or where it has no thoughts to look at, or not one a
         step."""
         model = load(checkpoint)
-        asked = Asked(model, model.tokenizer, model.markers, model.config_with(n_thoughts), model.stage)
+        asked = Asked(model, model.tokenizer, model.markers, config_for(model, n_thoughts), model.stage)
         subject = cls(asked, examples, n_thoughts)
         config, stage = subject.asked.config, subject.asked.stage
         if config.latent_passes != "sequential" or config.method == "multi_mode":
