@@ -103,14 +103,14 @@ def shape(subject: Subject) -> list[dict]:
 
 
 def close_up(subject: Subject, task: Task, chosen: list[int]) -> list[dict]:
-    """Chosen questions by themselves: what is written, and for each number of thoughts the likeliest words of the LM
+    """Chosen questions by themselves: the output, and for each number of thoughts the likeliest words of the LM
     head where the next thought is made, the likeliest names when language is forced, the probability of no name, the
     norm of the thought, and its cosine with the one before."""
     if not chosen:
         return []
     few = subject.asking([task.examples[index] for index in chosen])
     names = [task.names()[index] for index in chosen]
-    outputs, thoughts = few.written(), few.thoughts().numpy()
+    outputs, thoughts = few.outputs(), few.thoughts().numpy()
     heads = [words for _, inputs in few.batches() for words in decoded_thoughts(few.model, few.tokenizer, inputs)]
     found = []
     for place, example in enumerate(few.examples):

@@ -412,10 +412,10 @@ def test_an_edited_thought_is_what_the_model_is_fed(family, spelling):
     output = model(torch.tensor([row]), edit=edit, return_thoughts=True)
     assert (output.thoughts - embeds[:, first : first + 3]).abs().max() < 1e-12
     assert (output.logits - base(inputs_embeds=embeds).logits).abs().max() < 1e-9
-    said = model.generate(torch.tensor([row]), max_new_tokens=1, edit=edit)
-    assert said.item() == base(inputs_embeds=embeds).logits[0, -1].argmax()
+    found = model.generate(torch.tensor([row]), max_new_tokens=1, edit=edit)
+    assert found.item() == base(inputs_embeds=embeds).logits[0, -1].argmax()
     sampled = model.generate(torch.tensor([row]), max_new_tokens=1, edit=edit, num_beams=2)
-    assert sampled[0, 0] == said[0, 0]
+    assert sampled[0, 0] == found[0, 0]
 
 
 def test_thoughts_are_returned_where_they_are_asked_for(family):
@@ -428,12 +428,12 @@ def test_thoughts_are_returned_where_they_are_asked_for(family):
     assert output.thoughts.shape == (2, 2, model.base_causallm.config.hidden_size)
     ids = collate_prompts(prompts([2, 2]), EOS)
     wanted = model(**ids, return_thoughts=True).thoughts
-    for said in (
+    for found in (
         model.generate(**ids, max_new_tokens=3, return_thoughts=True),
         model.generate(**ids, max_new_tokens=3, return_thoughts=True, num_beams=2),
         model.thought_logits(**ids, return_thoughts=True),
     ):
-        assert (said[1] - wanted).abs().max() < 1e-12
+        assert (found[1] - wanted).abs().max() < 1e-12
     assert torch.equal(
         model.generate(**ids, max_new_tokens=3, return_thoughts=True)[0], model.generate(**ids, max_new_tokens=3)
     )

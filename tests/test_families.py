@@ -231,7 +231,7 @@ def test_the_model_stays_as_it_was(full_size, monkeypatch):
 
 
 def test_weights_that_are_no_numbers_are_not_the_fault_of_a_family():
-    """The run says where it came to them."""
+    """The run names the step where they appear."""
     base = tiny_model("gpt2")
     with torch.no_grad():
         base.transformer.wte.weight[7] = float("nan")

@@ -360,7 +360,7 @@ def without(field: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("example", "said"),
+    ("example", "complaint"),
     [
         *((without(field), f"lacks '{field}'") for field in paths.FIELDS),
         (example_of(idx_to_symbol=list("abcdefghoss")), "no list of different names"),
@@ -382,10 +382,10 @@ def without(field: str) -> dict:
         (example_of(answer="a is a t.", idx_to_symbol=["a", "b.", *SYMBOLS[2:]]), "'b.' cannot be read back"),
     ],
 )
-def test_an_example_without_a_graph_is_refused(example, said):
+def test_an_example_without_a_graph_is_refused(example, complaint):
     with pytest.raises(UserError) as caught:
         from_example(example)
-    assert said in str(caught.value)
+    assert complaint in str(caught.value)
     assert str(caught.value).startswith("the example")
 
 
@@ -404,9 +404,11 @@ def test_distances_are_in_the_same_order_in_every_process(tmp_path):
         "import json, sys; from analysis import paths; graph = paths.from_example(json.loads(sys.argv[1])); "
         "print(list(paths.depths(graph)), list(paths.fewest_edges(graph.children, graph.sources)))"
     )
-    said = set()
+    outputs = set()
     for seed in "0123":
         command = [sys.executable, "-c", code, json.dumps(example)]
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        said.add(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout)
-    assert len(said) == 1
+        outputs.add(
+            subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+        )
+    assert len(outputs) == 1
