@@ -119,7 +119,7 @@ def measure(
         change, hidden = None, numbers
     else:
         change, hidden = Change(intervention.content, numbers), frozenset()
-    given = [extract_answer(output) for output in subject.written(change=change, hidden_columns=hidden)]
+    given = [extract_answer(output) for output in subject.outputs(change=change, hidden_columns=hidden)]
     answers, others = [example["answer"] for example in task.examples], task.others()
     found: dict = {"questions": len(asked), "accuracy": _share(given[index] == answers[index] for index in asked)}
     found |= dict.fromkeys(("donor", "gold", "T", "escape"))
@@ -144,7 +144,7 @@ def _share(outcomes) -> float | None:
 def with_another_question(subject: Subject, task: Task, seed: int = 0) -> dict:
     """The control without a change of thoughts: the question's parts in another order."""
     what, examples = task.redrawn(np.random.default_rng(seed))
-    given = [extract_answer(output) for output in subject.asking(examples).written()]
+    given = [extract_answer(output) for output in subject.asking(examples).outputs()]
     return {
         "what": what,
         "questions": len(given),
@@ -157,7 +157,7 @@ def with_fewer(subject: Subject, task: Task) -> list[dict]:
     """Thoughts taken away from the end, without keeping the length."""
     found = []
     for k in range(subject.n_thoughts):
-        given = [extract_answer(output) for output in subject.written(k)]
+        given = [extract_answer(output) for output in subject.outputs(k)]
         right = (mine == example["answer"] for mine, example in zip(given, task.examples, strict=True))
         found.append({"thoughts": k, "questions": len(given), "accuracy": _share(right)})
     return found
@@ -173,7 +173,7 @@ def transplants(subject: Subject, task: Machine, seed: int = 0) -> list[dict]:
         has = [len(example["steps"]) >= k for example in task.examples]
         donors = _donors(len(has), lambda mine, other: has[mine] and has[other], random)  # noqa: B023
         content = thoughts[[mine if donor is None else donor for mine, donor in enumerate(donors)]]
-        given = [extract_answer(output) for output in subject.written(change=Change(content, frozenset([k - 1])))]
+        given = [extract_answer(output) for output in subject.outputs(change=Change(content, frozenset([k - 1])))]
         asked = []
         for index, donor in enumerate(donors):
             if donor is not None:

@@ -183,19 +183,19 @@ def same_depth_unreachable(graph: Graph, k: int) -> set[str]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def classify(graph: Graph, written: str, answer: str, k: int = 0) -> str:
+def classify(graph: Graph, reasoning: str, answer: str, k: int = 0) -> str:
     """The class of an output that began with language after k thoughts: one of CLASSES, whatever the text.
 
-    written: the reasoning, what precedes the first '#'; answer: the answer as `evaluate.extract_answer` gives it. In
+    reasoning: the text before the first '#'; answer: the answer as `evaluate.extract_answer` gives it. In
     either, spaces and line breaks count as one another, but a right answer is what evaluation takes for one.
     """
     assert k >= 0
     form = CHARACTER if graph.compact else SENTENCE
-    written = " ".join(written.split())
+    reasoning = " ".join(reasoning.split())
     has_answer = form.fullmatch(" ".join(answer.split()))
-    if not written and has_answer:
+    if not reasoning and has_answer:
         return CORRECT_LABEL if answer.strip() == graph.answer else INCORRECT_LABEL
-    steps = [*written.replace(" ", "")] if graph.compact else _split_sentences(written)
+    steps = [*reasoning.replace(" ", "")] if graph.compact else _split_sentences(reasoning)
     if not has_answer and not any(form.fullmatch(step) for step in steps):
         return OTHER
     path = _compact_path(graph, steps, k) if graph.compact else _path(graph, steps, k)

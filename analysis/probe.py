@@ -103,36 +103,32 @@ def shape(subject: Subject) -> list[dict]:
 
 
 def close_up(subject: Subject, task: Task, chosen: list[int]) -> list[dict]:
-    """Chosen questions by themselves: what is written, and for each number of thoughts the likeliest words of the LM
+    """Chosen questions by themselves: the output, and for each number of thoughts the likeliest words of the LM
     head where the next thought is made, the likeliest names when language is forced, the probability of no name, the
     norm of the thought, and its cosine with the one before."""
     if not chosen:
         return []
     few = subject.asking([task.examples[index] for index in chosen])
     names = [task.names()[index] for index in chosen]
-    outputs, thoughts = few.written(), few.thoughts().numpy()
+    outputs, thoughts = few.outputs(), few.thoughts().numpy()
     heads = [words for _, inputs in few.batches() for words in decoded_thoughts(few.model, few.tokenizer, inputs)]
     found = []
-    for place, example in enumerate(few.examples):
+    for example, output, words in zip(few.examples, outputs, heads, strict=True):
         kept = {key: example[key] for key in ("question", "steps", "answer")}
-        found.append({**kept, "output": outputs[place], "words": heads[place], "after": []})
+        found.append({**kept, "output": output, "words": words, "after": []})
+    norms = np.linalg.norm(thoughts, axis=2)  # (N, K)
     for k in range(few.n_thoughts + 1):
         values = few.values(names, task.step_prefix, k).numpy()
-        for place, row in enumerate(values):
-            best = row[: len(names[place])].argsort()[::-1][:TOP] if k >= task.fewest else []
-            norm = cosine = None
+        for index, row in enumerate(values):
+            after = {"thoughts": k, "names": [], "elsewhere": None, "norm": None, "cosine": None}
+            if k >= task.fewest:
+                best = row[: len(names[index])].argsort()[::-1][:TOP]
+                after["names"] = [(names[index][number], float(row[number])) for number in best]
+                after["elsewhere"] = float(1 - row.sum())
             if k:
-                norm = float(np.linalg.norm(thoughts[place, k - 1]))
+                after["norm"] = float(norms[index, k - 1])
             if k > 1:
-                before = thoughts[place, k - 2]
-                cosine = float(thoughts[place, k - 1] @ before / (norm * np.linalg.norm(before)))
-            found[place]["after"].append(
-                {
-                    "thoughts": k,
-                    "names": [(names[place][number], float(row[number])) for number in best],
-                    "elsewhere": float(1 - row.sum()) if k >= task.fewest else None,
-                    "norm": norm,
-                    "cosine": cosine,
-                }
-            )
+                product = thoughts[index, k - 1] @ thoughts[index, k - 2]
+                after["cosine"] = float(product / (norms[index, k - 1] * norms[index, k - 2]))
+            found[index]["after"].append(after)
     return found

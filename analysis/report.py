@@ -1,4 +1,4 @@
-"""The page of an analysis, from the numbers that `python -m analysis` has written: the same numbers, the same bytes."""
+"""The page of an analysis, from the numbers of `python -m analysis`: the same numbers, the same bytes."""
 
 from __future__ import annotations
 

@@ -105,8 +105,8 @@ class Subject:
     def batches(
         self, n_thoughts: int | None = None, forced: list[int] | None = None, size: int | None = None
     ) -> Iterator[Batch]:
-        """All questions, each followed by its thoughts and by the tokens that are forced upon the model, as many at
-        once as `size` or `batch` says.
+        """All questions, each followed by its thoughts and by the tokens that are forced upon the model, in
+        batches of `size` (default: `batch`).
 
         Raises UserError where one does not fit into the model.
         """
@@ -114,7 +114,9 @@ class Subject:
         rows = [self._row(ids, n_thoughts) + (forced or []) for ids in self._ids]
         longest, limit = max(map(len, rows)), self.model.max_positions or math.inf
         if longest >= limit:
-            raise UserError(f"a question of {longest} tokens with its thoughts leaves no room in {limit} positions")
+            raise UserError(
+                f"a question of {longest} tokens with its thoughts leaves no position of {limit} for an answer"
+            )
         device = self.model.base_causallm.device
         size = size or self.batch
         for begin in range(0, len(rows), size):
@@ -123,31 +125,26 @@ class Subject:
             yield Batch(chosen, {name: tensor.to(device) for name, tensor in inputs.items()})
 
     def thoughts(self, n_thoughts: int | None = None) -> torch.Tensor:
-        """(N, K, D) float32: what the latent positions are fed."""
-        found = []
-        for _, inputs in self.batches(n_thoughts):
-            _, embeds = self.model.states(**inputs)
-            columns = (inputs["input_ids"][0] == self.asked.markers.latent).nonzero().flatten()
-            found.append(embeds[:, columns].float().cpu())
-        return torch.cat(found)
+        """(N, K, D) float32: the input embeddings of the latent positions."""
+        return torch.cat([embeds[:, at].float().cpu() for _, embeds, at in self._states(n_thoughts)])
 
     def readings(self) -> torch.Tensor:
-        """(N, K, D) float32: the last hidden states that the thoughts are made from, those before the latents; without
-        feedback they are made all the same."""
-        found = []
-        for _, inputs in self.batches():
-            hidden, _ = self.model.states(**inputs)
-            columns = (inputs["input_ids"][0] == self.asked.markers.latent).nonzero().flatten() - 1
-            found.append(hidden[:, columns].float().cpu())
-        return torch.cat(found)
+        """(N, K, D) float32: the last hidden states that thoughts are made from, one position before each latent;
+        without feedback they exist all the same."""
+        return torch.cat([hidden[:, at - 1].float().cpu() for hidden, _, at in self._states(None)])
 
-    def written(
+    def _states(self, n_thoughts: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Of each batch the hidden states and input embeddings, (B, T, D), and the columns of the latents, (K,)."""
+        for _, inputs in self.batches(n_thoughts):
+            yield *self.model.states(**inputs), (inputs["input_ids"][0] == self.asked.markers.latent).nonzero()[:, 0]
+
+    def outputs(
         self,
         n_thoughts: int | None = None,
         change: Change | None = None,
         hidden_columns: frozenset[int] = frozenset(),
     ) -> list[str]:
-        """What the model writes to each question, twice as much at most as the longest steps and answer.
+        """The text that the model generates for each question, at most twice as long as the longest steps and answer.
 
         hidden_columns: the numbers of thoughts that no later position may attend to.
         """
@@ -159,8 +156,8 @@ class Subject:
                 mask[:, [int(first) + number for number in sorted(hidden_columns)]] = 0
                 inputs = {**inputs, "attention_mask": mask}
             edit = change.of(rows) if change is not None else None
-            room = min(longest, (self.model.max_positions or math.inf) - inputs["input_ids"].shape[1])
-            for row in self.model.generate(**inputs, max_new_tokens=room, edit=edit).tolist():
+            n_new = min(longest, (self.model.max_positions or math.inf) - inputs["input_ids"].shape[1])
+            for row in self.model.generate(**inputs, max_new_tokens=n_new, edit=edit).tolist():
                 eos = self.asked.markers.eos
                 new = row[: row.index(eos)] if eos in row else row
                 texts.append(self.tokenizer.decode(new, skip_special_tokens=True))

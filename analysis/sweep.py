@@ -13,7 +13,7 @@ def sweep(subject: Subject, task: Task) -> list[dict]:
     """For each number of thoughts the accuracy, and how many outputs are of each of the task's classes."""
     found = []
     for k in range(subject.n_thoughts + 3):
-        outputs = subject.written(k)
+        outputs = subject.outputs(k)
         classes = Counter(task.classify(index, output, k) for index, output in enumerate(outputs))
         both = zip(outputs, task.examples, strict=True)
         right = sum(extract_answer(output) == example["answer"] for output, example in both)

@@ -169,7 +169,7 @@ class Graphs(Task):
         return found
 
     def redrawn(self, random) -> tuple[str, list[dict]]:
-        """The order of the edges says nothing: the answers are to stay."""
+        """The order of the edges carries no information: the answers stay."""
         found = []
         for example in self.examples:
             if self.compact:

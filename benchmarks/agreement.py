@@ -7,19 +7,16 @@ latents in the same step, and their generations end after different numbers of t
 of all ranks. Exits with 1 where a difference is larger than the last column allows.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 
-import options as shared
+from options import Parser
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = shared.make_parser(__doc__)
-    parser.add_argument(
-        "--steps", type=shared.positive, default=4, help="optimizer steps of each run (default: %(default)s)"
-    )
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_count("--steps", 4, "optimizer steps of each run")
     return parser
 
 
@@ -46,7 +43,7 @@ LATENTS = ([0, 1, 2], [3, 3, 3], [0, 0, 0], [4, 1, 0])  # of the rows of a micro
 
 
 def write_model(family: str, tied: bool, folder: Path) -> None:
-    """A Hugging Face folder with large random weights: small ones are nearly linear, and hide mistakes."""
+    """A Hugging Face folder with large random weights: small ones make a nearly linear model, which hides mistakes."""
     model = RandomModel(family, 32, 2, 4, positions=64, tied=tied, mlp=2, kv_heads=2).build(VOCABULARY)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,10 +59,10 @@ def rows(n_latents: list[int], seed: int, markers: Markers) -> list[tuple[list[i
     """One (input_ids, labels) pair for each number of latents."""
     random = np.random.default_rng(seed)
     pairs = []
-    for place, count in enumerate(n_latents):
-        question = random.integers(1, VOCABULARY, 3 + 2 * place).tolist()
+    for index, count in enumerate(n_latents):
+        question = random.integers(1, VOCABULARY, 3 + 2 * index).tolist()
         before = [*question, markers.start, *[markers.latent] * count, markers.end]
-        after = [*random.integers(1, VOCABULARY, 7 - place).tolist(), markers.eos]
+        after = [*random.integers(1, VOCABULARY, 7 - index).tolist(), markers.eos]
         pairs.append((before + after, [-100] * len(before) + after))
     return pairs
 
@@ -80,9 +77,8 @@ def train(config: Config, world: World, n_steps: int, ranks: list[int]) -> tuple
     torch.manual_seed(0)
     model, _, markers = load(config, world, None)
     wrapped = wrap(model, world)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.05
-    )  # AdamW would blow rounding up where a gradient is nearly 0
+    # AdamW would amplify rounding where a gradient is nearly 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     losses = []
     for step in range(n_steps):
         batches = [micro_batch(step, number, rank, markers) for number in range(2) for rank in ranks]
@@ -131,10 +127,10 @@ def compare(family: str, tied: bool, precision: str, n_steps: int, world: World,
     def make_row() -> list:
         losses = {"ddp": shares[0] / world.size, "fsdp": shares[1] / world.size, "one": torch.tensor(one[0])}
         same = all(ddp == fsdp for ddp, fsdp in theirs) and [g for ddp, _ in theirs for g in ddp] == one[2]
+        each = {**runs, "one": one}
         largest = [
-            max((losses["ddp"] - losses["one"]).abs().max().item(), difference(runs["ddp"], one)),
-            max((losses["fsdp"] - losses["one"]).abs().max().item(), difference(runs["fsdp"], one)),
-            max((losses["fsdp"] - losses["ddp"]).abs().max().item(), difference(runs["ddp"], runs["fsdp"])),
+            max((losses[a] - losses[b]).abs().max().item(), difference(each[a], each[b]))
+            for a, b in (("ddp", "one"), ("fsdp", "one"), ("fsdp", "ddp"))
         ]
         tied_name = "tied" if tied else "untied"
         return [family, tied_name, precision, *largest, "same" if same else "differ", TOLERANCE[precision]]
@@ -146,10 +142,10 @@ def main(arguments: list[str]) -> int:
     options = make_parser().parse_args(arguments)
     world = setup_distributed()
     table = []
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as temporary:
         for family, tied in (("gpt2", True), ("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False)):
             for precision in ("float32", "bf16"):
-                folder = Path(on_main_rank(world, lambda: place)) / f"{family}-{tied}-{precision}"
+                folder = Path(on_main_rank(world, lambda: temporary)) / f"{family}-{tied}-{precision}"
                 table.append(compare(family, tied, precision, options.steps, world, folder))
     failed = world.is_main and any(
         max(row[3:6]) > row[-1] or (row[2] == "float32" and row[6] != "same") for row in table

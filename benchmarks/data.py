@@ -1,4 +1,4 @@
-"""What data costs: tokenizing, starting again, the first batch of an epoch, memory, padding, waiting for the loader.
+"""Costs of the data: tokenizing, a second start, the first batch of an epoch, memory, padding, waiting for the loader.
 
     python benchmarks/data.py                       # generated ProsQA, and 385,620 generated rows of GSM8K's lengths
     python benchmarks/data.py --quick               # a tenth of it
@@ -9,18 +9,14 @@ The tokenizer is a byte-level BPE trained on the data, or that of --model.
 import argparse
 import sys
 
-import options as shared
+from options import ROOT, Parser
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = shared.make_parser(__doc__)
+def make_parser() -> Parser:
+    parser = Parser(__doc__, "json", repeats=3)
     parser.add_argument("--model", help="whose tokenizer (default: one trained on the data)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the examples")
-    shared.add_repeats_option(parser, 3)
-    parser.add_argument(
-        "--steps", type=shared.positive, default=20, help="training steps of each order (default: %(default)s)"
-    )
-    shared.add_json_option(parser)
+    parser.add_count("--steps", 20, "training steps of each order")
     return parser
 
 
@@ -33,7 +29,6 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +36,6 @@ import numpy as np
 import prosqa
 import torch
 from common import MARKERS, alternate, machine, make_model, pick_device, print_table, to_device, write_json
-from options import ROOT
 from tokenizers import ByteLevelBPETokenizer
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -165,8 +159,11 @@ def padding(tokens: Tokens, grouped: bool, stage: int = 3) -> float:
     return 1 - sum(p.sum() for p in passes) / sum(p.max() * len(p) for p in passes)
 
 
-def make_step(device: torch.device) -> Callable[[dict], None]:
-    """A training step of a tiny model; batches come as the loader makes them."""
+def steps_per_order(tokens: Tokens, n_steps: int, device: torch.device) -> dict:
+    """Seconds of a step of a tiny model, random order and grouped by length, alternately; and the share of it spent
+    waiting for one loader process."""
+    config = Config(batch_size_training=16, gradient_accumulation_steps=1)
+    lengths, stage = sequence_lengths(tokens, config, 3), 3
     model = make_model("gpt2", "tiny", device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
@@ -175,15 +172,6 @@ def make_step(device: torch.device) -> Callable[[dict], None]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
-
-
-def steps_per_order(tokens: Tokens, n_steps: int, device: torch.device) -> dict:
-    """Seconds of a step, random order and grouped by length, alternately; and the share of it spent waiting for one
-    loader process."""
-    config = Config(batch_size_training=16, gradient_accumulation_steps=1)
-    lengths, stage = sequence_lengths(tokens, config, 3), 3
-    step = make_step(device)
     orders = {
         "random": example_order(len(tokens), config, 0),
         "grouped": example_order(len(tokens), config, 0, lengths),
@@ -197,12 +185,11 @@ def steps_per_order(tokens: Tokens, n_steps: int, device: torch.device) -> dict:
         for name, loader in loaders.items():
             begin = time.perf_counter()
             batch = next(loader)
-            waited = time.perf_counter() - begin
+            waits.append(time.perf_counter() - begin)
             step(batch)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - begin)
-            waits.append(waited)
     total = sum(map(sum, seconds.values()))
     means = {name: statistics.mean(values) for name, values in seconds.items()}
     return {**means, "ratio": means["grouped"] / means["random"], "loader_wait": sum(waits) / total}
@@ -249,25 +236,29 @@ def main(arguments: list[str]) -> int:
 
 
 def print_results(results: dict) -> None:
-    rows = [
-        ("examples", lambda r: f"{r['examples']:,}"),
-        ("the tokenizer's own batch, s", lambda r: r["tokenizer_seconds"]),
-        ("tokenize(), s", lambda r: r["our_seconds"]),
-        ("  ratio", lambda r: r["ratio"]),
-        ("second start, s", lambda r: r["second_start_seconds"]),
-        ("first batch, no workers, s", lambda r: r["first_batch_0_workers"]),
-        ("first batch, 1 worker, s", lambda r: r["first_batch_1_workers"]),
-        ("tokenizing: most MiB, all in all", lambda r: r["mib_peak"]),
-        ("afterwards: MiB more, the rank that did it", lambda r: r["mib_tokenizing_rank"]),
-        ("  another rank", lambda r: r["mib_other_rank"]),
-        ("padding, random order", lambda r: r["padding_random"]),
-        ("padding, group_by_length", lambda r: r["padding_grouped"]),
-        ("step, random order, s", lambda r: r["step"]["random"]),
-        ("step, group_by_length, s", lambda r: r["step"]["grouped"]),
-        ("  ratio", lambda r: r["step"]["ratio"]),
-        ("share of a step waiting for the loader", lambda r: r["step"]["loader_wait"]),
-    ]
-    print_table(["", *results], [[name, *(get(row) for row in results.values())] for name, get in rows])
+    names = {
+        "examples": "examples",
+        "tokenizer_seconds": "the tokenizer's own batch, s",
+        "our_seconds": "tokenize(), s",
+        "ratio": "  ratio",
+        "second_start_seconds": "second start, s",
+        "first_batch_0_workers": "first batch, no workers, s",
+        "first_batch_1_workers": "first batch, 1 worker, s",
+        "mib_peak": "tokenizing: most MiB, all in all",
+        "mib_tokenizing_rank": "afterwards: MiB more, the rank that tokenized",
+        "mib_other_rank": "  another rank",
+        "padding_random": "padding, random order",
+        "padding_grouped": "padding, group_by_length",
+    }
+    steps = {
+        "random": "step, random order, s",
+        "grouped": "step, group_by_length, s",
+        "ratio": "  ratio",
+        "loader_wait": "share of a step waiting for the loader",
+    }
+    rows = [[title, *(row[name] for row in results.values())] for name, title in names.items()]
+    rows += [[title, *(row["step"][name] for row in results.values())] for name, title in steps.items()]
+    print_table(["", *results], rows)
 
 
 if __name__ == "__main__":

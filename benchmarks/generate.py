@@ -3,32 +3,24 @@
     python benchmarks/generate.py                   # tiny model, batches of 1, 8, 32, 128
     torchrun --nproc_per_node 2 benchmarks/generate.py --strategy fsdp
 
-Both sides start from the same prompts of ProsQA's lengths, sorted by length, and write as many new tokens; EOS is kept
-from coming, so that neither stops early. Examples a second of a rank, medians of alternate runs. Under torchrun every
-rank has as many prompts, and Hugging Face's side a whole model on each.
+Both sides start from the same prompts of ProsQA's lengths, sorted by length, and generate as many new tokens; neither
+stops at EOS. Examples a second of a rank, medians of alternate runs. Under torchrun every rank has as many prompts, and
+Hugging Face's side a whole model on each.
 """
 
 import argparse
 import sys
 
-import options as shared
+from options import Parser
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = shared.make_parser(__doc__)
-    shared.add_model_options(parser)
-    parser.add_argument(
-        "--examples", type=shared.positive, default=128, help="prompts of each side (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batches", type=shared.positive, nargs="+", default=[1, 8, 32, 128], help="(default: %(default)s)"
-    )
+def make_parser() -> Parser:
+    parser = Parser(__doc__, "model", "threads", "json", repeats=3)
     parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp", help="(default: %(default)s)")
-    parser.add_argument("--new-tokens", type=shared.positive, default=64, help="tokens to write (default: %(default)s)")
-    parser.add_argument("--stage", type=int, default=6, help="latents of a prompt (default: %(default)s)")
-    shared.add_repeats_option(parser, 3)
-    shared.add_threads_option(parser)
-    shared.add_json_option(parser)
+    parser.add_count("--examples", 128, "prompts of each side")
+    parser.add_count("--batches", [1, 8, 32, 128], "prompts at once")
+    parser.add_count("--new-tokens", 64, "tokens to generate")
+    parser.add_count("--stage", 6, "latents of a prompt", at_least=0)
     return parser
 
 
@@ -57,9 +49,9 @@ def make_prompts(n: int, stage: int) -> list[list[int]]:
 
 
 def make_models(options: argparse.Namespace, world: World) -> tuple[Coconut, Coconut]:
-    """(Hugging Face's side, ours): the same weights, ours under the strategy that is asked for."""
+    """(Hugging Face's side, ours): the same weights, ours under --strategy."""
     theirs = make_model(options.shape, options.size, world.device).eval()
-    with torch.no_grad():  # no row says EOS: its embedding, and with tied weights its logit, points away
+    with torch.no_grad():  # no row generates EOS: its logit is 0
         theirs.base_causallm.get_output_embeddings().weight[MARKERS.end] = 0
     ours = theirs
     if options.strategy == "fsdp":
@@ -75,7 +67,7 @@ Side = Callable[[int], None]  # generates from all prompts, in batches of a size
 
 
 def make_sides(theirs: Coconut, ours: Coconut, prompts: list[list[int]], n_new: int) -> dict[str, Side]:
-    """The sides, that write n_new tokens to each prompt."""
+    """The sides, which generate n_new tokens after each prompt."""
 
     def hugging_face(batch: dict) -> torch.Tensor:
         width = batch["input_ids"].shape[1]
@@ -92,7 +84,7 @@ def make_sides(theirs: Coconut, ours: Coconut, prompts: list[list[int]], n_new: 
             batch = collate_prompts(prompts[begin : begin + size], MARKERS.eos)
             new = generate(to_device(batch, theirs.base_causallm.device))
             if new.shape[1] != n_new:
-                raise RuntimeError(f"a side stopped after {new.shape[1]} tokens: the comparison would not be fair")
+                raise RuntimeError(f"a side stopped after {new.shape[1]} tokens")
 
     return {"hugging face": partial(run, hugging_face), "coconut": partial(run, coconut)}
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What one GPU makes of it:    bash benchmarks/gpu.sh [FOLDER]
 #
-# A step against the floor (GPT-2 small, batch 32, bf16; eager and compiled), generation, and 200 steps of real training
+# A step against the baseline (GPT-2 small, batch 32, bf16; eager and compiled), generation, and 200 steps of real training
 # on generated ProsQA with GPT-2's shape: tokens a second, utilisation, ratios, peak memory. Numbers go to FOLDER
 # (default: results/gpu) as text and JSON. PYTHON names the interpreter (default: python3).
 set -euo pipefail

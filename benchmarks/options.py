@@ -19,26 +19,24 @@ def positive(text: str) -> int:
     return number
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+class Parser(argparse.ArgumentParser):
+    """A parser with the options that several benchmarks have: Parser(__doc__, "json", repeats=3)."""
 
+    def __init__(self, description: str, *shared: str, repeats: int | None = None):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if "model" in shared:
+            self.add_argument("--shape", choices=SHAPES, default="gpt2", help="(default: %(default)s)")
+            self.add_argument("--size", choices=list(SIZES), default="tiny", help="(default: %(default)s)")
+        if repeats:
+            self.add_count("--repeats", repeats, "measured runs a side")
+        if "threads" in shared:
+            self.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
+        if "bf16" in shared:
+            self.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision")
+        if "json" in shared:
+            self.add_argument("--json", type=Path, help="write the numbers to this file")
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=SHAPES, default="gpt2", help="(default: %(default)s)")
-    parser.add_argument("--size", choices=list(SIZES), default="tiny", help="(default: %(default)s)")
-
-
-def add_repeats_option(parser: argparse.ArgumentParser, repeats: int) -> None:
-    parser.add_argument("--repeats", type=positive, default=repeats, help="measured runs a side (default: %(default)s)")
-
-
-def add_threads_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=positive, default=None, help="CPU threads (default: torch's)")
-
-
-def add_bf16_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 mixed precision")
-
-
-def add_json_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, default=None, help="write the numbers to this file")
+    def add_count(self, name: str, default: int | list[int], text: str, at_least: int = 1) -> None:
+        several = {"nargs": "+"} if isinstance(default, list) else {}
+        text += f" (default: {' '.join(map(str, default)) if several else default})"
+        self.add_argument(name, type=positive if at_least else int, default=default, help=text, **several)

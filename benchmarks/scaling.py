@@ -2,32 +2,26 @@
 
     python benchmarks/scaling.py                    # 1 and 2 ranks, DDP and FSDP, tiny model, a thread each
 
-Every rank has as many rows, whatever their number. A ring sends 2 (n - 1) / n of what is averaged over n ranks (half to
-reduce, half to gather), which is the least for data parallelism: that is what DDP sends, and FSDP, which gathers the
-weights where DDP gathers the gradients. `exposed` is the share of a step that it would not take without communication.
+Every rank has as many rows, whatever their number. A ring sends 2 (n - 1) / n of the averaged bytes over n ranks (half
+to reduce, half to gather), the least for data parallelism: DDP sends that, and so does FSDP, which gathers the weights
+where DDP gathers the gradients. `exposed` is the share of a step that communication adds.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-import options as shared
+from options import ROOT, Parser
 
 STRATEGIES = ("ddp", "fsdp")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = shared.make_parser(__doc__)
-    shared.add_model_options(parser)
-    parser.add_argument("--batch", type=shared.positive, default=8, help="rows of a rank (default: %(default)s)")
-    parser.add_argument("--stage", type=int, default=3, help="latents (default: %(default)s)")
-    parser.add_argument("--ranks", type=shared.positive, nargs="+", default=[1, 2], help="(default: 1 2)")
-    parser.add_argument(
-        "--accumulation", type=shared.positive, default=4, help="passes of the second count (default: %(default)s)"
-    )
-    shared.add_repeats_option(parser, 5)
-    shared.add_bf16_option(parser)
-    shared.add_json_option(parser)
+def make_parser() -> Parser:
+    parser = Parser(__doc__, "model", "bf16", "json", repeats=5)
+    parser.add_count("--batch", 8, "rows of a rank")
+    parser.add_count("--stage", 3, "latents", at_least=0)
+    parser.add_count("--ranks", [1, 2], "ranks of the runs")
+    parser.add_count("--accumulation", 4, "micro-batches of the second count")
     parser.add_argument("--strategy", choices=STRATEGIES, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
     return parser
@@ -41,7 +35,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -105,18 +99,18 @@ def make_batch(options: argparse.Namespace, world: World) -> dict:
 
 
 def make_step(wrapped: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict, world: World, bf16: bool):
-    """step(n_passes, meet=True): a step of so many passes over the batch; returns its seconds. Where ranks do not meet
-    they neither exchange gradients nor change the weights."""
+    """step(n_passes, syncs=True): a step of so many passes over the batch; returns its seconds. Without `syncs` the
+    ranks neither exchange gradients nor change the weights."""
 
-    def step(n_passes: int, barrier: bool = True) -> float:
+    def step(n_passes: int, syncs: bool = True) -> float:
         dist.barrier()  # all ranks begin together
         begin = time.perf_counter()
         for number in range(n_passes):
-            with parallel.sync_gradients(wrapped, now=barrier and number + 1 == n_passes):
+            with parallel.sync_gradients(wrapped, now=syncs and number + 1 == n_passes):
                 with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
                     loss = wrapped(**batch).loss
                 loss.backward()
-        if barrier:
+        if syncs:
             optimizer.step()
         if world.device.type == "cuda":
             torch.cuda.synchronize()
@@ -125,11 +119,6 @@ def make_step(wrapped: torch.nn.Module, optimizer: torch.optim.Optimizer, batch:
         return seconds
 
     return step
-
-
-def middle(step: Callable[[], float], repeats: int) -> float:
-    """The median of the step's seconds."""
-    return sorted(step() for _ in range(repeats))[repeats // 2]
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -152,10 +141,10 @@ def measure(options: argparse.Namespace) -> None:
         step(n_passes)
         results[f"sent_{n_passes}"] = sent.by_a_ring(world.size)
     results["least"] = 2 * n_bytes * (world.size - 1) / world.size
-    seconds = middle(lambda: step(1), options.repeats)
+    seconds = median(step(1) for _ in range(options.repeats))
     results["seconds"], results["tokens_per_second"] = seconds, n_tokens / seconds
     if world.size > 1:
-        quiet = middle(lambda: step(1, barrier=False), options.repeats)
+        quiet = median(step(1, syncs=False) for _ in range(options.repeats))
         begin = time.perf_counter()
         optimizer.step()  # gradients are gone: what is left is the overhead, next to nothing
         results["exposed"] = max(0.0, 1 - (quiet + time.perf_counter() - begin) / seconds)
@@ -169,7 +158,7 @@ def run(ranks: int, strategy: str, arguments: list[str], folder: Path) -> dict:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     command += [*arguments, "--strategy", strategy, "--worker", str(file)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=shared.ROOT, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     return json.loads(file.read_text())

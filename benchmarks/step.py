@@ -1,47 +1,35 @@
-"""A training step of Coconut against the floor: plain fine-tuning on the same batch, logits where they are supervised.
+"""A training step of Coconut against a baseline: plain fine-tuning on the same batch, LM head on supervised positions.
 
     python benchmarks/step.py                       # tiny model, batch 16
     python benchmarks/step.py --size small --batch 8 --repeats 3 --threads 1
 
 Sides, each forward + backward + AdamW:
-    floor        one pass over the sequence, latents taken as ordinary tokens, LM head on supervised positions
+    baseline     one pass over the sequence, latents taken as ordinary tokens, LM head on supervised positions
     coconut      this project's step
     in parallel  the same with all latents at once, in --latent-passes passes after the first (latent_block.py)
-    all logits   as floor, with the LM head on every position, as an ordinary fine-tuning script has it
-    no cache     the plain definition: everything so far is computed anew for each thought (only if asked for)
+    all logits   as baseline, with the LM head on every position, as an ordinary fine-tuning script has it
+    no cache     the plain definition, which recomputes everything for each thought (only by --sides)
 """
 
 import argparse
 import sys
 
-import options as shared
+from options import Parser
 
-SIDES = ("floor", "coconut", "in parallel", "all logits", "no cache")
-DEFAULT_SIDES = ("floor", "coconut", "all logits")
+SIDES = ("baseline", "coconut", "in parallel", "all logits", "no cache")
+DEFAULT_SIDES = ("baseline", "coconut", "all logits")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = shared.make_parser(__doc__)
-    shared.add_model_options(parser)
-    parser.add_argument("--batch", type=shared.positive, default=16, help="rows (default: %(default)s)")
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 3, 6], help="(default: 0 3 6)")
-    parser.add_argument(
-        "--c-thought", type=shared.positive, default=1, help="latents of a stage (default: %(default)s)"
-    )
-    shared.add_repeats_option(parser, 7)
-    shared.add_threads_option(parser)
-    shared.add_bf16_option(parser)
+def make_parser() -> Parser:
+    parser = Parser(__doc__, "model", "threads", "bf16", "json", repeats=7)
+    parser.add_count("--batch", 16, "rows")
+    parser.add_count("--stages", [0, 3, 6], "stages", at_least=0)
+    parser.add_count("--c-thought", 1, "latents of a stage")
+    parser.add_count("--latent-passes", 3, "of the side 'in parallel'")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, of all sides")
-    parser.add_argument(
-        "--sides",
-        nargs="+",
-        choices=SIDES,
-        default=DEFAULT_SIDES,
-        help="beside the floor (default: coconut and all logits)",
-    )
-    parser.add_argument("--latent-passes", type=shared.positive, default=3, help="in parallel (default: %(default)s)")
+    text = "beside the baseline (default: coconut and all logits)"
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=DEFAULT_SIDES, help=text)
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory, in processes of its own")
-    shared.add_json_option(parser)
     parser.add_argument("--memory-of", choices=SIDES, default=None, help=argparse.SUPPRESS)
     return parser
 
@@ -75,7 +63,7 @@ from model.layout import column_of, last_attended
 from trainer import parallel
 
 
-def floor_loss(model: Coconut, batch: dict) -> torch.Tensor:
+def baseline_loss(model: Coconut, batch: dict) -> torch.Tensor:
     hidden = model.backbone.span(
         model.backbone.embed(batch["input_ids"]), batch["attention_mask"], batch["position_ids"], False, None
     )
@@ -102,11 +90,8 @@ def no_cache_loss(model: Coconut, batch: dict) -> torch.Tensor:
 
 def passes_of(side: str, n_latents: int, latent_passes: int) -> int:
     """Forward passes that wait for each other."""
-    return {
-        "coconut": 1 + n_latents,
-        "no cache": 1 + n_latents,
-        "in parallel": 1 + latent_passes * bool(n_latents),
-    }.get(side, 1)
+    passes = {"coconut": n_latents, "no cache": n_latents, "in parallel": latent_passes * bool(n_latents)}
+    return 1 + passes.get(side, 0)
 
 
 def make_sides(options: argparse.Namespace, stage: int, names: list[str]) -> dict[str, Callable[[], None]]:
@@ -121,7 +106,7 @@ def make_sides(options: argparse.Namespace, stage: int, names: list[str]) -> dic
     batch = to_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), device)
     unaligned = to_device(collate_for_device(rows, MARKERS.eos, None), device)  # padded on the right only
     losses = {
-        "floor": lambda: floor_loss(model, unaligned),
+        "baseline": lambda: baseline_loss(model, unaligned),
         "coconut": lambda: model(**batch).loss,
         "in parallel": lambda: in_parallel(**batch).loss,
         "all logits": lambda: all_logits_loss(model, unaligned),
@@ -152,14 +137,14 @@ def report_memory(options: argparse.Namespace) -> None:
 
 
 def add_ratios(results: list[dict]) -> list[list]:
-    """Adds to each result its ratios to the floor of its stage; returns the table's rows."""
-    floors = {result["stage"]: result for result in results if result["side"] == "floor"}
+    """Adds to each result its ratios to the baseline of its stage; returns the table's rows."""
+    baselines = {result["stage"]: result for result in results if result["side"] == "baseline"}
     rows = []
     for result in results:
         cells = [result["stage"], result["side"], result["passes"]]
         for name in ("seconds", "cpu_seconds", "peak_gib"):
             known = result[name] is not None
-            result[f"{name}_ratio"] = result[name] / floors[result["stage"]][name] if known else None
+            result[f"{name}_ratio"] = result[name] / baselines[result["stage"]][name] if known else None
             cells += [result[name], result[f"{name}_ratio"]] if known else ["-", "-"]
         rows.append(cells)
     return rows
@@ -172,7 +157,7 @@ def main(arguments: list[str]) -> int:
     if options.memory_of:
         report_memory(options)
         return 0
-    names = [name for name in SIDES if name == "floor" or name in options.sides]
+    names = [name for name in SIDES if name == "baseline" or name in options.sides]
     results = []
     for stage in options.stages:
         medians = alternate(make_sides(options, stage, names), options.repeats, pick_device())

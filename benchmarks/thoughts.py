@@ -17,8 +17,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import options as shared
-from options import ROOT
+from options import ROOT, SIZES, Parser
 
 THOUGHTS = ("last", "layer:-2", "suppressed", "normalised", "projected", "realigned", "pause")  # others are their sums
 
@@ -62,7 +61,7 @@ def measure_all(thoughts: list[str], size: str) -> dict[str, dict[str, float]]:
 
 def as_text(costs: dict[str, dict[str, float]], size: str) -> str:
     """The text of results/thoughts_costs.md."""
-    layers, width, _ = shared.SIZES[size]
+    layers, width, _ = SIZES[size]
     lines = [
         "# What thoughts cost",
         "",
@@ -83,9 +82,9 @@ def as_text(costs: dict[str, dict[str, float]], size: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = shared.make_parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=THOUGHTS, default=list(THOUGHTS), help="(default: all)")
-    parser.add_argument("--size", choices=list(shared.SIZES), default="small", help="(default: %(default)s)")
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the table (default: results/)")
     parser.add_argument("--cost-of", metavar="THOUGHT", help=argparse.SUPPRESS)
     parser.add_argument("--generation", action="store_true", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""Writes chained arithmetic, written the way iCoT writes GSM8K.
+"""Generates chained arithmetic in the format of iCoT's GSM8K.
 
 An example computes from left to right, modulo a small base:
 

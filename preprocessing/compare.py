@@ -43,7 +43,7 @@ class Row(NamedTuple):
 def measure_all(examples: list[dict], measure: Callable[[dict], Values], origin: str, seed: int) -> list[Values]:
     """The statistics of at most LIMIT examples, drawn where there are more.
 
-    Raises UserError that names the record that cannot be measured, or says that there are too few.
+    Raises UserError that names the record that cannot be measured, or when there are too few.
     """
     if len(examples) < FEWEST:
         raise UserError(f"{origin}: {len(examples)} examples are too few to compare, it takes {FEWEST}")
@@ -84,7 +84,7 @@ def _features(values: list[list]) -> np.ndarray:
         marks = np.unique(np.array(flat, dtype=float))
         if len(marks) > THRESHOLDS:
             marks = np.unique(np.quantile(flat, np.linspace(0, 1, THRESHOLDS), method="nearest"))
-        # the greatest stays: it tells examples that have no value at all from the others
+        # the greatest stays: it separates examples without any value from the others
         hits = [
             (np.asarray(row, dtype=float)[:, None] <= marks).mean(axis=0) if row else np.zeros(len(marks))
             for row in values

@@ -23,7 +23,7 @@ class Graph:
 def grow_graph(rng: np.random.Generator, n_nodes: int) -> Graph:
     """Adds nodes one by one; a new node draws Poisson(1.5) parents, deep ones with more weight, from one group.
 
-    The group: nodes that descend from root 0 alone with probability .35; else, the random number being drawn anew,
+    The group: nodes that descend from root 0 alone with probability .35; else, with a new random number,
     from root 1 alone with .7; else all nodes.
     """
     parents: list[list[int]] = [[], []]
@@ -69,7 +69,7 @@ def choose_question(rng: np.random.Generator, graph: Graph) -> tuple[int, int, i
 
 
 def grow_side(rng: np.random.Generator, n_nodes: int, hops: int) -> Graph:
-    """A graph under one root, node 0, whose deepest nodes are `hops` below it, and so are leaves.
+    """A graph under one root, node 0, whose deepest nodes are `hops` below it, so they are leaves.
 
     Every new node has a parent and draws Poisson(1.5) of them, by depth as `grow_graph` does, among the nodes less than
     `hops` deep. Where only so many nodes are left as depth is lacking, each goes one deeper. No parent is more than one

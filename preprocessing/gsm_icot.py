@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--expect", type=int, metavar="N", help="write nothing unless there are N examples")
     options = parser.parse_args(arguments)
     if options.target.exists() and options.target.samefile(options.source):
-        raise UserError(f"{options.target} is both what is read and what is to be written")
+        raise UserError(f"{options.target} is both the source and the target")
     examples = convert(options.source)
     if options.expect not in (None, len(examples)):
         raise UserError(f"{options.source} holds {len(examples):,} examples, not {options.expect:,}")

@@ -102,7 +102,7 @@ SOURCES = {
 
 
 def download(url: str) -> bytes:
-    """A file of a megabyte at most, kept in memory: one that breaks off leaves nothing. Raises UserError."""
+    """A file of a megabyte at most, kept in memory: a broken download leaves nothing. Raises UserError."""
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             return response.read()

@@ -38,13 +38,13 @@ def article(noun: str) -> str:
     return "an" if noun[0] in "aeiou" else "a"
 
 
-def fact(rng: np.random.Generator, subject: str, said: str, noun: bool, negated: bool = False) -> str:
+def fact(rng: np.random.Generator, subject: str, word: str, noun: bool, negated: bool = False) -> str:
     """A sentence about every member of a concept: that they are of another one (noun), or have a property."""
     no = "not " if negated else ""
     if rng.random() < 0.5:
-        return f"{subject.capitalize()}es are {no}{said}{'es' if noun else ''}."
+        return f"{subject.capitalize()}es are {no}{word}{'es' if noun else ''}."
     quantifier = "Each" if rng.random() < 0.5 else "Every"
-    return f"{quantifier} {subject} is {no}{f'{article(said)} {said}' if noun else said}."
+    return f"{quantifier} {subject} is {no}{f'{article(word)} {word}' if noun else word}."
 
 
 def make_example(rng: np.random.Generator) -> dict:
@@ -64,7 +64,7 @@ def make_example(rng: np.random.Generator) -> dict:
     memberships = [*pairwise(chain), *zip(chain, aside, strict=False)]
     memberships.append((distractor, distractor_parent))
     member = {pair: fact(rng, *pair, noun=True) for pair in memberships}
-    has = {concept: fact(rng, concept, said, False, negations[concept]) for concept, said in properties.items()}
+    has = {concept: fact(rng, concept, word, False, negations[concept]) for concept, word in properties.items()}
     facts = [*member.values(), *has.values()]
     entity = str(rng.choice(NAMES))
 

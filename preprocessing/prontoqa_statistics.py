@@ -45,16 +45,16 @@ def measure(example: dict) -> dict[str, list]:
     text, mark, query = example["question"].partition(" True or false: ")
     if not mark:
         raise ValueError("its question has no 'True or false:'")
-    written = sentences(text)
-    facts = [parse(sentence) for sentence in written]
+    texts = sentences(text)
+    facts = [parse(sentence) for sentence in texts]
     walked = sentences(" ".join(example["steps"]))
-    places = [written.index(sentence) for sentence in walked if sentence in written]
+    places = [texts.index(sentence) for sentence in walked if sentence in texts]
     chain = [sentence.noun for sentence in map(parse, walked) if sentence.form == "entity" and sentence.noun]
     if not chain or len(places) < 2:
         raise ValueError("its steps are not made of its facts")
     asked = parse(query)
     return {
-        **_order(facts, places, written),
+        **_order(facts, places, texts),
         **_ontology(facts, chain, asked),
         **_negations(facts, chain, asked),
         **_words(facts, chain, asked),
@@ -68,12 +68,12 @@ def measure(example: dict) -> dict[str, list]:
     }
 
 
-def _order(facts: list[Sentence], places: list[int], written: list[str]) -> dict[str, list]:
-    last = max(len(written) - 1, 1)
+def _order(facts: list[Sentence], places: list[int], texts: list[str]) -> dict[str, list]:
+    last = max(len(texts) - 1, 1)
     entity = [place for place, fact in enumerate(facts) if fact.form == "entity"]
     start, *reasons = places
     return {
-        "sentences": [len(written)],
+        "sentences": [len(texts)],
         "place of the sentences about the entity": [place / last for place in entity],
         "which of them begins the chain": [entity.index(start)],
         "place of the chain's sentences": [place / last for place in reasons],
@@ -91,15 +91,15 @@ def _ontology(facts: list[Sentence], chain: list[str], asked: Sentence) -> dict[
     up = Counter(fact.subject for fact in general if fact.noun)
     down = Counter(fact.noun for fact in facts if fact.noun)
     properties = Counter(fact.subject for fact in general if fact.property)
-    said = [fact.property for fact in facts if fact.property]
+    named = [fact.property for fact in facts if fact.property]
     queried = _queried(facts, chain)
     contrary = [fact for fact in general if fact.property == asked.property and fact.subject not in chain]
     aside = [fact.noun for fact in general if fact.noun and fact.subject in chain and fact.noun not in chain]
     return {
         "hops": [len(chain)],
         "concepts": [len(concepts)],
-        "distinct properties": [len(set(said))],
-        "families of properties": [len({FAMILY.get(word, word) for word in said})],
+        "distinct properties": [len(set(named))],
+        "families of properties": [len({FAMILY.get(word, word) for word in named})],
         "memberships of a concept": [up[concept] for concept in concepts],
         "members of a concept": [down[concept] for concept in concepts],
         "properties of a concept": [properties[concept] for concept in concepts],
@@ -108,7 +108,7 @@ def _ontology(facts: list[Sentence], chain: list[str], asked: Sentence) -> dict[
         "concepts beside the chain": [len(aside)],
         "properties of a concept beside the chain": [properties[concept] for concept in aside],
         "memberships of a concept beside the chain": [up[concept] for concept in aside],
-        "sentences with the queried property": [said.count(asked.property)],
+        "sentences with the queried property": [named.count(asked.property)],
         "its bearers beside the chain: memberships": [up[fact.subject] for fact in contrary],
         "its bearers beside the chain: members": [down[fact.subject] for fact in contrary],
         "its bearers beside the chain: contrary": [

@@ -10,9 +10,9 @@ SHAPES = ("gpt2", "llama", "qwen2")
 
 @dataclass(frozen=True)
 class RandomModel:
-    """All that decides a model and its weights, but for the vocabulary. Without dropout: small models underfit anyway.
+    """The model and its weights, apart from the vocabulary. Without dropout: small models underfit anyway.
 
-    GPT-2's shape leaves no choice in tied, mlp and kv_heads: True, 4, and as many as heads.
+    GPT-2's shape fixes tied, mlp and kv_heads: True, 4, and as many as heads.
     """
 
     shape: str = "gpt2"

@@ -41,43 +41,18 @@ class View:
         return fewest_edges(self.parents, [node])
 
 
-def chance(view: View, node: int) -> int:
-    """No rule: a coin."""
-    return 0
-
-
-def in_degree(view: View, node: int) -> int:
-    """Take the candidate with fewer parents."""
-    return -len(view.parents[node])
-
-
-def depth_of_ancestors(view: View, node: int) -> int:
-    """Take the candidate with the longer way back to an ancestor: to the farthest, over the fewest edges."""
-    return max(view.way_back(node).values())
-
-
-def number_of_ancestors(view: View, node: int) -> int:
-    """Take the candidate with more ancestors."""
-    return len(view.way_back(node))
-
-
-def no_source_as_parent(view: View, node: int) -> bool:
-    """Take the candidate that has no parent which is another source than the node asked about."""
-    return not view.other_sources & set(view.parents[node])
-
-
-def no_source_within_two(view: View, node: int) -> bool:
-    """Take the candidate that has no other source than the node asked about within two edges back."""
-    return not any(view.way_back(node).get(source, 3) <= 2 for source in view.other_sources)
-
-
+# name -> the number of a candidate; the rule takes the candidate with the greater
 RULES: dict[str, Callable[[View, int], int]] = {
-    "chance": chance,
-    "in-degree": in_degree,
-    "depth of ancestors": depth_of_ancestors,
-    "number of ancestors": number_of_ancestors,
-    "no parent that is another source": no_source_as_parent,
-    "no other source within two back": no_source_within_two,
+    "chance": lambda view, node: 0,
+    "in-degree": lambda view, node: -len(view.parents[node]),  # fewer parents
+    # the longer way back to an ancestor: to the farthest, over the fewest edges
+    "depth of ancestors": lambda view, node: max(view.way_back(node).values()),
+    "number of ancestors": lambda view, node: len(view.way_back(node)),
+    # other sources than the node asked about
+    "no parent that is another source": lambda view, node: not view.other_sources & {*view.parents[node]},
+    "no other source within two back": lambda view, node: (
+        not any(view.way_back(node).get(source, 3) <= 2 for source in view.other_sources)
+    ),
 }
 
 
@@ -87,7 +62,7 @@ def has_graph(example: dict) -> bool:
 
 
 def decide(example: dict) -> dict[str, float]:
-    """Rule -> 1 where it takes the target, 0 where the other, 0.5 where it cannot tell.
+    """Rule -> 1 where it takes the target, 0 where the other, 0.5 in a tie.
 
     Raises KeyError for a missing field, ValueError where a node is not there.
     """

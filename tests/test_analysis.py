@@ -23,7 +23,7 @@ from config import Config
 from trainer.pretrained import load_tokenizer, mark
 from utils import UserError
 
-SURE = -30.0  # a logit of what is not said
+SURE = -30.0  # a logit of other tokens
 
 
 class ByHand(LlamaModel):
@@ -51,37 +51,37 @@ class ByHand(LlamaModel):
             identity = embed[size:]
             is_token = identity.max() == 1 and identity.count_nonzero() == 1
             token = tokens[int(identity.argmax())] if is_token else None
-            said = set()
+            following = set()
             if not seen:
                 pass
             elif count is None and token != "\n":
                 question += token
             elif token == "\n" and count is None:
                 letters, count = {self.start(question)}, 0
-                said = self.go(question, letters, count)
+                following = self.go(question, letters, count)
             elif token == "###":
-                answering, said = True, {" "}
+                answering, following = True, {" "}
             elif token == " ":
-                said = self.answer(question, letters)
+                following = self.answer(question, letters)
             elif answering:
-                said = {"<|endoftext|>"}
+                following = {"<|endoftext|>"}
             else:  # a thought or a written letter
                 held = embed[:size]
                 letters = {tokens[place] for place in (held == held.max()).nonzero().flatten() if held.max() > 0}
                 count += 1
-                said = self.go(question, letters, count)
+                following = self.go(question, letters, count)
             after = self.follow(question, letters, count) if count is not None else None
             row = torch.full((2 * size,), SURE)
             row[:size] = 0
             for letter in letters if after is None else after:
                 row[tokens.index(letter)] = 1.0
-            for word in said or {"###"}:
+            for word in following or {"###"}:
                 row[size + tokens.index(word)] = 0.0
             rows.append(row)
         return torch.stack(rows)
 
     def go(self, question, letters, count):
-        """What is said next: a letter that follows, or the answer's mark."""
+        """The next token: a letter that follows, or the answer's mark."""
         return self.follow(question, letters, count) or {"###"}
 
     def answer(self, question, letters):
@@ -163,7 +163,7 @@ def searching(tmp_path_factory):
 def test_a_model_that_follows_the_machine_is_always_right(tracking):
     subject, task = tracking
     assert isinstance(task, Machine)
-    assert [output.strip() for output in subject.written()] == [f"### {e['answer']}" for e in task.examples]
+    assert [output.strip() for output in subject.outputs()] == [f"### {e['answer']}" for e in task.examples]
     for row in sweep.sweep(subject, task):
         assert row["accuracy"] == 1
         assert row["classes"] == {"right steps and answer": 40, "right answer only": 0, "wrong answer": 0}
@@ -210,7 +210,7 @@ def test_interventions_come_out_as_computed_by_hand(tracking):
         assert found(name, "all")["donor"] == 1
     same = found("the same answer", "all")
     assert same["accuracy"] == 1
-    assert same["donor"] is None  # a donor with the same answer says nothing new
+    assert same["donor"] is None  # a donor with the same answer shows nothing new
     assert found("pause embedding", "the last")["accuracy"] == 0  # it holds nothing
     assert found("zeros (off the manifold)", "all")["accuracy"] == 0
     twins = task.twins()
@@ -231,8 +231,8 @@ def test_another_order_of_buttons_has_an_answer_of_its_own(tracking):
 def test_hidden_thoughts_are_not_attended_to(tracking):
     """The model made by hand reads its last thought: without it, it goes on from the one before."""
     subject, task = tracking
-    said = subject.written(hidden_columns=frozenset({subject.n_thoughts - 1}))
-    for example, output in zip(task.examples, said, strict=True):
+    outputs = subject.outputs(hidden_columns=frozenset({subject.n_thoughts - 1}))
+    for example, output in zip(task.examples, outputs, strict=True):
         wanted = example["answer"] if len(example["steps"]) < 4 else example["steps"][2]
         assert output.strip().endswith(wanted)
 
@@ -423,12 +423,12 @@ def test_sentences_begin_with_the_node_before(tmp_path):
 def test_there_is_room_for_all_steps_and_the_answer(tmp_path):
     """After 64 tokens the long answers of sentences were cut off, and counted as wrong."""
     examples = sentences_of(2)
-    subject, rooms = random_subject(tmp_path, examples), []
-    subject.model.generate = lambda **options: rooms.append(options["max_new_tokens"]) or torch.zeros(2, 1).long()
-    subject.written(0)
-    assert rooms[0] > 64
+    subject, limits = random_subject(tmp_path, examples), []
+    subject.model.generate = lambda **options: limits.append(options["max_new_tokens"]) or torch.zeros(2, 1).long()
+    subject.outputs(0)
+    assert limits[0] > 64
     lengths = [sum(len(step) + 1 for step in e["steps"]) + 2 + len(e["answer"]) + 1 for e in examples]  # '###' is one
-    assert rooms[0] == 2 * max(lengths)
+    assert limits[0] == 2 * max(lengths)
 
 
 def test_names_may_have_spaces():
@@ -486,7 +486,7 @@ def test_the_page_has_every_part_and_can_be_made_again(trained, tmp_path, kind, 
 
 
 def test_numbers_of_two_analyses_are_not_mixed(trained, tmp_path, capsys):
-    """What was kept had another control, or other questions: a traceback, or a page that said nothing of it."""
+    """Kept numbers of another control, or of other questions, gave a traceback, or a page that did not mention it."""
     data = ["--data", str(trained / "machine_test.json"), "--out", str(tmp_path)]
     own, control = [str(trained / "machine-last"), *data], ["--control", str(trained / "machine-pause")]
     assert command.main([*own, *control, "--only", "sweep", "examples"]) == 0
@@ -598,9 +598,9 @@ def test_what_cannot_be_analysed_is_one_sentence(trained, tmp_path, arguments, c
     arguments = [argument.format(trained) for argument in arguments]
     data = [] if "--data" in arguments else ["--data", str(trained / "machine_test.json")]
     assert command.main([*arguments, *data, "--out", str(tmp_path / "new")]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert complaint in said
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert complaint in error
     assert not (tmp_path / "new").exists()
 
 

@@ -40,7 +40,7 @@ def test_the_sides_of_a_step_agree(small):
     coconut = model(**batch).loss
     assert abs(step.no_cache_loss(model, batch) - coconut) < 1e-5
     unaligned = collate_for_device(common.prosqa_rows(2, stage=2, c_thought=1), small.eos, None)
-    assert abs(step.floor_loss(model, unaligned) - step.all_logits_loss(model, unaligned)) < 1e-5
+    assert abs(step.baseline_loss(model, unaligned) - step.all_logits_loss(model, unaligned)) < 1e-5
     assert len(step.make_sides(argparse.Namespace(**OPTIONS), 1, list(step.SIDES))) == len(step.SIDES)
     ids = (small.latent, small.start, small.end, small.eos)
     in_parallel = ParallelLatents(model.base_causallm, *ids, latent_passes=2)
@@ -60,35 +60,13 @@ def test_a_model_is_had_as_if_loaded(small, world, strategy):
 
 
 def test_they_run_and_write_json(small, tmp_path, capsys):
-    arguments = [
-        "--batch",
-        "2",
-        "--stages",
-        "0",
-        "2",
-        "--repeats",
-        "1",
-        "--no-memory",
-        "--json",
-        str(tmp_path / "a.json"),
-    ]
-    assert step.main(arguments) == 0
+    options = f"--batch 2 --stages 0 2 --repeats 1 --no-memory --json {tmp_path / 'a.json'}"
+    assert step.main(options.split()) == 0
     results = json.loads((tmp_path / "a.json").read_text())["results"]
-    assert [result["side"] for result in results] == ["floor", "coconut", "all logits"] * 2
+    assert [result["side"] for result in results] == ["baseline", "coconut", "all logits"] * 2
     assert results[0]["seconds_ratio"] == 1.0
-    arguments = [
-        "--examples",
-        "3",
-        "--batches",
-        "2",
-        "--new-tokens",
-        "3",
-        "--repeats",
-        "1",
-        "--json",
-        str(tmp_path / "b.json"),
-    ]
-    assert generate.main(arguments) == 0
+    options = f"--examples 3 --batches 2 --new-tokens 3 --repeats 1 --json {tmp_path / 'b.json'}"
+    assert generate.main(options.split()) == 0
     assert {result["batch"] for result in json.loads((tmp_path / "b.json").read_text())["results"]} == {2}
     assert "ratio" in capsys.readouterr().out
 

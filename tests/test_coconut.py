@@ -21,12 +21,12 @@ def make_model(
     return Coconut(tiny_base(family, tied, dtype=dtype, layers=layers), LATENT, START, END, EOS, thought=thought).eval()
 
 
-def make_rows(n_latents: list[int], seed: int = 0) -> list[tuple[list[int], list[int]]]:
-    """One (input_ids, labels) pair for each number of latents; questions and continuations of different lengths."""
+def make_rows(n_latents: list[int], seed: int = 0, end: int = VOCABULARY) -> list[tuple[list[int], list[int]]]:
+    """One (input_ids, labels) pair for each number of latents, of different lengths, from words 4 to end - 1."""
     generator = torch.Generator().manual_seed(seed)
 
     def words(count: int) -> list[int]:
-        return torch.randint(4, VOCABULARY, (count,), generator=generator).tolist()
+        return torch.randint(4, end, (count,), generator=generator).tolist()
 
     rows = []
     for place, count in enumerate(n_latents):
@@ -87,6 +87,14 @@ def plain_loss(model: Coconut, rows, thought: str = "last") -> torch.Tensor:
         losses.append(F.cross_entropy(logits[:-1], targets, reduction="sum"))
         count += int((targets != -100).sum())
     return sum(losses) / count
+
+
+def assert_generated_as_alone(model: Coconut, rows: list[list[int]], together: torch.Tensor, **options) -> None:
+    """A batch is generated as its rows alone, then EOS."""
+    for row, found in zip(rows, together, strict=True):
+        alone = model.generate(torch.tensor([row]), **options)[0]
+        assert found[: len(alone)].tolist() == alone.tolist()
+        assert set(found[len(alone) :].tolist()) <= {EOS}
 
 
 def gradients(model: Coconut, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -155,9 +163,7 @@ def test_every_thought_is_the_same_in_generation(family, spelling):
     model, rows = make_variant(family, spelling), prompts([3, 0, 2])
     batch = collate_prompts(rows, EOS)
     together = model.generate(**batch, max_new_tokens=6)
-    for row, found in zip(rows, together, strict=True):
-        alone = model.generate(torch.tensor([row]), max_new_tokens=6, do_sample=False)[0]
-        assert found[: len(alone)].tolist() == alone.tolist()
+    assert_generated_as_alone(model, rows, together, max_new_tokens=6, do_sample=False)
     continued = list(rows[0])
     for token in together[0].tolist():
         continued.append(int(model(torch.tensor([continued])).logits[0, -1].argmax()))
@@ -205,9 +211,7 @@ def test_forward_is_the_plain_definition_for_other_families_too(other, dtype, to
     assert max(largest_difference(model, rows, loss)) < tolerance
     batch = collate_prompts(prompts([3, 1]), EOS)
     together = model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=8)
-    for row, found in zip(prompts([3, 1]), together, strict=True):
-        alone = model.generate(torch.tensor([row]), max_new_tokens=8)[0]
-        assert found[: len(alone)].tolist() == alone.tolist()
+    assert_generated_as_alone(model, prompts([3, 1]), together, max_new_tokens=8)
 
 
 def test_a_window_of_padding_is_harmless():
@@ -313,10 +317,7 @@ def test_batched_generation_is_one_by_one(family, n_latents):
     rows = prompts(n_latents)
     batch = collate_prompts(rows, EOS)
     together = model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=12)
-    for row, found in zip(rows, together, strict=True):
-        alone = model.generate(torch.tensor([row]), max_new_tokens=12)[0]
-        assert found[: len(alone)].tolist() == alone.tolist()
-        assert set(found[len(alone) :].tolist()) <= {EOS}
+    assert_generated_as_alone(model, rows, together, max_new_tokens=12)
 
 
 def test_generation_is_the_plain_definition(family):
@@ -413,10 +414,10 @@ def test_an_edited_thought_is_what_the_model_is_fed(family, spelling):
     output = model(torch.tensor([row]), edit=edit, return_thoughts=True)
     assert (output.thoughts - embeds[:, first : first + 3]).abs().max() < 1e-12
     assert (output.logits - base(inputs_embeds=embeds).logits).abs().max() < 1e-9
-    said = model.generate(torch.tensor([row]), max_new_tokens=1, edit=edit)
-    assert said.item() == base(inputs_embeds=embeds).logits[0, -1].argmax()
+    found = model.generate(torch.tensor([row]), max_new_tokens=1, edit=edit)
+    assert found.item() == base(inputs_embeds=embeds).logits[0, -1].argmax()
     sampled = model.generate(torch.tensor([row]), max_new_tokens=1, edit=edit, num_beams=2)
-    assert sampled[0, 0] == said[0, 0]
+    assert sampled[0, 0] == found[0, 0]
 
 
 def test_thoughts_are_returned_where_they_are_asked_for(family):
@@ -429,12 +430,12 @@ def test_thoughts_are_returned_where_they_are_asked_for(family):
     assert output.thoughts.shape == (2, 2, model.base_causallm.config.hidden_size)
     ids = collate_prompts(prompts([2, 2]), EOS)
     wanted = model(**ids, return_thoughts=True).thoughts
-    for said in (
+    for found in (
         model.generate(**ids, max_new_tokens=3, return_thoughts=True),
         model.generate(**ids, max_new_tokens=3, return_thoughts=True, num_beams=2),
         thought_logits(model, **ids),
     ):
-        assert (said[1] - wanted).abs().max() < 1e-12
+        assert (found[1] - wanted).abs().max() < 1e-12
     assert torch.equal(
         model.generate(**ids, max_new_tokens=3, return_thoughts=True)[0], model.generate(**ids, max_new_tokens=3)
     )

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from family_table import (
     dtype_of,
     tiny_model,
 )
+from test_coconut import END, EOS, LATENT, START
+from test_coconut import make_rows as rows_of
 from test_pretrained import write_tiny
 from transformers import AutoModelForCausalLM
 
@@ -37,26 +40,12 @@ from trainer.pretrained import load_model
 from trainer.throughput import FlopCounter
 from utils import UserError
 
-EOS, START, LATENT, END = 0, 1, 2, 3
-
 
 def make_model(base, latent: int | None = LATENT, thought: str = "last") -> Coconut:
     return Coconut(base, latent, START, END, EOS, thought=thought).eval()
 
 
-def make_rows(n_latents: list[int]) -> list[tuple[list[int], list[int]]]:
-    """One (input_ids, labels) pair for each number of latents, of different lengths, from words 4 to 29."""
-    generator = torch.Generator().manual_seed(0)
-
-    def words(count: int) -> list[int]:
-        return torch.randint(4, 30, (count,), generator=generator).tolist()
-
-    rows = []
-    for place, count in enumerate(n_latents):
-        before = [*words(3 + 2 * place), START, *[LATENT] * count, END]
-        after = [*words(7 - place), EOS]
-        rows.append((before + after, [IGNORE] * len(before) + after))
-    return rows
+make_rows = partial(rows_of, end=30)
 
 
 def plain_logits(model: Coconut, input_ids: list[int], generated: int = 0) -> torch.Tensor:
@@ -230,7 +219,7 @@ def test_the_model_stays_as_it_was(full_size, monkeypatch):
 
 
 def test_weights_that_are_no_numbers_are_not_the_fault_of_a_family():
-    """The run says where it came to them."""
+    """The run names the step where they appear."""
     base = tiny_model("gpt2")
     with torch.no_grad():
         base.transformer.wte.weight[7] = float("nan")
@@ -280,7 +269,7 @@ def save_with_tokenizer(family: str, folder) -> str:
     return str(folder)
 
 
-def test_what_is_loaded_is_vouched_for(tmp_path):
+def test_loading_checks_the_family(tmp_path):
     folder = save_with_tokenizer("jamba", tmp_path / "jamba")
     with pytest.raises(UserError, match=f"the model family jamba .*{WITH_LATENTS}"):
         load_model(Config(model_id=folder, method="coconut"), None)

@@ -26,7 +26,7 @@ def passes(*lengths: int) -> list[torch.Tensor]:
 
 
 def test_views_and_gradients_are_those_of_concatenation():
-    """Each pass sees what was written so far; later passes depend on earlier ones, as thoughts do."""
+    """Each pass sees all earlier states; later passes depend on earlier ones, as thoughts do."""
 
     def total(append, states):
         result = torch.zeros((), dtype=torch.float64)

@@ -1,5 +1,5 @@
-"""analysis/: the page is one file that stands alone and is read as it was meant; its figures are text, and tell series
-apart by more than colour."""
+"""analysis/: the page is one file without references to others; its figures hold text, and distinguish series by more
+than colour."""
 
 import math
 import re

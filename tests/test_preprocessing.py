@@ -156,7 +156,7 @@ def test_prosqa_reads_like_the_authors_data(splits):
 
 
 def test_prosqa_splits_share_no_graph():
-    """Graphs of four nodes and few words run out soon: what was drawn before must be drawn anew."""
+    """Graphs of four nodes and few words run out soon: repeated graphs must be drawn again."""
     settings = prosqa.Settings(4, 1, 2, ("Max", "Rex", "Sam"), ("wumpus", "impus", "jompus"))  # 18 graphs
     splits = prosqa.make_splits({"train": 10, "test": 5}, settings, seed=0)
     graphs = [prosqa.named_edges(example) for example in everything(splits)]
@@ -396,7 +396,7 @@ def test_wrong_options_of_the_generators(script, options, complaint, tmp_path, c
 def test_gsm_does_not_replace_the_file_that_it_reads(tmp_path, capsys):
     (tmp_path / "icot.txt").write_text("q||<<1+1=2>> #### 2\n")
     error = refusal(gsm_icot.main, [tmp_path / "icot.txt", tmp_path / "." / "icot.txt"], capsys)
-    assert "is both what is read and what is to be written" in error
+    assert "is both the source and the target" in error
     assert (tmp_path / "icot.txt").read_text() == "q||<<1+1=2>> #### 2\n"
 
 
@@ -667,9 +667,9 @@ def test_generated_prontoqa_follows_from_its_facts():
         member = {fact.noun for fact in facts if fact.subject == entity}
         while more := {fact.noun for fact in facts if fact.noun and fact.subject in member} - member:
             member |= more
-        said = {fact.negated for fact in facts if fact.property == parse(query).property and fact.subject in member}
-        assert len(said) == 1  # the contrary belongs to a concept that the entity is not
-        assert example["answer"] == str(said == {parse(query).negated})
+        values = {fact.negated for fact in facts if fact.property == parse(query).property and fact.subject in member}
+        assert len(values) == 1  # the contrary belongs to a concept that the entity is not
+        assert example["answer"] == str(values == {parse(query).negated})
         for step in example["steps"][:-1]:
             first, reason = re.findall(r"[^. ][^.]+\.", step)
             assert reason in text
