@@ -23,7 +23,7 @@ from trainer.data import Data
 from trainer.distributed import StopSignal, World
 from trainer.logger import RunLogger
 from trainer.pretrained import Parts, Pretrained, parts_of
-from trainer.run_folder import write_config
+from trainer.run_folder import keep_results, write_config
 from trainer.throughput import Throughput
 from utils import UserError, log, seed_everything
 
@@ -87,12 +87,12 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
     for name, one in by_set.items():
         sets[name] = data = data_files.load_data(one, world, loaded.tokenizer)  # of a training run, the only one
         data_files.check_lengths(one, loaded.model.max_positions, data)
-    if progress.data not in (None, data.train_digest) and not config.continue_changed:
+    if progress.token_ids not in (None, data.train_digest) and not config.continue_changed:
         raise UserError(
             f"{source} was trained on other data than {config.train_path} now holds: choose another name, or set "
             f"continue_changed=true"
         )
-    progress.data, progress.val = data.train_digest, data.val_digest
+    progress.token_ids, progress.val = data.train_digest, data.val_digest
     if source is not None and not progress.step:
         progress.started_from = str(source)
     logger = RunLogger(config.run_dir / "eval" if config.only_eval else config.run_dir)
@@ -107,6 +107,8 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
 
     def open_log() -> str | None:
         values = dataclasses.asdict(config)
+        if config.only_eval:
+            keep_results(logger.folder, values, str(source))
         write_config(values, logger.folder, world.size, ranks.hardware(world))
         return logger.open(values, progress.wandb_id)
 
