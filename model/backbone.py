@@ -224,12 +224,10 @@ def _max_positions(config: PreTrainedConfig) -> int | None:
     """The longest sequence, in tokens, by whatever name a family has for it; None where none is declared."""
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
     names += ("max_target_positions", "context_length")
-    attention = getattr(config, "attn_config", None) or {}
-    for values in (config.to_dict(), attention if isinstance(attention, dict) else vars(attention)):
-        for name in names:
-            if isinstance(values.get(config.attribute_map.get(name, name)), int):
-                return values[config.attribute_map.get(name, name)]
-    return None
+    attention = getattr(config, "attn_config", None) or {}  # of MPT and its like
+    inner = attention if isinstance(attention, dict) else vars(attention)
+    values = [*(getattr(config, name, None) for name in names), *map(inner.get, names)]
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
 def _attends_plainly(config: PreTrainedConfig) -> bool:
