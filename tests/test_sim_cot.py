@@ -25,7 +25,8 @@ def make_tokens(n_steps: list[int], max_latent_stage: int):
     """Examples of different lengths, and what their thoughts stand for; one token a character."""
 
     def words(texts, **_):
-        return {"input_ids": [[4 + ord(letter) % (VOCABULARY - 4) for letter in text] for text in texts]}
+        ids = [[4 + ord(letter) % (VOCABULARY - 4) for letter in text] for text in texts]
+        return {"input_ids": ids, "special_tokens_mask": [[0] * len(text) for text in texts]}
 
     generator = torch.Generator().manual_seed(1)
 
