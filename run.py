@@ -30,6 +30,7 @@ import curriculum
 import dataset
 from dataset import EpochPlan, PlannedStep
 from trainer import checkpoint, evaluate, parallel
+from trainer import data as data_files
 from trainer import distributed as ranks
 from trainer.checkpoint import Progress
 from trainer.distributed import World
@@ -160,7 +161,7 @@ def plan_of_epoch(run: Run, epoch: int, rank: int, seen: int = 0) -> EpochPlan:
     groups."""
     config, train = run.config, run.data.train
     stage = curriculum.stage_of(config, epoch)
-    lengths = dataset.sequence_lengths(train, config, stage) if config.group_by_length else None
+    lengths = data_files.sequence_lengths(train, config, stage) if config.group_by_length else None
     order = dataset.example_order(len(train), config, epoch, lengths)
     return EpochPlan(order, config, rank, run.world.size, seen)
 
