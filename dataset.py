@@ -115,16 +115,11 @@ def collate_for_device(rows: list[tuple[list[int], list[int]]], pad_token_id: in
     return batch
 
 
-def collate_prompts(prompts: list[Sequence[int]], pad_token_id: int) -> dict:
+def collate_prompts(prompts: list[Sequence[int]], pad_token_id: int, on_the_left: bool = True) -> dict:
     """Prompts -> input_ids, attention_mask, position_ids, each (B, T) int64, padded on the left: generation
     continues every row in the same column."""
-    width = max(len(row) for row in prompts)
-    return _padded(prompts, pad_token_id, [0] * len(prompts), [width - len(row) for row in prompts])
-
-
-def padded(rows: list[Sequence[int]], fill: int) -> torch.Tensor:
-    """Rows of int, padded on the right, as one (B, T) int64 tensor."""
-    return _padded(rows, fill, [0] * len(rows), [0] * len(rows))["input_ids"]
+    width = max(len(row) for row in prompts) if on_the_left else 0
+    return _padded(prompts, pad_token_id, [0] * len(prompts), [max(width - len(row), 0) for row in prompts])
 
 
 def _padded(rows: list[Sequence[int]], fill: int, begins: list[int], gaps: list[int]) -> dict[str, torch.Tensor]:
