@@ -53,6 +53,8 @@ class Coconut(nn.Module):
     Raises UserError for an unknown thought, and for one that this model cannot have.
     """
 
+    one_by_one = True  # whether thoughts come one after the other, and what is predicted follows them at once
+
     def __init__(
         self,
         base_causallm: PreTrainedModel,
@@ -305,8 +307,8 @@ class Coconut(nn.Module):
     def answers(self, questions: list[str], **options) -> list[dict]:
         """The model's {"output", "answer"} for each question, as one batch, by greedy decoding.
 
-        options: max_new_tokens (128); n_thoughts, a number of latents other than its stage's; mode, of a multi-mode
-        model; show_thoughts, which adds "thoughts": for each latent the five likeliest [token, probability] pairs at
+        options: max_new_tokens (128); n_thoughts, a number of latents other than its stage's; mode, of a model with
+        several; show_thoughts, which adds "thoughts": for each latent the five likeliest [token, probability] pairs at
         the position before it (paper, Section 5.2); sampling options of `generate`. Raises UserError.
         """
         from trainer import inference
