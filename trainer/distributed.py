@@ -217,6 +217,21 @@ def on_every_rank(world: World, action: typing.Callable) -> list:
     return results
 
 
+def check_same(world: World, values: dict) -> None:
+    """Raises UserError, on every rank, that names the values that are not the same on all ranks, such as the keys of a
+    configuration that each node has a file of. Collective."""
+    of_ranks, differing = on_every_rank(world, lambda: values), []
+    for name in values:
+        ranks_with: dict[str, list[str]] = {}
+        for rank, found in enumerate(of_ranks):
+            ranks_with.setdefault(repr(found[name]), []).append(str(rank))
+        if len(ranks_with) > 1:
+            parts = [f"{value} on rank {', '.join(ranks)}" for value, ranks in ranks_with.items()]
+            differing.append(f"{name} is {' but '.join(parts)}")
+    if differing:
+        raise UserError.of_all(f"the ranks must all read the same files: {'; '.join(differing)}")
+
+
 def barrier(world: World) -> None:
     """Waits for all ranks, without a timeout: before a collective that some may reach hours after the others.
 
