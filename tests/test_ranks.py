@@ -1,6 +1,10 @@
 """Agreement of the ranks."""
 
+from fnmatch import fnmatch
+from pathlib import Path
+
 import pytest
+import torch
 
 from trainer import distributed as ranks
 from trainer.distributed import World
@@ -17,3 +21,31 @@ def test_a_problem_of_rank_zero_reaches_every_rank():
             ranks.on_main_rank(world, lambda: (_ for _ in ()).throw(UserError("no")))
     finally:
         ranks.cleanup_distributed()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("environment", "devices", "promise"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "4"}, [], "SLURM_GPUS_ON_NODE=4 promises a GPU"),
+        ({"SLURM_JOB_GPUS": "0,1"}, [], "SLURM_JOB_GPUS=0,1 promises a GPU"),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, [], "CUDA_VISIBLE_DEVICES=0 promises a GPU"),
+        ({}, ["/dev/nvidia3"], "/dev/nvidia3 is a GPU"),
+        ({}, ["/dev/kfd"], "/dev/kfd is a GPU"),
+        ({"SLURM_GPUS_ON_NODE": "0", "SLURM_JOB_GPUS": ""}, [], None),
+        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": ""}, ["/dev/nvidia0"], None),
+        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "-1"}, ["/dev/nvidia0"], None),
+    ],
+)
+def test_a_promised_gpu_that_torch_does_not_find_is_an_error(monkeypatch, environment, devices, promise):
+    """G2: the run went on, on the CPU, without a word."""
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Path, "glob", lambda _, pattern: [Path(d) for d in devices if fnmatch(d, f"/dev/{pattern}")])
+    if promise is None:
+        assert ranks.promised_gpu() is None
+    else:
+        with pytest.raises(UserError, match=f'{promise}, but torch finds no GPU: .+; CUDA_VISIBLE_DEVICES=""'):
+            ranks.setup_distributed()

@@ -55,7 +55,7 @@ def setup_distributed() -> World:
     """Joins the ranks that torchrun started; without torchrun, a world of one. Undone by `cleanup_distributed`.
 
     The device comes from LOCAL_RANK: the global rank does not index a node's GPUs. A process group is made for a
-    world of one too, so that no collective needs an `if`.
+    world of one too, so that no collective needs an `if`. Raises UserError where torch lacks a promised GPU.
     """
     import torch
     import torch.distributed as dist
@@ -75,6 +75,13 @@ def setup_distributed() -> World:
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
+        if promise := promised_gpu():
+            try:
+                torch.cuda.init()
+                reason = "no GPU is visible"
+            except (RuntimeError, AssertionError) as error:
+                reason = str(error).splitlines()[0]
+            raise UserError(f'{promise}, but torch finds no GPU: {reason}; CUDA_VISIBLE_DEVICES="" insists on the CPU')
         device, backend = torch.device("cpu"), "gloo"
     if is_launched:
         dist.init_process_group(backend)
@@ -82,6 +89,18 @@ def setup_distributed() -> World:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     no_timeout_group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if size > 1 else None
     return World(rank, local_rank, size, device, no_timeout_group)
+
+
+def promised_gpu() -> str | None:
+    """What promises this process a GPU, unless CUDA_VISIBLE_DEVICES hides all."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):  # the last is SLURM's
+        return None
+    nothing = {"CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_GPUS": "", "SLURM_GPUS_ON_NODE": "0"}
+    for name, none in nothing.items():
+        if (value := os.environ.get(name, none)) not in ("", none):
+            return f"{name}={value} promises a GPU"
+    devices = [*sorted(Path("/dev").glob("nvidia[0-9]*")), *Path("/dev").glob("kfd")]
+    return f"{devices[0]} is a GPU" if devices else None
 
 
 def _die_with_launcher() -> None:
