@@ -575,12 +575,18 @@ def wait_until(happened, process: subprocess.Popen) -> None:
 
 def test_runs_at_once_share_what_gpus_there_are(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     assert grid.shares(4, 1) == ["4", "5", "7", "4"]
     assert grid.shares(2, 2) == ["4,5", "7,4"]
     with pytest.raises(UserError, match="--gpus 4: this machine has 3"):
         grid.shares(1, 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert grid.shares(2, 1) == [None, None]
+    monkeypatch.setattr("os.cpu_count", lambda: 128)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {5})  # G20: under taskset or srun
+    assert grid.shares(None, 1) == [None]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert grid.shares(2, 1) == [None, None]
 
 

@@ -1,5 +1,6 @@
 """Agreement of the ranks."""
 
+import os
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -49,3 +50,30 @@ def test_a_promised_gpu_that_torch_does_not_find_is_an_error(monkeypatch, enviro
     else:
         with pytest.raises(UserError, match=f'{promise}, but torch finds no GPU: .+; CUDA_VISIBLE_DEVICES=""'):
             ranks.setup_distributed()
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "max 100000"}, 16),
+        ("0::/", {"cpu.max": "350000 100000"}, 3),  # a container
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/slurm/job/step", {"slurm/job/cpu.max": "200000 100000", "cpu.max": "max 100000"}, 2),  # of a group above
+        (
+            "5:cpuacct,cpu:/docker/1\n4:memory:/docker/1",
+            {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"},
+            4,
+        ),
+        ("5:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 16),
+        ("", {}, 16),
+    ],
+)
+def test_affinity_and_quota_count_and_not_the_hosts_cores(tmp_path, monkeypatch, own, files, cores):
+    """G20: a grid in a container started as many runs as the host has cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cgroup" / name).write_text(text + "\n")
+    assert ranks.allowed_cores(tmp_path / "cgroup", tmp_path / "own") == cores

@@ -119,7 +119,26 @@ def hardware(world: World) -> str:
 
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
-    return f"CPU, {platform.machine()}, {os.cpu_count()} cores"
+    return f"CPU, {platform.machine()}, {allowed_cores()} cores"
+
+
+def allowed_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Cores that this process may use, at least 1: of its affinity (taskset, srun), or the quota of a cgroup (a
+    container, a Kubernetes limit) where that is less."""
+    cores = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    lines = own.read_text().splitlines() if own.exists() else []
+    for _, controllers, path in (
+        line.split(":", 2) for line in lines
+    ):  # https://man7.org/linux/man-pages/man7/cgroups.7
+        of_v1 = "cpu" in controllers.split(",")
+        root = cgroups / "cpu" if of_v1 else cgroups
+        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if of_v1 else ("cpu.max",)
+        folder = root / path.lstrip("/")
+        for group in (folder, *folder.parents):  # a limit holds for all that is below it
+            with suppress(OSError, ValueError):  # no such file, or "max": no limit
+                quota, period = map(int, " ".join((group / name).read_text() for name in files).split())
+                cores += [quota // period] if quota > 0 else []
+    return max(1, min(cores))
 
 
 def cleanup_distributed(orderly: bool = True) -> None:
