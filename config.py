@@ -691,7 +691,12 @@ def configure(description: str, schedule: typing.Callable[[Config, int], str]) -
     if not is_main:  # one rank speaks
         parser.print_help = lambda *_: None
         parser.error = lambda message: sys.exit(print_error(UserError(message)))
-    options = parser.parse_intermixed_args()
+    options, unknown = parser.parse_known_intermixed_args()
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        known = name in {*METHOD_BOOLEANS, *(field.name for field in dataclasses.fields(Config))}
+        hint = f": a key is set without dashes, as in {name}=VALUE" if known else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     try:
         config = Config.from_file(options.config, options.overrides, needs_files=not options.schedule)
     except UserError as error:

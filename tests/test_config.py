@@ -603,6 +603,20 @@ def test_the_hint_names_scripts(path):
     assert "make data" not in hint
 
 
+@pytest.mark.parametrize("arguments", [["--num_epochs=1"], ["--num-epochs", "1"], ["x=1", "-num_epochs=1"]])
+def test_a_key_with_dashes_gets_a_hint(write, monkeypatch, capsys, arguments):
+    """N12: only "unrecognized arguments"."""
+    monkeypatch.setattr(sys, "argv", ["run.py", str(write("")), *arguments])
+    with pytest.raises(SystemExit) as end:
+        config_module.configure("", lambda *_: "")
+    assert end.value.code == 2
+    assert "a key is set without dashes, as in num_epochs=VALUE" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["run.py", str(write("")), "--nonsense"])
+    with pytest.raises(SystemExit):
+        config_module.configure("", lambda *_: "")
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --nonsense\n")
+
+
 def test_yaml_cannot_run_code(write):
     assert "name must be text, not []" in problem(write("name: !!python/object/apply:os.getcwd []"))
 
