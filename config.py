@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import re
 import sys
 import types
@@ -41,6 +42,7 @@ IN_WORDS |= {list[int]: "a list of whole numbers", dict[str, str]: "a mapping of
 # name its threshold, as suppressed:0.3
 THOUGHTS = {"last": ("", "model.thought")} | {name: (takes, module) for name, takes, module in methods.thoughts()}
 SPELLINGS = ", ".join(name + takes for name, (takes, _) in THOUGHTS.items())
+PATHS = ("save_path", "train_path", "val_path", "test_path", "model_id", "load_model_path")
 setting = partial(key, free=True)
 
 
@@ -148,6 +150,10 @@ class Config:
         None,
         "weights to start from or to evaluate: a checkpoint folder, a run's folder (its newest checkpoint), RUN@best, "
         "RUN@12 (after 12 epochs), a Hugging Face folder, a file of the reference, or org/name:file on the hub",
+    )
+    trust_remote_code: bool = setting(
+        False,
+        "run the Python code that model_id brings, where its family is not one of transformers' own: read it first",
     )
     lora_rank: int | None = key(
         None, "LoRA: train only low-rank updates, of this rank, of linear layers", low=1, later=True, shapes=True
@@ -510,7 +516,10 @@ def _layers_of(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> 
     if not isinstance(parent, str):
         problems.append(f"extends in {path} must be the path of a file, not {shown(parent)}")
     elif parent not in NOTHING:
-        layers = _layers_of(path.parent / parent, problems, (*seen, path.resolve()))
+        try:
+            layers = _layers_of(path.parent / expanded(parent), problems, (*seen, path.resolve()))
+        except ValueError as error:
+            problems.append(f"extends in {path} {error}, not {shown(parent)}")
     for layer in layers:
         (layer.values or {}).pop("name", None)  # two files must not share a run's folder by accident
     rows = values.pop("rows", {})
@@ -633,6 +642,16 @@ def _as(kind, value):
     raise ValueError
 
 
+def expanded(path: str) -> str:
+    """A path with its ~, $NAME and ${NAME} replaced. Raises ValueError that names what is not set."""
+    if unset := [name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ]:
+        raise ValueError(f"must be a path whose variables are set ({', '.join(unset)} is not)")
+    found = os.path.expanduser(os.path.expandvars(path))
+    if found.startswith("~"):
+        raise ValueError(f"must be a path of a user who exists ({found.partition('/')[0]} does not)")
+    return found
+
+
 def shown(value) -> str:
     """A value in a message: a list as it was written."""
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else repr(value)
@@ -660,6 +679,9 @@ def _checked(values: dict, problems: list[str]) -> dict:
         try:
             value = converted(values[field.name], annotations[field.name], field.metadata["empty"])
             _check_limits(value, field.metadata)
+            if field.name in PATHS and value is not None:
+                several = isinstance(value, dict)
+                value = {name: expanded(path) for name, path in value.items()} if several else expanded(value)
             result[field.name] = value
         except ValueError as error:
             problems.append(f"{field.name} {error}, not {shown(values[field.name])}")
@@ -683,7 +705,12 @@ def configure(description: str, schedule: typing.Callable[[Config, int], str]) -
     if not is_main:  # one rank speaks
         parser.print_help = lambda *_: None
         parser.error = lambda message: sys.exit(print_error(UserError(message)))
-    options = parser.parse_intermixed_args()
+    options, unknown = parser.parse_known_intermixed_args()
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        known = name in {*METHOD_BOOLEANS, *(field.name for field in dataclasses.fields(Config))}
+        hint = f": a key is set without dashes, as in {name}=VALUE" if known else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     try:
         config = Config.from_file(options.config, options.overrides, needs_files=not options.schedule)
     except UserError as error:

@@ -48,6 +48,7 @@ def main(config: Config, stop: StopSignal | None = None) -> int:
     code = 1
     try:
         world = ranks.setup_distributed()
+        ranks.check_same(world, vars(config))
         ranks.check_shared(world, Path(config.save_path))
         if config.only_eval:
             evaluate_only(config, world)
