@@ -50,13 +50,14 @@ def main(config: Config, stop: StopSignal | None = None) -> int:
         world = ranks.setup_distributed()
         ranks.check_same(world, vars(config))
         ranks.check_shared(world, Path(config.save_path))
-        if config.only_eval:
-            evaluate_only(config, world)
-        else:
-            stop = stop or StopSignal()
-            stop.world = world
-            with ranks.lock_run_dir(world, config.run_dir), stop:
-                train(config, world, stop)
+        with ranks.lock_run_dir(world, config.run_dir):
+            if config.only_eval:
+                evaluate_only(config, world)
+            else:
+                stop = stop or StopSignal()
+                stop.world = world
+                with stop:
+                    train(config, world, stop)
         code = 0
     except UserError as error:
         code = print_error(error)

@@ -102,7 +102,7 @@ class Backbone(Vocabulary):
         # whether its attention is told by positions and masks alone where a token stands: padding may then follow the
         # question, where causality hides it. Windows and recurrent states count columns: it has to come first
         self.makes_masks = self._takes_position_ids and _attends_plainly(config)
-        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)  # longest sequence
+        self.max_positions = _max_positions(config)
         self._head_is_a_matrix = getattr(type(base.get_output_embeddings()), "forward", None) is nn.Linear.forward
         # what trainer/check_family.py finds: whether some parameters that want gradients get none, and whether
         # generation must recompute everything for each token, because decoding over a cache would give something else
@@ -218,6 +218,16 @@ def freeze_unused(base: PreTrainedModel) -> None:
     for parameter in base.parameters():
         if parameter not in reached:
             parameter.requires_grad_(False)
+
+
+def _max_positions(config: PreTrainedConfig) -> int | None:
+    """The longest sequence, in tokens, by whatever name a family has for it; None where none is declared."""
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
+    names += ("max_target_positions", "context_length")
+    attention = getattr(config, "attn_config", None) or {}  # of MPT and its like
+    inner = attention if isinstance(attention, dict) else vars(attention)
+    values = [*(getattr(config, name, None) for name in names), *map(inner.get, names)]
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
 def _attends_plainly(config: PreTrainedConfig) -> bool:

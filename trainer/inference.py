@@ -24,6 +24,7 @@ from coconut import Coconut, Edit
 from config import Config
 from curriculum import prompt
 from dataset import collate_prompts, latent_columns
+from preprocessing.tokens import question_ids
 from trainer.checkpoint import DESCRIBED, write_model
 from trainer.evaluate import extract_answer, generate_tokens
 from trainer.files import replaced
@@ -160,7 +161,7 @@ def prompts(
             raise UserError(f"a question is not valid UTF-8: {question[:60]!r}")
         if unknown := unknown_characters(model.tokenizer, question):
             log.warning("warning: the tokenizer does not know %r in the question %r", unknown, question[:60])
-    ids = model.tokenizer([question + "\n" for question in questions])["input_ids"]
+    ids = question_ids(model.tokenizer, questions)
     for question, row in zip(questions, ids, strict=True):
         if {model.markers.start, model.markers.latent, model.markers.end}.intersection(row):
             raise UserError(f"a question holds a marker of the latent positions: {question[:60]!r}")

@@ -25,7 +25,7 @@ from trainer.data import Data
 from trainer.distributed import StopSignal, World
 from trainer.logger import RunLogger
 from trainer.pretrained import Parts, Pretrained, parts_of
-from trainer.run_folder import write_config
+from trainer.run_folder import keep_results, write_config
 from trainer.throughput import Throughput
 from utils import UserError, log, seed_everything
 
@@ -101,12 +101,12 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
     ranks.check_same(world, read_by_rank(config, loaded, sets) if world.size > 1 else {})  # all ranks
     for name, one in by_set.items():
         data_files.check_lengths(one, loaded.model.max_positions, sets[name])
-    if progress.data not in (None, data.train_digest) and not config.continue_changed:
+    if progress.token_ids not in (None, data.train_digest) and not config.continue_changed:
         raise UserError(
             f"{source} was trained on other data than {config.train_path} now holds: choose another name, or set "
             f"continue_changed=true"
         )
-    progress.data, progress.val = data.train_digest, data.val_digest
+    progress.token_ids, progress.val = data.train_digest, data.val_digest
     if source is not None and not progress.step:
         progress.started_from = str(source)
     logger = RunLogger(config.run_dir / "eval" if config.only_eval else config.run_dir)
@@ -121,6 +121,8 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
 
     def open_log() -> str | None:
         values = dataclasses.asdict(config)
+        if config.only_eval:
+            keep_results(logger.folder, values, str(source))
         write_config(values, logger.folder, world.size, ranks.hardware(world))
         return logger.open(values, progress.wandb_id)
 
