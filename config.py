@@ -98,28 +98,42 @@ class Config:
     log_every_steps: int = setting(10, "optimizer steps between two writes to metrics.jsonl and wandb", low=1)
 
     # the method
-    method: str = key("coconut", " | ".join(METHODS) + "; the reference's four booleans are read too", choices=METHODS)
+    method: str = key(
+        "coconut", " | ".join(METHODS) + "; the reference's four booleans are read too", choices=METHODS, shapes=True
+    )
     thought: str = key(
         "last",
         f"what a latent position is fed: {SPELLINGS.replace(',', ' |')}; N is a layer, counted from the end where "
         "negative, or a share of the layers such as 0.5, T a threshold, P a width, st the straight-through gradient",
         check=split_thought,
+        shapes=True,
     )
-    c_thought: int = key(1, "latent thoughts that replace one written step", low=0, high=MOST_LATENTS)
+    c_thought: int = key(1, "latent thoughts that replace one written step", low=0, high=MOST_LATENTS, shapes=True)
     max_latent_stage: int = key(
-        6, "stage after which no more thoughts are added and all steps are dropped", low=0, high=MOST_LATENTS
+        6,
+        "stage after which no more thoughts are added and all steps are dropped",
+        low=0,
+        high=MOST_LATENTS,
+        shapes=True,
     )
     epochs_per_stage: int | list[int] = key(
         5, "epochs of each stage; or a list with one entry a stage, the last stage going on to num_epochs", low=1
     )
     curriculum: str = key("staged", "staged | none (only the last stage)", choices=("staged", "none"))
-    pad_latent_to_max: bool = key(True, "in the last stage, max_latent_stage thoughts also for fewer steps")
+    pad_latent_to_max: bool = key(
+        True, "in the last stage, max_latent_stage thoughts also for fewer steps", shapes=True
+    )
     uniform_prob: float = key(0.0, "probability that an example trains at a stage drawn from 0..n", low=0, high=1)
     advance_at: float | None = key(None, "validation accuracy that ends a stage before its epochs do", low=0, high=1)
     latent_markers: str = key(
-        "both", "both | none: whether start and end marker surround the latents (paper: both)", choices=("both", "none")
+        "both",
+        "both | none: whether start and end marker surround the latents (paper: both)",
+        choices=("both", "none"),
+        shapes=True,
     )
-    step_separator: str = key("\n", 'what follows each written step; "" for steps of one token', empty=True)
+    step_separator: str = key(
+        "\n", 'what follows each written step; "" for steps of one token', empty=True, shapes=True
+    )
     eval_latents_from_steps: bool = setting(
         False, "with pad_latent_to_max off, evaluate with at most as many thoughts as the example has steps (reference)"
     )
@@ -136,9 +150,9 @@ class Config:
         "RUN@12 (after 12 epochs), a Hugging Face folder, a file of the reference, or org/name:file on the hub",
     )
     lora_rank: int | None = key(
-        None, "LoRA: train only low-rank updates, of this rank, of linear layers", low=1, later=True
+        None, "LoRA: train only low-rank updates, of this rank, of linear layers", low=1, later=True, shapes=True
     )
-    lora_alpha: int = key(32, "LoRA: the updates count lora_alpha / lora_rank times", low=1, later=True)
+    lora_alpha: int = key(32, "LoRA: the updates count lora_alpha / lora_rank times", low=1, later=True, shapes=True)
     lora_dropout: float = key(0.0, "LoRA: dropout of what the updates are given", low=0, high=1, later=True)
     resume: int = key(0, "epoch to start from with load_model_path; in an eval-only run, whose stage is used", low=0)
 

@@ -44,8 +44,8 @@ class _Model(NamedTuple):
 
 
 def cost_of(job: Job, epochs: Sequence[int] | None = None) -> Cost:
-    """What a job costs in these epochs, by default in all from its beginning, without validation, and without what a
-    step decoder and the further passes of latents in parallel add."""
+    """What a job costs in these epochs, by default in all from its beginning, without validation, and without what
+    a method adds to Coconut."""
     config = job.config
     epochs = range(config.resume, config.num_epochs) if epochs is None else epochs
     n_examples, tokenizer, tokens = _data(config.train_path, config.model_id, config.step_separator)

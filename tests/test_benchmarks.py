@@ -21,6 +21,7 @@ from trainer.parallel import whole_weights
 generate, thoughts = (load_script(ROOT / "benchmarks" / f"{name}.py") for name in ("generate", "thoughts"))
 
 OPTIONS = {"shape": "gpt2", "size": "tiny", "batch": 2, "c_thought": 1, "bf16": False, "compile": False}
+OPTIONS |= {"latent_passes": 2}
 
 
 @pytest.fixture

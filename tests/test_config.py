@@ -420,7 +420,7 @@ FILES = sorted(path.stem for path in (ROOT / "methods").glob("*.py") if path.ste
 
 @pytest.mark.parametrize("gone", FILES)
 def test_without_a_methods_file_the_rest_is_read(tmp_path, gone):
-    for path in ("config.py", "utils.py", "trainer/run_folder.py"):
+    for path in ("config.py", "curriculum.py", "utils.py", "trainer/files.py", "trainer/run_folder.py"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     shutil.copytree(ROOT / "methods", tmp_path / "methods")

@@ -112,7 +112,9 @@ def check_one(family: str) -> None:
     FlopCounter.of(model)
     tolerance = 1e-5 if dtype_of(family) == torch.float64 else 1e-4
     if family in REFUSED_WITH_LATENTS:
-        with pytest.raises(UserError, match=f"{WITH_LATENTS}.*{REFUSED_WITH_LATENTS[family]}.* cot, no_cot, icot and"):
+        with pytest.raises(
+            UserError, match=f"{WITH_LATENTS}.*{REFUSED_WITH_LATENTS[family]}.* cot, no_cot, no_thoughts and icot"
+        ):
             check_family(model)
         check_family(make_model(base, thought="pause"))
         model, n_latents = without, [0, 0, 0]

@@ -8,7 +8,8 @@ from test_coconut import LATENT, gradients
 from test_codi import make_dataset, plain_row
 
 from config import Config
-from methods.pccot import Pccot
+from methods.codi import Codi
+from methods.parallel_latents import ParallelLatents
 from trainer.pretrained import make_model
 
 
@@ -18,7 +19,8 @@ def test_with_as_many_passes_as_latents_it_is_codi_over_the_chosen_layers(family
     dataset, _ = make_dataset(config, [1, 5, 0, 2])
     items = [dataset[index, config.last_stage] for index in range(4)]
     model = make_model(config, tiny_base(family, layers=3), dataset.markers).eval()
-    assert isinstance(model, Pccot)
+    assert isinstance(model, Codi)
+    assert isinstance(model, ParallelLatents)
     assert (model.latent_token_id, model.latent_passes) == (LATENT, 3)
 
     students = [plain_row(model, *item[:3]) for item in items]

@@ -18,7 +18,7 @@ from config import Config
 from trainer import data as data_files
 from trainer import distributed as ranks
 from trainer import evaluate, parallel
-from trainer.checkpoint import Progress
+from trainer.checkpoint import Progress, add_digests
 from trainer.data import Data
 from trainer.distributed import StopSignal, World
 from trainer.logger import RunLogger
@@ -63,6 +63,16 @@ class Run:
     def parts(self) -> Parts:
         """The method's dataset and validation."""
         return parts_of(self.config)
+
+    def start_digests(self) -> None:
+        """Adds the digests of the newest checkpoint in a thread, on rank 0."""
+        if self.world.is_main:
+            self.hashing = threading.Thread(target=add_digests, args=[self.saved])
+            self.hashing.start()
+
+    def wait_for_digests(self) -> None:
+        if self.hashing is not None:
+            self.hashing.join()
 
     @property
     def data(self) -> Data:
