@@ -5,6 +5,7 @@ import json
 
 import pytest
 from conftest import settled
+from plain import ids, make_examples
 from test_coconut import END, EOS, LATENT, START
 from test_run import place as place  # a fixture
 
@@ -12,7 +13,28 @@ import methods
 import run
 from config import Config
 from curriculum import Markers, prompt
+from dataset import StageDataset
+from preprocessing.tokens import tokenize
+from trainer.pretrained import parts_of
 from utils import UserError
+
+MARKERS = Markers(START, LATENT, END, EOS)
+
+
+def make_dataset(config: Config, n_steps: list[int], epoch: int | None = 0) -> tuple[StageDataset, list[dict]]:
+    """The method's dataset of examples with so many steps, and these."""
+
+    def words(texts, **_):
+        return {"input_ids": [ids(text) for text in texts]}
+
+    examples = make_examples(n_steps)
+    tokens = tokenize(examples, words)
+    if (texts := config.rules.texts(config)) is not None:
+        others = [{**example, "steps": texts.steps(example["steps"])} for example in examples]
+        tokens.auxiliary = tokenize(others, words, step_separator="")
+        tokens.answer_prefix = ids("### ")
+    return parts_of(config).dataset(tokens, config, MARKERS, epoch), examples
+
 
 # another value of each key that decides what the weights become, and what has to be set beside it
 OTHERS = {
@@ -136,7 +158,6 @@ def test_every_method_has_losses_of_its_own(losses):
 
 
 def test_the_mode_decides_what_is_asked():
-    markers = Markers(START, LATENT, END, EOS)
     configs = [Config(method="multi_mode", mode=mode) for mode in ("latent", "written", "direct")]
-    found = [prompt([7, 8], [[9], [10]], 1, config, markers) for config in configs]
+    found = [prompt([7, 8], [[9], [10]], 1, config, MARKERS) for config in configs]
     assert found == [[7, 8, START, LATENT], [7, 8, START], [7, 8, END]]
