@@ -28,7 +28,6 @@ from model.layout import Rows, column_of, joined, lay_out, lay_out_prompts, rest
 from model.thought import Seen, Thought, make_thought
 
 Edit = Callable[[int, torch.Tensor, Seen], torch.Tensor]  # (its number from 0, thought (B, 1, D), its origin)
-NO_FILTERS = {"top_k": 0, "top_p": 1.0}  # Hugging Face's `generate` would take the likeliest 50
 
 
 class CoconutOutput(NamedTuple):
@@ -52,6 +51,8 @@ class Coconut(nn.Module):
 
     Raises UserError for an unknown thought, and for one that this model cannot have.
     """
+
+    one_by_one = True  # whether thoughts come one after the other, and what is predicted follows them at once
 
     def __init__(
         self,
@@ -166,7 +167,8 @@ class Coconut(nn.Module):
         rows = lay_out_prompts(input_ids, attention_mask, position_ids, **self.family)
         if generation_options:
             _, embeds, _ = self._run(rows, edit=edit)
-            plain = {"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id, **NO_FILTERS}
+            # Hugging Face's `generate` would take the likeliest 50
+            plain = {"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id, "top_k": 0, "top_p": 1.0}
             with self.backbone.own_generation_config():
                 tokens = self.base_causallm.generate(
                     inputs_embeds=restored(embeds, rows),
@@ -220,10 +222,6 @@ class Coconut(nn.Module):
         """(..., D) -> (..., V), as the model's own forward makes them."""
         return self.backbone.head(hidden)
 
-    # -----------------------------------------------------------------------------------------------------------
-    # The passes
-    # -----------------------------------------------------------------------------------------------------------
-
     def _run(
         self, rows: Rows, new_columns: int = 0, edit: Edit | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
@@ -235,12 +233,13 @@ class Coconut(nn.Module):
         cache = self.backbone.make_cache(width + new_columns, keeps=bool(columns) or new_columns > 0)
         precomputed = self._precompute() if columns else None
         hidden, filled, before, stream = [], [], rows.before, None
+        is_latent = rows.input_ids == self.latent_token_id if columns else None  # (B, T)
         # one split, not a slice for each span: the backward of a slice fills a tensor of the size of the whole
         spans = embeds.split([end - begin for begin, end in bounds], dim=1) if columns else [embeds]
         for number, (span, (begin, end)) in enumerate(zip(spans, bounds, strict=True), start=-1):
             if begin > 0:  # the hidden state before this column becomes the embedding in it
                 seen = Seen(column_of(hidden[-1], before), span[:, :1], stream, precomputed, self.backbone)
-                span = self._with_thought(span, rows.input_ids[:, begin] == self.latent_token_id, seen, number, edit)
+                span = self._with_thought(span, is_latent[:, begin], seen, number, edit)
             before = rows.before if begin == 0 else None
             wanted = self.thought.needs_layers and end < width
             with self.backbone.recording(lambda state, before=before: column_of(state, before), wanted) as states:
@@ -308,8 +307,8 @@ class Coconut(nn.Module):
     def answers(self, questions: list[str], **options) -> list[dict]:
         """The model's {"output", "answer"} for each question, as one batch, by greedy decoding.
 
-        options: max_new_tokens (128); n_thoughts, a number of latents other than its stage's; mode, of a multi-mode
-        model; show_thoughts, which adds "thoughts": for each latent the five likeliest [token, probability] pairs at
+        options: max_new_tokens (128); n_thoughts, a number of latents other than its stage's; mode, of a model with
+        several; show_thoughts, which adds "thoughts": for each latent the five likeliest [token, probability] pairs at
         the position before it (paper, Section 5.2); sampling options of `generate`. Raises UserError.
         """
         from trainer import inference

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import re
 import sys
 import types
@@ -41,6 +42,7 @@ IN_WORDS |= {list[int]: "a list of whole numbers", dict[str, str]: "a mapping of
 # name its threshold, as suppressed:0.3
 THOUGHTS = {"last": ("", "model.thought")} | {name: (takes, module) for name, takes, module in methods.thoughts()}
 SPELLINGS = ", ".join(name + takes for name, (takes, _) in THOUGHTS.items())
+PATHS = ("save_path", "train_path", "val_path", "test_path", "model_id", "load_model_path")
 setting = partial(key, free=True)
 
 
@@ -98,28 +100,42 @@ class Config:
     log_every_steps: int = setting(10, "optimizer steps between two writes to metrics.jsonl and wandb", low=1)
 
     # the method
-    method: str = key("coconut", " | ".join(METHODS) + "; the reference's four booleans are read too", choices=METHODS)
+    method: str = key(
+        "coconut", " | ".join(METHODS) + "; the reference's four booleans are read too", choices=METHODS, shapes=True
+    )
     thought: str = key(
         "last",
         f"what a latent position is fed: {SPELLINGS.replace(',', ' |')}; N is a layer, counted from the end where "
         "negative, or a share of the layers such as 0.5, T a threshold, P a width, st the straight-through gradient",
         check=split_thought,
+        shapes=True,
     )
-    c_thought: int = key(1, "latent thoughts that replace one written step", low=0, high=MOST_LATENTS)
+    c_thought: int = key(1, "latent thoughts that replace one written step", low=0, high=MOST_LATENTS, shapes=True)
     max_latent_stage: int = key(
-        6, "stage after which no more thoughts are added and all steps are dropped", low=0, high=MOST_LATENTS
+        6,
+        "stage after which no more thoughts are added and all steps are dropped",
+        low=0,
+        high=MOST_LATENTS,
+        shapes=True,
     )
     epochs_per_stage: int | list[int] = key(
         5, "epochs of each stage; or a list with one entry a stage, the last stage going on to num_epochs", low=1
     )
     curriculum: str = key("staged", "staged | none (only the last stage)", choices=("staged", "none"))
-    pad_latent_to_max: bool = key(True, "in the last stage, max_latent_stage thoughts also for fewer steps")
+    pad_latent_to_max: bool = key(
+        True, "in the last stage, max_latent_stage thoughts also for fewer steps", shapes=True
+    )
     uniform_prob: float = key(0.0, "probability that an example trains at a stage drawn from 0..n", low=0, high=1)
     advance_at: float | None = key(None, "validation accuracy that ends a stage before its epochs do", low=0, high=1)
     latent_markers: str = key(
-        "both", "both | none: whether start and end marker surround the latents (paper: both)", choices=("both", "none")
+        "both",
+        "both | none: whether start and end marker surround the latents (paper: both)",
+        choices=("both", "none"),
+        shapes=True,
     )
-    step_separator: str = key("\n", 'what follows each written step; "" for steps of one token', empty=True)
+    step_separator: str = key(
+        "\n", 'what follows each written step; "" for steps of one token', empty=True, shapes=True
+    )
     eval_latents_from_steps: bool = setting(
         False, "with pad_latent_to_max off, evaluate with at most as many thoughts as the example has steps (reference)"
     )
@@ -135,10 +151,14 @@ class Config:
         "weights to start from or to evaluate: a checkpoint folder, a run's folder (its newest checkpoint), RUN@best, "
         "RUN@12 (after 12 epochs), a Hugging Face folder, a file of the reference, or org/name:file on the hub",
     )
-    lora_rank: int | None = key(
-        None, "LoRA: train only low-rank updates, of this rank, of linear layers", low=1, later=True
+    trust_remote_code: bool = setting(
+        False,
+        "run the Python code that model_id brings, where its family is not one of transformers' own: read it first",
     )
-    lora_alpha: int = key(32, "LoRA: the updates count lora_alpha / lora_rank times", low=1, later=True)
+    lora_rank: int | None = key(
+        None, "LoRA: train only low-rank updates, of this rank, of linear layers", low=1, later=True, shapes=True
+    )
+    lora_alpha: int = key(32, "LoRA: the updates count lora_alpha / lora_rank times", low=1, later=True, shapes=True)
     lora_dropout: float = key(0.0, "LoRA: dropout of what the updates are given", low=0, high=1, later=True)
     resume: int = key(0, "epoch to start from with load_model_path; in an eval-only run, whose stage is used", low=0)
 
@@ -496,7 +516,10 @@ def _layers_of(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> 
     if not isinstance(parent, str):
         problems.append(f"extends in {path} must be the path of a file, not {shown(parent)}")
     elif parent not in NOTHING:
-        layers = _layers_of(path.parent / parent, problems, (*seen, path.resolve()))
+        try:
+            layers = _layers_of(path.parent / expanded(parent), problems, (*seen, path.resolve()))
+        except ValueError as error:
+            problems.append(f"extends in {path} {error}, not {shown(parent)}")
     for layer in layers:
         (layer.values or {}).pop("name", None)  # two files must not share a run's folder by accident
     rows = values.pop("rows", {})
@@ -619,6 +642,16 @@ def _as(kind, value):
     raise ValueError
 
 
+def expanded(path: str) -> str:
+    """A path with its ~, $NAME and ${NAME} replaced. Raises ValueError that names what is not set."""
+    if unset := [name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ]:
+        raise ValueError(f"must be a path whose variables are set ({', '.join(unset)} is not)")
+    found = os.path.expanduser(os.path.expandvars(path))
+    if found.startswith("~"):
+        raise ValueError(f"must be a path of a user who exists ({found.partition('/')[0]} does not)")
+    return found
+
+
 def shown(value) -> str:
     """A value in a message: a list as it was written."""
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else repr(value)
@@ -646,6 +679,9 @@ def _checked(values: dict, problems: list[str]) -> dict:
         try:
             value = converted(values[field.name], annotations[field.name], field.metadata["empty"])
             _check_limits(value, field.metadata)
+            if field.name in PATHS and value is not None:
+                several = isinstance(value, dict)
+                value = {name: expanded(path) for name, path in value.items()} if several else expanded(value)
             result[field.name] = value
         except ValueError as error:
             problems.append(f"{field.name} {error}, not {shown(values[field.name])}")
@@ -669,7 +705,12 @@ def configure(description: str, schedule: typing.Callable[[Config, int], str]) -
     if not is_main:  # one rank speaks
         parser.print_help = lambda *_: None
         parser.error = lambda message: sys.exit(print_error(UserError(message)))
-    options = parser.parse_intermixed_args()
+    options, unknown = parser.parse_known_intermixed_args()
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        known = name in {*METHOD_BOOLEANS, *(field.name for field in dataclasses.fields(Config))}
+        hint = f": a key is set without dashes, as in {name}=VALUE" if known else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     try:
         config = Config.from_file(options.config, options.overrides, needs_files=not options.schedule)
     except UserError as error:

@@ -9,9 +9,8 @@ ranks or restarts changes it. torch is imported late: data can be read without w
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from config import Config
-from curriculum import IGNORE, Markers, kept_lengths, stage_of_example, thoughts_and_dropped, training_sequence
+from curriculum import IGNORE, Markers, stage_of_example, training_sequence
 from preprocessing.tokens import Tokens
 from utils import under_debugger
 
@@ -115,16 +114,11 @@ def collate_for_device(rows: list[tuple[list[int], list[int]]], pad_token_id: in
     return batch
 
 
-def collate_prompts(prompts: list[Sequence[int]], pad_token_id: int) -> dict:
+def collate_prompts(prompts: list[Sequence[int]], pad_token_id: int, on_the_left: bool = True) -> dict:
     """Prompts -> input_ids, attention_mask, position_ids, each (B, T) int64, padded on the left: generation
     continues every row in the same column."""
-    width = max(len(row) for row in prompts)
-    return _padded(prompts, pad_token_id, [0] * len(prompts), [width - len(row) for row in prompts])
-
-
-def padded(rows: list[Sequence[int]], fill: int) -> torch.Tensor:
-    """Rows of int, padded on the right, as one (B, T) int64 tensor."""
-    return _padded(rows, fill, [0] * len(rows), [0] * len(rows))["input_ids"]
+    width = max(len(row) for row in prompts) if on_the_left else 0
+    return _padded(prompts, pad_token_id, [0] * len(prompts), [max(width - len(row), 0) for row in prompts])
 
 
 def _padded(rows: list[Sequence[int]], fill: int, begins: list[int], gaps: list[int]) -> dict[str, torch.Tensor]:
@@ -152,22 +146,6 @@ def latent_columns(input_ids: torch.Tensor, latent_token_id: int | None) -> list
     if latent_token_id is None:
         return []
     return (input_ids == latent_token_id).any(dim=0).nonzero().flatten().tolist()
-
-
-def sequence_lengths(tokens: Tokens, config: Config, stage: int) -> np.ndarray:
-    """(examples,) int64: how long the training sequence of each example is at a stage."""
-    starts, ends = tokens.examples[:-1], tokens.examples[1:]
-    if tokens.chosen is not None:
-        starts, ends = starts[tokens.chosen], ends[tokens.chosen]
-    n_steps = ends - starts - 2
-    by_steps = np.array([thoughts_and_dropped(n, stage, config) for n in range(n_steps.max() + 1)])
-    latents, dropped = by_steps[n_steps].T
-    reasoning = kept_lengths(tokens.texts[ends - 1] - tokens.texts[starts + 1 + dropped], stage, config)
-    question = tokens.texts[starts + 1] - tokens.texts[starts]
-    answer = tokens.texts[ends] - tokens.texts[ends - 1] + 1  # EOS
-    if config.has_latents and config.latent_markers == "both":
-        latents = latents + 2
-    return question + latents + reasoning + answer
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -272,14 +250,14 @@ def batches_of(dataset: StageDataset, plan: EpochPlan, stages: Sequence[int]) ->
         return _map(batch, lambda tensor: tensor.pin_memory()) if torch.cuda.is_available() else batch
 
     def ahead(pool: ThreadPoolExecutor) -> Iterator[dict]:
-        waiting: deque[Future] = deque()
+        pending = None
         for stage, step in zip(stages, plan, strict=True):
             for micro in step.micro_batches:
-                waiting.append(pool.submit(make, micro, stage))
-                if len(waiting) > 1:
-                    yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                pending, earlier = pool.submit(make, micro, stage), pending
+                if earlier is not None:
+                    yield earlier.result()
+        if pending is not None:
+            yield pending.result()
 
     if under_debugger():
         yield (make(micro, stage) for stage, step in zip(stages, plan, strict=True) for micro in step.micro_batches)

@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import math
 import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -30,6 +29,7 @@ import curriculum
 import dataset
 from dataset import EpochPlan, PlannedStep
 from trainer import checkpoint, evaluate, parallel
+from trainer import data as data_files
 from trainer import distributed as ranks
 from trainer.checkpoint import Progress
 from trainer.distributed import World
@@ -48,6 +48,7 @@ def main(config: Config, stop: StopSignal | None = None) -> int:
     code = 1
     try:
         world = ranks.setup_distributed()
+        ranks.check_same(world, vars(config))
         ranks.check_shared(world, Path(config.save_path))
         with ranks.lock_run_dir(world, config.run_dir):
             if config.only_eval:
@@ -161,7 +162,7 @@ def plan_of_epoch(run: Run, epoch: int, rank: int, seen: int = 0) -> EpochPlan:
     groups."""
     config, train = run.config, run.data.train
     stage = curriculum.stage_of(config, epoch)
-    lengths = dataset.sequence_lengths(train, config, stage) if config.group_by_length else None
+    lengths = data_files.sequence_lengths(train, config, stage) if config.group_by_length else None
     order = dataset.example_order(len(train), config, epoch, lengths)
     return EpochPlan(order, config, rank, run.world.size, seen)
 
@@ -289,22 +290,15 @@ def save_checkpoint(run: Run, stage: int, files: dict[str, str] | None = None) -
             f"the weights after step {run.progress.step} are not finite and not saved; the last good checkpoint is "
             f"{run.saved or 'none'}; try a lower lr, max_grad_norm, or skip_nonfinite=true"
         )
-    wait_for_digests(run)
+    run.wait_for_digests()
     run.saved = checkpoint.save(run.config, run.world, run.pretrained, run.optimizer, run.progress, stage, files)
-    if run.world.is_main:
-        run.hashing = threading.Thread(target=checkpoint.add_digests, args=[run.saved])
-        run.hashing.start()
-
-
-def wait_for_digests(run: Run) -> None:
-    if run.hashing is not None:
-        run.hashing.join()
+    run.start_digests()
 
 
 def announce_stop(run: Run) -> None:
     """A signal has stopped the run, which is saved: logs how to continue it, and leaves a note for slurm/common.sh."""
     run.logger.interrupted = True
-    wait_for_digests(run)
+    run.wait_for_digests()
     if run.saved is not None:
         log.info(f"stopped by a signal; start the same command again to continue from {run.saved}")
         if run.world.is_main and (file := os.environ.get(INTERRUPTED_FILE)):
@@ -314,7 +308,7 @@ def announce_stop(run: Run) -> None:
 
 def finish(run: Run) -> None:
     """Removes what only a restart would need, and prints the run's table."""
-    wait_for_digests(run)
+    run.wait_for_digests()
     if run.world.is_main:
         checkpoint.remove_restarts(run.config.run_dir)
         try:

@@ -17,8 +17,6 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-
 
 class UserError(ValueError):
     """Something a user can put right. `run.py` prints its text once, without a traceback, and exits with 2."""
@@ -90,6 +88,7 @@ def progress_bar(iterable, title: str, unit: str, shown: bool):
 
 def seed_everything(*entropy: int) -> None:
     """Seeds python, numpy and torch (CPU and GPU) from the given numbers, such as (seed, rank)."""
+    import numpy as np
     import torch
 
     words = np.random.SeedSequence(entropy).generate_state(3)

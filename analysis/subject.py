@@ -77,11 +77,10 @@ class Subject:
         asked = Asked(model, model.tokenizer, model.markers, config_for(model, n_thoughts), model.stage)
         subject = cls(asked, examples, n_thoughts)
         config, stage = subject.asked.config, subject.asked.stage
-        if config.latent_passes != "sequential" or config.method == "multi_mode":
-            how = "method multi_mode" if config.method == "multi_mode" else f"latent_passes {config.latent_passes}"
+        if not model.one_by_one:
             raise UserError(
-                f"{checkpoint} is of {how}: what is asked here is asked of thoughts one after the other, "
-                f"and of language that follows them at once"
+                f"{checkpoint} is of method {config.method}: what is asked here is asked of thoughts one after the "
+                f"other, and of language that follows them at once"
             )
         if subject.n_thoughts == 0:
             more = " (--thoughts K asks it with K)" if config.has_latents else ""

@@ -29,7 +29,8 @@ import statistics
 import subprocess
 import tempfile
 import time
-from functools import partial
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -37,17 +38,18 @@ import prosqa
 import torch
 from common import MARKERS, alternate, machine, make_model, pick_device, print_table, to_device, write_json
 from tokenizers import ByteLevelBPETokenizer
-from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from config import Config
-from dataset import EpochPlan, PlannedBatches, StageDataset, collate_for_device, example_order, sequence_lengths
+from dataset import EpochPlan, StageDataset, batches_of, example_order
 from preprocessing.examples import load_examples
 from preprocessing.tokens import Tokens, cache_tokens, tokenize
+from trainer.data import sequence_lengths
 
 GSM8K_EXAMPLES, PROSQA_EXAMPLES = 385_620, 17_886  # of the training sets
 MEASURE_MEMORY = """
 import re, sys
+from pathlib import Path
 import torch, transformers
 def resident(name):
     return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
@@ -57,7 +59,7 @@ from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
 tokenizer(["warm"] * 1000)
 before = resident("VmRSS")
-folder = cache_tokens(sys.argv[1], tokenizer, dataset.Path(sys.argv[3]), show_progress=False)
+folder = cache_tokens(sys.argv[1], tokenizer, Path(sys.argv[3]), show_progress=False)
 tokens = Tokens.open(folder)
 order = dataset.example_order(len(tokens), dataset.Config(), 0)
 plan = dataset.EpochPlan(order, dataset.Config(), 0, 1)
@@ -108,33 +110,34 @@ def tokenizing(path: Path, tokenizer, cache: Path, repeats: int) -> dict:
     }
 
 
-def make_loader(tokens: Tokens, config: Config, stage: int, order: np.ndarray, workers: int) -> DataLoader:
+def batches(tokens: Tokens, config: Config, stage: int, order: np.ndarray) -> AbstractContextManager[Iterator[dict]]:
+    """A rank's batches of an epoch, as run.py has them."""
     plan = EpochPlan(order, config, 0, 1)
-    return DataLoader(
-        StageDataset(tokens, config, MARKERS, epoch=0),
-        batch_sampler=PlannedBatches(plan, [stage] * len(plan)),
-        collate_fn=partial(collate_for_device, pad_token_id=MARKERS.eos, latent_token_id=MARKERS.latent),
-        num_workers=workers,
-        generator=torch.Generator(),
-    )
+    return batches_of(StageDataset(tokens, config, MARKERS, epoch=0), plan, [stage] * len(plan))
 
 
-def first_batch(cache: Path, stage: int, workers: int) -> float:
-    """Seconds from open tokens to an epoch's first batch."""
-    tokens, config = Tokens.open(cache), Config(uniform_prob=0.3)
-    gc.collect()  # a full collection, by chance in here, would take longer than the batch
-    begin = time.perf_counter()
-    batches = iter(make_loader(tokens, config, stage, example_order(len(tokens), config, 0), workers))
-    next(batches)
-    return time.perf_counter() - begin
+def first_batch(cache: Path) -> float:
+    """Seconds from open tokens to an epoch's first batch, the longest of some stages."""
+    tokens, config, seconds = Tokens.open(cache), Config(uniform_prob=0.3), []
+    for stage in (0, 3, 7):
+        gc.collect()  # a full collection, by chance in here, would take longer than the batch
+        begin = time.perf_counter()
+        with batches(tokens, config, stage, example_order(len(tokens), config, 0)) as loader:
+            next(loader)
+            seconds.append(time.perf_counter() - begin)
+    return max(seconds)
 
 
-def first_batches(cache: Path, workers: int) -> float:
-    """The longest of the first batches of some stages, in a process of a trainer's size: starting a worker takes the
-    longer, the larger the process is."""
-    code = f"import data; print(max(data.first_batch(data.Path({str(cache)!r}), s, {workers}) for s in (0, 3, 7)))"
-    command = [sys.executable, "-c", code]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT / "benchmarks").stdout)
+def batch_seconds(tokens: Tokens, stage: int = 3, n_batches: int = 50) -> float:
+    """Median seconds in which a batch of 32 rows is made, by nobody but the thread that makes it."""
+    config = Config(uniform_prob=0.3)
+    dataset, plan = StageDataset(tokens, config, MARKERS, epoch=0), EpochPlan(np.arange(len(tokens)), config, 0, 1)
+    seconds = []
+    for step in range(min(n_batches, len(plan) - 1)):
+        begin = time.perf_counter()
+        dataset.micro_batch(plan[step].micro_batches[0], stage)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
 
 
 def memory(path: Path, tokenizer_folder: Path, cache: Path) -> dict[str, float]:
@@ -161,13 +164,14 @@ def padding(tokens: Tokens, grouped: bool, stage: int = 3) -> float:
 
 def steps_per_order(tokens: Tokens, n_steps: int, device: torch.device) -> dict:
     """Seconds of a step of a tiny model, random order and grouped by length, alternately; and the share of it spent
-    waiting for one loader process."""
+    waiting for a batch."""
     config = Config(batch_size_training=16, gradient_accumulation_steps=1)
     lengths, stage = sequence_lengths(tokens, config, 3), 3
     model = make_model("gpt2", "tiny", device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step(batch: dict) -> None:
+        batch.pop("weight")
         model(**to_device(batch, device)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -176,20 +180,21 @@ def steps_per_order(tokens: Tokens, n_steps: int, device: torch.device) -> dict:
         "random": example_order(len(tokens), config, 0),
         "grouped": example_order(len(tokens), config, 0, lengths),
     }
-    loaders = {n: iter(make_loader(tokens, config, stage, order, 1)) for n, order in orders.items()}
-    for loader in loaders.values():
-        step(next(loader))
     seconds: dict[str, list[float]] = {name: [] for name in orders}
     waits: list[float] = []
-    for _ in range(n_steps):
-        for name, loader in loaders.items():
-            begin = time.perf_counter()
-            batch = next(loader)
-            waits.append(time.perf_counter() - begin)
-            step(batch)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - begin)
+    with ExitStack() as stack:
+        loaders = {n: stack.enter_context(batches(tokens, config, stage, order)) for n, order in orders.items()}
+        for loader in loaders.values():
+            step(next(loader))
+        for _ in range(n_steps):
+            for name, loader in loaders.items():
+                begin = time.perf_counter()
+                batch = next(loader)
+                waits.append(time.perf_counter() - begin)
+                step(batch)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds[name].append(time.perf_counter() - begin)
     total = sum(map(sum, seconds.values()))
     means = {name: statistics.mean(values) for name, values in seconds.items()}
     return {**means, "ratio": means["grouped"] / means["random"], "loader_wait": sum(waits) / total}
@@ -213,7 +218,7 @@ def measure(path: Path, options: argparse.Namespace, repeats: int, device: torch
     row |= tokenizing(path, tokenizer, folder / "cache", repeats)
     cache = cache_tokens(str(path), tokenizer, folder / "cache", show_progress=False)
     tokens = Tokens.open(cache)
-    row |= {f"first_batch_{workers}_workers": first_batches(cache, workers) for workers in (0, 1)}
+    row |= {"first_batch": first_batch(cache), "batch_ms": 1000 * batch_seconds(tokens)}
     row |= {"padding_random": padding(tokens, False), "padding_grouped": padding(tokens, True)}
     row["step"] = steps_per_order(tokens, options.steps, device)
     return row
@@ -242,8 +247,8 @@ def print_results(results: dict) -> None:
         "our_seconds": "tokenize(), s",
         "ratio": "  ratio",
         "second_start_seconds": "second start, s",
-        "first_batch_0_workers": "first batch, no workers, s",
-        "first_batch_1_workers": "first batch, 1 worker, s",
+        "first_batch": "first batch, s",
+        "batch_ms": "a batch of 32 rows, ms",
         "mib_peak": "tokenizing: most MiB, all in all",
         "mib_tokenizing_rank": "afterwards: MiB more, the rank that tokenized",
         "mib_other_rank": "  another rank",

@@ -54,7 +54,7 @@ def auc(values: torch.Tensor, inside: torch.Tensor) -> float:
 
 def right(subject: Subject, **options) -> list[bool]:
     """Whether each question is answered with its answer."""
-    written = subject.written(**options)
+    written = subject.outputs(**options)
     return [extract_answer(text) == example["answer"] for text, example in zip(written, subject.examples, strict=True)]
 
 

@@ -33,25 +33,27 @@ class Cost(NamedTuple):
 
 
 @cache
-def _data(path: str, model_id: str, separator: str) -> tuple[int, object, object]:
+def _data(path: str, model: _Model, separator: str) -> tuple[int, object, object]:
     examples = load_examples(path)
-    tokenizer = load_tokenizer(_Model(model_id))
+    tokenizer = load_tokenizer(model)
     return len(examples), tokenizer, tokenize(examples[:SAMPLE], tokenizer, step_separator=separator)
 
 
 class _Model(NamedTuple):
     model_id: str
+    trust_remote_code: bool
 
 
 def cost_of(job: Job, epochs: Sequence[int] | None = None) -> Cost:
-    """What a job costs in these epochs, by default in all from its beginning, without validation, and without what a
-    step decoder and the further passes of latents in parallel add."""
+    """What a job costs in these epochs, by default in all from its beginning, without validation, and without what
+    a method adds to Coconut."""
     config = job.config
     epochs = range(config.resume, config.num_epochs) if epochs is None else epochs
-    n_examples, tokenizer, tokens = _data(config.train_path, config.model_id, config.step_separator)
+    model = _Model(config.model_id, config.trust_remote_code)
+    n_examples, tokenizer, tokens = _data(config.train_path, model, config.step_separator)
     markers = mark(tokenizer, config.method)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(shape_of(config, None))
+        base = AutoModelForCausalLM.from_config(shape_of(config, None), trust_remote_code=model.trust_remote_code)
         counter = FlopCounter.of(Coconut(base, markers.latent, markers.start, markers.end, markers.eos, config.thought))
     n_tokens, flops = 0.0, 0.0
     share = min(n_examples, config.max_train_examples or n_examples) / len(tokens)

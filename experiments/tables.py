@@ -41,7 +41,7 @@ def write_report(
     write_whole(out / f"{grid.name}.json", as_json(with_others(everything, before)))
     write_whole(out / f"{grid.name}.md", as_text(grid, results, arguments))
     with replaced(out / f"{grid.name}.png") as figure:
-        draw(grid, results, {job.run for job in jobs if job.config.method != "icot"}, figure)
+        draw(grid, results, {job.run for job in jobs if not hasattr(job.config.rules, "stage_of_step")}, figure)
     rows = table(grid, results)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

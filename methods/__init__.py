@@ -55,12 +55,14 @@ def key(
     free: bool = False,
     later: bool = False,
     empty: bool = False,
+    shapes: bool = False,
 ):
     """A key with its limits; `free` where it does not decide what the weights become, so that it may change between a
     run and its continuation; `later` where results of experiments/ are older than the key, and had its default; `empty`
-    where nothing, as in `key=`, is the empty text."""
+    where nothing, as in `key=`, is the empty text; `shapes` where it decides what a model's sequences look like, so
+    that checkpoints record it."""
     limits = {"choices": choices, "low": low, "high": high, "check": check, "free": free, "later": later}
-    return dataclasses.field(default=default, metadata={"help": text, "empty": empty, **limits})
+    return dataclasses.field(default=default, metadata={"help": text, "empty": empty, "shapes": shapes, **limits})
 
 
 class Texts(typing.NamedTuple):

@@ -118,6 +118,8 @@ class ModesDataset(StageDataset):
 class MultiMode(Coconut):
     """Coconut whose training batches hold the other modes too."""
 
+    one_by_one = False
+
     def forward(self, *args, direct: dict | None = None, written: dict | None = None, **kwargs) -> CoconutOutput:
         """`Coconut.forward` of the latent mode; with batches of the other modes, as `collate_for_device` makes them,
         the sum of the three losses."""

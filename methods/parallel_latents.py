@@ -39,6 +39,7 @@ class Method(methods.Method):
         "token's embedding (PCCoT), or in as many passes as they stand for steps (LOTUS)",
         check=split_passes,
         later=True,
+        shapes=True,
     )
 
     @staticmethod
@@ -105,6 +106,8 @@ class ParallelLatents(Coconut):
         if self.thought.needs_layers:
             raise UserError("the thought needs the layers, which the passes of latents in parallel do not give")
         forked_cache(self.base_causallm.config, kept=0)
+
+    one_by_one = False
 
     @property
     def thinks(self) -> bool:

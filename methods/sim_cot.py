@@ -106,7 +106,7 @@ import torch
 from transformers import PreTrainedModel
 
 from coconut import Coconut, CoconutOutput
-from dataset import StageDataset, padded
+from dataset import StageDataset, collate_prompts
 from model import lora
 
 
@@ -154,7 +154,9 @@ class ExplainedDataset(StageDataset):
         ]
         batch["step_rows"] = torch.tensor([row for row, _, _ in groups])
         batch["step_columns"] = torch.tensor([range(column, column + size) for _, column, _ in groups])
-        batch["step_ids"] = padded([targets[:-1] for _, _, targets in groups], eos)
+        batch["step_ids"] = collate_prompts([targets[:-1] for _, _, targets in groups], eos, on_the_left=False)[
+            "input_ids"
+        ]
         batch["step_places"] = torch.tensor(places)
         batch["step_targets"] = torch.tensor([token for _, _, targets in groups for token in targets])
         batch["step_divisors"] = torch.tensor(

@@ -20,7 +20,7 @@ from utils import UserError
 class Seen(NamedTuple):
     """What a thought may be made of. The hidden states and the embedding carry gradients.
 
-    Where latents are made in parallel (latent_block.py) there are K positions at once in place of the 1, and no stream.
+    Where a method makes K thoughts at once there are K positions in place of the 1, and no stream.
     """
 
     hidden: torch.Tensor  # (B, 1, D) last hidden state of the position before, after the final norm

@@ -64,11 +64,11 @@ def test_a_rounded_thought_is_what_token_feeds(place):
     machine_of = json.loads((place / "path_machine.json").read_text())
     frontiers = [script.frontiers_of(machine_of["permutations"], *script.word_of(one)) for one in examples]
     rounded = script.replacements(subject, frontiers)["likeliest token"]
-    written = subject.written(change=rounded)
+    written = subject.outputs(change=rounded)
     from methods.token import Token
 
     subject.model.thought = Token(subject.model.base_causallm)
-    assert subject.written() == written
+    assert subject.outputs() == written
 
 
 def test_a_run_that_is_not_there_is_one_sentence(tmp_path, place, capsys):

@@ -1,107 +1,63 @@
 """CODI: the whole loss and all gradients against the plain definition; the MLP thought; the same on several ranks."""
 
+from collections.abc import Callable
+
+import plain
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import tiny_base
-from test_coconut import END, EOS, LATENT, START, gradients
+from test_latent_block import largest
+from test_methods import MARKERS, make_dataset
 from test_run import main, together, weights
 from test_run import place as place  # a fixture
-from test_sim_cot import MARKERS, make_tokens
 
 from config import Config
 from methods.codi import Codi, TaughtDataset
 from preprocessing.tokens import tokenize
-from trainer.pretrained import load_model
+from trainer.pretrained import load_model, make_model
 
 
-def make_codi(family: str, tied: bool, thought: str) -> Codi:
+def make_codi(config: Config, family: str, tied: bool) -> Codi:
     torch.manual_seed(2)
-    model = Codi(tiny_base(family, tied, layers=3), LATENT, START, END, EOS, thought)
-    model.distillation = 0.7
-    return model.eval()
+    return make_model(config, tiny_base(family, tied, layers=3), MARKERS).eval()
 
 
-def make_dataset(config: Config, n_steps: list[int]) -> tuple[TaughtDataset, list[dict]]:
-    examples, tokens, words = make_tokens(n_steps, 2)
-    told = [{**example, "steps": config.rules.texts(config).steps(example["steps"])} for example in examples]
-    tokens.auxiliary = tokenize(told, words, step_separator="")
-    tokens.answer_prefix = words(["### "])["input_ids"][0]
-    return TaughtDataset(tokens, config, MARKERS, epoch=0), examples
-
-
-def plain_thought(model: Codi, hidden: torch.Tensor) -> torch.Tensor:
-    if model.thought.__class__.__name__ == "Last":
-        return hidden
+def projected(model: Codi) -> Callable[[torch.Tensor], torch.Tensor]:
+    """LayerNorm(V GELU(W h + a) + b)."""
     first, _, second, norm = model.thought.layers
-    inner = hidden @ first.weight.T + first.bias
-    inner = 0.5 * inner * (1 + torch.erf(inner / 2**0.5))
-    found = inner @ second.weight.T + second.bias
-    centred = found - found.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
 
+    def think(hidden: torch.Tensor) -> torch.Tensor:
+        inner = hidden @ first.weight.T + first.bias
+        inner = 0.5 * inner * (1 + torch.erf(inner / 2**0.5))
+        found = inner @ second.weight.T + second.bias
+        centred = found - found.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
 
-def plain_row(model: Codi, input_ids: list[int], labels: list[int], place: int):
-    """(sum of cross-entropies, number of tokens, transformers' hidden states at a place) of one row, uncached."""
-    base = model.base_causallm
-    embeds = base.get_input_embeddings()(torch.tensor([input_ids]))
-    for column, token in enumerate(input_ids):
-        if token == LATENT and model.thought.sequential:
-            hidden = base.get_decoder()(inputs_embeds=embeds[:, :column]).last_hidden_state[:, -1:]
-            embeds = torch.cat([embeds[:, :column], plain_thought(model, hidden), embeds[:, column + 1 :]], dim=1)
-    output = base(inputs_embeds=embeds, output_hidden_states=True)
-    targets = torch.tensor(labels[1:])
-    loss = F.cross_entropy(output.logits[0, :-1], targets, reduction="sum")
-    return loss, int((targets != -100).sum()), [state[0, place] for state in output.hidden_states]
-
-
-def plain_codi(model: Codi, items) -> torch.Tensor:
-    students = [plain_row(model, *item[:3]) for item in items]
-    teachers = [plain_row(model, *item[3:]) for item in items]
-    distance = torch.zeros(())
-    for layer in range(len(students[0][2])):
-        ours = torch.stack([states[layer] for _, _, states in students])
-        theirs = torch.stack([states[layer].detach() for _, _, states in teachers])
-        gap = (ours - theirs).abs()
-        smooth = torch.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean()
-        spread = ((theirs - theirs.mean()).square().sum() / (theirs.numel() - 1)).sqrt()
-        distance = distance + smooth / spread / len(students[0][2])
-    means = [sum(row[0] for row in rows) / sum(row[1] for row in rows) for rows in (students, teachers)]
-    return means[0] + model.distillation * distance + means[1]
+    return think
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("thought", ["last", "mlp", "mlp:20", "pause"])
 def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, thought):
-    config = Config(method="codi", max_latent_stage=3)
-    dataset, _ = make_dataset(config, [1, 5, 0, 2])
-    items = [dataset[index, config.last_stage] for index in range(4)]
-    model = make_codi(family, tied, thought)
-    loss, plain = model(**dataset.collate(items)).loss, plain_codi(model, items)
-    assert abs(loss - plain) < 1e-9
-    found, wanted = gradients(model, loss), gradients(model, plain)
-    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-9
-    assert all(value.any() for name, value in found.items() if "thought" in name)
+    config = Config(method="codi", max_latent_stage=3, distillation=0.7, thought=thought)
+    dataset, examples = make_dataset(config, [1, 5, 0, 2])
+    model = make_codi(config, family, tied)
+    loss = model(**dataset.collate([dataset[index, 4] for index in range(4)])).loss
+    think = {"last": lambda hidden: hidden, "pause": None}
+    think = think[thought] if thought in think else projected(model)
+    wanted = plain.codi_loss(model.base_causallm, examples, 4, 3, 1, 0.7, think=think)
+    assert largest(model, loss, wanted) < 1e-9
+    assert all(parameter.grad.any() for parameter in model.thought.parameters())
 
 
 def test_what_student_and_teacher_see():
-    config = Config(method="codi", max_latent_stage=2, c_thought=3)
-    dataset, examples = make_dataset(config, [3, 1])
-    _, _, words = make_tokens([1], 2)
-
-    def ids(text: str) -> list[int]:
-        return words([text])["input_ids"][0]
-
+    dataset, examples = make_dataset(Config(method="codi", max_latent_stage=2, c_thought=3), [3, 1])
     for index, example in enumerate(examples):
-        question, answer = ids(example["question"] + "\n"), ids("### " + example["answer"])
-        student, labels, at, teacher, teacher_labels, teacher_at = dataset[index, config.last_stage]
-        assert student == [*question, START, *[LATENT] * 6, END, *answer, EOS]
-        assert [label for label in labels if label != -100] == [*answer, EOS]
-        steps = ids(" ".join(example["steps"][:-1]))
-        assert teacher == [*question, *steps, *answer, EOS]
-        assert [label for label in teacher_labels if label != -100] == [*steps, *answer, EOS]
+        student, labels, at, teacher, teacher_labels, teacher_at = dataset[index, 3]
+        assert (student, labels) == plain.coconut_row(example, 3, 2, 3)
+        assert (teacher, teacher_labels) == plain.teacher_row(example)
         # one token a character: the blank before the answer's first letter
-        assert student[at : at + 2] == teacher[teacher_at : teacher_at + 2] == ids(" " + example["answer"][0])
+        assert student[at : at + 2] == teacher[teacher_at : teacher_at + 2] == plain.ids(" " + example["answer"][0])
 
 
 def test_the_place_is_found_where_a_blank_belongs_to_the_answer():

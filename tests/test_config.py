@@ -122,6 +122,31 @@ def test_a_text_that_may_be_empty_is_given_as_shells_give_it(write):
         Config.from_file(write(""), ["extends=a.yaml"], needs_files=False)
 
 
+def test_paths_have_their_home_and_variables_replaced(write, tmp_path, monkeypatch):
+    """G15: a folder named ~ was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    (tmp_path / "scratch" / "model").mkdir(parents=True)
+    write("lr: 0.5", "base.yaml")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "extends: $HOME/base.yaml\nsave_path: ~/runs\ntrain_path: ~/train.json\nval_path: ${HOME}/valid.json\n"
+        "project: ~x$y\n"
+    )
+    config = Config.from_file(path, ["model_id=$SCRATCH/model", "load_model_path=~/weights"])
+    assert (config.save_path, config.val_path) == (f"{tmp_path}/runs", f"{tmp_path}/valid.json")
+    assert (config.model_id, config.load_model_path) == (f"{tmp_path}/scratch/model", f"{tmp_path}/weights")
+    assert (config.lr, config.project) == (0.5, "~x$y")
+    paths = "{a: ~/valid.json, b: $SCRATCH/b}"
+    config = Config.from_file(path, ["only_eval=true", f"test_path={paths}"], needs_files=False)
+    assert config.val_path == {"a": f"{tmp_path}/valid.json", "b": f"{tmp_path}/scratch/b"}
+    monkeypatch.delenv("SCRATCH")
+    complaint = r"save_path must be a path whose variables are set \(SCRATCH is not\), not '\$SCRATCH/runs'"
+    assert re.search(complaint, problem(path, "save_path=$SCRATCH/runs"))
+    assert "extends in" in problem(write("extends: $SCRATCH/base.yaml"))
+    assert "a user who exists (~nobody-here does not)" in problem(path, "save_path=~nobody-here/runs")
+
+
 def test_overrides_win_and_extends_is_read(write, tmp_path):
     write("coconut: True\nlr: 1e-3\nseed: 1\nname: parent", "base.yaml")
     child = tmp_path / "child.yaml"
@@ -420,7 +445,7 @@ FILES = sorted(path.stem for path in (ROOT / "methods").glob("*.py") if path.ste
 
 @pytest.mark.parametrize("gone", FILES)
 def test_without_a_methods_file_the_rest_is_read(tmp_path, gone):
-    for path in ("config.py", "utils.py", "trainer/run_folder.py"):
+    for path in ("config.py", "curriculum.py", "utils.py", "trainer/files.py", "trainer/run_folder.py"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     shutil.copytree(ROOT / "methods", tmp_path / "methods")
@@ -576,6 +601,20 @@ def test_the_hint_names_scripts(path):
     hint = config_module._preparation_hint(path)
     assert (ROOT / re.search(r"make it with: python ([^ )]+)", hint)[1]).is_file()
     assert "make data" not in hint
+
+
+@pytest.mark.parametrize("arguments", [["--num_epochs=1"], ["--num-epochs", "1"], ["x=1", "-num_epochs=1"]])
+def test_a_key_with_dashes_gets_a_hint(write, monkeypatch, capsys, arguments):
+    """N12: only "unrecognized arguments"."""
+    monkeypatch.setattr(sys, "argv", ["run.py", str(write("")), *arguments])
+    with pytest.raises(SystemExit) as end:
+        config_module.configure("", lambda *_: "")
+    assert end.value.code == 2
+    assert "a key is set without dashes, as in num_epochs=VALUE" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["run.py", str(write("")), "--nonsense"])
+    with pytest.raises(SystemExit):
+        config_module.configure("", lambda *_: "")
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --nonsense\n")
 
 
 def test_yaml_cannot_run_code(write):

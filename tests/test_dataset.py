@@ -21,10 +21,10 @@ from curriculum import (
     Markers,
     training_sequence,
 )
-from dataset import EpochPlan, StageDataset, batches_of, collate, collate_prompts, example_order, sequence_lengths
+from dataset import EpochPlan, StageDataset, batches_of, collate, collate_prompts, example_order
 from preprocessing.examples import load_examples
 from preprocessing.tokens import Tokens, cache_tokens, tokenize
-from trainer.data import longest_sequence
+from trainer.data import longest_sequence, sequence_lengths
 from utils import UserError
 
 M = Markers(start=90, latent=91, end=92, eos=99)

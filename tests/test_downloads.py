@@ -60,6 +60,7 @@ class Place:
         self.served.mkdir()
         shutil.copytree(ROOT / "preprocessing", folder / "preprocessing")
         shutil.copy(ROOT / "utils.py", folder)
+        shutil.copytree(ROOT / "trainer", folder / "trainer")
         self.prosqa = {f"prosqa_{split}.json": f'["{split}"]'.encode() * 50 for split in ("train", "valid", "test")}
         for name, content in self.prosqa.items():
             (self.served / name).write_bytes(content)

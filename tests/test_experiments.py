@@ -205,6 +205,15 @@ def test_a_batch_that_the_ranks_cannot_share_is_said_before_the_plan(place, tmp_
     assert "global_batch_size 16 is no multiple of 3 ranks" in capsys.readouterr().err
 
 
+def test_paths_of_a_grid_have_their_home_and_variables_replaced(place, tmp_path, monkeypatch):
+    """G15, of a grid's own paths."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    content = yaml.safe_load((place / "small.yaml").read_text()) | {"save_path": "~/runs", "test_path": "$HOME/t.json"}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
+    read = read_grid(tmp_path / "grid.yaml")
+    assert (read.save_path, read.test_path) == (f"{tmp_path}/runs", f"{tmp_path}/t.json")
+
+
 def test_an_unknown_run_is_named(place, capsys):
     assert grid.main([str(place / "small.yaml"), "--only", "nobody"]) == 2
     assert "small has no run nobody; there are pause, coconut" in capsys.readouterr().err
@@ -566,12 +575,18 @@ def wait_until(happened, process: subprocess.Popen) -> None:
 
 def test_runs_at_once_share_what_gpus_there_are(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     assert grid.shares(4, 1) == ["4", "5", "7", "4"]
     assert grid.shares(2, 2) == ["4,5", "7,4"]
     with pytest.raises(UserError, match="--gpus 4: this machine has 3"):
         grid.shares(1, 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert grid.shares(2, 1) == [None, None]
+    monkeypatch.setattr("os.cpu_count", lambda: 128)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {5})  # G20: under taskset or srun
+    assert grid.shares(None, 1) == [None]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert grid.shares(2, 1) == [None, None]
 
 

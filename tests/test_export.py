@@ -533,7 +533,7 @@ def test_a_full_disk_leaves_nothing_half(checkpoints, tmp_path, capsys, monkeypa
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import utils
+from trainer import files
 
 if sys.argv[2] == "between":
     rename = Path.rename

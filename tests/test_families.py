@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from family_table import (
     BY_ANY_METHOD,
     FAMILIES,
@@ -27,12 +26,11 @@ from test_coconut import make_rows as rows_of
 from test_pretrained import write_tiny
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+import definition
 from coconut import Coconut
 from config import Config
-from curriculum import IGNORE
 from dataset import collate_for_device, collate_prompts
 from model import backbone, kv_cache
-from model.backbone import decoder_of
 from trainer import check_family as families
 from trainer.check_family import check_family
 from trainer.distributed import cleanup_distributed, setup_distributed
@@ -49,25 +47,12 @@ def make_model(base, latent: int | None = LATENT, thought: str = "last") -> Coco
 make_rows = partial(rows_of, end=30)
 
 
-def plain_logits(model: Coconut, input_ids: list[int], generated: int = 0) -> torch.Tensor:
-    """(T, V) by definition: no cache, no padding, everything recomputed for each thought, the model's own head. The
-    last so many tokens were generated, and are no latents."""
+def plain_logits(model: Coconut, prompt: list[int], generated: list[int]) -> torch.Tensor:
+    """(T, V) by definition; generated tokens are no latents, whichever they are."""
     base = model.base_causallm
-    embeds = base.get_input_embeddings()(torch.tensor([input_ids]))  # (1, T, D)
-    for place, token in enumerate(input_ids):
-        if token == LATENT and place < len(input_ids) - generated:
-            thought = decoder_of(base)(inputs_embeds=embeds[:, :place], use_cache=False).last_hidden_state[:, -1:]
-            embeds = torch.cat([embeds[:, :place], thought, embeds[:, place + 1 :]], dim=1)
-    return base(inputs_embeds=embeds, use_cache=False).logits[0]
-
-
-def plain_loss(model: Coconut, rows) -> torch.Tensor:
-    losses, count = [], 0
-    for input_ids, labels in rows:
-        targets = torch.tensor(labels[1:])
-        losses.append(F.cross_entropy(plain_logits(model, input_ids)[:-1], targets, reduction="sum"))
-        count += int((targets != IGNORE).sum())
-    return sum(losses) / count
+    embeds = definition.filled_embeddings(base, prompt, model.latent_token_id)
+    written = base.get_input_embeddings()(torch.tensor([generated], dtype=torch.int64))
+    return base(inputs_embeds=torch.cat([embeds, written], dim=1), use_cache=False).logits[0]
 
 
 def gradients(model: Coconut, loss: torch.Tensor) -> dict[str, torch.Tensor | None]:
@@ -78,7 +63,10 @@ def gradients(model: Coconut, loss: torch.Tensor) -> dict[str, torch.Tensor | No
 def check_training(model: Coconut, n_latents: list[int], tolerance: float) -> None:
     """The loss and every gradient are those of the plain definition."""
     rows = make_rows(n_latents)
-    loss, wanted_loss = model(**collate_for_device(rows, EOS, LATENT)).loss, plain_loss(model, rows)
+    loss, wanted_loss = (
+        model(**collate_for_device(rows, EOS, LATENT)).loss,
+        definition.loss(model.base_causallm, rows, model.latent_token_id),
+    )
     assert abs(loss - wanted_loss) < tolerance * wanted_loss
     found, wanted = gradients(model, loss), gradients(model, wanted_loss)
     assert [name for name in found if found[name] is None] == [name for name in wanted if wanted[name] is None]
@@ -94,10 +82,9 @@ def check_generation(model: Coconut, n_latents: list[int], new: int = 4) -> None
     prompts = [row[: row.index(END) + 1] for row, _ in make_rows(n_latents)]
     together = model.generate(**collate_prompts(prompts, EOS), max_new_tokens=new)
     for prompt, found in zip(prompts, together.tolist(), strict=True):
-        continued = list(prompt)
-        while len(continued) < len(prompt) + new and continued[-1] != EOS:
-            continued.append(int(plain_logits(model, continued, len(continued) - len(prompt))[-1].argmax()))
-        tokens = continued[len(prompt) :]
+        tokens: list[int] = []
+        while len(tokens) < new and tokens[-1:] != [EOS]:
+            tokens.append(int(plain_logits(model, prompt, tokens)[-1].argmax()))
         assert found == tokens + [EOS] * (len(found) - len(tokens))
 
 
@@ -113,7 +100,9 @@ def check_one(family: str) -> None:
     FlopCounter.of(model)
     tolerance = 1e-5 if dtype_of(family) == torch.float64 else 1e-4
     if family in REFUSED_WITH_LATENTS:
-        with pytest.raises(UserError, match=f"{WITH_LATENTS}.*{REFUSED_WITH_LATENTS[family]}.* cot, no_cot, icot and"):
+        with pytest.raises(
+            UserError, match=f"{WITH_LATENTS}.*{REFUSED_WITH_LATENTS[family]}.* cot, no_cot, no_thoughts and icot"
+        ):
             check_family(model)
         check_family(make_model(base, thought="pause"))
         model, n_latents = without, [0, 0, 0]

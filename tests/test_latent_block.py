@@ -1,10 +1,12 @@
 """Latents in parallel: as many passes as latents are Coconut; fewer are the plain definition of PCCoT, or of LOTUS."""
 
+import plain
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import tiny_base
-from test_coconut import END, EOS, LATENT, START, gradients, make_model, make_rows, plain_loss
+from test_coconut import END, EOS, LATENT, START, gradients, make_rows
+from test_coconut import make_model as make_coconut
+from test_methods import MARKERS
 from test_run import epochs, main, together, weights
 from test_run import place as place  # a fixture
 from transformers import AutoModelForCausalLM, MambaConfig
@@ -13,48 +15,25 @@ from coconut import Coconut
 from config import Config
 from dataset import collate_for_device, collate_prompts
 from methods.parallel_latents import ParallelLatents
+from trainer.pretrained import make_model
 from utils import UserError
 
 ROWS = [[3, 3, 3], [2, 0, 5], [1, 4, 2]]
 
 
 def make_parallel(family: str, passes: int | str, tied: bool = True, thought: str = "last", c_thought: int = 1):
-    base = tiny_base(family, tied)
-    return ParallelLatents(base, LATENT, START, END, EOS, thought, latent_passes=passes, c_thought=c_thought).eval()
+    keys = {"latent_passes": str(passes), "thought": thought, "c_thought": c_thought}
+    return make_model(Config(method="parallel_latents", **keys), tiny_base(family, tied), MARKERS).eval()
 
 
 def batch_of(rows) -> dict:
     return collate_for_device(rows, pad_token_id=EOS, latent_token_id=LATENT)
 
 
-def plain_parallel(model: Coconut, rows, in_place: bool = False, c_thought: int = 1) -> torch.Tensor:
-    """The definition, each row by itself, everything computed anew in each pass."""
-    base, losses, count = model.base_causallm, [], 0
-    for input_ids, labels in rows:
-        embeds = base.get_input_embeddings()(torch.tensor([input_ids]))
-        latents = [column for column, token in enumerate(input_ids) if token == LATENT]
-        updates = model.latent_passes
-        if updates == "stage":
-            updates = len(latents) // c_thought
-        learned = [embeds[:, column] for column in latents]
-        for _ in range(updates if latents else 0):
-            end = latents[-1] + 1
-            states = base.get_decoder()(inputs_embeds=embeds[:, :end]).last_hidden_state
-            fed = [
-                e + states[:, column] if in_place else states[:, column - 1]
-                for e, column in zip(learned, latents, strict=True)
-            ]
-            embeds = torch.cat([embeds[:, : latents[0]], torch.stack(fed, dim=1), embeds[:, end:]], dim=1)
-        logits = base(inputs_embeds=embeds).logits[0]
-        targets = torch.tensor(labels[1:])
-        losses.append(F.cross_entropy(logits[:-1], targets, reduction="sum"))
-        count += int((targets != -100).sum())
-    return sum(losses) / count
-
-
-def largest(model: Coconut, loss: torch.Tensor, plain: torch.Tensor) -> float:
-    found, wanted = gradients(model, loss), gradients(model, plain)
-    return max(abs(loss - plain).item(), *((found[name] - wanted[name]).abs().max().item() for name in wanted))
+def largest(model: Coconut, loss: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference between two losses of a model and their gradients."""
+    found, expected = gradients(model, loss), gradients(model, wanted)
+    return max(abs(loss - wanted).item(), *((found[name] - expected[name]).abs().max().item() for name in expected))
 
 
 @pytest.mark.parametrize("n_latents", ROWS)
@@ -64,7 +43,7 @@ def test_with_as_many_passes_as_latents_it_is_coconut(family, tied, n_latents, m
     rows = make_rows(n_latents)
     model = make_parallel(family, max(n_latents) + more, tied)
     loss = model(**batch_of(rows)).loss
-    assert largest(model, loss, plain_loss(model, rows)) < 1e-9
+    assert largest(model, loss, plain.loss(model.base_causallm, rows)) < 1e-9
     fewer = make_parallel(family, max(n_latents) - 1, tied)
     assert max(n_latents) == 1 or abs(fewer(**batch_of(rows)).loss - loss) > 1e-6  # "if and only if"
 
@@ -73,9 +52,10 @@ def test_with_as_many_passes_as_latents_it_is_coconut(family, tied, n_latents, m
 @pytest.mark.parametrize("passes", [0, 1, 2])
 def test_with_fewer_it_is_the_plain_definition(family, passes, n_latents):
     rows, model = make_rows(n_latents), make_parallel(family, passes)
-    assert largest(model, model(**batch_of(rows)).loss, plain_parallel(model, rows)) < 1e-9
+    output, wanted = model(**batch_of(rows)), plain.loss(model.base_causallm, rows, passes=passes)
+    assert largest(model, output.loss, wanted) < 1e-9
     if passes == 0:
-        pause = make_model(family, thought="pause")
+        pause = make_coconut(family, thought="pause")
         assert abs(pause(**batch_of(rows)).loss - model(**batch_of(rows)).loss) < 1e-12
 
 
@@ -85,13 +65,13 @@ def test_looped_latents_have_a_pass_for_each_step_of_their_own_row(family, tied,
     rows = make_rows(n_latents)
     model = make_parallel(family, "stage", tied, "looped", c_thought=2)
     loss = model(**batch_of(rows)).loss
-    assert largest(model, loss, plain_parallel(model, rows, in_place=True, c_thought=2)) < 1e-9
+    assert largest(model, loss, plain.loss(model.base_causallm, rows, group=2)) < 1e-9
 
 
 def test_thoughts_with_more_to_them_are_made_in_parallel_too(family):
     rows = make_rows([3, 1, 2])
     for thought in ("normalised", "projected", "realigned"):
-        sequential = make_model(family, thought=thought)
+        sequential = make_coconut(family, thought=thought)
         model = make_parallel(family, 3, thought=thought)
         assert abs(model(**batch_of(rows)).loss - sequential(**batch_of(rows)).loss) < 1e-9
 
@@ -118,15 +98,10 @@ def test_generation_is_that_of_the_definition_batched_and_alone(family, passes, 
 
 def plain_logits(model: Coconut, prompt: list[int], written: list[int]) -> torch.Tensor:
     """Of the last position; what is written may be the latent token, which is then a token like any other."""
-    base, latents = model.base_causallm, [column for column, token in enumerate(prompt) if token == LATENT]
-    embeds = base.get_input_embeddings()(torch.tensor([prompt + written]))
-    learned, in_place = embeds.clone(), model.thought.in_place
-    for _ in range(len(latents) if model.latent_passes == "stage" else model.latent_passes):
-        states = base.get_decoder()(inputs_embeds=embeds).last_hidden_state
-        embeds = embeds.clone()
-        for column in latents:
-            embeds[:, column] = learned[:, column] + states[:, column] if in_place else states[:, column - 1]
-    return base(inputs_embeds=embeds).logits[0, -1]
+    base, passes = model.base_causallm, model.latent_passes
+    embeds = plain.filled(base, prompt, **({"group": 1} if passes == "stage" else {"passes": passes}))
+    following = base.get_input_embeddings()(torch.tensor([written], dtype=torch.int64))
+    return base(inputs_embeds=torch.cat([embeds, following], dim=1)).logits[0, -1]
 
 
 def test_what_cannot_be_made_in_parallel_is_refused():

@@ -3,20 +3,23 @@
 import json
 import statistics
 
+import plain
 import pytest
 import torch
 from conftest import tiny_base
-from test_coconut import END, EOS, LATENT, START, gradients, plain_loss
+from test_coconut import END, EOS, LATENT, START
+from test_latent_block import largest
+from test_methods import MARKERS, make_dataset
 from test_run import epochs, main, together, weights
 from test_run import place as place  # a fixture
-from test_sim_cot import MARKERS, make_tokens
 
 from coconut import Coconut
 from config import Config
-from curriculum import IGNORE, prompt, training_sequence
-from methods.multi_mode import MODES, ModesDataset, MultiMode
+from curriculum import IGNORE, prompt, stage_of_example, training_sequence
+from methods.multi_mode import MODES, MultiMode
 from tools import generate
 from trainer import run_folder as load_path
+from trainer.pretrained import make_model
 
 Q, STEPS, A = [7, 8], [[10], [20, 21], [30]], [9]
 
@@ -46,15 +49,14 @@ def test_the_three_sequences():
 @pytest.mark.parametrize("keys", [{}, {"uniform_prob": 1.0}])
 def test_the_loss_and_all_gradients_are_the_plain_definition(family, tied, keys):
     config = Config(method="multi_mode", max_latent_stage=3, **keys)
-    _, tokens, _ = make_tokens([1, 5, 0, 2], 3)
-    dataset = ModesDataset(tokens, config, MARKERS, epoch=0)
-    items = [dataset[index, 2] for index in range(4)]
-    model = MultiMode(tiny_base(family, tied), LATENT, START, END, EOS)
-    loss = model(**dataset.collate(items)).loss
-    plain = sum(plain_loss(model, [item[mode] for item in items]) for mode in MODES)
-    assert abs(loss - plain) < 1e-9
-    found, wanted = gradients(model, loss), gradients(model, plain)
-    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-9
+    dataset, examples = make_dataset(config, [1, 5, 0, 2])
+    stages = [stage_of_example(config, 2, 0, index, len(one["steps"])) for index, one in enumerate(examples)]
+    rows = [plain.multi_mode_rows(one, stage, 3, 1) for one, stage in zip(examples, stages, strict=True)]
+    model = make_model(config, tiny_base(family, tied), MARKERS)
+    assert isinstance(model, MultiMode)
+    loss = model(**dataset.collate([dataset[index, 2] for index in range(4)])).loss
+    wanted = sum(plain.loss(model.base_causallm, [row[mode] for row in rows]) for mode in MODES)
+    assert largest(model, loss, wanted) < 1e-9
 
 
 @pytest.mark.parametrize(

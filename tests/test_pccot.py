@@ -1,39 +1,33 @@
 """PCCoT: CODI with parallel latents, compared over the decoder blocks alone."""
 
+import plain
 import pytest
-import torch
-import torch.nn.functional as F
 from conftest import tiny_base
-from test_coconut import LATENT, gradients
-from test_codi import make_dataset, plain_row
+from test_latent_block import largest
+from test_methods import MARKERS, make_dataset
 
 from config import Config
-from methods.pccot import Pccot
+from methods.codi import Codi
+from methods.parallel_latents import ParallelLatents
 from trainer.pretrained import make_model
 
 
 @pytest.mark.parametrize("layers", ["all", "blocks"])
-def test_with_as_many_passes_as_latents_it_is_codi_over_the_chosen_layers(family, layers):
-    config = Config(method="pccot", max_latent_stage=3, latent_passes="3", distilled_layers=layers)
-    dataset, _ = make_dataset(config, [1, 5, 0, 2])
-    items = [dataset[index, config.last_stage] for index in range(4)]
-    model = make_model(config, tiny_base(family, layers=3), dataset.markers).eval()
-    assert isinstance(model, Pccot)
-    assert (model.latent_token_id, model.latent_passes) == (LATENT, 3)
-
-    students = [plain_row(model, *item[:3]) for item in items]
-    teachers = [plain_row(model, *item[3:]) for item in items]
-    distances = []
-    for layer in range(0 if layers == "all" else 1, 4):
-        ours, theirs = (torch.stack([states[layer] for *_, states in rows]) for rows in (students, teachers))
-        distances.append(F.smooth_l1_loss(ours, theirs.detach()) / theirs.detach().std())
-    plain = torch.stack(distances).mean()
-    for rows in (students, teachers):
-        plain = plain + sum(row[0] for row in rows) / sum(row[1] for row in rows)
-    loss = model(**dataset.collate(items)).loss
-    assert abs(loss - plain) < 1e-9
-    found, wanted = gradients(model, loss), gradients(model, plain)
-    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-9
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_it_is_codi_over_the_chosen_layers_with_thoughts_of_so_many_passes(family, layers, passes):
+    """With as many as latents, those of CODI."""
+    config = Config(
+        method="pccot", max_latent_stage=3, latent_passes=str(passes), distilled_layers=layers, distillation=0.7
+    )
+    dataset, examples = make_dataset(config, [1, 5, 0, 2])
+    model = make_model(config, tiny_base(family, layers=3), MARKERS).eval()
+    assert isinstance(model, Codi)
+    assert isinstance(model, ParallelLatents)
+    loss = model(**dataset.collate([dataset[index, 4] for index in range(4)])).loss
+    how = {"passes": passes} if passes < 3 else {}
+    first = 0 if layers == "all" else 1
+    wanted = plain.codi_loss(model.base_causallm, examples, 4, 3, 1, 0.7, first, **how)
+    assert largest(model, loss, wanted) < 1e-9
 
 
 def test_the_student_is_codis():

@@ -298,7 +298,7 @@ def test_code_of_a_model_runs_only_where_the_configuration_trusts_it(tiny, tmp_p
     with pytest.raises(UserError, match="it has Python code of its own: read that code, and set trust_remote_code"):
         load_model(config, None)
     assert not (tmp_path / "ran").exists()
-    config.trust_remote_code = True
+    config = coconut_config(tiny, trust_remote_code=True, **keys)
     assert type(load_model(config, None).model.base_causallm).__name__ == "OwnModel"
 
 

@@ -2,74 +2,27 @@
 
 import json
 
+import plain
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import VOCABULARY, tiny_base
-from test_coconut import END, EOS, LATENT, START, gradients, plain_loss
+from conftest import tiny_base
+from test_coconut import END, EOS, LATENT, START, gradients
+from test_methods import MARKERS, make_dataset
 from test_run import main, together, weights
 from test_run import place as place  # a fixture
 
 import run
 from config import Config
-from curriculum import Markers
-from methods.sim_cot import ExplainedDataset, SimCot, StepDecoder, explanations, step_targets
-from preprocessing.tokens import tokenize
-from trainer.pretrained import load_model
+from curriculum import stage_of_example
+from methods.sim_cot import SimCot, StepDecoder, explanations, step_targets
+from trainer.pretrained import load_model, make_model
 from utils import UserError
 
-MARKERS = Markers(START, LATENT, END, EOS)
 
-
-def make_tokens(n_steps: list[int], max_latent_stage: int):
-    """Examples of different lengths, and what their thoughts stand for; one token a character."""
-
-    def words(texts, **_):
-        ids = [[4 + ord(letter) % (VOCABULARY - 4) for letter in text] for text in texts]
-        return {"input_ids": ids, "special_tokens_mask": [[0] * len(text) for text in texts]}
-
-    generator = torch.Generator().manual_seed(1)
-
-    def text(low: int, high: int) -> str:
-        length = int(torch.randint(low, high, (1,), generator=generator))
-        return "".join(chr(97 + int(letter)) for letter in torch.randint(26, (length,), generator=generator))
-
-    examples = [
-        {"question": text(1, 9), "steps": [text(1, 5) for _ in range(n)], "answer": text(1, 3)} for n in n_steps
-    ]
-    tokens = tokenize(examples, words)
-    texts = [{**example, "steps": step_targets(example["steps"], max_latent_stage)} for example in examples]
-    tokens.auxiliary = tokenize(texts, words, step_separator="")
-    return examples, tokens, words
-
-
-def make_model(family: str, tied: bool, weight: float = 1.0) -> SimCot:
-    model = SimCot(tiny_base(family, tied), LATENT, START, END, EOS, step_decoder_weight=weight)
+def make_sim_cot(config: Config, family: str, tied: bool = True) -> SimCot:
+    model = make_model(config, tiny_base(family, tied), MARKERS)
     model.add_companion(tiny_base(family, tied, seed=5))
     return model.train()
-
-
-def plain_explained(model: SimCot, rows, texts_of, config: Config) -> tuple[torch.Tensor, int]:
-    """The definition: each group of each row by itself. Returns the sum over the groups, and their number."""
-    base, decoder = model.base_causallm, model.step_decoder.base_causallm
-    embedding, total, count = base.get_input_embeddings(), torch.zeros(()), 0
-    for (input_ids, _), texts in zip(rows, texts_of, strict=True):
-        embeds = embedding(torch.tensor([input_ids]))
-        latents = [column for column, token in enumerate(input_ids) if token == LATENT]
-        for column in latents:
-            hidden = base.get_decoder()(inputs_embeds=embeds[:, :column]).last_hidden_state[:, -1:]
-            embeds = torch.cat([embeds[:, :column], hidden, embeds[:, column + 1 :]], dim=1)
-        for number, text in enumerate(texts):
-            if text is None:
-                continue
-            group = latents[number * config.c_thought : (number + 1) * config.c_thought]
-            text = torch.tensor([*text, EOS])
-            given = torch.cat([embeds[0, group], embedding(text)])[None]
-            logits = decoder(inputs_embeds=given, position_ids=1 + torch.arange(given.shape[1])[None]).logits[0]
-            losses = F.cross_entropy(logits[len(group) - 1 : -1], text, reduction="none")
-            total = total + (losses.mean() if config.step_decoder_reduction == "mean" else losses.sum())
-            count += 1
-    return total, count
 
 
 CASES = {
@@ -77,32 +30,42 @@ CASES = {
     "means": {"c_thought": 1, "max_latent_stage": 3, "step_decoder_reduction": "mean"},
     "no surplus": {"c_thought": 2, "max_latent_stage": 4, "step_decoder_surplus": "none"},
     "mixed stages": {"c_thought": 1, "max_latent_stage": 4, "uniform_prob": 1.0},
+    "in parallel": {"c_thought": 2, "max_latent_stage": 3, "latent_passes": "2"},
 }
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("stage", ["last", "before"])
 @pytest.mark.parametrize("case", CASES)
-def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, case):
-    config = Config(step_decoder="copy", **CASES[case])
-    _, tokens, _ = make_tokens([1, 5, 3, 2], config.max_latent_stage)
-    dataset = ExplainedDataset(tokens, config, MARKERS, epoch=0)
-    items = [dataset[index, config.last_stage] for index in range(4)]
-    rows = [(input_ids, labels) for input_ids, labels, _ in items]
-    model = make_model(family, tied, weight=0.5)
-    batch = dataset.collate(items)
-    units = batch.pop("loss_counts")["auxiliary"]
+def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, case, stage):
+    """The thoughts that were made in parallel could be explained as what the block began with."""
+    config = Config(method="sim_cot", step_decoder="copy", step_decoder_weight=0.5, **CASES[case])
+    last, c = config.max_latent_stage, config.c_thought
+    stage = last + 1 if stage == "last" else last
+    dataset, examples = make_dataset(config, [1, 5, 3, 2])
+    stages = [stage_of_example(config, stage, 0, index, len(one["steps"])) for index, one in enumerate(examples)]
+    rows = [plain.coconut_row(one, its, last, c) for one, its in zip(examples, stages, strict=True)]
+    texts = [
+        plain.step_texts(one, its, last, row[0].count(LATENT) // c, config.step_decoder_surplus == "answer")
+        for one, its, row in zip(examples, stages, rows, strict=True)
+    ]
+    model = make_sim_cot(config, family, tied)
+    base, decoder = model.base_causallm, model.step_decoder.base_causallm
+    batch = dataset.collate([dataset[index, stage] for index in range(4)])
+    n_groups = batch.pop("loss_counts")["auxiliary"]
     output = model(**batch)
-    total, count = plain_explained(model, rows, [texts for _, _, texts in items], config)
-    assert units == count > 2
+    how = {"passes": 2} if case == "in parallel" else {}
+    total, count = plain.sim_cot_loss(base, decoder, rows, texts, c, config.step_decoder_reduction == "mean", **how)
+    assert n_groups == count > 2
     assert abs(output.auxiliary - 0.5 * total) < 1e-9
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    embeddings = model.step_decoder.base_causallm.get_input_embeddings().weight
-    assert embeddings.requires_grad == (embeddings is model.step_decoder.base_causallm.get_output_embeddings().weight)
+    embeddings = decoder.get_input_embeddings().weight
+    assert embeddings.requires_grad == (embeddings is decoder.get_output_embeddings().weight)
     model.requires_grad_(True)
-    found = gradients(SimpleModel(model, trained), output.loss + output.auxiliary / units)
-    wanted = gradients(SimpleModel(model, trained), plain_loss(model, rows) + 0.5 * total / count)
+    found = gradients(SimpleModel(model, trained), output.loss + output.auxiliary / n_groups)
+    wanted = gradients(SimpleModel(model, trained), plain.loss(base, rows, **how) + 0.5 * total / count)
     assert max((found[name] - wanted[name]).abs().max() for name in trained) < 1e-9
-    alone = gradients(SimpleModel(model, trained[:1]), plain_loss(model, rows))
+    alone = gradients(SimpleModel(model, trained[:1]), plain.loss(base, rows, **how))
     assert (alone[trained[0]] - found[trained[0]]).abs().max() > 1e-6  # it does reach the base
 
 
@@ -137,20 +100,18 @@ def test_what_thoughts_stand_for():
 
 
 def test_a_step_is_said_without_its_newline_and_all_further_ones_by_the_last_thoughts():
-    config = Config(step_decoder="copy", max_latent_stage=2)
-    examples, tokens, words = make_tokens([4], 2)
-    _, _, texts = ExplainedDataset(tokens, config, MARKERS)[0, 3]
-    steps = examples[0]["steps"]
-    assert texts == words([steps[0], "\n".join(steps[1:])])["input_ids"]
+    config = Config(method="sim_cot", step_decoder="copy", max_latent_stage=2, c_thought=1)
+    dataset, (example,) = make_dataset(config, [4])
+    steps = example["steps"]
+    assert dataset[0, 3][2] == [plain.ids(steps[0]), plain.ids("\n".join(steps[1:]))]
 
 
 def test_a_batch_without_thoughts_still_gives_the_decoder_a_gradient(family):
-    config = Config(step_decoder="copy")
-    _, tokens, _ = make_tokens([2, 3], 6)
-    dataset = ExplainedDataset(tokens, config, MARKERS)
+    config = Config(method="sim_cot", step_decoder="copy")
+    dataset, _ = make_dataset(config, [2, 3], epoch=None)
     batch = dataset.collate([dataset[0, 0], dataset[1, 0]])
     assert batch.pop("loss_counts") == {"auxiliary": 0}
-    model = make_model(family, tied=True)
+    model = make_sim_cot(config, family)
     output = model(**batch)
     assert output.auxiliary == 0
     (output.loss + output.auxiliary).backward()

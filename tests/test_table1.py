@@ -152,6 +152,7 @@ def test_pause_gets_no_feedback(place):
     )
     model, _, markers = load_model(config, None)
     spans = []
-    model.span = lambda *arguments, span=model.span: spans.append(1) or span(*arguments)
+    backbone = model.backbone
+    backbone.span = lambda *arguments, span=backbone.span: spans.append(1) or span(*arguments)
     model(torch.tensor([[5, markers.start, markers.latent, markers.latent, markers.end, 6]]))
     assert len(spans) == 1

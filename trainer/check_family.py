@@ -20,6 +20,7 @@ from coconut import Coconut
 from curriculum import IGNORE
 from dataset import collate_for_device, collate_prompts
 from definition import filled_embeddings
+from methods import all_rules
 from model.backbone import decoder_blocks, decoder_of
 from model.checkpointing import checkpoint_blocks
 from model.layout import column_of, lay_out, lay_out_prompts
@@ -68,9 +69,10 @@ def check_family(model: Coconut, gradient_checkpointing: bool = False) -> None:
     if problem is not None:
         raise UserError(f"{_name(base)} cannot be trained here, by any method: {problem}")
     if sequential and latent_problem is not None:
+        *others, last = [name for name, rules in all_rules().items() if not rules.has_latents]
         raise UserError(
-            f"{_name(base)} cannot be trained with latent thoughts here: {latent_problem}. The methods cot, no_cot, "
-            f"icot and no_thoughts need no cache, and work with it"
+            f"{_name(base)} cannot be trained with latent thoughts here: {latent_problem}. The methods "
+            f"{', '.join(others)} and {last} need no cache, and work with it"
         )
     if gradient_checkpointing:
         with _undisturbed(model), _with_weights_that_matter(model) if small else nullcontext(), _checkpointed(base):

@@ -70,10 +70,7 @@ FORMAT = 2  # of state.json, and of coconut.json beside it
 OPTIMIZER = "trainer/optimizer"
 MANIFEST = "trainer/manifest.json"  # file -> SHA-256, or its size until `add_digests` has run
 # keys that decide what a model's sequences look like
-DESCRIBED = (
-    *("method", "thought", "latent_passes", "c_thought", "max_latent_stage", "pad_latent_to_max"),
-    *("latent_markers", "step_separator", "lora_rank", "lora_alpha"),
-)
+DESCRIBED = [field.name for field in fields(Config) if field.metadata["shapes"]]
 PREFIX, THOUGHT_PREFIX = "base_causallm.", "thought."
 
 

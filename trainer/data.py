@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Config
-from dataset import sequence_lengths
+from curriculum import kept_lengths, thoughts_and_dropped
 from methods import Texts
 from preprocessing.examples import content_digest, load_examples
 from preprocessing.tokens import ANSWER_PREFIX, Tokens, cache_tokens
@@ -69,6 +69,22 @@ def check_lengths(config: Config, max_positions: int | None, data: Data) -> None
                 f"{path}: record {index} (counted from 0) makes {length} tokens, but {config.model_id} has only "
                 f"{max_positions} positions" + ("; see max_train_tokens" if tokens is data.train else "")
             )
+
+
+def sequence_lengths(tokens: Tokens, config: Config, stage: int) -> np.ndarray:
+    """(examples,) int64: how long the training sequence of each example is at a stage."""
+    starts, ends = tokens.examples[:-1], tokens.examples[1:]
+    if tokens.chosen is not None:
+        starts, ends = starts[tokens.chosen], ends[tokens.chosen]
+    n_steps = ends - starts - 2
+    by_steps = np.array([thoughts_and_dropped(n, stage, config) for n in range(n_steps.max() + 1)])
+    latents, dropped = by_steps[n_steps].T
+    reasoning = kept_lengths(tokens.texts[ends - 1] - tokens.texts[starts + 1 + dropped], stage, config)
+    question = tokens.texts[starts + 1] - tokens.texts[starts]
+    answer = tokens.texts[ends] - tokens.texts[ends - 1] + 1  # EOS
+    if config.has_latents and config.latent_markers == "both":
+        latents = latents + 2
+    return question + latents + reasoning + answer
 
 
 def longest_sequence(tokens: Tokens, config: Config) -> tuple[int, int]:

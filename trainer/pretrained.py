@@ -103,8 +103,7 @@ def load_model(config: Config, source: Path | None, cached: bool = False) -> Pre
     dtype = torch.bfloat16 if config.bf16_weights else torch.float32
     try:
         if config.from_scratch and source is None:
-            trust = getattr(config, "trust_remote_code", False)
-            shape = shape_of(config, source, cached)
+            shape, trust = shape_of(config, source, cached), config.trust_remote_code
             base = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=trust)
         else:
             if folder is not None:
@@ -269,7 +268,7 @@ def hub_options(config: Config, source: str | Path, cached: bool = False) -> dic
     """Options of transformers' from_pretrained: a hub that does not answer is not asked for each file, and a model's
     own code runs only if config.trust_remote_code allows it. With None transformers would ask on standard input."""
     is_local = cached or Path(source).is_dir() or hub_problem() is not None
-    return {"local_files_only": is_local, "trust_remote_code": getattr(config, "trust_remote_code", False)}
+    return {"local_files_only": is_local, "trust_remote_code": config.trust_remote_code}
 
 
 @cache

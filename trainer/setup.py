@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import threading
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,10 +16,11 @@ from transformers.utils import logging as transformers_logging
 import curriculum
 import dataset
 from config import Config
+from preprocessing.examples import content_digest
 from trainer import data as data_files
 from trainer import distributed as ranks
 from trainer import evaluate, parallel
-from trainer.checkpoint import Progress
+from trainer.checkpoint import Progress, add_digests
 from trainer.data import Data
 from trainer.distributed import StopSignal, World
 from trainer.logger import RunLogger
@@ -64,6 +66,16 @@ class Run:
         """The method's dataset and validation."""
         return parts_of(self.config)
 
+    def start_digests(self) -> None:
+        """Adds the digests of the newest checkpoint in a thread, on rank 0."""
+        if self.world.is_main:
+            self.hashing = threading.Thread(target=add_digests, args=[self.saved])
+            self.hashing.start()
+
+    def wait_for_digests(self) -> None:
+        if self.hashing is not None:
+            self.hashing.join()
+
     @property
     def data(self) -> Data:
         """Of a training run, which has one set."""
@@ -86,7 +98,9 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
     sets, by_set = {}, config.by_set()
     for name, one in by_set.items():
         sets[name] = data = data_files.load_data(one, world, loaded.tokenizer)  # of a training run, the only one
-        data_files.check_lengths(one, loaded.model.max_positions, data)
+    ranks.check_same(world, read_by_rank(config, loaded, sets) if world.size > 1 else {})  # all ranks
+    for name, one in by_set.items():
+        data_files.check_lengths(one, loaded.model.max_positions, sets[name])
     if progress.token_ids not in (None, data.train_digest) and not config.continue_changed:
         raise UserError(
             f"{source} was trained on other data than {config.train_path} now holds: choose another name, or set "
@@ -114,6 +128,21 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
 
     progress.wandb_id = ranks.on_main_rank(world, open_log)  # all ranks
     return Run(config, world, loaded, sets, logger, progress)
+
+
+def read_by_rank(config: Config, loaded: Pretrained, sets: dict[str, Data]) -> dict[str, str]:
+    """Short descriptions of the files' content that this rank has read. Sharded weights come from rank 0; others
+    are compared by their norm, because different processors may round the rows of new tokens differently."""
+    found = {f"the SHA-256 of val_path {name}".strip(): data.val_digest for name, data in sets.items()}
+    if not config.only_eval:
+        found["the SHA-256 of train_path"] = content_digest(config.train_path)
+    vocabulary = sorted(loaded.tokenizer.get_vocab().items())
+    found["the SHA-256 of the vocabulary"] = hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+    found = {name: digest[:16] for name, digest in found.items()}
+    if not parallel.is_sharded(loaded.model):
+        norms = [torch.linalg.vector_norm(weight, dtype=torch.float64) for weight in loaded.model.parameters()]
+        found["the norm of the weights"] = f"{sum(norms):.9e}"
+    return found
 
 
 def announce(run: Run, newest: Path | None) -> None:
