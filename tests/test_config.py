@@ -594,12 +594,17 @@ def test_what_an_eval_only_run_evaluates(write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["data/tiny_arithmetic", "data/tiny_prosqa", "data/machine/model", "data/machine/machine_train.json"]
+    "path",
+    [
+        *("data/tiny_arithmetic", "data/tiny_prosqa", "data/machine/model", "data/machine/machine_train.json"),
+        *("data/prontoqa_train.json", "data/breadth/model", "data/mirrored3/model", "checkpoints/gsm-cot"),
+    ],
 )
 def test_the_hint_names_scripts(path):
-    """N6: it named a make target."""
+    """N6: it named a make target. N10: nothing said which run is first."""
     hint = config_module._preparation_hint(path)
-    assert (ROOT / re.search(r"make it with: python ([^ )]+)", hint)[1]).is_file()
+    script, *files = re.search(r"make it with: python ([^ )]+)(?: ([^ )]+yaml))?", hint).groups()
+    assert all((ROOT / file).is_file() for file in (script, *filter(None, files)))
     assert "make data" not in hint
 
 
