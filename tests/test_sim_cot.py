@@ -1,7 +1,6 @@
 """SIM-CoT: the step decoder's loss and all gradients against the plain definition; the same on any number of ranks."""
 
 import json
-
 from types import SimpleNamespace
 
 import numpy as np
