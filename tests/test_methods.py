@@ -8,6 +8,7 @@ from conftest import settled
 from plain import ids, make_examples
 from test_coconut import END, EOS, LATENT, START
 from test_run import place as place  # a fixture
+from transformers import AutoTokenizer
 
 import methods
 import run
@@ -15,6 +16,7 @@ from config import Config
 from curriculum import Markers, prompt
 from dataset import StageDataset
 from preprocessing.tokens import tokenize
+from trainer.data import load_data
 from trainer.pretrained import parts_of
 from utils import UserError
 
@@ -115,14 +117,21 @@ UNUSED = {
 
 
 @pytest.fixture(scope="module")
-def losses(place):
+def file(place):
+    """The configuration of a short run, without a method."""
+    path = place / "keys.yaml"
+    path.write_text((place / "run.yaml").read_text().replace("coconut: true\n", ""))
+    return path
+
+
+@pytest.fixture(scope="module")
+def losses(file):
     """The losses that a short run writes, of its steps and its epochs."""
-    (place / "keys.yaml").write_text((place / "run.yaml").read_text().replace("coconut: true\n", ""))
     known = {}
 
     def of(*keys: str) -> list[tuple]:
         if keys not in known:
-            config = Config.from_file(place / "keys.yaml", settled(*BASE, *keys, f"name=keys-{len(known)}"))
+            config = Config.from_file(file, settled(*BASE, *keys, f"name=keys-{len(known)}"))
             assert run.main(config) == 0
             records = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
             known[keys] = [(record.get("loss"), record.get("auxiliary_loss")) for record in records]
@@ -151,6 +160,16 @@ def test_every_key_of_the_core_has_an_effect_where_it_is_used(losses, method):
     of_methods = {key for rules in methods.all_rules().values() for key, _, _ in methods.own_keys(rules)}
     core = set(DECIDING) - of_methods - {"method"}
     assert {key for key in core if not matters(losses, method, key)} == UNUSED.get(method, set())
+
+
+@pytest.mark.parametrize("method", [name for name in methods.names() if Config(method=name).rules.texts(Config())])
+def test_other_texts_are_those_of_the_examples_that_are_not_left_out(place, file, world, method):
+    config = Config.from_file(file, settled(*BASE, f"method={method}", "max_train_examples=99", "max_train_tokens=30"))
+    train = load_data(config, world, AutoTokenizer.from_pretrained(place / "model")).train
+    assert 0 < len(train) < 99
+    for index in range(len(train)):
+        (question, _, answer), (other_question, _, other_answer) = train[index], train.auxiliary[index]
+        assert (question, answer) == (other_question, other_answer)
 
 
 def test_every_method_has_losses_of_its_own(losses):
