@@ -30,9 +30,11 @@ def make_dataset(config: Config, n_steps: list[int]) -> tuple[TaughtDataset, lis
     return TaughtDataset(tokens, config, MARKERS, epoch=0), examples
 
 
-def plain_thought(model: Codi, hidden: torch.Tensor) -> torch.Tensor:
-    if model.thought.__class__.__name__ == "Last":
-        return hidden
+def plain_thought(model: Codi, embeds: torch.Tensor) -> torch.Tensor:
+    output = model.base_causallm.get_decoder()(inputs_embeds=embeds, output_hidden_states=True)
+    hidden, name = output.last_hidden_state[:, -1:], type(model.thought).__name__
+    if name in ("Last", "Layer"):
+        return hidden if name == "Last" else output.hidden_states[model.thought.index][:, -1:]
     first, _, second, norm = model.thought.layers
     inner = hidden @ first.weight.T + first.bias
     inner = 0.5 * inner * (1 + torch.erf(inner / 2**0.5))
@@ -47,8 +49,8 @@ def plain_row(model: Codi, input_ids: list[int], labels: list[int], place: int):
     embeds = base.get_input_embeddings()(torch.tensor([input_ids]))
     for column, token in enumerate(input_ids):
         if token == LATENT and model.thought.sequential:
-            hidden = base.get_decoder()(inputs_embeds=embeds[:, :column]).last_hidden_state[:, -1:]
-            embeds = torch.cat([embeds[:, :column], plain_thought(model, hidden), embeds[:, column + 1 :]], dim=1)
+            thought = plain_thought(model, embeds[:, :column])
+            embeds = torch.cat([embeds[:, :column], thought, embeds[:, column + 1 :]], dim=1)
     output = base(inputs_embeds=embeds, output_hidden_states=True)
     targets = torch.tensor(labels[1:])
     loss = F.cross_entropy(output.logits[0, :-1], targets, reduction="sum")
@@ -71,7 +73,7 @@ def plain_codi(model: Codi, items) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("thought", ["last", "mlp", "mlp:20", "pause"])
+@pytest.mark.parametrize("thought", ["last", "mlp", "mlp:20", "layer:1", "pause"])
 def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, thought):
     config = Config(method="codi", max_latent_stage=3)
     dataset, _ = make_dataset(config, [1, 5, 0, 2])

@@ -50,6 +50,7 @@ def plain_labels(model: Lotus, rows, steps_of, c: int) -> tuple[torch.Tensor, in
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("keys", [{}, {"uniform_prob": 1.0}])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "mistral"])  # the last with a window
 def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, keys):
     config = Config(c_thought=2, max_latent_stage=3, latent_labels=0.3, pad_latent_to_max=False, **keys)
     _, tokens, _ = make_tokens([1, 5, 3, 2], 3)
