@@ -25,7 +25,7 @@ import methods
 from methods import LARGEST_FACTOR, key
 from trainer.files import why_unreadable
 from trainer.run_folder import is_on_hub, run_of
-from utils import UserError, launched_ranks, print_error
+from utils import UserError, launched_ranks, print_error, print_result
 
 METHODS = methods.names()
 MOST_LATENTS = 100_000  # longer than any model's positions; sequences of more fill the memory before they are refused
@@ -722,10 +722,10 @@ def configure(description: str, schedule: typing.Callable[[Config, int], str]) -
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     try:
         config = Config.from_file(options.config, options.overrides, needs_files=not options.schedule)
+        if options.schedule and is_main:
+            print_result(schedule(config, launched_ranks()[1]))
     except UserError as error:
         sys.exit(print_error(error))
     if options.schedule:
-        if is_main:
-            print(schedule(config, launched_ranks()[1]))
         sys.exit()
     return config

@@ -39,7 +39,7 @@ def prepare(grid: Grid) -> None:
     """Makes the files that the grid needs and that are not there. Raises UserError where a script fails."""
     for path, script in grid.needs.items():
         if not Path(path).exists():
-            print(f"making {path}", flush=True)
+            print_result(f"making {path}")
             name, *arguments = shlex.split(script)
             command = [sys.executable, str(ROOT / name), *arguments]
             done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -622,6 +622,18 @@ def test_a_key_with_dashes_gets_a_hint(write, monkeypatch, capsys, arguments):
     assert capsys.readouterr().err.endswith("unrecognized arguments: --nonsense\n")
 
 
+def test_a_schedule_on_a_closed_or_full_output_ends_quietly_or_in_one_sentence(write):
+    """G21: tracebacks of BrokenPipeError and OSError."""
+    command = [sys.executable, str(ROOT / "run.py"), str(write("")), "--schedule"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as closed, open("/dev/full", "w") as full:
+        done = [subprocess.run(command, stdout=out, stderr=subprocess.PIPE, check=False) for out in (closed, full)]
+    assert (done[0].returncode, done[0].stderr) == (0, b"")
+    assert done[1].returncode == 2
+    assert done[1].stderr == b"error: standard output cannot be written: No space left on device\n"
+
+
 def test_yaml_cannot_run_code(write):
     assert "name must be text, not []" in problem(write("name: !!python/object/apply:os.getcwd []"))
 

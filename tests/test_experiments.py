@@ -164,6 +164,20 @@ def test_a_plan_has_hours_of_its_arithmetic_and_gpus_evaluations_and_disk(place,
     assert plan("--set", "max_eval_examples=2")[0] < 0.9 * flops
 
 
+@pytest.mark.parametrize("option", ["--dry-run", "--report"])
+def test_a_full_output_is_one_sentence(place, tmp_path, capsys, monkeypatch, option):
+    """G21: OSError's traceback."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        content = yaml.safe_load((place / "small.yaml").read_text())
+        content |= {"save_path": str(tmp_path / "runs"), "needs": {str(tmp_path / "x.json"): "preprocessing/x.py"}}
+        if option == "--report":
+            del content["needs"]
+        (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
+        assert grid.main([str(tmp_path / "small.yaml"), option, "--seeds", "3", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: standard output cannot be written: No space left on device\n"
+
+
 def tokens(step: str) -> str:
     """With a character for each of the two brackets, which are a token each."""
     return step.replace("<<", "(").replace(">>", ")")
