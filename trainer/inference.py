@@ -158,13 +158,8 @@ def prompts(
         if any("\ud800" <= character <= "\udfff" for character in question):
             raise UserError(f"a question is not valid UTF-8: {question[:60]!r}")
         if unknown := unknown_characters(model.tokenizer, question):
-<<<<<<< HEAD
-            log.warning("warning: the tokenizer does not know %r in the question %r", unknown, question[:60])
-    ids = question_ids(model.tokenizer, questions)
-=======
             log.warning("the tokenizer does not know %r in the question %r", unknown, question[:60])
-    ids = model.tokenizer([question + "\n" for question in questions])["input_ids"]
->>>>>>> b337e08603c055fb7e15126a1b342323b2ae15ad
+    ids = question_ids(model.tokenizer, questions)
     for question, row in zip(questions, ids, strict=True):
         if {model.markers.start, model.markers.latent, model.markers.end}.intersection(row):
             raise UserError(f"a question holds a marker of the latent positions: {question[:60]!r}")
