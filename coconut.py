@@ -28,7 +28,6 @@ from model.layout import Rows, column_of, joined, lay_out, lay_out_prompts, rest
 from model.thought import Seen, Thought, make_thought
 
 Edit = Callable[[int, torch.Tensor, Seen], torch.Tensor]  # (its number from 0, thought (B, 1, D), its origin)
-NO_FILTERS = {"top_k": 0, "top_p": 1.0}  # Hugging Face's `generate` would take the likeliest 50
 
 
 class CoconutOutput(NamedTuple):
@@ -132,8 +131,8 @@ class Coconut(nn.Module):
         rows = lay_out(input_ids, attention_mask, position_ids, **self.family, **hints)
         hidden, embeds, _ = self._run(rows, edit=edit)
         thoughts = embeds[:, rows.columns] if return_thoughts else None
+        hidden, embeds = restored(hidden, rows), restored(embeds, rows)
         if labels is None:
-            hidden, embeds = restored(hidden, rows), restored(embeds, rows)
             return CoconutOutput(None, embeds, self.head(hidden), thoughts, hidden if return_hidden else None)
         loss = self._loss(hidden, labels, supervised)
         for parameter in self.thought.parameters():
@@ -168,7 +167,8 @@ class Coconut(nn.Module):
         rows = lay_out_prompts(input_ids, attention_mask, position_ids, **self.family)
         if generation_options:
             _, embeds, _ = self._run(rows, edit=edit)
-            plain = {"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id, **NO_FILTERS}
+            # Hugging Face's `generate` would take the likeliest 50
+            plain = {"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id, "top_k": 0, "top_p": 1.0}
             with self.backbone.own_generation_config():
                 tokens = self.base_causallm.generate(
                     inputs_embeds=restored(embeds, rows),

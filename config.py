@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import re
 import sys
 import types
@@ -24,7 +25,7 @@ import methods
 from methods import LARGEST_FACTOR, key
 from trainer.files import why_unreadable
 from trainer.run_folder import is_on_hub, run_of
-from utils import UserError, launched_ranks, print_error
+from utils import UserError, launched_ranks, print_error, print_result
 
 METHODS = methods.names()
 MOST_LATENTS = 100_000  # longer than any model's positions; sequences of more fill the memory before they are refused
@@ -41,6 +42,7 @@ IN_WORDS |= {list[int]: "a list of whole numbers", dict[str, str]: "a mapping of
 # name its threshold, as suppressed:0.3
 THOUGHTS = {"last": ("", "model.thought")} | {name: (takes, module) for name, takes, module in methods.thoughts()}
 SPELLINGS = ", ".join(name + takes for name, (takes, _) in THOUGHTS.items())
+PATHS = ("save_path", "train_path", "val_path", "test_path", "model_id", "load_model_path")
 setting = partial(key, free=True)
 
 
@@ -149,6 +151,10 @@ class Config:
         "weights to start from or to evaluate: a checkpoint folder, a run's folder (its newest checkpoint), RUN@best, "
         "RUN@12 (after 12 epochs), a Hugging Face folder, a file of the reference, or org/name:file on the hub",
     )
+    trust_remote_code: bool = setting(
+        False,
+        "run the Python code that model_id brings, where its family is not one of transformers' own: read it first",
+    )
     lora_rank: int | None = key(
         None, "LoRA: train only low-rank updates, of this rank, of linear layers", low=1, later=True, shapes=True
     )
@@ -196,6 +202,7 @@ class Config:
     gradient_checkpointing: bool = setting(False, "recompute the decoder blocks in backward: less memory, slower")
     bf16: bool = key(False, "mixed precision: bfloat16 arithmetic, float32 weights and optimizer")
     bf16_weights: bool = key(False, "weights and optimizer in bfloat16 too (what the reference's bf16 does)")
+    tf32: bool = key(False, "TF32 for float32 matrix products on GPUs: faster, with 10 bits of mantissa", later=True)
 
     # evaluation and checkpoints
     eval_batch_size: int = setting(32, "prompts generated from at once on one rank", low=1)
@@ -291,6 +298,11 @@ class Config:
     def has_latents(self) -> bool:
         """Whether the method's sequences have latent positions."""
         return self.rules.has_latents
+
+    @property
+    def arithmetic(self) -> str:
+        """Of matrix products on a GPU: bf16 | tf32 | float32."""
+        return "bf16" if self.bf16 or self.bf16_weights else "tf32" if self.tf32 else "float32"
 
     @property
     def last_stage(self) -> int:
@@ -429,6 +441,7 @@ def _preparation_hint(path: str) -> str:
     hints = {
         "prosqa_mini": "python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100",
         "prosqa_": "python preprocessing/prosqa.py",
+        "prontoqa_": "python preprocessing/prontoqa_generate.py",
         **{name: f"python preprocessing/ood.py {name}" for name in ("gsm_hard", "svamp", "multiarith")},
         "gsm_": "bash preprocessing/gsm_icot.bash",
         "arithmetic": "python preprocessing/arithmetic.py",
@@ -436,11 +449,13 @@ def _preparation_hint(path: str) -> str:
         "tiny_arithmetic": f"{tiny}arithmetic_train.json --out data/tiny_arithmetic {llama} --untied",
         "tiny_prosqa": f"{tiny}prosqa_mini_train.json --out data/tiny_prosqa",
     }
-    where = Path(path)
+    where, here = Path(path), Path(__file__).parent
     how = next((how for word, how in hints.items() if where.name.startswith(word)), None)
+    if (here / "args" / (of_run := f"{where.name.replace('-', '_')}.yaml")).is_file():
+        how = f"python run.py args/{of_run}"
     if where.as_posix().endswith("data/machine/model"):
         how = f"{tiny}machine/machine_train.json --out data/machine/model {llama} --positions 64"
-    if "mirrored" in where.parent.name:  # with its chains and its model
+    if (here / "experiments" / f"{where.parent.name}.yaml").is_file():  # with its model
         how = f"python experiments/grid.py experiments/{where.parent.name}.yaml --dry-run"
     return f" (make it with: {how})" if how else ""
 
@@ -510,7 +525,10 @@ def _layers_of(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> 
     if not isinstance(parent, str):
         problems.append(f"extends in {path} must be the path of a file, not {shown(parent)}")
     elif parent not in NOTHING:
-        layers = _layers_of(path.parent / parent, problems, (*seen, path.resolve()))
+        try:
+            layers = _layers_of(path.parent / expanded(parent), problems, (*seen, path.resolve()))
+        except ValueError as error:
+            problems.append(f"extends in {path} {error}, not {shown(parent)}")
     for layer in layers:
         (layer.values or {}).pop("name", None)  # two files must not share a run's folder by accident
     rows = values.pop("rows", {})
@@ -633,6 +651,16 @@ def _as(kind, value):
     raise ValueError
 
 
+def expanded(path: str) -> str:
+    """A path with its ~, $NAME and ${NAME} replaced. Raises ValueError that names what is not set."""
+    if unset := [name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ]:
+        raise ValueError(f"must be a path whose variables are set ({', '.join(unset)} is not)")
+    found = os.path.expanduser(os.path.expandvars(path))
+    if found.startswith("~"):
+        raise ValueError(f"must be a path of a user who exists ({found.partition('/')[0]} does not)")
+    return found
+
+
 def shown(value) -> str:
     """A value in a message: a list as it was written."""
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else repr(value)
@@ -660,6 +688,9 @@ def _checked(values: dict, problems: list[str]) -> dict:
         try:
             value = converted(values[field.name], annotations[field.name], field.metadata["empty"])
             _check_limits(value, field.metadata)
+            if field.name in PATHS and value is not None:
+                several = isinstance(value, dict)
+                value = {name: expanded(path) for name, path in value.items()} if several else expanded(value)
             result[field.name] = value
         except ValueError as error:
             problems.append(f"{field.name} {error}, not {shown(values[field.name])}")
@@ -683,13 +714,18 @@ def configure(description: str, schedule: typing.Callable[[Config, int], str]) -
     if not is_main:  # one rank speaks
         parser.print_help = lambda *_: None
         parser.error = lambda message: sys.exit(print_error(UserError(message)))
-    options = parser.parse_intermixed_args()
+    options, unknown = parser.parse_known_intermixed_args()
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        known = name in {*METHOD_BOOLEANS, *(field.name for field in dataclasses.fields(Config))}
+        hint = f": a key is set without dashes, as in {name}=VALUE" if known else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     try:
         config = Config.from_file(options.config, options.overrides, needs_files=not options.schedule)
+        if options.schedule and is_main:
+            print_result(schedule(config, launched_ranks()[1]))
     except UserError as error:
         sys.exit(print_error(error))
     if options.schedule:
-        if is_main:
-            print(schedule(config, launched_ranks()[1]))
         sys.exit()
     return config

@@ -239,6 +239,5 @@ def schedule(config: Config, world_size: int) -> str:
         left = reasoning_left(stage, config)
         lines.append(f"{epoch:>5} {stage_name(stage):>5} {latents:>8} {left:>20} {optimizer:>10} {batch:>6}")
     if config.advance_at is not None:
-        reached = f"{config.advance_at:g}"
-        lines.append(f"a stage has at most these epochs: it ends where validation accuracy reaches {reached}")
+        lines.append(f"each stage has at most these epochs: it ends once accuracy reaches {config.advance_at:g}")
     return "\n".join(lines)

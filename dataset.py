@@ -9,9 +9,8 @@ ranks or restarts changes it. torch is imported late: data can be read without w
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
@@ -251,14 +250,14 @@ def batches_of(dataset: StageDataset, plan: EpochPlan, stages: Sequence[int]) ->
         return _map(batch, lambda tensor: tensor.pin_memory()) if torch.cuda.is_available() else batch
 
     def ahead(pool: ThreadPoolExecutor) -> Iterator[dict]:
-        waiting: deque[Future] = deque()
+        pending = None
         for stage, step in zip(stages, plan, strict=True):
             for micro in step.micro_batches:
-                waiting.append(pool.submit(make, micro, stage))
-                if len(waiting) > 1:
-                    yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                pending, earlier = pool.submit(make, micro, stage), pending
+                if earlier is not None:
+                    yield earlier.result()
+        if pending is not None:
+            yield pending.result()
 
     if under_debugger():
         yield (make(micro, stage) for stage, step in zip(stages, plan, strict=True) for micro in step.micro_batches)

@@ -48,14 +48,16 @@ def main(config: Config, stop: StopSignal | None = None) -> int:
     code = 1
     try:
         world = ranks.setup_distributed()
+        ranks.check_same(world, vars(config))
         ranks.check_shared(world, Path(config.save_path))
-        if config.only_eval:
-            evaluate_only(config, world)
-        else:
-            stop = stop or StopSignal()
-            stop.world = world
-            with ranks.lock_run_dir(world, config.run_dir), stop:
-                train(config, world, stop)
+        with ranks.lock_run_dir(world, config.run_dir):
+            if config.only_eval:
+                evaluate_only(config, world)
+            else:
+                stop = stop or StopSignal()
+                stop.world = world
+                with stop:
+                    train(config, world, stop)
         code = 0
     except UserError as error:
         code = print_error(error)
@@ -71,7 +73,7 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
     run = setup_run(config, world, newest or checkpoint.find_weights(config, world), progress)
     run.stop, run.saved, run.logger.signalled = stop, newest, lambda: stop.received
     with run.logger:
-        run.throughput = Throughput(FlopCounter.of(run.model), peak_flops(world.device))
+        run.throughput = Throughput(FlopCounter.of(run.model), peak_flops(ranks.hardware(world), config.arithmetic))
         ranks.barrier(world)  # all ranks
         run.wrapped = parallel.wrap(run.model, world)
         resume(run, newest)

@@ -17,6 +17,7 @@ from coconut import Coconut, Edit
 from config import Config
 from curriculum import Markers, prompt
 from dataset import collate_prompts
+from preprocessing.tokens import question_ids
 from tools.generate import load
 from trainer.inference import config_for
 from utils import UserError
@@ -65,7 +66,7 @@ class Subject:
     def __init__(self, asked: Asked, examples: list[dict], n_thoughts: int | None = None, batch: int = 250):
         self.asked, self.examples, self.batch = asked, examples, batch
         self.model, self.tokenizer = asked.model, asked.tokenizer
-        self._ids = asked.tokenizer([example["question"] + "\n" for example in examples])["input_ids"]
+        self._ids = question_ids(asked.tokenizer, [example["question"] for example in examples])
         self.n_thoughts = self._row([], n_thoughts).count(asked.markers.latent)
 
     @classmethod

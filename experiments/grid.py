@@ -30,6 +30,7 @@ from grid_file import Grid, read_grid
 from jobs import Job, by_digest, check_folders, jobs_of, left_of, read_results
 
 from curriculum import stage_name
+from trainer.distributed import allowed_cores
 from trainer.files import writing
 from utils import UserError, print_error, print_result
 
@@ -38,7 +39,7 @@ def prepare(grid: Grid) -> None:
     """Makes the files that the grid needs and that are not there. Raises UserError where a script fails."""
     for path, script in grid.needs.items():
         if not Path(path).exists():
-            print(f"making {path}", flush=True)
+            print_result(f"making {path}")
             name, *arguments = shlex.split(script)
             command = [sys.executable, str(ROOT / name), *arguments]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -91,20 +92,20 @@ def visible_gpus() -> list[str]:
     """As CUDA_VISIBLE_DEVICES names them."""
     import torch
 
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return chosen.split(",") if chosen else [str(number) for number in range(torch.cuda.device_count())]
+    chosen, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    return chosen.split(",")[:count] if chosen else [str(number) for number in range(count)]
 
 
 def shares(at_once: int | None, n_gpus: int) -> list[str | None]:
     """For each of the runs at once the GPUs that it sees, as CUDA_VISIBLE_DEVICES; None where there are none. By
-    default there are as many runs as have GPUs of their own, or a core where there are none.
+    default there are as many runs as have GPUs of their own, or an allowed core where there are none.
 
     Runs share GPUs where there are more runs. Raises UserError where one run needs more than there are.
     """
     devices = visible_gpus()
     if n_gpus > max(1, len(devices)):
         raise UserError(f"--gpus {n_gpus}: this machine has {len(devices)}")
-    at_once = at_once or (len(devices) // n_gpus if devices else os.cpu_count())
+    at_once = at_once or (len(devices) // n_gpus if devices else allowed_cores())
     if not devices:
         return [None] * at_once
     places = range(0, at_once * n_gpus, n_gpus)
@@ -196,7 +197,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("grid", type=Path, help="a YAML file of experiments/")
     parser.add_argument("--only", nargs="+", metavar="RUN", help="some of its runs")
     parser.add_argument("--seeds", type=int, nargs="+", help="of all runs, and in the report (default: the grid's)")
-    parser.add_argument("--jobs", type=int, help="runs at once (default: one a core, or one for each --gpus GPUs)")
+    parser.add_argument(
+        "--jobs", type=int, help="runs at once (default: one an allowed core, or one for each --gpus GPUs)"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="set keys of every run")
     parser.add_argument("--gpus", type=int, default=1, help="of one run, where there are GPUs (default: 1)")
     what = parser.add_mutually_exclusive_group()
@@ -206,7 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--slurm", type=Path, metavar="FILE", help="write a SLURM array script of the runs, and stop")
     parser.add_argument(
-        "--peak", type=float, default=989e12, help="of a GPU, in FLOP/s, for --dry-run (default: an H100)"
+        "--peak", type=float, help="of a GPU, in FLOP/s, for --dry-run (default: an H100's for the keys bf16 and tf32)"
     )
     parser.add_argument("--utilisation", type=float, default=0.3, help="of that peak, for --dry-run (default: 0.3)")
     parser.add_argument("--anew", action="store_true", help="run again what only results/NAME.json remembers")
@@ -220,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     if (
         options.gpus < 1
         or (options.jobs is not None and options.jobs < 1)
-        or not min(options.peak, options.utilisation) > 0
+        or not min(1 if options.peak is None else options.peak, options.utilisation) > 0
     ):
         parser.error("--jobs and --gpus must be at least 1, --peak and --utilisation more than 0")
     if fixed := {"name", "seed", "debug"} & {text.partition("=")[0] for text in options.set}:
@@ -234,9 +237,10 @@ def main(arguments: list[str] | None = None) -> int:
         results = read_results(grid, options.out)
         waiting = left_of(jobs, {} if options.anew else by_digest(results))
         if options.dry_run:
-            from costs import print_plan
+            from costs import plan_of
 
-            print_plan(jobs, waiting, options.peak * options.utilisation)
+            at_once = options.jobs or max(1, len(visible_gpus()) // options.gpus)
+            print_result(plan_of(jobs, waiting, options.peak, options.utilisation, at_once))
             return 0
         if problems := [text for job in jobs for text in job.problems()]:
             raise UserError("; ".join(problems))  # before the first run

@@ -14,7 +14,7 @@ from types import NoneType, UnionType
 
 import yaml
 
-from config import NOTHING, converted, read_yaml, shown
+from config import NOTHING, converted, expanded, read_yaml, shown
 from utils import UserError
 
 
@@ -143,6 +143,8 @@ def _known(cls, values, where: str, problems: list[str]) -> dict:
             continue
         try:
             found[name] = _typed(value, kinds[name])
+            if name in ("save_path", "test_path"):
+                found[name] = expanded(found[name])
         except ValueError as error:
             problems.append(f"{where}: {name!r} {error}, not {shown(value)}")
     return found

@@ -69,12 +69,14 @@ class Recorder:
 
     @contextmanager
     def recording(self, pick: Pick) -> Iterator[list[torch.Tensor]]:
-        """The L + 1 states of the last pass inside, before the final norm; of each what `pick` takes of it, at once."""
+        """The L + 1 states of the last pass inside, before the final norm; of each what `pick` takes of it, at once.
+        A recording within another takes its place for as long as it lasts."""
+        outer = self._pick, self._states
         self._pick, self._states = pick, []
         try:
             yield self._states
         finally:
-            self._pick = None
+            self._pick, self._states = outer
 
     @torch.compiler.disable  # a list that grows would be another graph at each length
     def _record(self, _, args: tuple, kwargs: dict, output) -> None:
@@ -102,7 +104,7 @@ class Backbone(Vocabulary):
         # whether its attention is told by positions and masks alone where a token stands: padding may then follow the
         # question, where causality hides it. Windows and recurrent states count columns: it has to come first
         self.makes_masks = self._takes_position_ids and _attends_plainly(config)
-        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)  # longest sequence
+        self.max_positions = _max_positions(config)
         self._head_is_a_matrix = getattr(type(base.get_output_embeddings()), "forward", None) is nn.Linear.forward
         # what trainer/check_family.py finds: whether some parameters that want gradients get none, and whether
         # generation must recompute everything for each token, because decoding over a cache would give something else
@@ -218,6 +220,16 @@ def freeze_unused(base: PreTrainedModel) -> None:
     for parameter in base.parameters():
         if parameter not in reached:
             parameter.requires_grad_(False)
+
+
+def _max_positions(config: PreTrainedConfig) -> int | None:
+    """The longest sequence, in tokens, by whatever name a family has for it; None where none is declared."""
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
+    names += ("max_target_positions", "context_length")
+    attention = getattr(config, "attn_config", None) or {}  # of MPT and its like
+    inner = attention if isinstance(attention, dict) else vars(attention)
+    values = [*(getattr(config, name, None) for name in names), *map(inner.get, names)]
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
 def _attends_plainly(config: PreTrainedConfig) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 from torch import is_grad_enabled, nn
@@ -18,17 +18,16 @@ def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
 
     transformers' own switches the cache off, and a latent pass without it would not see the columns before it.
     """
-    for index, block in enumerate(blocks):
-        named = {getattr(module, "layer_idx", None) for module in block.modules()} - {None}
-        block.forward = partial(_checkpointed, block.forward, sorted(named) or [index])
+    for block in blocks:
+        block.forward = partial(_checkpointed, block.forward)
 
 
-def _checkpointed(forward: Callable, indices: list[int], *args, **kwargs):
-    """One block's forward; `indices` are its layers in the cache."""
+def _checkpointed(forward: Callable, *args, **kwargs):
+    """One block's forward. A block may run several times in a pass, over other layers of the cache each time."""
     if not is_grad_enabled():
         return forward(*args, **kwargs)
     cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-    layers = [cache.layers[index] for index in indices if index < len(cache.layers)] if cache is not None else []
+    layers = list(cache.layers) if cache is not None else []
     begin = [_state_of(layer) for layer in layers]
     replays = False
 
@@ -55,7 +54,7 @@ def _state_of(layer) -> int | dict:
 def _replayed_from(layer, state: int | dict) -> Iterator[None]:
     """Lets a pass that began so run again: it makes the same states, and then the layer holds what it held before."""
     if isinstance(layer, GrowingLayer):
-        with layer.replayed_from(state):
+        with layer.replayed_from(state) if layer.is_initialized else nullcontext():
             yield
         return
     now = _state_of(layer)

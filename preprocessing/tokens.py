@@ -22,7 +22,7 @@ from trainer.files import retried, sync_to_disk, writing
 from utils import UserError, progress_bar
 
 ANSWER_PREFIX = "### "
-CACHE_VERSION = 1  # raise it when `tokenize` changes
+CACHE_VERSION = 2  # raise it when `tokenize` changes
 
 
 class Tokens:
@@ -56,6 +56,14 @@ class Tokens:
         question, *steps, answer = (ids[begin - bounds[0] : end - bounds[0]] for begin, end in pairwise(bounds))
         return question, steps, answer
 
+    def digest(self) -> str:
+        """SHA-256 of all ids and of where texts and examples begin, in hexadecimal: the same for any tokenizer that
+        makes the same ids, however another release of it is written to disk."""
+        found = hashlib.sha256()
+        for name in self.NAMES:
+            found.update(np.ascontiguousarray(getattr(self, name)))
+        return found.hexdigest()
+
     @classmethod
     def open(cls, folder: Path) -> Tokens:
         """Maps what `save` has written, on this node or on another. Raises UserError."""
@@ -80,8 +88,8 @@ def tokenize(
     source: str = "the data",
     markers: Mapping[int, str] = MappingProxyType({}),
 ) -> Tokens:
-    """Q = question + newline, with the special tokens that the tokenizer adds by itself; S = step + step_separator and
-    A = "### " + answer without them. A's EOS is added by `training_sequence`.
+    """Q as `question_ids` makes it; S = step + step_separator and A = "### " + answer without special tokens. A's EOS
+    is added by `training_sequence`.
 
     Raises UserError, that names source, record and field, where a text holds one of the markers (id -> text), which the
     model would take for one, and where nothing is left of a question."""
@@ -90,7 +98,7 @@ def tokenize(
     texts_per_example: list[int] = []
     bar = progress_bar(examples, "tokenizing", "examples", show_progress)
     for part in batched(bar, 1000):
-        questions = tokenizer([e["question"] + "\n" for e in part])["input_ids"]
+        questions = question_ids(tokenizer, [e["question"] for e in part])
         others = [
             text
             for e in part
@@ -129,6 +137,16 @@ def _problem(
     else:
         return None
     return f"record {first + number} (counted from 0) {what}"
+
+
+def question_ids(tokenizer, questions: list[str]) -> list[list[int]]:
+    """Q = question + newline, with the special tokens that the tokenizer itself puts before a text, without those that
+    it puts after one: reasoning and answer follow, and some tokenizers end every text with EOS."""
+    found = tokenizer([question + "\n" for question in questions], return_special_tokens_mask=True)
+    for ids, is_special in zip(found["input_ids"], found["special_tokens_mask"], strict=True):
+        while is_special and is_special.pop():
+            ids.pop()
+    return found["input_ids"]
 
 
 def markers_of(tokenizer) -> dict[int, str]:

@@ -9,6 +9,8 @@ import torch
 import yaml
 from conftest import ROOT, load_script
 
+import definition
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import common
 import step
@@ -40,6 +42,8 @@ def test_the_sides_of_a_step_agree(small):
     batch = collate_for_device(common.prosqa_rows(2, stage=2, c_thought=1), small.eos, small.latent)
     coconut = model(**batch).loss
     assert abs(step.no_cache_loss(model, batch) - coconut) < 1e-5
+    rows = common.prosqa_rows(2, stage=2, c_thought=1)
+    assert abs(definition.loss(model.base_causallm, rows, small.latent) - coconut) < 1e-5
     unaligned = collate_for_device(common.prosqa_rows(2, stage=2, c_thought=1), small.eos, None)
     assert abs(step.baseline_loss(model, unaligned) - step.all_logits_loss(model, unaligned)) < 1e-5
     assert len(step.make_sides(argparse.Namespace(**OPTIONS), 1, list(step.SIDES))) == len(step.SIDES)

@@ -4,8 +4,10 @@ import contextlib
 import errno
 import json
 import os
+import pickle
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from test_pretrained import coconut_config
 from test_pretrained import tiny as tiny  # a fixture
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from config import Config
 from trainer import checkpoint
@@ -282,6 +285,28 @@ def trained(config, world) -> tuple[Pretrained, torch.optim.Optimizer, Path]:
         optimizer.step()
         optimizer.zero_grad()
     return loaded, optimizer, checkpoint.save(config, world, loaded, optimizer, Progress(1, 2), 0, {})
+
+
+class Command:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_an_optimizers_metadata_runs_no_code(tiny, tmp_path, world):
+    """G18: torch unpickles whatever it finds there, and what entries of bytes point to."""
+    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
+    loaded, optimizer, folder = trained(config, world)
+    file = folder / checkpoint.OPTIMIZER / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    name = next(iter(metadata.state_dict_metadata))
+    for bad in (Command(), BytesStorageMetadata(), print, torch.load, torch.nn.Linear(1, 1)):
+        others = metadata.state_dict_metadata | {name: bad}
+        file.write_bytes(pickle.dumps(replace(metadata, state_dict_metadata=others)))
+        for load in (checkpoint.load_optimizer, lambda *parts: checkpoint.load_companions(*parts[:2])):
+            with pytest.raises(UserError, match=r"\.metadata is not read: it names [\w.]+, which could run code"):
+                load(folder, loaded.model, optimizer)
+    file.write_bytes(pickle.dumps(metadata))
+    checkpoint.load_optimizer(folder, loaded.model, optimizer)
 
 
 def test_weights_that_never_got_a_gradient_do_not_stop_a_restart(tiny, tmp_path, world):

@@ -122,6 +122,31 @@ def test_a_text_that_may_be_empty_is_given_as_shells_give_it(write):
         Config.from_file(write(""), ["extends=a.yaml"], needs_files=False)
 
 
+def test_paths_have_their_home_and_variables_replaced(write, tmp_path, monkeypatch):
+    """G15: a folder named ~ was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    (tmp_path / "scratch" / "model").mkdir(parents=True)
+    write("lr: 0.5", "base.yaml")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "extends: $HOME/base.yaml\nsave_path: ~/runs\ntrain_path: ~/train.json\nval_path: ${HOME}/valid.json\n"
+        "project: ~x$y\n"
+    )
+    config = Config.from_file(path, ["model_id=$SCRATCH/model", "load_model_path=~/weights"])
+    assert (config.save_path, config.val_path) == (f"{tmp_path}/runs", f"{tmp_path}/valid.json")
+    assert (config.model_id, config.load_model_path) == (f"{tmp_path}/scratch/model", f"{tmp_path}/weights")
+    assert (config.lr, config.project) == (0.5, "~x$y")
+    paths = "{a: ~/valid.json, b: $SCRATCH/b}"
+    config = Config.from_file(path, ["only_eval=true", f"test_path={paths}"], needs_files=False)
+    assert config.val_path == {"a": f"{tmp_path}/valid.json", "b": f"{tmp_path}/scratch/b"}
+    monkeypatch.delenv("SCRATCH")
+    complaint = r"save_path must be a path whose variables are set \(SCRATCH is not\), not '\$SCRATCH/runs'"
+    assert re.search(complaint, problem(path, "save_path=$SCRATCH/runs"))
+    assert "extends in" in problem(write("extends: $SCRATCH/base.yaml"))
+    assert "a user who exists (~nobody-here does not)" in problem(path, "save_path=~nobody-here/runs")
+
+
 def test_overrides_win_and_extends_is_read(write, tmp_path):
     write("coconut: True\nlr: 1e-3\nseed: 1\nname: parent", "base.yaml")
     child = tmp_path / "child.yaml"
@@ -569,13 +594,44 @@ def test_what_an_eval_only_run_evaluates(write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["data/tiny_arithmetic", "data/tiny_prosqa", "data/machine/model", "data/machine/machine_train.json"]
+    "path",
+    [
+        *("data/tiny_arithmetic", "data/tiny_prosqa", "data/machine/model", "data/machine/machine_train.json"),
+        *("data/prontoqa_train.json", "data/breadth/model", "data/mirrored3/model", "checkpoints/gsm-cot"),
+    ],
 )
 def test_the_hint_names_scripts(path):
-    """N6: it named a make target."""
+    """N6: it named a make target. N10: nothing said which run is first."""
     hint = config_module._preparation_hint(path)
-    assert (ROOT / re.search(r"make it with: python ([^ )]+)", hint)[1]).is_file()
+    script, *files = re.search(r"make it with: python ([^ )]+)(?: ([^ )]+yaml))?", hint).groups()
+    assert all((ROOT / file).is_file() for file in (script, *filter(None, files)))
     assert "make data" not in hint
+
+
+@pytest.mark.parametrize("arguments", [["--num_epochs=1"], ["--num-epochs", "1"], ["x=1", "-num_epochs=1"]])
+def test_a_key_with_dashes_gets_a_hint(write, monkeypatch, capsys, arguments):
+    """N12: only "unrecognized arguments"."""
+    monkeypatch.setattr(sys, "argv", ["run.py", str(write("")), *arguments])
+    with pytest.raises(SystemExit) as end:
+        config_module.configure("", lambda *_: "")
+    assert end.value.code == 2
+    assert "a key is set without dashes, as in num_epochs=VALUE" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["run.py", str(write("")), "--nonsense"])
+    with pytest.raises(SystemExit):
+        config_module.configure("", lambda *_: "")
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --nonsense\n")
+
+
+def test_a_schedule_on_a_closed_or_full_output_ends_quietly_or_in_one_sentence(write):
+    """G21: tracebacks of BrokenPipeError and OSError."""
+    command = [sys.executable, str(ROOT / "run.py"), str(write("")), "--schedule"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as closed, open("/dev/full", "w") as full:
+        done = [subprocess.run(command, stdout=out, stderr=subprocess.PIPE, check=False) for out in (closed, full)]
+    assert (done[0].returncode, done[0].stderr) == (0, b"")
+    assert done[1].returncode == 2
+    assert done[1].stderr == b"error: standard output cannot be written: No space left on device\n"
 
 
 def test_yaml_cannot_run_code(write):

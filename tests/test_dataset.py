@@ -50,7 +50,8 @@ def make_tokens(n: int = 30) -> Tokens:
         """A stand-in for a tokenizer: one token a character."""
 
         def __call__(self, texts, **options):
-            return {"input_ids": [[ord(letter) % 80 for letter in text] for text in texts]}
+            ids = [[ord(letter) % 80 for letter in text] for text in texts]
+            return {"input_ids": ids, "special_tokens_mask": [[0] * len(text) for text in texts]}
 
     examples = [
         {"question": "q" * int(random.integers(1, 20)), "steps": ["s" * 3] * int(random.integers(0, 4)), "answer": "a"}
@@ -312,6 +313,20 @@ def test_the_digest_does_not_depend_on_what_a_tokenizer_was_used_for(data_file, 
     assert cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False) != plain
 
 
+def test_the_digest_of_tokens_is_that_of_their_ids(data_file, tmp_path):
+    """G5: a tokenizer that a later release loads, another flag or class, made a restart "trained on other data"."""
+    first, later = character_tokenizer(), character_tokenizer()
+    later.add_special_tokens({"additional_special_tokens": ["new"]})
+    later.__class__ = type("LaterTokenizer", (type(later),), {})
+    digests = [Tokens.open(cache_tokens(str(data_file), each, tmp_path)).digest() for each in (first, later)]
+    assert digests[0] == digests[1]
+    ids = tokenize(EXAMPLES, first)
+    moved = ids.texts.copy()
+    moved[1] += 1
+    for changed in (Tokens(ids.ids + 1, ids.texts, ids.examples), Tokens(ids.ids, moved, ids.examples)):
+        assert changed.digest() != digests[0] == ids.digest()
+
+
 @pytest.mark.parametrize(
     ("number", "field", "text"),
     [
@@ -361,13 +376,15 @@ def test_damaged_tokens_are_named(data_file, tmp_path, damage):
         Tokens.open(folder)
 
 
-def test_special_tokens_of_the_tokenizer_go_to_the_question_once():
+@pytest.mark.parametrize("template", ["{0} $A", "{0} $A {0}"])
+def test_special_tokens_of_the_tokenizer_stand_before_the_question_only(template):
+    """G8: an EOS behind each text stood in front of the thoughts, in training and in evaluation."""
     from tokenizers import processors
 
     tokenizer = character_tokenizer()
     eos = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{eos} $A", special_tokens=[(eos, tokenizer.eos_token_id)]
+        single=template.format(eos), special_tokens=[(eos, tokenizer.eos_token_id)]
     )
     question, steps, answer = tokenize(EXAMPLES, tokenizer)[1]
     assert question[0] == tokenizer.eos_token_id

@@ -2,12 +2,16 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import subprocess
 import sys
 import time
 
+import forked
 import pytest
+import tiny_model
+import yaml
 from conftest import ROOT
 from test_faults import processes_of
 from test_run import place as place  # a fixture
@@ -204,6 +208,60 @@ def test_ranks_wait_wherever_one_may_be_slower(place, tmp_path):
         arguments = (*overrides, "batch_size_training=8", f"num_epochs={n_epochs}")
         done = launch(tmp_path / "job.py", ROOT / "run.py", place / "run.yaml", *arguments, n_ranks=2)
         assert done.returncode == 0, done.stderr[-3000:]
+
+
+OTHER_FILES = """
+import os
+import runpy
+import sys
+
+folder, *overrides = sys.argv[2:]
+sys.argv[1:] = [sys.argv[1]]
+if os.environ["RANK"] == "1":
+    os.chdir(folder)
+    sys.argv += overrides
+sys.argv[0] = {run!r}
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "differing"),
+    [
+        (
+            ["lr=0.002", "log_every_steps=7", "strategy=fsdp", "method=cot"],
+            [
+                *("lr is 0.001 on rank 0 but 0.002 on rank 1", "log_every_steps is 10 on rank 0 but 7 on rank 1"),
+                *("strategy is 'auto' on rank 0", "method is 'coconut' on rank 0 but 'cot'"),
+            ],
+        ),
+        ([], ["SHA-256 of val_path", "SHA-256 of train_path", "SHA-256 of the vocabulary", "norm of the weights"]),
+    ],
+    ids=["configuration", "files"],
+)
+def test_ranks_that_read_other_files_are_one_sentence(place, tmp_path, overrides, differing):
+    """G27: they trained on, each with its own learning rate or weights, or hung."""
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        for name in ("train", "valid"):
+            examples = json.loads((place / f"{name}.json").read_text())[1 if folder == "two" else 0 :][:16]
+            (tmp_path / folder / f"{name}.json").write_text(json.dumps(examples))
+        files = [tmp_path / folder / "train.json"]
+        tiny_model.write_model(
+            files, tmp_path / folder / "model", "char" if folder == "one" else "word", "gpt2", 32, 1, 2, 128
+        )
+    paths = {"train_path": "train.json", "val_path": "valid.json", "model_id": "./model", "wandb": "disabled"}
+    keys = yaml.safe_load((place / "run.yaml").read_text()) | paths | {"name": tmp_path.name, "num_epochs": 1}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(keys))
+    script = tmp_path / "job.py"
+    script.write_text(OTHER_FILES.format(run=str(ROOT / "run.py")))
+    with contextlib.chdir(tmp_path / "one"):
+        done = forked.run(2, script, tmp_path / "run.yaml", tmp_path / "two", *overrides)
+    assert done.returncode == 2, done.stderr[-3000:]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: the ranks must all read the same files: ")
+    assert all(text in line for text in differing), line
 
 
 def test_a_folder_that_is_not_shared_is_one_sentence(tmp_path, monkeypatch):

@@ -1,12 +1,12 @@
 """Families of models: each is right, by the plain definition, or refused with a sentence when it is wrapped."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from family_table import (
     BY_ANY_METHOD,
     FAMILIES,
@@ -24,14 +24,13 @@ from family_table import (
 from test_coconut import END, EOS, LATENT, START
 from test_coconut import make_rows as rows_of
 from test_pretrained import write_tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+import definition
 from coconut import Coconut
 from config import Config
-from curriculum import IGNORE
 from dataset import collate_for_device, collate_prompts
 from model import backbone, kv_cache
-from model.backbone import decoder_of
 from trainer import check_family as families
 from trainer.check_family import check_family
 from trainer.distributed import cleanup_distributed, setup_distributed
@@ -48,25 +47,12 @@ def make_model(base, latent: int | None = LATENT, thought: str = "last") -> Coco
 make_rows = partial(rows_of, end=30)
 
 
-def plain_logits(model: Coconut, input_ids: list[int], generated: int = 0) -> torch.Tensor:
-    """(T, V) by definition: no cache, no padding, everything recomputed for each thought, the model's own head. The
-    last so many tokens were generated, and are no latents."""
+def plain_logits(model: Coconut, prompt: list[int], generated: list[int]) -> torch.Tensor:
+    """(T, V) by definition; generated tokens are no latents, whichever they are."""
     base = model.base_causallm
-    embeds = base.get_input_embeddings()(torch.tensor([input_ids]))  # (1, T, D)
-    for place, token in enumerate(input_ids):
-        if token == LATENT and place < len(input_ids) - generated:
-            thought = decoder_of(base)(inputs_embeds=embeds[:, :place], use_cache=False).last_hidden_state[:, -1:]
-            embeds = torch.cat([embeds[:, :place], thought, embeds[:, place + 1 :]], dim=1)
-    return base(inputs_embeds=embeds, use_cache=False).logits[0]
-
-
-def plain_loss(model: Coconut, rows) -> torch.Tensor:
-    losses, count = [], 0
-    for input_ids, labels in rows:
-        targets = torch.tensor(labels[1:])
-        losses.append(F.cross_entropy(plain_logits(model, input_ids)[:-1], targets, reduction="sum"))
-        count += int((targets != IGNORE).sum())
-    return sum(losses) / count
+    embeds = definition.filled_embeddings(base, prompt, model.latent_token_id)
+    written = base.get_input_embeddings()(torch.tensor([generated], dtype=torch.int64))
+    return base(inputs_embeds=torch.cat([embeds, written], dim=1), use_cache=False).logits[0]
 
 
 def gradients(model: Coconut, loss: torch.Tensor) -> dict[str, torch.Tensor | None]:
@@ -77,7 +63,10 @@ def gradients(model: Coconut, loss: torch.Tensor) -> dict[str, torch.Tensor | No
 def check_training(model: Coconut, n_latents: list[int], tolerance: float) -> None:
     """The loss and every gradient are those of the plain definition."""
     rows = make_rows(n_latents)
-    loss, wanted_loss = model(**collate_for_device(rows, EOS, LATENT)).loss, plain_loss(model, rows)
+    loss, wanted_loss = (
+        model(**collate_for_device(rows, EOS, LATENT)).loss,
+        definition.loss(model.base_causallm, rows, model.latent_token_id),
+    )
     assert abs(loss - wanted_loss) < tolerance * wanted_loss
     found, wanted = gradients(model, loss), gradients(model, wanted_loss)
     assert [name for name in found if found[name] is None] == [name for name in wanted if wanted[name] is None]
@@ -93,10 +82,9 @@ def check_generation(model: Coconut, n_latents: list[int], new: int = 4) -> None
     prompts = [row[: row.index(END) + 1] for row, _ in make_rows(n_latents)]
     together = model.generate(**collate_prompts(prompts, EOS), max_new_tokens=new)
     for prompt, found in zip(prompts, together.tolist(), strict=True):
-        continued = list(prompt)
-        while len(continued) < len(prompt) + new and continued[-1] != EOS:
-            continued.append(int(plain_logits(model, continued, len(continued) - len(prompt))[-1].argmax()))
-        tokens = continued[len(prompt) :]
+        tokens: list[int] = []
+        while len(tokens) < new and tokens[-1:] != [EOS]:
+            tokens.append(int(plain_logits(model, prompt, tokens)[-1].argmax()))
         assert found == tokens + [EOS] * (len(found) - len(tokens))
 
 
@@ -307,6 +295,24 @@ def test_a_wrapper_is_as_long_as_its_language_model():
     assert make_model(tiny_model("gemma3")).max_positions == 64
 
 
+NAMES = ("n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length", "max_target_positions")
+
+
+@pytest.mark.parametrize("values", [*({name: 64} for name in NAMES), {"attn_config": {"max_seq_len": 64}}])
+def test_the_longest_sequence_has_many_names(values):
+    """G10: what was too long for MPT ended in a RuntimeError of sizes, in training or in generation."""
+    assert backbone._max_positions(PreTrainedConfig(**values)) == 64
+    assert backbone._max_positions(PreTrainedConfig(**values, max_position_embeddings=32)) == 32
+    assert backbone._max_positions(PreTrainedConfig(max_position_embeddings=-1)) is None  # as XLNet says it
+
+
+@pytest.mark.parametrize(("family", "longest"), [("mpt", 64), ("codegen", 64), ("bloom", None), ("mamba2", None)])
+def test_a_sequence_may_be_as_long_as_a_model_takes(family, longest):
+    model = make_model(tiny_model(family), latent=None)
+    assert model.max_positions == longest
+    model.states(torch.full((1, longest or 200), 7), torch.ones(1, longest or 200, dtype=torch.long))
+
+
 @pytest.mark.parametrize("family", sorted({*REFUSED, *REFUSED_WITH_LATENTS} & {*QUICK}))
 def test_flops_are_counted_of_refused_families_too(family):
     assert FlopCounter.of(make_model(tiny_model(family))).training([10, 5], 4) > 0
@@ -331,10 +337,33 @@ def test_blocks_are_found_or_missed_with_a_sentence(monkeypatch):
             wrap_blocks(make_model(tiny_model("biogpt")), config)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "falcon_h1", "kimi_linear", "zamba2", "longcat_flash"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_5", "falcon_h1", "kimi_linear", "zamba2", "longcat_flash", "dory", "hrm_text"]
+)
 def test_checkpointed_blocks_replay_whatever_a_layer_keeps(family):
+    """G14: dory's and hrm_text's blocks run several times in a pass, over other layers of the cache each time."""
     plain, model = (make_model(tiny_model(family)) for _ in range(2))
     wrap_blocks(model, Config(gradient_checkpointing=True))
     batch = collate_for_device(make_rows([2, 0, 3]), EOS, LATENT)
     wanted, found = (gradients(each, each(**batch).loss) for each in (plain, model))
     assert all((found[name] - gradient).abs().max() < 1e-9 for name, gradient in wanted.items())
+
+
+def test_a_family_that_cannot_be_checkpointed_is_refused(monkeypatch):
+    """G14: a ValueError of the cache in the first step."""
+    model = make_model(tiny_model("llama"))
+    check_family(model, gradient_checkpointing=True)
+    assert not any("forward" in vars(block) for block in model.backbone.blocks)
+    monkeypatch.setattr(kv_cache.GrowingLayer, "replayed_from", lambda *_: nullcontext())
+    check_family(model)
+    with pytest.raises(UserError, match=r"llama .* cannot be trained with gradient_checkpointing here: .*ValueErr"):
+        check_family(model, gradient_checkpointing=True)
+
+
+def test_loading_checks_checkpointing(tmp_path, monkeypatch):
+    config = Config(model_id=write_tiny(tmp_path / "tiny"), method="cot", gradient_checkpointing=True)
+    load_model(config, None)
+    monkeypatch.setattr(families, "checkpoint_blocks", lambda blocks: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load_model(config, None)
+    load_model(replace(config, only_eval=True), None)

@@ -473,6 +473,19 @@ def test_a_full_disk_is_one_sentence_of_one_rank(place):
     assert "OSError" not in done.stderr
 
 
+def test_a_run_says_what_its_checkpoints_take_and_where_the_disk_has_less(place, here, monkeypatch):
+    """G19: 75 GB, unannounced."""
+    arguments = (str(place / "run.yaml"), "name=disk", "num_epochs=1", "max_train_examples=8", "max_new_tokens=2")
+    printed = here(*arguments).stderr
+    assert re.search(r"^checkpoints take at most 0\.00\d+ GB$", printed, re.MULTILINE)
+    assert "GB free" not in printed
+    free = shutil.disk_usage(place)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    printed = here(*arguments, "name=small-disk").stderr
+    assert "GB free, and the checkpoints of this run may take 0.00" in printed
+    assert "see keep_checkpoints" in printed
+
+
 @pytest.fixture(scope="module")
 def trained_once(place) -> Path:
     """A checkpoint after an epoch."""
@@ -580,12 +593,78 @@ def test_a_changed_weight_decay_counts(place, two_epochs):
     assert not same(weights(run / "checkpoint_3"), weights(run.parent / "other" / "checkpoint_3"))
 
 
+def test_another_release_of_the_tokenizer_is_the_same_data(place, two_epochs, here, monkeypatch):
+    """G5: "was trained on other data", because a flag or the class's name had changed."""
+    _, arguments = two_epochs
+    monkeypatch.setattr("preprocessing.tokens._what_decides_ids", lambda _: "written to disk otherwise")
+    done = here(place / "run.yaml", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "after 2 of 3 epochs" in done.stderr
+
+
 def test_a_moved_data_file_is_the_same_data(place, two_epochs, here):
     _, arguments = two_epochs
     shutil.copy(place / "train.json", place / "moved.json")
     done = here(place / "run.yaml", *arguments, f"train_path={place / 'moved.json'}")
     assert done.returncode == 0, done.stderr
     assert "after 2 of 3 epochs" in done.stderr
+
+
+def test_evaluations_under_one_name_are_kept_apart(place, two_epochs, here):
+    """G11: the second replaced the first's results without a word, and their files were mixed."""
+    run, (save_path, *_) = two_epochs
+
+    def evaluate(*more: str) -> Path:
+        done = here(place / "run.yaml", save_path, "name=one", "only_eval=true", "max_new_tokens=2", *more)
+        assert done.returncode == 0, done.stderr
+        return run.parent / "one"
+
+    for checkpoint_dir, val in (("1", "valid"), ("2", "valid"), ("2", "train"), ("2", "train")):
+        folder = evaluate(f"load_model_path={run}@{checkpoint_dir}", f"val_path={place}/{val}.json")
+    evaluate(f"load_model_path={run}@2", f"val_path={place}/train.json", "eval_latents=1")
+    found = {}
+    for name in ("eval_1", "eval_2", "eval_3", "eval"):
+        metrics = json.loads((folder / name / "metrics.json").read_text())
+        found[name] = (Path(metrics["checkpoint"]).name, Path(metrics["file"]).name)
+        logged = read_log(folder / name / "metrics.jsonl")
+        assert len(logged) == (2 if name == "eval_3" else 1)
+        assert {record["checkpoint"] for record in logged} == {metrics["checkpoint"]}
+        assert len((folder / name / "predictions.jsonl").read_text().splitlines()) == metrics["examples"]
+    assert list(found.values()) == [
+        *(("checkpoint_1", "valid.json"), ("checkpoint_2", "valid.json")),
+        *(("checkpoint_2", "train.json"), ("checkpoint_2", "train.json")),
+    ]
+    assert not (folder / "eval_4").exists()
+
+
+HOLDER = """
+import fcntl
+import sys
+
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_an_evaluation_holds_the_lock(place, two_epochs, here):
+    """G11: two evaluations at once."""
+    run, (save_path, *_) = two_epochs
+    (run.parent / "held").mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run.parent / "held" / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout.readline() == "held\n"
+    arguments = (save_path, "name=held", "only_eval=true", "max_new_tokens=2", f"load_model_path={run}")
+    done = here(place / "run.yaml", *arguments)
+    assert done.returncode == 2
+    assert "held is in use by another job" in done.stderr
+    holder.communicate()
+    assert here(place / "run.yaml", *arguments).returncode == 0
 
 
 @pytest.mark.slow

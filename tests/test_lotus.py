@@ -24,6 +24,7 @@ def make_lotus(config: Config, family: str, tied: bool = True) -> Lotus:
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "mistral"])  # the last with a window
 @pytest.mark.parametrize(("stage", "mixed"), [(3, 0.0), (3, 1.0), (4, 0.0)])
 def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, stage, mixed):
     config = Config(**KEYS, pad_latent_to_max=False, uniform_prob=mixed)

@@ -27,7 +27,8 @@ def make_dataset(config: Config, n_steps: list[int], epoch: int | None = 0) -> t
     """The method's dataset of examples with so many steps, and these."""
 
     def words(texts, **_):
-        return {"input_ids": [ids(text) for text in texts]}
+        found = [ids(text) for text in texts]
+        return {"input_ids": found, "special_tokens_mask": [[0] * len(each) for each in found]}
 
     examples = make_examples(n_steps)
     tokens = tokenize(examples, words)

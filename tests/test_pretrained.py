@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from config import Config
-from trainer.pretrained import END, LATENT, START, add_markers, load_model, read_description
+from trainer.pretrained import END, LATENT, START, add_markers, load_model, load_tokenizer, mark, read_description
 from trainer.run_folder import resolve
 from utils import UserError
 
@@ -55,6 +55,26 @@ def test_new_rows_start_as_brackets_or_as_the_mean(tmp_path, shape, tied, has_br
         assert all(torch.equal(after[row], like) for row in range(old, old + 3))
     head, embedding = model.base_causallm.get_output_embeddings(), model.base_causallm.get_input_embeddings()
     assert (head.weight is embedding.weight) == (tied or shape == "gpt2")
+
+
+@pytest.mark.parametrize(("hole", "fits"), [(1, False), (3, False), (50, True)])
+def test_markers_take_no_other_tokens_ids(tmp_path, hole, fits):
+    """G9: new ids follow the number of tokens: of ids 0 to 9 and 15 to 20 the markers got '3', '4' and '<<', and then
+    the data were said to hold them."""
+    folder = Path(write_tiny(tmp_path / "tiny"))
+    state = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = state["model"]["vocab"]
+    state["model"]["vocab"] = {token: id + hole * (id > 8) for token, id in vocabulary.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer = load_tokenizer(coconut_config(str(folder)))
+    before = set(tokenizer.get_vocab().values())
+    if fits:
+        assert before.isdisjoint(mark(tokenizer, "coconut")[:3])
+        return
+    with pytest.raises(
+        UserError, match=r"its ids have holes, and one of the markers would get the id .* of its token '"
+    ):
+        mark(tokenizer, "coconut")
 
 
 def test_methods_without_latents_leave_the_vocabulary_alone(tiny):
@@ -278,7 +298,7 @@ def test_code_of_a_model_runs_only_where_the_configuration_trusts_it(tiny, tmp_p
     with pytest.raises(UserError, match="it has Python code of its own: read that code, and set trust_remote_code"):
         load_model(config, None)
     assert not (tmp_path / "ran").exists()
-    config.trust_remote_code = True
+    config = coconut_config(tiny, trust_remote_code=True, **keys)
     assert type(load_model(config, None).model.base_causallm).__name__ == "OwnModel"
 
 

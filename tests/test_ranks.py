@@ -1,6 +1,11 @@
 """Agreement of the ranks."""
 
+import os
+from fnmatch import fnmatch
+from pathlib import Path
+
 import pytest
+import torch
 
 from trainer import distributed as ranks
 from trainer.distributed import World
@@ -17,3 +22,58 @@ def test_a_problem_of_rank_zero_reaches_every_rank():
             ranks.on_main_rank(world, lambda: (_ for _ in ()).throw(UserError("no")))
     finally:
         ranks.cleanup_distributed()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("environment", "devices", "promise"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "4"}, [], "SLURM_GPUS_ON_NODE=4 promises a GPU"),
+        ({"SLURM_JOB_GPUS": "0,1"}, [], "SLURM_JOB_GPUS=0,1 promises a GPU"),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, [], "CUDA_VISIBLE_DEVICES=0 promises a GPU"),
+        ({}, ["/dev/nvidia3"], "/dev/nvidia3 is a GPU"),
+        ({}, ["/dev/kfd"], "/dev/kfd is a GPU"),
+        ({"SLURM_GPUS_ON_NODE": "0", "SLURM_JOB_GPUS": ""}, [], None),
+        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": ""}, ["/dev/nvidia0"], None),
+        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "-1"}, ["/dev/nvidia0"], None),
+    ],
+)
+def test_a_promised_gpu_that_torch_does_not_find_is_an_error(monkeypatch, environment, devices, promise):
+    """G2: the run went on, on the CPU, without a word."""
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Path, "glob", lambda _, pattern: [Path(d) for d in devices if fnmatch(d, f"/dev/{pattern}")])
+    if promise is None:
+        assert ranks.promised_gpu() is None
+    else:
+        with pytest.raises(UserError, match=f'{promise}, but torch finds no GPU: .+; CUDA_VISIBLE_DEVICES=""'):
+            ranks.setup_distributed()
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "max 100000"}, 16),
+        ("0::/", {"cpu.max": "350000 100000"}, 3),  # a container
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/slurm/job/step", {"slurm/job/cpu.max": "200000 100000", "cpu.max": "max 100000"}, 2),  # of a group above
+        (
+            "5:cpuacct,cpu:/docker/1\n4:memory:/docker/1",
+            {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"},
+            4,
+        ),
+        ("5:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 16),
+        ("", {}, 16),
+    ],
+)
+def test_affinity_and_quota_count_and_not_the_hosts_cores(tmp_path, monkeypatch, own, files, cores):
+    """G20: a grid in a container started as many runs as the host has cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cgroup" / name).write_text(text + "\n")
+    assert ranks.allowed_cores(tmp_path / "cgroup", tmp_path / "own") == cores

@@ -21,7 +21,8 @@ from curriculum import IGNORE
 from dataset import collate_for_device, collate_prompts
 from definition import filled_embeddings
 from methods import all_rules
-from model.backbone import decoder_of
+from model.backbone import decoder_blocks, decoder_of
+from model.checkpointing import checkpoint_blocks
 from model.layout import column_of, lay_out, lay_out_prompts
 from utils import UserError
 
@@ -44,8 +45,8 @@ ORDINARY = Tolerance(1e-4, 1e-3, 1e-2)  # of float32
 COARSE = Tolerance(0.03, 0.1, 0.2)  # of bfloat16 and float16
 
 
-def check_family(model: Coconut) -> None:
-    """Raises UserError, one sentence, where this model would not be trained right.
+def check_family(model: Coconut, gradient_checkpointing: bool = False) -> None:
+    """Raises UserError, one sentence, where this model would not be trained right, or not with gradient checkpointing.
 
     Compared are logits, loss and the gradients of the input embeddings, on two rows of which one is padded. The model
     stays as it was, the random state too, but for two notes: whether all of its parameters take part, and whether
@@ -73,6 +74,11 @@ def check_family(model: Coconut) -> None:
             f"{_name(base)} cannot be trained with latent thoughts here: {latent_problem}. The methods "
             f"{', '.join(others)} and {last} need no cache, and work with it"
         )
+    if gradient_checkpointing:
+        with _undisturbed(model), _with_weights_that_matter(model) if small else nullcontext(), _checkpointed(base):
+            problem = _tried(_problem_with_latents if sequential else _problem_without_latents, model, tolerance)
+        if problem is not None:
+            raise UserError(f"{_name(base)} cannot be trained with gradient_checkpointing here: {problem}")
 
 
 def _name(base: PreTrainedModel) -> str:
@@ -115,6 +121,17 @@ def _tried(
         if problem is None:
             return None
     return problem
+
+
+@contextmanager
+def _checkpointed(base: PreTrainedModel) -> Iterator[None]:
+    blocks = decoder_blocks(base)
+    checkpoint_blocks(blocks)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class has its own
 
 
 @contextmanager

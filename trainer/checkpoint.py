@@ -18,6 +18,7 @@ restart would take for one. Sizes, and soon after the save digests, tell whether
 from __future__ import annotations
 
 import errno
+import pickle
 import random
 import shutil
 import socket
@@ -25,7 +26,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import IO
 
 import numpy as np
 import torch
@@ -33,6 +35,16 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -79,7 +91,7 @@ class Progress:
     skipped: int = 0  # steps of the run that skip_nonfinite has skipped
     best: dict[int, float] = field(default_factory=dict)  # stage -> best validation accuracy
     wandb_id: str | None = None
-    data: str | None = None  # digest of the training data, as `tokens.cache_tokens` computes it
+    token_ids: str | None = None  # digest of the training data's (`Tokens.digest`)
     val: str | None = None  # SHA-256 of the validation file
     started_from: str | None = None  # the checkpoint that load_model_path stood for when the run began
 
@@ -334,6 +346,43 @@ def _delete(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+# what a `.metadata` of tensors holds; with BytesStorageMetadata torch would unpickle what it points to
+METADATA_CLASSES = (
+    *(Metadata, TensorStorageMetadata, TensorProperties, ChunkStorageMetadata, MetadataIndex, StorageMeta),
+    *(_MEM_FORMAT_ENCODING, _StorageInfo, torch.Size, torch.serialization._get_layout),
+)
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Raises UserError, on every rank, for a class that is not needed, which could run code."""
+
+    def __init__(self, file: IO[bytes]):
+        super().__init__(file)
+        self.path = file.name
+
+    def find_class(self, module: str, name: str):
+        if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
+            return PurePath  # of where it was saved
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        for kind in METADATA_CLASSES:
+            if (module, name) == (kind.__module__, kind.__name__):
+                return kind
+        raise UserError.of_all(
+            f"{self.path} is not read: it names {module}.{name}, which could run code and which no optimizer needs"
+        )
+
+
+class MetadataReader(dcp.FileSystemReader):
+    """torch's reader of what `save_optimizer` writes, with MetadataUnpickler for the `.metadata`."""
+
+    def read_metadata(self, *_, rank: int | None = None, **__) -> Metadata:
+        with Path(self._get_metadata_path(rank)).open("rb") as file:
+            metadata = MetadataUnpickler(file).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
 def save_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """All ranks' averages, and the weights of the model's companions. Collective: every rank must call it."""
     state = {"optimizer": {"state": get_optimizer_state_dict(model, optimizer)["state"]}}
@@ -349,7 +398,7 @@ def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.
     version of torch may keep more of them.
     """
     optimizer.zero_grad()  # where gradients wait for a step, torch silently makes no state to load into
-    reader = dcp.FileSystemReader(folder / OPTIMIZER)
+    reader = MetadataReader(folder / OPTIMIZER)
     saved = reader.read_metadata().state_dict_metadata
     whole = get_optimizer_state_dict(model, optimizer)
     whole["state"] = {
@@ -363,7 +412,7 @@ def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.
 
 def load_companions(folder: Path, model: Coconut) -> list[str]:
     """Loads the weights of the model's companions; returns the names of those that the checkpoint lacks. Collective."""
-    reader = dcp.FileSystemReader(folder / OPTIMIZER)
+    reader = MetadataReader(folder / OPTIMIZER)
     saved = {name.partition(".")[0] for name in reader.read_metadata().state_dict_metadata}
     for name, companion in model.companions.items():
         if name in saved:
@@ -401,7 +450,7 @@ def load_random_state(folder: Path, world: World) -> bool:
 
 def rank_files(folder: Path, world_size: int) -> list[Path]:
     """The files that other ranks than 0 may have written: their random state, their shares of the optimizer."""
-    metadata = dcp.FileSystemReader(folder / OPTIMIZER).read_metadata()
+    metadata = MetadataReader(folder / OPTIMIZER).read_metadata()
     shares = {entry.relative_path for entry in (metadata.storage_data or {}).values()}
     states = [folder / "trainer" / f"random_{rank}.pt" for rank in range(world_size)]
     return [*states, *(folder / OPTIMIZER / share for share in sorted(shares))]

@@ -26,7 +26,7 @@ class Data:
     val: Tokens
     val_digest: str | None = None  # of the file's bytes
     train: Tokens | None = None
-    train_digest: str | None = None
+    train_digest: str | None = None  # of its token ids
 
 
 def load_data(config: Config, world: World, tokenizer) -> Data:
@@ -45,7 +45,8 @@ def load_data(config: Config, world: World, tokenizer) -> Data:
     data = Data(load_examples(config.val_path, limits["val"]), val, content_digest(config.val_path))
     if not config.only_eval:
         folder = tokens_of(config.train_path, limits["train"])
-        data.train, data.train_digest = Tokens.open(folder), folder.name
+        data.train = Tokens.open(folder)
+        data.train_digest = on_main_rank(world, data.train.digest)  # all ranks
         if config.max_train_tokens is not None:
             data.train.leave_out_longer_than(config.max_train_tokens)
             if len(data.train) == 0:

@@ -55,7 +55,7 @@ def setup_distributed() -> World:
     """Joins the ranks that torchrun started; without torchrun, a world of one. Undone by `cleanup_distributed`.
 
     The device comes from LOCAL_RANK: the global rank does not index a node's GPUs. A process group is made for a
-    world of one too, so that no collective needs an `if`.
+    world of one too, so that no collective needs an `if`. Raises UserError where torch lacks a promised GPU.
     """
     import torch
     import torch.distributed as dist
@@ -75,6 +75,13 @@ def setup_distributed() -> World:
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
+        if promise := promised_gpu():
+            try:
+                torch.cuda.init()
+                reason = "no GPU is visible"
+            except (RuntimeError, AssertionError) as error:
+                reason = str(error).splitlines()[0]
+            raise UserError(f'{promise}, but torch finds no GPU: {reason}; CUDA_VISIBLE_DEVICES="" insists on the CPU')
         device, backend = torch.device("cpu"), "gloo"
     if is_launched:
         dist.init_process_group(backend)
@@ -82,6 +89,18 @@ def setup_distributed() -> World:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     no_timeout_group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if size > 1 else None
     return World(rank, local_rank, size, device, no_timeout_group)
+
+
+def promised_gpu() -> str | None:
+    """What promises this process a GPU, unless CUDA_VISIBLE_DEVICES hides all."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):  # the last is SLURM's
+        return None
+    nothing = {"CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_GPUS": "", "SLURM_GPUS_ON_NODE": "0"}
+    for name, none in nothing.items():
+        if (value := os.environ.get(name, none)) not in ("", none):
+            return f"{name}={value} promises a GPU"
+    devices = [*sorted(Path("/dev").glob("nvidia[0-9]*")), *Path("/dev").glob("kfd")]
+    return f"{devices[0]} is a GPU" if devices else None
 
 
 def _die_with_launcher() -> None:
@@ -100,7 +119,26 @@ def hardware(world: World) -> str:
 
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
-    return f"CPU, {platform.machine()}, {os.cpu_count()} cores"
+    return f"CPU, {platform.machine()}, {allowed_cores()} cores"
+
+
+def allowed_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Cores that this process may use, at least 1: of its affinity (taskset, srun), or the quota of a cgroup (a
+    container, a Kubernetes limit) where that is less."""
+    cores = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    lines = own.read_text().splitlines() if own.exists() else []
+    for _, controllers, path in (
+        line.split(":", 2) for line in lines
+    ):  # https://man7.org/linux/man-pages/man7/cgroups.7
+        of_v1 = "cpu" in controllers.split(",")
+        root = cgroups / "cpu" if of_v1 else cgroups
+        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if of_v1 else ("cpu.max",)
+        folder = root / path.lstrip("/")
+        for group in (folder, *folder.parents):  # a limit holds for all that is below it
+            with suppress(OSError, ValueError):  # no such file, or "max": no limit
+                quota, period = map(int, " ".join((group / name).read_text() for name in files).split())
+                cores += [quota // period] if quota > 0 else []
+    return max(1, min(cores))
 
 
 def cleanup_distributed(orderly: bool = True) -> None:
@@ -215,6 +253,21 @@ def on_every_rank(world: World, action: typing.Callable) -> list:
         results *= world.size
         dist.all_gather_object(results, results[0])  # all ranks
     return results
+
+
+def check_same(world: World, values: dict) -> None:
+    """Raises UserError, on every rank, that names the values that are not the same on all ranks, such as the keys of a
+    configuration that each node has a file of. Collective."""
+    of_ranks, differing = on_every_rank(world, lambda: values), []
+    for name in values:
+        ranks_with: dict[str, list[str]] = {}
+        for rank, found in enumerate(of_ranks):
+            ranks_with.setdefault(repr(found[name]), []).append(str(rank))
+        if len(ranks_with) > 1:
+            parts = [f"{value} on rank {', '.join(ranks)}" for value, ranks in ranks_with.items()]
+            differing.append(f"{name} is {' but '.join(parts)}")
+    if differing:
+        raise UserError.of_all(f"the ranks must all read the same files: {'; '.join(differing)}")
 
 
 def barrier(world: World) -> None:

@@ -8,7 +8,6 @@ Legend: B rows, K latents.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from contextlib import suppress
@@ -24,12 +23,13 @@ from coconut import Coconut, Edit
 from config import Config
 from curriculum import prompt
 from dataset import collate_prompts, latent_columns
+from preprocessing.tokens import question_ids
 from trainer.checkpoint import DESCRIBED, write_model
 from trainer.evaluate import extract_answer, generate_tokens
 from trainer.files import replaced
 from trainer.pretrained import Pretrained, hub_problem, load_model, not_loadable, read_description
 from trainer.run_folder import HUB_ID, resolve
-from utils import UserError
+from utils import UserError, log
 
 TOP = 5  # tokens shown for each thought
 MAX_THOUGHTS = 100_000  # of a model without a longest sequence
@@ -39,11 +39,10 @@ CARD = """\
 A Coconut of method `{method}` at stage {stage} (chain of continuous thought, arXiv 2412.06769), for the trainer that
 saved it:
 
-    from coconut import Coconut, Edit
+    from coconut import Coconut
 
     Coconut.from_pretrained("{name}").ask("...")
 """
-log = logging.getLogger("coconut")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -159,8 +158,8 @@ def prompts(
         if any("\ud800" <= character <= "\udfff" for character in question):
             raise UserError(f"a question is not valid UTF-8: {question[:60]!r}")
         if unknown := unknown_characters(model.tokenizer, question):
-            log.warning("warning: the tokenizer does not know %r in the question %r", unknown, question[:60])
-    ids = model.tokenizer([question + "\n" for question in questions])["input_ids"]
+            log.warning("the tokenizer does not know %r in the question %r", unknown, question[:60])
+    ids = question_ids(model.tokenizer, questions)
     for question, row in zip(questions, ids, strict=True):
         if {model.markers.start, model.markers.latent, model.markers.end}.intersection(row):
             raise UserError(f"a question holds a marker of the latent positions: {question[:60]!r}")

@@ -50,12 +50,14 @@ def load(config: Config, world: World, source: Path | None) -> Pretrained:
     base_config, others, generation_config, tokenizer, markers, recomputes = on_main_rank(
         world, lambda: whole.append(load_model(config, source)) or _shape(*whole[0])
     )
+    trust = config.trust_remote_code
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(base_config, dtype=base_config.dtype)
+        base = AutoModelForCausalLM.from_config(base_config, dtype=base_config.dtype, trust_remote_code=trust)
         base.generation_config = generation_config
         model = make_model(config, base, markers)
         for other in others:
-            model.add_companion(AutoModelForCausalLM.from_config(other, dtype=other.dtype))
+            other = AutoModelForCausalLM.from_config(other, dtype=other.dtype, trust_remote_code=trust)
+            model.add_companion(other)
         if config.lora_rank is not None:
             lora.add(base, config.lora_rank, config.lora_alpha, config.lora_dropout)
     model.backbone.recomputes = recomputes
@@ -84,7 +86,8 @@ def choose_strategy(config: Config, world: World, source: Path | None) -> str:
 
     shape = in_turn(world, lambda cached: shape_of(config, source, cached))
     with torch.device("meta"):
-        n_parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(shape).parameters())
+        whole = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
+    n_parameters = sum(parameter.numel() for parameter in whole.parameters())
     if not config.only_eval:
         n_parameters *= 1 + config.rules.n_companions
     # of the smallest GPU: all ranks have to choose alike

@@ -103,8 +103,7 @@ def load_model(config: Config, source: Path | None, cached: bool = False) -> Pre
     dtype = torch.bfloat16 if config.bf16_weights else torch.float32
     try:
         if config.from_scratch and source is None:
-            trust = getattr(config, "trust_remote_code", False)
-            shape = shape_of(config, source, cached)
+            shape, trust = shape_of(config, source, cached), config.trust_remote_code
             base = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=trust)
         else:
             if folder is not None:
@@ -131,7 +130,7 @@ def load_model(config: Config, source: Path | None, cached: bool = False) -> Pre
     model = make_model(config, base, markers)
     if folder is not None:
         _load_thought(model.thought, config.thought, folder)
-    check_family(model)
+    check_family(model, config.gradient_checkpointing and not config.only_eval)
     if hasattr(model, "load_companion"):
         model.load_companion(config, folder, partial(_load_another, config, base.dtype, cached))
     lora.apply_lora(base, config.lora_rank, config.lora_alpha, folder, config.lora_dropout)
@@ -269,7 +268,7 @@ def hub_options(config: Config, source: str | Path, cached: bool = False) -> dic
     """Options of transformers' from_pretrained: a hub that does not answer is not asked for each file, and a model's
     own code runs only if config.trust_remote_code allows it. With None transformers would ask on standard input."""
     is_local = cached or Path(source).is_dir() or hub_problem() is not None
-    return {"local_files_only": is_local, "trust_remote_code": getattr(config, "trust_remote_code", False)}
+    return {"local_files_only": is_local, "trust_remote_code": config.trust_remote_code}
 
 
 @cache
@@ -321,11 +320,18 @@ def _http_status(error: BaseException | None) -> int | None:
 
 def mark(tokenizer, method: str) -> Markers:
     """The ids of the markers; a tokenizer without them gets them in the reference's order. All but EOS are None for
-    methods without latents."""
+    methods without latents. Raises UserError where the tokenizer would give a marker the id of another token."""
     if not rules_of(method).has_latents:
         return Markers(None, None, None, tokenizer.eos_token_id)
-    tokenizer.add_tokens([START, END, LATENT])
+    vocabulary = tokenizer.get_vocab()
+    tokenizer.add_tokens([START, END, LATENT])  # whose ids follow the number of tokens, not the highest id
     start, end, latent = tokenizer.convert_tokens_to_ids([START, END, LATENT])
+    for token in vocabulary.keys() - {START, END, LATENT}:
+        if vocabulary[token] in (start, end, latent):
+            raise UserError(
+                f"the tokenizer cannot have the markers of the latent positions: its ids have holes, and one of the "
+                f"markers would get the id {vocabulary[token]} of its token {token!r}; number its tokens without holes"
+            )
     return Markers(start, latent, end, tokenizer.eos_token_id)
 
 

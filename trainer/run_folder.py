@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import yaml
 
-from trainer.files import why_unreadable, write_whole
-from utils import UserError, parse_json
+from trainer.files import why_unreadable, write_whole, writing
+from utils import UserError, log, parse_json
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>[^:]+)")
@@ -148,6 +148,25 @@ def _downloaded(load_model_path: str, cached: bool) -> Path:
     except (OSError, ValueError, EntryNotFoundError) as error:  # no connection, a wrong name, what the hub answers
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"load_model_path {load_model_path!r} cannot be downloaded from the hub: {reason}") from None
+
+
+def keep_results(folder: Path, values: dict, checkpoint: str) -> None:
+    """Moves what an evaluation has left in a folder into FOLDER_1, FOLDER_2 ..., unless it was of the same checkpoint
+    with the same configuration: a second evaluation under one name must not replace the first. Raises UserError."""
+    if not (folder / "metrics.json").is_file():
+        return
+    try:
+        metrics = parse_json((folder / "metrics.json").read_text(encoding="utf-8"))
+        before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        evaluated = {one["checkpoint"] for one in metrics.get("sets", {"": metrics}).values()}
+        if evaluated == {checkpoint} and all(before[name] == values[name] for name in before.keys() & values.keys()):
+            return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        pass  # of an unknown evaluation
+    with writing(folder):
+        number = next(n for n in range(1, 1 << 20) if not folder.with_name(f"{folder.name}_{n}").exists())
+        kept = folder.rename(folder.with_name(f"{folder.name}_{number}"))
+    log.info(f"{folder} held results of another checkpoint, set or configuration: they are now in {kept}")
 
 
 def write_config(values: dict, folder: Path, world_size: int, hardware: str = "unknown") -> None:

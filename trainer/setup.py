@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import shutil
 import threading
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 import curriculum
 import dataset
 from config import Config
+from preprocessing.examples import content_digest
 from trainer import data as data_files
 from trainer import distributed as ranks
 from trainer import evaluate, parallel
@@ -23,7 +26,7 @@ from trainer.data import Data
 from trainer.distributed import StopSignal, World
 from trainer.logger import RunLogger
 from trainer.pretrained import Parts, Pretrained, parts_of
-from trainer.run_folder import write_config
+from trainer.run_folder import keep_results, write_config
 from trainer.throughput import Throughput
 from utils import UserError, log, seed_everything
 
@@ -91,18 +94,21 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     seed_everything(config.seed)  # every rank makes the same new weights
     loaded = parallel.load(config, world, source)
     sets, by_set = {}, config.by_set()
     for name, one in by_set.items():
         sets[name] = data = data_files.load_data(one, world, loaded.tokenizer)  # of a training run, the only one
-        data_files.check_lengths(one, loaded.model.max_positions, data)
-    if progress.data not in (None, data.train_digest) and not config.continue_changed:
+    ranks.check_same(world, read_by_rank(config, loaded, sets) if world.size > 1 else {})  # all ranks
+    for name, one in by_set.items():
+        data_files.check_lengths(one, loaded.model.max_positions, sets[name])
+    if progress.token_ids not in (None, data.train_digest) and not config.continue_changed:
         raise UserError(
             f"{source} was trained on other data than {config.train_path} now holds: choose another name, or set "
             f"continue_changed=true"
         )
-    progress.data, progress.val = data.train_digest, data.val_digest
+    progress.token_ids, progress.val = data.train_digest, data.val_digest
     if source is not None and not progress.step:
         progress.started_from = str(source)
     logger = RunLogger(config.run_dir / "eval" if config.only_eval else config.run_dir)
@@ -117,11 +123,28 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
 
     def open_log() -> str | None:
         values = dataclasses.asdict(config)
+        if config.only_eval:
+            keep_results(logger.folder, values, str(source))
         write_config(values, logger.folder, world.size, ranks.hardware(world))
         return logger.open(values, progress.wandb_id)
 
     progress.wandb_id = ranks.on_main_rank(world, open_log)  # all ranks
     return Run(config, world, loaded, sets, logger, progress)
+
+
+def read_by_rank(config: Config, loaded: Pretrained, sets: dict[str, Data]) -> dict[str, str]:
+    """Short descriptions of the files' content that this rank has read. Sharded weights come from rank 0; others
+    are compared by their norm, because different processors may round the rows of new tokens differently."""
+    found = {f"the SHA-256 of val_path {name}".strip(): data.val_digest for name, data in sets.items()}
+    if not config.only_eval:
+        found["the SHA-256 of train_path"] = content_digest(config.train_path)
+    vocabulary = sorted(loaded.tokenizer.get_vocab().items())
+    found["the SHA-256 of the vocabulary"] = hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+    found = {name: digest[:16] for name, digest in found.items()}
+    if not parallel.is_sharded(loaded.model):
+        norms = [torch.linalg.vector_norm(weight, dtype=torch.float64) for weight in loaded.model.parameters()]
+        found["the norm of the weights"] = f"{sum(norms):.9e}"
+    return found
 
 
 def announce(run: Run, newest: Path | None) -> None:
@@ -138,6 +161,8 @@ def announce(run: Run, newest: Path | None) -> None:
         f"{size} examples x {accumulation} passes; {run.steps_per_epoch} steps an epoch, "
         f"{len(run.data.train)} training and {len(run.data.val)} validation examples"
     )
+    if world.is_main and not config.debug:
+        announce_disk(run)
     if newest is not None:
         within = f" and {progress.seen} examples" if progress.seen else ""
         log.info(f"continuing from {newest}, after {progress.epoch} of {config.num_epochs} epochs{within}")
@@ -150,3 +175,27 @@ def announce(run: Run, newest: Path | None) -> None:
             log.warning("resume skips epochs, but there is no load_model_path with a model that has had them")
         stage = curriculum.stage_of(config, progress.epoch)
         log.info(f"starting with epoch {progress.epoch}, stage {stage}, as resume says")
+
+
+def announce_disk(run: Run) -> None:
+    """Logs what the run's checkpoints will take, and warns where the disk has less."""
+    sizes = [(weight.numel() * weight.itemsize, weight.requires_grad) for weight in run.model.parameters()]
+    weights, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    needed = checkpoint_bytes(run.config, weights, trained)
+    there = sum(path.stat().st_size for path in run.config.run_dir.rglob("*") if path.is_file())
+    free = shutil.disk_usage(run.config.run_dir).free
+    log.info(f"checkpoints take at most {needed / 1e9:.3g} GB")
+    if needed - there > free:
+        log.warning(
+            f"{run.config.save_path} has {free / 1e9:.3g} GB free, and the checkpoints of this run may take "
+            f"{(needed - there) / 1e9:.3g} GB more: see keep_checkpoints"
+        )
+
+
+def checkpoint_bytes(config: Config, weights: int, trained: int) -> int:
+    """What a run's checkpoints take on the disk at most, in bytes, where the model has so many bytes of weights and of
+    trained weights: the finished epochs, of which two keep AdamW's two averages, and two for a restart or half-written.
+    """
+    finished = config.num_epochs - config.resume
+    kept = min(finished, config.keep_checkpoints + 1) if config.keep_checkpoints else finished
+    return (kept + 2) * weights + 4 * 2 * trained
