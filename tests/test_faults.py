@@ -492,10 +492,11 @@ def test_a_full_disk_is_one_sentence_of_one_rank(place):
     assert "OSError" not in done.stderr
 
 
-def test_a_run_says_what_its_checkpoints_take_and_where_the_disk_has_less(place, here, monkeypatch):
+def test_a_run_names_the_size_of_its_checkpoints_and_warns_of_a_smaller_disk(place, here, monkeypatch):
     """G19: 75 GB, unannounced."""
     arguments = (str(place / "run.yaml"), "name=disk", "num_epochs=1", "max_train_examples=8", "max_new_tokens=2")
-    printed = here(*arguments).stderr
+    printed = here(*arguments, "tf32=true").stderr
+    assert torch.get_float32_matmul_precision() == "high"
     assert re.search(r"^checkpoints take at most 0\.00\d+ GB$", printed, re.MULTILINE)
     assert "GB free" not in printed
     free = shutil.disk_usage(place)._replace(free=10_000)
@@ -503,6 +504,7 @@ def test_a_run_says_what_its_checkpoints_take_and_where_the_disk_has_less(place,
     printed = here(*arguments, "name=small-disk").stderr
     assert "GB free, and the checkpoints of this run may take 0.00" in printed
     assert "see keep_checkpoints" in printed
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.fixture(scope="module")
