@@ -150,6 +150,10 @@ def matters(losses, method: str, key: str) -> bool:
         return False
 
 
+def test_every_key_that_decides_the_weights_has_another_value_here():
+    assert {*DECIDING} == {*OTHERS, "method", "tf32"}  # tf32 is of GPUs
+
+
 @pytest.mark.parametrize(("method", "key"), OWN)
 def test_every_key_of_a_method_has_an_effect(losses, method, key):
     """The weights of CODI's and SIM-CoT's losses could be ignored."""
@@ -160,7 +164,7 @@ def test_every_key_of_a_method_has_an_effect(losses, method, key):
 @pytest.mark.parametrize("method", methods.names())
 def test_every_key_of_the_core_has_an_effect_where_it_is_used(losses, method):
     of_methods = {key for rules in methods.all_rules().values() for key, _, _ in methods.own_keys(rules)}
-    core = set(DECIDING) - of_methods - {"method"}
+    core = OTHERS.keys() - of_methods
     assert {key for key in core if not matters(losses, method, key)} == UNUSED.get(method, set())
 
 
