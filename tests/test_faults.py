@@ -265,6 +265,25 @@ def test_a_run_goes_on_with_another_number_of_ranks(place, here, before, after):
     assert max((found[n] - begun[n]).abs().max() for n in begun if begun[n].shape == found[n].shape) > 1e-3
 
 
+@pytest.mark.slow
+def test_the_mean_loss_of_an_epoch_that_ends_on_fewer_ranks(place, here):
+    """G7: 2.36 where the steps averaged 3.00; a step of two ranks has twice the examples of one of one rank."""
+    run = place / "runs" / "fewer"
+    arguments = ("name=fewer", "max_train_examples=144", "num_epochs=1", "log_every_steps=1", "save_every_steps=3")
+    process = begin(place, *arguments, *SLOW_VALIDATION, ranks=2)
+    wait_for(lambda: (run / "checkpoint_0_step_3").exists())
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    for path in run.glob("checkpoint_0_step_[69]"):  # where it was faster than the kill
+        shutil.rmtree(path)
+    done = here(place / "run.yaml", *arguments, "max_new_tokens=2", "continue_changed=true")
+    assert done.returncode == 0, done.stderr
+    losses = {record["step"]: record["loss"] for record in steps(run)}  # of a repeated step the last
+    assert len(losses) == 3 + 12
+    mean = sum(loss * (16 if step <= 3 else 8) for step, loss in losses.items()) / 144
+    assert epochs(run)[0]["train_loss"] == pytest.approx(mean)
+
+
 PROBE = """
 import atexit
 import os

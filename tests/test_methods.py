@@ -172,6 +172,30 @@ def test_other_texts_are_those_of_the_examples_that_are_not_left_out(place, file
         assert (question, answer) == (other_question, other_answer)
 
 
+@pytest.mark.parametrize("method", methods.names())
+def test_everything_with_a_gradient_is_trained(file, method, monkeypatch):
+    """SIM-CoT's decoder could be missing in the optimizer."""
+    seen = []
+
+    def noting(function):
+        def called(one, *arguments):
+            parameters = one.model.named_parameters()
+            seen.append({name: value.detach().clone() for name, value in parameters if value.requires_grad})
+            return function(one, *arguments)
+
+        return called
+
+    monkeypatch.setattr(run, "resume", noting(run.resume))
+    monkeypatch.setattr(run, "finish", noting(run.finish))
+    thought = ["thought=projected"] if methods.rules_of(method).has_latents else []
+    keys = settled(*BASE, "num_epochs=2", f"method={method}", *thought, f"name=trained-{method}")
+    assert run.main(Config.from_file(file, keys)) == 0
+    before, after = seen
+    assert before.keys() == after.keys()
+    assert ("thought.weight" in before, "step_decoder" in str(list(before))) == (bool(thought), method == "sim_cot")
+    assert [name for name, value in before.items() if value.equal(after[name])] == []
+
+
 def test_every_method_has_losses_of_its_own(losses):
     found = [losses(f"method={method}", "c_thought=2") for method in methods.names()]
     assert all(one not in found[:number] for number, one in enumerate(found))
