@@ -59,25 +59,15 @@ class StageDataset:
         return collate_for_device(rows, self.markers.eos, self.markers.latent)
 
     def micro_batch(self, micro: MicroBatch, stage: int) -> dict:
-        """The collated items of a micro-batch with its `weight`, by its share of the supervised tokens of its group;
-        `weight` in a part of the batch, of other sequences, is the factor of that part's loss beside it."""
-        items = [self[index, stage] for index in micro.indices]
-        batch = self.collate(items) | {"weight": micro.weight}
-        if micro.group and micro.weight:
-            mine, whole = (self._n_supervised(group) for group in (items, [self[i, stage] for i in micro.group]))
-            share = {name: mine[name] / whole[name] for name in mine}
-            batch["weight"] *= share[""] * len(micro.group) / len(items)
-            for name in share.keys() - {""}:
-                batch[name]["weight"] = share[name] / share[""]
-        return batch
+        """The collated items of a micro-batch with its `weight`, by its share of the supervised tokens of its group."""
+        items, weight = [self[index, stage] for index in micro.indices], micro.weight
+        if micro.group and weight:
+            mine, whole = map(self._n_supervised, (items, [self[index, stage] for index in micro.group]))
+            weight *= mine / whole * len(micro.group) / len(items)
+        return self.collate(items) | {"weight": weight}
 
-    def _n_supervised(self, items: list) -> dict[str, int]:
-        found = [{"": self.sequence(item)[1], **self.labels_of_parts(item)} for item in items]
-        return {name: sum(label != IGNORE for one in found for label in one[name]) for name in found[0]}
-
-    def labels_of_parts(self, item) -> dict[str, list[int]]:
-        """The labels of an item's further sequences whose losses are means of their own, by their names in a batch."""
-        return {}
+    def _n_supervised(self, items: list) -> int:
+        return sum(label != IGNORE for item in items for label in self.sequence(item)[1])
 
     def sequence(self, item) -> tuple[list[int], list[int]]:
         """(input_ids, labels) of an item, for tools/show_data.py."""

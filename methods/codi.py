@@ -90,9 +90,6 @@ class TaughtDataset(StageDataset):
         student_position, position = (len(ids) - 1 - len(answer) + shared - 1 for ids in (input_ids, teacher))
         return input_ids, labels, student_position, teacher, [IGNORE] * len(question) + written, position
 
-    def labels_of_parts(self, item: tuple) -> dict[str, list[int]]:
-        return {"teacher": item[4]}
-
     def others(self, item: tuple, words) -> list:
         ids, _, position, teacher, labels, teacher_position = item
         pair = f"{words(ids[position : position + 1])!r}, before {words(ids[position + 1 : position + 2])!r}"
@@ -135,15 +132,13 @@ class Codi(Coconut):
         if teacher is None:
             return super().forward(*args, **kwargs)
         # the teacher's pass is the earlier one, so its backward comes last
-        weight = teacher.get("weight", 1.0)
-        teacher = {name: value for name, value in teacher.items() if name != "weight"}
         taught, wanted = self._states_at(teacher_columns, **teacher)
         output, found = self._states_at(student_columns, *args, **kwargs)
         distances = [
             F.smooth_l1_loss(own, target.detach()) / target.detach().std()
             for own, target in list(zip(found, wanted, strict=True))[self.first_layer :]
         ]
-        loss = output.loss + self.distillation * torch.stack(distances).mean() + weight * taught.loss
+        loss = output.loss + self.distillation * torch.stack(distances).mean() + taught.loss
         return output._replace(loss=loss)
 
     def _states_at(self, columns: torch.Tensor, *args, **kwargs) -> tuple[CoconutOutput, list[torch.Tensor]]:

@@ -85,8 +85,6 @@ class Method(methods.Method):
 # With torch
 # ---------------------------------------------------------------------------------------------------------------
 
-import torch
-
 from coconut import Coconut, CoconutOutput
 from dataset import StageDataset, collate_for_device
 from trainer.evaluate import evaluate
@@ -108,9 +106,6 @@ class ModesDataset(StageDataset):
     def sequence(self, item: dict) -> tuple[list[int], list[int]]:
         return item["latent"]
 
-    def labels_of_parts(self, item: dict) -> dict[str, list[int]]:
-        return {mode: item[mode][1] for mode in OTHERS}
-
     def others(self, item: dict, words) -> list:
         return [(mode, *item[mode]) for mode in OTHERS]
 
@@ -125,15 +120,12 @@ class MultiMode(Coconut):
     """Coconut whose training batches hold the other modes too."""
 
     def forward(self, *args, direct: dict | None = None, written: dict | None = None, **kwargs) -> CoconutOutput:
-        """`Coconut.forward` of the latent mode; with batches of the other modes, as `ModesDataset.micro_batch` makes
-        them, the sum of the three losses."""
+        """`Coconut.forward` of the latent mode; with batches of the other modes, as `collate_for_device` makes them,
+        the sum of the three losses."""
         # the first pass is the last to go backward
-        losses = [self._weighted_loss(**batch) for batch in (direct, written) if batch is not None]
+        losses = [super(MultiMode, self).forward(**batch).loss for batch in (direct, written) if batch is not None]
         output = super().forward(*args, **kwargs)
         return output._replace(loss=sum(losses, output.loss)) if losses else output
-
-    def _weighted_loss(self, weight: float = 1.0, **batch) -> torch.Tensor:
-        return weight * super().forward(**batch).loss
 
 
 MODEL, DATASET = MultiMode, ModesDataset

@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-from dataclasses import replace
 
-import numpy as np
 import pytest
-from conftest import settled, tiny_base
+from conftest import settled
 from plain import ids, make_examples
 from test_coconut import END, EOS, LATENT, START
 from test_run import place as place  # a fixture
@@ -16,10 +14,10 @@ import methods
 import run
 from config import Config
 from curriculum import Markers, prompt
-from dataset import EpochPlan, StageDataset
+from dataset import StageDataset
 from preprocessing.tokens import tokenize
 from trainer.data import load_data
-from trainer.pretrained import make_model, parts_of
+from trainer.pretrained import parts_of
 from utils import UserError
 
 MARKERS = Markers(START, LATENT, END, EOS)
@@ -211,24 +209,3 @@ def test_the_mode_decides_what_is_asked():
     configs = [Config(method="multi_mode", mode=mode) for mode in ("latent", "written", "direct")]
     found = [prompt([7, 8], [[9], [10]], 1, config, MARKERS) for config in configs]
     assert found == [[7, 8, START, LATENT], [7, 8, START], [7, 8, END]]
-
-
-@pytest.mark.parametrize("method", ["coconut", "codi", "multi_mode"])
-def test_the_loss_of_a_step_does_not_depend_on_the_number_of_ranks(method):
-    """G25: with 16 examples a step, 16 a pass on one rank. The distance of CODI is left out: the deviation that it is
-    divided by is one of the examples of a pass."""
-    config = Config(method=method, global_batch_size=16, batch_size_training=16, c_thought=1, max_latent_stage=2)
-    config = replace(config, **({"distillation": 0.0} if method == "codi" else {}))
-    dataset, _ = make_dataset(config, [3, 1, 2, 4] * 5)
-    model = make_model(config, tiny_base("llama"), MARKERS)
-
-    def steps_on(world_size: int) -> list[float]:
-        plans = [EpochPlan(np.arange(20), config, rank, world_size) for rank in range(world_size)]
-        losses = []
-        for step in zip(*plans, strict=True):
-            batches = [dataset.micro_batch(micro, 2) for planned in step for micro in planned.micro_batches]
-            losses.append(sum(batch.pop("weight") * model(**batch).loss.item() for batch in batches) / world_size)
-        return losses
-
-    for world_size in (2, 4):
-        assert steps_on(world_size) == pytest.approx(steps_on(1), abs=1e-9)
