@@ -62,7 +62,7 @@ def cluster(tmp_path) -> dict[str, str]:
     (tmp_path / "torchrun").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
     (tmp_path / "torchrun").chmod(0o755)
     slurm = {"SLURM_JOB_ID": free_job(), "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
-    slurm["SLURM_CPUS_PER_TASK"] = "3"
+    slurm |= {"SLURM_CPUS_PER_TASK": "3", "CUDA_VISIBLE_DEVICES": ""}  # the ranks have no GPUs, and know it
     path = f"{tmp_path}:{os.environ['PATH']}"
     slurm |= {"SLURM_JOB_NODELIST": "localhost", "REQUEUED": str(tmp_path / "requeued")}
     return {**os.environ, **slurm, "PATH": path, "OMP_NUM_THREADS": "1"}
