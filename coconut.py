@@ -52,7 +52,7 @@ class Coconut(nn.Module):
     Raises UserError for an unknown thought, and for one that this model cannot have.
     """
 
-    one_by_one = True  # whether thoughts come one after the other, and what is predicted follows them at once
+    one_by_one = True  # whether thoughts come one after the other
 
     def __init__(
         self,

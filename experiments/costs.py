@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -101,6 +103,10 @@ def plan_of(jobs: list[Job], waiting: list[Job], peak: float | None, utilisation
     lines.append(
         f"\n{len(left)} of {len(jobs)} runs are left: {tokens:,.0f} tokens, {flops:.2e} FLOPs, {disk / 1e9:.3g} GB"
     )
+    save_path = Path(jobs[0].config.save_path).absolute()
+    free = shutil.disk_usage(next(path for path in (save_path, *save_path.parents) if path.exists())).free
+    if disk > free:
+        lines.append(f"warning: {save_path} has {free / 1e9:.3g} GB free: see keep_checkpoints")
     if speeds:
         speed = statistics.median(speeds)
         minutes = tokens / speed / 60

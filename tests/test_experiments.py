@@ -135,7 +135,7 @@ def test_what_is_left_is_counted(place, tmp_path, capsys):
     assert f" {expected} tokens" in line
 
 
-def test_a_plan_has_hours_of_its_arithmetic_and_gpus_evaluations_and_disk(place, tmp_path, capsys):
+def test_a_plan_has_hours_of_its_arithmetic_and_gpus_evaluations_and_disk(place, tmp_path, capsys, monkeypatch):
     """N5, G19: float32 files were planned with the bfloat16 peak, --gpus changed nothing, evaluations cost nothing."""
     content = yaml.safe_load((place / "small.yaml").read_text()) | {"save_path": str(tmp_path / "runs")}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -162,6 +162,10 @@ def test_a_plan_has_hours_of_its_arithmetic_and_gpus_evaluations_and_disk(place,
     assert plan("--peak", "1e12")[-1].endswith("1e+12 FLOP/s (float32)")
     # 16 examples twice, 4 in two validations, 6 in the test: 3 * 32 passes and 2 * 14; with 2 in each, 3 * 32 and 2 * 6
     assert plan("--set", "max_eval_examples=2")[0] < 0.9 * flops
+    free = shutil.disk_usage(place)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    assert grid.main([str(tmp_path / "small.yaml"), "--dry-run"]) == 0
+    assert f"warning: {tmp_path / 'runs'} has 1e-06 GB free: see keep_checkpoints\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", ["--dry-run", "--report"])
