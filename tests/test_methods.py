@@ -111,6 +111,7 @@ UNUSED = {
     "icot": LATENTS | STAGES | {"max_latent_stage"},
     "codi": STAGES | {"pad_latent_to_max", "step_separator"},
     "pccot": STAGES | {"pad_latent_to_max", "step_separator"},
+    "lotus": {"pad_latent_to_max"},
     "multi_mode": {"latent_markers"},
     "sim_cot": {"from_scratch"},
 }

@@ -16,6 +16,7 @@ from test_run import place as place  # a fixture
 from coconut import Coconut
 from config import Config
 from curriculum import IGNORE, prompt, stage_of_example, training_sequence
+from methods import multi_mode
 from methods.multi_mode import MODES, MultiMode
 from tools import generate
 from trainer import run_folder as load_path
@@ -74,6 +75,20 @@ def test_the_loss_and_all_gradients_are_the_plain_definition(family, tied, keys)
 )
 def test_what_does_not_go_together_is_said(keys, problem):
     assert any(problem in text for text in Config(**keys).problems(needs_files=False))
+
+
+def test_the_accuracy_is_the_harmonic_mean_of_the_modes(monkeypatch):
+    accuracies = {"direct": 0.2, "written": 0.5, "latent": 1.0}
+
+    def one(pretrained, data, stage, config, *_):
+        metrics = {"accuracy": accuracies[config.mode], "cot_match": 0.0, "generated_tokens": 3.0}
+        return {**metrics, "loss": 1.0, "seconds": 1.0}, []
+
+    monkeypatch.setattr(multi_mode, "evaluate", one)
+    metrics, _ = multi_mode.validate(None, None, 2, Config(method="multi_mode"), None)
+    assert metrics["accuracy"] == pytest.approx(3 / (1 / 0.2 + 1 / 0.5 + 1 / 1.0))
+    assert {mode: metrics[f"accuracy_{mode}"] for mode in MODES} == accuracies
+    assert metrics["loss"] == 3
 
 
 KEYS = (
