@@ -67,8 +67,7 @@ class StageDataset:
         if not micro.group or not micro.weight:
             return micro.weight
         counts = {i: sum(label != IGNORE for label in self.sequence(self[i, stage])[1]) for i in micro.group}
-        share = sum(counts[i] for i in micro.indices) / sum(counts.values())
-        return micro.weight * share * len(micro.group) / len(micro.indices)
+        return float(micro.weight * np.mean([counts[i] for i in micro.indices]) / np.mean(list(counts.values())))
 
     def sequence(self, item) -> tuple[list[int], list[int]]:
         """(input_ids, labels) of an item, for tools/show_data.py."""
