@@ -59,15 +59,15 @@ class StageDataset:
         return collate_for_device(rows, self.markers.eos, self.markers.latent)
 
     def micro_batch(self, micro: MicroBatch, stage: int) -> dict:
-        """The collated items of a micro-batch with its `weight`, by its share of the supervised tokens of its group."""
-        items, weight = [self[index, stage] for index in micro.indices], micro.weight
-        if micro.group and weight:
-            mine, whole = map(self._n_supervised, (items, [self[index, stage] for index in micro.group]))
-            weight *= mine / whole * len(micro.group) / len(items)
-        return self.collate(items) | {"weight": weight}
+        """The collated items of a micro-batch, with its `weight`."""
+        return self.collate([self[index, stage] for index in micro.indices]) | {"weight": self.weight(micro, stage)}
 
-    def _n_supervised(self, items: list) -> int:
-        return sum(label != IGNORE for item in items for label in self.sequence(item)[1])
+    def weight(self, micro: MicroBatch, stage: int) -> float:
+        """Of a micro-batch, by its share of the supervised tokens of its group."""
+        if not micro.group or not micro.weight:
+            return micro.weight
+        counts = {i: sum(label != IGNORE for label in self.sequence(self[i, stage])[1]) for i in micro.group}
+        return float(micro.weight * np.mean([counts[i] for i in micro.indices]) / np.mean(list(counts.values())))
 
     def sequence(self, item) -> tuple[list[int], list[int]]:
         """(input_ids, labels) of an item, for tools/show_data.py."""

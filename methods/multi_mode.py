@@ -85,8 +85,10 @@ class Method(methods.Method):
 # With torch
 # ---------------------------------------------------------------------------------------------------------------
 
+import torch
+
 from coconut import Coconut, CoconutOutput
-from dataset import StageDataset, collate_for_device
+from dataset import MicroBatch, StageDataset, collate_for_device
 from trainer.evaluate import evaluate
 
 OTHERS = [mode for mode in MODES if mode != "latent"]
@@ -109,6 +111,13 @@ class ModesDataset(StageDataset):
     def others(self, item: dict, words) -> list:
         return [(mode, *item[mode]) for mode in OTHERS]
 
+    def micro_batch(self, micro: MicroBatch, stage: int) -> dict:
+        """`StageDataset.micro_batch`, by the latent mode's tokens; `share`: another mode's weight beside that."""
+        batch = super().micro_batch(micro, stage)
+        for mode in OTHERS if batch["weight"] else ():
+            batch[mode]["share"] = self.modes[mode].weight(micro, stage) / batch["weight"]
+        return batch
+
     def collate(self, rows: list[dict]) -> dict:
         """The latent mode as `StageDataset.collate` has it, and the other modes' batches by their names."""
         batch = super().collate([row["latent"] for row in rows])
@@ -123,9 +132,12 @@ class MultiMode(Coconut):
         """`Coconut.forward` of the latent mode; with batches of the other modes, as `collate_for_device` makes them,
         the sum of the three losses."""
         # the first pass is the last to go backward
-        losses = [super(MultiMode, self).forward(**batch).loss for batch in (direct, written) if batch is not None]
+        losses = [self._loss_of(**batch) for batch in (direct, written) if batch is not None]
         output = super().forward(*args, **kwargs)
         return output._replace(loss=sum(losses, output.loss)) if losses else output
+
+    def _loss_of(self, share: float = 1.0, **batch) -> torch.Tensor:
+        return share * super().forward(**batch).loss
 
 
 MODEL, DATASET = MultiMode, ModesDataset

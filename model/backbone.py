@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,6 @@ class Backbone(Vocabulary):
         # transformers renames the argument during 5.x
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
         self._takes_position_ids = "position_ids" in accepted  # most models with ALiBi have none
-        self._attends = has_attention(base.config)
         # whether its attention is told by positions and masks alone where a token stands: padding may then follow the
         # question, where causality hides it. Windows and recurrent states count columns: it has to come first
         self.makes_masks = self._takes_position_ids and _attends_plainly(config)
@@ -110,6 +110,10 @@ class Backbone(Vocabulary):
         # generation must recompute everything for each token, because decoding over a cache would give something else
         self.leaves_parameters_out = False
         self.recomputes = False
+
+    @cached_property
+    def _attends(self) -> bool:
+        return has_attention(self.base.config)  # which fails for some families: check_family.py catches it
 
     def cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         """Of the tokens (S,) that the hidden states (S, D) predict, in nats."""

@@ -16,7 +16,11 @@ from test_run import place as place  # a fixture
 from coconut import Coconut
 from config import Config
 from curriculum import IGNORE, prompt, stage_of_example, training_sequence
+<<<<<<< HEAD
 from methods import multi_mode
+=======
+from dataset import MicroBatch
+>>>>>>> 398e8e86653f38f4fb681be86eea404ef482a011
 from methods.multi_mode import MODES, MultiMode
 from tools import generate
 from trainer import run_folder as load_path
@@ -58,6 +62,18 @@ def test_the_loss_and_all_gradients_are_the_plain_definition(family, tied, keys)
     loss = model(**dataset.collate([dataset[index, 2] for index in range(4)])).loss
     wanted = sum(plain.loss(model.base_causallm, [row[mode] for row in rows]) for mode in MODES)
     assert largest(model, loss, wanted) < 1e-9
+
+
+def test_each_mode_is_a_mean_over_its_group(family):
+    """Ranks with fewer examples than batch_size_training weighed all modes by the latent one's tokens."""
+    config = Config(method="multi_mode", max_latent_stage=3)
+    dataset, _ = make_dataset(config, [1, 5, 0, 2])
+    model = make_model(config, tiny_base(family), MARKERS)
+    whole = model(**dataset.collate([dataset[index, 2] for index in range(4)])).loss
+    for indices in ([0, 1], [2, 3]):
+        batch = dataset.micro_batch(MicroBatch(indices, 0.5, range(4)), 2)
+        whole -= batch.pop("weight") * model(**batch).loss
+    assert abs(whole) < 1e-9
 
 
 @pytest.mark.parametrize(
