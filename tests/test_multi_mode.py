@@ -16,11 +16,8 @@ from test_run import place as place  # a fixture
 from coconut import Coconut
 from config import Config
 from curriculum import IGNORE, prompt, stage_of_example, training_sequence
-<<<<<<< HEAD
-from methods import multi_mode
-=======
 from dataset import MicroBatch
->>>>>>> 398e8e86653f38f4fb681be86eea404ef482a011
+from methods import multi_mode
 from methods.multi_mode import MODES, MultiMode
 from tools import generate
 from trainer import run_folder as load_path
