@@ -52,7 +52,7 @@ class Coconut(nn.Module):
     Raises UserError for an unknown thought, and for one that this model cannot have.
     """
 
-    one_by_one = True  # whether thoughts come one after the other, and what is predicted follows them at once
+    one_by_one = True  # whether thoughts come one after the other
 
     def __init__(
         self,
@@ -131,8 +131,8 @@ class Coconut(nn.Module):
         rows = lay_out(input_ids, attention_mask, position_ids, **self.family, **hints)
         hidden, embeds, _ = self._run(rows, edit=edit)
         thoughts = embeds[:, rows.columns] if return_thoughts else None
+        hidden, embeds = restored(hidden, rows), restored(embeds, rows)
         if labels is None:
-            hidden, embeds = restored(hidden, rows), restored(embeds, rows)
             return CoconutOutput(None, embeds, self.head(hidden), thoughts, hidden if return_hidden else None)
         loss = self._loss(hidden, labels, supervised)
         for parameter in self.thought.parameters():

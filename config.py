@@ -25,7 +25,7 @@ import methods
 from methods import LARGEST_FACTOR, key
 from trainer.files import why_unreadable
 from trainer.run_folder import is_on_hub, run_of
-from utils import UserError, launched_ranks, print_error
+from utils import UserError, launched_ranks, print_error, print_result
 
 METHODS = methods.names()
 MOST_LATENTS = 100_000  # longer than any model's positions; sequences of more fill the memory before they are refused
@@ -202,6 +202,7 @@ class Config:
     gradient_checkpointing: bool = setting(False, "recompute the decoder blocks in backward: less memory, slower")
     bf16: bool = key(False, "mixed precision: bfloat16 arithmetic, float32 weights and optimizer")
     bf16_weights: bool = key(False, "weights and optimizer in bfloat16 too (what the reference's bf16 does)")
+    tf32: bool = key(False, "TF32 for float32 matrix products on GPUs: faster, with 10 bits of mantissa", later=True)
 
     # evaluation and checkpoints
     eval_batch_size: int = setting(32, "prompts generated from at once on one rank", low=1)
@@ -297,6 +298,11 @@ class Config:
     def has_latents(self) -> bool:
         """Whether the method's sequences have latent positions."""
         return self.rules.has_latents
+
+    @property
+    def arithmetic(self) -> str:
+        """Of matrix products on a GPU: bf16 | tf32 | float32."""
+        return "bf16" if self.bf16 or self.bf16_weights else "tf32" if self.tf32 else "float32"
 
     @property
     def last_stage(self) -> int:
@@ -435,6 +441,7 @@ def _preparation_hint(path: str) -> str:
     hints = {
         "prosqa_mini": "python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100",
         "prosqa_": "python preprocessing/prosqa.py",
+        "prontoqa_": "python preprocessing/prontoqa_generate.py",
         **{name: f"python preprocessing/ood.py {name}" for name in ("gsm_hard", "svamp", "multiarith")},
         "gsm_": "bash preprocessing/gsm_icot.bash",
         "arithmetic": "python preprocessing/arithmetic.py",
@@ -442,11 +449,13 @@ def _preparation_hint(path: str) -> str:
         "tiny_arithmetic": f"{tiny}arithmetic_train.json --out data/tiny_arithmetic {llama} --untied",
         "tiny_prosqa": f"{tiny}prosqa_mini_train.json --out data/tiny_prosqa",
     }
-    where = Path(path)
+    where, here = Path(path), Path(__file__).parent
     how = next((how for word, how in hints.items() if where.name.startswith(word)), None)
+    if (here / "args" / (of_run := f"{where.name.replace('-', '_')}.yaml")).is_file():
+        how = f"python run.py args/{of_run}"
     if where.as_posix().endswith("data/machine/model"):
         how = f"{tiny}machine/machine_train.json --out data/machine/model {llama} --positions 64"
-    if "mirrored" in where.parent.name:  # with its chains and its model
+    if (here / "experiments" / f"{where.parent.name}.yaml").is_file():  # with its model
         how = f"python experiments/grid.py experiments/{where.parent.name}.yaml --dry-run"
     return f" (make it with: {how})" if how else ""
 
@@ -713,10 +722,10 @@ def configure(description: str, schedule: typing.Callable[[Config, int], str]) -
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     try:
         config = Config.from_file(options.config, options.overrides, needs_files=not options.schedule)
+        if options.schedule and is_main:
+            print_result(schedule(config, launched_ranks()[1]))
     except UserError as error:
         sys.exit(print_error(error))
     if options.schedule:
-        if is_main:
-            print(schedule(config, launched_ranks()[1]))
         sys.exit()
     return config

@@ -73,7 +73,7 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
     run = setup_run(config, world, newest or checkpoint.find_weights(config, world), progress)
     run.stop, run.saved, run.logger.signalled = stop, newest, lambda: stop.received
     with run.logger:
-        run.throughput = Throughput(FlopCounter.of(run.model), peak_flops(world.device))
+        run.throughput = Throughput(FlopCounter.of(run.model), peak_flops(ranks.hardware(world), config.arithmetic))
         ranks.barrier(world)  # all ranks
         run.wrapped = parallel.wrap(run.model, world)
         resume(run, newest)

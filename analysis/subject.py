@@ -77,7 +77,7 @@ class Subject:
         asked = Asked(model, model.tokenizer, model.markers, config_for(model, n_thoughts), model.stage)
         subject = cls(asked, examples, n_thoughts)
         config, stage = subject.asked.config, subject.asked.stage
-        if not model.one_by_one:
+        if not (model.one_by_one and config.rules.goes_on_at_once):
             raise UserError(
                 f"{checkpoint} is of method {config.method}: what is asked here is asked of thoughts one after the "
                 f"other, and of language that follows them at once"

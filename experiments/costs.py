@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,18 +21,22 @@ from dataset import StageDataset
 from preprocessing.examples import load_examples
 from preprocessing.tokens import tokenize
 from trainer.pretrained import load_tokenizer, mark, shape_of
-from trainer.throughput import FlopCounter
+from trainer.setup import checkpoint_bytes
+from trainer.throughput import FlopCounter, peak_flops
 
 if TYPE_CHECKING:
     from jobs import Job
+
+    from config import Config
 
 SAMPLE = 200  # examples whose sequences are counted; the others are taken to be like them
 
 
 class Cost(NamedTuple):
     epochs: int
-    tokens: float
-    flops: float  # forward and backward
+    tokens: float  # trained on
+    flops: float  # of training and evaluation
+    disk: int  # bytes of checkpoints
 
 
 @cache
@@ -45,49 +52,76 @@ class _Model(NamedTuple):
 
 
 def cost_of(job: Job, epochs: Sequence[int] | None = None) -> Cost:
-    """What a job costs in these epochs, by default in all from its beginning, without validation, and without what
-    a method adds to Coconut."""
+    """What a job costs in these epochs, by default in all from its beginning, with their validations and the test, and
+    without what a method adds to Coconut.
+
+    An evaluation has a forward pass for the loss, and another's FLOPs for a generation as long as the gold answer.
+    """
     config = job.config
     epochs = range(config.resume, config.num_epochs) if epochs is None else epochs
     model = _Model(config.model_id, config.trust_remote_code)
-    n_examples, tokenizer, tokens = _data(config.train_path, model, config.step_separator)
-    markers = mark(tokenizer, config.method)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(shape_of(config, None), trust_remote_code=model.trust_remote_code)
-        counter = FlopCounter.of(Coconut(base, markers.latent, markers.start, markers.end, markers.eos, config.thought))
-    n_tokens, flops = 0.0, 0.0
-    share = min(n_examples, config.max_train_examples or n_examples) / len(tokens)
-    for epoch in epochs:
-        rows = StageDataset(tokens, config, markers, epoch)
+    markers = mark(_data(config.train_path, model, config.step_separator)[1], config.method)
+    counter = FlopCounter.of(Coconut(base, markers.latent, markers.start, markers.end, markers.eos, config.thought))
+
+    def count(path: str, most: int | None, config: Config, epoch: int) -> tuple[float, float]:
+        """(tokens, FLOPs) of training once on a file as in this epoch."""
+        n_examples, _, tokens = _data(path, model, config.step_separator)
+        rows, share = StageDataset(tokens, config, markers, epoch), min(n_examples, most or n_examples) / len(tokens)
         pairs = [rows[index, stage_of(config, epoch)] for index in range(len(tokens))]
         lengths = [len(ids) for ids, _ in pairs]
         supervised = sum(label != IGNORE for _, labels in pairs for label in labels)
-        n_tokens += share * sum(lengths)
-        flops += share * counter.training(lengths, supervised)
-    return Cost(len(epochs), n_tokens, flops)
+        return share * sum(lengths), share * counter.training(lengths, supervised)
+
+    trained = [count(config.train_path, config.max_train_examples, config, epoch) for epoch in epochs]
+    at_stage = replace(config, uniform_prob=0.0)
+    evaluated = [count(config.val_path, config.max_eval_examples, at_stage, epoch) for epoch in epochs]
+    if job.run in job.grid.runs:
+        evaluated.append(count(job.grid.test_path, config.max_eval_examples, at_stage, config.num_epochs - 1))
+    flops = sum(flops for _, flops in trained) + sum(flops for _, flops in evaluated) * 2 / 3
+    weights = sum(parameter.numel() for parameter in base.parameters()) * (2 if config.bf16_weights else 4)
+    disk = checkpoint_bytes(config, weights, 0 if config.lora_rank else weights)
+    return Cost(len(epochs), sum(tokens for tokens, _ in trained), flops, disk)
 
 
-def print_plan(jobs: list[Job], waiting: list[Job], flops_per_second: float) -> None:
-    """A line for each job that is left, with its commands, and the sum; hours of a GPU that does so many FLOP/s."""
+def plan_of(jobs: list[Job], waiting: list[Job], peak: float | None, utilisation: float, at_once: int) -> str:
+    """A line for each job that is left, with its commands; their sum; the hours of so many jobs at once on GPUs that
+    reach this share of a peak, by default an H100's for the job's arithmetic."""
     logging.set_verbosity_error()
     speeds = [speed for job in jobs if job.is_trained and (speed := _tokens_per_second(job)) is not None]
-    left = [(job, cost_of(job)) for job in waiting]
+    left, lines = [(job, cost_of(job)) for job in waiting], []
     for job, cost in left:
         most = "at most " if job.config.advance_at is not None else ""
         more = ", and what it adds to Coconut" if is_counted_in_part(job) else ""
-        print(f"\n# {job.name}: {most}{cost.epochs} epochs, {cost.tokens:,.0f} tokens, {cost.flops:.2e} FLOPs{more}")
-        for command in job.commands():
-            print(shlex.join(command))
-    tokens, flops = (sum(getattr(cost, name) for _, cost in left) for name in ("tokens", "flops"))
-    print(f"\n{len(left)} of {len(jobs)} runs are left: {tokens:,.0f} tokens, {flops:.2e} FLOPs")
+        lines.append(
+            f"\n# {job.name}: {most}{cost.epochs} epochs, {cost.tokens:,.0f} tokens, {cost.flops:.2e} FLOPs, "
+            f"{cost.disk / 1e9:.3g} GB of checkpoints{more}"
+        )
+        lines += [shlex.join(command) for command in job.commands()]
+    tokens, flops, disk = (sum(getattr(cost, name) for _, cost in left) for name in ("tokens", "flops", "disk"))
+    lines.append(
+        f"\n{len(left)} of {len(jobs)} runs are left: {tokens:,.0f} tokens, {flops:.2e} FLOPs, {disk / 1e9:.3g} GB"
+    )
+    save_path = Path(jobs[0].config.save_path).absolute()
+    free = shutil.disk_usage(next(path for path in (save_path, *save_path.parents) if path.exists())).free
+    if disk > free:
+        lines.append(f"warning: {save_path} has {free / 1e9:.3g} GB free: see keep_checkpoints")
     if speeds:
         speed = statistics.median(speeds)
-        print(
-            f"about {tokens / speed / 60:.0f} minutes of a core, at the {speed:,.0f} tokens a second of finished runs"
-        )
+        minutes = tokens / speed / 60
+        lines.append(f"about {minutes:.0f} minutes of a core, at the {speed:,.0f} tokens a second of finished runs")
     else:
-        print("the time to expect of this machine is known once a run is finished")
-    print(f"{flops / flops_per_second / 3600:.3g} hours of a GPU that does {flops_per_second:.3g} FLOP/s of it")
+        lines.append("the time to expect of this machine is known once a run is finished")
+    if left:
+        peaks = {job.config.arithmetic: peak or peak_flops("H100", job.config.arithmetic) for job in waiting}
+        hours = sum(cost.flops / peaks[job.config.arithmetic] for job, cost in left) / utilisation / 3600
+        n_gpus = at_once * waiting[0].n_gpus
+        lines.append(
+            f"{hours:.3g} GPU hours, {hours / n_gpus:.3g} hours on {n_gpus} GPUs, at {utilisation:.0%} of "
+            + " and ".join(f"{flops:.3g} FLOP/s ({arithmetic})" for arithmetic, flops in peaks.items())
+        )
+    return "\n".join(lines)
 
 
 def is_counted_in_part(job: Job) -> bool:

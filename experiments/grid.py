@@ -39,7 +39,7 @@ def prepare(grid: Grid) -> None:
     """Makes the files that the grid needs and that are not there. Raises UserError where a script fails."""
     for path, script in grid.needs.items():
         if not Path(path).exists():
-            print(f"making {path}", flush=True)
+            print_result(f"making {path}")
             name, *arguments = shlex.split(script)
             command = [sys.executable, str(ROOT / name), *arguments]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -209,7 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--slurm", type=Path, metavar="FILE", help="write a SLURM array script of the runs, and stop")
     parser.add_argument(
-        "--peak", type=float, default=989e12, help="of a GPU, in FLOP/s, for --dry-run (default: an H100)"
+        "--peak", type=float, help="of a GPU, in FLOP/s, for --dry-run (default: an H100's for the keys bf16 and tf32)"
     )
     parser.add_argument("--utilisation", type=float, default=0.3, help="of that peak, for --dry-run (default: 0.3)")
     parser.add_argument("--anew", action="store_true", help="run again what only results/NAME.json remembers")
@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     if (
         options.gpus < 1
         or (options.jobs is not None and options.jobs < 1)
-        or not min(options.peak, options.utilisation) > 0
+        or not min(1 if options.peak is None else options.peak, options.utilisation) > 0
     ):
         parser.error("--jobs and --gpus must be at least 1, --peak and --utilisation more than 0")
     if fixed := {"name", "seed", "debug"} & {text.partition("=")[0] for text in options.set}:
@@ -237,9 +237,10 @@ def main(arguments: list[str] | None = None) -> int:
         results = read_results(grid, options.out)
         waiting = left_of(jobs, {} if options.anew else by_digest(results))
         if options.dry_run:
-            from costs import print_plan
+            from costs import plan_of
 
-            print_plan(jobs, waiting, options.peak * options.utilisation)
+            at_once = options.jobs or max(1, len(visible_gpus()) // options.gpus)
+            print_result(plan_of(jobs, waiting, options.peak, options.utilisation, at_once))
             return 0
         if problems := [text for job in jobs for text in job.problems()]:
             raise UserError("; ".join(problems))  # before the first run

@@ -78,6 +78,7 @@ class Method:
 
     has_latents = False  # whether its sequences have latent positions
     has_stages = True  # where not, its latents are always those of the last stage
+    goes_on_at_once = True  # whether the text that follows its latents is predicted right after them
     variant_of: str | None = None  # the method with the same sequences, as which checkpoints and results recorded it
     needs: tuple[str, ...] = ()  # other files of this folder
     n_companions = 0  # models of the same size that are trained beside it

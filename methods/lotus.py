@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import curriculum
 import methods
 from methods import LARGEST_FACTOR, key
 
@@ -39,6 +40,11 @@ class Method(methods.Method):
     def problems(config) -> list[str]:
         wrong = config.latent_labels and config.method != "lotus"
         return [f"latent_labels are for method lotus, not {config.method}"] if wrong else []
+
+    @staticmethod
+    def stage_of(config, epoch: int) -> int:
+        """Steps beyond max_latent_stage stay written: no stage is without any."""
+        return min(curriculum.stage_of.paper(config, epoch), config.max_latent_stage)
 
     @staticmethod
     def options(config) -> dict:

@@ -22,6 +22,7 @@ MODES = ("direct", "written", "latent")  # Q end A; Q start S_1..S_n end A; Q st
 
 class Method(methods.Method):
     has_latents = True
+    goes_on_at_once = False  # the end marker is
     mode: str = key(
         "latent",
         "multi_mode: latent | written | direct, how the model is asked in an eval-only run: for thoughts, for written "
@@ -117,8 +118,6 @@ class ModesDataset(StageDataset):
 
 class MultiMode(Coconut):
     """Coconut whose training batches hold the other modes too."""
-
-    one_by_one = False
 
     def forward(self, *args, direct: dict | None = None, written: dict | None = None, **kwargs) -> CoconutOutput:
         """`Coconut.forward` of the latent mode; with batches of the other modes, as `collate_for_device` makes them,

@@ -69,12 +69,14 @@ class Recorder:
 
     @contextmanager
     def recording(self, pick: Pick) -> Iterator[list[torch.Tensor]]:
-        """The L + 1 states of the last pass inside, before the final norm; of each what `pick` takes of it, at once."""
+        """The L + 1 states of the last pass inside, before the final norm; of each what `pick` takes of it, at once.
+        A recording within another takes its place for as long as it lasts."""
+        outer = self._pick, self._states
         self._pick, self._states = pick, []
         try:
             yield self._states
         finally:
-            self._pick = None
+            self._pick, self._states = outer
 
     @torch.compiler.disable  # a list that grows would be another graph at each length
     def _record(self, _, args: tuple, kwargs: dict, output) -> None:

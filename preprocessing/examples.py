@@ -5,9 +5,26 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import math
 from pathlib import Path
 
 from utils import UserError
+
+PANDAS = """python -c 'import pandas; pandas.read_{}("{{}}").to_json("NEW.json", orient="records")'"""
+ICONV = "iconv -f {} -t UTF-8 {{}} > NEW"
+FORMATS = {  # how a file begins -> what it is, and the command that makes a readable one of it
+    b"PAR1": ("a Parquet file", PANDAS.format("parquet")),
+    b"ARROW1": ("an Arrow file", PANDAS.format("feather")),
+    b"\x1f\x8b": ("compressed by gzip", "gzip -dc {} > NEW"),
+    b"BZh": ("compressed by bzip2", "bzip2 -dc {} > NEW"),
+    b"\xfd7zXZ": ("compressed by xz", "xz -dc {} > NEW"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "zstd -dc {} > NEW"),
+    b"PK\x03\x04": ("a ZIP archive", "unzip -p {} > NEW"),
+    **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), ("UTF-32", ICONV.format("UTF-32"))),
+    **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), ("UTF-16", ICONV.format("UTF-16"))),
+    **dict.fromkeys((b"[\0", b"{\0"), ("UTF-16", ICONV.format("UTF-16LE"))),
+    **dict.fromkeys((b"\0[", b"\0{"), ("UTF-16", ICONV.format("UTF-16BE"))),
+}
 
 
 def load_examples(path: str | Path, limit: int | None = None) -> list[dict]:
@@ -45,11 +62,9 @@ def read_bytes(path: str | Path) -> bytes:
 def read_text(path: str | Path) -> str:
     """A UTF-8 file, without its byte order mark. Raises UserError that names the format of another file."""
     content = read_bytes(path)
-    if content.startswith(b"PAR1"):
-        convert = f"""python -c 'import pandas; pandas.read_parquet("{path}").to_json("NEW.json", orient="records")'"""
-        raise UserError(f"{path} is a Parquet file; this converts it: {convert}")
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"{path} is UTF-16; this converts it: iconv -f UTF-16 -t UTF-8 {path} > NEW")
+    for begin, (name, convert) in FORMATS.items():
+        if content.startswith(begin):
+            raise UserError(f"{path} is {name}; this converts it: {convert.format(path)}")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -87,7 +102,8 @@ def _record_problem(example) -> str | None:
     for field in ("question", "answer", "steps"):
         if field not in example:
             return f"lacks {field!r}"
-    if isinstance(example["answer"], int | float) and not isinstance(example["answer"], bool):
+    number = example["answer"]
+    if isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number):
         example["answer"] = str(example["answer"])
     for field in ("question", "answer"):
         if not isinstance(example[field], str):

@@ -567,7 +567,7 @@ def test_a_damaged_graph_is_named(trained, tmp_path):
         load_task(tmp_path / "graphs.json")
 
 
-def test_thoughts_are_one_a_step(trained, tmp_path):
+def test_thoughts_are_one_a_step_and_text_follows_at_once(trained, tmp_path):
     """The k-th of two a step was measured as the k-th step."""
     (tmp_path / "two").symlink_to(sorted((trained / "machine-last").glob("checkpoint_*"))[-1])
     folder = tmp_path / "checkpoint_1"
@@ -579,6 +579,8 @@ def test_thoughts_are_one_a_step(trained, tmp_path):
     examples = json.loads((trained / "machine_test.json").read_text())
     for changed, complaint in (
         ({"c_thought": 2}, r"has 2 thoughts a step \(c_thought\)"),
+        ({"method": "multi_mode"}, "is of method multi_mode: what is asked here"),
+        ({"latent_passes": "2"}, "is of method parallel_latents: what is asked here"),
         ({"stage": 0}, r"no thoughts to look at: it is of method coconut, stage 0 \(--thoughts K asks it with K\)"),
     ):
         (folder / "coconut.json").write_text(json.dumps(description | changed))

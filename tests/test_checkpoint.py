@@ -381,6 +381,13 @@ def test_a_file_that_may_not_be_read_is_not_damaged(tiny, tmp_path, world, monke
     for look in (checkpoint.damage, lambda folder: checkpoint.newest_whole(folder.parent)):
         with pytest.raises(UserError, match=r"checkpoint_1/\S+ cannot be read: Permission denied"):
             look(folder)
+    monkeypatch.setattr(Path, "is_file", refuse)  # of what is in a folder that may not be entered
+    for look in (checkpoint.newest_whole, checkpoint.checkpoints, lambda run_dir: resolve(str(run_dir))):
+        with pytest.raises(UserError, match=r"run/\S+ cannot be read: Permission denied"):
+            look(folder.parent)
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(UserError, match=f"model_id {tiny} cannot be read: Permission denied"):
+        load_model(config, None)
 
 
 def test_sizes_are_compared_until_there_are_digests(tiny, tmp_path, world):

@@ -65,7 +65,8 @@ def test_the_place_is_found_where_a_blank_belongs_to_the_answer():
     words = {"q\n": [5, 6], "s\n": [7], "### 42": [30, 32], "### ": [30, 31]}  # as GPT-2 has "###" and " 42"
 
     def joined(texts, **_):
-        return {"input_ids": [words[text] for text in texts]}
+        ids = [words[text] for text in texts]
+        return {"input_ids": ids, "special_tokens_mask": [[0] * len(each) for each in ids]}
 
     tokens = tokenize([{"question": "q", "steps": ["s"], "answer": "42"}], joined)
     tokens.auxiliary, tokens.answer_prefix = tokens, words["### "]

@@ -594,12 +594,17 @@ def test_what_an_eval_only_run_evaluates(write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["data/tiny_arithmetic", "data/tiny_prosqa", "data/machine/model", "data/machine/machine_train.json"]
+    "path",
+    [
+        *("data/tiny_arithmetic", "data/tiny_prosqa", "data/machine/model", "data/machine/machine_train.json"),
+        *("data/prontoqa_train.json", "data/breadth/model", "data/mirrored3/model", "checkpoints/gsm-cot"),
+    ],
 )
 def test_the_hint_names_scripts(path):
-    """N6: it named a make target."""
+    """N6: it named a make target. N10: nothing said which run is first."""
     hint = config_module._preparation_hint(path)
-    assert (ROOT / re.search(r"make it with: python ([^ )]+)", hint)[1]).is_file()
+    script, *files = re.search(r"make it with: python ([^ )]+)(?: ([^ )]+yaml))?", hint).groups()
+    assert all((ROOT / file).is_file() for file in (script, *filter(None, files)))
     assert "make data" not in hint
 
 
@@ -615,6 +620,18 @@ def test_a_key_with_dashes_gets_a_hint(write, monkeypatch, capsys, arguments):
     with pytest.raises(SystemExit):
         config_module.configure("", lambda *_: "")
     assert capsys.readouterr().err.endswith("unrecognized arguments: --nonsense\n")
+
+
+def test_a_schedule_on_a_closed_or_full_output_ends_quietly_or_in_one_sentence(write):
+    """G21: tracebacks of BrokenPipeError and OSError."""
+    command = [sys.executable, str(ROOT / "run.py"), str(write("")), "--schedule"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as closed, open("/dev/full", "w") as full:
+        done = [subprocess.run(command, stdout=out, stderr=subprocess.PIPE, check=False) for out in (closed, full)]
+    assert (done[0].returncode, done[0].stderr) == (0, b"")
+    assert done[1].returncode == 2
+    assert done[1].stderr == b"error: standard output cannot be written: No space left on device\n"
 
 
 def test_yaml_cannot_run_code(write):

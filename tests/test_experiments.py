@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -132,6 +133,53 @@ def test_what_is_left_is_counted(place, tmp_path, capsys):
     )
     line = next(line for line in printed.splitlines() if line.startswith("# coconut-4"))
     assert f" {expected} tokens" in line
+
+
+def test_a_plan_has_hours_of_its_arithmetic_and_gpus_evaluations_and_disk(place, tmp_path, capsys, monkeypatch):
+    """N5, G19: float32 files were planned with the bfloat16 peak, --gpus changed nothing, evaluations cost nothing."""
+    content = yaml.safe_load((place / "small.yaml").read_text()) | {"save_path": str(tmp_path / "runs")}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+    def plan(*options: str) -> tuple[float, float, float, int, str]:
+        """FLOPs and GB of the run, GPU hours, GPUs, the last line."""
+        arguments = [str(tmp_path / "small.yaml"), "--dry-run", "--only", "pause", "--seeds", "3", *options]
+        assert grid.main(arguments) == 0
+        lines = capsys.readouterr().out.splitlines()
+        flops, disk = re.search(r"([\d.e+]+) FLOPs, ([\d.e-]+) GB$", lines[-3]).groups()
+        hours, wall, n_gpus = re.match(r"([\d.e-]+) GPU hours, ([\d.e-]+) hours on (\d+) GPUs", lines[-1]).groups()
+        assert float(wall) == pytest.approx(float(hours) / int(n_gpus), rel=0.02)
+        return float(flops), float(disk), float(hours), int(n_gpus), lines[-1]
+
+    flops, disk, hours, n_gpus, last = plan("--utilisation", "0.5")
+    assert last.endswith("at 50% of 6.7e+13 FLOP/s (float32)")
+    assert hours == pytest.approx(flops / 3600 / 67e12 / 0.5, rel=0.02)
+    assert n_gpus == 1
+    weights = (place / "model" / "model.safetensors").stat().st_size / 1e9
+    assert disk == pytest.approx((2 + 2 + 4 * 2) * weights, rel=0.1)
+    assert plan("--set", "bf16=true")[-1].endswith("9.89e+14 FLOP/s (bf16)")
+    assert plan("--set", "tf32=true")[-1].endswith("4.94e+14 FLOP/s (tf32)")
+    assert plan("--gpus", "2", "--jobs", "3")[3] == 6
+    assert plan("--peak", "1e12")[-1].endswith("1e+12 FLOP/s (float32)")
+    # 16 examples twice, 4 in two validations, 6 in the test: 3 * 32 passes and 2 * 14; with 2 in each, 3 * 32 and 2 * 6
+    assert plan("--set", "max_eval_examples=2")[0] < 0.9 * flops
+    free = shutil.disk_usage(place)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    assert grid.main([str(tmp_path / "small.yaml"), "--dry-run"]) == 0
+    assert f"warning: {tmp_path / 'runs'} has 1e-06 GB free: see keep_checkpoints\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--report"])
+def test_a_full_output_is_one_sentence(place, tmp_path, capsys, monkeypatch, option):
+    """G21: OSError's traceback."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        content = yaml.safe_load((place / "small.yaml").read_text())
+        content |= {"save_path": str(tmp_path / "runs"), "needs": {str(tmp_path / "x.json"): "preprocessing/x.py"}}
+        if option == "--report":
+            del content["needs"]
+        (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
+        assert grid.main([str(tmp_path / "small.yaml"), option, "--seeds", "3", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: standard output cannot be written: No space left on device\n"
 
 
 def tokens(step: str) -> str:

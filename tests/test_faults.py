@@ -265,6 +265,25 @@ def test_a_run_goes_on_with_another_number_of_ranks(place, here, before, after):
     assert max((found[n] - begun[n]).abs().max() for n in begun if begun[n].shape == found[n].shape) > 1e-3
 
 
+@pytest.mark.slow
+def test_the_mean_loss_of_an_epoch_that_ends_on_fewer_ranks(place, here):
+    """G7: 2.36 where the steps averaged 3.00; a step of two ranks has twice the examples of one of one rank."""
+    run = place / "runs" / "fewer"
+    arguments = ("name=fewer", "max_train_examples=144", "num_epochs=1", "log_every_steps=1", "save_every_steps=3")
+    process = begin(place, *arguments, *SLOW_VALIDATION, ranks=2)
+    wait_for(lambda: (run / "checkpoint_0_step_3").exists())
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    for path in run.glob("checkpoint_0_step_[69]"):  # where it was faster than the kill
+        shutil.rmtree(path)
+    done = here(place / "run.yaml", *arguments, "max_new_tokens=2", "continue_changed=true")
+    assert done.returncode == 0, done.stderr
+    losses = {record["step"]: record["loss"] for record in steps(run)}  # of a repeated step the last
+    assert len(losses) == 3 + 12
+    mean = sum(loss * (16 if step <= 3 else 8) for step, loss in losses.items()) / 144
+    assert epochs(run)[0]["train_loss"] == pytest.approx(mean)
+
+
 PROBE = """
 import atexit
 import os
@@ -471,6 +490,21 @@ def test_a_full_disk_is_one_sentence_of_one_rank(place):
     assert done.returncode != 0
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert "OSError" not in done.stderr
+
+
+def test_a_run_names_the_size_of_its_checkpoints_and_warns_of_a_smaller_disk(place, here, monkeypatch):
+    """G19: 75 GB, unannounced."""
+    arguments = (str(place / "run.yaml"), "name=disk", "num_epochs=1", "max_train_examples=8", "max_new_tokens=2")
+    printed = here(*arguments, "tf32=true").stderr
+    assert torch.get_float32_matmul_precision() == "high"
+    assert re.search(r"^checkpoints take at most 0\.00\d+ GB$", printed, re.MULTILINE)
+    assert "GB free" not in printed
+    free = shutil.disk_usage(place)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    printed = here(*arguments, "name=small-disk").stderr
+    assert "GB free, and the checkpoints of this run may take 0.00" in printed
+    assert "see keep_checkpoints" in printed
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,7 @@ def test_the_hub(run, tmp_path, monkeypatch):
     model = Coconut.from_pretrained(run)
     assert model.push_to_hub("someone/coconut", commit_message="first") == "https://hub/commit"
     assert {"coconut.json", "thought.safetensors", "model.safetensors", "tokenizer.json", "README.md"} <= set(uploaded)
+    assert "    from coconut import Coconut\n" in uploaded["README.md"].decode()
     for name, content in uploaded.items():
         (tmp_path / name).write_bytes(content)
     asked = []
@@ -143,9 +144,10 @@ def test_one_question_is_a_text(run):
         Coconut.from_pretrained(run).ask(["3+4", "5"])
 
 
-def test_unknown_characters_are_named(run, caplog):
+def test_unknown_characters_are_named(run, capsys):
     model = Coconut.from_pretrained(run)
+    capsys.readouterr()
     model.answers(["3 + 4", "3+4"], max_new_tokens=1)
-    assert caplog.messages == []
+    assert capsys.readouterr().err == ""
     model.ask("3x+4xy", max_new_tokens=1)
-    assert caplog.messages == ["warning: the tokenizer does not know 'xy' in the question '3x+4xy'"]
+    assert capsys.readouterr().err == "warning: the tokenizer does not know 'xy' in the question '3x+4xy'\n"

@@ -12,7 +12,7 @@ from test_run import main, together, weights
 from test_run import place as place  # a fixture
 
 from config import Config
-from curriculum import stage_of_example
+from curriculum import stage_of, stage_of_example
 from methods.lotus import Lotus, latent_labels
 from trainer.pretrained import make_model
 
@@ -24,6 +24,7 @@ def make_lotus(config: Config, family: str, tied: bool = True) -> Lotus:
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "mistral"])  # the last with a window
 @pytest.mark.parametrize(("stage", "mixed"), [(3, 0.0), (3, 1.0), (4, 0.0)])
 def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, stage, mixed):
     config = Config(**KEYS, pad_latent_to_max=False, uniform_prob=mixed)
@@ -41,6 +42,12 @@ def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, stage
     assert abs(output.auxiliary - 0.3 * total) < 1e-9
     wanted = plain.loss(base, rows, group=2) + 0.3 * total / count
     assert largest(model, output.loss + output.auxiliary / count, wanted) < 1e-9
+
+
+def test_steps_beyond_the_last_stage_with_latents_stay_written():
+    """With the method's defaults they were gone from the eighth epoch on."""
+    config = Config(method="lotus")
+    assert [stage_of(config, epoch) for epoch in (0, 1, 6, 7, 29)] == [0, 1, 6, 6, 6]
 
 
 def test_what_latents_are_told():

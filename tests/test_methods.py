@@ -8,6 +8,7 @@ from conftest import settled
 from plain import ids, make_examples
 from test_coconut import END, EOS, LATENT, START
 from test_run import place as place  # a fixture
+from transformers import AutoTokenizer
 
 import methods
 import run
@@ -15,6 +16,7 @@ from config import Config
 from curriculum import Markers, prompt
 from dataset import StageDataset
 from preprocessing.tokens import tokenize
+from trainer.data import load_data
 from trainer.pretrained import parts_of
 from utils import UserError
 
@@ -25,7 +27,8 @@ def make_dataset(config: Config, n_steps: list[int], epoch: int | None = 0) -> t
     """The method's dataset of examples with so many steps, and these."""
 
     def words(texts, **_):
-        return {"input_ids": [ids(text) for text in texts]}
+        found = [ids(text) for text in texts]
+        return {"input_ids": found, "special_tokens_mask": [[0] * len(each) for each in found]}
 
     examples = make_examples(n_steps)
     tokens = tokenize(examples, words)
@@ -114,14 +117,21 @@ UNUSED = {
 
 
 @pytest.fixture(scope="module")
-def losses(place):
+def file(place):
+    """The configuration of a short run, without a method."""
+    path = place / "keys.yaml"
+    path.write_text((place / "run.yaml").read_text().replace("coconut: true\n", ""))
+    return path
+
+
+@pytest.fixture(scope="module")
+def losses(file):
     """The losses that a short run writes, of its steps and its epochs."""
-    (place / "keys.yaml").write_text((place / "run.yaml").read_text().replace("coconut: true\n", ""))
     known = {}
 
     def of(*keys: str) -> list[tuple]:
         if keys not in known:
-            config = Config.from_file(place / "keys.yaml", settled(*BASE, *keys, f"name=keys-{len(known)}"))
+            config = Config.from_file(file, settled(*BASE, *keys, f"name=keys-{len(known)}"))
             assert run.main(config) == 0
             records = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
             known[keys] = [(record.get("loss"), record.get("auxiliary_loss")) for record in records]
@@ -138,6 +148,10 @@ def matters(losses, method: str, key: str) -> bool:
         return False
 
 
+def test_every_key_that_decides_the_weights_has_another_value_here():
+    assert {*DECIDING} == {*OTHERS, "method", "tf32"}  # tf32 is of GPUs
+
+
 @pytest.mark.parametrize(("method", "key"), OWN)
 def test_every_key_of_a_method_has_an_effect(losses, method, key):
     """The weights of CODI's and SIM-CoT's losses could be ignored."""
@@ -148,8 +162,42 @@ def test_every_key_of_a_method_has_an_effect(losses, method, key):
 @pytest.mark.parametrize("method", methods.names())
 def test_every_key_of_the_core_has_an_effect_where_it_is_used(losses, method):
     of_methods = {key for rules in methods.all_rules().values() for key, _, _ in methods.own_keys(rules)}
-    core = set(DECIDING) - of_methods - {"method"}
+    core = OTHERS.keys() - of_methods
     assert {key for key in core if not matters(losses, method, key)} == UNUSED.get(method, set())
+
+
+@pytest.mark.parametrize("method", [name for name in methods.names() if Config(method=name).rules.texts(Config())])
+def test_other_texts_are_those_of_the_examples_that_are_not_left_out(place, file, world, method):
+    config = Config.from_file(file, settled(*BASE, f"method={method}", "max_train_examples=99", "max_train_tokens=30"))
+    train = load_data(config, world, AutoTokenizer.from_pretrained(place / "model")).train
+    assert 0 < len(train) < 99
+    for index in range(len(train)):
+        (question, _, answer), (other_question, _, other_answer) = train[index], train.auxiliary[index]
+        assert (question, answer) == (other_question, other_answer)
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_everything_with_a_gradient_is_trained(file, method, monkeypatch):
+    """SIM-CoT's decoder could be missing in the optimizer."""
+    seen = []
+
+    def noting(function):
+        def called(one, *arguments):
+            parameters = one.model.named_parameters()
+            seen.append({name: value.detach().clone() for name, value in parameters if value.requires_grad})
+            return function(one, *arguments)
+
+        return called
+
+    monkeypatch.setattr(run, "resume", noting(run.resume))
+    monkeypatch.setattr(run, "finish", noting(run.finish))
+    thought = ["thought=projected"] if methods.rules_of(method).has_latents else []
+    keys = settled(*BASE, "num_epochs=2", f"method={method}", *thought, f"name=trained-{method}")
+    assert run.main(Config.from_file(file, keys)) == 0
+    before, after = seen
+    assert before.keys() == after.keys()
+    assert ("thought.weight" in before, "step_decoder" in str(list(before))) == (bool(thought), method == "sim_cot")
+    assert [name for name, value in before.items() if value.equal(after[name])] == []
 
 
 def test_every_method_has_losses_of_its_own(losses):

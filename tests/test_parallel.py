@@ -22,7 +22,7 @@ from dataset import collate_for_device
 from trainer import checkpoint, parallel
 from trainer.distributed import World
 from trainer.parallel import load, sync_gradients, whole_weights, wrap
-from trainer.throughput import FlopCounter
+from trainer.throughput import FlopCounter, peak_flops
 from utils import UserError
 
 
@@ -260,6 +260,22 @@ def test_flops_are_those_that_torch_counts(family):
         model(input_ids)
     assert counter.training(lengths, 18) == 3 * theirs.get_total_flops()
     assert counter.training(lengths, 2) < counter.training(lengths, 18)
+
+
+@pytest.mark.parametrize(
+    ("card", "keys", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", {}, 67e12),
+        ("NVIDIA H100 80GB HBM3", {"tf32": True}, 494e12),
+        ("NVIDIA H100 80GB HBM3", {"bf16": True, "tf32": True}, 989e12),
+        ("NVIDIA A100-SXM4-80GB", {"bf16_weights": True}, 312e12),
+        ("NVIDIA A100-SXM4-80GB", {"tf32": True}, 156e12),
+        ("CPU, x86_64, 2 cores", {}, None),
+    ],
+)
+def test_the_peak_is_that_of_the_arithmetic(card, keys, peak):
+    """N5: mfu of float32 was the share of the bfloat16 peak."""
+    assert peak_flops(card, Config(**keys).arithmetic) == peak
 
 
 def test_compile_and_checkpointing_exclude_each_other():

@@ -1,11 +1,13 @@
 """SIM-CoT: the step decoder's loss and all gradients against the plain definition; the same on any number of ranks."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import plain
 import pytest
 import torch
-from conftest import tiny_base
+from conftest import settled, tiny_base
 from test_coconut import END, EOS, LATENT, START, gradients
 from test_methods import MARKERS, make_dataset
 from test_run import main, together, weights
@@ -14,6 +16,7 @@ from test_run import place as place  # a fixture
 import run
 from config import Config
 from curriculum import stage_of_example
+from dataset import EpochPlan, MicroBatch, PlannedStep
 from methods.sim_cot import SimCot, StepDecoder, explanations, step_targets
 from trainer.pretrained import load_model, make_model
 from utils import UserError
@@ -118,6 +121,15 @@ def test_a_batch_without_thoughts_still_gives_the_decoder_a_gradient(family):
     assert all(p.grad is not None and not p.grad.any() for p in model.step_decoder.parameters() if p.requires_grad)
 
 
+def test_the_groups_of_an_idle_ranks_example_do_not_count(world):
+    dataset, _ = make_dataset(Config(method="sim_cot", step_decoder="copy", c_thought=1), [2, 3])
+    planned = PlannedStep([MicroBatch([0], 1.0), MicroBatch([1], 0.0)], 1)
+    parts, throughput = SimpleNamespace(dataset=type(dataset)), SimpleNamespace(waiting=0, add=lambda *_: None)
+    one = SimpleNamespace(world=world, parts=parts, throughput=throughput)
+    batches = (dataset.micro_batch(micro, 2) for micro in planned.micro_batches)
+    assert [auxiliary for _, (_, auxiliary) in run.weighted_batches(one, planned, batches)] == [1 / 2, 0]
+
+
 def test_the_decoder_has_no_dropout_and_evaluation_has_no_decoder():
     base = tiny_base("gpt2")
     model = SimCot(tiny_base("gpt2"), LATENT, START, END, EOS)
@@ -156,8 +168,11 @@ def steps_of(folder) -> list[dict]:
 
 @pytest.mark.slow
 def test_ranks_and_micro_batches_share_one_mean(place):
-    """Mixed stages and a last step of 8 examples: some micro-batches hold no thoughts, one rank has nothing to do."""
-    keys = (*KEYS, "uniform_prob=0.5", "batch_size_training=4")
+    """Mixed stages and a last step of 4 examples: some micro-batches hold no thoughts, one rank has nothing to do but
+    an example that does not count, with thoughts."""
+    keys = (*KEYS, "uniform_prob=0.5", "batch_size_training=4", "max_train_examples=36")
+    plan = EpochPlan(np.arange(36), Config.from_file(place / "run.yaml", settled(*keys)), rank=1, world_size=2)
+    assert [micro.weight for micro in plan[2].micro_batches] == [0]
     folders = {
         "alone": main(place, *keys, "name=sim-alone"),
         "fsdp alone": main(place, *keys, "name=sim-fsdp-alone", "strategy=fsdp"),

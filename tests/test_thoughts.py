@@ -159,6 +159,20 @@ def test_the_last_column_is_recorded_and_only_on_request(family):
     assert not torch.equal(states[-1], output.hidden_states[-1][:, -1:])  # theirs is after the final norm
 
 
+def test_a_recording_within_another_ends_with_its_own():
+    """CODI with a thought of the layers recorded nothing after the last thought."""
+    backbone = Backbone(tiny_base("llama", layers=3))
+    backbone.record_layers()
+    with backbone.recording(lambda state: state[:, :1]) as outer:
+        with backbone.recording(lambda state: state[:, -1:]) as inner:
+            backbone.decoder(torch.tensor([[5, 6, 7]]))
+        backbone.decoder(torch.tensor([[5, 6]]))
+    assert (len(outer), len(inner)) == (4, 4)
+    embeds = backbone.embed(torch.tensor([[5, 6, 7]]))
+    assert torch.equal(outer[0], embeds[:, :1])
+    assert torch.equal(inner[0], embeds[:, -1:])
+
+
 def test_a_model_without_blocks_has_no_thoughts_from_layers(monkeypatch):
     base = tiny_base("gpt2")
     base._no_split_modules = None

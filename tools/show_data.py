@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = Config.from_file(options.config, options.keys, needs_files=False) if options.config else Config()
         config.model_id = options.model or config.model_id
         stage = stage_of(config, config.resume) if options.stage is None else options.stage
-        coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        coloured = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print_result(look(options.file, config, stage, options.examples, coloured))
     except UserError as error:
         return print_error(error)

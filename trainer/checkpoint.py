@@ -61,7 +61,7 @@ from methods import modern, rules_of
 from model import lora
 from trainer import parallel
 from trainer.distributed import World, agree, on_main_rank
-from trainer.files import file_digest, retried, sync_to_disk, write_whole
+from trainer.files import file_digest, reading, retried, sync_to_disk, write_whole
 from trainer.pretrained import THOUGHT_FILE, Pretrained, read_description
 from trainer.run_folder import best, checkpoints, is_of_finished_epoch, is_on_hub, rating, resolve, run_checkpoints
 from utils import UserError, as_json, log, parse_json, read_object
@@ -548,6 +548,7 @@ def newest_whole(run_dir: Path) -> Path | None:
     return None
 
 
+@reading()
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files; None where nothing is. Raises UserError where they may not be read."""
     try:
@@ -559,8 +560,8 @@ def damage(folder: Path) -> str | None:
         sizes = {name: (folder / name).stat().st_size for name in listed}
         hashed = [name for name, value in listed.items() if isinstance(value, str)]
         found = sizes | dict(zip(hashed, _digests([folder / name for name in hashed]), strict=True))
-    except PermissionError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    except PermissionError:  # no damage
+        raise
     except OSError as error:
         name = Path(error.filename).relative_to(folder) if error.filename else "a file"  # a bad sector has no name
         return f"{name}: {error.strerror}"

@@ -49,6 +49,15 @@ def retried(action: Callable, seconds: float = 30):
 
 
 @contextmanager
+def reading() -> Iterator[None]:
+    """Raises UserError for a file or a folder that may not be read: that is no damage. Also a decorator."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+@contextmanager
 def writing(path: Path | str) -> Iterator[None]:
     """Raises UserError for what a full or broken disk, or missing rights, make of writing a file or a folder."""
     try:

@@ -8,7 +8,6 @@ Legend: B rows, K latents.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from contextlib import suppress
@@ -30,7 +29,7 @@ from trainer.evaluate import extract_answer, generate_tokens
 from trainer.files import replaced
 from trainer.pretrained import Pretrained, hub_problem, load_model, not_loadable, read_description
 from trainer.run_folder import HUB_ID, resolve
-from utils import UserError
+from utils import UserError, log
 
 TOP = 5  # tokens shown for each thought
 MAX_THOUGHTS = 100_000  # of a model without a longest sequence
@@ -40,11 +39,10 @@ CARD = """\
 A Coconut of method `{method}` at stage {stage} (chain of continuous thought, arXiv 2412.06769), for the trainer that
 saved it:
 
-    from coconut import Coconut, Edit
+    from coconut import Coconut
 
     Coconut.from_pretrained("{name}").ask("...")
 """
-log = logging.getLogger("coconut")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -160,7 +158,7 @@ def prompts(
         if any("\ud800" <= character <= "\udfff" for character in question):
             raise UserError(f"a question is not valid UTF-8: {question[:60]!r}")
         if unknown := unknown_characters(model.tokenizer, question):
-            log.warning("warning: the tokenizer does not know %r in the question %r", unknown, question[:60])
+            log.warning("the tokenizer does not know %r in the question %r", unknown, question[:60])
     ids = question_ids(model.tokenizer, questions)
     for question, row in zip(questions, ids, strict=True):
         if {model.markers.start, model.markers.latent, model.markers.end}.intersection(row):

@@ -6,10 +6,12 @@ Face folder, to which a checkpoint of this program adds coconut.json and, where 
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import zipfile
 from collections.abc import Callable
+from fnmatch import fnmatch
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +41,7 @@ from methods import modern, rules_of
 from model import lora
 from model.thought import Thought
 from trainer.check_family import check_family
+from trainer.files import reading
 from utils import UserError, read_object
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # each kind of tokenizer has at least one of them
@@ -257,8 +260,11 @@ def read_tokenizer(source: str | Path, **options) -> PreTrainedTokenizerBase:
     vocabulary. Raises UserError where a folder has no tokenizer; transformers would make an empty one.
     """
     options = {"trust_remote_code": False} | options
-    if Path(source).is_dir() and not any(next(Path(source).glob(files), None) for files in TOKENIZER_FILES):
-        raise UserError(f"{source} has no tokenizer")
+    if Path(source).is_dir():
+        with reading():
+            names = os.listdir(source)
+        if not any(fnmatch(name, files) for name in names for files in TOKENIZER_FILES):
+            raise UserError(f"{source} has no tokenizer")
     declared = get_tokenizer_config(str(source), **options).get("tokenizer_class")
     as_it_is = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
     return (PreTrainedTokenizerFast if as_it_is else AutoTokenizer).from_pretrained(source, **options)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import yaml
 
-from trainer.files import why_unreadable, write_whole, writing
+from trainer.files import reading, why_unreadable, write_whole, writing
 from utils import UserError, log, parse_json
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,6 +38,7 @@ def run_of(load_model_path: str) -> Path:
     return choice.run if choice is not None else Path(load_model_path)
 
 
+@reading()
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first, but for obviously damaged ones (see `checkpoint.damage`). Unrelated files
     are ignored."""
@@ -45,6 +46,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [path for path in run_checkpoints(run_dir) if all((path / name).is_file() for name in needed)]
 
 
+@reading()
 def run_checkpoints(run_dir: Path) -> list[Path]:
     """What this program has written under the name of a checkpoint, whole or not, oldest first."""
     found = []
@@ -82,6 +84,7 @@ def best(run_dir: Path) -> Path | None:
     return max((pair for pair in rated if pair[1] is not None), key=lambda pair: pair[1], default=(None, None))[0]
 
 
+@reading()
 def resolve(load_model_path: str, cached: bool = False) -> Path:
     """The folder or file: a file of the reference, a Hugging Face folder, a run's newest checkpoint, RUN@best, RUN@12
     (after 12 epochs), or org/name:file, which is downloaded from the hub, or `cached` here already.

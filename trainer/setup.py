@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 import threading
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -93,6 +94,7 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     seed_everything(config.seed)  # every rank makes the same new weights
     loaded = parallel.load(config, world, source)
     sets, by_set = {}, config.by_set()
@@ -159,6 +161,8 @@ def announce(run: Run, newest: Path | None) -> None:
         f"{size} examples x {accumulation} passes; {run.steps_per_epoch} steps an epoch, "
         f"{len(run.data.train)} training and {len(run.data.val)} validation examples"
     )
+    if world.is_main and not config.debug:
+        announce_disk(run)
     if newest is not None:
         within = f" and {progress.seen} examples" if progress.seen else ""
         log.info(f"continuing from {newest}, after {progress.epoch} of {config.num_epochs} epochs{within}")
@@ -171,3 +175,27 @@ def announce(run: Run, newest: Path | None) -> None:
             log.warning("resume skips epochs, but there is no load_model_path with a model that has had them")
         stage = curriculum.stage_of(config, progress.epoch)
         log.info(f"starting with epoch {progress.epoch}, stage {stage}, as resume says")
+
+
+def announce_disk(run: Run) -> None:
+    """Logs what the run's checkpoints will take, and warns where the disk has less."""
+    sizes = [(weight.numel() * weight.itemsize, weight.requires_grad) for weight in run.model.parameters()]
+    weights, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    needed = checkpoint_bytes(run.config, weights, trained)
+    there = sum(path.stat().st_size for path in run.config.run_dir.rglob("*") if path.is_file())
+    free = shutil.disk_usage(run.config.run_dir).free
+    log.info(f"checkpoints take at most {needed / 1e9:.3g} GB")
+    if needed - there > free:
+        log.warning(
+            f"{run.config.save_path} has {free / 1e9:.3g} GB free, and the checkpoints of this run may take "
+            f"{(needed - there) / 1e9:.3g} GB more: see keep_checkpoints"
+        )
+
+
+def checkpoint_bytes(config: Config, weights: int, trained: int) -> int:
+    """What a run's checkpoints take on the disk at most, in bytes, where the model has so many bytes of weights and of
+    trained weights: the finished epochs, of which two keep AdamW's two averages, and two for a restart or half-written.
+    """
+    finished = config.num_epochs - config.resume
+    kept = min(finished, config.keep_checkpoints + 1) if config.keep_checkpoints else finished
+    return (kept + 2) * weights + 4 * 2 * trained

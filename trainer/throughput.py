@@ -14,27 +14,26 @@ from transformers.pytorch_utils import Conv1D
 from coconut import Coconut
 from model.backbone import decoder_of
 
-# dense bfloat16 FLOP/s of a card, by a part of its name; the first that fits counts
+# dense FLOP/s of a card in (bfloat16, TF32, float32), by a part of its name; the first that fits counts. From NVIDIA's
+# data sheets, whose tensor core numbers are twice these, with sparsity
 PEAKS = {
-    "B200": 2250e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-    "V100": 125e12,
+    "B200": (2250e12, 1125e12, 75e12),
+    "H100 PCIe": (756e12, 378e12, 51e12),
+    "H100": (989e12, 494e12, 67e12),
+    "H200": (989e12, 494e12, 67e12),
+    "A100": (312e12, 156e12, 19.5e12),
+    "L40S": (362e12, 183e12, 91.6e12),
+    "L4": (121e12, 60e12, 30.3e12),
+    "A10": (125e12, 62.5e12, 31.2e12),
+    "RTX 4090": (165e12, 82.6e12, 82.6e12),
+    "V100": (125e12, 15.7e12, 15.7e12),
 }
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """What the card can do at most, FLOP/s; None where that is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+def peak_flops(card: str, arithmetic: str) -> float | None:
+    """What a card can do at most, FLOP/s, in this arithmetic (Config.arithmetic); None where that is not known."""
+    peaks = next((peaks for part, peaks in PEAKS.items() if part in card), None)
+    return peaks and peaks[("bf16", "tf32", "float32").index(arithmetic)]
 
 
 @dataclass

@@ -1,0 +1,57 @@
+"""The core without the methods' files: plain Coconut trains, restarts, is evaluated, and is its plain definition."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from test_run import place as place  # a fixture
+
+FOLDERS = ["model", "preprocessing", "tests", "tools", "trainer"]
+# tests of other thoughts than `last`
+OTHERS = "every_thought or thoughts_know or layers_are_seen or learned_thought or pause or normalised or suppressed"
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    """A copy of the program whose methods/ has nothing but the protocol."""
+    folder = tmp_path_factory.mktemp("core")
+    for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
+        shutil.copy(path, folder)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "methods").mkdir()
+    shutil.copy(ROOT / "methods" / "__init__.py", folder / "methods")
+    return folder
+
+
+def python(core, *arguments: str) -> str:
+    """What a program prints that ends well there."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(core)}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=core, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_plain_coconut_trains_restarts_and_is_evaluated(core, place, tmp_path):
+    python(core, "-c", "import methods; assert methods.names() == tuple(methods.CORE)")
+    keys = (place / "run.yaml", f"save_path={tmp_path}", "max_train_examples=16", "max_new_tokens=2")
+    python(core, "run.py", *keys, "num_epochs=2")
+    assert "checkpoint_2, after 2 of 3 epochs" in python(core, "run.py", *keys)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["stage"] for record in records if record["event"] == "epoch"] == [0, 1, 2]
+    python(core, "run.py", *keys, "only_eval=true", f"load_model_path={tmp_path / 'run'}", "name=evaluated")
+    assert json.loads((tmp_path / "evaluated" / "eval" / "metrics.json").read_text())["stage"] == 2
+    assert "accuracy" in python(core, "-m", "tools.evaluate", tmp_path / "run")
+    python(core, "-m", "tools.generate", tmp_path / "run", "1+1=")
+
+
+@pytest.mark.slow
+def test_the_tests_of_coconut_pass(core):
+    selected = ["-k", f"not ({OTHERS})", "-m", "not slow", "-p", "no:cacheprovider"]
+    assert " passed" in python(core, "-m", "pytest", "tests/test_coconut.py", *selected, "-o", "addopts=")

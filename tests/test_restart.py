@@ -1,0 +1,180 @@
+"""Every part of a restart: with all of them it is bitwise the undisturbed run; without any single one it is not."""
+
+import json
+import random
+import shutil
+from dataclasses import fields
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from conftest import settled
+from safetensors.torch import load_file
+from test_run import place as place  # a fixture
+from test_run import with_dropout
+
+import run
+from config import Config
+from trainer import checkpoint, pretrained
+from trainer.checkpoint import Progress
+from trainer.distributed import StopSignal, World
+from trainer.logger import RunLogger
+from trainer.run_folder import checkpoints
+
+KEYS = (
+    *("method=sim_cot", "step_decoder=copy", "thought=projected", "c_thought=1", "max_latent_stage=2"),
+    *("curriculum=none", "uniform_prob=0", "num_epochs=2", "max_train_examples=40", "max_eval_examples=2"),
+    *("max_new_tokens=1", "save_only_improve=true", "skip_nonfinite=true", "log_every_steps=1"),
+)
+LORA = (*KEYS, "method=coconut", "step_decoder=none", "lora_rank=2")
+WRITTEN = (
+    *("event", "step", "epoch", "stage", "loss", "auxiliary_loss", "lr"),
+    *("train_loss", "train_seconds", "skipped", "accuracy"),
+)
+
+
+class Steps:
+    """What stands in for the clock, a broken step, wandb and the cluster: each goes by the optimizer steps of a run,
+    its restart included."""
+
+    def __init__(self, monkeypatch, stop_after: int | None = None, done: int = 0):
+        self.done, original, open_log = done, run.update_weights, RunLogger.open
+
+        def update_weights(*arguments) -> None:
+            original(*arguments)
+            self.done += 1
+
+        def open_as(logger, config: dict, wandb_id: str | None = None) -> str:
+            open_log(logger, config)
+            return wandb_id or f"begun after {self.done} steps"
+
+        monkeypatch.setattr(run, "update_weights", update_weights)
+        monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: float(self.done)))
+        monkeypatch.setattr(run.parallel, "step_is_finite", lambda *_: self.done != 1)
+        monkeypatch.setattr(RunLogger, "open", open_as)
+        monkeypatch.setattr(StopSignal, "requested", lambda *_, **__: self.done == stop_after)
+
+
+def outcome(folder) -> dict:
+    """Of a run that has ended: all its weights and averages, what it has logged, how far it is, and its checkpoints."""
+    last = checkpoints(folder)[-1]
+    reader = dcp.FileSystemReader(last / checkpoint.OPTIMIZER)
+    sizes = {name: of.size for name, of in reader.read_metadata().state_dict_metadata.items() if hasattr(of, "size")}
+    state = {name: torch.empty(size) for name, size in sizes.items()}
+    dcp.load(state, storage_reader=reader)
+    for path in sorted(last.rglob("*.safetensors")):
+        state |= {f"{path.name} {name}": value for name, value in load_file(path).items()}
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "tensors": {name: value.numpy().tobytes() for name, value in state.items()},
+        "log": [{name: record[name] for name in WRITTEN if name in record} for record in records],
+        "progress": json.loads((last / "trainer" / "state.json").read_text()),
+        "checkpoints": [path.name for path in checkpoints(folder)],
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(place, tmp_path_factory):
+    """Of keys: the configuration in a folder, an interrupted run's folder, and the outcome of an undisturbed one."""
+    known, model = {}, with_dropout(place)
+
+    def configured(keys, folder) -> Config:
+        more = (f"model_id={model}", f"load_model_path={model}", f"save_path={folder}", "name=run")
+        return Config.from_file(place / "restart.yaml", settled(*keys, *more))
+
+    def of(keys: tuple[str, ...]):
+        if keys not in known:
+            whole, parts = (configured(keys, tmp_path_factory.mktemp("restart")) for _ in range(2))
+            for config, stop_after in ((whole, None), (parts, 7)):  # two steps into the second epoch
+                with pytest.MonkeyPatch.context() as patched:
+                    Steps(patched, stop_after)
+                    assert run.main(config) == 0
+            known[keys] = parts.run_dir, outcome(whole.run_dir)
+        return configured, *known[keys]
+
+    (place / "restart.yaml").write_text((place / "run.yaml").read_text().replace("coconut: true\n", ""))
+    return of
+
+
+def without_field(name: str):
+    def patch(monkeypatch) -> None:
+        original, initial = checkpoint.read_progress, getattr(Progress(), name)
+
+        def read(folder) -> Progress:
+            progress = original(folder)
+            assert getattr(progress, name) != initial
+            setattr(progress, name, initial)
+            return progress
+
+        monkeypatch.setattr(checkpoint, "read_progress", read)
+
+    return patch
+
+
+def without(module, name: str, result=None):
+    return lambda monkeypatch: monkeypatch.setattr(module, name, lambda *_: result)
+
+
+def without_updates(monkeypatch) -> None:
+    original = pretrained.lora.apply_lora
+    monkeypatch.setattr(
+        pretrained.lora, "apply_lora", lambda base, rank, alpha, folder, drop: original(base, rank, alpha, None, drop)
+    )
+
+
+# `data` is compared with what is there (test_checkpoint.py); `val` is what is there
+PROGRESS = [field.name for field in fields(Progress) if field.name not in ("data", "val")]
+PARTS = {
+    **{f"progress: {name}": (KEYS, without_field(name)) for name in PROGRESS},
+    "the optimizer's averages": (KEYS, without(checkpoint, "load_optimizer")),
+    "random numbers": (KEYS, without(checkpoint, "load_random_state", True)),
+    "the companion": (KEYS, without(checkpoint, "load_companions", [])),
+    "the thought": (KEYS, without(pretrained, "_load_thought")),
+    "LoRA's updates": (LORA, without_updates),
+}
+
+
+def restarted(runs, keys, tmp_path, monkeypatch, patch=lambda _: None) -> tuple[dict, dict]:
+    """What has become of a run after its restart, and of the undisturbed one."""
+    configured, interrupted, wanted = runs(keys)
+    shutil.copytree(interrupted, tmp_path / "run")
+    Steps(monkeypatch, done=7)
+    patch(monkeypatch)
+    assert run.main(configured(keys, tmp_path)) == 0
+    return outcome(tmp_path / "run"), wanted
+
+
+@pytest.mark.parametrize("keys", [KEYS, LORA], ids=["all parts", "LoRA"])
+def test_a_restart_is_bitwise_the_undisturbed_run(runs, keys, tmp_path, monkeypatch):
+    found, wanted = restarted(runs, keys, tmp_path, monkeypatch)
+    for name, value in wanted.items():
+        assert found[name] == value, name
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_without_a_part_it_is_not(runs, part, tmp_path, monkeypatch):
+    """The weights of SIM-CoT's decoder could be left out of a restart."""
+    keys, patch = PARTS[part]
+    found, wanted = restarted(runs, keys, tmp_path, monkeypatch, patch)
+    assert found != wanted
+
+
+def test_each_rank_gets_its_own_random_numbers(tmp_path):
+    (tmp_path / "trainer").mkdir()
+    checkpoint.save_progress(tmp_path, Progress(), world_size=2)
+    worlds = [World(rank=rank, size=2, local_rank=rank, device=torch.device("cpu")) for rank in range(2)]
+
+    def draw() -> list[float]:
+        return [random.random(), np.random.random(), torch.rand(1).item()]
+
+    drawn = []
+    for world in worlds:
+        run.seed_everything(0, world.rank)
+        checkpoint.save_random_state(tmp_path, world)
+        drawn.append(draw())
+    assert not set(drawn[0]) & set(drawn[1])
+    for world, wanted in zip(worlds, drawn, strict=True):
+        assert checkpoint.load_random_state(tmp_path, world)
+        assert draw() == wanted
