@@ -28,6 +28,12 @@ def test_a_table_follows_from_its_numbers(name, monkeypatch):
     assert tables.as_text(grid, results, command.partition(".yaml")[2]) == written
 
 
+def test_what_the_thoughts_hold_follows_from_its_numbers():
+    script = load_script(ROOT / "experiments" / "breadth_thoughts.py")
+    numbers = json.loads((ROOT / "results" / "breadth_thoughts.json").read_text())
+    assert script.as_text(numbers) == (ROOT / "results" / "breadth_thoughts.md").read_text()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_numbers_agree_with_each_other(name):
     for rows in json.loads((ROOT / "results" / f"{name}.json").read_text()).values():
