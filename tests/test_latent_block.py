@@ -145,12 +145,12 @@ def test_ranks_agree_and_a_restart_is_bitwise_the_same(place, keys):
         more = (f"name=block-{name}-{strategy}", f"strategy={strategy}", "batch_size_training=4")
         together(place / "run.yaml", *SHORT, *keys, *more)
         found = weights(place / "runs" / f"block-{name}-{strategy}" / "checkpoint_3")
-        assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 2e-6
+        assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-5
     sharded = main(
         place, *SHORT, *keys, f"name=block-{name}-kept", "batch_size_training=4", "gradient_checkpointing=true"
     )
     found = weights(sharded / "checkpoint_3")
-    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 2e-6
+    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-5
     main(place, *SHORT, *keys, f"name=block-{name}-parts", "batch_size_training=4", "num_epochs=2")
     parts = main(place, *SHORT, *keys, f"name=block-{name}-parts", "batch_size_training=4")
     assert all(torch.equal(value, wanted[name]) for name, value in weights(parts / "checkpoint_3").items())

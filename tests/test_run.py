@@ -338,13 +338,20 @@ def test_every_kind_of_thought_is_evaluated_as_it_was_trained(place, capsys, tho
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["qwen2", "llama"])
 def test_other_models_have_a_configuration(place, shape):
-    """The tiny twins of gsm_coconut_{qwen,llama}.yaml: their files, but for the model and the data."""
-    folder, file = place / f"{shape}_twin", "gsm_coconut_qwen" if shape == "qwen2" else "gsm_coconut_llama"
+    """The tiny twins of the rows coconut_{qwen,llama} of gsm.yaml, but for the model and the data."""
+    folder, row = place / f"{shape}_twin", "coconut_qwen" if shape == "qwen2" else "coconut_llama"
     tiny_model.write_model([place / "train.json"], folder, "char", shape, 32, 2, 2, 128, tied=True)
     here = [f"{key}={place / name}" for key, name in (("train_path", "train.json"), ("val_path", "valid.json"))]
     config = Config.from_file(
-        ROOT / "args" / f"{file}.yaml",
-        [*here, f"model_id={folder}", f"save_path={place / 'runs'}", "max_train_examples=16", "max_new_tokens=2"],
+        ROOT / "args" / "gsm.yaml",
+        [
+            f"row={row}",
+            *here,
+            f"model_id={folder}",
+            f"save_path={place / 'runs'}",
+            "max_train_examples=16",
+            "max_new_tokens=2",
+        ],
     )
     assert (config.method, config.lr, config.bf16, config.load_model_path) == ("coconut", 1e-5, True, None)
     assert config.strategy == ("auto" if shape == "qwen2" else "fsdp")
