@@ -64,9 +64,8 @@ class Method(methods.Method):
 
 import torch
 
-from coconut import CoconutOutput
+from coconut import Coconut, CoconutOutput
 from dataset import StageDataset
-from methods.parallel_latents import ParallelLatents
 
 
 def latent_labels(steps: Sequence[Sequence[int]], n_latents: int, c_thought: int) -> list[tuple[int, int]]:
@@ -114,8 +113,8 @@ class LabelledDataset(StageDataset):
         return batch
 
 
-class Lotus(ParallelLatents):
-    """Latents in parallel that have labels, in training; latent_labels: their loss's weight beside the answer's."""
+class Lotus(Coconut):
+    """Latents that have labels, in training; latent_labels: their loss's weight beside the answer's."""
 
     def __init__(self, *args, latent_labels: float = 0.05, **kwargs):
         super().__init__(*args, **kwargs)

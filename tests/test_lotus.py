@@ -44,6 +44,21 @@ def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, stage
     assert largest(model, output.loss + output.auxiliary / count, wanted) < 1e-9
 
 
+@pytest.mark.parametrize("thought", ["last", "layer:1"])
+def test_sequential_latents_can_be_labelled_too(family, thought):
+    """A thought made from layers was refused here as though its latents were made in parallel."""
+    keys = {"latent_passes": "sequential", "thought": thought}
+    config = Config(**KEYS | keys)
+    dataset, _ = make_dataset(config, [1, 5, 3, 2])
+    batch = dataset.collate([dataset[index, 3] for index in range(4)])
+    del batch["loss_counts"]
+    output = make_lotus(config, family)(**batch)
+    plainly = make_model(Config(thought=thought), tiny_base(family), MARKERS)
+    del batch["label_places"], batch["label_targets"]
+    assert output.loss == plainly(**batch).loss
+    assert output.auxiliary > 0
+
+
 def test_steps_beyond_the_last_stage_with_latents_stay_written():
     """With the method's defaults they were gone from the eighth epoch on."""
     config = Config(method="lotus")
