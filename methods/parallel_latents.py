@@ -36,7 +36,7 @@ class Method(methods.Method):
     latent_passes: str = key(
         "sequential",
         "sequential | T | stage: thoughts one after the other, or all at once: in T passes after that with the latent "
-        "token's embedding (PCCoT), or in as many passes as they stand for steps (LOTUS)",
+        "token's embedding (PCCoT), or in as many as there are groups of latents (LOTUS)",
         check=split_passes,
         later=True,
         shapes=True,
