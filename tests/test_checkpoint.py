@@ -293,7 +293,7 @@ class Command:
 
 
 def test_an_optimizers_metadata_runs_no_code(tiny, tmp_path, world):
-    """G18: torch unpickles whatever it finds there, and what entries of bytes point to."""
+    """Torch unpickles whatever it finds there, and what entries of bytes point to."""
     config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
     loaded, optimizer, folder = trained(config, world)
     file = folder / checkpoint.OPTIMIZER / ".metadata"
@@ -310,7 +310,7 @@ def test_an_optimizers_metadata_runs_no_code(tiny, tmp_path, world):
 
 
 def test_weights_that_never_got_a_gradient_do_not_stop_a_restart(tiny, tmp_path, world):
-    """F7: "Missing key in checkpoint state_dict: ... .step"."""
+    """ "Missing key in checkpoint state_dict: ... .step"."""
     config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
     loaded, optimizer, folder = trained(config, world)
     assert loaded.model.unused not in optimizer.state
@@ -323,7 +323,7 @@ def test_weights_that_never_got_a_gradient_do_not_stop_a_restart(tiny, tmp_path,
 
 
 def test_another_torchs_optimizer_takes_what_there_is(tiny, tmp_path, world):
-    """F8: one more key in AdamW's param_groups was a CheckpointException; one more average would have been."""
+    """One more key in AdamW's param_groups was a CheckpointException; one more average would have been."""
     config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
     loaded, optimizer, folder = trained(config, world)
     later = torch.optim.AdamW(loaded.model.parameters(), lr=5e-4, weight_decay=0.5, amsgrad=True)
@@ -337,7 +337,7 @@ def test_another_torchs_optimizer_takes_what_there_is(tiny, tmp_path, world):
 
 
 def test_what_another_rank_writes_late_is_in_the_manifest(tiny, tmp_path, world, monkeypatch):
-    """F12: what rank 0 did not see when it made the manifest was not in it, and its loss was noticed by nobody."""
+    """What rank 0 did not see when it made the manifest was not in it, and its loss was noticed by nobody."""
     config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
     *_, folder = trained(config, world)
     (folder / checkpoint.MANIFEST).unlink()
@@ -355,7 +355,7 @@ def test_what_another_rank_writes_late_is_in_the_manifest(tiny, tmp_path, world,
 
 
 def test_a_group_can_read_all_files_of_a_checkpoint(tiny, tmp_path, world):
-    """G17: safetensors gave its files mode 0600."""
+    """Safetensors gave its files mode 0600."""
     config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run", thought="projected", lora_rank=2)
     before = os.umask(0o027)
     try:
@@ -369,7 +369,7 @@ def test_a_group_can_read_all_files_of_a_checkpoint(tiny, tmp_path, world):
 
 
 def test_a_file_that_may_not_be_read_is_not_damaged(tiny, tmp_path, world, monkeypatch):
-    """G17: a colleague read that the checkpoint is damaged, and a run would have continued from an earlier one."""
+    """A colleague read that the checkpoint is damaged, and a run would have continued from an earlier one."""
     config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
     folder = save(config, world, load_model(config, None), 1)
     checkpoint.add_digests(folder)
@@ -405,7 +405,7 @@ def test_sizes_are_compared_until_there_are_digests(tiny, tmp_path, world):
 
 
 def test_the_newest_two_epochs_keep_the_optimizer(tiny, tmp_path, world):
-    """G19: 75 GB for 50 epochs of GPT-2."""
+    """75 GB for 50 epochs of GPT-2."""
     config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
     parts = load_model(config, None)
     folders = [save(config, world, parts, epoch) for epoch in (1, 2, 3, 4)]

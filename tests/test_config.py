@@ -123,7 +123,7 @@ def test_a_text_that_may_be_empty_is_given_as_shells_give_it(write):
 
 
 def test_paths_have_their_home_and_variables_replaced(write, tmp_path, monkeypatch):
-    """G15: a folder named ~ was made."""
+    """A folder named ~ was made."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
     (tmp_path / "scratch" / "model").mkdir(parents=True)
@@ -211,7 +211,7 @@ def test_what_is_wrong_is_said(write, text, complaint):
 
 
 def test_a_key_that_is_set_twice_is_a_mistake(write, tmp_path):
-    """F19: the last one won, and nobody was told."""
+    """The last one won, and nobody was told."""
     text = problem(write("lr: 1e-3\nseed: 1\nlr: 1e-4"))
     assert "run.yaml has the key 'lr' twice, in lines 3 and 5" in text
     assert "lr is set twice on the command line: 'lr=1' and 'lr=2'" in problem(write(""), "lr=1", "seed=1", "lr=2")
@@ -219,7 +219,7 @@ def test_a_key_that_is_set_twice_is_a_mistake(write, tmp_path):
 
 
 def test_a_key_is_a_plain_text_and_nowhere_twice(write):
-    """F19, in mappings that are merged; a key that is a list was a TypeError."""
+    """The same, in mappings that are merged; a key that is a list was a TypeError."""
     assert "has the key 'lr' twice, in lines 3 and 3" in problem(write("<<: {lr: 1e-3, lr: 1e-4}"))
     assert "the key in line 3 is no plain text" in problem(write("? [lr, seed]\n: 1"))
     assert "an alias stands for a part of itself" in problem(write("epochs_per_stage: &loop [*loop]"))
@@ -274,7 +274,7 @@ def test_numbers_in_lists_are_as_they_are_written(write):
 
 @pytest.mark.parametrize("name", ["0123", "1_000", "2026-01-31", "on", "no", "1e3", "0x1F", "1:30", "12", "~x"])
 def test_names_are_as_they_are_written(write, name):
-    """F19: YAML makes 83 of 0123."""
+    """YAML makes 83 of 0123."""
     assert Config.from_file(write(f"name: {name}\nproject: {name}")).name == name
     config = Config.from_file(write(""), [f"name={name}", "seed=010"])
     assert (config.name, config.seed) == (name, 10)
@@ -601,7 +601,7 @@ def test_what_an_eval_only_run_evaluates(write, tmp_path):
     ],
 )
 def test_the_hint_names_scripts(path):
-    """N6: it named a make target. N10: nothing said which run is first."""
+    """It named a make target. Nothing said which run is first."""
     hint = config_module._preparation_hint(path)
     script, *files = re.search(r"make it with: python ([^ )]+)(?: ([^ )]+yaml))?", hint).groups()
     assert all((ROOT / file).is_file() for file in (script, *filter(None, files)))
@@ -610,7 +610,7 @@ def test_the_hint_names_scripts(path):
 
 @pytest.mark.parametrize("arguments", [["--num_epochs=1"], ["--num-epochs", "1"], ["x=1", "-num_epochs=1"]])
 def test_a_key_with_dashes_gets_a_hint(write, monkeypatch, capsys, arguments):
-    """N12: only "unrecognized arguments"."""
+    """Only "unrecognized arguments"."""
     monkeypatch.setattr(sys, "argv", ["run.py", str(write("")), *arguments])
     with pytest.raises(SystemExit) as end:
         config_module.configure("", lambda *_: "")
@@ -623,7 +623,7 @@ def test_a_key_with_dashes_gets_a_hint(write, monkeypatch, capsys, arguments):
 
 
 def test_a_schedule_on_a_closed_or_full_output_ends_quietly_or_in_one_sentence(write):
-    """G21: tracebacks of BrokenPipeError and OSError."""
+    """Tracebacks of BrokenPipeError and OSError."""
     command = [sys.executable, str(ROOT / "run.py"), str(write("")), "--schedule"]
     reading, writing = os.pipe()
     os.close(reading)

@@ -183,7 +183,7 @@ def test_the_loss_of_a_step_does_not_depend_on_the_number_of_ranks(n_examples):
 
 
 def test_what_fails_in_a_batch_ends_the_loop_and_leaves_no_thread():
-    """F0: an exception in a loader process was waited for for ever."""
+    """An exception in a loader process was waited for for ever."""
     plan = EpochPlan(np.arange(11), Config(batch_size_training=4), 0, 1)
     found = []
     with pytest.raises(MemoryError, match="item 6"), batches_of(Recorded(fails_at=6), plan, [0, 0, 0]) as batches:
@@ -300,7 +300,7 @@ def test_steps_of_one_token_need_no_separator(data_file, tmp_path):
 
 
 def test_the_digest_does_not_depend_on_what_a_tokenizer_was_used_for(data_file, tmp_path):
-    """F6: a tokenizer.json with truncation or padding switched on gave another digest before its first use in a process
+    """A tokenizer.json with truncation or padding switched on gave another digest before its first use in a process
     than after it, and a restart was refused: "was trained on other data"."""
     tokenizer = character_tokenizer()
     plain = cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False)
@@ -317,7 +317,7 @@ def test_the_digest_does_not_depend_on_what_a_tokenizer_was_used_for(data_file, 
 
 
 def test_the_digest_of_tokens_is_that_of_their_ids(data_file, tmp_path):
-    """G5: a tokenizer that a later release loads, another flag or class, made a restart "trained on other data"."""
+    """A tokenizer that a later release loads, another flag or class, made a restart "trained on other data"."""
     first, later = character_tokenizer(), character_tokenizer()
     later.add_special_tokens({"additional_special_tokens": ["new"]})
     later.__class__ = type("LaterTokenizer", (type(later),), {})
@@ -381,7 +381,7 @@ def test_damaged_tokens_are_named(data_file, tmp_path, damage):
 
 @pytest.mark.parametrize("template", ["{0} $A", "{0} $A {0}"])
 def test_special_tokens_of_the_tokenizer_stand_before_the_question_only(template):
-    """G8: an EOS behind each text stood in front of the thoughts, in training and in evaluation."""
+    """An EOS behind each text stood in front of the thoughts, in training and in evaluation."""
     from tokenizers import processors
 
     tokenizer = character_tokenizer()

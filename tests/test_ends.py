@@ -65,7 +65,7 @@ def launch(script, *arguments, n_ranks: int = 0, **options) -> subprocess.Comple
 @pytest.mark.slow
 @pytest.mark.parametrize("n_ranks", [0, 2])
 def test_any_exception_ends_the_job_at_once(place, tmp_path, n_ranks):
-    """F0: the rank waited for ever for a process that made its batches, and held GPU and lock."""
+    """The rank waited for ever for a process that made its batches, and held GPU and lock."""
     name = f"memory-{n_ranks}"
     (tmp_path / "job.py").write_text(OUT_OF_MEMORY)
     overrides = (*SHORT, f"name={name}")
@@ -135,7 +135,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fails", "dies"])
 def test_a_rank_that_is_waited_for_and_fails_ends_the_others_at_once(place, tmp_path, how):
-    """F0: the others waited on, for half a minute, until torchrun killed them."""
+    """The others waited on, for half a minute, until torchrun killed them."""
     (tmp_path / "job.py").write_text(ONE_RANK)
     overrides = (*SHORT, f"name=waited-for-{how}", "batch_size_training=8")
     done = launch(tmp_path / "job.py", ROOT / "run.py", place / "run.yaml", *overrides, n_ranks=2, HOW=how)
@@ -145,7 +145,7 @@ def test_a_rank_that_is_waited_for_and_fails_ends_the_others_at_once(place, tmp_
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(place):
-    """F9: the progress bar's exception ended the training where the log was on the full disk."""
+    """The progress bar's exception ended the training where the log was on the full disk."""
     command = [sys.executable, ROOT / "run.py", place / "run.yaml", *SHORT, "name=no-log"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=full, timeout=100, check=False)
@@ -155,7 +155,7 @@ def test_a_log_that_cannot_be_written_ends_nothing(place):
 
 @pytest.mark.slow
 def test_ranks_wait_for_one_another_longer_than_collectives_do(tmp_path):
-    """F4: rank 0 tokenized for longer than the collectives' limit, and the job was dead."""
+    """Rank 0 tokenized for longer than the collectives' limit, and the job was dead."""
     (tmp_path / "job.py").write_text(SLOW)
     done = launch(tmp_path / "job.py", n_ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -201,7 +201,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.slow
 def test_ranks_wait_wherever_one_may_be_slower(place, tmp_path):
-    """F4: in the validation loss, at the end of a restart, and while rank 0 looks through the answers."""
+    """In the validation loss, at the end of a restart, and while rank 0 looks through the answers."""
     (tmp_path / "job.py").write_text(SLOW_RANK)
     overrides = [text for text in SHORT if not text.startswith("num_epochs")] + ["name=slow-rank"]
     for n_epochs in (1, 2):
@@ -241,7 +241,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     ids=["configuration", "files"],
 )
 def test_ranks_that_read_other_files_are_one_sentence(place, tmp_path, overrides, differing):
-    """G27: they trained on, each with its own learning rate or weights, or hung."""
+    """They trained on, each with its own learning rate or weights, or hung."""
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         for name in ("train", "valid"):
@@ -265,7 +265,7 @@ def test_ranks_that_read_other_files_are_one_sentence(place, tmp_path, overrides
 
 
 def test_a_folder_that_is_not_shared_is_one_sentence(tmp_path, monkeypatch):
-    """F11: a FileNotFoundError, or a whole epoch and then "cannot be written"."""
+    """A FileNotFoundError, or a whole epoch and then "cannot be written"."""
     written: list = []
     monkeypatch.setattr(ranks, "retried", lambda action: action())  # without waiting
     monkeypatch.setattr(ranks, "agree", lambda _: contextlib.nullcontext())
@@ -284,7 +284,7 @@ def test_a_folder_that_is_not_shared_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_what_another_node_writes_is_waited_for(tmp_path):
-    """F12: network file systems show a new folder seconds later."""
+    """Network file systems show a new folder seconds later."""
     begin = time.monotonic()
 
     def look() -> str:

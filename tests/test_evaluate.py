@@ -242,7 +242,7 @@ def test_the_summary_takes_what_was_written_last(tmp_path, capsys):
 
 @pytest.mark.parametrize("answer", ["so it is #### 7", "lower Case", "e\u0301", "a  b"])
 def test_answers_that_cannot_come_out_right_are_named(answer):
-    """F21: 0 % for a perfect model, after a whole training."""
+    """0 % for a perfect model, after a whole training."""
     examples = [{"question": "1+2", "steps": [], "answer": text} for text in ("3", "1,234", answer, "x#y")]
     tokenizer = tiny_model.make_tokenizer([json.dumps(examples, ensure_ascii=False), "### ", "\n"], "char")
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -260,7 +260,7 @@ def test_answers_that_cannot_come_out_right_are_named(answer):
 
 
 def test_steps_that_hide_the_answer_are_named():
-    """F21 again: with too few new tokens for the steps a perfect model had 0 %, and so with an EOS in them."""
+    """With too few new tokens for the steps a perfect model had 0 %, and so with an EOS in them."""
     examples = [
         {"question": "1+2", "steps": steps, "answer": "3"} for steps in (["1"], ["1+2", "2+1"], ["2#"], ["1", "<eos>"])
     ]
@@ -292,7 +292,7 @@ def test_steps_that_hide_the_answer_are_named():
     ],
 )
 def test_the_stage_of_what_says_nothing_of_one_is_the_last(keys, description, stage, warning):
-    """F20: a file of the reference was evaluated at stage 0, without a thought: 0.0 % and one quiet line."""
+    """A file of the reference was evaluated at stage 0, without a thought: 0.0 % and one quiet line."""
     keys = {"epochs_per_stage": 3, "max_latent_stage": 3, "num_epochs": 25} | keys
     found, warnings = stage_to_evaluate(Config(load_model_path="file", **keys), description)
     assert found == stage

@@ -136,7 +136,7 @@ def test_what_is_left_is_counted(place, tmp_path, capsys):
 
 
 def test_a_plan_has_hours_of_its_arithmetic_and_gpus_evaluations_and_disk(place, tmp_path, capsys, monkeypatch):
-    """N5, G19: float32 files were planned with the bfloat16 peak, --gpus changed nothing, evaluations cost nothing."""
+    """Float32 files were planned with the bfloat16 peak, --gpus changed nothing, evaluations cost nothing."""
     content = yaml.safe_load((place / "small.yaml").read_text()) | {"save_path": str(tmp_path / "runs")}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
@@ -170,7 +170,7 @@ def test_a_plan_has_hours_of_its_arithmetic_and_gpus_evaluations_and_disk(place,
 
 @pytest.mark.parametrize("option", ["--dry-run", "--report"])
 def test_a_full_output_is_one_sentence(place, tmp_path, capsys, monkeypatch, option):
-    """G21: OSError's traceback."""
+    """OSError's traceback."""
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         content = yaml.safe_load((place / "small.yaml").read_text())
@@ -254,7 +254,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_said_before_the_plan(place, tmp_
 
 
 def test_paths_of_a_grid_have_their_home_and_variables_replaced(place, tmp_path, monkeypatch):
-    """G15, of a grid's own paths."""
+    """The same, of a grid's own paths."""
     monkeypatch.setenv("HOME", str(tmp_path))
     content = yaml.safe_load((place / "small.yaml").read_text()) | {"save_path": "~/runs", "test_path": "$HOME/t.json"}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
@@ -632,7 +632,7 @@ def test_runs_at_once_share_what_gpus_there_are(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert grid.shares(2, 1) == [None, None]
     monkeypatch.setattr("os.cpu_count", lambda: 128)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {5})  # G20: under taskset or srun
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {5})  # under taskset or srun
     assert grid.shares(None, 1) == [None]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert grid.shares(2, 1) == [None, None]

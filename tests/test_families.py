@@ -300,7 +300,7 @@ NAMES = ("n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_leng
 
 @pytest.mark.parametrize("values", [*({name: 64} for name in NAMES), {"attn_config": {"max_seq_len": 64}}])
 def test_the_longest_sequence_has_many_names(values):
-    """G10: what was too long for MPT ended in a RuntimeError of sizes, in training or in generation."""
+    """What was too long for MPT ended in a RuntimeError of sizes, in training or in generation."""
     assert backbone._max_positions(PreTrainedConfig(**values)) == 64
     assert backbone._max_positions(PreTrainedConfig(**values, max_position_embeddings=32)) == 32
     assert backbone._max_positions(PreTrainedConfig(max_position_embeddings=-1)) is None  # as XLNet says it
@@ -341,7 +341,7 @@ def test_blocks_are_found_or_missed_with_a_sentence(monkeypatch):
     "family", ["qwen3_5", "falcon_h1", "kimi_linear", "zamba2", "longcat_flash", "dory", "hrm_text"]
 )
 def test_checkpointed_blocks_replay_whatever_a_layer_keeps(family):
-    """G14: dory's and hrm_text's blocks run several times in a pass, over other layers of the cache each time."""
+    """Dory's and hrm_text's blocks run several times in a pass, over other layers of the cache each time."""
     plain, model = (make_model(tiny_model(family)) for _ in range(2))
     wrap_blocks(model, Config(gradient_checkpointing=True))
     batch = collate_for_device(make_rows([2, 0, 3]), EOS, LATENT)
@@ -350,7 +350,7 @@ def test_checkpointed_blocks_replay_whatever_a_layer_keeps(family):
 
 
 def test_a_family_that_cannot_be_checkpointed_is_refused(monkeypatch):
-    """G14: a ValueError of the cache in the first step."""
+    """A ValueError of the cache in the first step."""
     model = make_model(tiny_model("llama"))
     check_family(model, gradient_checkpointing=True)
     assert not any("forward" in vars(block) for block in model.backbone.blocks)

@@ -134,7 +134,7 @@ def test_a_signal_during_validation_ends_the_run_after_it(place, here):
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_in_validation_validates_again(place, here):
-    """F5: without save_every_steps the whole epoch was lost."""
+    """Without save_every_steps the whole epoch was lost."""
     run, arguments = place / "runs" / "again", (*LONG, "name=again", "num_epochs=1")
     process = begin(place, *arguments, *SLOW_VALIDATION)
     wait_for(lambda: (run / "checkpoint_0_step_9").exists())
@@ -169,7 +169,7 @@ print(signal.getsignal(number) is signal.default_int_handler)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_signals_stop_a_run_unless_its_user_has_them_ignored(number):
-    """G1: a closed terminal and the first Ctrl-C lost the epoch. nohup and background jobs ignore theirs."""
+    """A closed terminal and the first Ctrl-C lost the epoch. nohup and background jobs ignore theirs."""
     command = [sys.executable, "-c", STOPPED, str(int(number))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.split() == [str(number == signal.SIGTERM), "True", "True"], done.stderr
@@ -177,7 +177,7 @@ def test_signals_stop_a_run_unless_its_user_has_them_ignored(number):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_an_interrupted_run_is_saved_inside_its_epoch(place, monkeypatch, number):
-    """G1; and G7: train_loss was the sum of the means of steps of several sizes, over the number of the last ones."""
+    """And train_loss was the sum of the means of steps of several sizes, over the number of the last ones."""
     original, name = run_module.train_step, f"interrupted-{number.name}"
 
     def interrupted(run, *others):
@@ -199,7 +199,7 @@ def test_an_interrupted_run_is_saved_inside_its_epoch(place, monkeypatch, number
 
 
 def test_a_debugger_gets_the_exception(tmp_path):
-    """G23: the process had exited before there could be a post mortem."""
+    """The process had exited before there could be a post mortem."""
     (tmp_path / "program.py").write_text("from trainer import distributed\ndistributed.run_main(lambda: 1 / 0)\n")
     for debugger in ([], ["-m", "pdb", "-c", "continue"]):
         done = subprocess.run(
@@ -265,7 +265,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(place, here, before, after):
 
 @pytest.mark.slow
 def test_the_mean_loss_of_an_epoch_that_ends_on_fewer_ranks(place, here):
-    """G7: 2.36 where the steps averaged 3.00; a step of two ranks has twice the examples of one of one rank."""
+    """2.36 where the steps averaged 3.00; a step of two ranks has twice the examples of one of one rank."""
     run = place / "runs" / "fewer"
     arguments = ("name=fewer", "max_train_examples=144", "num_epochs=1", "log_every_steps=1", "save_every_steps=3")
     process = begin(place, *arguments, *SLOW_VALIDATION, ranks=2)
@@ -453,7 +453,7 @@ FULL_DISKS = {  # what is on a full disk -> overrides, what stands there before
 
 @pytest.mark.parametrize("file", FULL_DISKS)
 def test_a_full_disk_is_one_sentence(place, trained_once, capsys, file):
-    """F9: OSError tracebacks; an hour's evaluation printed nothing."""
+    """OSError tracebacks; an hour's evaluation printed nothing."""
     name = "full-" + file.replace("/", "-")
     target = place / "runs" / name / file
     target.parent.mkdir(parents=True)
@@ -480,7 +480,7 @@ def test_a_full_disk_under_the_token_cache(place, capsys, monkeypatch, tmp_path)
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_sentence_of_one_rank(place):
-    """F9: seven tracebacks on two ranks."""
+    """Seven tracebacks on two ranks."""
     folder = place / "runs" / "full-ranks"
     folder.mkdir()
     (folder / "metrics.jsonl").symlink_to("/dev/full")
@@ -491,7 +491,7 @@ def test_a_full_disk_is_one_sentence_of_one_rank(place):
 
 
 def test_a_run_names_the_size_of_its_checkpoints_and_warns_of_a_smaller_disk(place, here, monkeypatch):
-    """G19: 75 GB, unannounced."""
+    """75 GB, unannounced."""
     arguments = (str(place / "run.yaml"), "name=disk", "num_epochs=1", "max_train_examples=8", "max_new_tokens=2")
     printed = here(*arguments, "tf32=true").stderr
     assert torch.get_float32_matmul_precision() == "high"
@@ -515,7 +515,7 @@ def trained_once(place) -> Path:
 
 
 def test_a_checkpoint_does_not_need_the_model_that_it_began_with(place, tmp_path):
-    """F10: restart and evaluation were refused, although the checkpoint has everything."""
+    """Restart and evaluation were refused, although the checkpoint has everything."""
     shutil.copytree(place / "model", tmp_path / "model")
     arguments = [f"model_id={tmp_path / 'model'}", "max_train_examples=32", "max_new_tokens=2", "name=moved"]
 
@@ -536,7 +536,7 @@ def test_a_checkpoint_does_not_need_the_model_that_it_began_with(place, tmp_path
 
 
 def test_sharded_or_not_a_checkpoint_has_the_same_files(place, tmp_path):
-    """F16: under FSDP the model's stop tokens and sampling settings were gone."""
+    """Under FSDP the model's stop tokens and sampling settings were gone."""
     shutil.copytree(place / "model", tmp_path / "model")
     settings = {"eos_token_id": [0, 5], "top_k": 7, "do_sample": True}
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
@@ -555,7 +555,7 @@ def test_sharded_or_not_a_checkpoint_has_the_same_files(place, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_settings_that_contradict_each_other_are_kept(place, tmp_path, strategy):
-    """F17: transformers refuses to save them once a stop token has been added, and an epoch of training was lost."""
+    """Transformers refuses to save them once a stop token has been added, and an epoch of training was lost."""
     shutil.copytree(place / "model", tmp_path / "model")
     settings = {"eos_token_id": 5, "temperature": 0.6, "top_p": 0.9}  # without do_sample, as in many published models
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
@@ -613,7 +613,7 @@ def test_a_changed_weight_decay_counts(place, two_epochs):
 
 
 def test_another_release_of_the_tokenizer_is_the_same_data(place, two_epochs, here, monkeypatch):
-    """G5: "was trained on other data", because a flag or the class's name had changed."""
+    """ "was trained on other data", because a flag or the class's name had changed."""
     _, arguments = two_epochs
     monkeypatch.setattr("preprocessing.tokens._what_decides_ids", lambda _: "written to disk otherwise")
     done = here(place / "run.yaml", *arguments)
@@ -630,7 +630,7 @@ def test_a_moved_data_file_is_the_same_data(place, two_epochs, here):
 
 
 def test_evaluations_under_one_name_are_kept_apart(place, two_epochs, here):
-    """G11: the second replaced the first's results without a word, and their files were mixed."""
+    """The second replaced the first's results without a word, and their files were mixed."""
     run, (save_path, *_) = two_epochs
 
     def evaluate(*more: str) -> Path:
@@ -668,7 +668,7 @@ sys.stdin.read()
 
 
 def test_an_evaluation_holds_the_lock(place, two_epochs, here):
-    """G11: two evaluations at once."""
+    """Two evaluations at once."""
     run, (save_path, *_) = two_epochs
     (run.parent / "held").mkdir()
     holder = subprocess.Popen(

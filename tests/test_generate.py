@@ -204,7 +204,7 @@ def test_a_file_may_begin_with_a_byte_order_mark(folders, tmp_path, capsys):
 
 
 def test_sampling_is_from_the_models_own_distribution(folders, tmp_path, capsys):
-    """F18: a checkpoint's top_k of 1 gave one text for every seed."""
+    """A checkpoint's top_k of 1 gave one text for every seed."""
     shutil.copytree(folders["coconut"], tmp_path / "picky")
     settings = {"top_k": 1, "repetition_penalty": 50.0, "min_p": 0.9, "do_sample": True}
     (tmp_path / "picky" / "generation_config.json").write_text(json.dumps(settings))
@@ -220,7 +220,7 @@ def test_sampling_is_from_the_models_own_distribution(folders, tmp_path, capsys)
 
 
 def test_sampling_leaves_no_word_out():
-    """F18: without a top_k of the checkpoint's, Hugging Face takes the likeliest 50."""
+    """Without a top_k of the checkpoint's, Hugging Face takes the likeliest 50."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=1, n_positions=600))
     with torch.no_grad():

@@ -274,7 +274,7 @@ def test_flops_are_those_that_torch_counts(family):
     ],
 )
 def test_the_peak_is_that_of_the_arithmetic(card, keys, peak):
-    """N5: mfu of float32 was the share of the bfloat16 peak."""
+    """The mfu of float32 was the share of the bfloat16 peak."""
     assert peak_flops(card, Config(**keys).arithmetic) == peak
 
 
@@ -291,7 +291,7 @@ def three_ranks(monkeypatch) -> list[World]:
 
 
 def test_one_rank_of_a_node_asks_the_hub(three_ranks):
-    """F32: every rank did: 14 requests for two ranks, 7 for one."""
+    """Every rank did: 14 requests for two ranks, 7 for one."""
     for world, expected in zip(three_ranks, ([False], [True], [False]), strict=True):
         asked: list[bool] = []
         assert parallel.in_turn(world, lambda cached, asked=asked: asked.append(cached) or "loaded") == "loaded"

@@ -59,7 +59,7 @@ def test_new_rows_start_as_brackets_or_as_the_mean(tmp_path, shape, tied, has_br
 
 @pytest.mark.parametrize(("hole", "fits"), [(1, False), (3, False), (50, True)])
 def test_markers_take_no_other_tokens_ids(tmp_path, hole, fits):
-    """G9: new ids follow the number of tokens: of ids 0 to 9 and 15 to 20 the markers got '3', '4' and '<<', and then
+    """New ids follow the number of tokens: of ids 0 to 9 and 15 to 20 the markers got '3', '4' and '<<', and then
     the data were said to hold them."""
     folder = Path(write_tiny(tmp_path / "tiny"))
     state = json.loads((folder / "tokenizer.json").read_text())
@@ -239,7 +239,7 @@ def test_from_scratch_takes_the_shape_only(tiny):
 
 @pytest.mark.parametrize(("known", "stops"), [(None, 0), (0, 0), (5, [0, 5]), ([5, 6], [0, 5, 6]), ([5, 0], [5, 0])])
 def test_the_trained_eos_is_among_the_stop_tokens(tiny, known, stops):
-    """F17: Hugging Face's `generate` went on past the EOS that had been trained, which is the tokenizer's."""
+    """Hugging Face's `generate` went on past the EOS that had been trained, which is the tokenizer's."""
     file = Path(tiny) / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": known}))
     loaded = load_model(coconut_config(tiny), None)
@@ -248,7 +248,7 @@ def test_the_trained_eos_is_among_the_stop_tokens(tiny, known, stops):
 
 
 def test_the_hubs_answer_is_in_the_sentence(monkeypatch):
-    """F32: too many requests read as "couldn't connect"."""
+    """Too many requests read as "couldn't connect"."""
 
     class Response:
         status_code = 429

@@ -39,7 +39,7 @@ def test_a_problem_of_rank_zero_reaches_every_rank():
     ],
 )
 def test_a_promised_gpu_that_torch_does_not_find_is_an_error(monkeypatch, environment, devices, promise):
-    """G2: the run went on, on the CPU, without a word."""
+    """The run went on, on the CPU, without a word."""
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -69,7 +69,7 @@ def test_a_promised_gpu_that_torch_does_not_find_is_an_error(monkeypatch, enviro
     ],
 )
 def test_affinity_and_quota_count_and_not_the_hosts_cores(tmp_path, monkeypatch, own, files, cores):
-    """G20: a grid in a container started as many runs as the host has cores."""
+    """A grid in a container started as many runs as the host has cores."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
     (tmp_path / "own").write_text(own)

@@ -75,7 +75,7 @@ def leaves() -> None:
 @pytest.mark.parametrize("call", ["init", "log", "finish"])
 @pytest.mark.parametrize("how", [broken, silent, leaves])
 def test_a_tracker_that_fails_is_one_warning(place, use, capsys, monkeypatch, call, how):
-    """F1: wandb's helper process was killed, and ConnectionResetError ended the run before it was saved; F3: finish
+    """Wandb's helper process was killed, and ConnectionResetError ended the run before it was saved; finish
     hung, and nothing but SIGKILL helped."""
     monkeypatch.setattr(tracker, "TIMEOUTS", dict.fromkeys(tracker.TIMEOUTS, 0.3))
     module = use(Wandb({call: how}))
@@ -87,14 +87,14 @@ def test_a_tracker_that_fails_is_one_warning(place, use, capsys, monkeypatch, ca
 
 
 def test_a_missing_tracker_is_a_warning(place, use, capsys):
-    """F13: a traceback before the first step."""
+    """A traceback before the first step."""
     use(None)  # what makes `import wandb` fail
     assert len(epochs(main(place, *SHORT, "name=tracker-missing"))) == 1
     assert "warning: wandb failed (start: ModuleNotFoundError" in capsys.readouterr().err
 
 
 def test_a_file_in_the_trackers_place_ends_nothing(place, monkeypatch):
-    """F13, with wandb itself."""
+    """With wandb itself."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = place / "runs" / "tracker-file"
     folder.mkdir(parents=True)
@@ -103,7 +103,7 @@ def test_a_file_in_the_trackers_place_ends_nothing(place, monkeypatch):
 
 
 def test_the_table_comes_before_the_tracker_and_one_signal_is_enough(place, use, capsys):
-    """F3: with `finish` hanging, SIGTERM did nothing, a second gave 143, and there was no table."""
+    """With `finish` hanging, SIGTERM did nothing, a second gave 143, and there was no table."""
 
     def hang() -> None:
         shown.append(capsys.readouterr().out)
@@ -120,7 +120,7 @@ def test_the_table_comes_before_the_tracker_and_one_signal_is_enough(place, use,
 
 
 def test_the_tracker_learns_the_exit_code(place, use, monkeypatch):
-    """F22: runs that failed or were stopped were 'finished', with 0."""
+    """Runs that failed or were stopped were 'finished', with 0."""
 
     def ended(name: str) -> list:
         module = use(Wandb())
@@ -182,7 +182,7 @@ def test_an_interrupted_run_has_its_exit_code_too(use, tmp_path):
 
 
 def test_what_fails_before_the_first_step_leaves_no_log_open(place, use, monkeypatch):
-    """F22: such a run was 'finished' with 0, by wandb's own exit handler."""
+    """Such a run was 'finished' with 0, by wandb's own exit handler."""
     module = use(Wandb())
     monkeypatch.setattr("trainer.evaluate.warn_unscorable_answers", lambda *_: broken())
     with pytest.raises(ConnectionResetError):
@@ -234,7 +234,7 @@ def test_wandb_is_offline_where_nobody_is_logged_in(monkeypatch, tmp_path, reaso
 
 
 def test_wandb_reads_its_own_credentials(monkeypatch, tmp_path, reason):
-    """G4: logged in, and offline without a word."""
+    """Logged in, and offline without a word."""
     netrc = tmp_path / ".netrc"
     netrc.write_text(f"machine api.wandb.ai login user password {KEY}\n")
     netrc.chmod(0o644)
@@ -252,7 +252,7 @@ def test_wandb_reads_its_own_credentials(monkeypatch, tmp_path, reason):
 
 @pytest.mark.parametrize("offline", ["nobody is logged in", None])
 def test_a_run_that_cannot_log_online_warns_once(tmp_path, use, monkeypatch, capsys, offline):
-    """G4: no curve, found a week later."""
+    """No curve, found a week later."""
     module = use(Wandb())
     monkeypatch.setattr(tracker, "why_offline", lambda: offline)
     monkeypatch.setenv("WANDB_MODE", "")  # as good as not set

@@ -32,7 +32,7 @@ except utils.UserError as error:
 
 
 def test_results_that_nobody_reads_end_nothing():
-    """G21: BrokenPipeError, or a traceback of the full disk, and exit code 1."""
+    """BrokenPipeError, or a traceback of the full disk, and exit code 1."""
     read = program(PRINTS, "{} | head -c 8")
     assert (read.returncode, read.stdout, read.stderr) == (0, "result 0", "")
     full = program(PRINTS, "{} > /dev/full")
@@ -71,7 +71,7 @@ def test_a_link_is_written_through(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES, errno.EIO])
 def test_file_systems_that_do_not_sync_folders(tmp_path, monkeypatch, number):
-    """G6: on virtiofs, CIFS and WSL the first save ended the run, after an epoch. A broken disk still does."""
+    """On virtiofs, CIFS and WSL the first save ended the run, after an epoch. A broken disk still does."""
     sync, refused = os.fsync, []
 
     def refuse(handle: int, kind=stat.S_ISDIR) -> None:
