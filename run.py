@@ -81,7 +81,7 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
         ranks.barrier(world)  # all ranks: some may have read for longer
         while (epoch := run.progress.epoch) < config.num_epochs:
             stage = train_epoch(run, epoch)
-            # also without a signal: one may come in the validation, and the kill before its end
+            # a kill during the validation must not cost the epoch
             save_checkpoint(run, stage)
             if stop.requested(wait=True):  # all ranks
                 announce_stop(run)
