@@ -6,7 +6,7 @@
 Sides, each forward + backward + AdamW:
     baseline     one pass over the sequence, latents taken as ordinary tokens, LM head on supervised positions
     coconut      this project's step
-    in parallel  the same with all latents at once, in --latent-passes passes after the first (methods/parallel_latents.py)
+    in parallel  the same with all latents at once, in --latent-passes passes after the first
     all logits   as baseline, with the LM head on every position, as an ordinary fine-tuning script has it
     no cache     the plain definition, which recomputes everything for each thought (only by --sides)
 """
