@@ -710,6 +710,11 @@ CONTENTS = {
     "data/machine/layers_4/config.json": "dab4c47e59618506",
     "data/machine/layers_8/config.json": "a4912330258c1a33",
     "data/machine/untied/config.json": "d48f53cd392e22e3",
+    "data/breadth/path_train.json": "cd4f3f7b13794f10",
+    "data/breadth/path_test.json": "6cf36ac5eb1403d9",
+    "data/breadth/answer_train.json": "a4618ff53fdc46ce",
+    "data/breadth/frontier_train.json": "4be79a538d94b64c",
+    "data/breadth/model/config.json": "0a8f83abcd87b064",
     "data/mirrored2/chains_train.json": "4e2d807a988b1365",
     "data/mirrored2/mirror_train.json": "f32e5fee5b608363",
     "data/mirrored2/mirror_test.json": "87b4d1bea2090477",
@@ -722,7 +727,10 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize(
-    "name", sorted(path.stem for path in (ROOT / "results").glob("*.json") if path.stem != "thoughts_costs")
+    "name",
+    sorted(
+        path.stem for path in (ROOT / "results").glob("*.json") if (ROOT / f"experiments/{path.stem}.yaml").exists()
+    ),
 )
 def test_every_recorded_result_counts_as_done(name, monkeypatch):
     """Renaming a key or a method, or moving a file of args/, would have them run again."""
