@@ -8,6 +8,14 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 # them over from sbatch by itself: all ranks of a node would share one core.
 on_nodes() { srun ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} "$@"; }
 
+# interface_to HOST: the network interface by which this node reaches another. Gloo listens where the node's own name
+# leads to: where that is 127.0.0.1, as in many /etc/hosts, no other node can connect.
+interface_to() {
+    local address
+    address=$(getent ahostsv4 "$1" | awk 'NR == 1 { print $1 }')
+    [[ -z $address ]] || ip -o route get "$address" | sed -n 's/.* dev \([^ ]*\).*/\1/p'
+}
+
 # run_steps COMMAND...: runs a training step; requeues the job where a signal has stopped the training before its end.
 run_steps() {
     export INTERRUPTED_FILE=$PWD/.interrupted-$SLURM_JOB_ID # run.py creates it

@@ -6,7 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-export OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=cable TOKENIZERS_PARALLELISM=false WANDB_MODE=disabled
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=disabled
+source slurm/common.sh
 
 [[ $(id -u) == 0 ]] || { echo "error: network namespaces need root" >&2; exit 2; }
 command -v ip >/dev/null || { echo "error: ip (iproute2) is not installed" >&2; exit 2; }
@@ -52,6 +53,11 @@ PY
 host() {
     local space=$first leads=true # a host cannot see from an address of 10.77.0.0/24 that it is its own
     if [[ $1 == 2 ]]; then space=$second leads=false; fi
+    # as slurm/launch.sh has it: this machine's name leads both hosts to 127.0.0.1, or nowhere
+    local interface
+    interface=$(export -f interface_to && ip netns exec "$space" bash -c "interface_to 10.77.0.$((3 - $1))")
+    [[ $interface == cable ]] || { echo "error: host $1 has chosen '$interface'" >&2; exit 1; }
+    GLOO_SOCKET_IFNAME=$interface \
     ip netns exec "$space" "$PYTHON" -m torch.distributed.run --nnodes 2 --nproc_per_node 1 \
         --rdzv_backend c10d --rdzv_endpoint 10.77.0.1:29400 --rdzv_id "$2" --local_addr "10.77.0.$1" --rdzv_conf is_host=$leads \
         run.py "$place/job.yaml" "name=$2" >"$3" 2>&1
