@@ -13,7 +13,7 @@ help:
 	@echo "make thoughts     every kind of thought on state tracking, three seeds: two to three hours of one core, resumable"
 	@echo "make table1       all rows of Table 1 in miniature, 3 to 5 seeds each: about two hours of one core, resumable"
 	@echo "make analysis     what thoughts hold and whether they are used, on state tracking and mirrored ProsQA: pages"
-	@echo "make test         all tests, in two processes, a few minutes (one file: .venv/bin/python -m pytest FILE)"
+	@echo "make test         all tests, in two processes, about 8 minutes (one file: .venv/bin/python -m pytest FILE)"
 	@echo "make test-fast    the quick ones of every module, for while you are writing: about a minute"
 	@echo "make test-real    a pretrained model on real GSM8K rows, a few minutes"
 	@echo "make test-families  every family of models that transformers knows, a minute"
