@@ -163,11 +163,13 @@ def test_a_head_module_that_does_more_is_run():
 )
 def test_what_is_wrong_is_noticed(breaks, sentence, full_size, monkeypatch):
     base = tiny_model("llama", torch.float32)
-    append, mask = kv_cache.Buffer.append, backbone.causal_mask
+    update, mask = kv_cache.GrowingLayer.update, backbone.causal_mask
     if breaks == "gradients":
-        monkeypatch.setattr(kv_cache.Buffer, "append", lambda self, states: append(self, states.detach()))
+        cut = lambda self, keys, values, *_, **__: update(self, keys.detach(), values.detach())  # noqa: E731
+        monkeypatch.setattr(kv_cache.GrowingLayer, "update", cut)
     elif breaks == "states":
-        monkeypatch.setattr(kv_cache.Buffer, "append", lambda self, states: append(self, 0.9 * states))
+        shrunk = lambda self, keys, values, *_, **__: update(self, 0.9 * keys, 0.9 * values)  # noqa: E731
+        monkeypatch.setattr(kv_cache.GrowingLayer, "update", shrunk)
     elif breaks == "padding":
         monkeypatch.setattr(backbone, "causal_mask", lambda seen, *rest: mask(torch.ones_like(seen), *rest))
     else:
