@@ -1,8 +1,8 @@
 """Gradients of weights from one-column passes, made once a backward pass.
 
-A latent pass has few rows, and its gradient of a weight is as large as the weight. Autograd writes it and adds it to that
-of the other passes, once a pass. Here the linear layers keep their inputs and the gradients of their outputs, and each
-weight's gradient from all one-column passes is one product of these.
+A latent pass has few rows, and its gradient of a weight is as large as the weight: autograd writes one in each pass and
+adds it to the others. Here the linear layers keep their inputs and the gradients of their outputs, and each weight's
+gradient from all one-column passes is one product of these.
 
 Legend: B rows, D inputs and F outputs of a linear layer.
 """
