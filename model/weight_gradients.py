@@ -28,7 +28,8 @@ def defer_weight_gradients(decoder: nn.Module, blocks: Iterable[nn.Module]) -> N
     passes = _Passes(layers)
     for layer in layers:
         layer.forward = partial(passes.linear, layer, layer.forward)
-    decoder.forward = partial(passes.run, decoder.forward)
+    if layers:
+        decoder.forward = partial(passes.run, decoder.forward)
 
 
 class _Passes:
