@@ -218,7 +218,10 @@ def _leaves_factors(
     if not (query.requires_grad and hasattr(key, "memory") and key.shape == value.shape):
         return False
     rows = query.shape[1] // key.shape[1] * query.shape[-2]
-    is_plain = query.shape[-2] == 1 if attention_mask is None else attention_mask.shape[1] == 1
+    if attention_mask is None:
+        is_plain = query.shape[-2] == 1
+    else:  # no learned bias
+        is_plain = attention_mask.shape[1] == 1 and not attention_mask.requires_grad
     return is_plain and query.shape[-2] < key.shape[-2] and rows <= key.shape[-1]
 
 

@@ -66,7 +66,9 @@ def test_what_a_latent_pass_launches():
 
 @pytest.mark.slow
 def test_all_pieces_run_with_tiny_sizes(tmp_path, capsys):
-    assert gpu.main(["--out", str(tmp_path), "--tiny"]) == 0
+    """But for compiled steps, which take minutes to compile."""
+    names = [piece.name for piece in gpu.make_pieces(tmp_path, True) if "compiled" not in piece.name]
+    assert gpu.main(["--out", str(tmp_path), "--tiny", "--budget", "3600", "--only", *names]) == 0
     failed = [line for line in capsys.readouterr().out.splitlines() if not line.endswith(": done")]
     assert not failed, [*failed, *(file.read_text()[-2000:] for file in tmp_path.glob("*.part"))]
     assert "50 epochs:" in (tmp_path / "train.txt").read_text()

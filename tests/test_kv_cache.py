@@ -104,6 +104,25 @@ def test_what_attends_twice_to_the_same_states_leaves_both_factors():
         assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-13)
 
 
+def test_dropout_of_weights_is_that_of_torch():
+    module, states, (query,) = torch.nn.Module(), passes(6, 1), passes(1)
+
+    def dropped() -> torch.Tensor:
+        layer = GrowingLayer(7)
+        layer.update(states[0], states[0])
+        torch.manual_seed(0)
+        return attend(module, query, *layer.update(states[1], states[1]), None, dropout=0.5)[0]
+
+    def plain() -> torch.Tensor:
+        whole = torch.cat(states, dim=-2)
+        torch.manual_seed(0)
+        weights = torch.native_dropout((query @ whole.mT * query.shape[-1] ** -0.5).softmax(-1), 0.5, True)[0]
+        return (weights @ whole).transpose(1, 2)
+
+    found, wanted = (torch.autograd.grad(total().square().sum(), [query, *states]) for total in (dropped, plain))
+    assert all(torch.allclose(one, other, rtol=1e-10, atol=1e-13) for one, other in zip(found, wanted, strict=True))
+
+
 def test_a_long_pass_is_left_to_torch(monkeypatch):
     """Its factors would be larger than the gradient."""
     monkeypatch.setattr(kv_cache, "_attend_in_factors", lambda *_: pytest.fail("factors of many rows"))
