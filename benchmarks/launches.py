@@ -222,7 +222,7 @@ def main(arguments: list[str]) -> int:
     print(f"milliseconds on one {options.card}, {options.size}, batch {options.batch}, {options.arithmetic}:")
     header = ["shape", "side", "stage", "wide passes", "latent passes", "optimizer", "step", "measured", "utilisation"]
     print_table(header, times)
-    write_json(options, where, results)
+    write_json(options, where, results, hidden=("measured",))
     return 0
 
 
