@@ -215,7 +215,8 @@ def _leaves_factors(
 ) -> bool:
     """Whether this is a later pass in training, of the form that `_Attend` can do, and of so few rows that the factors
     take less room than the gradient."""
-    if not (query.requires_grad and hasattr(key, "memory") and key.shape == value.shape):
+    are_kept = hasattr(key, "memory") and hasattr(value, "memory")
+    if not (query.requires_grad and are_kept and key.shape == value.shape):
         return False
     rows = query.shape[1] // key.shape[1] * query.shape[-2]
     if attention_mask is None:
