@@ -45,8 +45,8 @@ class _Passes:
         cache, embeds = keys.get("cache", keys.get("past_key_values")), keys.get("inputs_embeds")
         if cache is None or embeds is None or not torch.is_grad_enabled():
             return forward(*args, **keys)
+        self.has_one_column = embeds.shape[1] == 1 and hasattr(cache, "weights")  # the first pass is left to autograd
         self.weights = vars(cache).setdefault("weights", _Weights())
-        self.has_one_column = embeds.shape[1] == 1 and cache.get_seq_length() > 0
         if self.has_one_column:
             keys["inputs_embeds"] = _Begin.apply(embeds, self.weights.link(self.layers))
         try:
@@ -56,7 +56,8 @@ class _Passes:
 
     def linear(self, layer: nn.Module, forward: Callable, inputs: torch.Tensor) -> torch.Tensor:
         """A layer's forward."""
-        if self.weights is None or not (inputs.requires_grad and layer.weight.requires_grad):
+        has_gradient = torch.is_grad_enabled() and inputs.requires_grad and layer.weight.requires_grad
+        if self.weights is None or not has_gradient:
             return forward(inputs)
         weight, bias = self.weights.of(layer, inputs.device.type)
         if not self.has_one_column:

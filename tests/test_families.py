@@ -111,6 +111,8 @@ def check_one(family: str) -> None:
         n_latents = [2, 0, 3]
     check_training(model, n_latents, tolerance)
     check_generation(model, n_latents)
+    wrap_blocks(model, Config())  # gradients of weights once a step
+    check_training(model, n_latents, tolerance)
 
 
 @pytest.mark.parametrize("family", QUICK)
