@@ -28,19 +28,12 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SLOW = {
-    "torch",
-    "transformers",
-    "coconut",
-    "dataset",
-    "model",
-    "trainer",
-}  # the first import of one ends the upper part
+SLOW = {"torch", "transformers", "coconut", "dataset", "model", "trainer"}  # the import of one ends the upper part
 LARGEST_FACTOR = 1e30  # of what a gradient is multiplied with: it has to stay a float32
 
 
@@ -85,7 +78,7 @@ class Method:
     defaults: typing.ClassVar[dict] = {}  # of any keys, where it is chosen by its name
 
     @staticmethod
-    def problems(config) -> list[str]:
+    def problems(config) -> Iterable[str]:
         """What is impossible about a config.Config, a sentence each; called whatever the method, for a key of this one
         may be set under another."""
         return []

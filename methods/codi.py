@@ -16,7 +16,7 @@ Legend: B rows, T columns of a batch, D hidden size, L decoder blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import methods
 from methods import LARGEST_FACTOR, Texts, key
@@ -39,17 +39,14 @@ class Method(methods.Method):
     )
 
     @staticmethod
-    def problems(config) -> list[str]:
-        found = []
+    def problems(config) -> Iterator[str]:
+        method = f"method {config.method}"
         if config.rules.has_stages:
-            return found
+            return
         if config.uniform_prob or config.advance_at is not None:
-            always = f"method {config.method} has always the thoughts of the last one"
-            found.append(f"uniform_prob and advance_at are of stages, and {always}")
+            yield f"uniform_prob and advance_at are of stages, and {method} has always the thoughts of the last one"
         if not config.c_thought * config.max_latent_stage * config.pad_latent_to_max:
-            what = f"method {config.method} thinks max_latent_stage x c_thought thoughts"
-            found.append(f"{what}: it needs both, and pad_latent_to_max")
-        return found
+            yield f"{method} thinks max_latent_stage x c_thought thoughts: it needs both, and pad_latent_to_max"
 
     @staticmethod
     def texts(config) -> Texts:
