@@ -19,8 +19,6 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,7 +39,7 @@ from methods import modern, rules_of
 from model import lora
 from model.thought import Thought
 from trainer.check_family import check_family
-from trainer.files import reading
+from trainer.files import check_names, check_weights, read_weights, reading, reason_of
 from utils import UserError, read_object
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # each kind of tokenizer has at least one of them
@@ -114,7 +112,7 @@ def load_model(config: Config, source: Path | None, cached: bool = False) -> Pre
             options = {"dtype": dtype, "output_loading_info": True}
             options |= hub_options(config, folder or config.model_id, cached)
             base, report = AutoModelForCausalLM.from_pretrained(folder or config.model_id, **options)
-            _check_names(folder or config.model_id, report["missing_keys"], report["unexpected_keys"] if folder else ())
+            check_names(folder or config.model_id, report["missing_keys"], report["unexpected_keys"] if folder else ())
     except UserError:
         raise
     except Exception as error:  # of the hub, a damaged file or a family that needs another package
@@ -159,21 +157,10 @@ def _stop_at(base: PreTrainedModel, eos: int) -> None:
 def _load_thought(thought: Thought, spelling: str, folder: Path) -> None:
     """Loads the thought's weights from a checkpoint; from other folders it keeps its initial ones."""
     path, own = folder / THOUGHT_FILE, thought.state_dict()
-    if not path.is_file():
-        if own and (read_description(folder) or {}).get("thought") == spelling:
-            raise UserError(f"{folder} was trained with the thought {spelling}, but lacks {THOUGHT_FILE}")
-        return
-    try:
-        saved = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
-    mismatched = [
-        f"{name} {list(saved[name].shape)} instead of {list(own[name].shape)}"
-        for name in own.keys() & saved.keys()
-        if saved[name].shape != own[name].shape
-    ]
-    _check_names(path, own.keys() - saved.keys(), saved.keys() - own.keys(), mismatched, f"thought {spelling}")
-    thought.load_state_dict(saved)
+    if path.is_file():
+        thought.load_state_dict(read_weights(path, own, f"thought {spelling}"))
+    elif own and (read_description(folder) or {}).get("thought") == spelling:
+        raise UserError(f"{folder} was trained with the thought {spelling}, but lacks {THOUGHT_FILE}")
 
 
 def shape_of(config: Config, source: Path | None, cached: bool = False) -> PreTrainedConfig:
@@ -201,17 +188,6 @@ def _check_same_shape(config: Config, folder: Path) -> None:
         raise UserError(
             f"{folder} is a checkpoint of another model: it has {have}, but model_id {model_id!r} has {want}"
         )
-
-
-def _check_names(source, missing, unexpected, mismatched=(), what: str = "model") -> None:
-    problems = []
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)):
-        if names:
-            names = sorted(names)
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            problems.append(f"{title}: {', '.join(names[:4])}{more}")
-    if problems:
-        raise UserError(f"{source} does not fit the {what}: weights {'; '.join(problems)}")
 
 
 def read_description(folder: Path) -> dict | None:
@@ -291,7 +267,7 @@ def hub_problem() -> str | None:
 
 def not_loadable(key: str, source, error: Exception) -> UserError:
     """The error for a model that transformers cannot load from where `key` points; it begins with the reason."""
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    reason = reason_of(error)
     if "trust_remote_code" in str(error):
         reason = "it has Python code of its own: read that code, and set trust_remote_code: true to run it"
     elif isinstance(error, ImportError):
@@ -314,12 +290,9 @@ def not_loadable(key: str, source, error: Exception) -> UserError:
 
 def _http_status(error: BaseException | None) -> int | None:
     """The status of the hub's answer that caused an exception: transformers reports any of them as no connection."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        response = getattr(error, "response", None)
-        if response is not None and getattr(response, "status_code", None) is not None:
-            return response.status_code
+    while error is not None:
+        if status := getattr(getattr(error, "response", None), "status_code", None):
+            return status
         error = error.__cause__ or error.__context__
     return None
 
@@ -388,9 +361,7 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
             f"{path} is no file of weights, or it holds objects that are no tensors, and these could run code"
         ) from None
     except Exception as error:  # torch passes on whatever the unpickler raises
-        raise UserError(
-            f"{path} is no file of weights: {next(iter(str(error).splitlines()), type(error).__name__)}"
-        ) from None
+        raise UserError(f"{path} is no file of weights: {reason_of(error)}") from None
     pairs = saved.items() if isinstance(saved, dict) else ()
     if not pairs or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
@@ -404,7 +375,7 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
         saved.pop("embedding.weight", None)
         saved = {name.removeprefix("base_causallm."): value for name, value in saved.items()}
     ignored = base._keys_to_ignore_on_load_unexpected or ()  # buffers of older releases, such as GPT-2's causal mask
-    names = list(base.state_dict())
+    names = base.state_dict().keys()
     saved = {
         name: value
         for name, value in saved.items()
@@ -416,15 +387,8 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
     if resized:
         base.resize_token_embeddings(rows_with_markers, mean_resizing=False)
     own = base.state_dict()
-    given = {own[name].data_ptr() for name in saved if name in own}
-    missing = [
-        name for name, value in own.items() if name not in saved and value.data_ptr() not in given
-    ]  # less the tied
-    mismatched = [
-        f"{name} {list(value.shape)} instead of {list(own[name].shape)}"
-        for name, value in saved.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    _check_names(path, missing, [name for name in saved if name not in own], mismatched)
+    given = {own[name].data_ptr() for name in own.keys() & saved.keys()}
+    untied = {name: value for name, value in own.items() if name in saved or value.data_ptr() not in given}
+    check_weights(path, untied, saved)
     base.load_state_dict(saved, strict=False)
     return resized or wrapped
