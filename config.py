@@ -24,7 +24,7 @@ import yaml
 import methods
 from methods import LARGEST_FACTOR, key
 from trainer.files import why_unreadable
-from trainer.run_folder import is_on_hub, run_of
+from trainer.run_folder import is_on_hub, split_choice
 from utils import UserError, launched_ranks, print_error, print_result
 
 METHODS = methods.names()
@@ -392,8 +392,8 @@ class Config:
         source, model = self.load_model_path, Path(self.model_id)
         continues = not self.only_eval and _holds(self.run_dir, "checkpoint_*/coconut.json")
         if source and not continues and not is_on_hub(source):  # its own checkpoint wins; the hub is asked later
-            found += _missing("load_model_path", str(run_of(source)))
-        shapes = continues or (source and _holds(run_of(source), "config.json", "checkpoint_*/config.json"))
+            found += _missing("load_model_path", str(split_choice(source)[0]))
+        shapes = continues or (source and _holds(split_choice(source)[0], "config.json", "checkpoint_*/config.json"))
         is_path = model.is_absolute() or self.model_id.startswith(".")
         unknown = why_unreadable(self.model_id)
         if unknown or (not shapes and (is_path or (len(model.parts) > 1 and model.parents[-2].is_dir()))):

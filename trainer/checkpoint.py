@@ -17,12 +17,11 @@ restart would take for one. Sizes, and soon after the save digests, tell whether
 
 from __future__ import annotations
 
-import errno
 import pickle
 import random
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -32,19 +31,10 @@ from typing import IO
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -59,7 +49,7 @@ from coconut import Coconut
 from config import Config
 from methods import modern, rules_of
 from model import lora
-from trainer import parallel
+from trainer import parallel, run_folder
 from trainer.distributed import World, agree, on_main_rank
 from trainer.files import file_digest, reading, retried, sync_to_disk, write_whole
 from trainer.pretrained import THOUGHT_FILE, Pretrained, read_description
@@ -104,12 +94,10 @@ def save_progress(folder: Path, progress: Progress, world_size: int) -> None:
 def read_state(folder: Path) -> dict:
     """What `save_progress` has written. Raises OSError, and ValueError where it is damaged."""
     state = parse_json((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
-    if not isinstance(state, dict):
-        raise ValueError("it is no object")
-    kinds = {"epoch": int, "step": int, "seen": int, "losses": (int, float), "seconds": (int, float), "best": dict}
-    for name, kind in {"format": int, "world_size": int, **kinds}.items():
-        if name in state and not isinstance(state[name], kind):  # older files have fewer
-            raise ValueError(f"its {name} is {state[name]!r}")
+    kinds = {"format": int, "world_size": int, "epoch": int, "step": int, "seen": int, "best": dict}
+    kinds |= {"losses": (int, float), "seconds": (int, float)}
+    if not isinstance(state, dict) or not all(isinstance(state[name], kinds[name]) for name in kinds.keys() & state):
+        raise ValueError("a value is of another type")
     return state
 
 
@@ -254,12 +242,9 @@ def is_io_error(error: BaseException) -> bool:
 
 def _publish(aside: Path, target: Path, world_size: int) -> None:
     """Gives a complete folder its name, after all of it has reached the disk, with the size of every file."""
-    for path in rank_files(aside, world_size):
-        retried(path.stat)  # what another node has written may be seen here only later: it must be in the manifest
-    sizes = {str(path.relative_to(aside)): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()}
-    for path in rank_files(aside, world_size):
-        if str(path.relative_to(aside)) not in sizes:
-            raise FileNotFoundError(errno.ENOENT, "was written, but is not listed", str(path))
+    # what another node has written belongs there too, and may be seen here only later
+    paths = {*rank_files(aside, world_size), *(path for path in aside.rglob("*") if path.is_file())}
+    sizes = {str(path.relative_to(aside)): retried(path.stat).st_size for path in sorted(paths)}
     (aside / MANIFEST).write_text(as_json(sizes), encoding="utf-8")
     sync_to_disk(aside)
     if target.exists():  # an unrelated one, such as a file of the reference: it is kept under another name
@@ -348,8 +333,9 @@ def _delete(path: Path) -> None:
 
 # what a `.metadata` of tensors holds; with BytesStorageMetadata torch would unpickle what it points to
 METADATA_CLASSES = (
-    *(Metadata, TensorStorageMetadata, TensorProperties, ChunkStorageMetadata, MetadataIndex, StorageMeta),
-    *(_MEM_FORMAT_ENCODING, _StorageInfo, torch.Size, torch.serialization._get_layout),
+    *(metadata.Metadata, metadata.MetadataIndex, metadata.StorageMeta, _StorageInfo, torch.Size),
+    *(metadata.TensorStorageMetadata, metadata.TensorProperties, metadata.ChunkStorageMetadata),
+    *(metadata._MEM_FORMAT_ENCODING, torch.serialization._get_layout),
 )
 
 
@@ -376,11 +362,11 @@ class MetadataUnpickler(pickle.Unpickler):
 class MetadataReader(dcp.FileSystemReader):
     """torch's reader of what `save_optimizer` writes, with MetadataUnpickler for the `.metadata`."""
 
-    def read_metadata(self, *_, rank: int | None = None, **__) -> Metadata:
+    def read_metadata(self, *_, rank: int | None = None, **__) -> metadata.Metadata:
         with Path(self._get_metadata_path(rank)).open("rb") as file:
-            metadata = MetadataUnpickler(file).load()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+            found = MetadataUnpickler(file).load()
+        found.storage_meta.load_id = self.load_id
+        return found
 
 
 def save_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -450,8 +436,8 @@ def load_random_state(folder: Path, world: World) -> bool:
 
 def rank_files(folder: Path, world_size: int) -> list[Path]:
     """The files that other ranks than 0 may have written: their random state, their shares of the optimizer."""
-    metadata = MetadataReader(folder / OPTIMIZER).read_metadata()
-    shares = {entry.relative_path for entry in (metadata.storage_data or {}).values()}
+    storage = MetadataReader(folder / OPTIMIZER).read_metadata().storage_data
+    shares = {entry.relative_path for entry in (storage or {}).values()}
     states = [folder / "trainer" / f"random_{rank}.pt" for rank in range(world_size)]
     return [*states, *(folder / OPTIMIZER / share for share in sorted(shares))]
 
@@ -573,18 +559,20 @@ def damage(folder: Path) -> str | None:
 def differences(config: Config, folder: Path) -> dict[str, str]:
     """Where a configuration departs from the one that a checkpoint was trained with: key -> "key 1, not 2"."""
     description = read_description(folder) or {}
-    others = {name: getattr(config, name) for name in DESCRIBED if name in description}
-    others = {name: value for name, value in others.items() if description[name] != value}
+    others = _departures(config, description, DESCRIBED)
     if "method" in others:  # a variant adds to the training of the other, not to its sequences
         theirs = rules_of(description["method"]).variant_of or description["method"]
         if theirs == (config.rules.variant_of or config.method):
             del others["method"]
-    return {name: f"{name} {_shown(description[name])}, not {_shown(value)}" for name, value in others.items()}
+    return others
 
 
-def _shown(value) -> str:
-    """A text of white space needs its quotes to be seen."""
-    return repr(value) if isinstance(value, str) and not value.strip() else str(value)
+def _departures(config: Config, before: dict, names: Iterable[str]) -> dict[str, str]:
+    def shown(value) -> str:
+        return repr(value) if isinstance(value, str) and not value.strip() else str(value)
+
+    pairs = {name: (before[name], getattr(config, name)) for name in names if name in before}
+    return {name: f"{name} {shown(then)}, not {shown(now)}" for name, (then, now) in pairs.items() if then != now}
 
 
 def check_method(config: Config, source: Path) -> list[str]:
@@ -614,19 +602,12 @@ def changes(config: Config, run_dir: Path) -> dict[str, str]:
     """Where a configuration departs from that of the run that the folder holds, in what decides the weights: key ->
     "key 1, not 2"."""
     try:
-        before = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        before = modern(run_folder.read_config(run_dir / "config.yaml")[0])
+    except UserError:
         return {}
-    if not isinstance(before, dict):
-        return {}
-    before = modern(before)
     free = {key.name for key in fields(Config) if key.metadata["free"]}
     if config.global_batch_size is not None:
         free |= {"batch_size_training", "gradient_accumulation_steps"}
     if config.lr_scheduler == "constant":
         free.add("num_epochs")
-    return {
-        name: f"{name} {before[name]}, not {value}"
-        for name, value in asdict(config).items()
-        if name not in free and name in before and before[name] != value
-    }
+    return _departures(config, before, [key.name for key in fields(Config) if key.name not in free])

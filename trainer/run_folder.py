@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
 
 import yaml
 
@@ -20,23 +19,12 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>[^:]+)")
 
 
-class Choice(NamedTuple):
-    """RUN@best or RUN@12: one of a run's checkpoints."""
-
-    run: Path
-    which: str
-
-
-def split_choice(load_model_path: str) -> Choice | None:
-    """None where it is no choice: a path that exists may have an @ in its name."""
+def split_choice(load_model_path: str) -> tuple[Path, str | None]:
+    """RUN@best or RUN@12, one of a run's checkpoints, as (RUN, choice); any other as (path, None), such as one that
+    exists and has an @ in its name."""
     run, at, which = load_model_path.rpartition("@")
-    return Choice(Path(run), which) if at and run and not os.path.exists(load_model_path) else None
-
-
-def run_of(load_model_path: str) -> Path:
-    """The path without a choice."""
-    choice = split_choice(load_model_path)
-    return choice.run if choice is not None else Path(load_model_path)
+    is_choice = at and run and not os.path.exists(load_model_path)
+    return (Path(run), which) if is_choice else (Path(load_model_path), None)
 
 
 @reading()
@@ -92,11 +80,11 @@ def resolve(load_model_path: str, cached: bool = False) -> Path:
 
     Raises UserError where it is none of these.
     """
-    if reason := why_unreadable(run_of(load_model_path)):
+    path, which = split_choice(load_model_path)
+    if reason := why_unreadable(path):
         raise UserError(f"load_model_path {load_model_path!r} cannot be reached: {reason}")
-    path, choice = Path(load_model_path), split_choice(load_model_path)
-    if choice is not None:
-        return _chosen(load_model_path, *choice)
+    if which is not None:
+        return _chosen(load_model_path, path, which)
     if (path / "modeling_coconut.py").is_file():
         raise UserError(
             f"{path} is what tools/export.py writes: AutoModelForCausalLM.from_pretrained reads it, with "
