@@ -57,10 +57,7 @@ class Method(methods.Method):
         return {"distillation": config.distillation}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# With torch
-# ---------------------------------------------------------------------------------------------------------------
-
+# ---- With torch ----
 
 import torch
 import torch.nn.functional as F

@@ -72,9 +72,7 @@ class Method(methods.Method):
             values["method"] = "parallel_latents"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# With torch
-# ---------------------------------------------------------------------------------------------------------------
+# ---- With torch ----
 
 import torch
 from transformers import Cache, DynamicCache, PretrainedConfig

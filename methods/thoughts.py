@@ -21,9 +21,7 @@ from utils import UserError
 RIDGE = 1e-4  # of `realigned`, relative to the mean eigenvalue of the output embeddings' Gram matrix
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Without layers
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Without layers ----
 
 
 @register("pause")
@@ -142,9 +140,7 @@ def _rescaled(hidden: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     return exact * (norm / exact.norm(dim=-1, keepdim=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# From the layers
-# ---------------------------------------------------------------------------------------------------------------
+# ---- From the layers ----
 
 
 @register("layer", takes=":N")

@@ -64,9 +64,7 @@ DESCRIBED = [field.name for field in fields(Config) if field.metadata["shapes"]]
 PREFIX, THOUGHT_PREFIX = "base_causallm.", "thought."
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# How far a run is
-# ---------------------------------------------------------------------------------------------------------------
+# ---- How far a run is ----
 
 
 @dataclass
@@ -110,9 +108,7 @@ def read_progress(folder: Path) -> Progress:
     return progress
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Saving
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Saving ----
 
 
 def save(
@@ -326,10 +322,7 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Optimizer and random state
-# ---------------------------------------------------------------------------------------------------------------
-
+# ---- Optimizer and random state ----
 
 # what a `.metadata` of tensors holds; with BytesStorageMetadata torch would unpickle what it points to
 METADATA_CLASSES = (
@@ -442,9 +435,7 @@ def rank_files(folder: Path, world_size: int) -> list[Path]:
     return [*states, *(folder / OPTIMIZER / share for share in sorted(shares))]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Finding
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Finding ----
 
 
 def find_newest(config: Config, world: World) -> Path | None:

@@ -87,9 +87,7 @@ def make_model(config: Config, base: PreTrainedModel, markers: Markers) -> Cocon
     return parts.model(base, *tokens, thought=config.thought, **parts.options)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Loading
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Loading ----
 
 
 def load_model(config: Config, source: Path | None, cached: bool = False) -> Pretrained:
@@ -207,9 +205,7 @@ def read_description(folder: Path) -> dict | None:
     return modern(description)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The tokenizer and the markers
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The tokenizer and the markers ----
 
 
 def load_tokenizer(config: Config, folder: Path | None = None, cached: bool = False) -> PreTrainedTokenizerBase:
@@ -342,9 +338,7 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True, disti
     return markers
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Files of the reference
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Files of the reference ----
 
 
 def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: int) -> bool:
