@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import signal
 import sys
 import threading
@@ -28,17 +27,12 @@ TIMEOUTS = {"start": 90, "log": 20, "finish": 120, "signal": 5}  # seconds; the 
 class Tracker:
     """A run of wandb, or nothing: where `mode` is disabled, or after a failure."""
 
-    def __init__(self):
-        self.run = None
-        self._calls: queue.SimpleQueue = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+    run = None
 
     def start(self, mode: str, config: dict, folder: Path, run_id: str | None) -> str | None:
         """Starts a run, or continues the one with this id; returns its id, where there is one."""
         if mode == "disabled":
             return run_id
-        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
-        self._thread.start()
         self.run = self._call("start", lambda: self._start(mode, config, folder, run_id))
         return self.run.id if self.run is not None else run_id
 
@@ -50,33 +44,25 @@ class Tracker:
             mode = "offline"
         # the configuration and the numbers are all that is sent: no code, no console, no machine metadata
         settings = {"init_timeout": 30, "silent": True, "console": "off", "save_code": False, "x_disable_meta": True}
-        arguments = {
-            "project": config["project"],
-            "name": config["name"],
-            "config": config,
-            "dir": str(folder),
-            "id": run_id,
-            "resume": "allow" if run_id else None,
-        }
+        options = {"project": config["project"], "name": config["name"], "config": config, "dir": str(folder)}
+        options |= {"id": run_id, "resume": "allow" if run_id else None}
         try:
-            return wandb.init(mode=mode, settings=wandb.Settings(**settings), **arguments)
+            return wandb.init(mode=mode, settings=wandb.Settings(**settings), **options)
         except Exception as error:
             if mode == "offline":
                 raise
             log.warning(f"wandb logs offline: {_one_line(error)}")
-            return wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
+            return wandb.init(mode="offline", settings=wandb.Settings(**settings), **options)
 
     def log(self, values: dict, step: int | None) -> None:
-        if self.run is not None:
-            run = self.run
+        if (run := self.run) is not None:
             self._call("log", lambda: run.log(values, step=step))
 
     def finish(self, exit_code: int, interrupted: bool, signalled: Callable[[], float | None]) -> None:
         """Ends the run with the program's exit code; `interrupted` where a signal has stopped it and another job will
         continue it. `signalled` returns when a signal has come (time.monotonic), or None."""
-        if self.run is None:
+        if (run := self.run) is None:
             return
-        run = self.run
 
         def finish() -> None:
             if interrupted:
@@ -87,9 +73,16 @@ class Tracker:
         self.run = None
 
     def _call(self, what: str, action: Callable, signalled: Callable[[], float | None] = lambda: None):
-        """The result of an action in the tracker's thread; None, after a warning, where it fails or times out."""
+        """The result of an action in a thread; None, after a warning, where it fails or times out."""
         done: Future = Future()
-        self._calls.put((action, done))
+
+        def work() -> None:
+            try:
+                done.set_result(action())
+            except BaseException as error:  # wandb also calls sys.exit
+                done.set_exception(error)
+
+        threading.Thread(target=work, name="tracker", daemon=True).start()
         begin, left = time.monotonic(), TIMEOUTS[what]
         while not done.done() and left > 0:
             wait([done], timeout=min(left, 0.1))
@@ -106,14 +99,6 @@ class Tracker:
         _ignore_its_exit_handlers()
         log.warning(f"wandb failed ({what}: {problem}); the run goes on without it, metrics.jsonl has everything")
         return None
-
-    def _work(self) -> None:
-        while True:
-            action, done = self._calls.get()
-            try:
-                done.set_result(action())
-            except BaseException as error:  # wandb also calls sys.exit
-                done.set_exception(error)
 
 
 def _ignore_its_exit_handlers() -> None:
@@ -147,12 +132,8 @@ def why_offline() -> str | None:
 
 
 class RunLogger:
-    """metrics.jsonl always, wandb where it is wanted, on rank 0. A context: at its end, whatever causes it, the log is
-    closed with the exit code that the program will have.
-
-    Args:
-        folder: where metrics.jsonl and wandb/ go.
-    """
+    """metrics.jsonl always, wandb where it is wanted, in a folder, on rank 0. A context: at its end, whatever causes
+    it, the log is closed with the exit code that the program will have."""
 
     def __init__(self, folder: Path):
         self.folder = folder
