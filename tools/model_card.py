@@ -51,16 +51,9 @@ RULES = ("text", "number")  # accuracy_RULE is of the same generations, accuracy
 def card(
     checkpoint: Path, name: str, exported: Path, whole: PreTrainedModel, license: str | None = None, language="en"
 ) -> ModelCard:
-    """The card for a checkpoint's folder, in its run's folder or alone.
-
-    Args:
-        name: of the folder that the card is for.
-        exported: where the weights have been written.
-        whole: the exported model.
-        license, language: of the weights and of the data; without a license the base model's card is asked.
-
-    Raises UserError where a file is damaged.
-    """
+    """The card for a checkpoint's folder, in its run's folder or alone, as part of a folder of that name. `exported`
+    holds the weights of the model `whole`. Without a license of the weights the base model's card is asked; language is
+    that of the data. Raises UserError where a file is damaged."""
     try:
         return _card(checkpoint, name, exported, whole, license, language)
     except UserError:
