@@ -95,9 +95,9 @@ class TaughtDataset(StageDataset):
         batch = super().collate([row[:2] for row in rows])
         column = next(iter(batch["latent_columns"]), 0)  # of the first latent, in each row
         gaps = [max(column - row[0].index(self.markers.latent), 0) if column else 0 for row in rows]
-        batch["student_columns"] = torch.tensor([row[2] + gap for row, gap in zip(rows, gaps, strict=True)])
+        batch["columns"] = torch.tensor([row[2] + gap for row, gap in zip(rows, gaps, strict=True)])
         batch["teacher"] = collate_for_device([row[3:5] for row in rows], self.markers.eos, None)
-        batch["teacher_columns"] = torch.tensor([row[5] for row in rows])
+        batch["teacher"]["columns"] = torch.tensor([row[5] for row in rows])
         return batch
 
 
@@ -114,20 +114,15 @@ class Codi(Coconut):
         self.backbone.record_layers()
 
     def forward(
-        self,
-        *args,
-        student_columns: torch.Tensor | None = None,
-        teacher_columns: torch.Tensor | None = None,
-        teacher: dict | None = None,
-        **kwargs,
+        self, *args, columns: torch.Tensor | None = None, teacher: dict | None = None, **kwargs
     ) -> CoconutOutput:
         """`Coconut.forward` of the student; with a teacher's batch, which is as the student's, `loss` is the whole one.
-        student_columns, teacher_columns: (B,) int64, the columns that are compared."""
+        columns: (B,) int64, those that are compared."""
         if teacher is None:
             return super().forward(*args, **kwargs)
         # the teacher's pass is the earlier one, so its backward comes last
-        taught, wanted = self._states_at(teacher_columns, **teacher)
-        output, found = self._states_at(student_columns, *args, **kwargs)
+        taught, wanted = self._states_at(**teacher)
+        output, found = self._states_at(columns, *args, **kwargs)
         distances = [
             F.smooth_l1_loss(own, target.detach()) / target.detach().std()
             for own, target in list(zip(found, wanted, strict=True))[self.first_layer :]

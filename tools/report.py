@@ -133,15 +133,14 @@ def training(runs: list[Run]) -> Section:
     """Loss and speed over steps."""
     if not any(run.steps for run in runs):
         return Section("Training", "The logs hold no step.")
-    text = "\n\n".join(filter(None, map(not_finite, runs)))
-    loss = over_steps(runs, "loss", "training loss", "{:.4g}")
-    return Section("Training", text, [loss, over_steps(runs, "tokens_per_second", "tokens a second", "{:,.0f}")])
-
-
-def not_finite(run: Run) -> str:
-    """A sentence on the losses that the figure cannot show."""
-    steps = [step for step, loss in values_of(run.steps, "loss").items() if not math.isfinite(loss)]
-    return f"{run.name}: losses that are not finite: {len(steps)}, the first at step {steps[0]}." if steps else ""
+    texts = []
+    for run in runs:
+        steps = [step for step, loss in values_of(run.steps, "loss").items() if not math.isfinite(loss)]
+        if steps:
+            texts.append(f"{run.name}: losses that are not finite: {len(steps)}, the first at step {steps[0]}.")
+    figures = [over_steps(runs, "loss", "training loss", "{:.4g}")]
+    figures.append(over_steps(runs, "tokens_per_second", "tokens a second", "{:,.0f}"))
+    return Section("Training", "\n\n".join(texts), figures)
 
 
 def over_steps(runs: list[Run], key: str, ylabel: str, form: str) -> Figure:

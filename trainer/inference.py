@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut, Edit
 from config import Config
@@ -27,7 +26,7 @@ from preprocessing.tokens import question_ids
 from trainer.checkpoint import DESCRIBED, write_model
 from trainer.evaluate import extract_answer, generate_tokens
 from trainer.files import replaced
-from trainer.pretrained import Pretrained, hub_problem, load_model, not_loadable, read_description
+from trainer.pretrained import Pretrained, hub_problem, load_model, not_loadable, read_description, shape_of
 from trainer.run_folder import HUB_ID, resolve
 from utils import UserError, log
 
@@ -57,11 +56,8 @@ def load(source: str | Path, trust_remote_code: bool = False, **hub_options) -> 
     if lacking := [name for name in ("stage", "method") if name not in description]:
         raise UserError(f"{folder / 'coconut.json'} is damaged: it lacks {' and '.join(lacking)}")
     known = {name: description[name] for name in DESCRIBED if name in description}
-    config = Config(model_id=str(folder), only_eval=True, **known)
-    config.trust_remote_code = trust_remote_code
-    with suppress(OSError, ValueError):  # load_model raises them with a reason
-        shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        config.bf16_weights = shape.dtype == torch.bfloat16
+    config = Config(model_id=str(folder), only_eval=True, trust_remote_code=trust_remote_code, **known)
+    config.bf16_weights = shape_of(config, folder).dtype == torch.bfloat16
     model, tokenizer, markers = load_model(config, folder)
     model.tokenizer, model.markers, model.config, model.stage = tokenizer, markers, config, description["stage"]
     return model.eval()
