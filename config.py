@@ -465,39 +465,35 @@ class Layer(typing.NamedTuple):
     rows: dict[str, dict] = {}  # noqa: RUF012
 
 
+class _TextLoader(yaml.BaseLoader):
+    """Loads texts, and lists and mappings of texts, and notes the keys that a mapping has twice."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.twice: list[str] = []
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        values = super().construct_mapping(node, deep)
+        lines: dict[str, int] = {}
+        for name, _ in node.value:
+            line = name.start_mark.line + 1
+            if name.value in lines:
+                self.twice.append(f"the key {name.value!r} twice, in lines {lines[name.value]} and {line}")
+            lines[name.value] = line
+        return values
+
+
 def read_yaml(text: str, where: str, problems: list[str]) -> dict:
     """The keys of a YAML mapping. Every value is as it is written: text, or a list or a mapping of such.
 
     Raises YAMLError, ValueError and RecursionError where it is no YAML.
     """
-    node = yaml.compose(text, Loader=yaml.BaseLoader)
-    if node is None:
-        return {}
-    if not isinstance(node, yaml.MappingNode):
+    loader = _TextLoader(text)
+    values = loader.get_single_data()
+    problems += [f"{where} has {what}" for what in loader.twice]
+    if not isinstance(values, dict | None):
         problems.append(f"{where} must hold `key: value` lines")
-        return {}
-    return _content(node, where, problems, ())
-
-
-def _content(node: yaml.Node, where: str, problems: list[str], above: tuple[yaml.Node, ...]):
-    if node in above:
-        raise ValueError("an alias stands for a part of itself")
-    above = (*above, node)
-    if isinstance(node, yaml.ScalarNode):
-        return node.value
-    if isinstance(node, yaml.SequenceNode):
-        return [_content(item, where, problems, above) for item in node.value]
-    found: dict = {}
-    lines: dict[str, int] = {}
-    for name, value in node.value:
-        line = name.start_mark.line + 1
-        if not isinstance(name, yaml.ScalarNode):
-            raise ValueError(f"the key in line {line} is no plain text")
-        if name.value in lines:
-            problems.append(f"{where} has the key {name.value!r} twice, in lines {lines[name.value]} and {line}")
-        lines[name.value] = line
-        found[name.value] = _content(value, where, problems, above)
-    return found
+    return values if isinstance(values, dict) else {}
 
 
 def _layers_of(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> list[Layer]:
