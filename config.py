@@ -225,10 +225,8 @@ class Config:
         cls, path: str | Path, overrides: list[str] | tuple[str, ...] = (), needs_files: bool = True
     ) -> Config:
         """Reads a YAML file, the files that it extends, the row that is chosen of it, and `key=value` overrides.
-
-        Without needs_files, paths may be missing: for looking at a plan before there is data.
-        Raises UserError that lists everything that is wrong, after all of it has been looked for.
-        """
+        Without needs_files, paths may be missing: for looking at a plan before there is data. Raises UserError that
+        lists everything that is wrong, after all of it has been looked for."""
         problems: list[str] = []
         layers = _layers_of(Path(path), problems)
         readable = all(layer.values is not None for layer in layers)
@@ -484,10 +482,8 @@ class _TextLoader(yaml.BaseLoader):
 
 
 def read_yaml(text: str, where: str, problems: list[str]) -> dict:
-    """The keys of a YAML mapping. Every value is as it is written: text, or a list or a mapping of such.
-
-    Raises YAMLError, ValueError and RecursionError where it is no YAML.
-    """
+    """The keys of a YAML mapping. Every value is as it is written: text, or a list or a mapping of such. Raises
+    YAMLError, ValueError and RecursionError where it is no YAML."""
     loader = _TextLoader(text)
     values = loader.get_single_data()
     problems += [f"{where} has {what}" for what in loader.twice]
@@ -683,10 +679,8 @@ def _checked(values: dict, problems: list[str]) -> dict:
 
 
 def configure(description: str, schedule: typing.Callable[[Config, int], str]) -> Config:
-    """The configuration that the command line asks for.
-
-    Ends the program where there is a mistake in it, and after --help or --schedule, whose text `schedule` makes.
-    """
+    """The configuration that the command line asks for. Ends the program where there is a mistake in it, and after
+    --help or --schedule, whose text `schedule` makes."""
     is_main = launched_ranks()[0] == 0
     parser = argparse.ArgumentParser(
         description=description,

@@ -67,10 +67,8 @@ from dataset import StageDataset
 
 
 def latent_labels(steps: Sequence[Sequence[int]], n_latents: int, c_thought: int) -> list[tuple[int, int]]:
-    """(index, token) of each label of a row with so many latents; index 0 is the position before the first latent.
-
-    The last group's step is read in that group only: there is none after it.
-    """
+    """(index, token) of each label of a row with so many latents; index 0 is the position before the first latent. The
+    last group's step is read in that group only: there is none after it."""
     found = []
     for group, step in zip(range(n_latents // c_thought if c_thought else 0), steps, strict=False):
         begin = group * c_thought

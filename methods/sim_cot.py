@@ -127,10 +127,8 @@ class ExplainedDataset(StageDataset):
 
     def collate(self, rows: list[tuple]) -> dict:
         """`StageDataset.collate`, with the arguments of `SimCot.forward`, and `loss_counts`: the number of groups.
-
         Where there is none, one stands in that counts nothing: the decoder's weights must have a gradient, since DDP
-        waits for it.
-        """
+        waits for it."""
         batch = super().collate([row[:2] for row in rows])
         size, eos = self.config.c_thought, self.markers.eos
         begin = next(iter(batch["latent_columns"]), 0)  # in each row that has latents
@@ -176,9 +174,7 @@ class StepDecoder(Coconut):
 
     def forward(self, embeds: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """(S,) cross-entropies of the targets, (S,), at places in the flattened (P, c + m) of embeds, (P, c + m, D).
-
-        Positions count from 1, which matters where a model has absolute ones.
-        """
+        Positions count from 1, which matters where a model has absolute ones."""
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
         positions = mask.cumsum(dim=1)
         cache = self.backbone.make_cache(embeds.shape[1], keeps=False)

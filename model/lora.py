@@ -52,10 +52,7 @@ def targets_of(base: PreTrainedModel) -> list[str]:
 
 def add(base: PreTrainedModel, rank: int, alpha: int, dropout: float = 0.0) -> None:
     """Freezes the base and gives it updates, which begin as nothing: alpha / rank B A with B = 0, of an input with
-    dropout in training.
-
-    Raises UserError where peft is missing, or has none for this family.
-    """
+    dropout in training. Raises UserError where peft is missing, or has none for this family."""
     peft, targets = _peft(), targets_of(base)
     try:
         with warnings.catch_warnings():

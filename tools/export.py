@@ -43,11 +43,8 @@ EXPORTED = (
 def export(
     checkpoint: str, out: Path, force: bool = False, license: str | None = None, language: str = "en"
 ) -> list[str]:
-    """Writes the folder and returns warnings.
-
-    Raises UserError where the checkpoint cannot be exported, and where `out` holds files; with `force`, an exported
-    model is replaced.
-    """
+    """Writes the folder and returns warnings. Raises UserError where the checkpoint cannot be exported, and where `out`
+    holds files; with `force`, an exported model is replaced."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not (out / MODELLING).is_file():
             raise UserError(f"{out} exists and is no exported model: choose another name")

@@ -49,12 +49,10 @@ COARSE = Tolerance(0.03, 0.1, 0.2)  # of bfloat16 and float16
 
 def check_family(model: Coconut, gradient_checkpointing: bool = False) -> None:
     """Raises UserError, one sentence, where this model would not be trained right, or not with gradient checkpointing.
-
     Compared are logits, loss and the gradients of the input embeddings, on two rows of which one is padded. The model
     stays as it was, the random state too, but for two notes: whether all of its parameters take part, and whether
     generation has to do without a cache. It takes some twenty passes over eight columns, on any device but meta: there
-    the verdict on the same model elsewhere counts.
-    """
+    the verdict on the same model elsewhere counts."""
     base = model.base_causallm
     small = sum(parameter.numel() for parameter in base.parameters()) <= SMALL
     tolerance = EXACT if small else COARSE if base.dtype.itemsize == 2 else ORDINARY

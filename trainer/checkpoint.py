@@ -187,11 +187,9 @@ def write_model(
 
 
 def _save_base(base: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """A Hugging Face folder of the model; its generation_config as it is.
-
-    transformers loads settings that contradict each other, as many published models have, such as a temperature without
-    do_sample, but refuses to save them once one has been changed: here the stop tokens.
-    """
+    """A Hugging Face folder of the model; its generation_config as it is. transformers loads settings that contradict
+    each other, as many published models have, such as a temperature without do_sample, but refuses to save them once
+    one has been changed: here the stop tokens."""
     settings = base.generation_config if base.can_generate() else None
     if settings is None:
         base.save_pretrained(folder, state_dict=weights)
@@ -371,11 +369,8 @@ def save_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.
 
 def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restores the optimizer's averages from a checkpoint, on any number of ranks; its hyper-parameters are those of
-    the configuration. Collective: every rank must call it.
-
-    What the checkpoint does not have is re-initialised: weights that never got a gradient have no averages, and another
-    version of torch may keep more of them.
-    """
+    the configuration. Collective: every rank must call it. What the checkpoint does not have is re-initialised: weights
+    that never got a gradient have no averages, and another version of torch may keep more of them."""
     optimizer.zero_grad()  # where gradients wait for a step, torch silently makes no state to load into
     reader = MetadataReader(folder / OPTIMIZER)
     saved = reader.read_metadata().state_dict_metadata
@@ -440,9 +435,7 @@ def rank_files(folder: Path, world_size: int) -> list[Path]:
 
 def find_newest(config: Config, world: World) -> Path | None:
     """The newest whole checkpoint of this run, which wins over load_model_path; all ranks get the same. Collective.
-
-    Raises UserError where it is of a run with another configuration, or cannot be continued.
-    """
+    Raises UserError where it is of a run with another configuration, or cannot be continued."""
     return _seen_by_all(world, on_main_rank(world, lambda: _newest_that_fits(config)))  # all ranks
 
 
@@ -467,10 +460,7 @@ def _newest_that_fits(config: Config) -> Path | None:
 
 def find_weights(config: Config, world: World) -> Path | None:
     """What load_model_path points to, if it is set; all ranks get the same, but of the hub's files each node has its
-    own. Collective.
-
-    Raises UserError where there is nothing, or something damaged.
-    """
+    own. Collective. Raises UserError where there is nothing, or something damaged."""
     if config.load_model_path and is_on_hub(config.load_model_path):
         return parallel.in_turn(world, lambda cached: resolve(config.load_model_path, cached))  # all ranks
 
@@ -505,11 +495,8 @@ def _seen_by_all(world: World, folder: Path | None) -> Path | None:
 
 
 def newest_whole(run_dir: Path) -> Path | None:
-    """The newest checkpoint that is as it was written; None where there has never been one.
-
-    Damaged ones are skipped with a warning. Raises UserError where all are damaged: starting from scratch would lose
-    what may still be saved.
-    """
+    """The newest checkpoint that is as it was written; None where there has never been one. Damaged ones are skipped
+    with a warning. Raises UserError where all are damaged: starting from scratch would lose what may still be saved."""
     damaged = []
     for path in reversed(run_checkpoints(run_dir)):
         problem = damage(path)
@@ -568,9 +555,7 @@ def _departures(config: Config, before: dict, names: Iterable[str]) -> dict[str,
 
 def check_method(config: Config, source: Path) -> list[str]:
     """What to warn of where a checkpoint that is to be evaluated was trained otherwise than the configuration says.
-
-    Raises UserError where that makes an evaluation meaningless.
-    """
+    Raises UserError where that makes an evaluation meaningless."""
     others = differences(config, source)
     if {"method", "thought"} & others.keys():
         raise UserError(f"{source} is of another configuration ({'; '.join(others.values())})")

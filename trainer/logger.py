@@ -145,10 +145,8 @@ class RunLogger:
 
     def open(self, config: dict, wandb_id: str | None = None) -> str | None:
         """Opens the log of a run with this configuration; returns the id that wandb gives it. Called on rank 0 only.
-
-        wandb_id: of the run that is being continued, so that its curves go on.
-        Raises UserError where the folder cannot be written to.
-        """
+        wandb_id: of the run that is being continued, so that its curves go on. Raises UserError where the folder cannot
+        be written to."""
         path = self.folder / "metrics.jsonl"
         with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -160,10 +158,8 @@ class RunLogger:
         return self.tracker.start(mode, config, self.folder, wandb_id)
 
     def log(self, event: str, **values) -> None:
-        """One line of metrics.jsonl: {"event", "time" (seconds since the run started), ...values}.
-
-        Raises UserError, on rank 0 only, where it cannot be written.
-        """
+        """One line of metrics.jsonl: {"event", "time" (seconds since the run started), ...values}. Raises UserError, on
+        rank 0 only, where it cannot be written."""
         if self.file is None:
             return
         record = {"event": event, "time": round(time.time() - self.started, 3), **values}

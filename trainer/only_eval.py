@@ -44,10 +44,8 @@ def evaluate_only(config: Config, world: World) -> None:
 
 
 def stage_to_evaluate(config: Config, description: dict) -> tuple[int, list[str]]:
-    """The checkpoint's own stage, unless `resume` names an epoch; and what there is to warn of.
-
-    A folder or file without a stage, such as a file of the reference, is taken to be of the last one.
-    """
+    """The checkpoint's own stage, unless `resume` names an epoch; and what there is to warn of. A folder or file
+    without a stage, such as a file of the reference, is taken to be of the last one."""
     recorded, scheduled = description.get("stage"), curriculum.stage_of(config, config.resume)
     if config.resume:
         text = f"the checkpoint is of stage {recorded}, but resume {config.resume} asks for {scheduled}"

@@ -226,11 +226,9 @@ def load_tokenizer(config: Config, folder: Path | None = None, cached: bool = Fa
 
 
 def read_tokenizer(source: str | Path, **options) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id, in the class that its files declare.
-
-    For some families, such as Qwen2, transformers ignores the declaration, and its own class drops the words of another
-    vocabulary. Raises UserError where a folder has no tokenizer; transformers would make an empty one.
-    """
+    """The tokenizer of a folder or hub id, in the class that its files declare. For some families, such as Qwen2,
+    transformers ignores the declaration, and its own class drops the words of another vocabulary. Raises UserError
+    where a folder has no tokenizer; transformers would make an empty one."""
     options = {"trust_remote_code": False} | options
     if Path(source).is_dir():
         with reading():
@@ -343,10 +341,8 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True, disti
 
 def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: int) -> bool:
     """Loads a file that the reference saved with torch.save: a state dict of the bare model or of its Coconut wrapper.
-
     Its embeddings have the vocabulary's rows or, trained with latents, `rows_with_markers`; the model is then resized.
-    Returns whether the file held the markers' rows.
-    """
+    Returns whether the file held the markers' rows."""
     try:
         # files of before torch 1.6 are no archives, and cannot be mapped into memory
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

@@ -76,10 +76,8 @@ def best(run_dir: Path) -> Path | None:
 @reading()
 def resolve(load_model_path: str, cached: bool = False) -> Path:
     """The folder or file: a file of the reference, a Hugging Face folder, a run's newest checkpoint, RUN@best, RUN@12
-    (after 12 epochs), or org/name:file, which is downloaded from the hub, or `cached` here already.
-
-    Raises UserError where it is none of these.
-    """
+    (after 12 epochs), or org/name:file, which is downloaded from the hub, or `cached` here already. Raises UserError
+    where it is none of these."""
     path, which = split_choice(load_model_path)
     if reason := why_unreadable(path):
         raise UserError(f"load_model_path {load_model_path!r} cannot be reached: {reason}")
@@ -161,10 +159,8 @@ def keep_results(folder: Path, values: dict, checkpoint: str) -> None:
 
 
 def write_config(values: dict, folder: Path, world_size: int, hardware: str = "unknown") -> None:
-    """Writes a resolved configuration, the commit, the hardware and the library versions to folder/config.yaml.
-
-    The file is itself a configuration: `python run.py FOLDER/config.yaml` repeats the run. Raises UserError.
-    """
+    """Writes a resolved configuration, the commit, the hardware and the library versions to folder/config.yaml. The
+    file is itself a configuration: `python run.py FOLDER/config.yaml` repeats the run. Raises UserError."""
     comments = [f"git commit: {_git_commit()}", f"python: {sys.version.split()[0]}"]
     comments += [f"world size: {world_size}", f"hardware: {hardware}"]
     for package in ("torch", "transformers", "numpy", "wandb"):
