@@ -42,7 +42,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from coconut import Coconut
@@ -62,6 +61,7 @@ MANIFEST = "trainer/manifest.json"  # file -> SHA-256, or its size until `add_di
 # keys that decide what a model's sequences look like
 DESCRIBED = [field.name for field in fields(Config) if field.metadata["shapes"]]
 PREFIX, THOUGHT_PREFIX = "base_causallm.", "thought."
+Weights = dict[str, torch.Tensor]
 
 
 # ---- How far a run is ----
@@ -163,17 +163,18 @@ def save(
 
 
 def write_model(
-    folder: Path,
-    config: Config,
-    pretrained: Pretrained,
-    stage: int,
-    weights: dict[str, torch.Tensor],
-    validated_on: dict | None = None,
+    folder: Path, config: Config, pretrained: Pretrained, stage: int, weights: Weights, validated_on: dict | None = None
 ) -> None:
     """Model, thought and tokenizer, and coconut.json: what the model's sequences look like, and which file
     it was validated on; weights: those of pretrained.model, whole."""
     base_weights, updates = lora.split(_under(PREFIX, weights))
-    _save_base(pretrained.model.base_causallm, folder, base_weights)
+    base = pretrained.model.base_causallm
+    # transformers refuses to save settings that contradict each other, as many published models have, such as a
+    # temperature without do_sample, once one has been changed: here the stop tokens
+    with pretrained.model.backbone.own_generation_config():
+        base.save_pretrained(folder, state_dict=base_weights)
+    if base.can_generate():
+        base.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
     if updates:
         lora.save(folder, updates, config.lora_rank, config.lora_alpha)
     if learnt := _under(THOUGHT_PREFIX, weights):
@@ -186,23 +187,7 @@ def write_model(
     (folder / "coconut.json").write_text(as_json(description), encoding="utf-8")
 
 
-def _save_base(base: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """A Hugging Face folder of the model; its generation_config as it is. transformers loads settings that contradict
-    each other, as many published models have, such as a temperature without do_sample, but refuses to save them once
-    one has been changed: here the stop tokens."""
-    settings = base.generation_config if base.can_generate() else None
-    if settings is None:
-        base.save_pretrained(folder, state_dict=weights)
-        return
-    base.generation_config = GenerationConfig()
-    try:
-        base.save_pretrained(folder, state_dict=weights)
-    finally:
-        base.generation_config = settings
-    settings.to_json_file(folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
-
-
-def _under(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _under(prefix: str, weights: Weights) -> Weights:
     """The weights whose names begin so, under the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
@@ -237,7 +222,7 @@ def is_io_error(error: BaseException) -> bool:
 def _publish(aside: Path, target: Path, world_size: int) -> None:
     """Gives a complete folder its name, after all of it has reached the disk, with the size of every file."""
     # what another node has written belongs there too, and may be seen here only later
-    paths = {*rank_files(aside, world_size), *(path for path in aside.rglob("*") if path.is_file())}
+    paths = rank_files(aside, world_size) | {path for path in aside.rglob("*") if path.is_file()}
     sizes = {str(path.relative_to(aside)): retried(path.stat).st_size for path in sorted(paths)}
     (aside / MANIFEST).write_text(as_json(sizes), encoding="utf-8")
     sync_to_disk(aside)
@@ -422,12 +407,11 @@ def load_random_state(folder: Path, world: World) -> bool:
     return True
 
 
-def rank_files(folder: Path, world_size: int) -> list[Path]:
+def rank_files(folder: Path, world_size: int) -> set[Path]:
     """The files that other ranks than 0 may have written: their random state, their shares of the optimizer."""
-    storage = MetadataReader(folder / OPTIMIZER).read_metadata().storage_data
-    shares = {entry.relative_path for entry in (storage or {}).values()}
-    states = [folder / "trainer" / f"random_{rank}.pt" for rank in range(world_size)]
-    return [*states, *(folder / OPTIMIZER / share for share in sorted(shares))]
+    storage = MetadataReader(folder / OPTIMIZER).read_metadata().storage_data or {}
+    shares = {folder / OPTIMIZER / entry.relative_path for entry in storage.values()}
+    return shares | {folder / "trainer" / f"random_{rank}.pt" for rank in range(world_size)}
 
 
 # ---- Finding ----
