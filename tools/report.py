@@ -55,9 +55,9 @@ class Run:
 def read_runs(folders: list[Path]) -> list[Run]:
     """Reads the runs in these folders. Raises UserError for another folder and for one given twice."""
     paths = [folder.resolve() for folder in folders]
-    if len(set(paths)) < len(paths):
-        twice = next(folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1)
-        raise UserError(f"{twice} is given more than once")
+    for folder, path in zip(folders, paths, strict=True):
+        if paths.count(path) > 1:
+            raise UserError(f"{folder} is given more than once")
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
