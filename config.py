@@ -652,11 +652,11 @@ def _check_limits(value, limits) -> None:
         raise ValueError("must be one of " + ", ".join(limits["choices"]))
     if limits["check"]:
         limits["check"](value)
-    for number in value if isinstance(value, list) else [value]:
-        if type(number) in (int, float) and not number >= limits["low"]:
-            raise ValueError(f"must be at least {limits['low']}")
-        if type(number) in (int, float) and not number <= limits["high"]:
-            raise ValueError(f"must be at most {limits['high']}")
+    numbers = [number for number in (value if isinstance(value, list) else [value]) if type(number) in (int, float)]
+    if not all(number >= limits["low"] for number in numbers):
+        raise ValueError(f"must be at least {limits['low']}")
+    if not all(number <= limits["high"] for number in numbers):
+        raise ValueError(f"must be at most {limits['high']}")
 
 
 def _checked(values: dict, problems: list[str]) -> dict:
