@@ -26,7 +26,7 @@ from preprocessing.tokens import question_ids
 from trainer.checkpoint import DESCRIBED, write_model
 from trainer.evaluate import extract_answer, generate_tokens
 from trainer.files import replaced
-from trainer.pretrained import Pretrained, hub_problem, load_model, not_loadable, read_description, shape_of
+from trainer.pretrained import Pretrained, hub_problem, load_model, loading, read_description, shape_of
 from trainer.run_folder import HUB_ID, resolve
 from utils import UserError, log
 
@@ -97,11 +97,9 @@ def _local_folder(source: str | Path, hub_options: dict) -> Path:
     """The folder of a local checkpoint, or of the hub's downloaded files. Raises UserError."""
     if os.path.exists(source) or not HUB_ID.fullmatch(str(source)):
         return resolve(str(source))
-    try:
+    with loading("checkpoint", source):
         cached_only = {"local_files_only": True} if hub_problem() else {}
         folder = snapshot_download(str(source), **cached_only | hub_options)
-    except Exception as error:  # of the hub or the connection
-        raise not_loadable("checkpoint", source, error) from None
     return resolve(str(folder))
 
 
