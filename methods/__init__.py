@@ -25,11 +25,11 @@ import ast
 import dataclasses
 import importlib
 import inspect
-import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from math import inf
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -38,22 +38,12 @@ LARGEST_FACTOR = 1e30  # of what a gradient is multiplied with: it has to stay a
 
 
 def key(
-    default,
-    text: str,
-    *,
-    choices: tuple = (),
-    low: float = -math.inf,
-    high: float = math.inf,
-    check: Callable | None = None,
-    free: bool = False,
-    later: bool = False,
-    empty: bool = False,
-    shapes: bool = False,
+    default, text, *, choices=(), low=-inf, high=inf, check=None, free=False, later=False, empty=False, shapes=False
 ):
-    """A key with its limits; `free` where it does not decide what the weights become, so that it may change between a
-    run and its continuation; `later` where results of experiments/ are older than the key, and had its default; `empty`
-    where nothing, as in `key=`, is the empty text; `shapes` where it decides what a model's sequences look like, so
-    that checkpoints record it."""
+    """A key with its text for --help and its limits: `check` raises ValueError. `free` where it does not decide what
+    the weights become, so that it may change between a run and its continuation; `later` where results of experiments/
+    are older than the key, and had its default; `empty` where nothing, as in `key=`, is the empty text; `shapes` where
+    it decides what a model's sequences look like, so that checkpoints record it."""
     limits = {"choices": choices, "low": low, "high": high, "check": check, "free": free, "later": later}
     return dataclasses.field(default=default, metadata={"help": text, "empty": empty, "shapes": shapes, **limits})
 

@@ -17,6 +17,7 @@ Legend: B rows, T columns of a batch, D hidden size, L decoder blocks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 import methods
 from methods import LARGEST_FACTOR, Texts, key
@@ -78,9 +79,7 @@ class TaughtDataset(StageDataset):
         written = [*(token for step in steps for token in step), *answer, self.markers.eos]
         teacher = question + written
         prefix = self.tokens.answer_prefix
-        shared = next(
-            (n for n, pair in enumerate(zip(prefix, answer, strict=False)) if pair[0] != pair[1]), len(prefix)
-        )
+        shared = len([*takewhile(lambda pair: pair[0] == pair[1], zip(prefix, answer, strict=False))])
         student_position, position = (len(ids) - 1 - len(answer) + shared - 1 for ids in (input_ids, teacher))
         return input_ids, labels, student_position, teacher, [IGNORE] * len(question) + written, position
 

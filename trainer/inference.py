@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut, Edit
-from config import Config
+from config import MOST_LATENTS, Config
 from curriculum import prompt
 from dataset import collate_prompts, latent_columns
 from preprocessing.tokens import question_ids
@@ -31,7 +31,6 @@ from trainer.run_folder import HUB_ID, resolve
 from utils import UserError, log
 
 TOP = 5  # tokens shown for each thought
-MAX_THOUGHTS = 100_000  # of a model without a longest sequence
 CARD = """\
 # {name}
 
@@ -109,10 +108,10 @@ def _local_folder(source: str | Path, hub_options: dict) -> Path:
 def answers(
     model: Coconut,
     questions: list[str],
-    max_new_tokens: int = 128,
-    n_thoughts: int | None = None,
-    mode: str | None = None,
-    show_thoughts: bool = False,
+    max_new_tokens=128,
+    n_thoughts=None,
+    mode=None,
+    show_thoughts=False,
     **sampling,
 ) -> list[dict]:
     """The model's answers to questions: see Coconut.answers."""
@@ -180,7 +179,7 @@ def config_for(model: Coconut, n_thoughts: int | None = None, mode: str | None =
         return config
     if not config.has_latents:
         raise UserError(f"a number of thoughts is for models with latents, and this one is of method {config.method}")
-    if n_thoughts >= (limit := model.max_positions or MAX_THOUGHTS):
+    if n_thoughts >= (limit := model.max_positions or MOST_LATENTS):
         raise UserError(f"{n_thoughts} thoughts do not fit into {limit} positions")
     return replace(config, eval_latents=n_thoughts)
 
