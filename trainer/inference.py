@@ -108,10 +108,10 @@ def _local_folder(source: str | Path, hub_options: dict) -> Path:
 def answers(
     model: Coconut,
     questions: list[str],
-    max_new_tokens=128,
-    n_thoughts=None,
-    mode=None,
-    show_thoughts=False,
+    max_new_tokens: int = 128,
+    n_thoughts: int | None = None,
+    mode: str | None = None,
+    show_thoughts: bool = False,
     **sampling,
 ) -> list[dict]:
     """The model's answers to questions: see Coconut.answers."""
