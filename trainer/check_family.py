@@ -54,6 +54,7 @@ def check_family(model: Coconut, gradient_checkpointing: bool = False) -> None:
     generation has to do without a cache. It takes some twenty passes over eight columns, on any device but meta: there
     the verdict on the same model elsewhere counts."""
     base = model.base_causallm
+    name = f"the model family {base.config.model_type} ({type(base).__name__})"
     small = sum(parameter.numel() for parameter in base.parameters()) <= SMALL
     tolerance = EXACT if small else COARSE if base.dtype.itemsize == 2 else ORDINARY
     sequential = model.latent_token_id is not None and model.thought.sequential
@@ -67,22 +68,18 @@ def check_family(model: Coconut, gradient_checkpointing: bool = False) -> None:
         with _undisturbed(model, training=True):
             problem = _tried(_note_what_is_left_out, model, tolerance)
     if problem is not None:
-        raise UserError(f"{_name(base)} cannot be trained here, by any method: {problem}")
+        raise UserError(f"{name} cannot be trained here, by any method: {problem}")
     if sequential and latent_problem is not None:
-        *others, last = [name for name, rules in all_rules().items() if not rules.has_latents]
+        *others, last = [method for method, rules in all_rules().items() if not rules.has_latents]
         raise UserError(
-            f"{_name(base)} cannot be trained with latent thoughts here: {latent_problem}. The methods "
+            f"{name} cannot be trained with latent thoughts here: {latent_problem}. The methods "
             f"{', '.join(others)} and {last} need no cache, and work with it"
         )
     if gradient_checkpointing:
         with _undisturbed(model), _with_weights_that_matter(model) if small else nullcontext(), _checkpointed(base):
             problem = _tried(_problem_with_latents if sequential else _problem_without_latents, model, tolerance)
         if problem is not None:
-            raise UserError(f"{_name(base)} cannot be trained with gradient_checkpointing here: {problem}")
-
-
-def _name(base: PreTrainedModel) -> str:
-    return f"the model family {base.config.model_type} ({type(base).__name__})"
+            raise UserError(f"{name} cannot be trained with gradient_checkpointing here: {problem}")
 
 
 @contextmanager
