@@ -3,18 +3,7 @@
 A file begins with what needs no torch: its docstring and `class Method`, with the method's own keys, the defaults that
 it gives to others', what it excludes, and how it was spelled before. Below that, from the first import of torch or of
 what imports torch on, stand its model and its dataset. config.py reads the upper part alone (`rules_of`), so that
---help and every complaint come at once; `implementation` imports the whole.
-
-    import methods
-    from methods import key
-
-    class Method(methods.Method):
-        has_latents = True
-        defaults = {"c_thought": 2}
-        sharpness: float = key(1.0, "of its loss", low=0)
-
-    import torch
-    ...
+--help and every complaint come at once; `implementation` imports the whole. docs/contributing.md shows a file.
 
 A thought is registered by `@register("name", takes=":N")` in any file of this folder, and found likewise.
 """
