@@ -64,6 +64,7 @@ def check_weights(source, own: dict, saved: dict, what: str = "model") -> None:
 
 
 def check_names(source, missing, unexpected, mismatched=(), what: str = "model") -> None:
+    """Raises UserError that begins the list of the names that there are."""
     problems = []
     for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)):
         if names:
