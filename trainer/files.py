@@ -64,7 +64,7 @@ def check_weights(source, own: dict, saved: dict, what: str = "model") -> None:
 
 
 def check_names(source, missing, unexpected, mismatched=(), what: str = "model") -> None:
-    """Raises UserError that begins the list of the names that there are."""
+    """Raises UserError where a list holds names; it shows the first four of each."""
     problems = []
     for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)):
         if names:
