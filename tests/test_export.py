@@ -423,7 +423,7 @@ def test_what_a_model_of_several_modes_writes_is_read_without_its_marker(folders
         ("predictions.jsonl", '{"question": ', "predictions.jsonl is damaged"),
         ("predictions.jsonl", "{}", "predictions.jsonl is damaged"),
         ("../eval/metrics.json", '{"checkpoint": 5}', "the model card cannot be made, a file of"),
-        ("../config.yaml", "\ta", "is not a configuration"),
+        ("../config.yaml", "\ta", "cannot read"),
     ],
 )
 def test_what_is_damaged_is_said_in_a_sentence(checkpoints, tmp_path, capsys, file, content, sentence):

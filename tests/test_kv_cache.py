@@ -7,13 +7,15 @@ import pytest
 import torch
 from conftest import tiny_base
 from transformers import AttentionInterface
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from coconut import Coconut
 from model import kv_cache
 from model.kv_cache import Buffer, GrowingLayer, attend, has_attention, make_cache
-from model.recurrent_cache import ReplacingLayer
+from model.recurrent_cache import REPLACING_LAYERS
+
+ReplacingLayer = REPLACING_LAYERS[LinearAttentionLayer]
 
 
 def passes(*lengths: int) -> list[torch.Tensor]:
