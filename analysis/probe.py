@@ -1,15 +1,18 @@
-"""What thoughts hold: what can be read from them, and how likely names are when language is forced after them.
+"""What thoughts hold: what can be read from them, and what the model writes when language is forced after them.
 
 Legend: N questions, K thoughts, D hidden size, C names. Everything returned is ready for JSON.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import torch
 
 from analysis.subject import Subject
 from analysis.tasks import Machine, Task
+from trainer.evaluate import extract_answer
 from trainer.inference import decoded_thoughts
 
 TOP = 5  # names shown
@@ -88,17 +91,29 @@ def probe_accuracy(states: np.ndarray, classes: np.ndarray, n_classes: int) -> f
     return float(right.mean())
 
 
+def _shapes(thoughts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N, K) norms of thoughts, and (N, K - 1) cosines of each but the first with the one before."""
+    norms = np.linalg.norm(thoughts, axis=2)
+    return norms, (thoughts[:, 1:] * thoughts[:, :-1]).sum(2) / (norms[:, 1:] * norms[:, :-1])
+
+
 def shape(subject: Subject) -> list[dict]:
     """For each thought its mean norm, and its mean cosine with the thought before."""
-    thoughts = subject.thoughts().numpy()  # (N, K, D)
-    norms = np.linalg.norm(thoughts, axis=2)  # (N, K)
+    norms, cosines = (found.mean(0).tolist() for found in _shapes(subject.thoughts().numpy()))
+    pairs = zip(norms, [None, *cosines], strict=True)
+    return [{"thought": k, "norm": norm, "cosine with the one before": one} for k, (norm, one) in enumerate(pairs, 1)]
+
+
+def sweep(subject: Subject, task: Task) -> list[dict]:
+    """With 0 to K + 2 thoughts, then language (paper, Section 5.1): the accuracy, and how many outputs are of each of
+    the task's classes."""
     found = []
-    for k in range(thoughts.shape[1]):
-        cosine = None
-        if k:
-            product = (thoughts[:, k] * thoughts[:, k - 1]).sum(1)
-            cosine = float((product / (norms[:, k] * norms[:, k - 1])).mean())
-        found.append({"thought": k + 1, "norm": float(norms[:, k].mean()), "cosine with the one before": cosine})
+    for k in range(subject.n_thoughts + 3):
+        outputs = subject.outputs(k)
+        classes = Counter(task.classify(index, output, k) for index, output in enumerate(outputs))
+        right = sum(extract_answer(mine) == e["answer"] for mine, e in zip(outputs, task.examples, strict=True))
+        found.append({"thoughts": k, "questions": len(outputs), "accuracy": right / len(outputs)})
+        found[-1]["classes"] = {name: classes[name] for name in task.classes}
     return found
 
 
@@ -110,25 +125,26 @@ def close_up(subject: Subject, task: Task, chosen: list[int]) -> list[dict]:
         return []
     few = subject.asking([task.examples[index] for index in chosen])
     names = [task.names()[index] for index in chosen]
-    outputs, thoughts = few.outputs(), few.thoughts().numpy()
     heads = [words for _, inputs in few.batches() for words in decoded_thoughts(few.model, few.tokenizer, inputs)]
+    values = [few.values(names, task.step_prefix, k).numpy() for k in range(few.n_thoughts + 1)]
+    norms, cosines = (of.tolist() for of in _shapes(few.thoughts().numpy()))
     found = []
-    for example, output, words in zip(few.examples, outputs, heads, strict=True):
-        kept = {key: example[key] for key in ("question", "steps", "answer")}
-        found.append({**kept, "output": output, "words": words, "after": []})
-    norms = np.linalg.norm(thoughts, axis=2)  # (N, K)
-    for k in range(few.n_thoughts + 1):
-        values = few.values(names, task.step_prefix, k).numpy()
-        for index, row in enumerate(values):
-            after = {"thoughts": k, "names": [], "elsewhere": None, "norm": None, "cosine": None}
+    for index, (example, output) in enumerate(zip(few.examples, few.outputs(), strict=True)):
+        after = []
+        for k, shares in enumerate(values):
+            row, best = shares[index], []
             if k >= task.fewest:
-                best = row[: len(names[index])].argsort()[::-1][:TOP]
-                after["names"] = [(names[index][number], float(row[number])) for number in best]
-                after["elsewhere"] = float(1 - row.sum())
-            if k:
-                after["norm"] = float(norms[index, k - 1])
-            if k > 1:
-                product = thoughts[index, k - 1] @ thoughts[index, k - 2]
-                after["cosine"] = float(product / (norms[index, k - 1] * norms[index, k - 2]))
-            found[index]["after"].append(after)
+                order = row[: len(names[index])].argsort()[::-1][:TOP]
+                best = [(names[index][number], float(row[number])) for number in order]
+            after.append(
+                {
+                    "thoughts": k,
+                    "names": best,
+                    "elsewhere": float(1 - row.sum()) if k >= task.fewest else None,
+                    "norm": norms[index][k - 1] if k else None,
+                    "cosine": cosines[index][k - 2] if k > 1 else None,
+                }
+            )
+        kept = {key: example[key] for key in ("question", "steps", "answer")}
+        found.append({**kept, "output": output, "words": heads[index], "after": after})
     return found

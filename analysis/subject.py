@@ -19,6 +19,7 @@ from curriculum import Markers, prompt
 from dataset import collate_prompts
 from preprocessing.tokens import question_ids
 from tools.generate import load
+from trainer.evaluate import extract_answer
 from trainer.inference import config_for
 from utils import UserError
 
@@ -162,6 +163,10 @@ class Subject:
                 new = row[: row.index(eos)] if eos in row else row
                 texts.append(self.tokenizer.decode(new, skip_special_tokens=True))
         return texts
+
+    def answers(self, **options) -> list[str]:
+        """The answers in `outputs`."""
+        return [extract_answer(text) for text in self.outputs(**options)]
 
     def _longest_answer(self) -> int:
         """Tokens of the longest written steps and answer, EOS included."""
