@@ -5,8 +5,7 @@
     python -m analysis CHECKPOINT --data FILE --out FOLDER --page                     # the page again from the numbers
 
 FOLDER/index.html is the page. A JSON file beside it holds the numbers of each part: probe (what thoughts hold), sweep
-(other numbers of thoughts), search (graphs: is there a frontier?), interventions (what if a thought is changed?),
-examples.
+(other numbers of thoughts), search (graphs: is there a frontier?), interventions (what if a thought is changed?).
 """
 
 from __future__ import annotations
@@ -96,11 +95,6 @@ def measure_interventions(subject: Subject, task: Task, options: argparse.Namesp
     return found
 
 
-def measure_examples(subject: Subject, task: Task, options: argparse.Namespace) -> list[dict]:
-    """Single questions, for a closer look."""
-    return probe.close_up(subject, task, shown(task, options))
-
-
 def shown(task: Task, options: argparse.Namespace) -> list[int]:
     return [index for index in options.show if index < len(task.examples)]
 
@@ -110,7 +104,6 @@ MEASURES = {
     "sweep": measure_sweep,
     "search": measure_search,
     "interventions": measure_interventions,
-    "examples": measure_examples,
 }
 
 

@@ -101,6 +101,8 @@ def from_example(example: dict) -> Graph:
     """
     try:
         names = tuple(example["idx_to_symbol"])
+        if len({*names}) < len(names):
+            raise ValueError("its names are not all different")
         edges = frozenset((names[parent], names[child]) for parent, child in example["edges"])
         root, target, other = (names[example[field]] for field in ("root", "target", "neg_target"))
         graph = Graph(names, edges, root, target, other, compact=example["answer"] == target)
@@ -113,7 +115,6 @@ def from_example(example: dict) -> Graph:
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"the example is no graph of ProsQA's: {error!r}") from None
     for is_wrong, problem in (
-        (len({*names}) < len(names), "'idx_to_symbol' is no list of different names"),
         (example["answer"] != graph.answer, f"answer {example['answer']!r} is neither {target!r} nor {graph.answer!r}"),
         (unreadable, f"names {unreadable} cannot be read back from an output"),
         (not from_root.get(target), f"target {target!r} cannot be reached from its root {root!r}"),

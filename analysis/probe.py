@@ -13,9 +13,7 @@ import torch
 from analysis.subject import Subject
 from analysis.tasks import Machine, Task
 from trainer.evaluate import extract_answer
-from trainer.inference import decoded_thoughts
 
-TOP = 5  # names shown
 FOLDS = 2
 RIDGE = 1e-2  # of the linear probe, relative to the mean eigenvalue of the thoughts' covariance
 
@@ -91,16 +89,12 @@ def probe_accuracy(states: np.ndarray, classes: np.ndarray, n_classes: int) -> f
     return float(right.mean())
 
 
-def _shapes(thoughts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N, K) norms of thoughts, and (N, K - 1) cosines of each but the first with the one before."""
-    norms = np.linalg.norm(thoughts, axis=2)
-    return norms, (thoughts[:, 1:] * thoughts[:, :-1]).sum(2) / (norms[:, 1:] * norms[:, :-1])
-
-
 def shape(subject: Subject) -> list[dict]:
     """For each thought its mean norm, and its mean cosine with the thought before."""
-    norms, cosines = (found.mean(0).tolist() for found in _shapes(subject.thoughts().numpy()))
-    pairs = zip(norms, [None, *cosines], strict=True)
+    thoughts = subject.thoughts().numpy()  # (N, K, D)
+    norms = np.linalg.norm(thoughts, axis=2)  # (N, K)
+    cosines = (thoughts[:, 1:] * thoughts[:, :-1]).sum(2) / (norms[:, 1:] * norms[:, :-1])  # (N, K - 1)
+    pairs = zip(norms.mean(0).tolist(), [None, *cosines.mean(0).tolist()], strict=True)
     return [{"thought": k, "norm": norm, "cosine with the one before": one} for k, (norm, one) in enumerate(pairs, 1)]
 
 
@@ -114,37 +108,4 @@ def sweep(subject: Subject, task: Task) -> list[dict]:
         right = sum(extract_answer(mine) == e["answer"] for mine, e in zip(outputs, task.examples, strict=True))
         found.append({"thoughts": k, "questions": len(outputs), "accuracy": right / len(outputs)})
         found[-1]["classes"] = {name: classes[name] for name in task.classes}
-    return found
-
-
-def close_up(subject: Subject, task: Task, chosen: list[int]) -> list[dict]:
-    """Chosen questions by themselves: the output, and for each number of thoughts the likeliest words of the LM
-    head where the next thought is made, the likeliest names when language is forced, the probability of no name, the
-    norm of the thought, and its cosine with the one before."""
-    if not chosen:
-        return []
-    few = subject.asking([task.examples[index] for index in chosen])
-    names = [task.names()[index] for index in chosen]
-    heads = [words for _, inputs in few.batches() for words in decoded_thoughts(few.model, few.tokenizer, inputs)]
-    values = [few.values(names, task.step_prefix, k).numpy() for k in range(few.n_thoughts + 1)]
-    norms, cosines = (of.tolist() for of in _shapes(few.thoughts().numpy()))
-    found = []
-    for index, (example, output) in enumerate(zip(few.examples, few.outputs(), strict=True)):
-        after = []
-        for k, shares in enumerate(values):
-            row, best = shares[index], []
-            if k >= task.fewest:
-                order = row[: len(names[index])].argsort()[::-1][:TOP]
-                best = [(names[index][number], float(row[number])) for number in order]
-            after.append(
-                {
-                    "thoughts": k,
-                    "names": best,
-                    "elsewhere": float(1 - row.sum()) if k >= task.fewest else None,
-                    "norm": norms[index][k - 1] if k else None,
-                    "cosine": cosines[index][k - 2] if k > 1 else None,
-                }
-            )
-        kept = {key: example[key] for key in ("question", "steps", "answer")}
-        found.append({**kept, "output": output, "words": heads[index], "after": after})
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from analysis import figures
-from analysis.page import Example, Figure, Section, page, table_html
+from analysis.page import Example, Figure, Section, page
 from preprocessing.examples import read_json
 from trainer.files import replaced, write_whole
 
@@ -284,43 +284,9 @@ def trees_of(found: Found, number: int) -> str:
     return "".join(parts)
 
 
-def examples_section(found: Found, about: dict) -> Section:
-    examples = []
-    for number, example in enumerate(next(iter(found.values()))):
-        parts = [example["question"], f"steps: {' '.join(example['steps'])}", f"answer: {example['answer']}"]
-        body = "".join(f"<p>{escape(part)}</p>" for part in parts)
-        for name, of in found.items():
-            body += f"<h3>{escape(name)} writes: {escape(of[number]['output'].strip())}</h3>{close_up(of[number])}"
-        examples.append(Example(f"question {number + 1}: {example['question'][:60]}", body))
-    return Section(
-        "Questions",
-        "After each thought: the likeliest words of the LM head where the next one is made, and the likeliest names "
-        "when language is forced there instead.",
-        [],
-        examples,
-    )
-
-
-def close_up(example: dict) -> str:
-    """What can be read from a question's thoughts, as a table."""
-
-    def shares(pairs: list) -> str:
-        return "  ".join(f"{word!r} {share:.0%}" for word, share in pairs if share >= 0.005)
-
-    words = [*map(shares, example["words"]), ""]  # after the last thought none is made
-    numbers = ("elsewhere", "norm", "cosine")
-    rows = [
-        [str(row["thoughts"]), word, shares(row["names"]), *(cell(key, row[key]) for key in numbers)]
-        for word, row in zip(words, example["after"], strict=True)
-    ]
-    head = ["thoughts", "words where the next is made", "names as the next step", *numbers]
-    return table_html(head, rows)
-
-
 SECTIONS = {
     "probe": probe_section,
     "interventions": interventions_section,
     "search": search_section,
     "sweep": sweep_section,
-    "examples": examples_section,
 }

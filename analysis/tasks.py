@@ -16,19 +16,12 @@ from utils import UserError
 
 
 class Task:
-    """Questions of one kind.
-
-    Attributes:
-        examples: {question, answer, steps, ...} each.
-        classes: what an output can be, in the order in which they are stacked.
-        step_prefix: the text that is forced before a name, the first of a next step.
-        fewest: thoughts after which steps begin so.
-    """
+    """Questions of one kind."""
 
     kind: str
-    classes: tuple[str, ...]
-    step_prefix: str = ""
-    fewest: int = 0
+    classes: tuple[str, ...]  # what an output can be, in the order in which they are stacked
+    step_prefix: str = ""  # the text that is forced before a name, the first of a next step
+    fewest: int = 0  # thoughts after which steps begin so
 
     def __init__(self, examples: list[dict]):
         self.examples = examples
@@ -46,6 +39,7 @@ class Task:
 
     def others(self) -> list[str | None]:
         """For each question the wrong candidate, which only reasoning excludes; None where there is none."""
+        return [None] * len(self.examples)
 
     def twins(self) -> list[dict | None]:
         """For each question one that differs in where it begins, and so in its answer, where there is one."""
@@ -82,9 +76,6 @@ class Machine(Task):
         left = "".join(example["steps"][n_thoughts:])
         return self.classes[0] if "".join(extract_steps(output).split()) == left else self.classes[1]
 
-    def others(self) -> list[str | None]:
-        return [None] * len(self.examples)
-
     def follow(self, state: str, buttons: str) -> str:
         """Where a word of buttons leads."""
         for button in buttons:
@@ -99,8 +90,7 @@ class Machine(Task):
     def twins(self) -> list[dict | None]:
         """The same words, pressed in the state that comes next in the alphabet."""
         following = dict(zip(self.states, [*self.states[1:], self.states[0]], strict=True))
-        questions = [example["question"] for example in self.examples]
-        return [self.question_of(following[question[0]], question[1:]) for question in questions]
+        return [self.question_of(following[e["question"][0]], e["question"][1:]) for e in self.examples]
 
     def redrawn(self, random) -> tuple[str, list[dict]]:
         """Another order of buttons is another question; its own answer is what should come out."""

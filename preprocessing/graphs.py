@@ -20,11 +20,16 @@ class Graph:
     depths: list[int]  # shortest distance to the node's root; 0 for nodes of both roots or of none
 
 
-def grow_graph(rng: np.random.Generator, n_nodes: int) -> Graph:
-    """Adds nodes one by one; a new node draws Poisson(1.5) parents, deep ones with more weight, from one group.
+def draw_parents(rng: np.random.Generator, group: list[int], depths: list[int], least: int = 0) -> list[int]:
+    """Poisson(1.5) nodes of a group, at least so many if it has them, deep ones with more weight."""
+    weights = np.array([1 + 1.5 * depths[node] for node in group])
+    count = min(max(int(rng.poisson(1.5)), least), len(group))
+    return rng.choice(group, count, replace=False, p=weights / weights.sum()).tolist()
 
-    The group: nodes that descend from root 0 alone with probability .35; else, with a new random number,
-    from root 1 alone with .7; else all nodes.
+
+def grow_graph(rng: np.random.Generator, n_nodes: int) -> Graph:
+    """Adds nodes one by one; a new node draws its parents from one group: nodes that descend from root 0 alone with
+    probability .35; else, with a new random number, from root 1 alone with .7; else all nodes.
     """
     parents: list[list[int]] = [[], []]
     labels, depths = [BIT[0], BIT[1]], [0, 0]
@@ -35,9 +40,7 @@ def grow_graph(rng: np.random.Generator, n_nodes: int) -> Graph:
             group = [other for other in range(node) if labels[other] == BIT[1]]
         else:
             group = list(range(node))
-        weights = np.array([1 + 1.5 * depths[other] for other in group])
-        count = min(int(rng.poisson(1.5)), len(group))
-        drawn = rng.choice(group, count, replace=False, p=weights / weights.sum()).tolist()
+        drawn = draw_parents(rng, group, depths)
         label = 0
         for parent in drawn:
             label |= labels[parent]
@@ -71,9 +74,9 @@ def choose_question(rng: np.random.Generator, graph: Graph) -> tuple[int, int, i
 def grow_side(rng: np.random.Generator, n_nodes: int, hops: int) -> Graph:
     """A graph under one root, node 0, whose deepest nodes are `hops` below it, so they are leaves.
 
-    Every new node has a parent and draws Poisson(1.5) of them, by depth as `grow_graph` does, among the nodes less than
-    `hops` deep. Where only so many nodes are left as depth is lacking, each goes one deeper. No parent is more than one
-    edge deeper than its child, or a way against the edges would be shorter than the hops.
+    Every new node draws a parent or more among the nodes less than `hops` deep. Where only so many nodes are left as
+    depth is lacking, each goes one deeper. No parent is more than one edge deeper than its child, or a way against the
+    edges would be shorter than the hops.
     """
     parents: list[list[int]] = [[]]
     depths = [0]
@@ -81,9 +84,7 @@ def grow_side(rng: np.random.Generator, n_nodes: int, hops: int) -> Graph:
         lacking = hops - max(depths)
         least = max(depths) if lacking == n_nodes - node else 0
         group = [other for other in range(node) if least <= depths[other] < hops]
-        weights = np.array([1 + 1.5 * depths[other] for other in group])
-        count = min(max(int(rng.poisson(1.5)), 1), len(group))
-        drawn = rng.choice(group, count, replace=False, p=weights / weights.sum()).tolist()
+        drawn = draw_parents(rng, group, depths, least=1)
         depth = 1 + min(depths[parent] for parent in drawn)
         parents.append([parent for parent in drawn if depths[parent] <= depth + 1])
         depths.append(depth)
