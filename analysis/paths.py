@@ -36,7 +36,7 @@ from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 
-from preprocessing.distances import fewest_edges
+from preprocessing.graphs import fewest_edges
 from utils import UserError
 
 CORRECT_PATH = "correct path"

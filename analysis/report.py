@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -27,27 +27,24 @@ def write_page(folder: Path) -> Path:
         *((f"{name}, {about['thoughts'][name]} thoughts", source) for name, source in about["checkpoints"].items()),
         ("data", f"{about['data']}, {about['questions']} questions{of_steps}"),
         ("seed of donors and noise", str(about["seed"])),
+        *summary(parts, about),
     ]
     title = "Thoughts: state tracking" if about["kind"] == "machine" else "Thoughts: search in graphs"
-    write_whole(folder / "index.html", page(title, answers(parts, about), sections, facts))
+    write_whole(folder / "index.html", page(title, "", sections, facts))
     if about["kind"] == "machine":
         with replaced(folder / "transplants.png") as picture:
             figures.picture(transplant_lines(parts["interventions"]), picture)
     return folder / "index.html"
 
 
-def answers(parts: dict[str, Found], about: dict) -> str:
+def summary(parts: dict[str, Found], about: dict) -> list[tuple[str, str]]:
     """The first lines of the page: a sceptic's questions, with numbers for each subject."""
 
-    def listed(part: str, text: Callable[[dict], str], separator: str = ", ") -> str:
-        return separator.join(f"{name} {text(of)}" for name, of in parts[part].items())
+    def emptied(of: dict) -> str:
+        return " / ".join(percent(row_of(of, what, "all")["accuracy"]) for what in ("itself", "noise", "mean"))
 
     def probed(of: dict) -> str:
         return percent(fmean(row["probe"] for row in of["decoded"] if row["probe"] is not None))
-
-    def emptied(of: dict) -> str:
-        itself, noise, mean = (percent(row_of(of, what, "all")["accuracy"]) for what in ("itself", "noise", "mean"))
-        return f"{itself}, with noise {noise}, with the mean {mean}"
 
     def moved(of: dict) -> str:
         return " / ".join(percent(row["where it leads"]) for row in of["transplants"])
@@ -59,22 +56,23 @@ def answers(parts: dict[str, Found], about: dict) -> str:
         return percent(row_of(of, "the twin", "all")["donor"])
 
     if about["kind"] == "machine":
-        paragraphs = [
-            "Do the hidden states that thoughts are made from hold the state? A linear probe finds the right one of "
-            f"{about['states']} in: {listed('probe', probed)} (mean over the thoughts).",
-            "Does the answer follow a state that is put in? With the k-th thought of another question (k = 1, 2, ...) "
-            "it is where the rest of this question's buttons lead from the other's state in: "
-            f"{listed('interventions', moved)}.",
-        ]
+        asked = {
+            f"Do thoughts hold the state? Found by a linear probe, 1 of {about['states']}, mean": ("probe", probed),
+            "Does the answer follow a state that is put in? After transplant k = 1, 2, ...": ("interventions", moved),
+        }
     else:
-        paragraphs = [
-            "Do they hold a frontier? The area under the curve of reachable nodes against nodes of the same depth that "
-            f"cannot be reached, after k thoughts: {listed('search', areas)} (0.5 is nothing).",
-            "Does the answer follow thoughts that are put there? With all thoughts of the same graph, asked about the "
-            f"other root, it is that question's answer in: {listed('interventions', twinned)}.",
-        ]
-    nothing = listed("interventions", emptied, "; ")
-    return "\n\n".join([*paragraphs, f"Does anything change when nothing is in them? Accuracy: {nothing}."])
+        asked = {
+            "Do thoughts hold a frontier? Area under the curve (0.5 is nothing)": ("search", areas),
+            "Does the answer follow thoughts of the graph asked about the other root?": (
+                "interventions",
+                twinned,
+            ),
+        }
+    asked["Are they needed? Accuracy as they are / with noise / with the mean"] = ("interventions", emptied)
+    return [
+        (question, "; ".join(f"{name} {text(of)}" for name, of in parts[part].items()))
+        for question, (part, text) in asked.items()
+    ]
 
 
 def row_of(found: dict, name: str, place: str) -> dict:

@@ -8,6 +8,7 @@ of all ranks. Exits with 1 where a difference is larger than the last column all
 """
 
 import shutil
+import string
 import sys
 import tempfile
 from pathlib import Path
@@ -27,9 +28,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from common import print_table, to_device
-from random_model import RandomModel
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from tiny_model import RandomModel, make_tokenizer
 
 from config import Config
 from curriculum import Markers
@@ -51,9 +50,7 @@ def write_model(family: str, tied: bool, folder: Path) -> None:
             if parameter.ndim > 1:
                 parameter.mul_(3.0)
     model.save_pretrained(folder)
-    words = {"<eos>": 0, **{f"w{index}": index for index in range(1, VOCABULARY)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    make_tokenizer([string.ascii_letters[: VOCABULARY - 2]], "char").save_pretrained(folder)
 
 
 def rows(n_latents: list[int], seed: int, markers: Markers) -> list[tuple[list[int], list[int]]]:

@@ -32,7 +32,7 @@ import tempfile
 import time
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import numpy as np
 import prosqa
@@ -103,18 +103,6 @@ def first_batch(cache: Path) -> float:
             next(loader)
             seconds.append(time.perf_counter() - begin)
     return max(seconds)
-
-
-def batch_seconds(tokens: Tokens, n_batches: int = 50) -> float:
-    """Median seconds in which a batch of 32 rows is made, by nobody but the thread that makes it."""
-    config = Config(uniform_prob=0.3)
-    dataset, plan = StageDataset(tokens, config, MARKERS, epoch=0), EpochPlan(np.arange(len(tokens)), config, 0, 1)
-    seconds = []
-    for step in range(min(n_batches, len(plan) - 1)):
-        begin = time.perf_counter()
-        dataset.micro_batch(plan[step].micro_batches[0], STAGE)
-        seconds.append(time.perf_counter() - begin)
-    return median(seconds)
 
 
 def print_memory(path: str, tokenizer: str, cache: str) -> None:
@@ -204,7 +192,7 @@ def measure(path: Path, options: argparse.Namespace, repeats: int, device: torch
     found = memory(path, where, folder / "one") | tokenizing(path, tokenizer, folder / "cache", repeats)
     cache = cache_tokens(str(path), tokenizer, folder / "cache", show_progress=False)
     tokens = Tokens.open(cache)
-    found |= {"first batch, s": first_batch(cache), "a batch of 32 rows, ms": 1000 * batch_seconds(tokens)}
+    found["first batch, s"] = first_batch(cache)
     found |= {f"padding, {name}": padding(tokens, n) for n, name in enumerate(("random order", "group_by_length"))}
     return found | steps_per_order(tokens, options.steps, device)
 

@@ -231,8 +231,8 @@ def read_results(grid: Grid, out: Path) -> dict[str, list[dict]]:
 
 
 def by_digest(results: dict[str, list[dict]]) -> dict[str, dict]:
-    """Digest of a job -> its row, for the rows that say with which keys they were made."""
-    return {row["digest"]: row for rows in results.values() for row in rows if "digest" in row}
+    """Digest of a job -> its row."""
+    return {row["digest"]: row for rows in results.values() for row in rows}
 
 
 def jobs_of(

@@ -49,14 +49,12 @@ def write_report(
 
 
 def with_others(results: dict[str, list[dict]], before: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """The rows, and those of before that are of other keys, or that do not say of which and have no successor."""
-    digests, found = by_digest(results), {}
-    for run in dict.fromkeys([*results, *before]):
-        rows = results.get(run, [])
-        seeds = {row["seed"] for row in rows}
-        others = (row for row in before.get(run, []) if row.get("digest") not in digests)
-        found[run] = rows + [row for row in others if "digest" in row or row["seed"] not in seeds]
-    return found
+    """The rows, and those of before that are of other keys."""
+    digests = by_digest(results)
+    return {
+        run: results.get(run, []) + [row for row in before.get(run, []) if row["digest"] not in digests]
+        for run in dict.fromkeys([*results, *before])
+    }
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -1,12 +1,14 @@
 """The random graphs of prosqa.py: the paper's (Hao et al. 2024, A.2), with a question about two leaves, and those under
-one root; and a shortest path through one."""
+one root; and the ways through them."""
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-from distances import fewest_edges
 
+Node = TypeVar("Node", int, str)
 ROOTS = (0, 1)
 BIT = {0: 1, 1: 2}  # a node's label: which roots it descends from; 3 for both, 0 for neither
 
@@ -108,3 +110,17 @@ def shortest_path(rng: np.random.Generator, edges: list[tuple[int, int]], root: 
         weights = np.array([ways[node] for node in before], dtype=float)
         path.append(before[rng.choice(len(before), p=weights / weights.sum())])
     return path[::-1]
+
+
+def fewest_edges(neighbours: Mapping[Node, list[Node]] | Sequence, starts: Iterable[Node]) -> dict[Node, int]:
+    """Node -> the fewest edges from the nearest start, which has 0; nodes out of reach are left out.
+
+    Ordered by distance, then by node, so that every process gets the same order.
+    """
+    distances = dict.fromkeys(sorted(starts), 0)
+    frontier, edges = {*distances}, 0
+    while frontier:
+        edges += 1
+        frontier = {neighbour for node in frontier for neighbour in neighbours[node]} - distances.keys()
+        distances |= dict.fromkeys(sorted(frontier), edges)
+    return distances

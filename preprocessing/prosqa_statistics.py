@@ -4,7 +4,7 @@ import re
 from itertools import pairwise
 
 import numpy as np
-from distances import fewest_edges
+from graphs import fewest_edges
 
 
 class Puzzle:

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from distances import fewest_edges
 from files import command, each, load_examples, make_parser
+from graphs import fewest_edges
 
 
 @dataclass(frozen=True)

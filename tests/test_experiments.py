@@ -353,18 +353,6 @@ def test_no_result_is_lost_with_a_report_of_others(small, started, tmp_path):
     assert started == []
 
 
-def test_results_without_a_digest_give_way(small, started, tmp_path):
-    """A file of an earlier version was refused."""
-    rows = [{"seed": 3, "accuracy": 0.25}, {"seed": 4, "accuracy": 0.5}]
-    (tmp_path / "small.json").write_text(json.dumps({"pause": rows, "gone": rows}))
-    assert grid.main([*small(), "--only", "pause"]) == 0
-    new, old = remembered(tmp_path)["pause"]
-    assert new["seed"] == 3
-    assert "digest" in new
-    assert old == rows[1]
-    assert remembered(tmp_path)["gone"] == rows
-
-
 def test_a_folder_with_other_keys_is_no_result(small, started, tmp_path, capsys):
     """Where another run was asked for, its old result was taken for that of the new keys, and remembered so."""
     assert grid.main([*small(), "--only", "pause"]) == 0
