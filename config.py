@@ -127,6 +127,7 @@ class Config:
     )
     uniform_prob: float = key(0.0, "probability that an example trains at a stage drawn from 0..n", low=0, high=1)
     advance_at: float | None = key(None, "validation accuracy that ends a stage before its epochs do", low=0, high=1)
+    advance_after: int = key(1, "epochs of the stage in a row that must reach it", low=1, later=True)
     latent_markers: str = key(
         "both",
         "both | none: whether start and end marker surround the latents (paper: both)",
@@ -365,6 +366,7 @@ class Config:
             (ends and not self.only_eval, f"resume {self.resume} leaves nothing of num_epochs {self.num_epochs}"),
             (self.only_eval and not loads, "only_eval needs load_model_path: the checkpoint to evaluate"),
             (forced and not thinks, "eval_latents is for eval-only runs of method coconut, or of another with latents"),
+            (self.advance_after > 1 and self.advance_at is None, "advance_after needs advance_at"),
             (entries > stages, f"epochs_per_stage has {entries} entries, but there are only {stages} stages, from 0"),
             (self.from_scratch and loads, "from_scratch and load_model_path exclude each other"),
             (self.from_scratch and self.lora_rank, "lora_rank updates existing weights, and from_scratch has none"),

@@ -172,6 +172,7 @@ def test_overrides_win_and_extends_is_read(write, tmp_path):
         ("method: icot\nuniform_prob: 0.5", "icot removes single tokens"),
         ("method: icot\nadvance_at: 0.9", "icot's stages are within an epoch"),
         ("advance_at: 98", "advance_at must be at most 1"),
+        ("advance_after: 2", "advance_after needs advance_at"),
         ("latent_markers: some", "latent_markers must be one of both, none"),
         ("step_separator: ''", None),
         ("uniform_prob: 2", "uniform_prob must be at most 1"),

@@ -182,7 +182,16 @@ def test_mixing_depends_on_seed_epoch_and_example_only():
 
 def test_a_stage_that_has_been_learnt_ends_early():
     config = Config(epochs_per_stage=[3, 2, 2], max_latent_stage=1, num_epochs=9, advance_at=0.9)
-    assert [next_epoch(config, epoch, 0.89) for epoch in range(9)] == list(range(1, 10))
-    assert [next_epoch(config, epoch, 0.9) for epoch in range(9)] == [3, 3, 3, 5, 5, 9, 9, 9, 9]
-    assert next_epoch(Config(num_epochs=9), 0, 1.0) == 1
+    assert [next_epoch(config, epoch, 0.89, 0)[0] for epoch in range(9)] == list(range(1, 10))
+    assert [next_epoch(config, epoch, 0.9, 0)[0] for epoch in range(9)] == [3, 3, 3, 5, 5, 9, 9, 9, 9]
+    assert next_epoch(Config(num_epochs=9), 0, 1.0, 0) == (1, 0)
+
+
+def test_a_stage_can_have_to_stay_learnt():
+    config = Config(epochs_per_stage=[4, 2], max_latent_stage=1, num_epochs=9, advance_at=0.9, advance_after=2)
+    assert next_epoch(config, 0, 0.9, 0) == (1, 1)
+    assert next_epoch(config, 1, 0.8, 1) == (2, 0)
+    assert next_epoch(config, 1, 0.9, 1) == (4, 0)  # the next stage begins to count anew
+    assert next_epoch(config, 3, 0.9, 0) == (4, 0)  # its epochs are over
+    assert next_epoch(config, 5, 0.9, 1) == (9, 0)
     assert "at most" in schedule(config, 1).splitlines()[-1]

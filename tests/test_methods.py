@@ -50,6 +50,7 @@ OTHERS = {
     "pad_latent_to_max": ("false", "curriculum=none", "max_latent_stage=6"),  # more than examples have steps
     "uniform_prob": "1.0",
     "advance_at": ("0", "epochs_per_stage=2"),
+    "advance_after": ("2", "advance_at=0", "epochs_per_stage=3"),
     "latent_markers": "none",
     "step_separator": "",
     "from_scratch": "true",
@@ -103,10 +104,10 @@ OWN = [
 ]
 # core keys that a method does not use, or refuses
 LATENTS = {"thought", "c_thought", "pad_latent_to_max", "latent_markers"}
-STAGES = {"epochs_per_stage", "curriculum", "advance_at", "uniform_prob"}
+STAGES = {"epochs_per_stage", "curriculum", "advance_at", "advance_after", "uniform_prob"}
 UNUSED = {
-    "cot": LATENTS | STAGES - {"advance_at"} | {"max_latent_stage"},
-    "no_cot": LATENTS | STAGES - {"advance_at"} | {"max_latent_stage", "step_separator"},
+    "cot": LATENTS | STAGES - {"advance_at", "advance_after"} | {"max_latent_stage"},
+    "no_cot": LATENTS | STAGES - {"advance_at", "advance_after"} | {"max_latent_stage", "step_separator"},
     "no_thoughts": LATENTS,
     "icot": LATENTS | STAGES | {"max_latent_stage"},
     "codi": STAGES | {"pad_latent_to_max", "step_separator"},

@@ -29,6 +29,9 @@ KEYS = (
     *("max_new_tokens=1", "save_only_improve=true", "skip_nonfinite=true", "log_every_steps=1"),
 )
 LORA = (*KEYS, "method=coconut", "step_decoder=none", "lora_rank=2")
+# an epoch of stage 0, whose second one is passed over, or which has to reach the goal once more
+EARLY = (*KEYS, "curriculum=staged", "epochs_per_stage=2", "num_epochs=4", "advance_at=0", "lr_scheduler=linear")
+AGAIN = (*EARLY, "epochs_per_stage=3", "num_epochs=4", "advance_after=2")
 WRITTEN = (
     *("event", "step", "epoch", "stage", "loss", "auxiliary_loss", "lr"),
     *("train_loss", "train_seconds", "skipped", "accuracy"),
@@ -126,8 +129,9 @@ def without_updates(monkeypatch) -> None:
 
 # `data` and `token_ids` are compared with what is there (test_faults.py, test_dataset.py); `val` is what is there
 PROGRESS = [field.name for field in fields(Progress) if field.name not in ("data", "token_ids", "val")]
+OTHER_KEYS = {"at_goal": AGAIN, "passed_over": EARLY}
 PARTS = {
-    **{f"progress: {name}": (KEYS, without_field(name)) for name in PROGRESS},
+    **{f"progress: {name}": (OTHER_KEYS.get(name, KEYS), without_field(name)) for name in PROGRESS},
     "the optimizer's averages": (KEYS, without(checkpoint, "load_optimizer")),
     "random numbers": (KEYS, without(checkpoint, "load_random_state", True)),
     "the companion": (KEYS, without(checkpoint, "load_companions", [])),
@@ -146,7 +150,7 @@ def restarted(runs, keys, tmp_path, monkeypatch, patch=lambda _: None) -> tuple[
     return outcome(tmp_path / "run"), wanted
 
 
-@pytest.mark.parametrize("keys", [KEYS, LORA], ids=["all parts", "LoRA"])
+@pytest.mark.parametrize("keys", [KEYS, LORA, EARLY, AGAIN], ids=["all parts", "LoRA", "early", "again"])
 def test_a_restart_is_bitwise_the_undisturbed_run(runs, keys, tmp_path, monkeypatch):
     found, wanted = restarted(runs, keys, tmp_path, monkeypatch)
     for name, value in wanted.items():

@@ -397,6 +397,9 @@ def test_learning_rates_and_clipping(place):
     assert lrs("lr-warm", "warmup_steps=2") == [0.5, 1, 1, 1]
     assert lrs("lr-linear", "lr_scheduler=linear") == [1, 0.75, 0.5, 0.25]
     assert lrs("lr-cosine", "lr_scheduler=cosine") == [1, 0.853553, 0.5, 0.146447]
+    # where stages end early it goes by the steps done, not by the number of the epoch
+    early = ("epochs_per_stage=2", "num_epochs=4", "advance_at=0")
+    assert lrs("lr-early", "lr_scheduler=linear", *early) == [1, 0.875, 0.75, 0.625]
     # AdamW does not mind the scale of a gradient, but that it is as small as AdamW's epsilon
     lrs("clipped", "max_grad_norm=1e-12")
     start = weights(place / "model")["transformer.h.0.mlp.c_fc.weight"]

@@ -89,6 +89,8 @@ class Progress:
     losses: float = 0.0  # sum over these examples of the losses of their steps
     seconds: float = 0.0  # that it has taken
     skipped: int = 0  # steps of the run that skip_nonfinite has skipped
+    at_goal: int = 0  # epochs of the unfinished stage in a row that have reached advance_at
+    passed_over: int = 0  # epochs that stages which ended early have left out: the learning rate does not count them
     best: dict[int, float] = field(default_factory=dict)  # stage -> best validation accuracy
     wandb_id: str | None = None
     token_ids: str | None = None  # digest of the training data's (`Tokens.digest`)
