@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--thoughts", type=int, metavar="K", help="(default: as the last stage was trained)")
     add("--seed", type=int, default=0, help="of donors and noise (default: 0)")
     add("--steps", type=int, metavar="N", help="only questions with so many steps (default: all)")
-    add("--show", type=int, nargs="+", default=range(8), help="questions to show whole (default: 0 to 7)")
+    add("--show", type=int, nargs="+", default=range(8), help="graphs to draw (default: 0 to 7)")
     add("--page", action="store_true", help="write the page from the numbers in FOLDER, and stop")
     return parser
 
@@ -62,10 +62,6 @@ def measure_probe(subject: Subject, task: Task, options: argparse.Namespace) -> 
     return found | ({"decoded": probe.decoded(subject, task)} if isinstance(task, Machine) else {})
 
 
-def measure_sweep(subject: Subject, task: Task, options: argparse.Namespace) -> list[dict]:
-    return probe.sweep(subject, task)
-
-
 def measure_search(subject: Subject, task: Task, options: argparse.Namespace) -> dict | None:
     """Graphs only. The paper compares the first and the second thought."""
     if not isinstance(task, Graphs):
@@ -73,11 +69,12 @@ def measure_search(subject: Subject, task: Task, options: argparse.Namespace) ->
     deepest = max(task.fewest, min(subject.n_thoughts, max(len(example["steps"]) for example in task.examples) - 1))
     counts = range(task.fewest, deepest + 1)
     values = probe.values(subject, task, deepest)
+    drawn = [index for index in options.show if index < len(task.examples)]
     return {
         "parallelism": [search.parallelism(values[k]) for k in range(1, min(deepest, 2) + 1)],
         "frontier": [search.frontier(task, values[k], k) for k in counts],
         "by height": {"shortest": [row for k in counts for row in search.by_height(task, values[k], k)]},
-        "trees": [[search.tree(task, index, values[k]) for k in counts] for index in shown(task, options)],
+        "trees": [[search.tree(task, index, values[k]) for k in counts] for index in drawn],
     }
 
 
@@ -95,13 +92,9 @@ def measure_interventions(subject: Subject, task: Task, options: argparse.Namesp
     return found
 
 
-def shown(task: Task, options: argparse.Namespace) -> list[int]:
-    return [index for index in options.show if index < len(task.examples)]
-
-
 MEASURES = {
     "probe": measure_probe,
-    "sweep": measure_sweep,
+    "sweep": lambda subject, task, _: probe.sweep(subject, task),
     "search": measure_search,
     "interventions": measure_interventions,
 }

@@ -159,25 +159,17 @@ def make_splits(
 
     Raises UserError where there is no such machine, or a split has not enough questions.
     """
-    most_fan_out = min(MOST_FAN_OUT, n_states - 1)
-    for possible, problem in (
-        (
-            2 <= n_states <= len(STATES) and 1 <= n_buttons <= len(BUTTONS),
-            f"{n_states} states and {n_buttons} buttons cannot be named: 2 to {len(STATES)} states are capitals, 1 to "
-            f"{len(BUTTONS)} buttons small letters",
-        ),
-        (
-            1 <= min_steps <= max_steps <= MOST_STEPS,
-            f"words of {min_steps} to {max_steps} buttons cannot be: it takes 1 <= min-steps <= max-steps <= "
-            f"{MOST_STEPS}",
-        ),
-        (
-            1 <= fan_out <= most_fan_out,
-            f"a button of {n_states} states leads to 1 to {most_fan_out} states, not to {fan_out}",
-        ),
-    ):
-        if not possible:
-            raise UserError(problem)
+    if not 2 <= n_states <= len(STATES) or not 1 <= n_buttons <= len(BUTTONS):
+        raise UserError(
+            f"{n_states} states and {n_buttons} buttons cannot be named: 2 to {len(STATES)} states are capitals, "
+            f"1 to {len(BUTTONS)} buttons small letters"
+        )
+    if not 1 <= min_steps <= max_steps <= MOST_STEPS:
+        raise UserError(
+            f"words of {min_steps} to {max_steps} buttons cannot be: 1 <= min-steps <= max-steps <= {MOST_STEPS}"
+        )
+    if not 1 <= fan_out <= (most := min(MOST_FAN_OUT, n_states - 1)):
+        raise UserError(f"a button of {n_states} states leads to 1 to {most} states, not to {fan_out}")
     rng = random.Random(seed)
     permutations = make_machine(rng, STATES[:n_states], BUTTONS[:n_buttons], fan_out)
     chosen = candidates or fan_out > 1

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import arithmetic
-import numpy as np
 import prosqa
 import pytest
 import tiny_model
@@ -300,19 +299,6 @@ def test_no_place_stands_empty_for_a_run_that_waits_for_its_beginning(small, mon
     assert sorted(order) == ["words-3", "words-4"]
 
 
-def test_differences_are_paired_by_question():
-    mine, control = (
-        {seed: np.array(list(map(int, correct))) for seed, correct in enumerate(of)}
-        for of in (["1110", "1100", "0000"], ["0010", "0000"])
-    )
-    mean, low, high = tables.difference(mine, control)
-    assert mean == 0.5
-    assert 0 <= low < mean < high <= 1
-    same = tables.difference(control, control)
-    assert same == (0, 0, 0)
-    assert tables.difference({2: mine[2]}, control) is None
-
-
 def test_what_a_report_remembers_is_not_run_again(place, small, started, tmp_path, capsys):
     """Without their checkpoints results were trained again, and those of seeds not asked for were lost."""
     first = [str(place / "small.yaml"), "--jobs", "1", "--out", str(tmp_path), "--only", "coconut"]
@@ -365,44 +351,36 @@ def test_a_folder_with_other_keys_is_no_result(small, started, tmp_path, capsys)
     assert "| pause |" not in (tmp_path / "small.md").read_text()
 
 
-@pytest.mark.parametrize("change", ["other questions", "half a line", "no line"])
-def test_an_evaluation_is_of_all_questions_or_done_again(place, small, started, tmp_path, change):
-    """A traceback where it was killed as it wrote, or where the test split had been made anew."""
-    (tmp_path / "test.json").write_text((place / "test.json").read_text())
-    arguments = [*small(test_path=str(tmp_path / "test.json")), "--only", "pause"]
+def test_an_evaluation_is_of_what_is_asked_for_or_done_again(place, small, started, tmp_path):
+    """A traceback where it was killed as it wrote, or the test split had been made anew, or was asked for in part; that
+    of an earlier checkpoint, or with other keys, was taken for it."""
+    questions, evaluation = tmp_path / "test.json", tmp_path / "runs/pause-3/eval"
+    predictions, metrics = evaluation / "predictions.jsonl", evaluation / "metrics.json"
+    questions.write_text((place / "test.json").read_text())
+    arguments = [*small(test_path=str(questions)), "--only", "pause"]
     assert grid.main(arguments) == 0
-    started.clear()
-    (tmp_path / "small.json").unlink()
-    predictions = tmp_path / "runs/pause-3/eval/predictions.jsonl"
-    if change == "other questions":
-        (tmp_path / "test.json").write_text(json.dumps(json.loads((place / "test.json").read_text())[:4]))
-    elif change == "half a line":
-        predictions.write_text(predictions.read_text()[:-20])
-    else:
-        predictions.unlink()
-    assert grid.main(arguments) == 0
-    assert names_of(started) == ["pause-3 test"]
-    assert len(remembered(tmp_path)["pause"][0]["correct"]) == (4 if change == "other questions" else 6)
-
-
-def test_an_evaluation_is_of_what_is_asked_for(small, started, tmp_path):
-    """That of an earlier checkpoint, or with other keys, was taken for it."""
-    arguments = [*small(), "--only", "pause"]
-    assert grid.main(arguments) == 0
-    started.clear()
-    assert grid.main([*arguments, "--set", "max_new_tokens=1"]) == 0
-    assert names_of(started) == ["pause-3 test"]
-    assert {len(row["digest"]) for row in remembered(tmp_path)["pause"]} == {16}
-    assert len({row["digest"] for row in remembered(tmp_path)["pause"]}) == 2
-    assert grid.main(arguments) == 0
-    metrics = tmp_path / "runs/pause-3/eval/metrics.json"
-    metrics.write_text(metrics.read_text().replace("checkpoint_2", "checkpoint_1"))
-    started.clear()
-    assert grid.main([*arguments, "--anew"]) == 0
-    metrics.write_text(metrics.read_text()[:-20])  # killed as it wrote
-    assert grid.main([*arguments, "--anew"]) == 0
-    assert names_of(started) == ["pause-3 test"] * 2
-    assert "resume=0" in started[0]  # the stage is that of the checkpoint, whatever the base file resumes
+    for damage in (
+        lambda: predictions.write_text(predictions.read_text()[:-20]),  # killed as it wrote
+        predictions.unlink,
+        lambda: metrics.write_text(metrics.read_text()[:-20]),
+        lambda: metrics.write_text(metrics.read_text().replace("checkpoint_2", "checkpoint_1")),
+        lambda: questions.write_text(json.dumps(json.loads(questions.read_text())[:4])),
+    ):
+        damage()
+        started.clear()
+        assert grid.main([*arguments, "--anew"]) == 0
+        assert names_of(started) == ["pause-3 test"]
+        assert "resume=0" in started[0]  # the stage is that of the checkpoint, whatever the base file resumes
+    for option, count in (("max_new_tokens=1", 4), ("max_eval_examples=2", 2)):
+        started.clear()
+        assert grid.main([*arguments, "--set", option]) == 0
+        assert names_of(started) == ["pause-3 test"]
+        assert len(remembered(tmp_path)["pause"][0]["correct"]) == count
+    digests = {row["digest"] for row in remembered(tmp_path)["pause"]}
+    assert [len(digest) for digest in digests] == [16] * 4  # of six questions and of four, and with either option
+    predictions.write_text(predictions.read_text().replace('"output": "', '"output": "\u2028'))  # a line break to some
+    (job,) = jobs_of(read_grid(tmp_path / "small.yaml"), ["pause"], [3], ("max_eval_examples=2",))
+    assert job.is_done
 
 
 def test_a_report_says_what_it_was_asked_for(small, started, tmp_path):
@@ -484,16 +462,6 @@ def test_a_beginning_is_not_repeated_for_an_evaluation(small, started, tmp_path)
     started.clear()
     assert grid.main([*arguments, "--anew"]) == 0
     assert names_of(started) == ["coconut-3 test"]
-
-
-def test_a_part_of_the_test_split_is_reported_too(small, started, tmp_path):
-    """A traceback: the report counted the steps of all questions."""
-    assert grid.main([*small(), "--only", "pause", "--set", "max_eval_examples=2"]) == 0
-    assert len(remembered(tmp_path)["pause"][0]["correct"]) == 2
-    predictions = tmp_path / "runs/pause-3/eval/predictions.jsonl"
-    predictions.write_text(predictions.read_text().replace('"output": "', '"output": "\u2028'))  # a line break to some
-    (job,) = jobs_of(read_grid(tmp_path / "small.yaml"), ["pause"], [3], ("max_eval_examples=2",))
-    assert job.is_done
 
 
 def test_results_are_never_half_written(small, started, tmp_path, monkeypatch, capsys):
