@@ -168,7 +168,8 @@ def make_splits(
         raise UserError(
             f"words of {min_steps} to {max_steps} buttons cannot be: 1 <= min-steps <= max-steps <= {MOST_STEPS}"
         )
-    if not 1 <= fan_out <= (most := min(MOST_FAN_OUT, n_states - 1)):
+    most = min(MOST_FAN_OUT, n_states - 1)
+    if not 1 <= fan_out <= most:
         raise UserError(f"a button of {n_states} states leads to 1 to {most} states, not to {fan_out}")
     rng = random.Random(seed)
     permutations = make_machine(rng, STATES[:n_states], BUTTONS[:n_buttons], fan_out)

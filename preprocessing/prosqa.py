@@ -209,9 +209,6 @@ def add_graph_options(parser: argparse.ArgumentParser) -> None:
     add("--max-hops", type=int, help="most steps (default: 6; of a mirror 3, or the fewest)")
     add("--test-hops", type=int, nargs=2, metavar=("MIN", "MAX"), help="of the test split, if others")
     add("--template", choices=["sentences", "compact"], default="sentences", help="(default: sentences)")
-    add("--vocabulary", type=int, help="characters of the compact template (default: 26, or one a node)")
-    add("--names", nargs="+", default=NAMES, metavar="NAME", help="of the nodes without parents")
-    add("--concepts", nargs="+", default=CONCEPTS, metavar="CONCEPT", help="of all other nodes")
 
 
 def settings_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Settings:
@@ -225,7 +222,6 @@ def settings_of(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
     side = 7 if options.nodes_a_side is None else options.nodes_a_side
     if options.chains:
         side = 1 + max(high, test_hops[1])
-    vocabulary = max(26, 2 * side if mirror else nodes) if options.vocabulary is None else options.vocabulary
     problems = {
         "--mirror takes --nodes-a-side, not --nodes": mirror and options.nodes is not None,
         "--nodes-a-side is an option of --mirror": options.nodes_a_side is not None and not mirror,
@@ -236,15 +232,13 @@ def settings_of(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         "it takes 1 <= min-hops <= max-hops": not 1 <= low <= high,
         "--test-hops takes the fewest and then the most, 1 or more": not 1 <= test_hops[0] <= test_hops[1],
         "--nodes must be at least 4, --nodes-a-side at least 2": nodes < 4 or side < 2,
-        f"--vocabulary is an option of --template compact, 1 to {len(CHARACTERS)}": options.vocabulary is not None
-        and not (compact and 1 <= vocabulary <= len(CHARACTERS)),
         "--check reads sentences of one kind of question: no --template compact, no --test-hops": options.check
         and (compact or options.test_hops),
     }
     refuse(parser, problems)
-    names, concepts = (tuple(dict.fromkeys(words)) for words in (options.names, options.concepts))
-    characters = CHARACTERS[:vocabulary] if compact else ""
-    return Settings(nodes, low, high, names, concepts, side if mirror else None, options.chains, characters)
+    characters = CHARACTERS[: max(26, 2 * side if mirror else nodes)] if compact else ""
+    side = side if mirror else None
+    return Settings(nodes, low, high, nodes_a_side=side, chains=options.chains, characters=characters)
 
 
 @command

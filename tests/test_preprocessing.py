@@ -269,8 +269,6 @@ def test_mirror_splits_share_no_graph():
         ("--nodes-a-side 5 --hops 5", "5 nodes a side have no leaf 5 hops from their root, which takes 6"),
         ("--nodes-a-side 5 --hops 2 --test-hops 5 6", "5 nodes a side have no leaf 6 hops from their root"),
         ("--nodes-a-side 21", "mirrors of 21 nodes a side take 2 names and 40 concepts, and there are 17 and 38"),
-        ("--names Max", "mirrors of 7 nodes a side take 2 names and 12 concepts, and there are 1 and 38"),
-        ("--template compact --vocabulary 13", "mirrors of 7 nodes a side take 14 characters, and there are 13"),
         ("--template compact --nodes-a-side 32", "mirrors of 32 nodes a side take 64 characters, and there are 62"),
     ],
 )
@@ -291,8 +289,6 @@ def test_an_impossible_mirror_is_one_sentence(tmp_path, arguments, complaint, ca
         (prosqa, "--hops 2 --min-hops 1", "--hops takes the place of --min-hops and --max-hops"),
         (prosqa, "--hops 0", "it takes 1 <= min-hops <= max-hops"),
         (prosqa, "--test-hops 3 2", "--test-hops takes the fewest and then the most"),
-        (prosqa, "--vocabulary 26", "--vocabulary is an option of --template compact, 1 to 62"),
-        (prosqa, "--template compact --vocabulary 63", "--vocabulary is an option of --template compact, 1 to 62"),
         (prosqa, "--template compact --check a.json", "--check reads sentences of one kind of question: no --template"),
         (prosqa, "--test-hops 3 4 --check a.json", "--check reads sentences of one kind of question"),
         (arithmetic, "--max-steps 101", "<= max-steps <= 100"),  # an OverflowError, or minutes without a word
