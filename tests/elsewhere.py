@@ -1,10 +1,10 @@
 """What exported models write in a fresh interpreter, in another folder, with none of this code on its path."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
+
+from conftest import python
 
 PROGRAM = """
 import json, sys
@@ -34,16 +34,7 @@ print(json.dumps(found))
 def written_elsewhere(folders: dict[str, Path], questions: list[str], new: int, place: Path) -> dict[str, dict]:
     """For each folder {"batch": the new tokens after each question, padded with EOS, "singles": of the first two alone,
     "dtype"}; `new` of them at most. The interpreter runs in `place`."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    arguments = [{name: str(path) for name, path in folders.items()}, questions, new]
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", PROGRAM, *map(json.dumps, arguments)],
-        cwd=place,
-        env=environment | {"HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = map(json.dumps, [{name: str(path) for name, path in folders.items()}, questions, new])
+    environment = {"HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = python("-I", "-c", PROGRAM, *arguments, cwd=place, environment=environment, stdin=subprocess.DEVNULL)
     return json.loads(done.stdout)

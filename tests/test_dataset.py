@@ -15,15 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import Config
-from curriculum import (
-    END,
-    IGNORE,
-    LATENT,
-    NO_REASONING,
-    START,
-    Markers,
-    training_sequence,
-)
+from curriculum import END, IGNORE, LATENT, NO_REASONING, START, Markers, training_sequence
 from dataset import EpochPlan, StageDataset, batches_of, collate, collate_prompts, example_order
 from preprocessing.examples import load_examples
 from preprocessing.tokens import Tokens, cache_tokens, tokenize

@@ -10,12 +10,7 @@ from conftest import ROOT
 # from the ground up: what stands in a line imports what stands in earlier lines, or beside it, and nothing else
 LAYERS = [
     ["utils"],
-    [
-        "methods",
-        "trainer.files",
-        "trainer.logger",
-        "trainer.run_folder",
-    ],  # methods: the protocol alone
+    ["methods", "trainer.files", "trainer.logger", "trainer.run_folder"],  # methods: the protocol alone
     ["config"],
     ["curriculum", "trainer.distributed"],
     ["preprocessing.*"],

@@ -41,12 +41,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("data_set", DATA_SETS)
 def test_the_row_trains_and_is_evaluated(place, data_set, row):
     first = 3 if data_set == "gsm" and row in ("coconut", "no_thought", "pause_as_thought") else 0
-    shared = [
-        f"save_path={place / 'runs'}",
-        f"model_id={place / data_set}",
-        "max_new_tokens=30",
-        "num_workers=0",
-    ]
+    shared = [f"save_path={place / 'runs'}", f"model_id={place / data_set}", "max_new_tokens=30", "num_workers=0"]
     config = Config.from_file(
         ROOT / "args" / f"{data_set}.yaml",
         [
