@@ -5,21 +5,14 @@ from collections.abc import Callable
 import plain
 import pytest
 import torch
-from conftest import tiny_base
+from conftest import check_ranks_and_restart, distance, main, tiny_base, weights
 from test_latent_block import largest
 from test_methods import MARKERS, make_dataset
-from test_run import main, together, weights
-from test_run import place as place  # a fixture
 
 from config import Config
 from methods.codi import Codi, TaughtDataset
 from preprocessing.tokens import tokenize
 from trainer.pretrained import load_model, make_model
-
-
-def make_codi(config: Config, family: str, tied: bool) -> Codi:
-    torch.manual_seed(2)
-    return make_model(config, tiny_base(family, tied, layers=3), MARKERS).eval()
 
 
 def projected(model: Codi) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -41,7 +34,8 @@ def projected(model: Codi) -> Callable[[torch.Tensor], torch.Tensor]:
 def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, thought):
     config = Config(method="codi", max_latent_stage=3, distillation=0.7, thought=thought)
     dataset, examples = make_dataset(config, [1, 5, 0, 2])
-    model = make_codi(config, family, tied)
+    torch.manual_seed(2)
+    model = make_model(config, tiny_base(family, tied, layers=3), MARKERS).eval()
     loss = model(**dataset.collate([dataset[index, 4] for index in range(4)])).loss
     think = {"last": lambda hidden: hidden, "pause": None}
     think = think[thought] if thought in think else projected(model)
@@ -74,53 +68,22 @@ def test_the_place_is_found_where_a_blank_belongs_to_the_answer():
     assert student[at : at + 2] == teacher[teacher_at : teacher_at + 2] == [30, 32]
 
 
-@pytest.mark.parametrize(
-    ("keys", "complaint"),
-    [
-        ({"uniform_prob": 0.5}, "method codi has always the thoughts of the last one"),
-        ({"pad_latent_to_max": False}, "method codi thinks"),
-        ({"c_thought": 0}, "method codi thinks"),
-        ({"step_decoder": "copy"}, "step_decoder is for method sim_cot"),
-        ({"latent_labels": 0.1}, "latent_labels are for method lotus"),
-    ],
-)
-def test_stages_are_a_mistake(keys, complaint):
-    (problem,) = Config(method="codi", **keys).problems(needs_files=False)
-    assert complaint in problem
-
-
 KEYS = (
     *("method=codi", "thought=mlp:16", "num_epochs=2", "uniform_prob=0", "max_train_examples=40", "max_new_tokens=2"),
     *("global_batch_size=16", "batch_size_training=4"),
 )
 
 
-@pytest.fixture
-def codi_place(place):
-    text = (place / "run.yaml").read_text().replace("coconut: true\n", "")
-    (place / "codi.yaml").write_text(text + "method: codi\n")
-    return place
-
-
 @pytest.mark.slow
-def test_ranks_agree_and_a_restart_is_bitwise_the_same(codi_place):
-    alone = main(codi_place, *KEYS, "name=codi")
-    wanted = weights(alone / "checkpoint_2")
-    for strategy in ("ddp", "fsdp"):
-        together(codi_place / "run.yaml", *KEYS, f"name=codi-{strategy}", f"strategy={strategy}")
-        found = weights(codi_place / "runs" / f"codi-{strategy}" / "checkpoint_2")
-        assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-5
-    main(codi_place, *KEYS, "name=codi-parts", "num_epochs=1")
-    parts = main(codi_place, *KEYS, "name=codi-parts")
-    assert all(torch.equal(value, wanted[name]) for name, value in weights(parts / "checkpoint_2").items())
-    kept = main(codi_place, *KEYS, "name=codi-kept", "gradient_checkpointing=true")
-    found = weights(kept / "checkpoint_2")
-    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-5
+def test_ranks_agree_and_a_restart_is_bitwise_the_same(place):
+    alone = check_ranks_and_restart(place, "codi", KEYS, last=2)
+    kept = main(place, *KEYS, "name=codi-kept", "gradient_checkpointing=true")
+    assert distance(weights(kept / "checkpoint_2"), weights(alone / "checkpoint_2")) < 1e-5
     assert (alone / "checkpoint_2" / "thought.safetensors").is_file()
-    evaluated = main(codi_place, *KEYS, "name=codi-eval", "only_eval=true", f"load_model_path={alone}")
+    evaluated = main(place, *KEYS, "name=codi-eval", "only_eval=true", f"load_model_path={alone}")
     assert (evaluated / "eval" / "metrics.json").is_file()
 
 
-def test_evaluation_has_no_teacher(codi_place):
-    config = Config(method="codi", model_id=str(codi_place / "model"), only_eval=True, load_model_path="somewhere")
+def test_evaluation_has_no_teacher(place):
+    config = Config(method="codi", model_id=str(place / "model"), only_eval=True, load_model_path="somewhere")
     assert not isinstance(load_model(config, None).model, Codi)
