@@ -8,7 +8,6 @@ import sys
 
 import pytest
 from conftest import ROOT
-from test_run import place as place  # a fixture
 
 FOLDERS = ["model", "preprocessing", "tests", "tools", "trainer"]
 # tests of other thoughts than `last`

@@ -149,9 +149,7 @@ def test_scores(world):
     assert [p["correct"] for p in predictions] == [True, True, False, True]
     assert [p["cot_correct"] for p in predictions] == [True, True, True, False]
     assert predictions[0]["generated_tokens"] == 3 + 1  # "###", " ", "3", and one latent thought
-    assert metrics["accuracy"] == 0.75
-    assert metrics["cot_match"] == 0.75
-    assert metrics["examples"] == 4
+    assert (metrics["accuracy"], metrics["cot_match"], metrics["examples"]) == (0.75, 0.75, 4)
     # the loss is the mean over the tokens of the whole set, whatever the batches
     rows = [StageDataset(tokens, config, markers)[index, 1] for index in range(4)]
     with torch.no_grad():
@@ -217,17 +215,9 @@ def test_several_sets_are_one_table_and_a_file_each(tmp_path):
 
 
 def test_the_summary_takes_what_was_written_last(tmp_path, capsys):
+    common = {"event": "epoch", "train_seconds": 5.0, "seconds": 1.0, "generated_tokens": 9.0, "loss": 1.0}
     records = [
-        {
-            "event": "epoch",
-            "epoch": epoch,
-            "stage": stage,
-            "train_seconds": 5.0,
-            "seconds": 1.0,
-            "accuracy": accuracy,
-            "generated_tokens": 9.0,
-            "loss": 1.0,
-        }
+        {**common, "epoch": epoch, "stage": stage, "accuracy": accuracy}
         for epoch, stage, accuracy in ((0, 0, 0.1), (1, 0, 0.2), (1, 0, 0.3), (2, 1, 0.4))
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

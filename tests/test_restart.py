@@ -12,7 +12,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from conftest import settled
 from safetensors.torch import load_file
-from test_run import place as place  # a fixture
 from test_run import with_dropout
 
 import run

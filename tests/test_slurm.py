@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from test_faults import LONG, SLOW_VALIDATION, processes_of, steps, wait_for
-from test_run import place as place  # a fixture
 
 SRUN = """#!/usr/bin/env bash
 cpus=none

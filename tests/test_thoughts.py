@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import tiny_base
 
+from coconut import Coconut
 from config import THOUGHTS, Config
 from model.backbone import Backbone, decoder_blocks
 from model.thought import REGISTRY, Seen, make_thought
@@ -40,6 +41,7 @@ def test_the_configuration_knows_every_thought():
         importlib.import_module(module)
     assert REGISTRY.keys() == THOUGHTS.keys()
     assert all(thought.__doc__ for thought in REGISTRY.values())
+    assert "projected | normalised | projected+normalised | realigned | layer:N | suppressed[:T]" in Config.describe()
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -50,24 +52,26 @@ def test_every_spelling_makes_a_thought(family, spelling):
     assert thought.sequential == (spelling != "pause")
     if thought.sequential:
         weight = torch.randn(40, 32, dtype=torch.float64)
-        backbone = Backbone(base)
-        made = thought(seen(prepared=thought.precompute(weight, weight), backbone=backbone))
-        assert made.shape == (2, 1, 32)
-        assert made.dtype == torch.float64
+        made = thought(seen(prepared=thought.precompute(weight, weight), backbone=Backbone(base)))
+        assert (made.shape, made.dtype) == ((2, 1, 32), torch.float64)
+
+
+UNKNOWN = r"must be one of last, pause, .*layer:N, .*embedding\+suppressed\[:T\].*token\[:st\]"
+
+
+NOT_THERE = "must be between .* the model has 4 blocks"
 
 
 @pytest.mark.parametrize(
-    "spelling", ["first", "layer", "layer:", "layer:two", "last:1", "suppressed:-1", "Last", "", "layer:1:2", "last+"]
+    ("spelling", "complaint"),
+    [
+        *((one, UNKNOWN) for one in ("first", "layer", "layer:", "layer:two", "last:1", "suppressed:-1", "Last", "")),
+        *((one, UNKNOWN) for one in ("layer:1:2", "last+", "token:", "token:1", "token:ST", "last:st")),
+        *((one, f"thought '{one}' {NOT_THERE}") for one in ("layer:5", "layer:-6", "layer:1.5")),
+    ],
 )
-def test_an_unknown_thought_lists_what_there_is(spelling):
-    wanted = r"must be one of last, pause, .*layer:N, .*embedding\+suppressed\[:T\]"
-    with pytest.raises(UserError, match=wanted):
-        make_thought(spelling, tiny_base("gpt2"))
-
-
-@pytest.mark.parametrize("spelling", ["layer:5", "layer:-6", "layer:1.5"])
-def test_a_layer_that_is_not_there_is_refused(spelling):
-    with pytest.raises(UserError, match=f"thought '{spelling}' must be between .* the model has 4 blocks"):
+def test_an_unknown_thought_lists_what_there_is(spelling, complaint):
+    with pytest.raises(UserError, match=complaint):
         make_thought(spelling, tiny_base("llama", layers=4))
 
 
@@ -79,9 +83,8 @@ def test_layers_are_counted_from_either_end_or_as_a_share(spelling, index):
     given = seen(layers=4)
     thought = make_thought(spelling, tiny_base("gpt2", layers=4))
     assert torch.equal(thought(given), given.stream[index])
-    hidden, embedding, stream = gradients(thought, given)
-    assert hidden is None
-    assert embedding is None
+    *others, stream = gradients(thought, given)
+    assert others == [None, None]
     assert [bool(layer.any()) for layer in stream] == [number == index for number in range(5)]
 
 
@@ -179,14 +182,4 @@ def test_a_model_without_blocks_has_no_thoughts_from_layers(monkeypatch):
     assert len(decoder_blocks(base)) == 2  # those that transformers could checkpoint
     monkeypatch.setattr("model.backbone.GradientCheckpointingLayer", type("Nothing", (), {}))
     with pytest.raises(UserError, match="names its decoder blocks"):
-        make_coconut_of(base)
-
-
-def make_coconut_of(base):
-    from coconut import Coconut
-
-    return Coconut(base, 2, 1, 3, 0, thought="suppressed")
-
-
-def test_help_lists_them():
-    assert "projected | normalised | projected+normalised | realigned | layer:N | suppressed[:T]" in Config.describe()
+        Coconut(base, 2, 1, 3, 0, thought="suppressed")
