@@ -1,17 +1,14 @@
 """What stands around the code: the two lists of packages, the editor's launch configurations, the docs' examples."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import tomllib
 
 import arithmetic
 import pytest
 import tiny_model
 import torch
-from conftest import ROOT
+from conftest import ROOT, python
 from safetensors.torch import load_file
 
 from utils import under_debugger
@@ -66,10 +63,7 @@ def added_as_written(section: str, tmp_path) -> list[str]:
 
 
 def run_copy(tmp_path, *words: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *words]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    python(*words, cwd=tmp_path)
 
 
 @pytest.mark.slow
@@ -119,12 +113,5 @@ def test_breakpoints_in_the_data_are_met(tmp_path):
     )
     # `python -m pdb run.py`, but that the slow imports are not traced
     debug = "import sys, torch, transformers, pdb; from torch.distributed import checkpoint; pdb.main()"
-    done = subprocess.run(
-        [sys.executable, "-c", debug, str(ROOT / "run.py"), str(tmp_path / "run.yaml")],
-        input=commands,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-c", debug, ROOT / "run.py", tmp_path / "run.yaml", input=commands)
     assert "('stopped', 'StageDataset')" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]

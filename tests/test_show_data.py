@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import tiny_model
@@ -44,6 +42,7 @@ def test_a_stage_is_shown_token_by_token(folder, capsys):
         "     given    1  <|end-latent|>",
         "supervised   12  <<|3|*|3|=|9|>>|⏎|###| |9|<|endoftext|>",
     ]
+    assert "example 1: 9 tokens" in lines
 
 
 def test_the_configuration_says_what_a_stage_is(folder, capsys):
@@ -104,19 +103,6 @@ def test_what_is_wrong_is_one_sentence(folder, arguments, complaint, capsys, mon
     error = capsys.readouterr().err
     assert re.search(f"^error: .*{complaint}", error)
     assert error.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_the_script_itself(folder):
-    command = [sys.executable, "-m", "tools.show_data", str(folder / "data.json"), "--model", str(folder / "model")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0
-    assert "example 1: 9 tokens" in result.stdout
-
-
-def test_torch_is_not_imported_with_the_module():
-    code = "import sys, dataset; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_what_a_method_tells_its_model_is_shown(folder, capsys, tmp_path):

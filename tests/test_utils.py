@@ -18,7 +18,7 @@ def program(text: str, shell: str = "{}", **environment) -> subprocess.Completed
     """Runs a program, in a line of the shell."""
     command = shell.format(f"'{sys.executable}' -c '{text}'")
     options = {"capture_output": True, "text": True, "cwd": ROOT, "env": {**os.environ, **environment}}
-    return subprocess.run(["bash", "-o", "pipefail", "-c", command], check=False, **options)
+    return subprocess.run(["bash", "-o", "pipefail", "-c", command], **options)
 
 
 PRINTS = """
