@@ -20,6 +20,7 @@ import run
 from config import Config
 from trainer.distributed import cleanup_distributed, setup_distributed
 from trainer.logger import read_log
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "preprocessing"))
@@ -49,6 +50,12 @@ def refusal(main, arguments, capsys) -> str:
         code = end.code
     assert code == 2
     return capsys.readouterr().err
+
+
+def refuses(sentence: str, function, *arguments, **keys) -> None:
+    """A UserError of a call holds a sentence, which is a pattern."""
+    with pytest.raises(UserError, match=sentence):
+        function(*arguments, **keys)
 
 
 def settled(*arguments) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import equal, read_json
+from conftest import equal, read_json, refuses
 from safetensors.torch import load_file, save_file
 from test_pretrained import coconut_config
 from test_pretrained import tiny as tiny  # a fixture
@@ -67,8 +67,7 @@ def test_only_whole_checkpoints_are_found(saving, tmp_path):
     save(13)
     assert (run / "checkpoint_13.replaced-1").read_text() == "of the reference"
     assert not list(run.glob(".writing-checkpoint_13"))
-    with pytest.raises(UserError, match="is no checkpoint"):
-        resolve(str(tmp_path))
+    refuses("is no checkpoint", resolve, str(tmp_path))
 
 
 def test_a_checkpoint_can_be_chosen(saving, tmp_path):
@@ -82,16 +81,13 @@ def test_a_checkpoint_can_be_chosen(saving, tmp_path):
     assert resolve(f"{run}@2").name == "checkpoint_2"
     (run / "checkpoint_4" / "metrics.json").write_text("{")
     assert resolve(f"{run}@best").name == "checkpoint_3"
-    with pytest.raises(UserError, match=r"comes best, or a number of epochs; .* has 1, 2, 3, 4, 5"):
-        resolve(f"{run}@last")
-    with pytest.raises(UserError, match="is no run's folder with a whole checkpoint in it"):
-        resolve(f"{tmp_path}@best")
+    refuses(r"comes best, or a number of epochs; .* has 1, 2, 3, 4, 5", resolve, f"{run}@last")
+    refuses("is no run's folder with a whole checkpoint in it", resolve, f"{tmp_path}@best")
     strange = run.rename(tmp_path / "a@best")
     assert resolve(str(strange)).name == "checkpoint_5"  # a folder may be called so
     for path in strange.glob("*/metrics.json"):
         path.unlink()
-    with pytest.raises(UserError, match=r"no checkpoint of .* has a validation accuracy"):
-        resolve(f"{strange}@best")
+    refuses(r"no checkpoint of .* has a validation accuracy", resolve, f"{strange}@best")
 
 
 def test_what_a_thought_has_learnt_comes_back_or_is_refused_where_it_does_not_fit(saving, tiny):
@@ -116,14 +112,11 @@ def test_what_a_thought_has_learnt_comes_back_or_is_refused_where_it_does_not_fi
         ({"bias": torch.eye(32)}, r"missing: weight; unexpected: bias"),
     ):
         save_file(weights, file)
-        with pytest.raises(UserError, match=complaint):
-            load_model(config, folder)
+        refuses(complaint, load_model, config, folder)
     file.write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"thought.safetensors cannot be read"):
-        load_model(config, folder)
+    refuses(r"thought.safetensors cannot be read", load_model, config, folder)
     file.unlink()
-    with pytest.raises(UserError, match=r"was trained with the thought projected, but lacks thought.safetensors"):
-        load_model(config, folder)
+    refuses(r"was trained with the thought projected, but lacks thought.safetensors", load_model, config, folder)
 
 
 def test_a_file_of_the_hub_is_downloaded(tmp_path, monkeypatch):
@@ -214,8 +207,7 @@ def test_an_error_that_is_not_of_the_disk_is_what_it_is(saving, monkeypatch):
         with pytest.raises(dcp.CheckpointException):
             save_with(dcp.CheckpointException("", {0: (full, None), 1: (error, None)}))
     for error in (full, dcp.CheckpointException("", {1: (full, None)})):
-        with pytest.raises(UserError, match=r"checkpoint_1 cannot be written: .*No space left on device"):
-            save_with(error)
+        refuses(r"checkpoint_1 cannot be written: .*No space left on device", save_with, error)
 
 
 def test_a_file_of_a_checkpoint_that_another_node_does_not_see_is_named(tmp_path, monkeypatch):
@@ -282,8 +274,7 @@ def test_an_optimizers_metadata_runs_no_code(trained):
         others = metadata.state_dict_metadata | {name: bad}
         file.write_bytes(pickle.dumps(replace(metadata, state_dict_metadata=others)))
         for load in (checkpoint.load_optimizer, lambda *parts: checkpoint.load_companions(*parts[:2])):
-            with pytest.raises(UserError, match=r"\.metadata is not read: it names [\w.]+, which could run code"):
-                load(folder, model, optimizer)
+            refuses(r"\.metadata is not read: it names [\w.]+, which could run code", load, folder, model, optimizer)
     file.write_bytes(pickle.dumps(metadata))
     checkpoint.load_optimizer(folder, model, optimizer)
 
@@ -342,15 +333,12 @@ def test_a_file_that_may_not_be_read_is_not_damaged(saving, tiny, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "file_digest", refuse)
     for look in (checkpoint.damage, lambda folder: checkpoint.newest_whole(folder.parent)):
-        with pytest.raises(UserError, match=r"checkpoint_1/\S+ cannot be read: Permission denied"):
-            look(folder)
+        refuses(r"checkpoint_1/\S+ cannot be read: Permission denied", look, folder)
     monkeypatch.setattr(Path, "is_file", refuse)  # of what is in a folder that may not be entered
     for look in (checkpoint.newest_whole, checkpoint.checkpoints, lambda run_dir: resolve(str(run_dir))):
-        with pytest.raises(UserError, match=r"run/\S+ cannot be read: Permission denied"):
-            look(folder.parent)
+        refuses(r"run/\S+ cannot be read: Permission denied", look, folder.parent)
     monkeypatch.setattr(os, "listdir", refuse)
-    with pytest.raises(UserError, match=f"model_id {tiny} cannot be read: Permission denied"):
-        load_model(config, None)
+    refuses(f"model_id {tiny} cannot be read: Permission denied", load_model, config, None)
 
 
 def test_sizes_are_compared_until_there_are_digests(saving):
@@ -376,8 +364,7 @@ def test_the_newest_two_epochs_keep_the_optimizer(saving, world):
     for folder in folders[2:]:
         shutil.rmtree(folder)
     sentence = "checkpoint_2 cannot be continued: only the newest two epochs keep .* load_model_path=.* and resume=2"
-    with pytest.raises(UserError, match=sentence):
-        checkpoint.find_newest(config, world)
+    refuses(sentence, checkpoint.find_newest, config, world)
     assert not list(config.run_dir.glob(".removing-*"))
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, python
+from conftest import ROOT, python, refuses
 
 import config as config_module
 import methods
@@ -474,8 +474,7 @@ def test_accumulation_follows_the_world(monkeypatch, write):
     assert [config.passes(world_size) for world_size in (1, 2, 4, 8)] == [(4, 32), (2, 32), (1, 32), (1, 16)]
     assert Config(batch_size_training=32, gradient_accumulation_steps=3).passes(5) == (3, 32)
     for world_size in (3, 256):
-        with pytest.raises(UserError, match="no multiple"):
-            config.passes(world_size)
+        refuses("no multiple", config.passes, world_size)
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
     path = write("global_batch_size: 128")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_model
 import torch
+from conftest import refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers, processors
@@ -355,8 +356,7 @@ def test_a_question_without_tokens_is_refused(data_file, cached):
     tokenizer = character_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
     data_file.write_text(json.dumps([*EXAMPLES, {"question": " ", "answer": "3", "steps": [" "]}]))
-    with pytest.raises(UserError, match=r"record 3 \(counted from 0\) has a 'question' of which the tokenizer leaves"):
-        cached(tokenizer)
+    refuses(r"record 3 \(counted from 0\) has a 'question' of which the tokenizer leaves", cached, tokenizer)
 
 
 @pytest.mark.parametrize("damage", [lambda ids: b"", lambda ids: ids[:-4], lambda ids: ids[:60]])
@@ -364,11 +364,9 @@ def test_damaged_tokens_are_named(cached, damage):
     """A power cut left an empty file, of which numpy made an EOFError; of a shorter one nobody said anything."""
     folder = cached()
     (folder / "ids.npy").write_bytes(damage((folder / "ids.npy").read_bytes()))
-    with pytest.raises(UserError, match=f"{folder} cannot be read: .*; remove it, and it is made again"):
-        Tokens.open(folder)
+    refuses(f"{folder} cannot be read: .*; remove it, and it is made again", Tokens.open, folder)
     np.save(folder / "ids.npy", np.zeros(5, dtype=np.int32))
-    with pytest.raises(UserError, match="it is not whole; remove it"):
-        Tokens.open(folder)
+    refuses("it is not whole; remove it", Tokens.open, folder)
 
 
 @pytest.mark.parametrize("template", ["{0} $A", "{0} $A {0}"])
@@ -426,8 +424,7 @@ def test_bad_files_are_named(tmp_path, content, complaint):
     with pytest.raises(UserError, match=complaint) as error:
         load_examples(path)
     assert "bad.json" in str(error.value)
-    with pytest.raises(UserError, match="cannot read"):
-        load_examples(tmp_path)
+    refuses("cannot read", load_examples, tmp_path)
 
 
 def test_lists_and_lines_are_read(tmp_path):

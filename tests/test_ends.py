@@ -11,13 +11,12 @@ import forked
 import pytest
 import tiny_model
 import yaml
-from conftest import ROOT, command, python, settled
+from conftest import ROOT, command, python, refuses, settled
 from test_faults import processes_of
 
 from trainer import distributed as ranks
 from trainer.distributed import World
 from trainer.files import retried
-from utils import UserError
 
 SHORT = ("max_train_examples=96", "max_new_tokens=2", "num_epochs=1", "log_every_steps=1")
 
@@ -29,12 +28,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 BRIEF_COLLECTIVES = """
-import os
-import runpy
-import sys
-import time
+import os, runpy, sys, time
 from datetime import timedelta
-
 import torch.distributed as dist
 
 original = dist.init_process_group
@@ -42,22 +37,16 @@ dist.init_process_group = lambda *a, **k: original(*a, timeout=timedelta(seconds
 """
 
 OUT_OF_MEMORY = """
-import runpy
-import sys
-
-import torch
-
+import runpy, sys, torch
 from coconut import Coconut
 
 original, calls = Coconut._loss, []
-
 
 def failing(self, *arguments):
     calls.append(1)
     if len(calls) == 8:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
     return original(self, *arguments)
-
 
 Coconut._loss = failing
 """
@@ -107,19 +96,13 @@ ranks.cleanup_distributed()
 
 
 ONE_RANK = """
-import os
-import runpy
-import signal
-import sys
-
+import os, runpy, signal, sys
 from coconut import Coconut
-
 
 def failing(*_, **__):
     if os.environ["HOW"] == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     raise KeyError("no")
-
 
 if os.environ["RANK"] == "1":
     Coconut.generate = failing
@@ -154,7 +137,6 @@ def test_ranks_wait_for_one_another_longer_than_collectives_do(job):
 SLOW_RANK = """
 from trainer import checkpoint, evaluate
 
-
 def slow(module, name):
     do, calls = getattr(module, name), []
 
@@ -165,7 +147,6 @@ def slow(module, name):
         return do(*arguments)
 
     setattr(module, name, slowly)
-
 
 if os.environ["RANK"] == "1":
     slow(evaluate, "collate")  # of the validation loss
@@ -185,9 +166,7 @@ def test_ranks_wait_wherever_one_may_be_slower(place, job):
 
 
 OTHER_FILES = """
-import os
-import runpy
-import sys
+import os, runpy, sys
 
 folder, *overrides = sys.argv[2:]
 sys.argv[1:] = [sys.argv[1]]
@@ -248,11 +227,9 @@ def test_a_folder_that_is_not_shared_is_one_sentence(tmp_path, monkeypatch):
     assert not any((tmp_path / "shared").iterdir())  # it is gone again
     monkeypatch.setattr(ranks, "on_main_rank", lambda *_: ".seen-by-all")
     sentence = r"save_path is not shared: rank 1 on .* does not see what rank 0 has written in .* \({}\)"
-    with pytest.raises(UserError, match=sentence.format("No such file or directory")):
-        ranks.check_shared(rank_1, tmp_path / "shared")
+    refuses(sentence.format("No such file or directory"), ranks.check_shared, rank_1, tmp_path / "shared")
     (tmp_path / "file").touch()  # what rank 1 has there
-    with pytest.raises(UserError, match=sentence.format("Not a directory")):
-        ranks.check_shared(rank_1, tmp_path / "file" / "shared")
+    refuses(sentence.format("Not a directory"), ranks.check_shared, rank_1, tmp_path / "file" / "shared")
 
 
 def test_what_another_node_writes_is_waited_for(tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
-from conftest import ROOT, python, read_json, refusal
+from conftest import ROOT, python, read_json, refusal, refuses
 from elsewhere import written_elsewhere
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
@@ -29,7 +29,6 @@ from model import thought
 from tools import export, portable
 from trainer import checkpoint, files, inference, run_folder
 from trainer.pretrained import END, load_model
-from utils import UserError
 
 QUESTIONS = ["3+4", "5*6-0*2", "9?", "7!?", "12"]
 NEW = 8  # tokens
@@ -261,10 +260,8 @@ from utils import UserError
 
 SCALE = 3.0  # of the thought
 
-
 def _gate(x):
     return SCALE * x.sigmoid() * x
-
 
 @register("mlp")
 class Gated(Projected):
@@ -305,8 +302,7 @@ def test_code_that_cannot_be_taken_along_is_named(own_thought, tmp_path, monkeyp
     ):
         file.write_text(OWN.replace(before, after).replace("raise UserError(", f"raise {after.split()[-1]}("))
         portable._names.cache_clear()
-        with pytest.raises(UserError, match=sentence):
-            portable.write_code(tmp_path, own_thought.Gated)
+        refuses(sentence, portable.write_code, tmp_path, own_thought.Gated)
 
 
 def test_padding_without_an_attention_mask(folders):

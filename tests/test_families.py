@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import distance, equal
+from conftest import distance, equal, refuses
 from family_table import (
     BY_ANY_METHOD,
     FAMILIES,
@@ -102,8 +102,7 @@ def test_a_family_is_right_or_refused(family):
     FlopCounter.of(model)
     if family in REFUSED_WITH_LATENTS:
         reason = f"{WITH_LATENTS}.*{REFUSED_WITH_LATENTS[family]}.* cot, no_cot, no_thoughts and icot"
-        with pytest.raises(UserError, match=reason):
-            check_family(model)
+        refuses(reason, check_family, model)
         check_family(make_model(base, thought="pause"))
         model, n_latents = without, [0, 0, 0]
     else:
@@ -251,8 +250,7 @@ def save_with_tokenizer(family: str, folder) -> str:
 
 def test_loading_checks_the_family(tmp_path):
     folder = save_with_tokenizer("jamba", tmp_path / "jamba")
-    with pytest.raises(UserError, match=f"the model family jamba .*{WITH_LATENTS}"):
-        load_model(Config(model_id=folder, method="coconut"), None)
+    refuses(f"the model family jamba .*{WITH_LATENTS}", load_model, Config(model_id=folder, method="coconut"), None)
     for method in ("cot", "no_cot", "icot", "no_thoughts"):
         load_model(Config(model_id=folder, method=method), None)
     load_model(Config(model_id=folder, method="coconut", thought="pause"), None)
@@ -315,8 +313,7 @@ def test_blocks_are_found_or_missed_with_a_sentence(monkeypatch, key):
         wrap_blocks(model, config)
         check_training(model, [0, 0, 0], 1e-5)
     monkeypatch.setattr("trainer.parallel.decoder_blocks", lambda _: [])
-    with pytest.raises(UserError, match=f"{key} works on decoder blocks, and the model family biogpt does not say"):
-        wrap_blocks(model, config)
+    refuses(f"{key} works on decoder blocks, and the model family biogpt does not say", wrap_blocks, model, config)
 
 
 @pytest.mark.parametrize(

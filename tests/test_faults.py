@@ -26,6 +26,7 @@ from conftest import (
     main,
     python,
     read_json,
+    refuses,
     settled,
     start,
     steps,
@@ -40,7 +41,6 @@ import run as run_module
 from trainer import checkpoint
 from trainer.checkpoint import checkpoints
 from trainer.logger import read_log
-from utils import UserError
 
 SLOW_VALIDATION = ("max_new_tokens=100", "eval_batch_size=1")  # seconds in which a run cannot end before its kill
 LONG = ("num_epochs=3", "max_train_examples=144", "max_new_tokens=4", "global_batch_size=16", "log_every_steps=1")
@@ -153,10 +153,7 @@ def test_a_run_that_was_killed_in_validation_validates_again(place, here):
 
 
 STOPPED = """
-import os
-import signal
-import sys
-
+import os, signal, sys
 from trainer.distributed import StopSignal, World
 
 number = int(sys.argv[1])
@@ -273,16 +270,11 @@ def test_the_mean_loss_of_an_epoch_that_ends_on_fewer_ranks(place, here):
 
 
 PROBE = """
-import atexit
-import os
-import runpy
-import sys
-
+import atexit, os, runpy, sys
 
 class Probe:
     def __del__(self):
         os.write(1, b"the interpreter goes down\\n")
-
 
 PROBE = Probe()
 atexit.register(print, "an exit handler runs")
@@ -478,8 +470,7 @@ def test_a_checkpoint_does_not_need_the_model_that_it_began_with(place, tmp_path
     assert [record["epoch"] for record in epochs(run)] == [0, 1, 2]
     for source, name in ((run, "evaluated-moved"), (run / "checkpoint_3", "evaluated-moved-3")):
         main(place, *arguments, "only_eval=true", f"load_model_path={source}", f"name={name}")
-    with pytest.raises(UserError, match=r"model_id .* does not exist"):
-        main(place, *arguments, "name=new")
+    refuses(r"model_id .* does not exist", main, place, *arguments, "name=new")
 
 
 def with_settings(place: Path, folder: Path, settings: dict) -> str:
@@ -585,8 +576,7 @@ def test_evaluations_under_one_name_are_kept_apart(place, two_epochs):
 
 
 HOLDER = """
-import fcntl
-import sys
+import fcntl, sys
 
 file = open(sys.argv[1], "a+")
 fcntl.lockf(file, fcntl.LOCK_EX)

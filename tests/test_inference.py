@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
-from conftest import equal
+from conftest import equal, refuses
 
 from coconut import Coconut
 from config import Config
@@ -65,8 +65,7 @@ def test_what_is_saved_is_what_is_read(run, tmp_path, dtype):
     assert (again.markers, again.stage) == (model.markers, model.stage)
     assert equal(again.state_dict(), model.state_dict())
     assert again.ask("3+4") == model.ask("3+4")
-    with pytest.raises(UserError, match="is there already"):
-        again.save_pretrained(tmp_path / "saved")
+    refuses("is there already", again.save_pretrained, tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
@@ -132,8 +131,7 @@ def test_thoughts_are_counted_where_there_are_some(run, tmp_path):
         ({"mode": "direct"}, "mode direct is for method multi_mode: this model is of method cot"),
         ({"mode": "none"}, "mode must be one of"),
     ):
-        with pytest.raises(UserError, match=complaint):
-            model.ask("3+4", **options)
+        refuses(complaint, model.ask, "3+4", **options)
 
 
 def test_unknown_characters_are_named(run, capsys):

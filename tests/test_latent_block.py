@@ -3,7 +3,7 @@
 import plain
 import pytest
 import torch
-from conftest import check_ranks_and_restart, distance, epochs, main, tiny_base, weights
+from conftest import check_ranks_and_restart, distance, epochs, main, refuses, tiny_base, weights
 from test_coconut import END, EOS, LATENT, START, batch_of, gradients, make_rows
 from test_coconut import make_model as make_coconut
 from test_methods import MARKERS
@@ -96,8 +96,7 @@ def plain_logits(model: Coconut, prompt: list[int], written: list[int]) -> torch
 
 
 def test_what_cannot_be_made_in_parallel_is_refused():
-    with pytest.raises(UserError, match="needs the layers"):
-        make_parallel("gpt2", 2, thought="layer:-2")
+    refuses("needs the layers", make_parallel, "gpt2", 2, thought="layer:-2")
     model = make_parallel("gpt2", 2)
     with pytest.raises(ValueError, match="one block"):
         model(torch.tensor([[5, LATENT, 6, LATENT, 7]]))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import check_ranks_and_restart, distance, equal, main, read_json, tiny_base, weights
+from conftest import check_ranks_and_restart, distance, equal, main, read_json, refuses, tiny_base, weights
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_coconut import END, EOS, LATENT, START, batch_of, make_rows
@@ -27,7 +27,6 @@ from model import lora
 from tools import export
 from trainer import inference
 from trainer.pretrained import load_model
-from utils import UserError
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -130,8 +129,7 @@ def test_a_damaged_adapter_gets_a_sentence(place, tuned, tmp_path):
     path = folder / "adapter" / "adapter_config.json"
     for text in (None, "{", "{}"):
         path.unlink() if text is None else path.write_text(text)
-        with pytest.raises(UserError, match=r"adapter_config\.json"):
-            loaded(place, folder)
+        refuses(r"adapter_config\.json", loaded, place, folder)
 
 
 def adapter(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -164,10 +162,7 @@ def test_an_exported_model_has_the_updates_in_its_weights(place, tuned, tmp_path
 def test_bad_input_gets_a_sentence(place, tuned, monkeypatch, tmp_path):
     base = tiny_base("gpt2")
     lora.add(base, 2, 4)
-    with pytest.raises(UserError, match="does not fit the model and lora_rank"):
-        lora.load(base, tuned / "checkpoint_3")
-    with pytest.raises(UserError, match="cannot be read"):
-        lora.load(base, tmp_path)
+    refuses("does not fit the model and lora_rank", lora.load, base, tuned / "checkpoint_3")
+    refuses("cannot be read", lora.load, base, tmp_path)
     monkeypatch.setitem(sys.modules, "peft", None)  # what makes its import fail
-    with pytest.raises(UserError, match="pip install peft"):
-        loaded(place, lora_rank=2)
+    refuses("pip install peft", loaded, place, lora_rank=2)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
-from conftest import equal, python, read_json
+from conftest import equal, python, read_json, refuses
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -79,8 +79,7 @@ def test_markers_take_no_other_tokens_ids(tiny, hole, fits):
     if fits:
         assert before.isdisjoint(mark(tokenizer, "coconut")[:3])
         return
-    with pytest.raises(UserError, match=r"its ids have holes, and one of the markers would get the id .* of its token"):
-        mark(tokenizer, "coconut")
+    refuses(r"its ids have holes, and one of the markers would get the id .* of its token", mark, tokenizer, "coconut")
 
 
 def test_methods_without_latents_leave_the_vocabulary_alone(tiny):
@@ -175,8 +174,7 @@ def test_files_that_do_not_fit_are_refused(tiny, tmp_path, change, complaint):
     state = reference_state(AutoModelForCausalLM.from_pretrained(tiny), wrapped=False)
     change(state)
     torch.save(state, tmp_path / "file")
-    with pytest.raises(UserError, match=complaint):
-        load_model(coconut_config(tiny), tmp_path / "file")
+    refuses(complaint, load_model, coconut_config(tiny), tmp_path / "file")
 
 
 def test_a_folder_that_lacks_weights_or_the_end_of_them_is_refused(tiny):
@@ -184,11 +182,9 @@ def test_a_folder_that_lacks_weights_or_the_end_of_them_is_refused(tiny):
     state = load_file(path)
     state.pop("transformer.h.1.ln_1.weight")
     save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"missing: transformer.h.1.ln_1.weight"):
-        load_model(coconut_config(tiny), None)
+    refuses(r"missing: transformer.h.1.ln_1.weight", load_model, coconut_config(tiny), None)
     os.truncate(path, 1000)
-    with pytest.raises(UserError, match="cannot be loaded"):
-        load_model(coconut_config(tiny), None)
+    refuses("cannot be loaded", load_model, coconut_config(tiny), None)
 
 
 DAMAGES = {
@@ -206,8 +202,7 @@ def test_a_pickle_that_runs_code_is_refused(tiny, tmp_path):
             return (print, ("ran",))
 
     torch.save({"weight": Evil()}, tmp_path / "evil")
-    with pytest.raises(UserError, match="is no file of weights"):
-        load_model(coconut_config(tiny), tmp_path / "evil")
+    refuses("is no file of weights", load_model, coconut_config(tiny), tmp_path / "evil")
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -218,8 +213,7 @@ def test_a_damaged_file_of_weights_is_named(tiny, tmp_path, damage, legacy):
     state = reference_state(AutoModelForCausalLM.from_pretrained(tiny), wrapped=False)
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(UserError, match=f"{path} is no file of weights"):
-        load_model(coconut_config(tiny), path)
+    refuses(f"{path} is no file of weights", load_model, coconut_config(tiny), path)
 
 
 def changed(tiny: str, **keys) -> None:
@@ -313,5 +307,4 @@ def test_a_hub_that_does_not_answer_is_one_sentence_soon():
 @pytest.mark.parametrize("content", ["", "[]", '{"stage": '])
 def test_a_damaged_description_is_named(tmp_path, content):
     (tmp_path / "coconut.json").write_text(content)
-    with pytest.raises(UserError, match=r"coconut.json cannot be read"):
-        read_description(tmp_path)
+    refuses(r"coconut.json cannot be read", read_description, tmp_path)

@@ -6,7 +6,7 @@ import numpy as np
 import plain
 import pytest
 import torch
-from conftest import distance, equal, lines_of, main, read_json, settled, steps, tiny_base, together, weights
+from conftest import distance, equal, lines_of, main, read_json, refuses, settled, steps, tiny_base, together, weights
 from test_coconut import END, EOS, LATENT, START
 from test_methods import MARKERS, make_dataset
 
@@ -16,7 +16,6 @@ from curriculum import stage_of_example
 from dataset import EpochPlan, MicroBatch, PlannedStep
 from methods.sim_cot import SimCot, StepDecoder, explanations, step_targets
 from trainer.pretrained import load_model, make_model
-from utils import UserError
 
 
 def make_sim_cot(config: Config, family: str, tied: bool = True) -> SimCot:
@@ -188,5 +187,4 @@ def test_a_pretrained_decoder_has_the_weights_of_model_id_and_no_markers(place, 
     assert len(theirs) == len(ours) - 3
     assert theirs is not ours
     assert torch.equal(decoder.transformer.h[0].mlp.c_fc.weight, base.transformer.h[0].mlp.c_fc.weight)
-    with pytest.raises(UserError, match="model_id"):
-        load_model(Config(model_id=str(tmp_path), step_decoder="pretrained"), None)
+    refuses("model_id", load_model, Config(model_id=str(tmp_path), step_decoder="pretrained"), None)

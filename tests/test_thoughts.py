@@ -4,13 +4,12 @@ import importlib
 
 import pytest
 import torch
-from conftest import tiny_base
+from conftest import refuses, tiny_base
 
 from coconut import Coconut
 from config import THOUGHTS, Config
 from model.backbone import Backbone, decoder_blocks
 from model.thought import REGISTRY, Seen, make_thought
-from utils import UserError
 
 SPELLINGS = [
     name + {":N": ":-2", "[:T]": ":0.1", "[:P]": ":8", "[:st]": ":st", "": ""}[takes]
@@ -71,8 +70,7 @@ NOT_THERE = "must be between .* the model has 4 blocks"
     ],
 )
 def test_an_unknown_thought_lists_what_there_is(spelling, complaint):
-    with pytest.raises(UserError, match=complaint):
-        make_thought(spelling, tiny_base("llama", layers=4))
+    refuses(complaint, make_thought, spelling, tiny_base("llama", layers=4))
 
 
 @pytest.mark.parametrize(
@@ -181,5 +179,4 @@ def test_a_model_without_blocks_has_no_thoughts_from_layers(monkeypatch):
     base._no_split_modules = None
     assert len(decoder_blocks(base)) == 2  # those that transformers could checkpoint
     monkeypatch.setattr("model.backbone.GradientCheckpointingLayer", type("Nothing", (), {}))
-    with pytest.raises(UserError, match="names its decoder blocks"):
-        Coconut(base, 2, 1, 3, 0, thought="suppressed")
+    refuses("names its decoder blocks", Coconut, base, 2, 1, 3, 0, thought="suppressed")

@@ -8,7 +8,7 @@ import sys
 from contextlib import ExitStack
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refuses
 
 from trainer.files import replaced, write_whole
 from utils import UserError
@@ -86,15 +86,13 @@ def test_file_systems_that_do_not_sync_folders(tmp_path, monkeypatch, number):
 
     monkeypatch.setattr(os, "fsync", refuse)
     if number == errno.EIO:
-        with pytest.raises(UserError, match="folder cannot be written: Input/output error"):
-            write()
+        refuses("folder cannot be written: Input/output error", write)
     else:
         write()
         assert (tmp_path / "folder" / "file").read_text() == "text"
     assert refused
     monkeypatch.setattr(os, "fsync", lambda handle: refuse(handle, stat.S_ISREG))
-    with pytest.raises(UserError, match="file cannot be written"):
-        write_whole(tmp_path / "file", "text")
+    refuses("file cannot be written", write_whole, tmp_path / "file", "text")
     assert not (tmp_path / "file").exists()
 
 
