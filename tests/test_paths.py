@@ -1,12 +1,15 @@
 """Outputs on ProsQA have the class of a plain definition, in both templates; distances are those of all paths."""
 
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
 import prosqa
 import pytest
-from conftest import python
+from conftest import ROOT
 from graphs import shortest_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,41 +92,44 @@ def test_walks_in_characters(written, whole, partial, answer):
         assert {classify(COMPACT, text, answer, k) for k in (1, 2, 6)} == {partial}
 
 
-TOM = "### Tom is a tumpus."
-
-
-TEXTS = {
-    "correct path": [
-        f"Tom is a cumpus.\nEvery cumpus is a tumpus.\n{TOM}",
-        f"Tom is a cumpus. Every cumpus is a tumpus. {TOM}",
-        "  Tom  is a\ncumpus.Every   cumpus is a tumpus. \n\n###  Tom is a tumpus.",
-    ],
-    "hallucination": [
-        *(f"Tom is a cumpus.\n{rest}\n{TOM}" for rest in ("Every dumpus is a tumpus.", "Tom is a tumpus.")),
-        *(f"Tom is a cumpus.\n{rest}\n{TOM}" for rest in ("Every Tom is a tumpus.", "Every cumpus is")),
-        *(f"Tom is a cumpus.\n{rest}\n{TOM}" for rest in ("Every cumpus is a tumpus..", ".Every cumpus is a tumpus.")),
-        f"Tom is a cumpus.\nTom is a cumpus.\nEvery cumpus is a tumpus.\n{TOM}",
-        f"Every cumpus is a tumpus.\nTom is a cumpus.\n{TOM}",
-        f"Every Tom is a cumpus.\nEvery cumpus is a tumpus.\n{TOM}",
-        f"cumpus is a tumpus.\n{TOM}",
-        f"Alex is a dumpus.\nEvery dumpus is a tumpus.\n{TOM}",
-        f"Tom is a wumpus.\nEvery wumpus is a tumpus.\n{TOM}",
-        "Tom is a cumpus.\nEvery cumpus is a tumpus",
-        *(f"Tom is\n{TOM}", f"Tom is a cumpus and a tumpus.\n{TOM}"),
-    ],
-    "correct label": [TOM, "\n\n###Tom is a tumpus.\n"],
-    # of the first, evaluation takes it for wrong
-    "incorrect label": [f"### {text}" for text in ("Tom is a  tumpus.", "Tom is a oumpus.", "Alex is a tumpus.")]
-    + ["### Tom is a wumpus."],
-    "other": [
-        *("### tumpus", "### Tom is a", "### Tom is a tumpus. Tom is a tumpus.", "Tom is\n### tumpus", "Every cumpus"),
-        *("###", " \n", ""),
-    ],
-}
-
-
 @pytest.mark.parametrize("k", [0, 1, 6])
-@pytest.mark.parametrize(("text", "expected"), [(text, name) for name, texts in TEXTS.items() for text in texts])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Tom is a cumpus.\nEvery cumpus is a tumpus.\n### Tom is a tumpus.", "correct path"),
+        ("Tom is a cumpus. Every cumpus is a tumpus. ### Tom is a tumpus.", "correct path"),
+        ("  Tom  is a\ncumpus.Every   cumpus is a tumpus. \n\n###  Tom is a tumpus.", "correct path"),
+        ("Tom is a cumpus.\nEvery dumpus is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is a cumpus.\nTom is a cumpus.\nEvery cumpus is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Every cumpus is a tumpus.\nTom is a cumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is a cumpus.\nTom is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is a cumpus.\nEvery Tom is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Every Tom is a cumpus.\nEvery cumpus is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("cumpus is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Alex is a dumpus.\nEvery dumpus is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is a wumpus.\nEvery wumpus is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is a cumpus.\nEvery cumpus is\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is a cumpus.\nEvery cumpus is a tumpus", "hallucination"),
+        ("Tom is a cumpus.\nEvery cumpus is a tumpus..\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is a cumpus.\n.Every cumpus is a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is\n### Tom is a tumpus.", "hallucination"),
+        ("Tom is a cumpus and a tumpus.\n### Tom is a tumpus.", "hallucination"),
+        ("### Tom is a tumpus.", "correct label"),
+        ("\n\n###Tom is a tumpus.\n", "correct label"),
+        ("### Tom is a  tumpus.", "incorrect label"),  # evaluation takes it for wrong
+        ("### Tom is a oumpus.", "incorrect label"),
+        ("### Alex is a tumpus.", "incorrect label"),
+        ("### Tom is a wumpus.", "incorrect label"),
+        ("### tumpus", "other"),
+        ("### Tom is a", "other"),
+        ("### Tom is a tumpus. Tom is a tumpus.", "other"),
+        ("Tom is\n### tumpus", "other"),
+        ("Every cumpus", "other"),
+        ("###", "other"),
+        (" \n", "other"),
+        ("", "other"),
+    ],
+)
 def test_texts_in_sentences(text, expected, k):
     assert classify(SENTENCES, extract_steps(text), extract_answer(text), k) == expected
 
@@ -154,7 +160,9 @@ def test_the_classes_are_stacked_in_the_papers_order():
     assert CLASSES[4:] == ("correct label", "incorrect label", "other")
 
 
-# ---- graphs that the generator draws ----
+# ---------------------------------------------------------------------------------------------------------------
+# Graphs that the generator draws
+# ---------------------------------------------------------------------------------------------------------------
 
 LETTERS = prosqa.CHARACTERS[:26]
 KINDS = {
@@ -299,7 +307,9 @@ def test_every_text_has_a_class(of_example, k, data):
     assert classify(graph, text, other, k) in CLASSES
 
 
-# ---- distances ----
+# ---------------------------------------------------------------------------------------------------------------
+# Distances
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_distances_of_a_graph():
@@ -340,7 +350,9 @@ def test_a_mirrors_frontiers_are_copies(of_example):
         assert paths.same_depth_unreachable(graph, k) == {copy[name] for name in paths.frontier(graph, k)}
 
 
-# ---- what cannot be read ----
+# ---------------------------------------------------------------------------------------------------------------
+# What cannot be read
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def without(field: str) -> dict:
@@ -379,7 +391,8 @@ def test_an_example_without_a_graph_is_refused(example, complaint):
 
 def test_it_waits_for_no_torch():
     code = "import sys, analysis.paths; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
-    assert python("-c", code).stdout == "set()\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_distances_are_in_the_same_order_in_every_process(tmp_path):
@@ -391,5 +404,11 @@ def test_distances_are_in_the_same_order_in_every_process(tmp_path):
         "import json, sys; from analysis import paths; graph = paths.from_example(json.loads(sys.argv[1])); "
         "print(list(paths.depths(graph)), list(paths.fewest_edges(graph.children, graph.sources)))"
     )
-    found = [python("-c", code, json.dumps(example), environment={"PYTHONHASHSEED": seed}) for seed in "0123"]
-    assert len({done.stdout for done in found}) == 1
+    outputs = set()
+    for seed in "0123":
+        command = [sys.executable, "-c", code, json.dumps(example)]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        outputs.add(
+            subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+        )
+    assert len(outputs) == 1
