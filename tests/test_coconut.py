@@ -93,14 +93,12 @@ def plain_loss(model: Coconut, rows, thought: str = "last") -> torch.Tensor:
     return sum(losses) / count
 
 
-def assert_generated_as_alone(model: Coconut, rows: list[list[int]], **options) -> torch.Tensor:
+def assert_generated_as_alone(model: Coconut, rows: list[list[int]], together: torch.Tensor, **options) -> None:
     """A batch is generated as its rows alone, then EOS."""
-    together = model.generate(**collate_prompts(rows, EOS), max_new_tokens=options["max_new_tokens"])
     for row, found in zip(rows, together, strict=True):
         alone = model.generate(torch.tensor([row]), **options)[0]
         assert found[: len(alone)].tolist() == alone.tolist()
         assert set(found[len(alone) :].tolist()) <= {EOS}
-    return together
 
 
 def gradients(model: Coconut, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -163,7 +161,8 @@ def test_thoughts_know_the_embeddings_that_the_model_gets(spelling):
 def test_every_thought_is_the_same_in_generation(family, spelling):
     """What generation feeds is what the forward pass feeds, batched or not, whoever decodes."""
     model, rows = make_variant(family, spelling), prompts([3, 0, 2])
-    together = assert_generated_as_alone(model, rows, max_new_tokens=6, do_sample=False)
+    together = model.generate(**collate_prompts(rows, EOS), max_new_tokens=6)
+    assert_generated_as_alone(model, rows, together, max_new_tokens=6, do_sample=False)
     continued = list(rows[0])
     for token in together[0].tolist():
         continued.append(int(model(torch.tensor([continued])).logits[0, -1].argmax()))
@@ -203,7 +202,8 @@ def test_forward_is_the_plain_definition_for_other_families_too(other, dtype, to
     """A head with bias; sliding windows; soft-capped logits and embeddings that the model scales."""
     model, rows = make_model(other, dtype=dtype), make_rows([2, 0, 4])
     assert max(largest_difference(model, rows, model(**batch_of(rows, collate)).loss)) < tolerance
-    assert_generated_as_alone(model, prompts([3, 1]), max_new_tokens=8)
+    together = model.generate(**collate_prompts(prompts([3, 1]), EOS), max_new_tokens=8)
+    assert_generated_as_alone(model, prompts([3, 1]), together, max_new_tokens=8)
 
 
 def test_a_window_of_padding_is_harmless():
@@ -290,7 +290,9 @@ def prompts(n_latents: list[int]) -> list[list[int]]:
 
 @pytest.mark.parametrize("n_latents", [[0, 0, 0], [3, 3, 3], [6, 0, 2]])
 def test_batched_generation_is_one_by_one(family, n_latents):
-    assert_generated_as_alone(make_model(family), prompts(n_latents), max_new_tokens=12)
+    model, rows = make_model(family), prompts(n_latents)
+    together = model.generate(**collate_prompts(rows, EOS), max_new_tokens=12)
+    assert_generated_as_alone(model, rows, together, max_new_tokens=12)
 
 
 def test_generation_is_the_plain_definition_whatever_the_model_says(family):

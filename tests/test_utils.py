@@ -11,7 +11,6 @@ import pytest
 from conftest import ROOT, refuses
 
 from trainer.files import replaced, write_whole
-from utils import UserError
 
 
 def program(text: str, shell: str = "{}", **environment) -> subprocess.CompletedProcess:
@@ -99,12 +98,8 @@ def test_file_systems_that_do_not_sync_folders(tmp_path, monkeypatch, number):
 def test_a_folder_with_other_files_is_not_overwritten(tmp_path):
     for name in ("config.json", "notes.txt"):
         write_whole(tmp_path / "folder" / name, "")
-    with (
-        pytest.raises(UserError, match=r"is there already, and nothing of it is overwritten: it holds notes.txt"),
-        replaced(tmp_path / "folder", ("*.json",)),
-    ):
-        pass
+    sentence = "is there already, and nothing of it is overwritten: it holds notes.txt"
+    refuses(sentence, replaced(tmp_path / "folder", ("*.json",)).__enter__)
     write_whole(tmp_path / "file", "")
-    with pytest.raises(UserError, match="is there already, and is no folder"), replaced(tmp_path / "file", ()):
-        pass
+    refuses("is there already, and is no folder", replaced(tmp_path / "file", ()).__enter__)
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["config.json", "notes.txt"]
