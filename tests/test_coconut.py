@@ -373,8 +373,7 @@ def test_an_edited_thought_is_what_the_model_is_fed(family, spelling):
     assert (output.logits - wanted).abs().max() < 1e-9
     for options in ({}, {"num_beams": 2}):
         found = model.generate(ids, max_new_tokens=1, edit=edit, **options)
-        assert found[0, 0] == wanted[0, -1].argmax()
-        assert found.shape == (1, 1)
+        assert (found[0, 0], found.shape) == (wanted[0, -1].argmax(), (1, 1))
 
 
 def test_thoughts_are_returned_where_they_are_asked_for(family):

@@ -11,6 +11,7 @@ from test_methods import MARKERS, make_dataset
 
 from config import Config
 from methods.codi import Codi, TaughtDataset
+from methods.parallel_latents import ParallelLatents
 from preprocessing.tokens import tokenize
 from trainer.pretrained import load_model, make_model
 
@@ -66,6 +67,35 @@ def test_the_place_is_found_where_a_blank_belongs_to_the_answer():
     tokens.auxiliary, tokens.answer_prefix = tokens, words["### "]
     student, _, at, teacher, _, teacher_at = TaughtDataset(tokens, config, MARKERS)[0, 2]
     assert student[at : at + 2] == teacher[teacher_at : teacher_at + 2] == [30, 32]
+
+
+# ---- PCCoT: CODI with parallel latents, compared over the decoder blocks alone ----
+
+
+@pytest.mark.parametrize("layers", ["all", "blocks"])
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_pccot_is_codi_over_the_chosen_layers_with_thoughts_of_so_many_passes(family, layers, passes):
+    """With as many as latents, those of CODI."""
+    config = Config(
+        method="pccot", max_latent_stage=3, latent_passes=str(passes), distilled_layers=layers, distillation=0.7
+    )
+    dataset, examples = make_dataset(config, [1, 5, 0, 2])
+    model = make_model(config, tiny_base(family, layers=3), MARKERS).eval()
+    assert isinstance(model, Codi)
+    assert isinstance(model, ParallelLatents)
+    loss = model(**dataset.collate([dataset[index, 4] for index in range(4)])).loss
+    how = {"passes": passes} if passes < 3 else {}
+    first = 0 if layers == "all" else 1
+    wanted = plain.codi_loss(model.base_causallm, examples, 4, 3, 1, 0.7, first, **how)
+    assert largest(model, loss, wanted) < 1e-9
+
+
+def test_pccots_student_is_codis():
+    pairs = [make_dataset(Config(method=method, max_latent_stage=2), [3, 1])[0] for method in ("codi", "pccot")]
+    assert all(pairs[0][index, 3] == pairs[1][index, 3] for index in range(2))
+
+
+# ---- runs ----
 
 
 KEYS = (

@@ -88,9 +88,7 @@ weight_decay: 0.01
 
 def test_the_references_files_are_read(write, tmp_path):
     config = Config.from_file(write(REFERENCE.format(folder=tmp_path)))
-    assert config.method == "coconut"
-    assert config.lr == 1e-4
-    assert config.reset_optimizer == "epoch"
+    assert (config.method, config.lr, config.reset_optimizer) == ("coconut", 1e-4, "epoch")
     assert config.load_model_path == f"{tmp_path}/weights"
     text = REFERENCE.replace("load_model_path: {folder}/weights", 'load_model_path: "None"').replace("1e-4", "1e-5")
     config = Config.from_file(write(text.format(folder=tmp_path)))
@@ -104,7 +102,7 @@ READ = [
     ("no_cot: True", [], {"method": "no_cot"}),
     ("method: no_thoughts", [], {"method": "no_thoughts"}),
     ("", [], {"method": "coconut"}),
-    # `step_separator=""`, as README spells it, reaches the program as `step_separator=`; quotes that are left are YAML's
+    # `step_separator=""` reaches the program as `step_separator=`; quotes that the shell has left are YAML's
     ("step_separator: ''", [], {"step_separator": ""}),
     *(("", [f"step_separator{text}"], {"step_separator": ""}) for text in ("=", '=""')),
     ("", ['step_separator="\\n\\n"'], {"step_separator": "\n\n"}),

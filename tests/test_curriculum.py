@@ -6,19 +6,9 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+import curriculum
 from config import Config
-from curriculum import (
-    IGNORE,
-    NO_REASONING,
-    Markers,
-    next_epoch,
-    prompt,
-    schedule,
-    stage_of,
-    stage_of_example,
-    stage_of_step,
-    training_sequence,
-)
+from curriculum import IGNORE, NO_REASONING, Markers, prompt, schedule, stage_of, stage_of_step, training_sequence
 
 M = Markers(start=90, latent=91, end=92, eos=99)
 Q, S, A = [1, 2, 3], [[10, 11], [20], [30, 31, 32]], [40, 41]
@@ -139,11 +129,12 @@ def test_icot_removes_a_token_every_eighth_of_an_epoch():
 
 def test_icot_smoothing_removes_a_few_more_tokens():
     config = Config(method="icot", icot_smoothing=1.0)
-    draws = [stage_of_example(config, 5, 2, index, 3) - 5 for index in range(4000)]
+    draws = [curriculum.stage_of_example(config, 5, 2, index, 3) - 5 for index in range(4000)]
     for more in range(3):
         assert draws.count(more) / 4000 == pytest.approx((1 - np.exp(-1)) * np.exp(-more), abs=0.03)
-    assert draws == [stage_of_example(config, 5, 2, index, 3) - 5 for index in range(4000)]
-    assert {stage_of_example(Config(method="icot", icot_smoothing=None), 5, 2, i, 3) for i in range(99)} == {5}
+    assert draws == [curriculum.stage_of_example(config, 5, 2, index, 3) - 5 for index in range(4000)]
+    config = Config(method="icot", icot_smoothing=None)
+    assert {curriculum.stage_of_example(config, 5, 2, index, 3) for index in range(99)} == {5}
 
 
 def test_the_schedule_of_gsm8k():
@@ -155,17 +146,17 @@ def test_the_schedule_of_gsm8k():
 
 def test_mixing_depends_on_seed_epoch_and_example_only():
     config = Config(uniform_prob=0.5, seed=3)
-    draws = [stage_of_example(config, 9, 4, index, 3) for index in range(400)]
-    assert draws == [stage_of_example(config, 9, 4, index, 3) for index in range(400)]
-    assert draws != [stage_of_example(config, 9, 5, index, 3) for index in range(400)]
+    draws = [curriculum.stage_of_example(config, 9, 4, index, 3) for index in range(400)]
+    assert draws == [curriculum.stage_of_example(config, 9, 4, index, 3) for index in range(400)]
+    assert draws != [curriculum.stage_of_example(config, 9, 5, index, 3) for index in range(400)]
     assert set(draws) == {0, 1, 2, 3, 9}
     assert 150 < draws.count(9) < 250
-    assert {stage_of_example(Config(), 9, 4, index, 3) for index in range(50)} == {9}
+    assert {curriculum.stage_of_example(Config(), 9, 4, index, 3) for index in range(50)} == {9}
 
 
 def test_a_stage_that_has_been_learnt_ends_early():
     config = Config(epochs_per_stage=[3, 2, 2], max_latent_stage=1, num_epochs=9, advance_at=0.9)
-    assert [next_epoch(config, epoch, 0.89) for epoch in range(9)] == list(range(1, 10))
-    assert [next_epoch(config, epoch, 0.9) for epoch in range(9)] == [3, 3, 3, 5, 5, 9, 9, 9, 9]
-    assert next_epoch(Config(num_epochs=9), 0, 1.0) == 1
+    assert [curriculum.next_epoch(config, epoch, 0.89) for epoch in range(9)] == list(range(1, 10))
+    assert [curriculum.next_epoch(config, epoch, 0.9) for epoch in range(9)] == [3, 3, 3, 5, 5, 9, 9, 9, 9]
+    assert curriculum.next_epoch(Config(num_epochs=9), 0, 1.0) == 1
     assert "at most" in schedule(config, 1).splitlines()[-1]

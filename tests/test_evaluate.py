@@ -15,21 +15,9 @@ from curriculum import Markers
 from dataset import StageDataset, collate
 from preprocessing.tokens import tokenize
 from tools.evaluate import main
+from trainer import evaluate as scores
 from trainer.data import Data
-from trainer.evaluate import (
-    as_files,
-    evaluate,
-    extract_answer,
-    extract_number,
-    extract_steps,
-    is_right,
-    number_of,
-    of_sets,
-    summary,
-    validation_loss,
-    warn_unscorable_answers,
-    wilson,
-)
+from trainer.evaluate import as_files, evaluate, extract_answer, is_right, warn_unscorable_answers, wilson
 from trainer.only_eval import stage_to_evaluate
 from trainer.pretrained import Pretrained
 from utils import UserError
@@ -47,7 +35,7 @@ from utils import UserError
 )
 def test_extraction(text, answer, steps):
     assert extract_answer(text) == answer
-    assert extract_steps(text) == steps
+    assert scores.extract_steps(text) == steps
 
 
 @pytest.mark.parametrize(
@@ -75,7 +63,7 @@ def test_extraction(text, answer, steps):
     ],
 )
 def test_the_number_of_an_answer(text, number):
-    assert extract_number(text) == number
+    assert scores.extract_number(text) == number
 
 
 @pytest.mark.parametrize(
@@ -101,8 +89,9 @@ def test_the_two_rules(text, gold, by_text, by_number):
 
 
 def test_what_counts_as_a_gold_number():
-    assert [number_of(text) for text in ("-9867630", "0.0000020107", "5.", "1e3")] == [-9867630, 2.0107e-6, 5, 1000]
-    assert [number_of(text) for text in ("", "Tom", "7 apples", "50%", "1/2", "$3", "nan", "inf")] == [None] * 8
+    numbers = {"-9867630": -9867630, "0.0000020107": 2.0107e-6, "5.": 5, "1e3": 1000}
+    numbers |= dict.fromkeys(("", "Tom", "7 apples", "50%", "1/2", "$3", "nan", "inf"))
+    assert {text: scores.number_of(text) for text in numbers} == numbers
 
 
 EXAMPLES = [
@@ -155,7 +144,7 @@ def test_scores(world):
     with torch.no_grad():
         whole = model(**collate(rows, 0, markers.latent)).loss.item()
     assert metrics["loss"] == pytest.approx(whole, rel=1e-5)
-    assert validation_loss(loaded, tokens, 1, config, world) == metrics["loss"]
+    assert scores.validation_loss(loaded, tokens, 1, config, world) == metrics["loss"]
     files = as_files(metrics, predictions)
     assert json.loads(files["predictions.jsonl"].splitlines()[1])["gold"] == "1007"
 
@@ -197,21 +186,21 @@ def test_several_sets_are_one_table_and_a_file_each(tmp_path):
         "svamp": ({**found, "accuracy": 0.5, "examples": 1000}, [{"index": 0}, {"index": 1}]),
         "multiarith": ({**found, "accuracy": 0.8, "examples": 10}, [{"index": 0}]),
     }
-    metrics, files = of_sets(results)
+    metrics, files = scores.of_sets(results)
     assert sorted(files) == ["metrics.json", "predictions_multiarith.jsonl", "predictions_svamp.jsonl"]
     assert json.loads(files["predictions_svamp.jsonl"].splitlines()[1]) == {"index": 1}
     assert json.loads(files["metrics.json"]) == json.loads(json.dumps(metrics))
     assert metrics["sets"]["svamp"] == {**results["svamp"][0], "accuracy_95": wilson(0.5, 1000)}
-    assert summary(tmp_path, metrics).splitlines() == [
+    assert scores.summary(tmp_path, metrics).splitlines() == [
         "                                      n  accuracy            95 %  tokens    loss  seconds",
         "svamp, stage 4                    1,000     50.0%  46.9% to 53.1%     8.2   1.500     61.0",
         "multiarith, stage 4                  10     80.0%  49.0% to 94.3%     8.2   1.500     61.0",
     ]
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "metrics.json").write_text(files["metrics.json"])
-    assert summary(tmp_path) == summary(tmp_path, metrics)
+    assert scores.summary(tmp_path) == scores.summary(tmp_path, metrics)
     only = results["svamp"]
-    assert of_sets({"": only}) == (only[0], as_files(*only))
+    assert scores.of_sets({"": only}) == (only[0], as_files(*only))
 
 
 def test_the_summary_takes_what_was_written_last(tmp_path, capsys):
@@ -225,7 +214,7 @@ def test_the_summary_takes_what_was_written_last(tmp_path, capsys):
     table = capsys.readouterr().out.splitlines()
     assert table[1].split() == ["validation,", "stage", "0", "2", "30.0%", "9.0", "1.000", "12"]
     assert table[2].split() == ["validation,", "stage", "1", "1", "40.0%", "9.0", "1.000", "6"]
-    refuses("neither a finished epoch nor an evaluation", summary, tmp_path / "none")
+    refuses("neither a finished epoch nor an evaluation", scores.summary, tmp_path / "none")
     assert main([str(tmp_path / "none")]) == 2
 
 

@@ -5,23 +5,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
+import family_table as table
 import pytest
 import torch
 from conftest import distance, equal, refuses
-from family_table import (
-    BY_ANY_METHOD,
-    FAMILIES,
-    HEAD,
-    NO_EMBEDDINGS,
-    PADDING,
-    QUICK,
-    REFUSED,
-    REFUSED_WITH_LATENTS,
-    WITH_LATENTS,
-    configure,
-    dtype_of,
-    tiny_model,
-)
+from family_table import QUICK, REFUSED, WITH_LATENTS, tiny_model
 from test_coconut import END, EOS, LATENT, START, batch_of
 from test_coconut import make_rows as rows_of
 from test_pretrained import write_tiny
@@ -88,26 +76,27 @@ def check_generation(model: Coconut, n_latents: list[int], new: int = 4) -> None
 
 
 @pytest.mark.parametrize(
-    "family", [family if family in QUICK else pytest.param(family, marks=pytest.mark.families) for family in FAMILIES]
+    "family",
+    [family if family in QUICK else pytest.param(family, marks=pytest.mark.families) for family in table.FAMILIES],
 )
 def test_a_family_is_right_or_refused(family):
     base = tiny_model(family)
     if family in REFUSED:
         for latent in (None, LATENT):
-            with pytest.raises(UserError, match=f"{base.config.model_type} .*{BY_ANY_METHOD}.*{REFUSED[family]}"):
+            with pytest.raises(UserError, match=f"{base.config.model_type} .*{table.BY_ANY_METHOD}.*{REFUSED[family]}"):
                 check_family(make_model(base, latent))
         return
     without, model, n_latents = make_model(base, None), make_model(base), [2, 0, 3]
     check_family(without)
     FlopCounter.of(model)
-    if family in REFUSED_WITH_LATENTS:
-        reason = f"{WITH_LATENTS}.*{REFUSED_WITH_LATENTS[family]}.* cot, no_cot, no_thoughts and icot"
+    if family in table.REFUSED_WITH_LATENTS:
+        reason = f"{WITH_LATENTS}.*{table.REFUSED_WITH_LATENTS[family]}.* cot, no_cot, no_thoughts and icot"
         refuses(reason, check_family, model)
         check_family(make_model(base, thought="pause"))
         model, n_latents = without, [0, 0, 0]
     else:
         check_family(model)
-    check_training(model, n_latents, 1e-5 if dtype_of(family) == torch.float64 else 1e-4)
+    check_training(model, n_latents, 1e-5 if table.dtype_of(family) == torch.float64 else 1e-4)
     check_generation(model, n_latents)
 
 
@@ -137,7 +126,7 @@ def test_a_head_that_does_more_is_refused_whatever_the_method():
             return output
 
         base.forward = changed
-        with pytest.raises(UserError, match=f"{BY_ANY_METHOD}{HEAD}"):
+        with pytest.raises(UserError, match=f"{table.BY_ANY_METHOD}{table.HEAD}"):
             check_family(make_model(base, latent=None))
 
 
@@ -155,8 +144,8 @@ def test_a_head_module_that_does_more_is_run():
     [
         ("gradients", f"{WITH_LATENTS}over a cache its gradients"),
         ("states", f"{WITH_LATENTS}what it computes over a cache"),
-        ("padding", f"{WITH_LATENTS}{PADDING}"),
-        ("raises", f"{BY_ANY_METHOD}{NO_EMBEDDINGS} .RuntimeError: strange.$"),
+        ("padding", f"{WITH_LATENTS}{table.PADDING}"),
+        ("raises", f"{table.BY_ANY_METHOD}{table.NO_EMBEDDINGS} .RuntimeError: strange.$"),
     ],
 )
 def test_what_is_wrong_is_noticed(breaks, sentence, monkeypatch):
@@ -208,7 +197,7 @@ def test_weights_that_are_no_numbers_are_not_the_fault_of_a_family():
 
 def test_a_model_that_looks_ahead_is_refused():
     """Its loss would be that of words which it has seen."""
-    with pytest.raises(UserError, match=f"{BY_ANY_METHOD}what it computes for a token depends on those after it"):
+    with pytest.raises(UserError, match=f"{table.BY_ANY_METHOD}what it computes for a token depends on those after it"):
         check_family(make_model(tiny_model("bert-generation", is_decoder=False), None))
 
 
@@ -228,7 +217,7 @@ def test_generation_without_a_cache_is_as_long_as_it_says(monkeypatch):
 def test_small_initial_weights_hide_nothing():
     """As they come from the configuration Mamba's states hardly matter: without them the loss is the same to 1e-5."""
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(configure("mamba"))
+    base = AutoModelForCausalLM.from_config(table.configure("mamba"))
     with pytest.raises(UserError, match=WITH_LATENTS):
         check_family(make_model(base))
 
@@ -244,7 +233,7 @@ def test_thoughts_from_layers_need_blocks_that_run_once():
 
 def save_with_tokenizer(family: str, folder) -> str:
     write_tiny(folder)
-    AutoModelForCausalLM.from_config(configure(family, vocab_size=60)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(table.configure(family, vocab_size=60)).save_pretrained(folder)
     return str(folder)
 
 
@@ -254,7 +243,7 @@ def test_loading_checks_the_family(tmp_path):
     for method in ("cot", "no_cot", "icot", "no_thoughts"):
         load_model(Config(model_id=folder, method=method), None)
     load_model(Config(model_id=folder, method="coconut", thought="pause"), None)
-    with pytest.raises(UserError, match=BY_ANY_METHOD):
+    with pytest.raises(UserError, match=table.BY_ANY_METHOD):
         load_model(Config(model_id=save_with_tokenizer("gemma3n_text", tmp_path / "gemma"), method="cot"), None)
 
 
@@ -295,7 +284,7 @@ def test_a_sequence_may_be_as_long_as_a_model_takes(family, longest):
     model.states(torch.full((1, longest or 200), 7), torch.ones(1, longest or 200, dtype=torch.long))
 
 
-@pytest.mark.parametrize("family", sorted({*REFUSED, *REFUSED_WITH_LATENTS} & {*QUICK}))
+@pytest.mark.parametrize("family", sorted({*REFUSED, *table.REFUSED_WITH_LATENTS} & {*QUICK}))
 def test_flops_are_counted_of_refused_families_too(family):
     assert FlopCounter.of(make_model(tiny_model(family))).training([10, 5], 4) > 0
 

@@ -12,28 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import pytest
 import tiny_model
 import torch
 import yaml
-from conftest import (
-    ROOT,
-    command,
-    digest,
-    distance,
-    epochs,
-    equal,
-    main,
-    python,
-    read_json,
-    refuses,
-    settled,
-    start,
-    steps,
-    together,
-    weights,
-    with_dropout,
-)
+from conftest import ROOT, command, digest, epochs, main, refuses, start, steps, together, weights
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
@@ -51,7 +35,7 @@ BRIEF = ("num_epochs=1", "max_train_examples=32", "max_new_tokens=2")
 
 def begin(place: Path, *arguments: str, ranks: int = 0) -> subprocess.Popen:
     """Starts run.py as a cluster would: its launcher does not die of SIGUSR1, which all processes of a job get."""
-    words = command(ROOT / "run.py", place / "run.yaml", *settled(*arguments), ranks=ranks)
+    words = command(ROOT / "run.py", place / "run.yaml", *conftest.settled(*arguments), ranks=ranks)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     heedless = ["bash", "-c", 'trap "" USR1; exec "$@"', "-", *words]
     return subprocess.Popen(heedless, text=True, start_new_session=True, **pipes)
@@ -97,7 +81,7 @@ def wait_for(condition, seconds: float = 120) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(place) -> dict[str, torch.Tensor]:
     """The weights of a run on two ranks, with dropout, that nothing has happened to."""
-    together(place / "run.yaml", *LONG, f"model_id={with_dropout(place)}", "name=undisturbed")
+    together(place / "run.yaml", *LONG, f"model_id={conftest.with_dropout(place)}", "name=undisturbed")
     return weights(place / "runs" / "undisturbed" / "checkpoint_3")
 
 
@@ -108,7 +92,7 @@ def undisturbed(place) -> dict[str, torch.Tensor]:
 def test_a_signal_saves_and_the_next_job_goes_on_inside_the_epoch(place, undisturbed, tmp_path, monkeypatch):
     """SIGTERM here; SIGUSR1 in test_slurm.py."""
     name, run = "signal", place / "runs" / "signal"
-    arguments = (*LONG, f"model_id={with_dropout(place)}", f"name={name}")
+    arguments = (*LONG, f"model_id={conftest.with_dropout(place)}", f"name={name}")
     monkeypatch.setenv("INTERRUPTED_FILE", str(tmp_path / "interrupted"))
     process = begin(place, *arguments, *SLOW_VALIDATION, ranks=2)
     wait_for(lambda: len(steps(run)) >= 12)
@@ -122,7 +106,7 @@ def test_a_signal_saves_and_the_next_job_goes_on_inside_the_epoch(place, undistu
     # within an epoch, unless validation had begun
     assert saved.name in (f"checkpoint_{n_steps // 9}_step_{n_steps}", f"checkpoint_{n_steps // 9}")
     assert f"continuing from {saved}" in together(place / "run.yaml", *arguments).stderr
-    assert equal(weights(run / "checkpoint_3"), undisturbed)
+    assert conftest.equal(weights(run / "checkpoint_3"), undisturbed)
     assert not list(run.glob("checkpoint_*_step_*"))  # the run is done: nobody needs them
 
 
@@ -169,7 +153,7 @@ print(signal.getsignal(number) is signal.default_int_handler)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_signals_stop_a_run_unless_its_user_has_them_ignored(number):
     """A closed terminal and the first Ctrl-C lost the epoch. nohup and background jobs ignore theirs."""
-    assert python("-c", STOPPED, int(number)).stdout.split() == [str(number == signal.SIGTERM), "True", "True"]
+    assert conftest.python("-c", STOPPED, int(number)).stdout.split() == [str(number == signal.SIGTERM), "True", "True"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
@@ -201,7 +185,7 @@ def test_a_debugger_gets_the_exception(tmp_path, debugger):
     (tmp_path / "program.py").write_text("from trainer import distributed\ndistributed.run_main(lambda: 1 / 0)\n")
     path = {"PYTHONPATH": str(ROOT)}
     code = 0 if debugger else 1
-    done = python(*debugger, tmp_path / "program.py", environment=path, code=code, input="q\n")
+    done = conftest.python(*debugger, tmp_path / "program.py", environment=path, code=code, input="q\n")
     assert "ZeroDivisionError" in done.stdout + done.stderr
     assert ("Entering post mortem debugging" in done.stdout) == bool(debugger), done.stdout
 
@@ -248,8 +232,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(place, here, before, after):
     done = (together if after == 2 else here)(place / "run.yaml", *arguments, strategy)
     assert "continuing from" in done.stderr
     found, begun = weights(run / "checkpoint_1"), weights(place / "model")
-    assert distance(found, weights(whole / "checkpoint_1")) < 1e-5
-    assert distance(found, {n: value for n, value in begun.items() if value.shape == found[n].shape}) > 1e-3
+    assert conftest.distance(found, weights(whole / "checkpoint_1")) < 1e-5
+    assert conftest.distance(found, {n: value for n, value in begun.items() if value.shape == found[n].shape}) > 1e-3
 
 
 @pytest.mark.slow
@@ -288,9 +272,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_rank_ends_without_taking_the_interpreter_down(place, tmp_path, changes, code):
     """A thread of gloo that is still there while Python goes down can kill a rank that has done all of its work."""
     (tmp_path / "probe.py").write_text(PROBE)
-    keys = settled("name=ending", *BRIEF, *changes)
+    keys = conftest.settled("name=ending", *BRIEF, *changes)
     environment = {"PYTHONPATH": str(ROOT)}
-    done = python(tmp_path / "probe.py", ROOT / "run.py", place / "run.yaml", *keys, code=code, environment=environment)
+    done = conftest.python(
+        tmp_path / "probe.py", ROOT / "run.py", place / "run.yaml", *keys, code=code, environment=environment
+    )
     assert done.stdout.endswith("an exit handler runs\n"), done.stdout
     assert "goes down" not in done.stdout
 
@@ -488,7 +474,7 @@ def test_sharded_or_not_a_checkpoint_has_the_same_files(place, tmp_path):
         folder = main(place, *BRIEF, model, f"strategy={strategy}", f"name=files-{strategy}") / "checkpoint_1"
         found[strategy] = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".json"}
         found[strategy].pop("metrics.json")  # seconds
-        assert settings.items() <= read_json(folder / "generation_config.json").items()
+        assert settings.items() <= conftest.read_json(folder / "generation_config.json").items()
     assert found["ddp"] == found["fsdp"]
 
 
@@ -499,7 +485,7 @@ def test_settings_that_contradict_each_other_are_kept(place, tmp_path, strategy)
     keys = (*BRIEF, with_settings(place, tmp_path / "model", settings), f"strategy={strategy}")
     for n_epochs in (1, 2):
         run = main(place, *keys, f"name=contradicting-{strategy}", f"num_epochs={n_epochs}")
-    kept = read_json(run / "checkpoint_2" / "generation_config.json")
+    kept = conftest.read_json(run / "checkpoint_2" / "generation_config.json")
     kept.pop("transformers_version")
     assert kept == settings | {"eos_token_id": [0, 5]}
 
@@ -539,7 +525,7 @@ def test_a_changed_weight_decay_counts(place, two_epochs):
     plain = (*arguments, "lr_scheduler=constant", "num_epochs=3")
     main(place, *plain)
     main(place, *plain, "name=other", "weight_decay=50", "continue_changed=true")
-    assert not equal(weights(run / "checkpoint_3"), weights(other / "checkpoint_3"))
+    assert not conftest.equal(weights(run / "checkpoint_3"), weights(other / "checkpoint_3"))
 
 
 @pytest.mark.parametrize("moved", ["the file", "the tokenizer"])
@@ -564,7 +550,7 @@ def test_evaluations_under_one_name_are_kept_apart(place, two_epochs):
     main(place, *keys, f"load_model_path={run}@2", f"val_path={place}/train.json", "eval_latents=1")
     found = []
     for name in ("eval_1", "eval_2", "eval_3", "eval"):
-        metrics = read_json(folder / name / "metrics.json")
+        metrics = conftest.read_json(folder / name / "metrics.json")
         found.append((Path(metrics["checkpoint"]).name, Path(metrics["file"]).name))
         records = read_log(folder / name / "metrics.jsonl")
         assert len(records) == (2 if name == "eval_3" else 1)
@@ -641,7 +627,7 @@ def test_ranks_do_not_outlive_their_launcher(place):
 
 def model_with_a_broken_token(place: Path) -> Path:
     """A model that makes NaN of whatever holds the letter x, and data in which one example does."""
-    examples = read_json(place / "train.json")[:32]
+    examples = conftest.read_json(place / "train.json")[:32]
     examples[5]["question"] = "x" + examples[5]["question"]
     (place / "with_x.json").write_text(json.dumps(examples))
     folder = place / "broken"
@@ -662,7 +648,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(place, here, rank
         *("num_epochs=1", "global_batch_size=8", "batch_size_training=4", "max_new_tokens=2", "seed=3"),
     )
     done = start(*arguments, ranks=ranks, code=None) if ranks else here(*arguments, code=2)
-    record = read_json(run / "nonfinite.jsonl")
+    record = conftest.read_json(run / "nonfinite.jsonl")
     assert 5 in record["examples"]
     assert len(record["examples"]) == 8  # of the step that it was in
     sentence = f"the loss of step {record['step']}, in epoch 0, is nan.*the last good checkpoint is none"
@@ -700,5 +686,5 @@ def test_weights_that_are_not_finite_are_not_saved(place, two_epochs, monkeypatc
 @pytest.mark.slow
 def test_torture():
     """A short form of `make torture`."""
-    done = python(ROOT / "tests" / "torture.py", "--runs", "1", "--seed", "1")
+    done = conftest.python(ROOT / "tests" / "torture.py", "--runs", "1", "--seed", "1")
     assert done.stdout.count("as undisturbed") == 1

@@ -6,19 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import check_ranks_and_restart, distance, equal, main, read_json, refuses, tiny_base, weights
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_coconut import END, EOS, LATENT, START, batch_of, make_rows
 from torch.func import functional_call
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    Gemma3Config,
-    Gemma3TextConfig,
-    SiglipVisionConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coconut import Coconut
 from config import Config
@@ -116,10 +110,12 @@ def test_a_copy_as_step_decoder_has_the_updates(place, tuned):
 def test_updates_are_for_the_layers_of_the_decoder_alone():
     """A tower for images got some, which no batch reached; DDP waited for their gradients."""
     common = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    shape = Gemma3TextConfig(num_hidden_layers=2, num_key_value_heads=1, head_dim=8, vocab_size=40, **common)
-    tower = SiglipVisionConfig(num_hidden_layers=1, image_size=28, **common)
-    config = Gemma3Config(text_config=shape, vision_config=tower, mm_tokens_per_image=4)
-    targets = lora.targets_of(AutoModelForImageTextToText.from_config(config))
+    shape = transformers.Gemma3TextConfig(
+        num_hidden_layers=2, num_key_value_heads=1, head_dim=8, vocab_size=40, **common
+    )
+    tower = transformers.SiglipVisionConfig(num_hidden_layers=1, image_size=28, **common)
+    config = transformers.Gemma3Config(text_config=shape, vision_config=tower, mm_tokens_per_image=4)
+    targets = lora.targets_of(transformers.AutoModelForImageTextToText.from_config(config))
     assert len(targets) == 2 * 7
     assert not any("vision" in name for name in targets)
 

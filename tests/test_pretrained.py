@@ -12,17 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from config import Config
-from trainer.pretrained import (
-    END,
-    LATENT,
-    START,
-    Pretrained,
-    add_markers,
-    load_model,
-    load_tokenizer,
-    mark,
-    read_description,
-)
+from trainer import pretrained
+from trainer.pretrained import END, LATENT, START, Pretrained, load_model
 from trainer.run_folder import resolve
 from utils import UserError
 
@@ -74,12 +65,13 @@ def test_markers_take_no_other_tokens_ids(tiny, hole, fits):
     vocabulary = state["model"]["vocab"]
     state["model"]["vocab"] = {token: id + hole * (id > 8) for token, id in vocabulary.items()}
     file.write_text(json.dumps(state))
-    tokenizer = load_tokenizer(coconut_config(tiny))
+    tokenizer = pretrained.load_tokenizer(coconut_config(tiny))
     before = set(tokenizer.get_vocab().values())
     if fits:
-        assert before.isdisjoint(mark(tokenizer, "coconut")[:3])
+        assert before.isdisjoint(pretrained.mark(tokenizer, "coconut")[:3])
         return
-    refuses(r"its ids have holes, and one of the markers would get the id .* of its token", mark, tokenizer, "coconut")
+    sentence = "its ids have holes, and one of the markers would get the id .* of its token"
+    refuses(sentence, pretrained.mark, tokenizer, "coconut")
 
 
 def test_methods_without_latents_leave_the_vocabulary_alone(tiny):
@@ -152,7 +144,7 @@ def test_markers_and_weights_of_a_checkpoint_are_kept(tiny, ours, from_scratch):
     again = load_model(coconut_config(tiny, from_scratch=from_scratch), folder)
     assert again.markers == loaded.markers
     assert equal(again.model.state_dict(), loaded.model.state_dict())
-    assert add_markers(loaded.tokenizer, again.model.base_causallm) == loaded.markers
+    assert pretrained.add_markers(loaded.tokenizer, again.model.base_causallm) == loaded.markers
     assert equal(again.model.state_dict(), loaded.model.state_dict())
 
 
@@ -235,8 +227,7 @@ def test_the_trained_eos_is_among_the_stop_tokens(tiny, known, stops):
     file = Path(tiny) / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": known}))
     loaded = load_model(coconut_config(tiny), None)
-    assert loaded.markers.eos == 0
-    assert loaded.model.base_causallm.generation_config.eos_token_id == stops
+    assert (loaded.markers.eos, loaded.model.base_causallm.generation_config.eos_token_id) == (0, stops)
 
 
 def test_the_hubs_answer_is_in_the_sentence(monkeypatch):
@@ -307,4 +298,4 @@ def test_a_hub_that_does_not_answer_is_one_sentence_soon():
 @pytest.mark.parametrize("content", ["", "[]", '{"stage": '])
 def test_a_damaged_description_is_named(tmp_path, content):
     (tmp_path / "coconut.json").write_text(content)
-    refuses(r"coconut.json cannot be read", read_description, tmp_path)
+    refuses(r"coconut.json cannot be read", pretrained.read_description, tmp_path)

@@ -9,25 +9,12 @@ import shutil
 from pathlib import Path
 from unittest.mock import ANY
 
+import conftest
 import pytest
 import tiny_model
 import torch
 import yaml
-from conftest import (
-    ROOT,
-    digest,
-    distance,
-    epochs,
-    equal,
-    lines_of,
-    main,
-    read_json,
-    start,
-    steps,
-    together,
-    weights,
-    with_dropout,
-)
+from conftest import ROOT, digest, distance, epochs, lines_of, main, read_json, start, together, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,8 +38,8 @@ def test_two_ranks_train_every_stage_and_leave_hugging_face_folders(trained):
     assert [record["stage"] for record in epochs(run)] == [0, 1, 2]
     assert all(record["generated_tokens"] >= record["stage"] for record in epochs(run))
     assert epochs(run)[-1]["train_loss"] < epochs(run)[0]["train_loss"]
-    assert [record["step"] for record in steps(run)] == list(range(1, 31))
-    assert "global batch 16 = 2 ranks x 8 examples x 1 passes; 10 steps an epoch" in printed
+    assert [record["step"] for record in conftest.steps(run)] == list(range(1, 31))
+    assert "global batch 16 = 2 ranks x 8 examples x 1 passes; 10 conftest.steps an epoch" in printed
     assert "validation, stage 2" in printed
     last = run / "checkpoint_3"
     assert AutoModelForCausalLM.from_pretrained(last).config.vocab_size == len(AutoTokenizer.from_pretrained(last))
@@ -87,7 +74,7 @@ SETS = "{{first: {place}/valid.json, words: {place}/words.json, third: {place}/v
 
 @pytest.fixture(scope="session")
 def words(place) -> Path:
-    """Answers that are no numbers, and no steps."""
+    """Answers that are no numbers, and no conftest.steps."""
     examples = json.loads((place / "valid.json").read_text())[:7]
     path = place / "words.json"
     path.write_text(json.dumps([{**example, "answer": "+-", "steps": []} for example in examples]))
@@ -173,7 +160,7 @@ def test_one_rank_with_doubled_accumulation_gives_the_same_weights(place, traine
 def test_a_continued_run_is_bitwise_an_undisturbed_one(place, trained):
     run, _ = trained
     # dropout makes the random state matter, and AdamW is never reset: its state matters too
-    arguments = (place / "run.yaml", f"model_id={with_dropout(place)}", "max_new_tokens=2")
+    arguments = (place / "run.yaml", f"model_id={conftest.with_dropout(place)}", "max_new_tokens=2")
     together(*arguments, "name=whole")
     together(*arguments, "name=parts", "num_epochs=1")
     unrelated = place / "runs" / "parts" / "checkpoint_9"
@@ -182,7 +169,7 @@ def test_a_continued_run_is_bitwise_an_undisturbed_one(place, trained):
     assert "checkpoint_1, after 1 of 3 epochs" in done.stderr
     assert not any(unrelated.iterdir())
     whole, parts = (weights(place / "runs" / name / "checkpoint_3") for name in ("whole", "parts"))
-    assert equal(whole, parts)
+    assert conftest.equal(whole, parts)
     assert not torch.equal(whole["transformer.wte.weight"], weights(run / "checkpoint_3")["transformer.wte.weight"])
 
 
@@ -271,7 +258,7 @@ def test_the_optimizer_is_reset_when_it_should_be(place, monkeypatch, reset, epo
 def test_learning_rates_and_clipping(place):
     def lrs(name: str, *overrides: str) -> list[float]:
         folder = main(place, *TINY, f"name={name}", "num_epochs=2", *overrides)
-        return [round(record["lr"] / 1e-3, 6) for record in steps(folder)]
+        return [round(record["lr"] / 1e-3, 6) for record in conftest.steps(folder)]
 
     assert lrs("lr-constant") == [1, 1, 1, 1]
     assert lrs("lr-warm", "warmup_steps=2") == [0.5, 1, 1, 1]
@@ -302,7 +289,7 @@ def test_a_finished_run_is_left_as_it_is(place, trained, here):
     run, _ = trained
     before = weights(run / "checkpoint_3")
     assert "after 3 of 3 epochs" in here(place / "run.yaml").stderr
-    assert equal(before, weights(run / "checkpoint_3"))
+    assert conftest.equal(before, weights(run / "checkpoint_3"))
     assert len(epochs(run)) == 3
 
 
@@ -494,7 +481,7 @@ def bad_files(place):
 
 BAD = {
     "missing data": (["train_path=none.json"], "train_path 'none.json' does not exist"),
-    "no steps": (["train_path={place}/no_steps.json"], "record 1 .*lacks 'steps'"),
+    "no conftest.steps": (["train_path={place}/no_steps.json"], "record 1 .*lacks 'steps'"),
     "mistyped key": (["num_epoch=3"], "unknown key 'num_epoch'.*did you mean 'num_epochs'"),
     "two methods": (["coconut=true", "cot=true"], "two methods at once"),
     "nothing to evaluate": (["only_eval=true"], "only_eval evaluates .*@best on test_path: set test_path"),
@@ -537,7 +524,7 @@ BAD = {
 }
 
 
-AFTER_THE_RANKS_MET = ("no steps", "no text", "checkpoint of another model", "no numbers")
+AFTER_THE_RANKS_MET = ("no conftest.steps", "no text", "checkpoint of another model", "no numbers")
 
 
 @pytest.mark.parametrize(

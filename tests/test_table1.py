@@ -56,8 +56,7 @@ def test_the_row_trains_and_is_evaluated(place, data_set, row):
     assert description["thought"] == ("pause" if row.startswith("pause") else "last")
 
     evaluation = configured(place, data_set, row, "max_new_tokens=30", "only_eval=true")
-    assert evaluation.load_model_path == f"{config.run_dir}@best"
-    assert evaluation.run_dir == config.run_dir
+    assert (evaluation.load_model_path, evaluation.run_dir) == (f"{config.run_dir}@best", config.run_dir)
     assert run.main(evaluation) == 0
     metrics = read_json(evaluation.run_dir / "eval" / "metrics.json")
     expected = stage_of(evaluation, evaluation.resume) if evaluation.resume else description["stage"]
@@ -89,8 +88,7 @@ def test_a_later_method_trains_and_is_evaluated(place, row, first):
 def test_the_row_has_the_papers_values(data_set, row):
     config = Config.from_file(ROOT / "args" / f"{data_set}.yaml", [f"row={row}"], needs_files=False)
     icot = row == "icot"
-    assert config.model_id == "openai-community/gpt2"
-    assert config.lr == (5e-5 if icot else 1e-4)
+    assert (config.model_id, config.lr) == ("openai-community/gpt2", 5e-5 if icot else 1e-4)
     assert config.weight_decay == 0.01
     for world_size in (1, 2, 4, 8):
         passes, size = config.passes(world_size)
