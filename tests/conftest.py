@@ -58,6 +58,15 @@ def refuses(sentence: str, function, *arguments, **keys) -> None:
         function(*arguments, **keys)
 
 
+def raising(error: BaseException):
+    """A function that raises it, whatever it is given."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
 def settled(*arguments) -> list[str]:
     """Arguments of run.py, of each key the last one: run.py itself takes a key that is set twice for a mistake."""
     return list({str(argument).partition("=")[0]: str(argument) for argument in arguments}.values())

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import equal, read_json, refuses
+from conftest import equal, raising, read_json, refuses
 from safetensors.torch import load_file, save_file
 from test_pretrained import coconut_config
 from test_pretrained import tiny as tiny  # a fixture
@@ -194,10 +194,7 @@ def test_an_error_that_is_not_of_the_disk_is_what_it_is(saving, monkeypatch):
     _, _, save = saving()
 
     def save_with(error: Exception) -> None:
-        def fail(*_, **__):
-            raise error
-
-        monkeypatch.setattr(checkpoint, "get_optimizer_state_dict", fail)
+        monkeypatch.setattr(checkpoint, "get_optimizer_state_dict", raising(error))
         save(1)
 
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -44,7 +44,12 @@ def plain_thought(model: Coconut, spelling: str, before: torch.Tensor, latent: t
     """The definition of a thought, (1, 1, D), from the input embeddings of all positions before it, (1, t, D), and that
     of the latent token, (1, 1, D)."""
     base, taken = model.base_causallm, []
-    decoder = base.get_decoder()
+    decoder, embed = base.get_decoder(), base.get_input_embeddings()
+    if spelling.startswith("token"):
+        logits = base(inputs_embeds=before).logits[:, -1:]
+        fed = embed(logits.argmax(-1)).detach()
+        mean = torch.einsum("btv,vd->btd", logits.softmax(-1), embed(torch.arange(logits.shape[-1])))
+        return fed + mean - mean.detach() if spelling == "token:st" else fed
     norm = next(module for name, module in decoder.named_children() if name in ("ln_f", "norm", "final_layernorm"))
     handle = norm.register_forward_pre_hook(lambda _, arguments: taken.append(arguments[0][:, -1:]))
     output = decoder(inputs_embeds=before, output_hidden_states=True)
@@ -52,7 +57,7 @@ def plain_thought(model: Coconut, spelling: str, before: torch.Tensor, latent: t
     states = [state[:, -1:] for state in output.hidden_states]  # transformers' own: the last is after the norm
     last, stream = states[-1], [*states[:-1], *taken]
     # as the model gets them: some families scale them in the module
-    inputs = base.get_input_embeddings()(torch.arange(base.config.vocab_size)).detach()
+    inputs = embed(torch.arange(base.config.vocab_size)).detach()
     outputs = base.get_output_embeddings().weight.detach()
     if spelling.startswith("layer:"):
         text = spelling.removeprefix("layer:")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
-from conftest import ROOT, python, read_json, refusal, refuses
+from conftest import ROOT, python, raising, read_json, refusal, refuses
 from elsewhere import written_elsewhere
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
@@ -481,13 +481,13 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(checkpoints, tmp_path, ca
     assert not out.exists()
 
 
-@pytest.mark.parametrize("kind", [OSError, SafetensorError])
-def test_a_full_disk_leaves_nothing_half(checkpoints, tmp_path, capsys, monkeypatch, kind):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device") if kind is OSError else kind("No space left on device")
+FULL = "No space left on device"
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    assert "cannot be written: No space left on device" in complaint(capsys, checkpoints["llama"], tmp_path / "out")
+
+@pytest.mark.parametrize("error", [OSError(28, FULL), SafetensorError(FULL)], ids=["system", "safetensors"])
+def test_a_full_disk_leaves_nothing_half(checkpoints, tmp_path, capsys, monkeypatch, error):
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", raising(error))
+    assert f"cannot be written: {FULL}" in complaint(capsys, checkpoints["llama"], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import family_table as table
 import pytest
 import torch
-from conftest import distance, equal, refuses
+from conftest import distance, equal, raising, refuses
 from family_table import QUICK, REFUSED, WITH_LATENTS, tiny_model
 from test_coconut import END, EOS, LATENT, START, batch_of
 from test_coconut import make_rows as rows_of
@@ -110,10 +110,6 @@ def full_size(request, monkeypatch) -> None:
         monkeypatch.setattr(families, "SMALL", 0)
 
 
-def raises(self, **_):
-    raise RuntimeError("strange\nnews")
-
-
 def test_a_head_that_does_more_is_refused_whatever_the_method():
     """Another objective trains without a sign: generation is right, where only the order of the logits counts."""
     for change in (lambda logits: 1.01 * logits, lambda logits: 30 * torch.tanh(logits / 30)):
@@ -155,7 +151,7 @@ def test_what_is_wrong_is_noticed(breaks, sentence, monkeypatch):
         "gradients": (kv_cache.Buffer, "append", lambda self, states: append(self, states.detach())),
         "states": (kv_cache.Buffer, "append", lambda self, states: append(self, 0.9 * states)),
         "padding": (backbone, "causal_mask", lambda seen, *rest: mask(torch.ones_like(seen), *rest)),
-        "raises": (type(base), "forward", raises),
+        "raises": (type(base), "forward", raising(RuntimeError("strange\nnews"))),
     }[breaks]
     monkeypatch.setattr(module, name, broken)
     with pytest.raises(UserError, match=sentence):

@@ -17,7 +17,7 @@ import pytest
 import tiny_model
 import torch
 import yaml
-from conftest import ROOT, command, digest, epochs, main, refuses, start, steps, together, weights
+from conftest import ROOT, command, digest, epochs, main, raising, refuses, start, steps, together, weights
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
@@ -409,10 +409,7 @@ def test_a_full_disk_is_one_sentence(place, trained_once, here, file):
 
 
 def test_a_full_disk_under_the_token_cache(place, capsys, monkeypatch, tmp_path):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("dataset.np.save", full)
+    monkeypatch.setattr("dataset.np.save", raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     main(place, f"save_path={tmp_path}", "name=full", code=2)
     assert re.search(r"error: .*/.tokens/\w+ cannot be written: No space left", capsys.readouterr().err)
     assert not list((tmp_path / ".tokens").iterdir())

@@ -2,33 +2,12 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import distance
-from test_coconut import EOS, LATENT, batch_of, gradients, make_model, make_rows, prompts
+from test_coconut import EOS, LATENT, batch_of, gradients, make_model, make_rows, plain_loss, prompts
 
 import methods  # noqa: F401 registers the thoughts
 from dataset import collate_prompts
 from trainer.inference import thought_logits
-
-
-def plain_loss(model, rows, straight_through: bool) -> torch.Tensor:
-    """Each row by itself, without padding or cache, everything recomputed for each thought."""
-    base, losses, count = model.base_causallm, [], 0
-    for input_ids, labels in rows:
-        embed = base.get_input_embeddings()
-        embeds = embed(torch.tensor([input_ids]))  # (1, T, D)
-        for place in (place for place, token in enumerate(input_ids) if token == LATENT):
-            logits = base(inputs_embeds=embeds[:, :place]).logits[:, -1:]
-            fed = embed(logits.argmax(-1)).detach()
-            if straight_through:
-                mean = torch.einsum("btv,vd->btd", logits.softmax(-1), embed(torch.arange(logits.shape[-1])))
-                fed = fed + mean - mean.detach()
-            embeds = torch.cat([embeds[:, :place], fed, embeds[:, place + 1 :]], dim=1)
-        logits = base(inputs_embeds=embeds).logits[0]
-        targets = torch.tensor(labels[1:])
-        losses.append(F.cross_entropy(logits[:-1], targets, reduction="sum"))
-        count += int((targets != -100).sum())
-    return sum(losses) / count
 
 
 @pytest.mark.parametrize("spelling", ["token", "token:st"])
@@ -40,7 +19,7 @@ def test_it_is_the_embedding_of_the_likeliest_token(family, tied, spelling):
     exact = family != "gemma2"
     dtype, layers = (torch.float64, 3) if exact else (torch.float32, 2)
     model, rows = make_model(family, tied, thought=spelling, layers=layers, dtype=dtype), make_rows([2, 0, 3])
-    loss, plain = model(**batch_of(rows)).loss, plain_loss(model, rows, spelling == "token:st")
+    loss, plain = model(**batch_of(rows)).loss, plain_loss(model, rows, spelling)
     found, wanted = gradients(model, loss), gradients(model, plain)
     largest = max(gradient.abs().max().item() for gradient in wanted.values())
     assert abs(loss - plain) < (1e-9 if exact else 1e-4)

@@ -10,7 +10,7 @@ import types
 
 import pytest
 import wandb
-from conftest import epochs, lines_of, main, read_json
+from conftest import epochs, lines_of, main, raising, read_json
 
 import run as run_module
 from trainer import logger as tracker
@@ -44,13 +44,6 @@ class Wandb(types.ModuleType):
 
     def finish(self, exit_code=None):
         self._do("finish", exit_code)
-
-
-def raising(error: BaseException):
-    def fail(*_, **__):
-        raise error
-
-    return fail
 
 
 LOST = ConnectionResetError("Connection lost")
