@@ -120,8 +120,6 @@ EXTRA: dict[str, dict] = {
     "llama4_text": {"attention_chunk_size": 6},
     "inkling_text": {"logits_mup_width_multiplier": 3.0},
 }
-
-
 HEAD = "its logits are not those of its LM head"
 PADDING = "padding before a row changes what it computes"
 NO_EMBEDDINGS = "its forward pass from embeddings fails"
@@ -154,7 +152,6 @@ NOT_BUILT = {"musicgen", "musicgen_melody", "gemma3n", "gemma4_assistant", "gemm
 # float64 is beyond their masks, which are made in float32
 FLOAT32 = {"bloom", "gemma2", "granite_swa", "granitemoe_swa", "mpt", "vaultgemma", "xglm"}
 FLOAT32 |= {"hy_v4", "inkling2_text", "inkling2_loop_text", "zamba"}  # or have types of their own
-
 FAMILIES = [family for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family not in NOT_BUILT]
 
 # of every kind one

@@ -228,8 +228,6 @@ def test_what_is_wrong_is_said(write, text, complaint):
 
 
 PATHS = ("train_path", "val_path", "load_model_path", "save_path", "model_id")
-
-
 WRONG_ON_THE_COMMAND_LINE = [
     (["extends=a.yaml"], "unknown key 'extends' in the command line: it is for files alone"),
     (["lr=1", "seed=1", "lr=2"], "lr is set twice on the command line: 'lr=1' and 'lr=2'"),

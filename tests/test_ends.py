@@ -19,14 +19,10 @@ from trainer.distributed import World
 from trainer.files import retried
 
 SHORT = ("max_train_examples=96", "max_new_tokens=2", "num_epochs=1", "log_every_steps=1")
-
-
 AS_RUN = """
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
 BRIEF_COLLECTIVES = """
 import os, runpy, sys, time
 from datetime import timedelta
@@ -35,7 +31,6 @@ import torch.distributed as dist
 original = dist.init_process_group
 dist.init_process_group = lambda *a, **k: original(*a, timeout=timedelta(seconds=2), **k)
 """
-
 OUT_OF_MEMORY = """
 import runpy, sys, torch
 from coconut import Coconut
@@ -93,8 +88,6 @@ print(ranks.on_main_rank(world, lambda: time.sleep(6) or "tokens"))
 print(ranks.on_every_rank(world, lambda: time.sleep(6 * (1 - world.rank)) or world.rank))
 ranks.cleanup_distributed()
 """
-
-
 ONE_RANK = """
 import os, runpy, signal, sys
 from coconut import Coconut
@@ -177,11 +170,7 @@ sys.argv[0] = {run!r}
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
 OTHER_KEYS = ["lr=0.002", "log_every_steps=7", "strategy=fsdp", "method=cot"]
-
-
 DIFFERING = {
     "configuration": [
         *("lr is 0.001 on rank 0 but 0.002 on rank 1", "log_every_steps is 10 on rank 0 but 7 on rank 1"),

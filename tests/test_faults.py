@@ -28,8 +28,6 @@ from trainer.logger import read_log
 
 SLOW_VALIDATION = ("max_new_tokens=100", "eval_batch_size=1")  # seconds in which a run cannot end before its kill
 LONG = ("num_epochs=3", "max_train_examples=144", "max_new_tokens=4", "global_batch_size=16", "log_every_steps=1")
-
-
 BRIEF = ("num_epochs=1", "max_train_examples=32", "max_new_tokens=2")
 
 

@@ -3,11 +3,12 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_model
 import torch
-from conftest import equal, python, read_json, refuses
+from conftest import equal, python, raising, read_json, refuses
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -232,22 +233,14 @@ def test_the_trained_eos_is_among_the_stop_tokens(tiny, known, stops):
 
 def test_the_hubs_answer_is_in_the_sentence(monkeypatch):
     """Too many requests read as "couldn't connect"."""
-
-    class Response:
-        status_code = 429
-
-    def refuse(*_, **__):
-        answer = ConnectionError("429 Client Error")
-        answer.response = Response()
-        try:
-            raise RuntimeError("no entry in the cache") from answer
-        except RuntimeError as error:
-            raise OSError("We couldn't connect to the hub") from error
-
-    monkeypatch.setattr("trainer.pretrained.get_tokenizer_config", refuse)
+    answer, between = ConnectionError("429 Client Error"), RuntimeError("no entry in the cache")
+    answer.response, between.__cause__ = SimpleNamespace(status_code=429), answer
+    error = OSError("We couldn't connect to the hub")
+    error.__cause__ = between
+    monkeypatch.setattr("trainer.pretrained.get_tokenizer_config", raising(error))
     monkeypatch.setattr("trainer.pretrained.hub_problem", lambda: None)
-    with pytest.raises(UserError, match=r"couldn't connect to the hub; the hub's last answer was HTTP 429"):
-        load_model(coconut_config("some/model"), None)
+    sentence = r"couldn't connect to the hub; the hub's last answer was HTTP 429"
+    refuses(sentence, load_model, coconut_config("some/model"), None)
 
 
 @pytest.mark.parametrize(

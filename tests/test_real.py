@@ -21,7 +21,6 @@ from trainer import inference
 
 # rows in iCoT's format, such as its valid.txt
 ROWS = Path(os.environ.get("COCONUT_GSM_ROWS", ROOT.parent / "shared" / "data" / "gsm_valid.txt"))
-
 pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(not ROWS.exists(), reason=f"no GSM8K rows in {ROWS}: set COCONUT_GSM_ROWS"),

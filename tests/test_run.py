@@ -522,8 +522,6 @@ BAD = {
     ),
     "no layer": (["thought=layer:5", "name=new"], "thought 'layer:5' must be between layer:-2 and layer:1"),
 }
-
-
 AFTER_THE_RANKS_MET = ("no conftest.steps", "no text", "checkpoint of another model", "no numbers")
 
 

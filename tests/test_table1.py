@@ -15,7 +15,6 @@ from trainer.pretrained import load_model
 
 DATA_SETS = ("gsm", "prontoqa", "prosqa")
 ROWS = ("cot", "no_cot", "icot", "pause", "coconut", "no_curriculum", "no_thought", "pause_as_thought")
-
 EXAMPLES = {
     "gsm": ("3 apples and 4?", ["<<3+4=7>>", "<<7*2=14>>"], "14"),
     "prontoqa": ("Max is a cat. True or false?", ["Max is a cat.", "Max is red."], "True"),

@@ -56,8 +56,6 @@ def test_every_spelling_makes_a_thought(family, spelling):
 
 
 UNKNOWN = r"must be one of last, pause, .*layer:N, .*embedding\+suppressed\[:T\].*token\[:st\]"
-
-
 NOT_THERE = "must be between .* the model has 4 blocks"
 
 

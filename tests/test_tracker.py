@@ -47,8 +47,6 @@ class Wandb(types.ModuleType):
 
 
 LOST = ConnectionResetError("Connection lost")
-
-
 FAILURES = {"broken": raising(LOST), "silent": threading.Event().wait, "leaves": raising(SystemExit(3))}
 
 
