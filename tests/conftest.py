@@ -52,6 +52,14 @@ def refusal(main, arguments, capsys) -> str:
     return capsys.readouterr().err
 
 
+def one_error(main, arguments, capsys) -> str:
+    """The same, which is one sentence."""
+    capsys.readouterr()
+    error = refusal(main, arguments, capsys)
+    assert (error[:7], error.count("\n")) == ("error: ", 1), error
+    return error
+
+
 def refuses(sentence: str, function, *arguments, **keys) -> None:
     """A UserError of a call holds a sentence, which is a pattern."""
     with pytest.raises(UserError, match=sentence):
@@ -190,8 +198,7 @@ def here(capsys, monkeypatch):
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Path:
-    """Data, two tiny models of different width, and the configuration of a short run. All files have their runs here,
-    each under names of its own."""
+    """Data, two tiny models and a short run's configuration; the runs of all files, each under a name of its own."""
     import arithmetic
     import tiny_model
 

@@ -32,8 +32,7 @@ print(json.dumps(found))
 
 
 def written_elsewhere(folders: dict[str, Path], questions: list[str], new: int, place: Path) -> dict[str, dict]:
-    """For each folder {"batch": the new tokens after each question, padded with EOS, "singles": of the first two alone,
-    "dtype"}; `new` of them at most. The interpreter runs in `place`."""
+    """By folder, run in `place`: at most `new` tokens after each question, in a batch and alone (the first two)."""
     arguments = map(json.dumps, [{name: str(path) for name, path in folders.items()}, questions, new])
     environment = {"HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"}
     done = python("-I", "-c", PROGRAM, *arguments, cwd=place, environment=environment, stdin=subprocess.DEVNULL)

@@ -303,8 +303,7 @@ def test_steps_of_one_token_need_no_separator(cached):
 
 
 def test_the_digest_does_not_depend_on_what_a_tokenizer_was_used_for(cached, tmp_path):
-    """A tokenizer.json with truncation or padding switched on gave another digest before its first use in a process
-    than after it, and a restart was refused: "was trained on other data"."""
+    """With truncation or padding switched on, its first use changed it: a restart was "trained on other data"."""
     tokenizer = character_tokenizer()
     plain = cached(tokenizer)
     tokenizer.backend_tokenizer.enable_truncation(3)

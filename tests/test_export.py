@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
-from conftest import ROOT, python, raising, read_json, refusal, refuses
+from conftest import ROOT, one_error, python, raising, read_json, refuses
 from elsewhere import written_elsewhere
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
@@ -420,7 +420,7 @@ def test_what_is_damaged_is_said_in_a_sentence(checkpoints, tmp_path, capsys, fi
     path = run / "checkpoint_4" / file
     path.parent.mkdir(exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(read_json(path) | content))
-    assert sentence in complaint(capsys, run / "checkpoint_4", tmp_path / "out")
+    assert sentence in one_error(export.main, [run / "checkpoint_4", tmp_path / "out"], capsys)
 
 
 def test_a_card_of_a_checkpoint_without_its_run_says_so(folders):
@@ -430,42 +430,36 @@ def test_a_card_of_a_checkpoint_without_its_run_says_so(folders):
     assert "latent positions" not in (folders["cot"] / "README.md").read_text()
 
 
-def complaint(capsys, *arguments) -> str:
-    capsys.readouterr()
-    error = refusal(export.main, arguments, capsys)
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
-
-
 def test_what_is_there_is_kept(checkpoints, tmp_path, capsys):
     source, other, out = checkpoints["stage 0"], checkpoints["llama"], tmp_path / "out"
     out.mkdir()
     assert export.main([str(source), str(out)]) == 0  # an empty folder is no loss
     before = (out / "config.json").read_text()
-    assert "holds an exported model: choose" in complaint(capsys, other, out)
+    assert "holds an exported model: choose" in one_error(export.main, [other, out], capsys)
     assert (out / "config.json").read_text() == before
     assert export.main([str(other), str(out), "--force"]) == 0
     assert (out / "config.json").read_text() != before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (out / ".git").mkdir()
-    assert "nothing of it is overwritten: it holds .git" in complaint(capsys, other, out, "--force")
+    assert "nothing of it is overwritten: it holds .git" in one_error(export.main, [other, out, "--force"], capsys)
     assert (out / ".git").is_dir()
     (tmp_path / "mine").mkdir()
     texts = {"mine": tmp_path / "mine" / "thesis.tex", "file": tmp_path / "file"}
     for name, path in texts.items():
         path.write_text("all of it")
         for options in ([], ["--force"]):
-            assert "exists and is no exported model" in complaint(capsys, source, tmp_path / name, *options)
+            assert "exists and is no exported model" in one_error(
+                export.main, [source, tmp_path / name, *options], capsys
+            )
         assert path.read_text() == "all of it"
 
 
 def test_what_cannot_be_exported_is_said_in_a_sentence(checkpoints, tmp_path, capsys, monkeypatch):
     out, source = tmp_path / "out", checkpoints["llama"]
-    assert "'none' is no checkpoint" in complaint(capsys, "none", out)
-    assert "lacks coconut.json" in complaint(capsys, source.parent.parent / "base", out)
+    assert "'none' is no checkpoint" in one_error(export.main, ["none", out], capsys)
+    assert "lacks coconut.json" in one_error(export.main, [source.parent.parent / "base", out], capsys)
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in complaint(capsys, source, tmp_path / "file" / "out")
+    assert "cannot be written" in one_error(export.main, [source, tmp_path / "file" / "out"], capsys)
     own = shutil.copytree(source, tmp_path / "own")
 
     def wrong(folder: Path, thought: type) -> None:
@@ -475,9 +469,9 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(checkpoints, tmp_path, ca
 
     monkeypatch.setattr(export, "write_code", wrong)
     sentence = "a llama cannot be exported, to run over transformers' own cache: its logits differ"
-    assert sentence in complaint(capsys, own, out)
+    assert sentence in one_error(export.main, [own, out], capsys)
     (own / "trainer").mkdir()
-    assert "is damaged: trainer/state.json: No such file" in complaint(capsys, own, out)
+    assert "is damaged: trainer/state.json: No such file" in one_error(export.main, [own, out], capsys)
     assert not out.exists()
 
 
@@ -487,7 +481,7 @@ FULL = "No space left on device"
 @pytest.mark.parametrize("error", [OSError(28, FULL), SafetensorError(FULL)], ids=["system", "safetensors"])
 def test_a_full_disk_leaves_nothing_half(checkpoints, tmp_path, capsys, monkeypatch, error):
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", raising(error))
-    assert f"cannot be written: {FULL}" in complaint(capsys, checkpoints["llama"], tmp_path / "out")
+    assert f"cannot be written: {FULL}" in one_error(export.main, [checkpoints["llama"], tmp_path / "out"], capsys)
     assert list(tmp_path.iterdir()) == []
 
 

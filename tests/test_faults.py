@@ -215,8 +215,7 @@ def test_a_second_signal_exits_at_once():
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(place, here, before, after):
-    """No example of the epoch is repeated or left out, and the optimizer's state is re-sharded: the weights are those
-    of an undisturbed run, but for the order of additions."""
+    """No example is repeated or left out, and the optimizer is re-sharded: only the order of additions differs."""
     name, run = f"ranks-{before}-{after}", place / "runs" / f"ranks-{before}-{after}"
     arguments = (*LONG, "batch_size_training=4", "save_every_steps=5", f"name={name}", "num_epochs=1")
     whole = place / "runs" / "ranks-whole"

@@ -263,8 +263,7 @@ def three_ranks(monkeypatch) -> list[World]:
 
 
 def test_one_rank_of_a_node_asks_the_hub(three_ranks, monkeypatch):
-    """Every rank did: 14 requests for two ranks, 7 for one. And org/name:file was downloaded on the first node alone,
-    and not found on the others."""
+    """Every rank did: 14 requests for two ranks, 7 for one. And org/name:file was found on the first node alone."""
     asked: list = []
     for world in three_ranks:
         assert parallel.in_turn(world, lambda cached: asked.append(cached) or "loaded") == "loaded"

@@ -59,8 +59,7 @@ def test_new_rows_start_as_brackets_or_as_the_mean(tmp_path, shape, tied, has_br
 
 @pytest.mark.parametrize(("hole", "fits"), [(1, False), (3, False), (50, True)])
 def test_markers_take_no_other_tokens_ids(tiny, hole, fits):
-    """New ids follow the number of tokens: of ids 0 to 9 and 15 to 20 the markers got '3', '4' and '<<', and then
-    the data were said to hold them."""
+    """New ids follow the number of tokens: of ids 0 to 9 and 15 to 20 the markers got those of '3', '4' and '<<'."""
     file = Path(tiny) / "tokenizer.json"
     state = read_json(file)
     vocabulary = state["model"]["vocab"]

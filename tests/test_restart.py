@@ -32,8 +32,7 @@ WRITTEN = (
 
 
 class Steps:
-    """What stands in for the clock, a broken step, wandb and the cluster: each goes by the optimizer steps of a run,
-    its restart included."""
+    """Stands in for the clock, a broken step, wandb and the cluster: each goes by a run's optimizer steps."""
 
     def __init__(self, monkeypatch, stop_after: int | None = None, done: int = 0):
         self.done, original, open_log = done, run.update_weights, RunLogger.open

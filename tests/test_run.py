@@ -14,7 +14,7 @@ import pytest
 import tiny_model
 import torch
 import yaml
-from conftest import ROOT, digest, distance, epochs, lines_of, main, read_json, start, together, weights
+from conftest import ROOT, digest, distance, epochs, lines_of, main, one_error, read_json, start, together, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -369,14 +369,6 @@ def test_the_best_checkpoint_is_named_and_all_can_be_evaluated(place, trained, c
     assert "holds no checkpoint of a finished epoch" in capsys.readouterr().err
 
 
-def complaint(capsys, *arguments) -> str:
-    """Of tools.evaluate, in one line."""
-    assert evaluate_tool.main([*map(str, arguments)]) == 2
-    printed = capsys.readouterr().err
-    assert printed.count("\n") == 1
-    return printed
-
-
 @pytest.mark.parametrize(
     ("file", "content"),
     [
@@ -389,7 +381,7 @@ def test_a_damaged_run_is_one_sentence(trained, tmp_path, file, content, capsys)
     run = shutil.copytree(trained[0], tmp_path / "run")
     (run / "eval").mkdir(exist_ok=True)
     (run / file).write_text(content)
-    assert str(run) in complaint(capsys, run)
+    assert str(run) in one_error(evaluate_tool.main, [run], capsys)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--all", "x.json"]])
@@ -399,7 +391,7 @@ def test_a_damaged_run_is_one_sentence(trained, tmp_path, file, content, capsys)
 )
 def test_no_run_is_one_sentence(arguments, run, sentence, capsys):
     """A traceback, and for a folder that is not there that its log is damaged."""
-    printed = complaint(capsys, run, *arguments)
+    printed = one_error(evaluate_tool.main, [run, *arguments], capsys)
     assert re.search(sentence, printed)
     assert "damaged" not in printed
 

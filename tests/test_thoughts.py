@@ -111,8 +111,7 @@ def test_a_normalised_thought_has_the_mean_norm_and_no_gradient_along_itself():
 
 
 def test_realigning_turns_output_rows_into_input_rows():
-    """With more dimensions than words least squares is exact, but for the ridge; between tied embeddings it is the
-    identity."""
+    """With more dimensions than words it is exact, but for the ridge; between tied embeddings the identity."""
     thought = make_thought("realigned", tiny_base("gpt2"))
     inputs, outputs = torch.randn(2, 12, 32, dtype=torch.float64)
     matrix = thought.precompute(inputs, outputs)

@@ -65,8 +65,7 @@ def use(monkeypatch):
 @pytest.mark.parametrize("call", ["init", "log", "finish"])
 @pytest.mark.parametrize("how", FAILURES)
 def test_a_tracker_that_fails_is_one_warning(place, use, capsys, monkeypatch, call, how):
-    """Wandb's helper process was killed, and ConnectionResetError ended the run before it was saved; finish
-    hung, and nothing but SIGKILL helped."""
+    """Wandb's helper was killed, and the run ended before it was saved; finish hung until SIGKILL."""
     monkeypatch.setattr(tracker, "TIMEOUTS", dict.fromkeys(tracker.TIMEOUTS, 0.3))
     module = use(Wandb({call: FAILURES[how]}))
     folder = main(place, *SHORT, f"name=tracker-{call}-{how}")
@@ -119,8 +118,7 @@ CALLS = {
 
 @pytest.mark.parametrize("end", CALLS)
 def test_the_tracker_learns_the_exit_code_and_has_seconds_to_finish(place, use, monkeypatch, capsys, end):
-    """Runs that failed or were stopped were 'finished', with 0. And nothing was waited for: every run that a signal had
-    stopped warned that wandb had failed."""
+    """Runs that failed or were stopped were 'finished', with 0; each that was stopped warned that wandb failed."""
     original, (act, wanted) = run_module.train_step, CALLS[end]
 
     def step(run, *others):

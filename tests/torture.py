@@ -88,8 +88,7 @@ class Kill:
 
 
 def kill_in(process: subprocess.Popen, run: Path, seconds: float, in_save: bool) -> str | None:
-    """Kills the job after so many seconds, or from then on in the next save. Returns the moment; None where the job has
-    ended before."""
+    """Kills the job after so many seconds, or then in the next save. Returns the moment; None where it has ended."""
     begin, started = time.monotonic(), time.time()
     while process.poll() is None:
         elapsed, saving = time.monotonic() - begin, False
