@@ -245,17 +245,13 @@ def read_json(file: Path) -> dict:
     return json.loads(file.read_text())
 
 
-def logged(run_dir: Path, event: str) -> list[dict]:
-    """The records of an event, such as "step", in the log of a run that may still be writing it."""
+def steps(run_dir: Path, event: str = "step") -> list[dict]:
+    """The records of its steps in the log of a run, which may still be writing it."""
     return [record for record in read_log(run_dir / "metrics.jsonl") if record["event"] == event]
 
 
 def epochs(run_dir: Path) -> list[dict]:
-    return logged(run_dir, "epoch")
-
-
-def steps(run_dir: Path) -> list[dict]:
-    return logged(run_dir, "step")
+    return steps(run_dir, "epoch")
 
 
 def digest(folder: Path) -> str:

@@ -156,23 +156,6 @@ def test_one_rank_with_doubled_accumulation_gives_the_same_weights(place, traine
     assert distance(alone, {name: value for name, value in begin.items() if alone[name].shape == value.shape}) > 1e-2
 
 
-@pytest.mark.slow
-def test_a_continued_run_is_bitwise_an_undisturbed_one(place, trained):
-    run, _ = trained
-    # dropout makes the random state matter, and AdamW is never reset: its state matters too
-    arguments = (place / "run.yaml", f"model_id={conftest.with_dropout(place)}", "max_new_tokens=2")
-    together(*arguments, "name=whole")
-    together(*arguments, "name=parts", "num_epochs=1")
-    unrelated = place / "runs" / "parts" / "checkpoint_9"
-    unrelated.mkdir()  # half a checkpoint, or somebody's notes: not to be taken for one
-    done = together(*arguments, "name=parts")
-    assert "checkpoint_1, after 1 of 3 epochs" in done.stderr
-    assert not any(unrelated.iterdir())
-    whole, parts = (weights(place / "runs" / name / "checkpoint_3") for name in ("whole", "parts"))
-    assert conftest.equal(whole, parts)
-    assert not torch.equal(whole["transformer.wte.weight"], weights(run / "checkpoint_3")["transformer.wte.weight"])
-
-
 SHORT = ("max_train_examples=48", "max_new_tokens=2", "num_epochs=2", "uniform_prob=0", "global_batch_size=16")
 
 
