@@ -9,7 +9,7 @@ import gsm_icot
 import pytest
 import torch
 from conftest import ROOT, epochs, lines_of, read_json, settled
-from elsewhere import written_elsewhere
+from test_export import written_elsewhere
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run
