@@ -360,10 +360,14 @@ def test_a_folder_that_may_not_be_looked_into_is_one_sentence(write, monkeypatch
     assert f"{key} 'closed/x' cannot be reached: Permission denied" in problem(write(""), f"{key}=closed/x")
 
 
-def test_no_text_is_none_where_none_may_be(write):
+def test_no_text_is_none_where_none_may_be(write, tmp_path):
     """An eval-only run with load_model_path "" was a traceback."""
     text = problem(write('load_model_path: ""\nonly_eval: true\nval_path: ""'))
     assert "load_model_path 'checkpoints/run' does not exist" in text
+    assert "val_path is missing" in text
+    (tmp_path / "gone.yaml").write_text("train_path: data/prosqa_train.json")
+    text = problem(tmp_path / "gone.yaml")
+    assert "python preprocessing/prosqa.py" in text or (ROOT / "data/prosqa_train.json").exists()
     assert "val_path is missing" in text
 
 
@@ -445,14 +449,6 @@ def test_without_a_methods_file_the_rest_is_read(tmp_path, gone):
         assert (key in keys) == (name in methods_left)
     assert ("pause" in thoughts) == (gone != "thoughts")
     assert ("pccot" in methods_left) == (gone not in ("pccot", "codi", "parallel_latents"))
-
-
-def test_missing_data_is_named_with_the_command_that_makes_it(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("train_path: data/prosqa_train.json")
-    text = problem(path)
-    assert "python preprocessing/prosqa.py" in text or (ROOT / "data/prosqa_train.json").exists()
-    assert "val_path is missing" in text
 
 
 def test_accumulation_follows_the_world(monkeypatch, write):

@@ -420,8 +420,12 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
         assert f"| `{name}` | 1000 | 50.0% | {rule} |" in text
 
 
-def test_a_card_of_several_modes_has_a_row_for_each(checkpoints, tmp_path):
+def test_a_card_of_several_modes_has_a_row_for_each_and_one_of_no_run_says_so(checkpoints, folders, tmp_path):
     """The mean of three modes stood as the accuracy of a model that is asked in one."""
+    text = (folders["llama"] / "README.md").read_text()
+    assert "Nothing is known of the run" in text
+    assert "2 latent positions (thought `last`) between a start and an end marker" in text
+    assert "latent positions" not in (folders["cot"] / "README.md").read_text()
     run = copied(checkpoints["multi_mode"], tmp_path / "mine", Config(method="multi_mode"))
     found = {"accuracy": 0.2, "cot_match": 0.1, "generated_tokens": 8.25, "examples": 300}
     found |= {"accuracy_direct": 0.1, "accuracy_written": 0.3, "accuracy_latent": 0.4}
@@ -458,11 +462,7 @@ def test_what_is_damaged_is_said_in_a_sentence(checkpoints, tmp_path, capsys, fi
     assert sentence in one_error(export.main, [run / "checkpoint_4", tmp_path / "out"], capsys)
 
 
-def test_a_card_of_a_checkpoint_without_its_run_says_so(folders):
-    text = (folders["llama"] / "README.md").read_text()
-    assert "Nothing is known of the run" in text
-    assert "2 latent positions (thought `last`) between a start and an end marker" in text
-    assert "latent positions" not in (folders["cot"] / "README.md").read_text()
+# ---- mistakes, and kills ----
 
 
 def test_what_is_there_is_kept(checkpoints, tmp_path, capsys):

@@ -86,6 +86,9 @@ def test_a_checkpoint_has_the_base_as_it_was_and_the_updates_as_peft_reads_them(
     assert not lora.layers_of(merged.base_causallm)
     assert all(parameter.requires_grad for parameter in merged.parameters())
     assert (merged.eval()(TOKENS).logits - found).abs().max() < 1e-5
+    # a copy as step decoder has them too
+    model = loaded(place, folder, step_decoder="copy")
+    assert equal(model.base_causallm.state_dict(), model.step_decoder.base_causallm.state_dict())
     # other updates begin on top of those of a checkpoint
     model = loaded(place, folder, lora_rank=2).eval()
     assert {layer.r["default"] for layer in lora.layers_of(model.base_causallm).values()} == {2}
@@ -100,11 +103,6 @@ def test_markers_are_told_apart(place, tuned):
     for one, n_rows in ((model, 4), (loaded(place), 1)):  # the reference's rule
         rows = one.base_causallm.get_output_embeddings().weight
         assert len({tuple(rows[token].tolist()) for token in tokens}) == n_rows
-
-
-def test_a_copy_as_step_decoder_has_the_updates(place, tuned):
-    model = loaded(place, tuned / "checkpoint_3", step_decoder="copy")
-    assert equal(model.base_causallm.state_dict(), model.step_decoder.base_causallm.state_dict())
 
 
 def test_updates_are_for_the_layers_of_the_decoder_alone():
