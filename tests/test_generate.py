@@ -146,7 +146,7 @@ def test_a_reader_that_stops_is_no_error_and_a_full_disk_one_sentence(folders, c
         ("{coconut} --file {place}/worse.jsonl", "line 2 is not valid JSON"),
         # of sampling: a traceback, or what nobody can have meant
         *(
-            (f"{{coconut}} 3+4 --sample {option}", f"error: argument {option.split()[0]}")
+            (f"{{coconut}} 3+4 --sample {option}", f"error: .*{option.split()[0]}")
             for option in ("--top-k -4", "--top-k 0", "--top-p 2", "--temperature 1e-300", "--seed -1")
         ),
     ],
@@ -158,7 +158,8 @@ def test_what_is_wrong_is_said_in_a_sentence(folders, tmp_path, capsys, argument
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "deeper.jsonl").write_text('{"question": ' * 100_000)
     error = refusal(generate.main, arguments.format(place=tmp_path, **folders), capsys)
-    assert re.search(f"^{'error: .*' if '--sample' not in arguments else '.*'}{sentence}", error, re.DOTALL), error
+    assert error.startswith("usage: " if "--sample" in arguments else "error: ")
+    assert re.search(sentence, error), error
 
 
 def test_wrong_arguments_are_answered_without_torch(tmp_path):
