@@ -39,7 +39,7 @@ data/tiny_arithmetic/config.json: data/arithmetic_train.json preprocessing/tiny_
 		--tokenizer char --shape llama --width 64 --untied
 
 quickstart: .venv/installed-dev
-	$(BIN)/python experiments/grid.py experiments/quickstart.yaml --jobs 2 --out checkpoints/breadth
+	$(BIN)/python experiments/grid.py experiments/quickstart.yaml --jobs 3 --out checkpoints/breadth
 
 data/machine/machine_train.json: preprocessing/machine.py | .venv/installed
 	$(BIN)/python preprocessing/machine.py --out data/machine
