@@ -30,11 +30,12 @@ SIZES = {
     "2": """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers
         num_encoder_layers num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads
         num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts""",
-    "1": """n_shared_experts num_shared_experts moe_num_shared_experts n_group topk_group num_expert_group mamba_n_groups
-        n_groups""",
+    "1": """n_shared_experts num_shared_experts moe_num_shared_experts n_group topk_group num_expert_group
+        mamba_n_groups n_groups""",
     "0": "num_nextn_predict_layers num_mtp_layers first_k_dense_replace zero_expert_num eos_token_id",
     "0.0": """dropout attention_dropout activation_dropout resid_pdrop embd_pdrop attn_pdrop hidden_dropout
-        hidden_dropout_prob attention_probs_dropout_prob residual_dropout router_jitter_noise input_jitter_noise final_dropout""",
+        hidden_dropout_prob attention_probs_dropout_prob residual_dropout router_jitter_noise input_jitter_noise
+        final_dropout""",
     "None": "bos_token_id pad_token_id decoder_start_token_id forced_eos_token_id sep_token_id",
 }
 TINY = {name: literal_eval(value) for value, names in SIZES.items() for name in names.split()}
