@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
+from ast import literal_eval
+
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 # what makes any of them small: given to each configuration that has an attribute of the name
-SIZES: dict[object, str] = {
-    40: "vocab_size unpadded_vocab_size vocab_size_per_layer_input audio_vocab_size",
-    64: """intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim dff dim_ff n_inner ffn_hidden_size
+SIZES = {
+    "40": "vocab_size unpadded_vocab_size vocab_size_per_layer_input audio_vocab_size",
+    "64": """intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim dff dim_ff n_inner ffn_hidden_size
         shared_intermediate_size intermediate_size_mlp d_inner dense_intermediate_size feed_forward_size
         prefix_dense_intermediate_size max_position_embeddings n_positions n_ctx max_seq_len model_max_length
         context_length rel_extent attention_window_size attention_chunk_size""",
-    32: """hidden_size n_embd d_model emb_dim embedding_size word_embed_proj_dim attention_hidden_size lru_width
+    "32": """hidden_size n_embd d_model emb_dim embedding_size word_embed_proj_dim attention_hidden_size lru_width
         input_embedding_size output_embedding_size moe_intermediate_size shared_expert_intermediate_size
         expert_ffn_hidden_size moe_shared_expert_intermediate_size shared_experts_intermediate_size""",
-    8: """head_dim swa_head_dim kv_channels v_head_dim qk_nope_head_dim qk_rope_head_dim dim_head d_head
+    "8": """head_dim swa_head_dim kv_channels v_head_dim qk_nope_head_dim qk_rope_head_dim dim_head d_head
         attention_head_size linear_key_head_dim linear_value_head_dim linear_head_dim index_head_dim d_rel mamba_d_head
         mamba_head_dim rotary_dim kv_lora_rank q_lora_rank gated_norm_rank loop_gate_rank laurel_rank hc_lowrank
         mamba_d_state ssm_state_size state_size time_step_rank mamba_dt_rank""",
-    6: "sliding_window window_size sliding_window_size local_attention",
-    4: """num_attention_heads n_head n_heads num_heads attention_heads swa_num_attention_heads decoder_attention_heads
+    "6": "sliding_window window_size sliding_window_size local_attention",
+    "4": """num_attention_heads n_head n_heads num_heads attention_heads swa_num_attention_heads decoder_attention_heads
         encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads linear_num_heads
         linear_num_value_heads index_n_heads mamba_n_heads mamba_num_heads n_mamba_heads num_experts num_local_experts
         n_routed_experts moe_num_experts mamba_d_conv chunk_size mamba_chunk_size hidden_size_per_layer_input""",
-    2: """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers
+    "2": """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers
         num_encoder_layers num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads
         num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts""",
-    1: """n_shared_experts num_shared_experts moe_num_shared_experts n_group topk_group num_expert_group mamba_n_groups
-        n_groups""",
-    0: """num_nextn_predict_layers num_mtp_layers first_k_dense_replace zero_expert_num dropout attention_dropout
-        activation_dropout resid_pdrop embd_pdrop attn_pdrop hidden_dropout hidden_dropout_prob
-        attention_probs_dropout_prob residual_dropout router_jitter_noise input_jitter_noise final_dropout
-        eos_token_id""",
-    None: "bos_token_id pad_token_id decoder_start_token_id forced_eos_token_id sep_token_id",
+    "1": """n_shared_experts num_shared_experts moe_num_shared_experts n_group topk_group num_expert_group
+        mamba_n_groups n_groups""",
+    "0": "num_nextn_predict_layers num_mtp_layers first_k_dense_replace zero_expert_num eos_token_id",
+    "0.0": """dropout attention_dropout activation_dropout resid_pdrop embd_pdrop attn_pdrop hidden_dropout
+        hidden_dropout_prob attention_probs_dropout_prob residual_dropout router_jitter_noise input_jitter_noise
+        final_dropout""",
+    "None": "bos_token_id pad_token_id decoder_start_token_id forced_eos_token_id sep_token_id",
 }
-TINY = {name: value for value, names in SIZES.items() for name in names.split()}
+TINY = {name: literal_eval(value) for value, names in SIZES.items() for name in names.split()}
 
 
 def fields(config: type[PreTrainedConfig]) -> set[str]:
