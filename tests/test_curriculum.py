@@ -75,6 +75,12 @@ LITERAL = [
         [1, 2, 3, *[T] * 4],
         [40, 41, 99],
     ),
+    # as many thoughts as steps, however many there are
+    ("latents_by_steps", {}, 2, [1, 2, 3, B, T, T, E], [30, 31, 32, 40, 41, 99]),
+    ("latents_by_steps", {}, 5, [1, 2, 3, B, T, T, T, E], [40, 41, 99]),
+    ("latents_by_steps", {"max_latent_stage": 1}, 1, [1, 2, 3, B, T, E], [20, 30, 31, 32, 40, 41, 99]),
+    ("latents_by_steps", {"max_latent_stage": 1}, 2, [1, 2, 3, B, T, T, T, E], [40, 41, 99]),
+    ("latents_by_steps", {"max_latent_stage": 2, "c_thought": 2}, 3, [1, 2, 3, B, *[T] * 6, E], [40, 41, 99]),
     # icot counts removed tokens, from the left
     ("icot", {}, 0, [1, 2, 3], ALL),
     ("icot", {}, 1, [1, 2, 3], [11, 20, 30, 31, 32, 40, 41, 99]),
