@@ -15,7 +15,7 @@ from trainer.throughput import FlopCounter
 
 sys.path.insert(0, str(ROOT / "experiments"))
 from grid_file import read_grid
-from jobs import Job, jobs_of
+from jobs import Job, jobs_of, read_results
 from recipes import best_recipe, of_recipes, stage_held
 
 tables = load_script(ROOT / "experiments" / "tables.py")
@@ -186,6 +186,12 @@ def test_the_ladders_page_has_the_seeds_of_each_task(tmp_path, capsys):
     assert "| chance | 3.9 | 50.0 | 50.0 |" in lines
     (head,) = (line for line in lines if line.startswith("| method"))
     assert head.count("](ladder_") == 2
+
+
+def test_the_ladders_page_follows_from_its_numbers():
+    grids = [read_grid(ROOT / "experiments" / f"ladder_{task}.yaml") for task in ladder.TASKS]
+    text = ladder.as_text(grids, [read_results(grid, ROOT / "results") for grid in grids])
+    assert text == (ROOT / "results" / "ladder.md").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------
