@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing")]
 from grid_file import Grid, read_grid
 from jobs import read_results
-from recipes import as_table
+from recipes import markdown
 from tables import accuracies
 
 from trainer.files import write_whole
@@ -39,7 +39,7 @@ def as_text(grids: list[Grid], results: list[dict[str, list[dict]]]) -> str:
     labels = {run: spec.label or run for grid in grids for run, spec in grid.runs.items()}
     rows = [[label, *(_cell(grid, of.get(run, [])) for grid, of in pairs)] for run, label in labels.items()]
     chance = ["chance", *(f"{100 * grid.chance:.1f}" for grid in grids)]
-    return "\n".join([TEXT, *as_table(head, [*rows, chance])]) + "\n"
+    return "\n".join([TEXT, *markdown(head, [*rows, chance])]) + "\n"
 
 
 def _cell(grid: Grid, rows: list[dict]) -> str:

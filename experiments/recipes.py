@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,13 +50,13 @@ def of_recipes(grid: Grid, results: dict[str, list[dict]]) -> list[str]:
         row, _, recipe = run.partition(".")
         by_row.setdefault(row, {})[recipe] = rows
     lines = ["", "## Recipes", "", TEXT, ""]
-    lines += as_table(["recipe", *by_row], ([recipe, *_cells(recipe, by_row)] for recipe in grid.recipes))
+    lines += markdown(["recipe", *by_row], ([recipe, *_cells(recipe, by_row)] for recipe in grid.recipes))
     models = dict.fromkeys(spec.keys.get("model_id") for spec in grid.recipes.values())
     if len(models) > 1:
         lines += ["", "Steps that a row passes over at most, in any seed with any recipe, by model:", ""]
         head = ["row", *(Path(model or "as in the base file").name for model in models)]
         held = {row: [_most_held(grid, done, model) for model in models] for row, done in by_row.items()}
-        lines += as_table(head, ([row, *cells] for row, cells in held.items()))
+        lines += markdown(head, ([row, *cells] for row, cells in held.items()))
     return [*lines, *_choices(grid, by_row)]
 
 
@@ -69,7 +70,7 @@ def _choices(grid: Grid, by_row: dict[str, dict[str, list[dict]]]) -> list[str]:
     )
     chosen = {row: (best_recipe(done), best_recipe(done, budget)) for row, done in by_row.items()}
     head = ["row", "best", "validation", "FLOPs", "best within", "validation", "FLOPs"]
-    lines = ["", text, "", *as_table(head, ([row, *_choice(by_row[row], chosen[row])] for row in by_row))]
+    lines = ["", text, "", *markdown(head, ([row, *_choice(by_row[row], chosen[row])] for row in by_row))]
     lines += ["", "The runs of the table's own grid:", ""]
     for row, (best, within) in chosen.items():
         recipes = {row: best} if within in (best, None) else {row: best, f"{row}_flops": within}
@@ -78,7 +79,8 @@ def _choices(grid: Grid, by_row: dict[str, dict[str, list[dict]]]) -> list[str]:
     return lines
 
 
-def as_table(head: list[str], rows) -> list[str]:
+def markdown(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """The lines of a table."""
     return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
