@@ -7,7 +7,7 @@ import json
 import re
 import typing
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType, UnionType
 
@@ -48,6 +48,7 @@ class Grid:
     test_path: str
     needs: dict[str, str] = field(default_factory=dict)  # file -> the script, with its arguments, that makes it
     beginnings: dict[str, RunSpec] = field(default_factory=dict)
+    recipes: dict[str, RunSpec] = field(default_factory=dict)  # each run is made with the keys of each, as RUN.RECIPE
     seeds: tuple[int, ...] = (0, 1, 2)
     controls: tuple[str, ...] = ()  # runs that the others are compared with, question by question
     checkpoint: str = "newest"  # which of a run's is tested, and begins another: newest | best, in validation
@@ -81,11 +82,17 @@ def read_grid(path: Path) -> Grid:
     for name in ("title", "base", "save_path", "runs", "test_path"):
         if name not in values:
             problems.append(f"{path} lacks {name!r}")
-    for name in ("runs", "beginnings"):
+    for name in ("runs", "beginnings", "recipes"):
         specs = known.get(name) or {}
         known[name] = {
             run: RunSpec(**_known(RunSpec, {} if spec == "" else spec, f"{path}: {name}: {run}", problems))
             for run, spec in specs.items()
+        }
+    if known["recipes"]:
+        known["runs"] = {
+            f"{run}.{recipe}": replace(spec, keys=spec.keys | of.keys, label=f"{spec.label or run}, {recipe}")
+            for run, spec in known["runs"].items()
+            for recipe, of in known["recipes"].items()
         }
     problems += [f"{path}: {text}" for text in _of_grid(known)]
     if problems:

@@ -13,6 +13,7 @@ import numpy as np
 import shortcuts
 from intervals import LARGEST_GAP, clopper_pearson, difference, has_one_mode, mean_interval
 from jobs import by_digest
+from recipes import LEARNT, markdown, of_recipes
 
 from preprocessing.examples import load_examples
 from trainer.files import replaced, write_whole
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from grid_file import Grid
     from jobs import Job
 
-LEARNT = 0.9  # from this accuracy on a seed counts as having learnt the task
 MADE_BY = ("python", "torch", "transformers", "hardware")
 
 
@@ -45,7 +45,8 @@ def write_report(
     rows = table(grid, results)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", f"the report: {out / grid.name}.md; its figure: {out / grid.name}.png"])
+    lines += [*of_recipes(grid, results), "", f"the report: {out / grid.name}.md; its figure: {out / grid.name}.png"]
+    return "\n".join(lines)
 
 
 def with_others(results: dict[str, list[dict]], before: dict[str, list[dict]]) -> dict[str, list[dict]]:
@@ -57,16 +58,11 @@ def with_others(results: dict[str, list[dict]], before: dict[str, list[dict]]) -
     }
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a table."""
-    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-
-
 def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """run -> for each finished seed, from its folder or as it was recorded under its digest: "seed", "digest"; of the
     test split "accuracy", "by_steps" (number of steps -> accuracy), "tokens", "seconds_per_example" (in batches),
     "correct" (a 0 or 1 for each question), "steps" (the number of steps of each); "seconds" of training and validation;
-    "epochs", for the curves; "made_by", commit, versions and hardware."""
+    "epochs", for the curves; "made_by", commit, versions and hardware; see `flops_of` too."""
     recorded = by_digest(before)
     results: dict[str, list[dict]] = {}
     for job in jobs:
@@ -87,7 +83,8 @@ def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[
             for n in sorted(set(n_steps))
         }
         results.setdefault(job.run, []).append(
-            {
+            flops_of(job)
+            | {
                 "seed": job.seed,
                 "digest": job.digest,
                 "accuracy": metrics["accuracy"],
@@ -105,6 +102,15 @@ def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[
             }
         )
     return {run: results[run] for run in grid.runs if run in results}
+
+
+def flops_of(job: Job) -> dict[str, float]:
+    """{"flops": of training and evaluation}, of a grid that chooses among recipes."""
+    if not job.grid.recipes:
+        return {}
+    from costs import cost_of  # which waits for transformers
+
+    return {"flops": cost_of(job).flops}
 
 
 def made(job: Job) -> dict[str, str]:
@@ -151,7 +157,7 @@ def as_text(grid: Grid, results: dict[str, list[dict]], arguments: str) -> str:
         *rules(grid),
     ]
     head, *rows = table(grid, results)
-    lines += markdown(head, rows)
+    lines += [*markdown(head, rows), *of_recipes(grid, results)]
     if grid.prediction:
         lines += ["", "## Predicted before the runs", "", grid.prediction.strip()]
     lines += ["", f"![accuracy by epoch]({grid.name}.png)", ""]

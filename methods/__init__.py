@@ -84,7 +84,7 @@ class Method:
 
     @staticmethod
     def mixes_in(config) -> bool:
-        """Whether its model takes part in that of another method."""
+        """Whether its model and dataset take part in those of another method."""
         return False
 
     @staticmethod

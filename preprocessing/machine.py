@@ -24,7 +24,7 @@ ends each list with "/". These three ask the same questions.
 
 Traps. The splits share no word, of whatever start: the words of each length are divided between them (data/README.md).
 Where a length has fewer than 10 words, its questions are divided in their place, and the output says so. Lengths are
-uniform until the questions of the short ones have run out.
+uniform until the questions of the short ones have run out. With --test-max-steps the test split alone has longer words.
 """
 
 import random
@@ -153,9 +153,10 @@ def make_splits(
     fan_out: int = 1,
     candidates: bool = False,
     steps: str = "path",
+    test_max_steps: int | None = None,
 ) -> tuple[Splits, Permutations, list[Share]]:
     """Splits of the given sizes, the machine, and how the questions of each length were divided. With more than one
-    state that a button leads to there are always candidates.
+    state that a button leads to there are always candidates. The test split has words of up to test_max_steps buttons.
 
     Raises UserError where there is no such machine, or a split has not enough questions.
     """
@@ -164,6 +165,8 @@ def make_splits(
             f"{n_states} states and {n_buttons} buttons cannot be named: 2 to {len(STATES)} states are capitals, "
             f"1 to {len(BUTTONS)} buttons small letters"
         )
+    if test_max_steps is not None and not max_steps <= test_max_steps <= MOST_STEPS:
+        raise UserError(f"test-max-steps {test_max_steps} must be at least max-steps {max_steps}, at most {MOST_STEPS}")
     if not 1 <= min_steps <= max_steps <= MOST_STEPS:
         raise UserError(
             f"words of {min_steps} to {max_steps} buttons cannot be: 1 <= min-steps <= max-steps <= {MOST_STEPS}"
@@ -176,18 +179,20 @@ def make_splits(
     chosen = candidates or fan_out > 1
     total = sum(sizes.values())
     weights = {name: (ONE_WORD_IN - 2 if name == "train" else 1) * total for name in sizes} if chosen else sizes
-    shares = [divide(rng, n_states, n_buttons, length, weights) for length in range(min_steps, max_steps + 1)]
+    longest = test_max_steps or max_steps
+    shares = [divide(rng, n_states, n_buttons, length, weights) for length in range(min_steps, longest + 1)]
+    shares_of = {name: shares if name == "test" else shares[: max_steps - min_steps + 1] for name in sizes}
     for name, size in sizes.items() if not chosen else ():
-        capacity = sum(share.capacity(name) for share in shares)
+        capacity = sum(share.capacity(name) for share in shares_of[name])
         if size > capacity:
             raise UserError(
                 f"{name}: {size} examples are more than its {capacity} of the "
                 f"{sum(share.questions for share in shares)} questions that {n_states} states, {n_buttons} buttons and "
-                f"{min_steps} to {max_steps} steps allow: ask for fewer, or for more steps"
+                f"{min_steps} to {longest} steps allow: ask for fewer, or for more steps"
             )
 
     def make(split: str) -> dict | None:
-        share = rng.choice(shares)
+        share = rng.choice(shares_of[split])
         number = share.draw(rng, split)
         if number is None:
             return None
@@ -208,14 +213,15 @@ def main(arguments: list[str] | None = None) -> None:
     add("--buttons", type=int, default=26, help="how many, 1 to 26 (default: %(default)s)")
     add("--min-steps", type=int, default=3, help="fewest buttons of a word (default: %(default)s)")
     add("--max-steps", type=int, default=5, help="most buttons of a word (default: %(default)s)")
+    add("--test-max-steps", type=int, help="most buttons in the test split (default: --max-steps)")
     add("--fan-out", type=int, default=1, help="states a button leads to (default: %(default)s)")
     add("--candidates", action="store_true", help="ask which of two, as --fan-out 2 always does")
     add("--steps", choices=STEPS, default="path", help="with candidates (default: %(default)s)")
     o, sizes = parse_splits(parser, arguments)
     problem = f"--steps {o.steps} needs --fan-out 2 or more, or --candidates"
     refuse(parser, {problem: o.steps != "path" and o.fan_out == 1 and not o.candidates})
-    of_words = (o.states, o.buttons, o.min_steps, o.max_steps)
-    splits, permutations, shares = make_splits(sizes, *of_words, o.seed, o.fan_out, o.candidates, o.steps)
+    of_words, of_choice = (o.states, o.buttons, o.min_steps, o.max_steps), (o.fan_out, o.candidates, o.steps)
+    splits, permutations, shares = make_splits(sizes, *of_words, o.seed, *of_choice, o.test_max_steps)
     machine = {"states": list(STATES[: o.states]), "buttons": list(permutations), "permutations": permutations}
     publish_splits(splits, o.out, o.prefix, {o.out / f"{o.prefix}_machine.json": machine})
     for share in shares:

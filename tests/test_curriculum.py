@@ -51,6 +51,12 @@ LITERAL = [
     ("coconut", {"latent_markers": "none"}, 0, [1, 2, 3], ALL),
     ("coconut", {"latent_markers": "none"}, 2, [1, 2, 3, T, T], AFTER_2),
     ("coconut", {"latent_markers": "none", "max_latent_stage": 2, "c_thought": 2}, 3, [1, 2, 3, *[T] * 4], REST),
+    # as many thoughts as steps, however many there are
+    ("latents_by_steps", {}, 2, [1, 2, 3, B, T, T, E], AFTER_2),
+    ("latents_by_steps", {}, 5, [1, 2, 3, B, T, T, T, E], REST),
+    ("latents_by_steps", {"max_latent_stage": 1}, 1, [1, 2, 3, B, T, E], AFTER_1),
+    ("latents_by_steps", {"max_latent_stage": 1}, 2, [1, 2, 3, B, T, T, T, E], REST),
+    ("latents_by_steps", {"max_latent_stage": 2, "c_thought": 2}, 3, [1, 2, 3, B, *[T] * 6, E], REST),
     # icot counts removed tokens, from the left
     ("icot", {}, 0, [1, 2, 3], ALL),
     ("icot", {}, 1, [1, 2, 3], [11, *AFTER_1]),

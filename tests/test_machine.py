@@ -81,6 +81,19 @@ def test_longer_words_can_be_asked_of_the_same_machine():
     assert set(lengths(splits["test"])) == {40}
 
 
+def test_the_test_split_alone_has_longer_words():
+    """And nothing else of a call changes its splits."""
+    sizes = {"train": 900, "valid": 60, "test": 600}
+    plain, *_ = machine.make_splits(sizes, min_steps=1, max_steps=3)
+    splits, *_ = machine.make_splits(sizes, min_steps=1, max_steps=3, test_max_steps=5)
+    lengths = {name: {len(example["steps"]) for example in examples} for name, examples in splits.items()}
+    assert lengths == {"train": {1, 2, 3}, "valid": {1, 2, 3}, "test": {1, 2, 3, 4, 5}}
+    assert not words(splits["train"]) & words(splits["test"])
+    assert machine.make_splits(sizes, min_steps=1, max_steps=3, test_max_steps=3)[0] == plain
+    with pytest.raises(UserError, match="test-max-steps 2 must be at least max-steps 3"):
+        machine.make_splits(sizes, min_steps=1, max_steps=3, test_max_steps=2)
+
+
 def test_lengths_are_uniform_until_the_short_ones_run_out():
     splits, *_ = machine.make_splits({"train": 3000, "test": 100}, seed=0)
     assert all(900 < lengths(splits["train"]).count(n) < 1100 for n in (3, 4, 5))

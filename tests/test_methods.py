@@ -51,13 +51,14 @@ OTHERS = {
     **{"max_grad_norm": "0.01", "reset_optimizer": "epoch", "bf16": "true", "bf16_weights": "true"},
     **{"icot_tokens_per_epoch": "1", "icot_remove_all_after": "6", "icot_smoothing": "0.5"},
     **{"distillation": "20", "distilled_layers": "all", "latent_labels": "1", "latent_passes": "1"},
+    **{"positions": "offset", "position_range": "32"},
     **{"step_decoder": "copy", "step_decoder_weight": "9", "step_decoder_reduction": "mean"},
     "step_decoder_surplus": ("none", "curriculum=none", "max_latent_stage=6"),
 }
 BASE = (
     *("debug=true", "wandb=disabled", "max_train_examples=16", "max_eval_examples=1", "max_new_tokens=1"),
     *("log_every_steps=1", "batch_size_training=4", "uniform_prob=0", "max_latent_stage=2", "num_epochs=4"),
-    *("epochs_per_stage=1", "c_thought=2", "seed=1", "reset_optimizer=never"),
+    *("epochs_per_stage=1", "c_thought=2", "seed=1", "reset_optimizer=never", "position_range=64"),
 )
 DECIDING = [field.name for field in dataclasses.fields(Config) if not field.metadata["free"]]
 
@@ -82,6 +83,7 @@ UNUSED = {
     "codi": STAGES | {"pad_latent_to_max", "step_separator"},
     "pccot": STAGES | {"pad_latent_to_max", "step_separator"},
     "lotus": {"pad_latent_to_max"},
+    "latents_by_steps": {"pad_latent_to_max"},
     "multi_mode": {"latent_markers"},
     "sim_cot": {"from_scratch"},
 }

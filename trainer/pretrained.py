@@ -73,13 +73,18 @@ def parts_of(config: Config) -> Parts:
     options = config.rules.options(config) if own is not None else {}
     for name, rules in methods.all_rules().items():
         if rules.mixes_in(config):
-            other = methods.implementation(name).MODEL
-            if issubclass(other, model):
-                model = other
-            elif not issubclass(model, other):
-                model = type(model.__name__, (model, other), {})
+            other = methods.implementation(name)
+            model = _mixed(model, other.MODEL)
+            dataset = _mixed(dataset, getattr(other, "DATASET", StageDataset))
             options |= rules.options(config)
     return Parts(model, options, dataset, getattr(own, "validate", None))
+
+
+def _mixed(own: type, other: type) -> type:
+    """A class that is both."""
+    if issubclass(other, own) or issubclass(own, other):
+        return other if issubclass(other, own) else own
+    return type(own.__name__, (own, other), {})
 
 
 def make_model(config: Config, base: PreTrainedModel, markers: Markers) -> Coconut:
