@@ -158,11 +158,16 @@ def _stop_at(base: PreTrainedModel, eos: int) -> None:
 
 def _load_thought(thought: Thought, spelling: str, folder: Path) -> None:
     """Loads the thought's weights from a checkpoint; from other folders it keeps its initial ones."""
-    path, own = folder / THOUGHT_FILE, thought.state_dict()
-    if not path.is_file():
-        if own and (read_description(folder) or {}).get("thought") == spelling:
-            raise UserError(f"{folder} was trained with the thought {spelling}, but lacks {THOUGHT_FILE}")
-        return
+    path = folder / THOUGHT_FILE
+    if path.is_file():
+        load_part(thought, path, f"thought {spelling}")
+    elif thought.state_dict() and (read_description(folder) or {}).get("thought") == spelling:
+        raise UserError(f"{folder} was trained with the thought {spelling}, but lacks {THOUGHT_FILE}")
+
+
+def load_part(part: torch.nn.Module, path: Path, what: str) -> None:
+    """Loads the weights of a part of the model, such as its thought, from a file. Raises UserError."""
+    own = part.state_dict()
     try:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -172,8 +177,8 @@ def _load_thought(thought: Thought, spelling: str, folder: Path) -> None:
         for name in own.keys() & saved.keys()
         if saved[name].shape != own[name].shape
     ]
-    _check_names(path, own.keys() - saved.keys(), saved.keys() - own.keys(), mismatched, f"thought {spelling}")
-    thought.load_state_dict(saved)
+    _check_names(path, own.keys() - saved.keys(), saved.keys() - own.keys(), mismatched, what)
+    part.load_state_dict(saved)
 
 
 def shape_of(config: Config, source: Path | None, cached: bool = False) -> PreTrainedConfig:
