@@ -44,9 +44,7 @@ class Method(methods.Method):
             how = "thought pause has none" if config.thought == "pause" else f"latent_passes {passes} makes all at once"
             found.append(f"method stopping decides after each thought, and {how}")
         if config.lora_rank is not None:
-            found.append(
-                "method stopping trains its head alone, without lora_rank: updates are merged into the weights"
-            )
+            found.append("method stopping trains its head alone, without lora_rank: a checkpoint's updates are merged")
         return found
 
     @staticmethod

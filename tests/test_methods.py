@@ -99,7 +99,7 @@ OWN = [
     for name, rules in methods.all_rules().items()
     for key, _, _ in methods.own_keys(rules)
     for method in sorted({name} | SHARED.get(key, set()))
-    if key != "mode"  # of eval-only runs
+    if key not in ("mode", "stop_threshold")  # of evaluations
 ]
 # core keys that a method does not use, or refuses
 LATENTS = {"thought", "c_thought", "pad_latent_to_max", "latent_markers"}
@@ -114,6 +114,7 @@ UNUSED = {
     "lotus": {"pad_latent_to_max"},
     "multi_mode": {"latent_markers"},
     "sim_cot": {"from_scratch"},
+    "stopping": STAGES | {"pad_latent_to_max", "step_separator", "lora_rank", "lora_alpha", "lora_dropout"},
 }
 
 
@@ -192,7 +193,7 @@ def test_everything_with_a_gradient_is_trained(file, method, monkeypatch):
 
     monkeypatch.setattr(run, "resume", noting(run.resume))
     monkeypatch.setattr(run, "finish", noting(run.finish))
-    thought = ["thought=projected"] if methods.rules_of(method).has_latents else []
+    thought = ["thought=projected"] if methods.rules_of(method).has_latents and method != "stopping" else []
     keys = settled(*BASE, "num_epochs=2", f"method={method}", *thought, f"name=trained-{method}")
     assert run.main(Config.from_file(file, keys)) == 0
     before, after = seen

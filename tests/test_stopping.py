@@ -301,7 +301,7 @@ def test_fewest_and_stops_by_brute_force():
         ({"latent_passes": "3"}, "decides after each thought, and latent_passes 3 makes all at once"),
         ({"method": "coconut", "stop_threshold": 0.5}, "stop_threshold is for method stopping, not coconut"),
         ({"method": "cot", "stop_threshold": 0.5}, "stop_threshold is for method stopping, not cot"),
-        ({"lora_rank": 2}, "trains its head alone: without lora_rank"),
+        ({"lora_rank": 2}, "trains its head alone, without lora_rank"),
         ({"c_thought": 0}, "method stopping thinks max_latent_stage x c_thought thoughts"),
         ({"pad_latent_to_max": False}, "and pad_latent_to_max"),
         ({"uniform_prob": 0.1}, "method stopping has always the thoughts of the last one"),
