@@ -229,8 +229,8 @@ def _sync_blocks(part: Coconut, now: bool) -> None:
 
 @contextmanager
 def _after_first_pass(model: Coconut, action: Callable[[], None]) -> Iterator[None]:
-    """Calls `action` when the backward inside has come to the first call of the decoder inside that has gradients, and so to the last
-    gradients of its blocks."""
+    """Calls `action` when the backward inside has come to the first call of the decoder inside that has gradients, and
+    so to the last gradients of its blocks."""
 
     def hook(_, __, output) -> None:
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
