@@ -75,7 +75,7 @@ from curriculum import prefix, prompt
 from dataset import MicroBatch, StageDataset, collate_prompts, latent_columns
 from model.layout import Rows, take
 from model.thought import Seen
-from trainer.evaluate import evaluate
+from trainer.evaluate import autocast, evaluate
 from trainer.pretrained import load_part, read_description
 from utils import UserError
 
@@ -266,7 +266,8 @@ def validate(pretrained, data, stage: int, config, world, title: str = "validati
         part = predictions[begin : begin + config.eval_batch_size]
         prompts = [prompt(*data.val[one["index"]][:2], stage, config, markers) for one in part]
         batch = {name: value.to(world.device) for name, value in collate_prompts(prompts, markers.eos).items()}
-        _, takes_part = model.think(batch["input_ids"], batch["attention_mask"])
+        with autocast(config, world):
+            _, takes_part = model.think(batch["input_ids"], batch["attention_mask"])
         is_latent = batch["input_ids"] == markers.latent
         made, left_out = ((is_latent & which).sum(dim=1).tolist() for which in (takes_part, ~takes_part))
         for one, thoughts, fewer in zip(part, made, left_out, strict=True):

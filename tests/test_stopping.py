@@ -331,8 +331,10 @@ def test_a_checkpoint_without_its_head_is_refused(checkpoint, tmp_path, capsys):
     questions.write_text(json.dumps([{"question": "3+4", "answer": "7", "steps": []}]))
     assert "no checkpoint" in refusal(thoughts_needed.main, ["none", questions], capsys)
     assert "must be positive" in refusal(thoughts_needed.main, [checkpoint, questions, "--batch", 0], capsys)
-    written = make_checkpoint(tmp_path / "cot", method="cot")
-    out = ["--out", tmp_path / "out.json"]
+    written, out = make_checkpoint(tmp_path / "cot", method="cot"), ["--out", tmp_path / "out.json"]
+    assert "the model has 64 positions" in refusal(
+        thoughts_needed.main, [checkpoint, questions, "--thoughts", 62, *out], capsys
+    )
     assert "is for models with latents" in refusal(thoughts_needed.main, [written, questions, *out], capsys)
 
 

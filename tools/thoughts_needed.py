@@ -9,6 +9,7 @@ model of method stopping is also evaluated at many thresholds.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,6 +67,9 @@ def measure(
     questions, eos = [example["question"] for example in examples], model.markers.eos
     if most is None:
         most = prompts(model, questions[:1])[0].count(model.markers.latent)
+    longest, limit = max(map(len, prompts(model, questions, n_thoughts=most))), model.max_positions or math.inf
+    if longest >= limit:
+        raise UserError(f"a question with {most} thoughts takes {longest} tokens, and the model has {limit} positions")
     right = np.zeros((len(examples), most + 1), dtype=bool)
     tokens, probabilities = np.zeros(right.shape, dtype=int), None
     if hasattr(model, "stop_head"):
@@ -128,8 +132,9 @@ def table(found: dict) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
-    if min(options.batch, options.max_new_tokens) < 1 or (options.thoughts or 0) < 0:
-        parser.error("--batch and --max-new-tokens must be positive, --thoughts at least 0")
+    questions = 1 if options.questions is None else options.questions
+    if min(options.batch, options.max_new_tokens, questions) < 1 or (options.thoughts or 0) < 0:
+        parser.error("--batch, --max-new-tokens and --questions must be positive, --thoughts at least 0")
     try:
         check_checkpoint(options.checkpoint)
         examples = load_examples(options.file, options.questions)
