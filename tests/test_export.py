@@ -46,6 +46,7 @@ CASES = {
     "last stage": LLAMA | {"stage": 9, "c_thought": 2},
     "stage 0": LLAMA | {"stage": 0},
     "in parallel": LLAMA | {"latent_passes": "1", "c_thought": 2},
+    "stopping": LLAMA | {"method": "stopping", "stop_threshold": 0.485, "tied": False},  # after 0, 1 and 2 thoughts
     "looped": LLAMA | {"latent_passes": "stage", "thought": "looped", "c_thought": 2},
     **{method: LLAMA | {"method": method} for method in ("cot", "no_cot", "icot", "no_thoughts", "codi", "multi_mode")},
     **{

@@ -70,7 +70,7 @@ OWN = [
     for name, rules in methods.all_rules().items()
     for key, _, _ in methods.own_keys(rules)
     for method in sorted({name} | SHARED.get(key, set()))
-    if key != "mode"  # of eval-only runs
+    if key not in ("mode", "stop_threshold")  # of evaluations
 ]
 # core keys that a method does not use, or refuses
 LATENTS = {"thought", "c_thought", "pad_latent_to_max", "latent_markers"}
@@ -86,6 +86,7 @@ UNUSED = {
     "latents_by_steps": {"pad_latent_to_max"},
     "multi_mode": {"latent_markers"},
     "sim_cot": {"from_scratch"},
+    "stopping": STAGES | {"pad_latent_to_max", "step_separator", "lora_rank", "lora_alpha", "lora_dropout"},
 }
 
 
@@ -155,7 +156,7 @@ def test_everything_with_a_gradient_is_trained(place, method, monkeypatch):
 
     monkeypatch.setattr(run, "resume", noting(run.resume))
     monkeypatch.setattr(run, "finish", noting(run.finish))
-    thought = ["thought=projected"] if methods.rules_of(method).has_latents else []
+    thought = ["thought=projected"] if methods.rules_of(method).has_latents and method != "stopping" else []
     main(place, *BASE, "num_epochs=2", f"method={method}", *thought, f"name=trained-{method}")
     before, after = seen
     assert before.keys() == after.keys()

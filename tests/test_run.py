@@ -39,7 +39,7 @@ def test_two_ranks_train_every_stage_and_leave_hugging_face_folders(trained):
     assert all(record["generated_tokens"] >= record["stage"] for record in epochs(run))
     assert epochs(run)[-1]["train_loss"] < epochs(run)[0]["train_loss"]
     assert [record["step"] for record in conftest.steps(run)] == list(range(1, 31))
-    assert "global batch 16 = 2 ranks x 8 examples x 1 passes; 10 conftest.steps an epoch" in printed
+    assert "global batch 16 = 2 ranks x 8 examples x 1 passes; 10 steps an epoch" in printed
     assert "validation, stage 2" in printed
     last = run / "checkpoint_3"
     assert AutoModelForCausalLM.from_pretrained(last).config.vocab_size == len(AutoTokenizer.from_pretrained(last))

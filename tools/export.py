@@ -117,6 +117,7 @@ def exported(model: Coconut, code: ModuleType) -> PreTrainedModel:
         thought=name,
         thought_number=number,
         latent_passes=model.latent_updates(n_latents) if in_parallel else None,
+        stop_threshold=getattr(model, "stop_threshold", None),
         latent_token_id=model.latent_token_id,
         newline=newline,
         endings=endings,
@@ -127,6 +128,8 @@ def exported(model: Coconut, code: ModuleType) -> PreTrainedModel:
         whole = code.CoconutForCausalLM(settings)
     whole.base_causallm, whole.thought = base, type(whole.thought)(base, number)
     whole.thought.load_state_dict(model.thought.state_dict())
+    if settings.stop_threshold is not None:
+        whole.stop_head = model.stop_head
     # greedy, as Coconut.generate, whatever the base model's settings are
     end = {"eos_token_id": model.markers.eos, "pad_token_id": model.markers.eos}
     whole.generation_config = GenerationConfig(do_sample=False, max_new_tokens=128, **end)

@@ -67,7 +67,8 @@ def _card(checkpoint: Path, name: str, exported: Path, whole, license: str | Non
     method, settings = description["method"], whole.config
     appended, n_latents = "a newline", settings.appended.count(settings.latent_token_id)
     if n_latents:
-        appended += f", then {n_latents} latent positions (thought `{description.get('thought', 'last')}`)"
+        most = "" if settings.stop_threshold is None else "at most "  # a head stops them
+        appended += f", then {most}{n_latents} latent positions (thought `{description.get('thought', 'last')}`)"
         n_markers = len(settings.appended) - n_latents
         appended += {0: "", 1: " after a start marker", 2: " between a start and an end marker"}[n_markers]
     what = f"A model of {whole.num_parameters():,} parameters, trained by the method `{method}`: {_about(method)}. Its "

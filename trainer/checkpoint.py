@@ -51,7 +51,7 @@ from model import lora
 from trainer import parallel, run_folder
 from trainer.distributed import World, agree, on_main_rank
 from trainer.files import file_digest, reading, retried, sync_to_disk, write_whole
-from trainer.pretrained import THOUGHT_FILE, Pretrained, read_description
+from trainer.pretrained import Pretrained, read_description
 from trainer.run_folder import best, checkpoints, is_of_finished_epoch, is_on_hub, rating, resolve, run_checkpoints
 from utils import UserError, as_json, log, parse_json, read_object
 
@@ -60,7 +60,7 @@ OPTIMIZER = "trainer/optimizer"
 MANIFEST = "trainer/manifest.json"  # file -> SHA-256, or its size until `add_digests` has run
 # keys that decide what a model's sequences look like
 DESCRIBED = [field.name for field in fields(Config) if field.metadata["shapes"]]
-PREFIX, THOUGHT_PREFIX = "base_causallm.", "thought."
+PREFIX = "base_causallm."
 Weights = dict[str, torch.Tensor]
 
 
@@ -179,8 +179,9 @@ def write_model(
         base.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
     if updates:
         lora.save(folder, updates, config.lora_rank, config.lora_alpha)
-    if learnt := _under(THOUGHT_PREFIX, weights):
-        save_file({name: value.contiguous() for name, value in learnt.items()}, folder / THOUGHT_FILE)
+    for part in ("thought", *getattr(pretrained.model, "saved_parts", ())):
+        if learnt := _under(f"{part}.", weights):
+            save_file({name: value.contiguous() for name, value in learnt.items()}, folder / f"{part}.safetensors")
     pretrained.tokenizer.save_pretrained(folder)
     chosen = {name: getattr(config, name) for name in DESCRIBED}
     description = {"format": FORMAT, "stage": stage, **chosen, "markers": pretrained.markers._asdict()}

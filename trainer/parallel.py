@@ -211,10 +211,11 @@ def sync_gradients(wrapped: nn.Module, now: bool) -> Iterator[None]:
             yield
     elif isinstance(wrapped, FSDPModule):
         wrapped.set_is_last_backward(now)
+        is_frozen = not any(weight.requires_grad for weight in wrapped.backbone.decoder.parameters())
         for part in with_companions(wrapped):
             # a companion runs once, and all of its backward comes before the latents'; each pass over a block of
-            # the model ends with its gradients, which wait until the backward has come to the first pass
-            _sync_blocks(part, now and part is not wrapped)
+            # the model ends with its gradients, which wait until the backward has come to the first pass, if to any
+            _sync_blocks(part, now and (is_frozen or part is not wrapped))
         with _after_first_pass(wrapped, lambda: _sync_blocks(wrapped, True)) if now else nullcontext():
             yield
     else:
@@ -228,13 +229,13 @@ def _sync_blocks(part: Coconut, now: bool) -> None:
 
 @contextmanager
 def _after_first_pass(model: Coconut, action: Callable[[], None]) -> Iterator[None]:
-    """Calls `action` when the backward inside has come to the first call of the decoder inside, and so to the last
-    gradients of its blocks."""
+    """Calls `action` when the backward inside has come to the first call of the decoder inside that has gradients, and
+    so to the last gradients of its blocks."""
 
     def hook(_, __, output) -> None:
-        handle.remove()
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        if hidden.requires_grad:
+        if hidden.requires_grad:  # generation without gradients may come before it
+            handle.remove()
             hidden.register_hook(lambda _: action())
 
     handle = model.backbone.decoder.register_forward_hook(hook)
