@@ -26,7 +26,7 @@ from trainer.data import Data
 from trainer.distributed import World
 from trainer.evaluate import evaluate, summary, wilson
 from trainer.pretrained import make_model as configured
-from trainer.samples import Policy, choose, generate, pass_at_k, vote
+from trainer.samples import Policy, choose, generate, pass_at_k, sampled_from, vote
 from utils import UserError
 
 # ---- measures ----
@@ -71,13 +71,16 @@ def test_tokens_are_drawn_from_the_softmax():
     for temperature in (0.5, 1.0, 3.0):
         wanted = (logits / temperature).softmax(-1)
         uniform = ((torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000)[:, None]
-        tokens, entropies = choose(logits.expand(10_000, 1, 5), uniform, temperature)
+        tokens, entropies = choose(sampled_from(logits.expand(10_000, 1, 5), temperature, None), uniform)
         shares = torch.bincount(tokens.flatten(), minlength=5) / 10_000
         assert (shares - wanted).abs().max() < 2e-4
         assert entropies[0].item() == pytest.approx(-(wanted * wanted.log()).sum().item(), abs=1e-12)
-    tokens, entropies = choose(logits.expand(2, 1, 5), torch.tensor([[0.0], [0.999]]), 0)
-    assert tokens.tolist() == [[2], [2]]
+    tokens, entropies = choose(sampled_from(logits.expand(2, 1, 5), 0, 2), torch.tensor([[0.0], [0.999]]))
+    assert tokens.tolist() == [[2], [2]]  # greedy decoding, whatever the likeliest token is
     assert not entropies.any()
+    found = sampled_from(logits, 1.0, 2).softmax(-1)
+    assert found[2] == 0
+    assert (found[0] / found[4]).item() == pytest.approx(np.exp(0.3))
 
 
 def random(key: tuple, stream: int) -> np.random.Generator:
@@ -101,6 +104,7 @@ def plainly(model, prompt: list[int], key: tuple, policy: Policy, n_new: int) ->
     while len(new) < min(n_new, 64 - len(prompt)) and EOS not in new:
         logits = base(inputs_embeds=embeds).logits[0, -1]
         if policy.temperature:
+            logits[LATENT] = -torch.inf
             edges = (logits / policy.temperature).softmax(-1).cumsum(-1)
             new.append(int((edges < uniform[len(new)]).sum()))
         else:

@@ -263,7 +263,8 @@ def _decode(
     limit = model.max_positions or math.inf
     goes_on, lengths = torch.ones_like(position, dtype=torch.bool), torch.zeros_like(position)  # (R, 1)
     for number in range(uniform.shape[1]):
-        token, spread = choose(model.head(hidden), uniform[:, number : number + 1], temperature)
+        logits = sampled_from(model.head(hidden), temperature, model.latent_token_id)
+        token, spread = choose(logits, uniform[:, number : number + 1])
         tokens.append(token)
         lengths, entropy = lengths + goes_on, entropy + (spread * goes_on).sum()
         position = position + 1
@@ -277,12 +278,21 @@ def _decode(
     return torch.cat(tokens, dim=1), lengths.flatten().tolist(), float(entropy)
 
 
-def choose(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens (R, 1) that the uniform numbers (R, 1) draw from softmax(logits / temperature), logits (R, 1, V), by
-    its inverse cumulative distribution, and its entropies (R, 1) in nats; with temperature 0 the likeliest."""
+def sampled_from(logits: torch.Tensor, temperature: float, latent_token_id: int | None) -> torch.Tensor:
+    """(..., V) logits of the distribution that tokens are sampled from: without the latent token, which in a sequence
+    would stand for a thought; with temperature 0 the likeliest token has all of it."""
     if temperature == 0:
-        return logits.argmax(-1), torch.zeros_like(uniform)
-    probabilities = (logits.double() / temperature).softmax(-1)
+        return torch.full_like(logits, -math.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
+    logits = logits / temperature
+    if latent_token_id is not None:
+        logits[..., latent_token_id] = -math.inf
+    return logits
+
+
+def choose(logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens (R, 1) that the uniform numbers (R, 1) draw from softmax(logits), logits (R, 1, V), by its inverse
+    cumulative distribution, and its entropies (R, 1) in nats."""
+    probabilities = logits.double().softmax(-1)
     cumulative = probabilities.cumsum(-1)
     token = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1)
     return token, torch.special.entr(probabilities).sum(-1)
