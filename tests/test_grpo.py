@@ -19,6 +19,7 @@ from config import Config
 from dataset import collate_for_device
 from methods import grpo
 from methods.grpo import Grpo, Replay, advantages, checked
+from tools import report
 from trainer.pretrained import make_model, parts_of
 from trainer.samples import Noise, Samples
 from utils import UserError
@@ -271,6 +272,14 @@ def measured(folder) -> list[dict[str, float]]:
     return [{name: record[name] for name in names & record.keys()} for record in steps(folder)]
 
 
+def apart(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """The largest difference of weights, but for the biases of keys: their gradient is 0, and AdamW makes steps of what
+    rounding leaves of it."""
+    differences = {name: (first[name] - second[name]).abs() for name in first}
+    differences["transformer.h.0.attn.c_attn.bias"][32:64] = 0
+    return max(difference.max().item() for difference in differences.values())
+
+
 def test_a_restart_is_bitwise_an_undisturbed_run_and_passes_of_any_size_are_the_same(place):
     whole = main(place, *RUN, "name=grpo-whole", "save_every_steps=1")
     main(place, *RUN, "name=grpo-parts", "num_epochs=2")
@@ -278,32 +287,31 @@ def test_a_restart_is_bitwise_an_undisturbed_run_and_passes_of_any_size_are_the_
     first, second = (weights(folder / "checkpoint_3") for folder in (whole, parts))
     assert all(torch.equal(first[name], second[name]) for name in first)
     cut = main(place, *RUN, "name=grpo-cut", "batch_size_training=4")
-    third = weights(cut / "checkpoint_3")
-    assert max((first[name] - third[name]).abs().max() for name in first) < 1e-5
-    found = steps(whole)
-    assert any(record["groups_without_signal"] < 1 for record in found)
+    assert apart(first, weights(cut / "checkpoint_3")) < 1e-5
     assert measured(cut) == [pytest.approx(of_step, rel=1e-4) for of_step in measured(whole)]
-    for record in found:
+    assert {len(of_step) for of_step in measured(whole)} == {5}
+    assert any(record["groups_without_signal"] < 1 for record in steps(whole))
+    for record, other in zip(steps(whole), steps(cut), strict=True):
         assert 0 < record["rollout_share"] < 1
         assert 0 <= record["reward"] <= 1
-    assert "thought_norm" in found[-1]
-    assert found[-1]["auxiliary_loss"] == pytest.approx(steps(cut)[-1]["auxiliary_loss"], abs=1e-4)
+        assert record["auxiliary_loss"] == pytest.approx(other["auxiliary_loss"], abs=1e-4)
+    captions = [figure.caption for figure in report.training(report.read_runs([whole])).figures]
+    assert len(captions) == 2 + len(report.STEP_COLUMNS)
+    assert captions[2].startswith("mean reward by optimizer step")
 
 
 @pytest.mark.slow
 def test_two_ranks_and_shards_train_the_same(place):
-    whole = main(place, *RUN, "name=grpo-one")
+    """In the last step of an epoch, of 4 examples, a rank is idle."""
+    keys = (*RUN, "max_train_examples=36")
+    whole = main(place, *keys, "name=grpo-one")
     wanted = weights(whole / "checkpoint_3")
-    main(place, *RUN, "name=grpo-alone-fsdp", "batch_size_training=4", "strategy=fsdp")
+    main(place, *keys, "name=grpo-alone-fsdp", "batch_size_training=4", "strategy=fsdp")
     for strategy in ("ddp", "fsdp"):
-        keys = ("batch_size_training=4", f"name=grpo-{strategy}", f"strategy={strategy}", "max_train_examples=36")
-        together(place / "run.yaml", *RUN, *keys[:3])
-        # 36 examples: in the last step one rank is idle
-        together(place / "run.yaml", *RUN, *keys, f"name=grpo-idle-{strategy}")
+        together(place / "run.yaml", *keys, "batch_size_training=4", f"name=grpo-{strategy}", f"strategy={strategy}")
     for name in ("alone-fsdp", "ddp", "fsdp"):
         folder = place / "runs" / f"grpo-{name}"
-        found = weights(folder / "checkpoint_3")
-        assert max((found[key] - wanted[key]).abs().max() for key in wanted) < 1e-5
+        assert apart(weights(folder / "checkpoint_3"), wanted) < 1e-5
         assert measured(folder) == [pytest.approx(of_step, rel=1e-4) for of_step in measured(whole)]
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from conftest import settled
+from conftest import ROOT, settled
 from plain import ids, make_examples
 from test_coconut import END, EOS, LATENT, START
 from test_run import place as place  # a fixture
@@ -60,6 +60,11 @@ OTHERS = {
     "max_train_examples": "12",
     "max_train_tokens": "30",
     "group_by_length": "true",
+    "temperature": "0.2",
+    "thought_noise": "1.0",
+    "group_size": "3",
+    "advantage": "std",
+    "reward": str(ROOT / "tests" / "own_reward.py"),
     "num_epochs": "5",
     "batch_size_training": "8",
     "gradient_accumulation_steps": "2",
@@ -114,7 +119,9 @@ UNUSED = {
     "lotus": {"pad_latent_to_max"},
     "multi_mode": {"latent_markers"},
     "sim_cot": {"from_scratch"},
+    "grpo": {"epochs_per_stage", "curriculum", "step_separator", "lora_dropout"},
 }
+OF_SAMPLES = {"temperature", "thought_noise"}  # used by grpo alone
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +171,8 @@ def test_every_key_of_a_method_has_an_effect(losses, method, key):
 def test_every_key_of_the_core_has_an_effect_where_it_is_used(losses, method):
     of_methods = {key for rules in methods.all_rules().values() for key, _, _ in methods.own_keys(rules)}
     core = OTHERS.keys() - of_methods
-    assert {key for key in core if not matters(losses, method, key)} == UNUSED.get(method, set())
+    unused = UNUSED.get(method, set()) | (OF_SAMPLES if method != "grpo" else set())
+    assert {key for key in core if not matters(losses, method, key)} == unused
 
 
 @pytest.mark.parametrize("method", [name for name in methods.names() if Config(method=name).rules.texts(Config())])
