@@ -215,10 +215,10 @@ def generate(
     keys = [(*key, sample) for key in keys for sample in range(n_samples)]
     disturbed = bool(split_noise(policy.noise)[0] or policy.dropout)
     if disturbed and not (model.latent_token_id is not None and model.thinks and model.one_by_one):
-        raise UserError("thought_noise and thought_dropout need thoughts that are fed back one after the other")
+        raise UserError.of_all("thought_noise and thought_dropout need thoughts that are fed back one after the other")
     if (cache := backbone.make_cache(1, keeps=True)) is None:
         family = model.base_causallm.config.model_type
-        raise UserError(f"answers are sampled over a cache, and the model family {family} decodes without one")
+        raise UserError.of_all(f"answers are sampled over a cache, and the model family {family} decodes without one")
     forks = all(isinstance(layer, DynamicLayer) for layer in cache.layers)
     is_latent = batch["input_ids"][:, rows.columns] == (-1 if model.latent_token_id is None else model.latent_token_id)
     is_latent = is_latent.repeat_interleave(n_samples, dim=0)  # (R, C)
