@@ -40,9 +40,11 @@ def log_steps(run: Run, epoch: int) -> float:
 
 
 def _means(run: Run) -> dict[str, float]:
-    """Those of Run.measure since the last call, over all ranks. Collective."""
-    totals = torch.tensor(list(run.measured.values()), dtype=torch.float64).reshape(-1, 2)
-    dist.all_reduce(totals)  # all ranks: a method measures the same on each
+    """Those of Run.measure since the last call, over all ranks. Collective, where the method measures anything."""
+    if not run.measured:
+        return {}
+    totals = torch.tensor(list(run.measured.values()), dtype=torch.float64)  # (names, 2)
+    dist.all_reduce(totals)  # all ranks, in the same order
     names, run.measured = list(run.measured), {}
     return {name: total / number for name, (total, number) in zip(names, totals.tolist(), strict=True) if number}
 
