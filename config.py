@@ -14,6 +14,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ import yaml
 import methods
 from methods import LARGEST_FACTOR, key
 from trainer.files import why_unreadable
-from trainer.run_folder import is_on_hub, run_of
+from trainer.run_folder import is_on_hub, split_choice
 from utils import UserError, launched_ranks, print_error, print_result
 
 METHODS = methods.names()
@@ -144,6 +145,7 @@ class Config:
     )
     uniform_prob: float = key(0.0, "probability that an example trains at a stage drawn from 0..n", low=0, high=1)
     advance_at: float | None = key(None, "validation accuracy that ends a stage before its epochs do", low=0, high=1)
+    advance_after: int = key(1, "epochs of the stage in a row that must reach it", low=1, later=True)
     latent_markers: str = key(
         "both",
         "both | none: whether start and end marker surround the latents (paper: both)",
@@ -257,10 +259,8 @@ class Config:
         cls, path: str | Path, overrides: list[str] | tuple[str, ...] = (), needs_files: bool = True
     ) -> Config:
         """Reads a YAML file, the files that it extends, the row that is chosen of it, and `key=value` overrides.
-
-        Without needs_files, paths may be missing: for looking at a plan before there is data.
-        Raises UserError that lists everything that is wrong, after all of it has been looked for.
-        """
+        Without needs_files, paths may be missing: for looking at a plan before there is data. Raises UserError that
+        lists everything that is wrong, after all of it has been looked for."""
         problems: list[str] = []
         layers = _layers_of(Path(path), problems)
         readable = all(layer.values is not None for layer in layers)
@@ -370,24 +370,22 @@ class Config:
                 found.append(str(error))
         return found
 
-    def _of_names(self) -> list[str]:
+    def _of_names(self) -> Iterator[str]:
         """The run's folder, and names of sets, which files bear."""
-        found = []
         if reason := why_unreadable(self.save_path):
-            found.append(f"save_path {self.save_path!r} cannot be reached: {reason}")
+            yield f"save_path {self.save_path!r} cannot be reached: {reason}"
         elif Path(self.save_path).is_file():
-            found.append(f"save_path {self.save_path!r} is a file, not a folder")
+            yield f"save_path {self.save_path!r} is a file, not a folder"
         if is_no_file_name(self.name):
-            found.append(f"name {self.name!r} must be a plain folder name, of at most {LONGEST_NAME} bytes")
+            yield f"name {self.name!r} must be a plain folder name, of at most {LONGEST_NAME} bytes"
         if isinstance(self.val_path, dict) and not self.only_eval:
-            found.append("val_path names several files, which is for eval-only runs: a training run takes one path")
+            yield "val_path names several files, which is for eval-only runs: a training run takes one path"
         for option in ("val_path", "test_path"):
             paths = getattr(self, option)
             if paths == {}:
-                found.append(f"{option} is an empty mapping: set it to a path, or to {{name: path, other: path}}")
+                yield f"{option} is an empty mapping: set it to a path, or to {{name: path, other: path}}"
             for name in filter(is_no_file_name, paths if isinstance(paths, dict) else ()):
-                found.append(f"{option}: the name {name!r} must be a plain one, of at most {LONGEST_NAME} bytes")
-        return found
+                yield f"{option}: the name {name!r} must be a plain one, of at most {LONGEST_NAME} bytes"
 
     def _of_combinations(self) -> list[str]:
         """Keys that exclude or need each other."""
@@ -399,13 +397,11 @@ class Config:
             (ends and not self.only_eval, f"resume {self.resume} leaves nothing of num_epochs {self.num_epochs}"),
             (self.only_eval and not loads, "only_eval needs load_model_path: the checkpoint to evaluate"),
             (forced and not thinks, "eval_latents is for eval-only runs of method coconut, or of another with latents"),
+            (self.advance_after > 1 and self.advance_at is None, "advance_after needs advance_at"),
             (entries > stages, f"epochs_per_stage has {entries} entries, but there are only {stages} stages, from 0"),
             (self.from_scratch and loads, "from_scratch and load_model_path exclude each other"),
             (self.from_scratch and self.lora_rank, "lora_rank updates existing weights, and from_scratch has none"),
-            (
-                self.bf16 and self.bf16_weights,
-                "bf16 (mixed precision) and bf16_weights (no float32) exclude each other",
-            ),
+            (self.bf16 and self.bf16_weights, "bf16 (mixed precision) and bf16_weights exclude each other"),
             (self.compile and self.gradient_checkpointing, "compile and gradient_checkpointing exclude each other"),
             (
                 disturbed and not (feeds and self.has_latents),
@@ -416,29 +412,26 @@ class Config:
         ]
         return [text for is_wrong, text in wrong if is_wrong]
 
-    def _of_paths(self) -> list[str]:
+    def _of_paths(self) -> Iterator[str]:
         """Files that are missing, and placeholders that are still there."""
         data = {f"val_path {name}".strip(): one.val_path for name, one in self.by_set().items()}
-        found = [
-            f"{name} is still the placeholder {value!r}: set it to your own path"
-            for name, value in {**vars(self), **data}.items()
-            if isinstance(value, str) and PLACEHOLDER.search(value)
-        ]
+        for name, value in {**vars(self), **data}.items():
+            if isinstance(value, str) and PLACEHOLDER.search(value):
+                yield f"{name} is still the placeholder {value!r}: set it to your own path"
         for name, value in data.items() if self.only_eval else [("train_path", self.train_path), *data.items()]:
             if value is None:
-                found.append(f"{name} is missing: set it to a JSON list of question, answer and steps")
+                yield f"{name} is missing: set it to a JSON list of question, answer and steps"
             elif not PLACEHOLDER.search(value):
-                found += _missing(name, value) or ([] if Path(value).is_file() else [f"{name} {value!r} is no file"])
+                yield from _missing(name, value) or ([] if Path(value).is_file() else [f"{name} {value!r} is no file"])
         source, model = self.load_model_path, Path(self.model_id)
         continues = not self.only_eval and _holds(self.run_dir, "checkpoint_*/coconut.json")
         if source and not continues and not is_on_hub(source):  # its own checkpoint wins; the hub is asked later
-            found += _missing("load_model_path", str(run_of(source)))
-        shapes = continues or (source and _holds(run_of(source), "config.json", "checkpoint_*/config.json"))
+            yield from _missing("load_model_path", str(split_choice(source)[0]))
+        shapes = continues or (source and _holds(split_choice(source)[0], "config.json", "checkpoint_*/config.json"))
         is_path = model.is_absolute() or self.model_id.startswith(".")
         unknown = why_unreadable(self.model_id)
         if unknown or (not shapes and (is_path or (len(model.parts) > 1 and model.parents[-2].is_dir()))):
-            found += _missing("model_id", self.model_id)
-        return found
+            yield from _missing("model_id", self.model_id)
 
     @classmethod
     def problems_of(cls, values: dict) -> list[str]:
@@ -500,9 +493,7 @@ def _preparation_hint(path: str) -> str:
     return f" (make it with: {how})" if how else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Where values are written
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Where values are written ----
 
 
 class Layer(typing.NamedTuple):
@@ -514,39 +505,33 @@ class Layer(typing.NamedTuple):
     rows: dict[str, dict] = {}  # noqa: RUF012
 
 
+class _TextLoader(yaml.BaseLoader):
+    """Loads texts, and lists and mappings of texts, and notes the keys that a mapping has twice."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.twice: list[str] = []
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        values = super().construct_mapping(node, deep)
+        lines: dict[str, int] = {}
+        for name, _ in node.value:
+            line = name.start_mark.line + 1
+            if name.value in lines:
+                self.twice.append(f"the key {name.value!r} twice, in lines {lines[name.value]} and {line}")
+            lines[name.value] = line
+        return values
+
+
 def read_yaml(text: str, where: str, problems: list[str]) -> dict:
-    """The keys of a YAML mapping. Every value is as it is written: text, or a list or a mapping of such.
-
-    Raises YAMLError, ValueError and RecursionError where it is no YAML.
-    """
-    node = yaml.compose(text, Loader=yaml.BaseLoader)
-    if node is None:
-        return {}
-    if not isinstance(node, yaml.MappingNode):
+    """The keys of a YAML mapping. Every value is as it is written: text, or a list or a mapping of such. Raises
+    YAMLError, ValueError and RecursionError where it is no YAML."""
+    loader = _TextLoader(text)
+    values = loader.get_single_data()
+    problems += [f"{where} has {what}" for what in loader.twice]
+    if not isinstance(values, dict | None):
         problems.append(f"{where} must hold `key: value` lines")
-        return {}
-    return _content(node, where, problems, ())
-
-
-def _content(node: yaml.Node, where: str, problems: list[str], above: tuple[yaml.Node, ...]):
-    if node in above:
-        raise ValueError("an alias stands for a part of itself")
-    above = (*above, node)
-    if isinstance(node, yaml.ScalarNode):
-        return node.value
-    if isinstance(node, yaml.SequenceNode):
-        return [_content(item, where, problems, above) for item in node.value]
-    found: dict = {}
-    lines: dict[str, int] = {}
-    for name, value in node.value:
-        line = name.start_mark.line + 1
-        if not isinstance(name, yaml.ScalarNode):
-            raise ValueError(f"the key in line {line} is no plain text")
-        if name.value in lines:
-            problems.append(f"{where} has the key {name.value!r} twice, in lines {lines[name.value]} and {line}")
-        lines[name.value] = line
-        found[name.value] = _content(value, where, problems, above)
-    return found
+    return values if isinstance(values, dict) else {}
 
 
 def _layers_of(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> list[Layer]:
@@ -655,9 +640,7 @@ def _merge(values: dict, layer: Layer, problems: list[str]) -> None:
         problems.append(f"no method in {layer.origin}: set method to one of {', '.join(METHODS)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# From what is written to a value of a type
-# ---------------------------------------------------------------------------------------------------------------
+# ---- From what is written to a value of a type ----
 
 
 def converted(value, annotation, empty: bool = False):
@@ -711,11 +694,11 @@ def _check_limits(value, limits) -> None:
         raise ValueError("must be one of " + ", ".join(limits["choices"]))
     if limits["check"]:
         limits["check"](value)
-    for number in value if isinstance(value, list) else [value]:
-        if type(number) in (int, float) and not number >= limits["low"]:
-            raise ValueError(f"must be at least {limits['low']}")
-        if type(number) in (int, float) and not number <= limits["high"]:
-            raise ValueError(f"must be at most {limits['high']}")
+    numbers = [number for number in (value if isinstance(value, list) else [value]) if type(number) in (int, float)]
+    if not all(number >= limits["low"] for number in numbers):
+        raise ValueError(f"must be at least {limits['low']}")
+    if not all(number <= limits["high"] for number in numbers):
+        raise ValueError(f"must be at most {limits['high']}")
 
 
 def _checked(values: dict, problems: list[str]) -> dict:
@@ -738,10 +721,8 @@ def _checked(values: dict, problems: list[str]) -> dict:
 
 
 def configure(description: str, schedule: typing.Callable[[Config, int], str]) -> Config:
-    """The configuration that the command line asks for.
-
-    Ends the program where there is a mistake in it, and after --help or --schedule, whose text `schedule` makes.
-    """
+    """The configuration that the command line asks for. Ends the program where there is a mistake in it, and after
+    --help or --schedule, whose text `schedule` makes."""
     is_main = launched_ranks()[0] == 0
     parser = argparse.ArgumentParser(
         description=description,

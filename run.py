@@ -138,7 +138,7 @@ def train_epoch(run: Run, epoch: int) -> int:
         for step, planned in enumerate(bar, start=first):
             if curriculum.should_reset_optimizer(config, epoch, step, n_steps, lambda *place: trained_on(run, *place)):
                 run.optimizer = make_optimizer(run)
-            lr = config.lr * curriculum.lr_factor(config, epoch, step, n_steps)
+            lr = config.lr * curriculum.lr_factor(config, epoch - progress.passed_over, step, n_steps)
             losses = train_step(run, planned, batches, lr)
             run.unlogged.append(Step(losses, lr, stages[step], plan.examples(step - first)))
             progress.seen += planned.n_examples
@@ -270,7 +270,8 @@ def save_epoch(run: Run, epoch: int, stage: int, metrics: dict, predictions: lis
     """Saves a finished epoch. With save_only_improve, one whose accuracy is not the best of its stage so far leaves a
     checkpoint for a restart only. Collective: every rank must call it."""
     progress = run.progress
-    progress.epoch = curriculum.next_epoch(run.config, epoch, metrics["accuracy"])
+    progress.epoch, progress.at_goal = curriculum.next_epoch(run.config, epoch, metrics["accuracy"], progress.at_goal)
+    progress.passed_over += progress.epoch - epoch - 1
     progress.seen, progress.losses, progress.seconds = 0, 0.0, 0.0
     improved = metrics["accuracy"] > progress.best.get(stage, -1.0)
     if improved:

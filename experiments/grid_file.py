@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import shlex
 import typing
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -88,19 +87,14 @@ def read_grid(path: Path) -> Grid:
             run: RunSpec(**_known(RunSpec, {} if spec == "" else spec, f"{path}: {name}: {run}", problems))
             for run, spec in specs.items()
         }
-    problems += [f"{path}: {text}" for text in [*_of_runs(known), *_of_needs(known.get("needs", {}))]]
-    for control in known.get("controls", ()):
-        if control not in known["runs"]:
-            problems.append(f"{path}: control {control!r} is no run of the grid")
-    if known.get("checkpoint", "newest") not in ("newest", "best"):
-        problems.append(f"{path}: 'checkpoint' must be newest or best, not {known['checkpoint']!r}")
+    problems += [f"{path}: {text}" for text in _of_grid(known)]
     if problems:
         raise UserError("; ".join(problems))
     return Grid(**{"name": path.stem, **known})
 
 
-def _of_runs(known: dict) -> list[str]:
-    """What is wrong with names, keys and beginnings of runs."""
+def _of_grid(known: dict) -> list[str]:
+    """What is wrong with names, keys and beginnings of runs, and with what names them."""
     every = known["beginnings"] | known["runs"]
     found = [f"{name!r} is both a run and a beginning" for name in known["beginnings"].keys() & known["runs"].keys()]
     found += [f"run {name!r}: a name is letters, digits, - _ and ." for name in every if not NAME.fullmatch(name)]
@@ -113,18 +107,12 @@ def _of_runs(known: dict) -> list[str]:
                 f"run {name!r} begins with {spec.begins_with!r}, but there is no such beginning, nor a run that begins "
                 f"with nothing"
             )
-    return found
-
-
-def _of_needs(needs: dict) -> list[str]:
-    """What is no file and script."""
-    found = []
-    for file, script in needs.items():
-        try:
-            good = isinstance(script, str) and shlex.split(script)
-        except ValueError:
-            good = False
-        if not good:
+    for control in set(known.get("controls", ())) - known["runs"].keys():
+        found.append(f"control {control!r} is no run of the grid")
+    if known.get("checkpoint", "newest") not in ("newest", "best"):
+        found.append(f"'checkpoint' must be newest or best, not {known['checkpoint']!r}")
+    for file, script in known.get("needs", {}).items():
+        if not isinstance(script, str) or not script:
             found.append(f"'needs' takes FILE: the script, with its arguments, that makes it; not {file!r}: {script!r}")
     return found
 

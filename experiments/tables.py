@@ -49,15 +49,17 @@ def write_report(
 
 
 def with_others(results: dict[str, list[dict]], before: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """The rows, and those of before that are of other keys, or that do not say of which and have no successor."""
-    digests = {row["digest"] for rows in results.values() for row in rows}
-    found = {}
-    for run in dict.fromkeys([*results, *before]):
-        rows = results.get(run, [])
-        seeds = {row["seed"] for row in rows}
-        others = (row for row in before.get(run, []) if row.get("digest") not in digests)
-        found[run] = rows + [row for row in others if "digest" in row or row["seed"] not in seeds]
-    return found
+    """The rows, and those of before that are of other keys."""
+    digests = by_digest(results)
+    return {
+        run: results.get(run, []) + [row for row in before.get(run, []) if row["digest"] not in digests]
+        for run in dict.fromkeys([*results, *before])
+    }
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table."""
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[str, list[dict]]:
@@ -149,7 +151,7 @@ def as_text(grid: Grid, results: dict[str, list[dict]], arguments: str) -> str:
         *rules(grid),
     ]
     head, *rows = table(grid, results)
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    lines += markdown(head, rows)
     if grid.prediction:
         lines += ["", "## Predicted before the runs", "", grid.prediction.strip()]
     lines += ["", f"![accuracy by epoch]({grid.name}.png)", ""]
@@ -163,9 +165,8 @@ def made_by(rows: Iterable[dict]) -> list[str]:
     for row in rows:
         for name, value in row.get("made_by", {}).items():
             found.setdefault(name, set()).add(value)
-    if not found:
-        return []
-    return ["Made by " + "; ".join(f"{name} {', '.join(sorted(values))}" for name, values in found.items()) + "."]
+    text = "; ".join(f"{name} {', '.join(sorted(values))}" for name, values in found.items())
+    return [f"Made by {text}."] if found else []
 
 
 def trained_steps(grid: Grid, row: dict) -> list[str]:
@@ -255,10 +256,10 @@ def draw(grid: Grid, results: dict[str, list[dict]], staged: set[str], path: Pat
             epochs = [record["epoch"] + 1 for record in row["epochs"]]
             accuracy = [100 * record["accuracy"] for record in row["epochs"]]
             panel.plot(epochs, accuracy, label=(grid.runs[run].label or run) if place == 0 else None, **style)
-    courses = [row["epochs"] for run, rows in results.items() if run in staged for row in rows if row["epochs"]]
-    stages = {place: {record["stage"] for record in course} for place, course in enumerate(courses)}
-    most = max(stages, key=lambda place: len(stages[place]), default=None)  # some have one stage throughout
-    for before, record in pairwise(courses[most] if most is not None else []):
+    courses = [row["epochs"] for run, rows in results.items() if run in staged for row in rows]
+    # some have one stage throughout
+    course = max(courses, key=lambda course: len({record["stage"] for record in course}), default=[])
+    for before, record in pairwise(course):
         if record["stage"] != before["stage"]:
             panel.axvline(record["epoch"] + 0.5, color="0.7", linestyle=":")
             place = {"x": record["epoch"] + 0.55, "y": 1.01, "transform": panel.get_xaxis_transform()}

@@ -24,6 +24,7 @@ Legend: B questions, G answers of each, R = B G rows, T columns, K latents, D hi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import methods
@@ -49,18 +50,16 @@ class Method(methods.Method):
     )
 
     @staticmethod
-    def problems(config) -> list[str]:
-        found = []
+    def problems(config) -> Iterator[str]:
         if config.method != "grpo":
-            fields = [(name, field.default) for name, _, field in methods.own_keys(Method)]
-            changed = [name for name, default in fields if getattr(config, name) != default]
-            found += [f"{name} is for method grpo, not {config.method}" for name in changed]
+            for name, _, field in methods.own_keys(Method):
+                if getattr(config, name) != field.default:
+                    yield f"{name} is for method grpo, not {config.method}"
         elif not config.only_eval:
             if config.temperature == 0:
-                found.append("method grpo samples its answers: temperature must be more than 0")
+                yield "method grpo samples its answers: temperature must be more than 0"
             if config.reward != "match" and not Path(config.reward).is_file():
-                found.append(f"reward {config.reward!r} is neither match nor a Python file")
-        return found
+                yield f"reward {config.reward!r} is neither match nor a Python file"
 
     @staticmethod
     def options(config) -> dict:
@@ -74,7 +73,6 @@ class Method(methods.Method):
 import math
 import runpy
 import time
-from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch

@@ -12,16 +12,14 @@ Traps. A rule that looks as many edges back as the question has hops is the whol
 within two back' is no shortcut. And each rule is one that a person thought of: at 50 % it is excluded, the next is not.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
-from distances import fewest_edges
-from files import UserError, command, load_examples
+from files import command, each, load_examples, make_parser
+from graphs import fewest_edges
 
 
 @dataclass(frozen=True)
@@ -81,14 +79,8 @@ def decide(example: dict) -> dict[str, float]:
 
 def measure(examples: list[dict], origin: str) -> dict[str, float]:
     """Rule -> the percentage that it decides rightly. Raises UserError that names the record which has no graph."""
-    decided = []
-    for number, example in enumerate(examples):
-        try:
-            decided.append(decide(example))
-        except KeyError as error:
-            raise UserError(f"{origin}: record {number} (counted from 0) lacks {error}") from None
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{origin}: record {number} (counted from 0) has no graph to look at: {error}") from None
+    named = ((f"record {number} (counted from 0)", example) for number, example in enumerate(examples))
+    decided = each(decide, named, origin, "has no graph to look at: ")
     return {name: 100 * sum(one[name] for one in decided) / len(decided) for name in RULES}
 
 
@@ -96,26 +88,23 @@ def table(results: dict[str, dict]) -> str:
     """A row for each rule and a column for each file, as Markdown."""
     rows = [
         ["rule, % right", *results],
+        ["---", *["--:"] * len(results)],
         ["examples", *(f"{result['examples']:,}" for result in results.values())],
         *([name, *(f"{result['right'][name]:.1f}" for result in results.values())] for name in RULES),
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(results) + 1)]
-    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    return "\n".join(
-        f"| {row[0].ljust(widths[0])} | {' | '.join(map(str.rjust, row[1:], widths[1:]))} |" for row in rows
-    )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="as prosqa.py writes them, or the authors'")
+    parser = make_parser(__doc__)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="as prosqa.py writes them, or the authors'")
     parser.add_argument("--json", action="store_true", help="print JSON: file -> its examples, and right for each rule")
     options = parser.parse_args(arguments)
     results = {}
     for path in options.files:
         examples = load_examples(path)
-        results[str(path)] = {"examples": len(examples), "right": measure(examples, str(path))}
+        results[path] = {"examples": len(examples), "right": measure(examples, path)}
     print(json.dumps(results, indent=2) if options.json else table(results))
 
 

@@ -1,18 +1,15 @@
 """GRPO: the gradient of the expected reward by enumeration of all answers, and by quadrature over the noise; one run
 however it is cut, sharded or restarted."""
 
-import json
 from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, VOCABULARY, tiny_base
+from conftest import ROOT, VOCABULARY, main, steps, tiny_base, together, weights
 from test_coconut import END, EOS, LATENT, START, gradients
 from test_methods import MARKERS
-from test_run import main, together, weights
-from test_run import place as place  # a fixture
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from config import Config
@@ -260,11 +257,6 @@ RUN = (
     *("max_train_examples=32", "max_eval_examples=4", "uniform_prob=0.4", "log_every_steps=1"),
     *("global_batch_size=16", "batch_size_training=16", "thought_noise=0.1"),
 )
-
-
-def steps(folder) -> list[dict]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["event"] == "step"]
 
 
 def measured(folder) -> list[dict[str, float]]:

@@ -6,22 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import raising, refuses
 
 from trainer import distributed as ranks
 from trainer.distributed import World
 from utils import UserError
 
 
-def test_a_problem_of_rank_zero_reaches_every_rank():
-    world = ranks.setup_distributed()
-    try:
-        assert world == World(0, 0, 1, world.device)
-        assert ranks.on_main_rank(world, lambda: 5) == 5
-        assert ranks.hardware(world).startswith("CPU" if world.device.type == "cpu" else "NVIDIA")
-        with pytest.raises(UserError, match="no"):
-            ranks.on_main_rank(world, lambda: (_ for _ in ()).throw(UserError("no")))
-    finally:
-        ranks.cleanup_distributed()
+def test_a_problem_of_rank_zero_reaches_every_rank(world):
+    assert world == World(0, 0, 1, world.device)
+    assert ranks.on_main_rank(world, lambda: 5) == 5
+    assert ranks.hardware(world).startswith("CPU" if world.device.type == "cpu" else "NVIDIA")
+    refuses("no", ranks.on_main_rank, world, raising(UserError("no")))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -48,8 +44,7 @@ def test_a_promised_gpu_that_torch_does_not_find_is_an_error(monkeypatch, enviro
     if promise is None:
         assert ranks.promised_gpu() is None
     else:
-        with pytest.raises(UserError, match=f'{promise}, but torch finds no GPU: .+; CUDA_VISIBLE_DEVICES=""'):
-            ranks.setup_distributed()
+        refuses(f'{promise}, but torch finds no GPU: .+; CUDA_VISIBLE_DEVICES=""', ranks.setup_distributed)
 
 
 @pytest.mark.parametrize(

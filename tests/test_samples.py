@@ -9,12 +9,10 @@ from math import comb
 import numpy as np
 import pytest
 import torch
-from conftest import refusal
+from conftest import main, refusal, together
 from test_coconut import END, EOS, LATENT, START, make_model, make_rows
 from test_evaluate import scripted
 from test_generate import folders as folders  # a fixture
-from test_run import main, together
-from test_run import place as place  # a fixture
 
 from config import Config
 from model.backbone import Backbone

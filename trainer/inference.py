@@ -11,31 +11,29 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut, Edit
-from config import Config
+from config import MOST_LATENTS, Config
 from curriculum import prompt
 from dataset import collate_prompts, latent_columns
 from preprocessing.tokens import batched, question_ids
 from trainer.checkpoint import DESCRIBED, write_model
 from trainer.evaluate import extract_answer, generate_tokens, texts_of
 from trainer.files import replaced
-from trainer.pretrained import Pretrained, hub_problem, load_model, not_loadable, read_description
+from trainer.pretrained import Pretrained, hub_problem, load_model, loading, read_description, shape_of
 from trainer.run_folder import HUB_ID, resolve
 from trainer.samples import Policy
 from trainer.samples import generate as generate_samples
 from utils import UserError, log
 
 TOP = 5  # tokens shown for each thought
-MAX_THOUGHTS = 100_000  # of a model without a longest sequence
 CARD = """\
 # {name}
 
@@ -48,9 +46,7 @@ saved it:
 """
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Loading and saving
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Loading and saving ----
 
 
 def load(source: str | Path, trust_remote_code: bool = False, **hub_options) -> Coconut:
@@ -62,11 +58,8 @@ def load(source: str | Path, trust_remote_code: bool = False, **hub_options) -> 
     if lacking := [name for name in ("stage", "method") if name not in description]:
         raise UserError(f"{folder / 'coconut.json'} is damaged: it lacks {' and '.join(lacking)}")
     known = {name: description[name] for name in DESCRIBED if name in description}
-    config = Config(model_id=str(folder), only_eval=True, **known)
-    config.trust_remote_code = trust_remote_code
-    with suppress(OSError, ValueError):  # load_model raises them with a reason
-        shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        config.bf16_weights = shape.dtype == torch.bfloat16
+    config = Config(model_id=str(folder), only_eval=True, trust_remote_code=trust_remote_code, **known)
+    config.bf16_weights = shape_of(config, folder).dtype == torch.bfloat16
     model, tokenizer, markers = load_model(config, folder)
     model.tokenizer, model.markers, model.config, model.stage = tokenizer, markers, config, description["stage"]
     return model.eval()
@@ -106,17 +99,13 @@ def _local_folder(source: str | Path, hub_options: dict) -> Path:
     """The folder of a local checkpoint, or of the hub's downloaded files. Raises UserError."""
     if os.path.exists(source) or not HUB_ID.fullmatch(str(source)):
         return resolve(str(source))
-    try:
+    with loading("checkpoint", source):
         cached_only = {"local_files_only": True} if hub_problem() else {}
         folder = snapshot_download(str(source), **cached_only | hub_options)
-    except Exception as error:  # of the hub or the connection
-        raise not_loadable("checkpoint", source, error) from None
     return resolve(str(folder))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Asking
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Asking ----
 
 
 def answers(
@@ -212,7 +201,7 @@ def config_for(model: Coconut, n_thoughts: int | None = None, mode: str | None =
         return config
     if not config.has_latents:
         raise UserError(f"a number of thoughts is for models with latents, and this one is of method {config.method}")
-    if n_thoughts >= (limit := model.max_positions or MAX_THOUGHTS):
+    if n_thoughts >= (limit := model.max_positions or MOST_LATENTS):
         raise UserError(f"{n_thoughts} thoughts do not fit into {limit} positions")
     return replace(config, eval_latents=n_thoughts)
 

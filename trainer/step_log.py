@@ -16,10 +16,8 @@ from utils import UserError, log
 
 def log_steps(run: Run, epoch: int) -> float:
     """Writes the losses since the last call, each the mean over the step's examples on all ranks; returns the last.
-    Losses are checked for NaN here, not at every step, to avoid a device sync each time.
-
-    Raises UserError on every rank where one is not finite, unless skip_nonfinite is set. Collective.
-    """
+    Losses are checked for NaN here, not at every step, to avoid a device sync each time. Raises UserError on every rank
+    where one is not finite, unless skip_nonfinite is set. Collective."""
     losses = torch.stack([step.losses for step in run.unlogged])  # (steps, 1), with an auxiliary loss (steps, 2)
     dist.all_reduce(losses)  # all ranks: each holds its share of every step's loss
     losses = (losses / run.world.size).tolist()
