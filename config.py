@@ -31,6 +31,7 @@ from utils import UserError, launched_ranks, print_error, print_result
 METHODS = methods.names()
 MOST_LATENTS = 100_000  # longer than any model's positions; sequences of more fill the memory before they are refused
 METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")  # keys of the reference that became `method`
+MIN_TEMPERATURE = 0.001  # below it logits overflow, and sampling is greedy anyway
 COMMAND_LINE = "the command line"
 PLACEHOLDER = re.compile(r"YOUR_\w+")
 NO_FILE_NAME = re.compile(r"[/\\\0]|^\.*$")  # of what a name must not be, since files and folders bear it
@@ -59,6 +60,22 @@ def split_thought(spelling: str) -> tuple[str, int | float | str | None]:
     if text == "st":
         return name, text
     return name, None if not text else float(text) if "." in text else int(text)
+
+
+def split_noise(spelling: float | str) -> tuple[float, bool]:
+    """(S, whether it is a share of the thought's norm) of thought_noise: 0.3 is (0.3, True), "absolute:0.6" is
+    (0.6, False). Raises ValueError."""
+    text = str(spelling).removeprefix("absolute:")
+    with suppress(ValueError):
+        if 0 <= float(text) <= LARGEST_FACTOR:
+            return float(text), text == str(spelling)
+    raise ValueError("must be a number from 0 on, or absolute:NUMBER")
+
+
+def _check_temperature(temperature: float) -> None:
+    """Raises ValueError where logits would overflow."""
+    if 0 < temperature < MIN_TEMPERATURE:
+        raise ValueError(f"must be 0, for greedy decoding, or at least {MIN_TEMPERATURE}")
 
 
 def _with_keys_of_methods(cls):
@@ -209,6 +226,22 @@ class Config:
     # evaluation and checkpoints
     eval_batch_size: int = setting(32, "prompts generated from at once on one rank", low=1)
     max_new_tokens: int = setting(128, "longest generation", low=1)
+    val_samples: int = setting(
+        0, "answers sampled to each validation question beside the greedy one, for pass@k and vote (0: none)", low=0
+    )
+    temperature: float = key(
+        0.0, "of the tokens of sampled answers; 0 is greedy decoding", low=0, check=_check_temperature, later=True
+    )
+    thought_noise: float | str = key(
+        0.0,
+        "S | absolute:S: Gaussian noise in each thought z of a sampled answer; its standard deviation in each of the D "
+        "dimensions is S |z| / sqrt(D), or S",
+        check=split_noise,
+        later=True,
+    )
+    thought_dropout: float = setting(
+        0.0, "of sampled answers in validation: dropout of the decoder blocks before the last latent", low=0, high=0.99
+    )
     answer_match: str = setting(
         "text",
         "text | number: whether an answer has to be the gold answer's text without commas (reference), or the last "
@@ -359,6 +392,7 @@ class Config:
         entries = len(self.epochs_per_stage) if isinstance(self.epochs_per_stage, list) else 0
         ends, stages, loads = self.resume >= self.num_epochs, self.last_stage + 1, self.load_model_path is not None
         thinks, forced = self.only_eval and self.has_latents, self.eval_latents is not None
+        disturbed, feeds = split_noise(self.thought_noise)[0] or self.thought_dropout, self.thought != "pause"
         wrong = [
             (ends and not self.only_eval, f"resume {self.resume} leaves nothing of num_epochs {self.num_epochs}"),
             (self.only_eval and not loads, "only_eval needs load_model_path: the checkpoint to evaluate"),
@@ -369,6 +403,12 @@ class Config:
             (self.from_scratch and self.lora_rank, "lora_rank updates existing weights, and from_scratch has none"),
             (self.bf16 and self.bf16_weights, "bf16 (mixed precision) and bf16_weights exclude each other"),
             (self.compile and self.gradient_checkpointing, "compile and gradient_checkpointing exclude each other"),
+            (
+                disturbed and not (feeds and self.has_latents),
+                "thought_noise and thought_dropout need thoughts that are fed back, and "
+                f"method {self.method} with thought {self.thought} has none",
+            ),
+            (self.compile and self.thought_dropout, "compile and thought_dropout exclude each other"),
         ]
         return [text for is_wrong, text in wrong if is_wrong]
 

@@ -222,13 +222,13 @@ def weighted_batches(run: Run, planned: PlannedStep, batches: Iterator[dict]) ->
 
 
 def next_batch(run: Run, batches: Iterator[dict]) -> dict:
-    """The next micro-batch on the device."""
+    """The next micro-batch on the device, as the method has it there (methods.implementation)."""
     begin = time.perf_counter()
     batch = next(batches)
     run.throughput.waiting += time.perf_counter() - begin
     for sequences in dataset.sequences_in(batch):
         run.throughput.add(sequences["attention_mask"].sum(dim=1).tolist(), len(sequences["supervised"]))
-    return dataset.on_device(batch, run.world.device)
+    return run.parts.on_device(run, dataset.on_device(batch, run.world.device))
 
 
 def update_weights(run: Run, loss: torch.Tensor) -> None:

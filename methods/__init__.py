@@ -167,5 +167,6 @@ def thoughts() -> Iterator[tuple[str, str, str]]:
 
 def implementation(name: str) -> types.ModuleType:
     """The whole file of a method, which imports torch. It may define MODEL, a subclass of Coconut; DATASET, one of
-    StageDataset; and `validate`, with the arguments of trainer.evaluate.evaluate."""
+    StageDataset; `validate`, with the arguments of trainer.evaluate.evaluate; and `on_device(run, batch)`, which makes
+    of a training batch what the model is called with, such as rollouts and their rewards."""
     return importlib.import_module(f"methods.{name}")

@@ -50,6 +50,8 @@ class Method(methods.Method):
             yield f"latent_passes {config.latent_passes} is for latents, and method {config.method} has none"
         if in_parallel and config.thought == "pause":
             yield "latent_passes makes thoughts, and thought pause has none"
+        if in_parallel and (config.thought_noise or config.thought_dropout):
+            yield "thought_noise and thought_dropout need thoughts one after the other: unset latent_passes"
         if config.latent_passes == "stage" and config.c_thought == 0:
             yield "latent_passes stage counts groups of c_thought latents, and c_thought is 0"
         if config.thought == "looped" and not in_parallel:

@@ -85,6 +85,12 @@ class GrowingLayer(DynamicLayer):
         self.values = self.value_buffer.append(value_states)
         return self.keys, self.values
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row, for passes without gradients."""
+        for buffer in (self.key_buffer, self.value_buffer):
+            buffer.memory.states = buffer.memory.states.repeat_interleave(repeats, dim=0)
+        super().batch_repeat_interleave(repeats)
+
     @contextmanager
     def replayed_from(self, length: int) -> Iterator[None]:
         """Lets a pass that began at `length` columns run again: it writes the same states to the same columns."""

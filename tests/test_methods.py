@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from conftest import lines_of, main, settled
+from conftest import ROOT, lines_of, main, settled
 from plain import ids, make_examples
 from test_coconut import END, EOS, LATENT, START
 from transformers import AutoTokenizer
@@ -53,6 +53,8 @@ OTHERS = {
     **{"distillation": "20", "distilled_layers": "all", "latent_labels": "1", "latent_passes": "1"},
     **{"positions": "offset", "position_range": "32"},
     **{"step_decoder": "copy", "step_decoder_weight": "9", "step_decoder_reduction": "mean"},
+    **{"temperature": "0.2", "thought_noise": "1.0", "group_size": "3", "advantage": "std"},
+    "reward": str(ROOT / "tests" / "own_reward.py"),
     "step_decoder_surplus": ("none", "curriculum=none", "max_latent_stage=6"),
 }
 BASE = (
@@ -87,7 +89,9 @@ UNUSED = {
     "multi_mode": {"latent_markers"},
     "sim_cot": {"from_scratch"},
     "stopping": STAGES | {"pad_latent_to_max", "step_separator", "lora_rank", "lora_alpha", "lora_dropout"},
+    "grpo": {"epochs_per_stage", "curriculum", "step_separator", "lora_dropout"},
 }
+OF_SAMPLES = {"temperature", "thought_noise"}  # used by grpo alone
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +132,8 @@ def test_every_key_of_a_method_has_an_effect(losses, method, key):
 def test_every_key_of_the_core_has_an_effect_where_it_is_used(losses, method):
     of_methods = {key for rules in methods.all_rules().values() for key, _, _ in methods.own_keys(rules)}
     core = OTHERS.keys() - of_methods
-    assert {key for key in core if not matters(losses, method, key)} == UNUSED.get(method, set())
+    unused = UNUSED.get(method, set()) | (OF_SAMPLES if method != "grpo" else set())
+    assert {key for key in core if not matters(losses, method, key)} == unused
 
 
 @pytest.mark.parametrize("method", [name for name in methods.names() if Config(method=name).rules.texts(Config())])

@@ -70,7 +70,7 @@ def test_the_row_trains_and_is_evaluated(place, data_set, row):
     ("row", "first"),
     [
         *(("sim_cot", 3), ("codi", 0), ("pccot", 0), ("lotus", 1), ("multi_mode", 3), ("parallel_latents", 3)),
-        *(("coconut_qwen", 0), ("coconut_llama", 0)),
+        *(("coconut_qwen", 0), ("coconut_llama", 0), ("grpo", 0)),
     ],
 )
 def test_a_later_method_trains_and_is_evaluated(place, row, first):

@@ -28,6 +28,14 @@ from utils import UserError, print_error, print_result
 POINTS = 500  # of a line over steps
 ROWS = 12  # of the table under it
 SPAN = 100  # largest to smallest loss, from where on the axis is logarithmic
+STEP_COLUMNS = {  # key of a step's record -> name, how it is written; of methods that sample answers
+    "reward": ("mean reward", "{:.3f}"),
+    "reward_std": ("standard deviation of rewards in a group", "{:.3f}"),
+    "groups_without_signal": ("share of groups without signal", "{:.3f}"),
+    "entropy": ("entropy, nats a token", "{:.3f}"),
+    "thought_norm": ("norm of the thoughts", "{:.3g}"),
+    "rollout_share": ("rollouts' share of the time", "{:.3f}"),
+}
 EPOCH_COLUMNS = {  # name -> key of an epoch's record, how it is written
     "training loss": ("train_loss", "{:.4f}"),
     "validation loss": ("loss", "{:.4f}"),
@@ -130,7 +138,7 @@ def in_short(run: Run) -> str:
 
 
 def training(runs: list[Run]) -> Section:
-    """Loss and speed over steps."""
+    """Loss, speed and what the method measures over steps."""
     if not any(run.steps for run in runs):
         return Section("Training", "The logs hold no step.")
     texts = []
@@ -140,6 +148,9 @@ def training(runs: list[Run]) -> Section:
             texts.append(f"{run.name}: losses that are not finite: {len(steps)}, the first at step {steps[0]}.")
     figures = [over_steps(runs, "loss", "training loss", "{:.4g}")]
     figures.append(over_steps(runs, "tokens_per_second", "tokens a second", "{:,.0f}"))
+    for key, (name, form) in STEP_COLUMNS.items():
+        if having := [run for run in runs if values_of(run.steps, key)]:
+            figures.append(over_steps(having, key, name, form))
     return Section("Training", "\n\n".join(texts), figures)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,12 +23,14 @@ from coconut import Coconut, Edit
 from config import MOST_LATENTS, Config
 from curriculum import prompt
 from dataset import collate_prompts, latent_columns
-from preprocessing.tokens import question_ids
+from preprocessing.tokens import batched, question_ids
 from trainer.checkpoint import DESCRIBED, write_model
-from trainer.evaluate import extract_answer, generate_tokens
+from trainer.evaluate import extract_answer, generate_tokens, texts_of
 from trainer.files import replaced
 from trainer.pretrained import Pretrained, hub_problem, load_model, loading, read_description, shape_of
 from trainer.run_folder import HUB_ID, resolve
+from trainer.samples import Policy
+from trainer.samples import generate as generate_samples
 from utils import UserError, log
 
 TOP = 5  # tokens shown for each thought
@@ -118,12 +121,6 @@ def answers(
     if not questions:
         return []
     rows = prompts(model, questions, n_thoughts, mode)
-    limit = model.max_positions or math.inf
-    for question, row in zip(questions, rows, strict=True):
-        if not row or row[0] == model.markers.latent:
-            raise UserError(f"the tokenizer leaves nothing of the question {question[:60]!r}")
-        if len(row) >= limit:
-            raise UserError(f"a question of {len(row)} tokens fills all {limit} positions: {question[:60]!r}")
     device, tokenizer = model.base_causallm.device, model.tokenizer
     results = []
     for new in generate_tokens(_pretrained(model), model.config.method, rows, max_new_tokens, device, **sampling):
@@ -134,6 +131,24 @@ def answers(
         for result, thoughts in zip(results, decoded_thoughts(model, tokenizer, batch), strict=True):
             result["thoughts"] = thoughts
     return results
+
+
+def samples(
+    model: Coconut,
+    questions: list[str],
+    keys: list[tuple[int, ...]],
+    n_samples: int,
+    policy: Policy,
+    max_new_tokens: int = 128,
+    n_thoughts: int | None = None,
+    mode: str | None = None,
+) -> list[dict[str, int]]:
+    """The answers that `samples.generate` draws for each question, the most frequent first, with their counts. keys: of
+    the questions. Raises UserError."""
+    rows = prompts(model, questions, n_thoughts, mode)
+    drawn = generate_samples(model, rows, keys, n_samples, policy, max_new_tokens)
+    found = map(extract_answer, texts_of(drawn.tokens, model.config.method, _pretrained(model)))
+    return [dict(Counter(of_one).most_common()) for of_one in batched(found, n_samples)]
 
 
 def prompts(
@@ -152,7 +167,14 @@ def prompts(
     for question, row in zip(questions, ids, strict=True):
         if {model.markers.start, model.markers.latent, model.markers.end}.intersection(row):
             raise UserError(f"a question holds a marker of the latent positions: {question[:60]!r}")
-    return [prompt(row, [], model.stage, config, model.markers) for row in ids]
+    rows = [prompt(row, [], model.stage, config, model.markers) for row in ids]
+    limit = model.max_positions or math.inf
+    for question, row in zip(questions, rows, strict=True):
+        if not row or row[0] == model.markers.latent:
+            raise UserError(f"the tokenizer leaves nothing of the question {question[:60]!r}")
+        if len(row) >= limit:
+            raise UserError(f"a question of {len(row)} tokens fills all {limit} positions: {question[:60]!r}")
+    return rows
 
 
 def unknown_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -63,6 +63,7 @@ class Parts(NamedTuple):
     options: dict  # of its constructor, beside Coconut's
     dataset: type[StageDataset]
     validate: Callable | None  # in place of trainer.evaluate.evaluate, with its arguments
+    on_device: Callable  # (trainer.setup.Run, batch on the device) -> the batch that the model is called with
 
 
 def parts_of(config: Config) -> Parts:
@@ -77,7 +78,8 @@ def parts_of(config: Config) -> Parts:
             model = _mixed(model, other.MODEL)
             dataset = _mixed(dataset, getattr(other, "DATASET", StageDataset))
             options |= rules.options(config)
-    return Parts(model, options, dataset, getattr(own, "validate", None))
+    on_device = getattr(own, "on_device", lambda _, batch: batch)
+    return Parts(model, options, dataset, getattr(own, "validate", None), on_device)
 
 
 def _mixed(own: type, other: type) -> type:
