@@ -9,14 +9,12 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refusal, tiny_base
+from conftest import epochs, main, refusal, tiny_base, together, weights
 from safetensors.torch import load_file, save_file
 from test_coconut import END, EOS, LATENT, START, assert_generated_as_alone
 from test_export import NEW, QUESTIONS, load_exported, make_checkpoint, tokenizer_arguments
 from test_export import joining as joining  # a fixture
 from test_methods import MARKERS, make_dataset
-from test_run import epochs, main, together, weights
-from test_run import place as place  # a fixture
 from transformers import AutoTokenizer
 
 import run
@@ -332,7 +330,7 @@ def test_a_checkpoint_without_its_head_is_refused(checkpoint, tmp_path, capsys):
     assert "no checkpoint" in refusal(thoughts_needed.main, ["none", questions], capsys)
     assert "must be positive" in refusal(thoughts_needed.main, [checkpoint, questions, "--batch", 0], capsys)
     written, out = make_checkpoint(tmp_path / "cot", method="cot"), ["--out", tmp_path / "out.json"]
-    assert "the model has 64 positions" in refusal(
+    assert "fills all 64 positions" in refusal(
         thoughts_needed.main, [checkpoint, questions, "--thoughts", 62, *out], capsys
     )
     assert "is for models with latents" in refusal(thoughts_needed.main, [written, questions, *out], capsys)
