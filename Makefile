@@ -104,7 +104,7 @@ test-multinode: .venv/installed
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck --severity=warning -x -P SCRIPTDIR slurm/* tests/*.sh preprocessing/*.bash benchmarks/*.sh
+	$(BIN)/shellcheck --severity=warning -x -P SCRIPTDIR slurm/* tests/*.sh preprocessing/*.bash
 
 clean:
 	rm -rf checkpoints/quickstart* checkpoints/breadth checkpoints/state_tracking checkpoints/mirrored2 checkpoints/prosqa_mini data/breadth data/machine data/mirrored2 data/arithmetic_* data/tiny_* data/prosqa_mini_*

@@ -30,6 +30,7 @@ def make_parser() -> Parser:
     text = "beside the baseline (default: coconut and all logits)"
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=DEFAULT_SIDES, help=text)
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory, in processes of its own")
+    parser.add_argument("--sync-debug", action="store_true", help="fail where a step waits for the GPU")
     parser.add_argument("--memory-of", choices=SIDES, default=None, help=argparse.SUPPRESS)
     return parser
 
@@ -129,6 +130,14 @@ def memory_of(arguments: list[str], stage: int, side: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+def check_waits(side: Callable[[], None]) -> None:
+    """Raises RuntimeError where a step after the first waits for the GPU."""
+    side()
+    torch.cuda.set_sync_debug_mode("error")
+    side()
+    torch.cuda.set_sync_debug_mode("default")
+
+
 def report_memory(options: argparse.Namespace) -> None:
     (step,) = make_sides(options, options.stages[0], [options.memory_of]).values()
     for _ in range(2):
@@ -160,7 +169,10 @@ def main(arguments: list[str]) -> int:
     names = [name for name in SIDES if name == "baseline" or name in options.sides]
     results = []
     for stage in options.stages:
-        medians = alternate(make_sides(options, stage, names), options.repeats, pick_device())
+        sides = make_sides(options, stage, names)
+        if options.sync_debug and torch.cuda.is_available():
+            check_waits(sides["coconut"])
+        medians = alternate(sides, options.repeats, pick_device())
         for name in names:
             memory = None if options.no_memory else memory_of(arguments, stage, name)
             passes = passes_of(name, stage * options.c_thought, options.latent_passes)

@@ -63,15 +63,19 @@ class PassingLayer(DynamicLayer):
 
 
 class GrowingLayer(DynamicLayer):
-    """The keys and values of one layer, (B, H, columns so far, d) each. Sliding windows are left to the mask."""
+    """The keys and values of one layer, (B, H, columns so far, d) each. Sliding windows are left to the mask.
+
+    The graph of a backward pass holds the memory, and this holds a piece of the graph, `link` (see _Append). They are
+    two objects because a circle through the graph would never be freed.
+    """
 
     def __init__(self, capacity: int):
         super().__init__()
         self.capacity = capacity
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.key_buffer = Buffer(key_states, self.capacity)
-        self.value_buffer = Buffer(value_states, self.capacity)
+        self.memory = Memory(key_states, value_states, self.capacity)
+        self.link = key_states.new_empty(())
         self.is_initialized = True
 
     @torch.compiler.disable  # what it does depends on how long the cache is: a graph of its own for each length
@@ -81,8 +85,10 @@ class GrowingLayer(DynamicLayer):
         """Appends (B, H, t, d) states; returns all so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self.key_buffer.append(key_states)
-        self.values = self.value_buffer.append(value_states)
+        if self.memory.length + key_states.shape[-2] > self.capacity:
+            raise ValueError(f"a cache for {self.capacity} columns cannot hold more")
+        self.keys, self.values, self.link = _Append.apply(key_states, value_states, self.link, self.memory)
+        self.keys.memory = self.values.memory = self.memory  # for `attend`
         return self.keys, self.values
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -94,76 +100,57 @@ class GrowingLayer(DynamicLayer):
     @contextmanager
     def replayed_from(self, length: int) -> Iterator[None]:
         """Lets a pass that began at `length` columns run again: it writes the same states to the same columns."""
-        buffers = (self.key_buffer, self.value_buffer)
-        now = [(buffer.memory.length, buffer.link) for buffer in buffers]
-        for buffer in buffers:
-            buffer.memory.length = length
+        length_now, link = self.memory.length, self.link
+        self.memory.length = length
         try:
             yield
         finally:
-            for buffer, (length_now, link) in zip(buffers, now, strict=True):
-                buffer.memory.length, buffer.link = length_now, link
+            self.memory.length, self.link = length_now, link
 
 
 class Memory:
-    """Room for (B, H, T, d) states, and for what later passes contribute to their gradients in a backward pass."""
+    """(B, H, T, d) keys and values of a layer, and what passes contribute to the gradients of earlier columns."""
 
-    def __init__(self, like: torch.Tensor, capacity: int):
-        self.states = like.detach().new_empty((*like.shape[:-2], capacity, like.shape[-1]))
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, capacity: int):
+        self.states = [like.new_empty((*like.shape[:-2], capacity, like.shape[-1])) for like in (keys, values)]
         self.length = 0
         self.products = 0  # made so far: some models attend to a layer's states in other layers too
-        # (column where a pass begins, number of the product) -> the factors of the gradient of its L columns, for
-        # G query heads a key-value head (B, H, G t, L) and (B, H, G t, d)
-        self.factors: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self.gradient: torch.Tensor | None = None  # (B, H, T, d): the sum of those that come whole
+        self.backward_pass = -1  # that these are of
+        # (column where a pass begins, number of the product) -> for G query heads a key-value head the gradient of the
+        # scores (B, H, G t, L), the queries (B, H, G t, d), the weights (B, H, G t, L), the gradient of the result
+        self.factors: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+        self.gradients: list[torch.Tensor | None] = [None, None]  # (B, H, T, d): the sums of those that come whole
 
-    def add(self, gradient: torch.Tensor) -> None:
-        """Adds the (B, H, L, d) gradient of the first L columns."""
-        length, capacity = gradient.shape[-2], self.states.shape[-2]
-        if self.gradient is None:
-            self.gradient = F.pad(gradient, (0, 0, 0, capacity - length))
+    def begin(self) -> None:
+        """Forgets what an earlier backward pass has left, if it did not come to the first columns."""
+        if self.backward_pass != torch._C._current_graph_task_id():
+            self.backward_pass, self.gradients = torch._C._current_graph_task_id(), [None, None]
+            self.factors.clear()
+
+    def add(self, number: int, gradient: torch.Tensor) -> None:
+        """Adds the (B, H, L, d) gradient of the first L columns of the keys, 0, or the values, 1."""
+        length = gradient.shape[-2]
+        if self.gradients[number] is None:
+            self.gradients[number] = F.pad(gradient, (0, 0, 0, self.states[number].shape[-2] - length))
         else:
-            self.gradient[..., :length, :] += gradient
+            self.gradients[number][..., :length, :] += gradient
 
-    def collect(self, begin: int, end: int) -> torch.Tensor | None:
-        """What there is for columns begin to end from the passes that begin with these or later."""
-        collected = None if self.gradient is None else self.gradient[..., begin:end, :]
+    def collect(self, begin: int, end: int) -> list[torch.Tensor | None]:
+        """What there is for keys and values of columns begin to end from the passes that begin with these or later."""
+        found = [None if whole is None else whole[..., begin:end, :] for whole in self.gradients]
         factors = [factors for (column, _), factors in self.factors.items() if column >= begin]
         if factors:
-            left = torch.cat([left[..., begin:end] for left, _ in factors], dim=-2)
-            right = torch.cat([right for _, right in factors], dim=-2)
-            product = left.mT @ right
-            collected = product if collected is None else product.add_(collected)
-        return collected
-
-    def forget(self) -> None:
-        self.factors.clear()
-        self.gradient = None
-
-
-class Buffer:
-    """States that grow by `append`.
-
-    The graph of a backward pass holds the memory, and this holds a piece of the graph, `link` (see _Append). They are
-    two objects because a circle through the graph would never be freed.
-    """
-
-    def __init__(self, like: torch.Tensor, capacity: int):
-        self.memory = Memory(like, capacity)
-        self.link = torch.zeros((), device=like.device)
-
-    def append(self, states: torch.Tensor) -> torch.Tensor:
-        """Adds (B, H, t, d) states; returns all so far, (B, H, length, d)."""
-        capacity = self.memory.states.shape[-2]
-        if self.memory.length + states.shape[-2] > capacity:
-            raise ValueError(f"a cache for {capacity} columns cannot hold more")
-        whole, self.link = _Append.apply(states, self.link, self.memory)
-        whole.memory = self.memory  # for `attend`
-        return whole
+            scores, queries, weights, results = zip(*factors, strict=True)
+            left = torch.cat([rows[..., begin:end] for rows in (*scores, *weights)], dim=-2).unflatten(-2, (2, -1))
+            right = torch.cat([*queries, *results], dim=-2).unflatten(-2, (2, -1))
+            products = (left.mT @ right).unbind(-3)  # of (B, H, 2, end - begin, d)
+            sums = zip(products, found, strict=True)
+            found = [product if whole is None else product.add_(whole) for product, whole in sums]
+        return found
 
 
 class _Append(torch.autograd.Function):
-    """Writes states behind those of the earlier passes and returns the whole as a view.
+    """Writes states behind those of the earlier passes and returns the whole as views.
 
     Writing into memory that autograd has saved is sound here, because a pass only writes columns that no earlier pass
     has seen; `.data` keeps it from the version counters that would object.
@@ -174,28 +161,30 @@ class _Append(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, states: torch.Tensor, link: torch.Tensor, memory: Memory):
+    def forward(ctx, keys: torch.Tensor, values: torch.Tensor, link: torch.Tensor, memory: Memory):
         ctx.set_materialize_grads(False)
-        ctx.memory, ctx.begin, ctx.end = memory, memory.length, memory.length + states.shape[-2]
-        data = memory.states.data
-        data[..., ctx.begin : ctx.end, :] = states
+        ctx.memory, ctx.begin, ctx.end = memory, memory.length, memory.length + keys.shape[-2]
+        wholes = [states.data[..., : ctx.end, :] for states in memory.states]
+        for whole, new in zip(wholes, (keys, values), strict=True):
+            whole[..., ctx.begin :, :] = new
         memory.length = ctx.end
-        return data[..., : ctx.end, :], torch.zeros_like(link)
+        return *wholes, link.new_empty(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_whole: torch.Tensor | None, grad_link: torch.Tensor | None):
-        memory = ctx.memory
-        if ctx.end == memory.length:
-            memory.gradient = None  # the first of a backward: an unfinished one may have left some; factors it replaces
-        if grad_whole is not None and ctx.begin > 0:  # from an attention other than `attend`
-            memory.add(grad_whole)
-        gradient = memory.collect(ctx.begin, ctx.end)
-        if ctx.begin == 0:
-            memory.forget()
-            if grad_whole is not None:
-                gradient = grad_whole if gradient is None else gradient.add_(grad_whole)
-        return gradient, None, None
+    def backward(ctx, *gradients: torch.Tensor | None):
+        memory, wholes = ctx.memory, gradients[:2]  # from an attention other than `attend`
+        memory.begin()
+        if ctx.begin > 0:
+            for number, whole in enumerate(wholes):
+                if whole is not None:
+                    memory.add(number, whole)
+            return *memory.collect(ctx.begin, ctx.end), None, None
+        pairs = zip(memory.collect(0, ctx.end), wholes, strict=True)
+        found = [one if other is None else other if one is None else one + other for one, other in pairs]
+        memory.factors.clear()
+        memory.gradients = [None, None]
+        return *found, None, None
 
 
 def attend(
@@ -219,6 +208,7 @@ def attend(
     Returns (B, t, G H, d), and None for the weights.
     """
     if kwargs.get("position_bias") is None and _leaves_factors(query, key, value, attention_mask):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _attend_in_factors(query, key, value, attention_mask, dropout, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
@@ -229,12 +219,16 @@ AttentionInterface.register("sdpa", attend)
 def _leaves_factors(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> bool:
-    """Whether this is a later pass in training, of the form that `_attend_in_factors` can do, and of so few rows that
-    the factors take less room than the gradient."""
-    if not (query.requires_grad and hasattr(key, "memory") and hasattr(value, "memory")):
+    """Whether this is a later pass in training, of the form that `_Attend` can do, and of so few rows that the factors
+    take less room than the gradient."""
+    are_kept = hasattr(key, "memory") and hasattr(value, "memory")
+    if not (query.requires_grad and are_kept and key.shape == value.shape):
         return False
     rows = query.shape[1] // key.shape[1] * query.shape[-2]
-    is_plain = query.shape[-2] == 1 if attention_mask is None else attention_mask.shape[1] == 1
+    if attention_mask is None:
+        is_plain = query.shape[-2] == 1
+    else:  # no learned bias
+        is_plain = attention_mask.shape[1] == 1 and not attention_mask.requires_grad
     return is_plain and query.shape[-2] < key.shape[-2] and rows <= key.shape[-1]
 
 
@@ -245,42 +239,60 @@ def _attend_in_factors(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     dropout: float,
-    scaling: float | None,
+    scaling: float,
 ) -> torch.Tensor:
-    columns, size = query.shape[-2:]
-    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B, H, G t, d)
-    scores = _Product.apply(grouped, key, columns, True)  # (B, H, G t, L)
-    scores = scores.unflatten(2, (-1, columns)).to(torch.promote_types(scores.dtype, torch.float32))  # (B, H, G, t, L)
-    scores = scores * (size**-0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        mask = attention_mask[:, :, None]
-        least = torch.finfo(scores.dtype).min  # not -inf: in a window of padding there may be no column left
-        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
-    weights = F.dropout(F.softmax(scores, dim=-1).to(value.dtype), dropout)
-    found = _Product.apply(weights.flatten(2, 3), value, columns, False)  # (B, H, G t, d)
-    return found.unflatten(2, (-1, columns)).flatten(1, 2).transpose(1, 2).contiguous()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        if not hasattr(attention_mask, "hidden"):  # all layers of a pass have the same mask
+            attention_mask.hidden = ~attention_mask
+        attention_mask = attention_mask.hidden
+    return _Attend.apply(query, key, value, attention_mask, dropout, scaling)
 
 
-class _Product(torch.autograd.Function):
-    """rows @ states, or rows @ states.mT, for what a Buffer has returned; the states' gradient is left in its memory as
-    factors. `columns` are those of the pass.
+class _Attend(torch.autograd.Function):
+    """softmax(scaling Q K^T + mask) V, over what a GrowingLayer has returned. The gradients of keys and values are left
+    in its memory as factors.
 
-    The states are an input for the sake of the graph only: it makes this come before the backward of _Append.
+    Keys and values are inputs for the sake of the graph only: it makes this come before the backward of _Append. A bool
+    mask says what is hidden.
     """
 
     @staticmethod
-    def forward(ctx, rows: torch.Tensor, states: torch.Tensor, columns: int, transposed: bool):
-        ctx.save_for_backward(rows, states)
-        ctx.memory, ctx.transposed = states.memory, transposed
+    def forward(ctx, query, key, value, mask, dropout: float, scaling: float):
+        ctx.memory, ctx.scaling, ctx.dropout, ctx.columns = key.memory, scaling, dropout, query.shape[-2]
         ctx.memory.products += 1
-        ctx.key = (states.shape[-2] - columns, ctx.memory.products)
-        return rows @ (states.mT if transposed else states)
+        ctx.key = (key.shape[-2] - ctx.columns, ctx.memory.products)
+        with torch.autocast(query.device.type, enabled=False):  # it would cast all keys in each pass
+            rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3).to(key.dtype)  # (B, H, G t, d)
+            scores = _product(rows, key.mT, scaling)  # (B, H, G t, L)
+            if mask is not None:
+                by_head = scores.unflatten(2, (-1, ctx.columns))  # (B, H, G, t, L)
+                if mask.dtype == torch.bool:  # not -inf: in a window of padding there may be no column left
+                    by_head.masked_fill_(mask[:, :, None], torch.finfo(scores.dtype).min)
+                else:
+                    by_head.add_(mask[:, :, None])
+            weights = torch._softmax(scores, -1, False)
+            seen, kept = torch.native_dropout(weights, dropout, True) if dropout else (weights, None)
+            seen = seen.to(value.dtype)
+            found = seen @ value  # (B, H, G t, d)
+        ctx.save_for_backward(rows, key, value, weights, seen, kept)
+        return found.unflatten(2, (-1, ctx.columns)).flatten(1, 2).transpose(1, 2).contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor):
-        rows, states = ctx.saved_tensors
-        # under autocast the types may differ
-        rows, states = rows.detach().to(gradient.dtype), states.to(gradient.dtype)
-        ctx.memory.factors[ctx.key] = (gradient, rows) if ctx.transposed else (rows, gradient)
-        return gradient @ (states if ctx.transposed else states.mT), None, None, None
+        rows, key, value, weights, seen, kept = ctx.saved_tensors
+        result = gradient.transpose(1, 2).unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B, H, G t, d)
+        gradient = _product(result, value.mT, ctx.scaling).to(weights.dtype)  # of all that follows, scaled
+        if kept is not None:
+            gradient = torch.ops.aten.native_dropout_backward(gradient, kept, 1 / (1 - ctx.dropout))
+        scores = torch._softmax_backward_data(gradient, weights, -1, weights.dtype)  # (B, H, G t, L)
+        ctx.memory.begin()
+        ctx.memory.factors[ctx.key] = (scores, rows, seen, result)
+        query = scores @ key  # (B, H, G t, d)
+        return query.unflatten(2, (-1, ctx.columns)).flatten(1, 2), None, None, None, None, None
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * left @ right, of (B, H, ., .), in one kernel."""
+    product = torch.baddbmm(left.new_empty(()), left.flatten(0, 1), right.flatten(0, 1), beta=0, alpha=scale)
+    return product.unflatten(0, left.shape[:2])

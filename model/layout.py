@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from dataset import latent_columns as find_latent_columns
 
@@ -131,6 +132,8 @@ def causal_mask(attention_mask: torch.Tensor, length: int, masked: bool) -> torc
     end = attention_mask.shape[1]
     if not masked and length in (1, end):
         return None
+    if length == 1:
+        return F.pad(attention_mask[:, None, None, :-1].bool(), (0, 1), value=True)
     key = torch.arange(end, device=attention_mask.device)
     query = key[end - length :, None]
     return (key <= query) & (attention_mask[:, None, None, :].bool() | (key == query))

@@ -145,10 +145,12 @@ def test_a_head_module_that_does_more_is_run():
 )
 def test_what_is_wrong_is_noticed(breaks, sentence, monkeypatch):
     base = tiny_model("llama", torch.float32)
-    append, mask = kv_cache.Buffer.append, backbone.causal_mask
+    update, mask = kv_cache.GrowingLayer.update, backbone.causal_mask
+    cut = lambda self, keys, values, *_, **__: update(self, keys.detach(), values.detach())  # noqa: E731
+    shrunk = lambda self, keys, values, *_, **__: update(self, 0.9 * keys, 0.9 * values)  # noqa: E731
     module, name, broken = {
-        "gradients": (kv_cache.Buffer, "append", lambda self, states: append(self, states.detach())),
-        "states": (kv_cache.Buffer, "append", lambda self, states: append(self, 0.9 * states)),
+        "gradients": (kv_cache.GrowingLayer, "update", cut),
+        "states": (kv_cache.GrowingLayer, "update", shrunk),
         "padding": (backbone, "causal_mask", lambda seen, *rest: mask(torch.ones_like(seen), *rest)),
         "raises": (type(base), "forward", raising(RuntimeError("strange\nnews"))),
     }[breaks]

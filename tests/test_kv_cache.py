@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from coconut import Coconut
 from model import kv_cache
-from model.kv_cache import Buffer, GrowingLayer, attend, has_attention, make_cache
+from model.kv_cache import GrowingLayer, attend, has_attention, make_cache
 from model.recurrent_cache import REPLACING_LAYERS
 
 ReplacingLayer = REPLACING_LAYERS[LinearAttentionLayer]
@@ -42,14 +42,18 @@ def test_views_and_gradients_are_those_of_concatenation():
         return result
 
     states = passes(5, 1, 1, 3)
-    buffer, seen = Buffer(states[0], capacity=12), []
+    layer, seen = GrowingLayer(capacity=12), []
+
+    def append(new: torch.Tensor) -> torch.Tensor:
+        keys, values = layer.update(new, 0.5 * new)
+        return keys + 2 * values
 
     def concatenate(new: torch.Tensor) -> torch.Tensor:
         seen.append(new)
-        return torch.cat(seen, dim=-2)
+        return 2 * torch.cat(seen, dim=-2)
 
-    assert_same_gradients(total(buffer.append, states), total(concatenate, states), states, rtol=1e-12)
-    assert buffer.memory.length == 10
+    assert_same_gradients(total(append, states), total(concatenate, states), states, rtol=1e-12)
+    assert layer.memory.length == 10
 
 
 @pytest.mark.parametrize("masked", ["bool", "float", "one column"])
@@ -108,6 +112,25 @@ def test_nothing_is_copied_and_a_full_cache_says_so():
         layer.update(*passes(3, 3))
 
 
+def test_dropout_of_weights_is_that_of_torch():
+    module, states, (query,) = torch.nn.Module(), passes(6, 1), passes(1)
+
+    def dropped() -> torch.Tensor:
+        layer = GrowingLayer(7)
+        layer.update(states[0], states[0])
+        torch.manual_seed(0)
+        return attend(module, query, *layer.update(states[1], states[1]), None, dropout=0.5)[0]
+
+    def plain() -> torch.Tensor:
+        whole = torch.cat(states, dim=-2)
+        torch.manual_seed(0)
+        weights = torch.native_dropout((query @ whole.mT * query.shape[-1] ** -0.5).softmax(-1), 0.5, True)[0]
+        return (weights @ whole).transpose(1, 2)
+
+    found, wanted = (torch.autograd.grad(total().square().sum(), [query, *states]) for total in (dropped, plain))
+    assert all(torch.allclose(one, other, rtol=1e-10, atol=1e-13) for one, other in zip(found, wanted, strict=True))
+
+
 def test_a_long_pass_is_left_to_torch(monkeypatch):
     """Its factors would be larger than the gradient."""
     monkeypatch.setattr(kv_cache, "_attend_in_factors", lambda *_: pytest.fail("factors of many rows"))
@@ -152,8 +175,8 @@ def test_the_memory_goes_with_the_graph(monkeypatch):
             if backward:
                 loss.backward()
             del loss
-            assert len(made) == 4
-            assert [memory() for memory in made] == [None] * 4
+            assert len(made) == 2
+            assert [memory() for memory in made] == [None] * 2
             made.clear()
     finally:
         gc.enable()

@@ -27,6 +27,7 @@ from config import Config
 from model import lora
 from model.backbone import decoder_blocks
 from model.checkpointing import checkpoint_blocks
+from model.weight_gradients import defer_weight_gradients
 from trainer.distributed import World, on_every_rank, on_main_rank
 from trainer.pretrained import Pretrained, load_model, make_model, shape_of
 from utils import UserError
@@ -112,9 +113,12 @@ def with_companions(model: Coconut) -> list[Coconut]:
 
 
 def wrap_blocks(model: Coconut, config: Config) -> None:
-    """Compiles the decoder blocks, or lets them compute again what they do not keep, as the configuration says."""
+    """Compiles the decoder blocks, or lets them compute again what they do not keep, as the configuration says; else
+    the gradients of their weights from latent passes are made once a step."""
     if config.gradient_checkpointing:
         checkpoint_blocks(blocks_of(model, "gradient_checkpointing"))
+    elif not config.compile:
+        defer_weight_gradients(model.backbone.decoder, model.backbone.blocks)
     if config.compile:
         # a graph for each of: with and without gradients, with and without a mask, one column or several, one row or
         # several; never one for a length

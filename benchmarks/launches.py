@@ -1,0 +1,230 @@
+"""Kernels that a latent pass launches, forward and backward, beside a cached decoding step of transformers'.
+
+    python benchmarks/launches.py                   # GPT-2, Llama and Qwen2, of 12 layers
+    python benchmarks/launches.py --compile         # compiled blocks too; needs a C++ compiler
+    python benchmarks/launches.py --shapes gpt2 --card A100 --batch 128
+
+A pass launches what a step with one latent more launches, and a layer what one layer more does: both are counted, on
+models of one and two layers. On the CPU the count is of torch's operations that run on the device, in the profiler's
+list: not views, allocations and other metadata, nor what an operation is made of; a fused kernel of a compiled block is
+one. On a GPU the kernels are counted, and a few operations, as a layer norm's backward, are several.
+
+transformers' side is the same chain of hidden states through its own DynamicCache, in the model as it has it.
+
+The second table models a step's time on a card: of each pass the longest of kernels x the time of a launch, FLOPs at a
+utilisation, and bytes at the card's bandwidth; then the optimizer's bytes. benchmarks/step.py measures it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from options import SIZES, Parser
+from random_model import SHAPES
+
+BANDWIDTH = {"B200": 8.0e12, "H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "L40S": 0.86e12}  # bytes/s, data sheets
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__, "json")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="(default: all)")
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="(default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="count compiled blocks too")
+    parser.add_argument("--card", choices=list(BANDWIDTH), default="H100", help="(default: %(default)s)")
+    kinds = ("bf16", "tf32", "float32")
+    parser.add_argument("--arithmetic", choices=kinds, default="bf16", help="(default: %(default)s)")
+    parser.add_count("--batch", 32, "rows of a step")
+    parser.add_count("--stages", [0, 3, 6], "latents of a step", at_least=0)
+    parser.add_argument("--launch", type=float, default=6.0, help="microseconds of a launch (default: %(default)s)")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="of the card's FLOPs (default: %(default)s)")
+    parser.add_argument("--measured", type=Path, help="file of benchmarks/step.py --json to put beside the model")
+    return parser
+
+
+if __name__ == "__main__":
+    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+
+import json
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from common import GPT2_VOCABULARY, MARKERS, machine, pick_device, print_table, prosqa_rows, to_device, write_json
+from random_model import RandomModel
+from torch.autograd import DeviceType
+from torch.profiler import profile
+from transformers import DynamicCache
+
+from coconut import Coconut
+from config import Config
+from curriculum import IGNORE
+from dataset import collate_for_device
+from trainer import parallel
+from trainer.throughput import FlopCounter, peak_flops
+
+ALLOCATIONS = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "resize_", "_unsafe_view"}
+SIDES = ("transformers", "coconut", "compiled")
+
+
+class Count(NamedTuple):
+    """Kernels of a forward and of its backward."""
+
+    forward: int
+    backward: int
+
+    def __add__(self, other):
+        return Count(*(one + two for one, two in zip(self, other, strict=True)))
+
+    def __sub__(self, other):
+        return self + other * -1
+
+    def __mul__(self, factor):
+        return Count(*(factor * number for number in self))
+
+
+@cache
+def operations() -> set[str]:
+    """The names of torch's operations that run a kernel, as the profiler has them."""
+    composite = set(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
+    names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name not in composite}
+    aten = {name: getattr(torch.ops.aten, name[6:]) for name in names if name.startswith("aten::")}
+    views = {name for name, each in aten.items() if any(getattr(each, one).is_view for one in each.overloads())}
+    return aten.keys() - views - {f"aten::{name}" for name in ALLOCATIONS}
+
+
+def n_kernels(profiled: profile) -> int:
+    """Kernels on a GPU; on the CPU, the outermost operations that would launch some."""
+    if torch.cuda.is_available():
+        return sum(event.device_type == DeviceType.CUDA for event in profiled.events())
+
+    def count(events) -> int:
+        return sum(
+            1 if event.name in operations() or "_fused_" in event.name else count(event.cpu_children)
+            for event in events
+        )
+
+    return count(event for event in profiled.events() if event.cpu_parent is None)
+
+
+def kernels(loss, model: torch.nn.Module) -> Count:
+    """Of a forward, the function `loss`, and its backward. It runs several times: the first ones compile."""
+    for _ in range(3):
+        with profile() as forward:
+            value = loss()
+        with profile() as backward:
+            value.backward()
+        model.zero_grad()
+    return Count(n_kernels(forward), n_kernels(backward))
+
+
+def coconut_loss(model: Coconut, n_latents: int):
+    """A step's loss as a function; questions of different lengths, so that passes need masks."""
+    words = list(range(10))
+    rows = [
+        ([*words[:length], *[MARKERS.latent] * n_latents, *words], [IGNORE] * (length + n_latents) + words)
+        for length in (4, 6)
+    ]
+    batch = to_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), pick_device())
+    return lambda: model(**batch).loss
+
+
+def transformers_loss(model: Coconut, n_latents: int):
+    """The chain of hidden states through transformers' cache: a decoding step each."""
+    decoder, argument = model.backbone.decoder, model.backbone._cache_argument
+    for module in decoder.modules():
+        vars(module).pop("forward", None)  # what this project puts in the place of an activation
+    embeds = torch.randn(2, 6, decoder.config.hidden_size, device=pick_device(), requires_grad=True)
+
+    def loss() -> torch.Tensor:
+        cache = DynamicCache(config=decoder.config)
+        hidden = decoder(inputs_embeds=embeds, **{argument: cache}).last_hidden_state
+        for _ in range(n_latents):
+            hidden = decoder(inputs_embeds=hidden[:, -1:], **{argument: cache}).last_hidden_state
+        return hidden.sum()
+
+    return loss
+
+
+def count(shape: str, side: str, layers: int, n_latents: int) -> Count:
+    """Kernels of a step of a model of so many layers. They do not depend on its width."""
+    torch._dynamo.reset()
+    torch._inductor.config.cpp.enable_kernel_profile = True  # fused kernels are events of the profiler
+    base = RandomModel(shape, 64, layers, 2).build(GPT2_VOCABULARY + 3, MARKERS.eos)
+    model = Coconut(base, MARKERS.latent, MARKERS.start, MARKERS.end, MARKERS.eos).to(pick_device())
+    if side == "transformers":
+        return kernels(transformers_loss(model, n_latents), model)
+    parallel.wrap_blocks(model, Config(compile=side == "compiled"))
+    return kernels(coconut_loss(model, n_latents), model)
+
+
+def passes(shape: str, side: str, layers: int) -> dict[str, Count]:
+    """Kernels of a layer in a latent pass, of the pass in a model of so many layers, and of a step with one latent
+    (none: with as few passes as there are)."""
+    small, large = ({k: count(shape, side, n, k) for k in (1, 2, 3)} for n in (1, 2))
+    one, two = (counts[3] - counts[2] for counts in (small, large))
+    rest = small[1] + (large[1] - small[1]) * (layers - 1)
+    return {"layer": two - one, "pass": one + (two - one) * (layers - 1), "rest": rest}
+
+
+def modelled(shape: str, counts: dict[str, Count], stage: int, options: argparse.Namespace) -> dict[str, float]:
+    """A step on the card: seconds of the wide passes, of the latent passes, of the optimizer, and of all; FLOPs as a
+    share of the card's, in one second."""
+    layers, width, heads = SIZES[options.size]
+    with torch.device("meta"):
+        base = RandomModel(shape, width, layers, heads, mlp=4).build(GPT2_VOCABULARY + 3, MARKERS.eos)
+        model = Coconut(base, MARKERS.latent, MARKERS.start, MARKERS.end, MARKERS.eos)
+    counter, peak = FlopCounter.of(model), peak_flops(options.card, options.arithmetic)
+    rows = prosqa_rows(options.batch, stage, 1)
+    lengths = [len(ids) for ids, _ in rows]
+    share = counter.training(lengths, sum(label != IGNORE for _, labels in rows for label in labels)) / peak
+    size = 2 if options.arithmetic == "bf16" else 4
+    # read in the forward and in the backward pass: the weights of the blocks, 2 FLOPs each, and keys and values
+    read = 2 * size * (counter.per_token / 2 + 2 * layers * width * sum(lengths))
+    launch, bandwidth = options.launch * 1e-6, BANDWIDTH[options.card]
+    wide = max(launch * sum(counts["rest"]), share / options.utilisation)
+    latent = max(launch * sum(counts["pass"]), read / bandwidth) * max(stage - 1, 0)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    optimizer = 7 * 4 * n_parameters / bandwidth  # reads weights, gradients and two averages, writes all but gradients
+    times = {"wide": wide, "latent": latent, "optimizer": optimizer, "step": wide + latent + optimizer}
+    return times | {"share": share}
+
+
+def take_measured(options: argparse.Namespace) -> dict[tuple, float]:
+    """(shape, side, stage) -> seconds of --measured, whose batch, stages, size and arithmetic the options then are."""
+    if not options.measured:
+        return {}
+    content = json.loads(options.measured.read_text(encoding="utf-8"))
+    theirs, results = content["options"], content["results"]
+    options.batch, options.stages, options.size = theirs["batch"], theirs["stages"], theirs["size"]
+    options.arithmetic = "bf16" if theirs["bf16"] else "float32"
+    side = "compiled" if theirs["compile"] else "coconut"
+    return {(theirs["shape"], side, one["stage"]): one["seconds"] for one in results if one["side"] == "coconut"}
+
+
+def main(arguments: list[str]) -> int:
+    options = make_parser().parse_args(arguments)
+    measured = take_measured(options)
+    layers, where = SIZES[options.size][0], machine(pick_device())
+    results, counted, times = [], [], []
+    for shape in options.shapes:
+        for side in SIDES if options.compile else SIDES[:2]:
+            counts = passes(shape, side, layers)
+            counted.append([shape, side, *counts["layer"], *counts["pass"]])
+            results.append({"shape": shape, "side": side, **{name: one._asdict() for name, one in counts.items()}})
+            for stage in options.stages if side != "transformers" else []:
+                time = modelled(shape, counts, stage, options)
+                found = measured.get((shape, side, stage))
+                more = [1000 * found, f"{time['share'] / found:.1%}"] if found else ["-", "-"]
+                results[-1][f"stage {stage}"] = {**time, "measured": found}
+                times.append([shape, side, stage, *(1000 * value for value in list(time.values())[:4]), *more])
+    print(f"kernels, {layers} layers: {where}")
+    print_table(["shape", "side", "layer: forward", "backward", "pass: forward", "backward"], counted)
+    print(f"milliseconds on one {options.card}, {options.size}, batch {options.batch}, {options.arithmetic}:")
+    header = ["shape", "side", "stage", "wide passes", "latent passes", "optimizer", "step", "measured", "utilisation"]
+    print_table(header, times)
+    write_json(options, where, results, hidden=("measured",))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
