@@ -697,10 +697,15 @@ def _checked(values: dict, problems: list[str]) -> dict:
     return result
 
 
-def configure(description: str, schedule: typing.Callable[[Config, int], str]) -> Config:
+def configure(
+    description: str,
+    schedule: typing.Callable[[Config, int], str],
+    plan: typing.Callable[[Config, int | None, float | None], str],
+) -> Config:
     """The configuration that the command line asks for.
 
-    Ends the program where there is a mistake in it, and after --help or --schedule, whose text `schedule` makes.
+    Ends the program where there is a mistake in it, and after --help, --schedule or --plan, whose texts `schedule` and
+    `plan` make.
     """
     is_main = launched_ranks()[0] == 0
     parser = argparse.ArgumentParser(
@@ -711,6 +716,13 @@ def configure(description: str, schedule: typing.Callable[[Config, int], str]) -
     parser.add_argument("config", help="a YAML file, such as those in args/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key of the file from here")
     parser.add_argument("--schedule", action="store_true", help="print what each epoch will do, and stop")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what the run will need: memory, disk, tokens, hours; and stop"
+    )
+    parser.add_argument("--gpus", type=int, help="with --plan: for so many GPUs (default: what this command would use)")
+    parser.add_argument(
+        "--gpu-memory", type=float, help="with --plan: GiB of each (default: 80 if there is no GPU here)"
+    )
     if not is_main:  # one rank speaks
         parser.print_help = lambda *_: None
         parser.error = lambda message: sys.exit(print_error(UserError(message)))
@@ -720,12 +732,16 @@ def configure(description: str, schedule: typing.Callable[[Config, int], str]) -
         known = name in {*METHOD_BOOLEANS, *(field.name for field in dataclasses.fields(Config))}
         hint = f": a key is set without dashes, as in {name}=VALUE" if known else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    if min(options.gpus or 1, options.gpu_memory or 1) <= 0:
+        parser.error("--gpus and --gpu-memory must be more than 0")
     try:
         config = Config.from_file(options.config, options.overrides, needs_files=not options.schedule)
         if options.schedule and is_main:
             print_result(schedule(config, launched_ranks()[1]))
+        if options.plan and is_main:
+            print_result(plan(config, options.gpus, options.gpu_memory))
     except UserError as error:
         sys.exit(print_error(error))
-    if options.schedule:
+    if options.schedule or options.plan:
         sys.exit()
     return config

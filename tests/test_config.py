@@ -613,12 +613,12 @@ def test_a_key_with_dashes_gets_a_hint(write, monkeypatch, capsys, arguments):
     """Only "unrecognized arguments"."""
     monkeypatch.setattr(sys, "argv", ["run.py", str(write("")), *arguments])
     with pytest.raises(SystemExit) as end:
-        config_module.configure("", lambda *_: "")
+        config_module.configure("", lambda *_: "", lambda *_: "")
     assert end.value.code == 2
     assert "a key is set without dashes, as in num_epochs=VALUE" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["run.py", str(write("")), "--nonsense"])
     with pytest.raises(SystemExit):
-        config_module.configure("", lambda *_: "")
+        config_module.configure("", lambda *_: "", lambda *_: "")
     assert capsys.readouterr().err.endswith("unrecognized arguments: --nonsense\n")
 
 

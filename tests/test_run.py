@@ -66,7 +66,7 @@ def here(capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["run.py", *settled(*arguments)])
         capsys.readouterr()
         try:
-            code = run_module.main(run_module.configure(run_module.__doc__, run_module.schedule))
+            code = run_module.main(run_module.configure(run_module.__doc__, run_module.schedule, run_module.plan))
         except SystemExit as end:
             code = end.code or 0
         return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())

@@ -6,7 +6,6 @@ import json
 import math
 
 import torch
-import torch.distributed as dist
 
 from trainer import distributed as ranks
 from trainer.files import writing
@@ -21,7 +20,7 @@ def log_steps(run: Run, epoch: int) -> float:
     Raises UserError on every rank where one is not finite, unless skip_nonfinite is set. Collective.
     """
     losses = torch.stack([step.losses for step in run.unlogged])  # (steps, 1), with an auxiliary loss (steps, 2)
-    dist.all_reduce(losses)  # all ranks: each holds its share of every step's loss
+    ranks.all_reduce(losses)  # all ranks: each holds its share of every step's loss
     losses = (losses / run.world.size).tolist()
     speed = run.throughput.report(run.world.size)  # all ranks
     first = run.progress.step - len(losses) + 1

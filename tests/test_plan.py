@@ -1,0 +1,216 @@
+"""What a run will need: predicted and measured."""
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import arithmetic
+import forked
+import pytest
+import tiny_model
+import torch
+import yaml
+from conftest import ROOT
+from transformers import AutoModelForCausalLM
+
+from config import Config, configure
+from trainer.memory import SHARE_OF_GPU, largest_that_fits
+from trainer.parallel import BYTES_PER_PARAMETER, bytes_under_ddp
+from trainer.plan import (
+    Machine,
+    choose_strategy,
+    estimate,
+    explains_out_of_memory,
+    plan,
+    read_source,
+    what_would_fit,
+)
+from utils import UserError
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    for name, examples in arithmetic.make_splits({"train": 150, "valid": 30}, base=5).items():
+        (folder / f"{name}.json").write_text(json.dumps(examples))
+    return folder
+
+
+def write_config(data: Path, folder: Path, family: str, width: int, layers: int, **keys) -> Config:
+    """A configuration of its own folder, with a model."""
+    model = data / f"{family}-{width}-{layers}"
+    if not model.is_dir():
+        tiny_model.write_model([data / "train.json"], model, "char", family, width, layers, 4, 128)
+    config = {"save_path": str(data / "runs"), "model_id": str(model), "max_latent_stage": 3, "epochs_per_stage": 1}
+    config |= {"train_path": str(data / "train.json"), "val_path": str(data / "valid.json"), "num_epochs": 4}
+    config |= {"batch_size_training": 16, "max_new_tokens": 20, **keys}
+    name = "-".join([family, *(f"{key}={value}" for key, value in keys.items())])
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return Config.from_file(path)
+
+
+def compare(folder: Path, configs: list[Config], n_ranks: int) -> None:
+    estimates = {}
+    for config in configs:
+        strategy = "fsdp" if config.strategy == "fsdp" else "ddp"
+        found = estimates[config.name] = estimate(config, Machine(n_ranks, None), strategy, read_source(config))
+        (folder / f"{config.name}.stage").write_text(str(found.stage))
+    done = forked.run(n_ranks, ROOT / "tests" / "peak.py", folder)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    table = []
+    for name, found in estimates.items():
+        for rank in range(n_ranks):
+            measured = json.loads((folder / f"{name}-{rank}.json").read_text())
+            for kind, need in (("training", found.training), ("validation", found.validation)):
+                ratio = need.total / measured[kind]
+                table.append((name, rank, kind, need.total / 2**20, measured[kind] / 2**20, ratio))
+    for row in table:
+        print("{:50} {} {:10} {:8.2f} {:8.2f} {:6.3f}".format(*row))
+    assert all(0.9 < ratio < 1.1 for *_, ratio in table)
+
+
+def test_the_peak_is_the_measured_one(data, tmp_path):
+    keys = [
+        ("gpt2", {}),
+        ("llama", {"strategy": "fsdp"}),
+        ("qwen2", {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
+        ("gpt2", {"strategy": "fsdp", "gradient_checkpointing": True}),
+    ]
+    configs = [write_config(data, tmp_path, family, 64, 2, **more) for family, more in keys]
+    compare(tmp_path, configs, 2)
+
+
+@pytest.mark.slow
+def test_the_peak_is_the_measured_one_in_all_families(data, tmp_path):
+    configs = [
+        write_config(data, tmp_path, family, 64, 2, strategy=strategy, gradient_checkpointing=checkpointing)
+        for family in ("gpt2", "llama", "qwen2")
+        for strategy in ("ddp", "fsdp")
+        for checkpointing in (False, True)
+    ]
+    compare(tmp_path, configs, 2)
+
+
+@pytest.mark.parametrize("limit", [0, 102, 103, 200, 249, 255, 258, 10_000])
+def test_the_largest_size_that_fits(limit):
+    calls = []
+
+    def needed(size: int) -> int:
+        calls.append(size)
+        return 100 + 3 * size + 2 * max(size - 50, 0)
+
+    sizes = list(range(1, 4097))
+    assert largest_that_fits(needed, limit, sizes) == max((s for s in sizes if needed(s) <= limit), default=0)
+    calls.clear()
+    largest_that_fits(needed, limit, sizes)
+    assert len(calls) < 20
+    assert largest_that_fits(needed, limit, [4, 16]) in (0, 4, 16)
+
+
+def test_a_plan_in_words(data, tmp_path):
+    """All lines; a GPU that holds one example more, or one less."""
+    config = write_config(data, tmp_path, "llama", 64, 2, global_batch_size=32, keep_checkpoints=2, bf16=True)
+    lines = dict(line.split(maxsplit=1) for line in plan(config, gpus=2, gpu_memory=80).splitlines())
+    assert list(lines) == ["model", "strategy", "batch", "training", "validation", "fits", "disk", "work", "time"]
+    n_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(config.model_id).parameters())
+    n_parameters += 3 * 64  # the markers' rows
+    assert f"{n_parameters:,} parameters, {n_parameters:,} trained" in lines["model"]
+    assert lines["strategy"].startswith("ddp on 2 x H100 (auto: weights, gradients and AdamW take 0.00")
+    assert lines["batch"] == "32 = 2 ranks x 16 examples x 1 passes"
+    assert lines["fits"].startswith("batch_size_training 16 is the largest that fits 92 % of a GPU's 80 GiB")
+    assert "the newest 2 and the best are kept" in lines["disk"]
+    assert lines["time"].endswith("30% of 9.89e+14 FLOP/s, the peak of H100 in bf16")
+    source = read_source(config)
+    needed = estimate(config, Machine(2, "H100"), "ddp", source).training.total
+    for spare, largest in ((1, 16), (-1, 8)):
+        memory = int(needed / SHARE_OF_GPU) + spare * 2**10
+        assert estimate(config, Machine(2, "H100", memory), "ddp", source).largest == largest
+
+
+def test_auto_shards_where_the_model_is_too_large(data, tmp_path):
+    config = write_config(data, tmp_path, "llama", 64, 2)
+    shape = read_source(config).shape
+    n_parameters = bytes_under_ddp(config, shape) // BYTES_PER_PARAMETER
+    for per_parameter, strategy in ((16 / 0.6 - 0.1, "fsdp"), (16 / 0.6 + 0.1, "ddp")):
+        machine = Machine(2, "H100", int(per_parameter * n_parameters))
+        assert choose_strategy(config, machine, shape)[0] == strategy
+    assert choose_strategy(config, Machine(2, None), shape)[0] == "ddp"
+    assert choose_strategy(replace(config, strategy="fsdp"), Machine(1, None), shape)[0] == "fsdp"
+
+
+def test_shards_take_less(data, tmp_path):
+    config = write_config(data, tmp_path, "llama", 64, 2, strategy="fsdp")
+    source = read_source(config)
+    one, four = (estimate(config, Machine(n, "H100"), "fsdp", source).training for n in (1, 4))
+    assert four.weights < 0.3 * one.weights
+    assert four.optimizer < 0.3 * one.optimizer
+    assert one.gathered == four.gathered
+    assert four.total < one.total
+
+
+@pytest.mark.parametrize("missing", ["train_path", "val_path", "model_id"])
+def test_what_is_missing_is_named(data, tmp_path, capsys, monkeypatch, missing):
+    write_config(data, tmp_path, "llama", 64, 2)
+    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / "llama.yaml"), f"{missing}=absent/x.json", "--plan"])
+    with pytest.raises(SystemExit) as end:
+        configure("", None, plan)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert missing in line
+    assert "absent/x.json" in line
+
+
+# ---- out of memory ----
+
+OF_TORCH = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB\nmore"
+
+
+def test_what_would_fit(data, tmp_path):
+    config = write_config(data, tmp_path, "gpt2", 64, 2)
+    needed = estimate(config, Machine(1, "H100"), "ddp", read_source(config)).training.total
+    text = what_would_fit(config, Machine(1, "H100", int(0.8 * needed / SHARE_OF_GPU)))
+    found = re.fullmatch(
+        r"batch_size_training 16 needs .+ GiB of .+ GiB; batch_size_training=(\d+) or gradient_checkpointing=true with "
+        r"batch_size_training=(\d+) would fit",
+        text,
+    )
+    smaller, checkpointed = map(int, found.groups())
+    assert 8 < smaller < 16
+    assert smaller < checkpointed <= 16
+    assert "should have fitted" in what_would_fit(config, Machine(1, "H100", 2 * needed))
+    assert what_would_fit(config, Machine(1, "H100", 2**20)).endswith("strategy=fsdp on more GPUs would fit")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU of 1 GiB."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
+
+
+def out_of_memory(config: Config, world) -> str:
+    with pytest.raises(UserError) as error, explains_out_of_memory(config, world):
+        raise torch.OutOfMemoryError(OF_TORCH)
+    begin, end = "CUDA is out of memory: ", f" ({OF_TORCH.splitlines()[0]})"
+    assert str(error.value).startswith(begin)
+    assert str(error.value).endswith(end)
+    return str(error.value)[len(begin) : -len(end)]
+
+
+@pytest.mark.slow
+def test_out_of_memory_ends_with_one_sentence(data, tmp_path, world, card):
+    """It was torch's traceback. What would fit is found in another process, whatever group of ranks this one is in."""
+    config = write_config(data, tmp_path, "gpt2", 64, 2)
+    assert out_of_memory(config, world).startswith("batch_size_training 16 should have fitted, with 0.00")
+
+
+def test_out_of_memory_is_explained_where_nothing_can_be_counted(data, tmp_path, world, card, monkeypatch):
+    config = write_config(data, tmp_path, "gpt2", 64, 2)
+    monkeypatch.setattr("trainer.plan.ProcessPoolExecutor", lambda *_: (_ for _ in ()).throw(RuntimeError))
+    assert out_of_memory(config, world).startswith("try a smaller batch_size_training")
+    with pytest.raises(ZeroDivisionError), explains_out_of_memory(config, world):
+        raise ZeroDivisionError
