@@ -5,6 +5,7 @@
 The profiler hears of every allocation from the allocator itself, whatever asks for it.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ def measure(config: Config, stage: int, world) -> dict[str, int]:
     """Bytes at the peak of the second step, and of a validation after it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         pretrained = parallel.load(config, world, None)
+        gc.collect()  # under FSDP, rank 0's whole model
         data = load_data(config, world, pretrained.tokenizer)
         run = Run(config, world, pretrained, {"": data}, None, Progress())
         run.throughput = Throughput(FlopCounter.of(run.model), None)

@@ -30,6 +30,9 @@ from trainer.plan import (
 )
 from utils import UserError
 
+TOLERANCE = 0.03
+DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout")
+
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
@@ -39,60 +42,59 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def write_config(data: Path, folder: Path, family: str, width: int, layers: int, **keys) -> Config:
-    """A configuration of its own folder, with a model."""
-    model = data / f"{family}-{width}-{layers}"
+def write_config(
+    data: Path, folder: Path, family: str, width: int = 64, layers: int = 2, dropout: float = 0.0, **keys
+) -> Config:
+    """A configuration with a model; two query heads share a key-value head, where there are such."""
+    model = data / f"{family}-{width}-{layers}-{dropout}"
     if not model.is_dir():
-        tiny_model.write_model([data / "train.json"], model, "char", family, width, layers, 4, 128)
+        kv_heads = None if family == "gpt2" else 2
+        tiny_model.write_model([data / "train.json"], model, "char", family, width, layers, 4, 128, kv_heads=kv_heads)
+        shape = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(shape | dict.fromkeys(DROPOUTS, dropout)))
     config = {"save_path": str(data / "runs"), "model_id": str(model), "max_latent_stage": 3, "epochs_per_stage": 1}
     config |= {"train_path": str(data / "train.json"), "val_path": str(data / "valid.json"), "num_epochs": 4}
     config |= {"batch_size_training": 16, "max_new_tokens": 20, **keys}
-    name = "-".join([family, *(f"{key}={value}" for key, value in keys.items())])
+    name = "-".join([model.name, *(f"{key}={value}" for key, value in keys.items())])
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
     return Config.from_file(path)
 
 
-def compare(folder: Path, configs: list[Config], n_ranks: int) -> None:
-    estimates = {}
-    for config in configs:
-        strategy = "fsdp" if config.strategy == "fsdp" else "ddp"
-        found = estimates[config.name] = estimate(config, Machine(n_ranks, None), strategy, read_source(config))
-        (folder / f"{config.name}.stage").write_text(str(found.stage))
-    done = forked.run(n_ranks, ROOT / "tests" / "peak.py", folder)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+def compare(folder: Path, configs: list[Config]) -> None:
+    """Counted bytes against those of the rank that needs the most."""
     table = []
-    for name, found in estimates.items():
-        for rank in range(n_ranks):
-            measured = json.loads((folder / f"{name}-{rank}.json").read_text())
-            for kind, need in (("training", found.training), ("validation", found.validation)):
-                ratio = need.total / measured[kind]
-                table.append((name, rank, kind, need.total / 2**20, measured[kind] / 2**20, ratio))
-    for row in table:
-        print("{:50} {} {:10} {:8.2f} {:8.2f} {:6.3f}".format(*row))
-    assert all(0.9 < ratio < 1.1 for *_, ratio in table)
+    for config in configs:
+        found = estimate(config, Machine(2, None), config.strategy, read_source(config))
+        (folder / f"{config.name}.stage").write_text(str(found.stage))
+        table += [(config.name, kind, getattr(found, kind).total) for kind in ("training", "validation")]
+    done = forked.run(2, ROOT / "tests" / "peak.py", folder)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    for name, kind, counted in table:
+        measured = max(json.loads((folder / f"{name}-{rank}.json").read_text())[kind] for rank in range(2))
+        print(f"{name:60} {kind:10} {counted / 2**20:8.2f} MiB counted, {measured / 2**20:8.2f} measured")
+        assert abs(counted / measured - 1) < TOLERANCE, name
 
 
 def test_the_peak_is_the_measured_one(data, tmp_path):
     keys = [
-        ("gpt2", {}),
-        ("llama", {"strategy": "fsdp"}),
-        ("qwen2", {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
-        ("gpt2", {"strategy": "fsdp", "gradient_checkpointing": True}),
+        ("gpt2", {"strategy": "ddp", "gradient_accumulation_steps": 2}),
+        ("llama", {"strategy": "fsdp", "gradient_checkpointing": True}),
     ]
-    configs = [write_config(data, tmp_path, family, 64, 2, **more) for family, more in keys]
-    compare(tmp_path, configs, 2)
+    compare(tmp_path, [write_config(data, tmp_path, family, curriculum="none", **more) for family, more in keys])
 
 
 @pytest.mark.slow
 def test_the_peak_is_the_measured_one_in_all_families(data, tmp_path):
+    variants = [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}, {"bf16": True}]
+    variants.append({"dropout": 0.1})
     configs = [
-        write_config(data, tmp_path, family, 64, 2, strategy=strategy, gradient_checkpointing=checkpointing)
+        write_config(data, tmp_path, family, width=128, layers=4, strategy=strategy, **keys)
         for family in ("gpt2", "llama", "qwen2")
         for strategy in ("ddp", "fsdp")
-        for checkpointing in (False, True)
+        for keys in (variants if family == "gpt2" else variants[:2])
     ]
-    compare(tmp_path, configs, 2)
+    compare(tmp_path, configs)
 
 
 @pytest.mark.parametrize("limit", [0, 102, 103, 200, 249, 255, 258, 10_000])
@@ -113,7 +115,7 @@ def test_the_largest_size_that_fits(limit):
 
 def test_a_plan_in_words(data, tmp_path):
     """All lines; a GPU that holds one example more, or one less."""
-    config = write_config(data, tmp_path, "llama", 64, 2, global_batch_size=32, keep_checkpoints=2, bf16=True)
+    config = write_config(data, tmp_path, "llama", global_batch_size=32, keep_checkpoints=2, bf16=True)
     lines = dict(line.split(maxsplit=1) for line in plan(config, gpus=2, gpu_memory=80).splitlines())
     assert list(lines) == ["model", "strategy", "batch", "training", "validation", "fits", "disk", "work", "time"]
     n_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(config.model_id).parameters())
@@ -121,7 +123,7 @@ def test_a_plan_in_words(data, tmp_path):
     assert f"{n_parameters:,} parameters, {n_parameters:,} trained" in lines["model"]
     assert lines["strategy"].startswith("ddp on 2 x H100 (auto: weights, gradients and AdamW take 0.00")
     assert lines["batch"] == "32 = 2 ranks x 16 examples x 1 passes"
-    assert lines["fits"].startswith("batch_size_training 16 is the largest that fits 92 % of a GPU's 80 GiB")
+    assert lines["fits"].startswith("batch_size_training 16 is the largest that fits 92% of a GPU's 80 GiB")
     assert "the newest 2 and the best are kept" in lines["disk"]
     assert lines["time"].endswith("30% of 9.89e+14 FLOP/s, the peak of H100 in bf16")
     source = read_source(config)
@@ -132,7 +134,7 @@ def test_a_plan_in_words(data, tmp_path):
 
 
 def test_auto_shards_where_the_model_is_too_large(data, tmp_path):
-    config = write_config(data, tmp_path, "llama", 64, 2)
+    config = write_config(data, tmp_path, "llama")
     shape = read_source(config).shape
     n_parameters = bytes_under_ddp(config, shape) // BYTES_PER_PARAMETER
     for per_parameter, strategy in ((16 / 0.6 - 0.1, "fsdp"), (16 / 0.6 + 0.1, "ddp")):
@@ -143,7 +145,7 @@ def test_auto_shards_where_the_model_is_too_large(data, tmp_path):
 
 
 def test_shards_take_less(data, tmp_path):
-    config = write_config(data, tmp_path, "llama", 64, 2, strategy="fsdp")
+    config = write_config(data, tmp_path, "llama", strategy="fsdp")
     source = read_source(config)
     one, four = (estimate(config, Machine(n, "H100"), "fsdp", source).training for n in (1, 4))
     assert four.weights < 0.3 * one.weights
@@ -154,8 +156,10 @@ def test_shards_take_less(data, tmp_path):
 
 @pytest.mark.parametrize("missing", ["train_path", "val_path", "model_id"])
 def test_what_is_missing_is_named(data, tmp_path, capsys, monkeypatch, missing):
-    write_config(data, tmp_path, "llama", 64, 2)
-    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / "llama.yaml"), f"{missing}=absent/x.json", "--plan"])
+    config = write_config(data, tmp_path, "llama")
+    monkeypatch.setattr(
+        sys, "argv", ["run.py", str(tmp_path / f"{config.name}.yaml"), f"{missing}=absent/x.json", "--plan"]
+    )
     with pytest.raises(SystemExit) as end:
         configure("", None, plan)
     assert end.value.code == 2
@@ -170,7 +174,7 @@ OF_TORCH = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ca
 
 
 def test_what_would_fit(data, tmp_path):
-    config = write_config(data, tmp_path, "gpt2", 64, 2)
+    config = write_config(data, tmp_path, "gpt2")
     needed = estimate(config, Machine(1, "H100"), "ddp", read_source(config)).training.total
     text = what_would_fit(config, Machine(1, "H100", int(0.8 * needed / SHARE_OF_GPU)))
     found = re.fullmatch(
@@ -204,12 +208,12 @@ def out_of_memory(config: Config, world) -> str:
 @pytest.mark.slow
 def test_out_of_memory_ends_with_one_sentence(data, tmp_path, world, card):
     """It was torch's traceback. What would fit is found in another process, whatever group of ranks this one is in."""
-    config = write_config(data, tmp_path, "gpt2", 64, 2)
+    config = write_config(data, tmp_path, "gpt2")
     assert out_of_memory(config, world).startswith("batch_size_training 16 should have fitted, with 0.00")
 
 
 def test_out_of_memory_is_explained_where_nothing_can_be_counted(data, tmp_path, world, card, monkeypatch):
-    config = write_config(data, tmp_path, "gpt2", 64, 2)
+    config = write_config(data, tmp_path, "gpt2")
     monkeypatch.setattr("trainer.plan.ProcessPoolExecutor", lambda *_: (_ for _ in ()).throw(RuntimeError))
     assert out_of_memory(config, world).startswith("try a smaller batch_size_training")
     with pytest.raises(ZeroDivisionError), explains_out_of_memory(config, world):

@@ -184,7 +184,6 @@ class FakeRank:
         if not self.optimizer.state:
             before = self.live.now
             self._step(batch, 1)
-            gc.collect()
             self.states = self.live.now - before
         accumulation, _ = self.config.passes(self.world.size)
         return self._need(lambda: self._step(batch, min(accumulation, 2)), self.gradients)
@@ -198,7 +197,6 @@ class FakeRank:
                     with evaluate.autocast(self.config, self.world):
                         output = self.model(**batch)
                     (output.loss if output.auxiliary is None else output.loss + output.auxiliary).backward()
-                    del output
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 

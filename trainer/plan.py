@@ -33,7 +33,6 @@ GIB = 2**30
 SAMPLE = 200  # examples whose sequences are counted for `cost_of`; the others are taken to be like them
 UTILISATION = 0.3  # of a GPU's peak
 GPU, GPU_GIB = "H100", 80  # where --gpus is given and there is none here
-MOST_STAGES = 8  # whose steps are counted
 LARGEST_BATCH = 4096
 
 
@@ -131,8 +130,8 @@ class Batches:
         self.config, self.data, self.markers = config, data, markers
         self.dataset = parts_of(config).dataset(data.train, config, markers)
         stages = list(dict.fromkeys(stage_of(config, epoch) for epoch in range(config.resume, config.num_epochs)))
-        chosen = np.linspace(0, len(stages) - 1, min(len(stages), MOST_STAGES)).round().astype(int)
-        self.stages = [stages[number] for number in chosen]
+        # the longest reasoning; the most latents beside the longest that is left then, and the last stage, without any
+        self.stages = list(dict.fromkeys([stages[0], *stages[-2:]]))
 
     def training(self, stage: int, size: int) -> dict:
         """As many of the longest training sequences as a pass has examples; with uniform_prob, the first is the longest
