@@ -36,11 +36,13 @@ def measure(config: Config, stage: int, world) -> dict[str, int]:
         run.wrapped = parallel.wrap(run.model, world)
         run.optimizer = program.make_optimizer(run)
         accumulation, size = config.passes(world.size)
-        batch = Batches(config, data, pretrained.markers).training(stage, size)
+        batch = Batches(config, data, pretrained.markers).training(stage, size) | {"weight": 1.0}
+        if run.parts.dataset.counts_loss_terms:
+            batch["loss_counts"] = {"auxiliary": size}
         planned = PlannedStep([MicroBatch([0], 1.0)] * accumulation, size)
         run.wrapped.train()
         for step in range(2):
-            batches = (batch | {"weight": 1.0} for _ in range(accumulation))
+            batches = (dict(batch) for _ in range(accumulation))
             with record_function(f"train {step}"):
                 program.train_step(run, planned, batches, config.lr)
         parallel.gather_weights(run.model)

@@ -80,10 +80,10 @@ def test_no_modules_import_each_other():
     assert arrows == {}
 
 
-QUICK = ["utils", "config", "curriculum", "preprocessing.examples", "dataset", "trainer.distributed", "tools.evaluate"]
+QUICK = ["utils", "config", "curriculum", "preprocessing.examples", "dataset", "trainer.distributed", "trainer.plan"]
 
 
-QUICK += ["tools.report", "tools.generate", "tools.export", "tools.show_data"]
+QUICK += ["tools.evaluate", "tools.report", "tools.generate", "tools.export", "tools.show_data"]
 
 
 @pytest.mark.parametrize("module", QUICK)

@@ -86,15 +86,50 @@ def test_the_peak_is_the_measured_one(data, tmp_path):
 
 @pytest.mark.slow
 def test_the_peak_is_the_measured_one_in_all_families(data, tmp_path):
-    variants = [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}, {"bf16": True}]
-    variants.append({"dropout": 0.1})
+    both = [{}, {"gradient_checkpointing": True}]
+    variants = {"gpt2": [*both, {"dropout": 0.1}, {"gradient_accumulation_steps": 2}], "llama": [*both, {"bf16": True}]}
+    variants["qwen2"] = [*both, {"method": "sim_cot", "step_decoder": "copy", "c_thought": 1}]
     configs = [
-        write_config(data, tmp_path, family, width=128, layers=4, strategy=strategy, **keys)
-        for family in ("gpt2", "llama", "qwen2")
+        write_config(data, tmp_path, family, width=128, layers=4, curriculum="none", strategy=strategy, **keys)
+        for family, of_family in variants.items()
         for strategy in ("ddp", "fsdp")
-        for keys in (variants if family == "gpt2" else variants[:2])
+        for keys in of_family
     ]
     compare(tmp_path, configs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_attention_of_a_gpu_keeps_what_a_cpus_does_without_dropout(data, tmp_path, family):
+    """A CPU's flash attention is the same algorithm. With dropout the CPU keeps all weights of the attention."""
+    exact, dropped = (write_config(data, tmp_path, family, dropout=p, curriculum="none") for p in (0.0, 0.1))
+    source = read_source(exact)
+    cpu, gpu = (estimate(exact, Machine(1, name), "ddp", source).training.total for name in (None, "H100"))
+    assert abs(gpu / cpu - 1) < TOLERANCE
+    source = read_source(dropped)
+    cpu, gpu = (estimate(dropped, Machine(1, name), "ddp", source).training.total for name in (None, "H100"))
+    assert gpu < 0.8 * cpu
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"method": "icot"},
+        {"method": "codi", "thought": "mlp:16", "lora_rank": 4},
+        {"method": "pccot"},
+        {"method": "lotus", "thought": "looped", "c_thought": 2},
+        {"method": "multi_mode"},
+        {"method": "parallel_latents", "latent_passes": 2},
+        {"method": "no_thoughts", "uniform_prob": 0.2},
+        {"thought": "pause", "bf16_weights": True},
+        *({"thought": t} for t in ("layer:-1", "projected", "normalised", "realigned", "suppressed", "token:st")),
+    ],
+    ids=lambda keys: "-".join(map(str, keys.values())),
+)
+def test_every_method_can_be_planned(data, tmp_path, keys):
+    config = write_config(data, tmp_path, "llama", **{"uniform_prob": 0.0, **keys})
+    assert "a rank at the peak" in plan(config, gpus=2)
 
 
 @pytest.mark.parametrize("limit", [0, 102, 103, 200, 249, 255, 258, 10_000])

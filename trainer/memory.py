@@ -178,14 +178,13 @@ class FakeRank:
         if self._syncs:
             parameter.grad = bucket.copy_(parameter.grad)
 
-    def train(self, batch: dict) -> Need:
-        """An optimizer step as run.py's `train_step` makes it, of micro-batches like this one."""
+    def train(self, batch: dict, accumulation: int = 1) -> Need:
+        """An optimizer step as run.py's `train_step` makes it, of so many micro-batches like this one."""
         batch = self._faked(batch)
         if not self.optimizer.state:
             before = self.live.now
             self._step(batch, 1)
             self.states = self.live.now - before
-        accumulation, _ = self.config.passes(self.world.size)
         return self._need(lambda: self._step(batch, min(accumulation, 2)), self.gradients)
 
     def _step(self, batch: dict, n_passes: int) -> None:

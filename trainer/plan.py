@@ -203,20 +203,22 @@ def estimate(config: Config, machine: Machine, strategy: str, source: Source) ->
     from trainer.memory import SHARE_OF_GPU, fake_rank, largest_that_fits
 
     shapes = [source.shape] * (1 + config.rules.n_companions)
-    is_on_gpu, batches = machine.gpu is not None, source.batches
-    _, size = config.passes(machine.ranks)
-    with fake_rank(config, machine.ranks, strategy, is_on_gpu, shapes, source.markers) as rank:
+    is_on_gpu, batches, n_ranks = machine.gpu is not None, source.batches, machine.ranks
+    _, size = config.passes(n_ranks)
+    with fake_rank(config, n_ranks, strategy, is_on_gpu, shapes, source.markers) as rank:
         check_lengths(config, rank.model.max_positions, batches.data)
-        needs = {stage: rank.train(batches.training(stage, size)) for stage in batches.stages}
+
+        def train(stage: int, size: int) -> Need:
+            accumulation, _ = replace(config, batch_size_training=size).passes(n_ranks)
+            return rank.train(batches.training(stage, size), accumulation)
+
+        needs = {stage: train(stage, size) for stage in batches.stages}
         stage = max(needs, key=lambda stage: needs[stage].total)
-        validation = rank.validate(*batches.validation(stage, machine.ranks))
+        validation = rank.validate(*batches.validation(stage, n_ranks))
         largest = None
         if machine.memory is not None:
-            largest = largest_that_fits(
-                lambda size: rank.train(batches.training(stage, size)).total,
-                int(machine.memory * SHARE_OF_GPU),
-                sizes_of_a_pass(config, machine.ranks),
-            )
+            sizes, limit = sizes_of_a_pass(config, n_ranks), int(machine.memory * SHARE_OF_GPU)
+            largest = largest_that_fits(lambda size: train(stage, size).total, limit, sizes)
         parameters = list(rank.model.parameters())
         columns = batches.training(stage, size)["input_ids"].shape[1]
     n_parameters = sum(parameter.numel() for parameter in parameters)
@@ -315,7 +317,9 @@ def _what_fits(machine: Machine, found: Estimate) -> str:
     share = f"{SHARE_OF_GPU:.0%} of a GPU's {_gib(machine.memory)}"
     if not found.largest:
         return f"not even one example fits {share}: see gradient_checkpointing, bf16, strategy"
-    return f"batch_size_training {found.largest} is the largest that fits {share}"
+    fits = f"batch_size_training {found.largest} is the largest that fits {share}"
+    is_too_large = found.validation.total > SHARE_OF_GPU * machine.memory
+    return f"{fits}; the validation needs a smaller eval_batch_size" if is_too_large else fits
 
 
 def _disk(config: Config, found: Estimate, cost: Cost) -> str:
