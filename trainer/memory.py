@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 from unittest import mock
@@ -28,7 +28,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
@@ -111,17 +110,11 @@ class LiveBytes(TorchDispatchMode):
             yield
 
 
-class _GpuAttention(TorchFunctionMode):
-    """scaled_dot_product_attention as the fused kernels of a GPU have it, with dropout and masks: no (T, L) weights."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **(kwargs or {}))
-        query, key, value, *rest = args
-        mask = (kwargs or {}).get("attn_mask", rest[0] if rest else None)
-        if torch.is_autocast_enabled("cpu"):
-            query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
-        return _FusedAttention.apply(query, key, value, mask)
+def _gpu_attention(query, key, value, attn_mask=None, *_, **__) -> torch.Tensor:
+    """scaled_dot_product_attention as a GPU's fused kernels have it, with dropout and masks too: no (T, L) weights."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
+    return _FusedAttention.apply(query, key, value, attn_mask)
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -170,8 +163,10 @@ class FakeRank:
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
-        with self.fake, self.live, self.live.resizes(), _GpuAttention() if self.on_gpu else nullcontext():
-            yield
+        attention = _gpu_attention if self.on_gpu else F.scaled_dot_product_attention
+        with self.fake, self.live, self.live.resizes():
+            with mock.patch.object(F, "scaled_dot_product_attention", attention):
+                yield
 
     def _average(self, parameter: nn.Parameter, bucket: torch.Tensor) -> None:
         """DDP with gradient_as_bucket_view: the gradient of a backward that synchronises becomes a view of a bucket."""
