@@ -164,9 +164,9 @@ class FakeRank:
     @contextmanager
     def _counting(self) -> Iterator[None]:
         attention = _gpu_attention if self.on_gpu else F.scaled_dot_product_attention
-        with self.fake, self.live, self.live.resizes():
-            with mock.patch.object(F, "scaled_dot_product_attention", attention):
-                yield
+        patched = mock.patch.object(F, "scaled_dot_product_attention", attention)
+        with self.fake, self.live, self.live.resizes(), patched:
+            yield
 
     def _average(self, parameter: nn.Parameter, bucket: torch.Tensor) -> None:
         """DDP with gradient_as_bucket_view: the gradient of a backward that synchronises becomes a view of a bucket."""
