@@ -327,7 +327,7 @@ class Config:
 
     def problems(self, world_size: int = 1, needs_files: bool = True) -> list[str]:
         """What is impossible about this configuration on this machine, a sentence each."""
-        found = [*(self._of_paths() if needs_files else []), *self._of_names(), *self._of_combinations()]
+        found = [*(self.missing_files() if needs_files else []), *self._of_names(), *self._of_combinations()]
         for rules in methods.all_rules().values():
             found += rules.problems(self)
         if not self.only_eval:  # which has no optimizer steps
@@ -376,8 +376,8 @@ class Config:
         ]
         return [text for is_wrong, text in wrong if is_wrong]
 
-    def _of_paths(self) -> list[str]:
-        """Files that are missing, and placeholders that are still there."""
+    def missing_files(self, but_weights: bool = False) -> list[str]:
+        """Files that are missing, and placeholders that are still there; `but_weights`: without load_model_path's."""
         data = {f"val_path {name}".strip(): one.val_path for name, one in self.by_set().items()}
         found = [
             f"{name} is still the placeholder {value!r}: set it to your own path"
@@ -391,7 +391,8 @@ class Config:
                 found += _missing(name, value) or ([] if Path(value).is_file() else [f"{name} {value!r} is no file"])
         source, model = self.load_model_path, Path(self.model_id)
         continues = not self.only_eval and _holds(self.run_dir, "checkpoint_*/coconut.json")
-        if source and not continues and not is_on_hub(source):  # its own checkpoint wins; the hub is asked later
+        # its own checkpoint wins; the hub is asked later
+        if source and not (continues or but_weights or is_on_hub(source)):
             found += _missing("load_model_path", str(run_of(source)))
         shapes = continues or (source and _holds(run_of(source), "config.json", "checkpoint_*/config.json"))
         is_path = model.is_absolute() or self.model_id.startswith(".")
@@ -735,7 +736,7 @@ def configure(
     if min(options.gpus or 1, options.gpu_memory or 1) <= 0:
         parser.error("--gpus and --gpu-memory must be more than 0")
     try:
-        config = Config.from_file(options.config, options.overrides, needs_files=not options.schedule)
+        config = Config.from_file(options.config, options.overrides, needs_files=not (options.schedule or options.plan))
         if options.schedule and is_main:
             print_result(schedule(config, launched_ranks()[1]))
         if options.plan and is_main:

@@ -149,8 +149,9 @@ def test_the_largest_size_that_fits(limit):
 
 
 def test_a_plan_in_words(data, tmp_path):
-    """All lines; a GPU that holds one example more, or one less."""
+    """Before the run that load_model_path names; on a GPU that holds just that, or a little less."""
     config = write_config(data, tmp_path, "llama", global_batch_size=32, keep_checkpoints=2, bf16=True)
+    config = replace(config, load_model_path="runs/to_come")
     lines = dict(line.split(maxsplit=1) for line in plan(config, gpus=2, gpu_memory=80).splitlines())
     assert list(lines) == ["model", "strategy", "batch", "training", "validation", "fits", "disk", "work", "time"]
     n_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(config.model_id).parameters())

@@ -266,6 +266,8 @@ def plan(config: Config, gpus: int | None = None, gpu_memory: float | None = Non
 
     if config.only_eval:
         raise UserError("--plan is for training runs: leave only_eval out")
+    if missing := config.missing_files(but_weights=True):  # a run that is still to come may make these
+        raise UserError("; ".join(missing))
     machine = machine_of(gpus, gpu_memory)
     source = read_source(config)
     strategy, why = choose_strategy(config, machine, source.shape)
@@ -282,7 +284,7 @@ def plan(config: Config, gpus: int | None = None, gpu_memory: float | None = Non
         "validation": f"{_gib(found.validation.total)} a rank at the peak",
     }
     if machine.memory is not None:
-        lines["fits"] = _what_fits(machine, found)
+        lines["fits"] = _what_fits(config, machine, found)
     lines["disk"] = _disk(config, found, cost)
     lines["work"] = f"{cost.epochs} epochs, {cost.tokens:,.0f} tokens, {cost.flops:.2e} FLOPs{more}"
     if machine.gpu is not None and (peak := peak_flops(machine.gpu, config.arithmetic)):
@@ -311,13 +313,14 @@ def _parts(need: Need) -> str:
     return ", ".join(f"{name} {n_bytes / GIB:.3g}" for name, n_bytes in parts.items() if n_bytes)
 
 
-def _what_fits(machine: Machine, found: Estimate) -> str:
+def _what_fits(config: Config, machine: Machine, found: Estimate) -> str:
     from trainer.memory import SHARE_OF_GPU
 
     share = f"{SHARE_OF_GPU:.0%} of a GPU's {_gib(machine.memory)}"
     if not found.largest:
         return f"not even one example fits {share}: see gradient_checkpointing, bf16, strategy"
-    fits = f"batch_size_training {found.largest} is the largest that fits {share}"
+    cut = ", of those that divide a rank's share of global_batch_size" if config.global_batch_size else ""
+    fits = f"batch_size_training {found.largest} is the largest that fits {share}{cut}"
     is_too_large = found.validation.total > SHARE_OF_GPU * machine.memory
     return f"{fits}; the validation needs a smaller eval_batch_size" if is_too_large else fits
 
