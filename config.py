@@ -360,7 +360,7 @@ class Config:
 
     def problems(self, world_size: int = 1, needs_files: bool = True) -> list[str]:
         """What is impossible about this configuration on this machine, a sentence each."""
-        found = [*(self._of_paths() if needs_files else []), *self._of_names(), *self._of_combinations()]
+        found = [*(self.missing_files() if needs_files else []), *self._of_names(), *self._of_combinations()]
         for rules in methods.all_rules().values():
             found += rules.problems(self)
         if not self.only_eval:  # which has no optimizer steps
@@ -412,8 +412,8 @@ class Config:
         ]
         return [text for is_wrong, text in wrong if is_wrong]
 
-    def _of_paths(self) -> Iterator[str]:
-        """Files that are missing, and placeholders that are still there."""
+    def missing_files(self, but_weights: bool = False) -> Iterator[str]:
+        """Files that are missing, and placeholders that are still there; `but_weights`: without load_model_path's."""
         data = {f"val_path {name}".strip(): one.val_path for name, one in self.by_set().items()}
         for name, value in {**vars(self), **data}.items():
             if isinstance(value, str) and PLACEHOLDER.search(value):
@@ -425,7 +425,8 @@ class Config:
                 yield from _missing(name, value) or ([] if Path(value).is_file() else [f"{name} {value!r} is no file"])
         source, model = self.load_model_path, Path(self.model_id)
         continues = not self.only_eval and _holds(self.run_dir, "checkpoint_*/coconut.json")
-        if source and not continues and not is_on_hub(source):  # its own checkpoint wins; the hub is asked later
+        # its own checkpoint wins; the hub is asked later
+        if source and not (continues or but_weights or is_on_hub(source)):
             yield from _missing("load_model_path", str(split_choice(source)[0]))
         shapes = continues or (source and _holds(split_choice(source)[0], "config.json", "checkpoint_*/config.json"))
         is_path = model.is_absolute() or self.model_id.startswith(".")
@@ -720,9 +721,13 @@ def _checked(values: dict, problems: list[str]) -> dict:
     return result
 
 
-def configure(description: str, schedule: typing.Callable[[Config, int], str]) -> Config:
+def configure(
+    description: str,
+    schedule: typing.Callable[[Config, int], str],
+    plan: typing.Callable[[Config, int | None, float | None], str],
+) -> Config:
     """The configuration that the command line asks for. Ends the program where there is a mistake in it, and after
-    --help or --schedule, whose text `schedule` makes."""
+    --help, --schedule or --plan, whose texts `schedule` and `plan` make."""
     is_main = launched_ranks()[0] == 0
     parser = argparse.ArgumentParser(
         description=description,
@@ -732,6 +737,13 @@ def configure(description: str, schedule: typing.Callable[[Config, int], str]) -
     parser.add_argument("config", help="a YAML file, such as those in args/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key of the file from here")
     parser.add_argument("--schedule", action="store_true", help="print what each epoch will do, and stop")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what the run will need: memory, disk, tokens, hours; and stop"
+    )
+    parser.add_argument("--gpus", type=int, help="with --plan: for so many GPUs (default: what this command would use)")
+    parser.add_argument(
+        "--gpu-memory", type=float, help="with --plan: GiB of each (default: 80 if there is no GPU here)"
+    )
     if not is_main:  # one rank speaks
         parser.print_help = lambda *_: None
         parser.error = lambda message: sys.exit(print_error(UserError(message)))
@@ -741,12 +753,16 @@ def configure(description: str, schedule: typing.Callable[[Config, int], str]) -
         known = name in {*METHOD_BOOLEANS, *(field.name for field in dataclasses.fields(Config))}
         hint = f": a key is set without dashes, as in {name}=VALUE" if known else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    if min(options.gpus or 1, options.gpu_memory or 1) <= 0:
+        parser.error("--gpus and --gpu-memory must be more than 0")
     try:
-        config = Config.from_file(options.config, options.overrides, needs_files=not options.schedule)
+        config = Config.from_file(options.config, options.overrides, needs_files=not (options.schedule or options.plan))
         if options.schedule and is_main:
             print_result(schedule(config, launched_ranks()[1]))
+        if options.plan and is_main:
+            print_result(plan(config, options.gpus, options.gpu_memory))
     except UserError as error:
         sys.exit(print_error(error))
-    if options.schedule:
+    if options.schedule or options.plan:
         sys.exit()
     return config

@@ -9,10 +9,11 @@ A run continues from the newest checkpoint in its folder, save_path/name, where 
 from config import Config, configure
 from curriculum import schedule
 from trainer.distributed import StopSignal
+from trainer.plan import explains_out_of_memory, plan
 
 if __name__ == "__main__":
     STOP = StopSignal.early()  # a cluster's signal may come during the slow imports below
-    CONFIG = configure(__doc__, schedule)  # --help and mistakes are answered before them
+    CONFIG = configure(__doc__, schedule, plan)  # --help and mistakes are answered before them
 
 import math
 import os
@@ -22,7 +23,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import curriculum
@@ -50,7 +50,7 @@ def main(config: Config, stop: StopSignal | None = None) -> int:
         world = ranks.setup_distributed()
         ranks.check_same(world, vars(config))
         ranks.check_shared(world, Path(config.save_path))
-        with ranks.lock_run_dir(world, config.run_dir):
+        with ranks.lock_run_dir(world, config.run_dir), explains_out_of_memory(config, world):
             if config.only_eval:
                 evaluate_only(config, world)
             else:
@@ -213,7 +213,7 @@ def weighted_batches(run: Run, planned: PlannedStep, batches: Iterator[dict]) ->
         [c for c, micro in zip(counted, micro_batches, strict=True) if micro.weight] or [(0, 0)], device=world.device
     )
     totals = whole.sum(dim=0).float()
-    dist.all_reduce(totals)  # all ranks
+    ranks.all_reduce(totals)  # all ranks
     totals = totals.clamp(min=1)
     for batch, count, micro in zip(drawn, counts, micro_batches, strict=True):
         share = world.size * (micro.weight > 0) / totals  # an idle rank runs an example that does not count

@@ -108,9 +108,9 @@ def flops_of(job: Job) -> dict[str, float]:
     """{"flops": of training and evaluation}, of a grid that chooses among recipes."""
     if not job.grid.recipes:
         return {}
-    from costs import cost_of  # which waits for transformers
+    from costs import job_cost  # which waits for transformers
 
-    return {"flops": cost_of(job).flops}
+    return {"flops": job_cost(job).flops}
 
 
 def made(job: Job) -> dict[str, str]:

@@ -183,7 +183,7 @@ def here(capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["run.py", *settled(*arguments)])
         capsys.readouterr()
         try:
-            ended = run.main(run.configure(run.__doc__, run.schedule))
+            ended = run.main(run.configure(run.__doc__, run.schedule, run.plan))
         except SystemExit as end:
             ended = end.code or 0
         done = subprocess.CompletedProcess(arguments, ended, *capsys.readouterr())

@@ -575,7 +575,7 @@ def test_a_key_with_dashes_gets_a_hint(write, monkeypatch, capsys, arguments):
     """Only "unrecognized arguments"."""
     monkeypatch.setattr(sys, "argv", ["run.py", str(write("")), *arguments])
     with pytest.raises(SystemExit) as end:
-        config_module.configure("", lambda *_: "")
+        config_module.configure("", lambda *_: "", lambda *_: "")
     assert end.value.code == 2
     if arguments == ["--no"]:
         assert capsys.readouterr().err.endswith("unrecognized arguments: --no\n")

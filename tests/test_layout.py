@@ -73,8 +73,8 @@ def test_no_modules_import_each_other():
     assert arrows == {}
 
 
-QUICK = ["utils", "config", "curriculum", "preprocessing.examples", "dataset", "trainer.distributed", "tools.report"]
-QUICK += ["tools.evaluate", "tools.generate", "tools.export", "tools.show_data"]
+QUICK = ["utils", "config", "curriculum", "preprocessing.examples", "dataset", "trainer.distributed", "trainer.plan"]
+QUICK += ["tools.evaluate", "tools.report", "tools.generate", "tools.export", "tools.show_data"]
 
 
 @pytest.mark.parametrize("module", QUICK)

@@ -3,11 +3,13 @@
 import os
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import raising, refuses
 
+from trainer import checkpoint
 from trainer import distributed as ranks
 from trainer.distributed import World
 from utils import UserError
@@ -45,6 +47,49 @@ def test_a_promised_gpu_that_torch_does_not_find_is_an_error(monkeypatch, enviro
         assert ranks.promised_gpu() is None
     else:
         refuses(f'{promise}, but torch finds no GPU: .+; CUDA_VISIBLE_DEVICES=""', ranks.setup_distributed)
+
+
+@pytest.mark.parametrize(
+    ("found", "size", "environment", "device", "reason"),
+    [
+        ("mps", 1, {}, "mps", "torch finds MPS and no CUDA"),
+        ("xpu", 1, {}, "xpu", "torch finds XPU and no CUDA"),
+        ("xpu", 1, {"SLURM_GPUS_ON_NODE": "4"}, "xpu", "torch finds XPU and no CUDA"),
+        ("mps", 2, {}, "cpu", "MPS is for one process, and there are 2 ranks"),
+        ("mps", 1, {"CUDA_VISIBLE_DEVICES": ""}, "cpu", 'CUDA_VISIBLE_DEVICES="" insists on it'),
+        (None, 1, {}, "cpu", "torch finds no GPU"),
+    ],
+)
+def test_the_device_and_why(monkeypatch, found, size, environment, device, reason):
+    """Apple's and Intel's GPUs stood idle."""
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Path, "glob", lambda *_: [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found and torch.device(found))
+    assert ranks.choose_device(size, 0) == (torch.device(device), reason)
+
+
+def test_a_world_of_one_needs_no_backend_for_its_device(world, monkeypatch):
+    """gloo has CPUs and CUDA alone."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", None)
+    ranks.all_reduce(torch.ones(2))
+
+
+def test_the_random_state_of_any_device_is_restored(monkeypatch, tmp_path):
+    """Only that of CUDA was."""
+    state = [torch.arange(3)]
+    module = SimpleNamespace(get_rng_state=lambda: state[0], set_rng_state=lambda value: state.insert(0, value))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    (tmp_path / "trainer").mkdir()
+    checkpoint.save_progress(tmp_path, checkpoint.Progress(), 1)
+    for kind, restored in (("mps", True), ("xpu", False)):
+        checkpoint.save_random_state(tmp_path, World(0, 0, 1, torch.device("mps")))
+        state[:] = [torch.zeros(3)]
+        checkpoint.load_random_state(tmp_path, World(0, 0, 1, torch.device(kind)))
+        assert torch.equal(state[0], torch.arange(3)) == restored
 
 
 @pytest.mark.parametrize(

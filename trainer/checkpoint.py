@@ -391,8 +391,9 @@ def save_random_state(folder: Path, world: World) -> None:
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None,
     }
+    if world.device.type != "cpu":
+        state[world.device.type] = torch.get_device_module(world.device).get_rng_state()
     torch.save(state, folder / "trainer" / f"random_{world.rank}.pt")
 
 
@@ -405,8 +406,8 @@ def load_random_state(folder: Path, world: World) -> bool:
     kind, keys, *rest = saved["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(saved["torch"])
-    if saved["cuda"] is not None and world.device.type == "cuda":
-        torch.cuda.set_rng_state(saved["cuda"], world.device)
+    if (of_device := saved.get(world.device.type)) is not None:
+        torch.get_device_module(world.device).set_rng_state(of_device)
     return True
 
 

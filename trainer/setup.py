@@ -160,7 +160,8 @@ def announce(run: Run, newest: Path | None) -> None:
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     how = "fsdp" if parallel.is_sharded(run.model) else "ddp" if world.size > 1 else "one process"
     log.info(
-        f"{config.name}: {config.method}, {parameters:,} parameters, on {world.size} x {world.device.type} ({how})"
+        f"{config.name}: {config.method}, {parameters:,} parameters, on {world.size} x {world.device.type} ({how}): "
+        f"{world.reason}"
     )
     log.info(
         f"global batch {accumulation * world.size * size} = {world.size} ranks x "
