@@ -119,7 +119,9 @@ def test_noise_is_an_action_with_its_own_log_density(family, spelling):
 
         embeds = with_thoughts(base, PROMPT, act)
         embeds = torch.cat([embeds, base.get_input_embeddings()(torch.tensor([answer]))], dim=1)
-        logits = base(inputs_embeds=embeds).logits[0].log_softmax(-1)
+        logits = base(inputs_embeds=embeds).logits[0]
+        logits[:, LATENT] = -torch.inf  # which is never sampled
+        logits = logits.log_softmax(-1)
         likelihood = sum(logits[len(PROMPT) - 1 + place, token] for place, token in enumerate(answer))
         wanted = wanted - weight[row] * (likelihood + sum(density)) / 2
     expected = gradients(model, wanted)
@@ -156,18 +158,20 @@ def test_over_all_noise_too_it_is_the_gradient_of_the_expected_reward(spelling):
     prompt, n = [5, 4, START, LATENT, END], len(shares)
     keys = {"method": "grpo", "temperature": 1.0, "thought_noise": spelling}
     model = make_model(Config(**keys), flat_llama(), MARKERS)
-    rewards = torch.tensor([reward([token]) for token in range(6)], dtype=torch.float64)
+    tokens = [token for token in range(6) if token != LATENT]
+    rewards = torch.tensor([reward([token]) for token in tokens], dtype=torch.float64)
     batch = batch_of([[0]] * n, prompt)
     is_latent = batch["input_ids"][:, batch["latent_columns"]] == LATENT
     labels, supervised = batch.pop("labels"), batch.pop("supervised")
     output = model(**batch, edit=Noise(spelling, eps, is_latent))  # Coconut's own forward
-    p = output.logits[:, len(prompt) - 1].softmax(-1)  # (nodes, V)
+    p = output.logits[:, len(prompt) - 1, tokens].softmax(-1)  # (nodes, V - 1)
     wanted = gradients(model, -(shares[:, None] * p * rewards).sum())
     weighted, found = shares[:, None] * p.detach() * (rewards - 0.1) * n, None
-    for token in range(6):  # the same nodes for each answer
+    for place, token in enumerate(tokens):  # the same nodes for each answer
         labels[:, -1] = token
         edit = Replay(spelling, eps, is_latent)
-        output = model(**batch, labels=labels, supervised=supervised, edit=edit, advantages=weighted[:, token].tolist())
+        how = {"labels": labels, "supervised": supervised, "advantages": weighted[:, place].tolist()}
+        output = model(**batch, **how, edit=edit)
         one = gradients(model, output.loss + output.auxiliary)
         found = one if found is None else {name: found[name] + one[name] for name in one}
     assert max(value.abs().max() for value in wanted.values()) > 1e-2
