@@ -93,8 +93,7 @@ class GrowingLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row, for passes without gradients."""
-        for buffer in (self.key_buffer, self.value_buffer):
-            buffer.memory.states = buffer.memory.states.repeat_interleave(repeats, dim=0)
+        self.memory.states = [states.repeat_interleave(repeats, dim=0) for states in self.memory.states]
         super().batch_repeat_interleave(repeats)
 
     @contextmanager
