@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 	lint clean
 
 help:
-	@echo "make quickstart   train and evaluate Coconut, and its control without feedback: two CPU cores, about 5 minutes"
+	@echo "make quickstart   train and evaluate Coconut, CoT and a control without feedback: two CPU cores, about 8 minutes"
 	@echo "make prosqa-mini  the whole program on ProsQA with a tiny model, a few minutes"
 	@echo "make thoughts     every kind of thought on state tracking, three seeds: two to three hours of one core, resumable"
 	@echo "make table1       all rows of Table 1 in miniature, 3 to 5 seeds each: about two hours of one core, resumable"
@@ -38,8 +38,8 @@ data/tiny_arithmetic/config.json: data/arithmetic_train.json preprocessing/tiny_
 	$(BIN)/python preprocessing/tiny_model.py data/arithmetic_train.json --out data/tiny_arithmetic \
 		--tokenizer char --shape llama --width 64 --untied
 
-quickstart: data/machine/model/config.json .venv/installed-dev
-	$(BIN)/python experiments/grid.py experiments/quickstart.yaml --jobs 2 --out checkpoints/state_tracking
+quickstart: .venv/installed-dev
+	$(BIN)/python experiments/grid.py experiments/quickstart.yaml --jobs 3 --out checkpoints/breadth
 
 data/machine/machine_train.json: preprocessing/machine.py | .venv/installed
 	$(BIN)/python preprocessing/machine.py --out data/machine
@@ -51,10 +51,11 @@ data/machine/model/config.json: data/machine/machine_train.json preprocessing/ti
 table1: data/machine/model/config.json .venv/installed-dev
 	$(BIN)/python experiments/grid.py experiments/table1_mini.yaml
 
-# The checkpoints are those of quickstart and mirrored2; they are trained where they are missing.
+# The checkpoints are those of table1_mini and mirrored2; they are trained where they are missing.
 ANALYSE = $(BIN)/python -m analysis $(1)/coconut-0 --control $(1)/pause_as_thought-0 --data $(2) --out $(3)
 analysis: .venv/installed-dev
-	$(BIN)/python experiments/grid.py experiments/quickstart.yaml --anew --jobs 2 --out checkpoints/state_tracking
+	$(BIN)/python experiments/grid.py experiments/table1_mini.yaml --anew --jobs 2 --out checkpoints/state_tracking \
+		--only coconut pause_as_thought --seeds 0
 	$(call ANALYSE,checkpoints/state_tracking,data/machine/machine_test.json,results/analysis_machine)
 	$(BIN)/python experiments/grid.py experiments/mirrored2.yaml --anew --jobs 2 --out checkpoints/mirrored2 \
 		--only coconut pause_as_thought --seeds 0
@@ -106,4 +107,4 @@ lint: .venv/installed-dev
 	$(BIN)/shellcheck --severity=warning -x -P SCRIPTDIR slurm/* tests/*.sh preprocessing/*.bash
 
 clean:
-	rm -rf checkpoints/quickstart* checkpoints/state_tracking checkpoints/mirrored2 checkpoints/prosqa_mini data/machine data/mirrored2 data/arithmetic_* data/tiny_* data/prosqa_mini_*
+	rm -rf checkpoints/quickstart* checkpoints/breadth checkpoints/state_tracking checkpoints/mirrored2 checkpoints/prosqa_mini data/breadth data/machine data/mirrored2 data/arithmetic_* data/tiny_* data/prosqa_mini_*

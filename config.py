@@ -14,6 +14,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,12 +25,13 @@ import yaml
 import methods
 from methods import LARGEST_FACTOR, key
 from trainer.files import why_unreadable
-from trainer.run_folder import is_on_hub, run_of
+from trainer.run_folder import is_on_hub, split_choice
 from utils import UserError, launched_ranks, print_error, print_result
 
 METHODS = methods.names()
 MOST_LATENTS = 100_000  # longer than any model's positions; sequences of more fill the memory before they are refused
 METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")  # keys of the reference that became `method`
+MIN_TEMPERATURE = 0.001  # below it logits overflow, and sampling is greedy anyway
 COMMAND_LINE = "the command line"
 PLACEHOLDER = re.compile(r"YOUR_\w+")
 NO_FILE_NAME = re.compile(r"[/\\\0]|^\.*$")  # of what a name must not be, since files and folders bear it
@@ -58,6 +60,22 @@ def split_thought(spelling: str) -> tuple[str, int | float | str | None]:
     if text == "st":
         return name, text
     return name, None if not text else float(text) if "." in text else int(text)
+
+
+def split_noise(spelling: float | str) -> tuple[float, bool]:
+    """(S, whether it is a share of the thought's norm) of thought_noise: 0.3 is (0.3, True), "absolute:0.6" is
+    (0.6, False). Raises ValueError."""
+    text = str(spelling).removeprefix("absolute:")
+    with suppress(ValueError):
+        if 0 <= float(text) <= LARGEST_FACTOR:
+            return float(text), text == str(spelling)
+    raise ValueError("must be a number from 0 on, or absolute:NUMBER")
+
+
+def _check_temperature(temperature: float) -> None:
+    """Raises ValueError where logits would overflow."""
+    if 0 < temperature < MIN_TEMPERATURE:
+        raise ValueError(f"must be 0, for greedy decoding, or at least {MIN_TEMPERATURE}")
 
 
 def _with_keys_of_methods(cls):
@@ -127,6 +145,7 @@ class Config:
     )
     uniform_prob: float = key(0.0, "probability that an example trains at a stage drawn from 0..n", low=0, high=1)
     advance_at: float | None = key(None, "validation accuracy that ends a stage before its epochs do", low=0, high=1)
+    advance_after: int = key(1, "epochs of the stage in a row that must reach it", low=1, later=True)
     latent_markers: str = key(
         "both",
         "both | none: whether start and end marker surround the latents (paper: both)",
@@ -207,6 +226,22 @@ class Config:
     # evaluation and checkpoints
     eval_batch_size: int = setting(32, "prompts generated from at once on one rank", low=1)
     max_new_tokens: int = setting(128, "longest generation", low=1)
+    val_samples: int = setting(
+        0, "answers sampled to each validation question beside the greedy one, for pass@k and vote (0: none)", low=0
+    )
+    temperature: float = key(
+        0.0, "of the tokens of sampled answers; 0 is greedy decoding", low=0, check=_check_temperature, later=True
+    )
+    thought_noise: float | str = key(
+        0.0,
+        "S | absolute:S: Gaussian noise in each thought z of a sampled answer; its standard deviation in each of the D "
+        "dimensions is S |z| / sqrt(D), or S",
+        check=split_noise,
+        later=True,
+    )
+    thought_dropout: float = setting(
+        0.0, "of sampled answers in validation: dropout of the decoder blocks before the last latent", low=0, high=0.99
+    )
     answer_match: str = setting(
         "text",
         "text | number: whether an answer has to be the gold answer's text without commas (reference), or the last "
@@ -224,10 +259,8 @@ class Config:
         cls, path: str | Path, overrides: list[str] | tuple[str, ...] = (), needs_files: bool = True
     ) -> Config:
         """Reads a YAML file, the files that it extends, the row that is chosen of it, and `key=value` overrides.
-
-        Without needs_files, paths may be missing: for looking at a plan before there is data.
-        Raises UserError that lists everything that is wrong, after all of it has been looked for.
-        """
+        Without needs_files, paths may be missing: for looking at a plan before there is data. Raises UserError that
+        lists everything that is wrong, after all of it has been looked for."""
         problems: list[str] = []
         layers = _layers_of(Path(path), problems)
         readable = all(layer.values is not None for layer in layers)
@@ -327,7 +360,7 @@ class Config:
 
     def problems(self, world_size: int = 1, needs_files: bool = True) -> list[str]:
         """What is impossible about this configuration on this machine, a sentence each."""
-        found = [*(self._of_paths() if needs_files else []), *self._of_names(), *self._of_combinations()]
+        found = [*(self.missing_files() if needs_files else []), *self._of_names(), *self._of_combinations()]
         for rules in methods.all_rules().values():
             found += rules.problems(self)
         if not self.only_eval:  # which has no optimizer steps
@@ -337,68 +370,69 @@ class Config:
                 found.append(str(error))
         return found
 
-    def _of_names(self) -> list[str]:
+    def _of_names(self) -> Iterator[str]:
         """The run's folder, and names of sets, which files bear."""
-        found = []
         if reason := why_unreadable(self.save_path):
-            found.append(f"save_path {self.save_path!r} cannot be reached: {reason}")
+            yield f"save_path {self.save_path!r} cannot be reached: {reason}"
         elif Path(self.save_path).is_file():
-            found.append(f"save_path {self.save_path!r} is a file, not a folder")
+            yield f"save_path {self.save_path!r} is a file, not a folder"
         if is_no_file_name(self.name):
-            found.append(f"name {self.name!r} must be a plain folder name, of at most {LONGEST_NAME} bytes")
+            yield f"name {self.name!r} must be a plain folder name, of at most {LONGEST_NAME} bytes"
         if isinstance(self.val_path, dict) and not self.only_eval:
-            found.append("val_path names several files, which is for eval-only runs: a training run takes one path")
+            yield "val_path names several files, which is for eval-only runs: a training run takes one path"
         for option in ("val_path", "test_path"):
             paths = getattr(self, option)
             if paths == {}:
-                found.append(f"{option} is an empty mapping: set it to a path, or to {{name: path, other: path}}")
+                yield f"{option} is an empty mapping: set it to a path, or to {{name: path, other: path}}"
             for name in filter(is_no_file_name, paths if isinstance(paths, dict) else ()):
-                found.append(f"{option}: the name {name!r} must be a plain one, of at most {LONGEST_NAME} bytes")
-        return found
+                yield f"{option}: the name {name!r} must be a plain one, of at most {LONGEST_NAME} bytes"
 
     def _of_combinations(self) -> list[str]:
         """Keys that exclude or need each other."""
         entries = len(self.epochs_per_stage) if isinstance(self.epochs_per_stage, list) else 0
         ends, stages, loads = self.resume >= self.num_epochs, self.last_stage + 1, self.load_model_path is not None
         thinks, forced = self.only_eval and self.has_latents, self.eval_latents is not None
+        disturbed, feeds = split_noise(self.thought_noise)[0] or self.thought_dropout, self.thought != "pause"
         wrong = [
             (ends and not self.only_eval, f"resume {self.resume} leaves nothing of num_epochs {self.num_epochs}"),
             (self.only_eval and not loads, "only_eval needs load_model_path: the checkpoint to evaluate"),
             (forced and not thinks, "eval_latents is for eval-only runs of method coconut, or of another with latents"),
+            (self.advance_after > 1 and self.advance_at is None, "advance_after needs advance_at"),
             (entries > stages, f"epochs_per_stage has {entries} entries, but there are only {stages} stages, from 0"),
             (self.from_scratch and loads, "from_scratch and load_model_path exclude each other"),
             (self.from_scratch and self.lora_rank, "lora_rank updates existing weights, and from_scratch has none"),
-            (
-                self.bf16 and self.bf16_weights,
-                "bf16 (mixed precision) and bf16_weights (no float32) exclude each other",
-            ),
+            (self.bf16 and self.bf16_weights, "bf16 (mixed precision) and bf16_weights exclude each other"),
             (self.compile and self.gradient_checkpointing, "compile and gradient_checkpointing exclude each other"),
+            (
+                disturbed and not (feeds and self.has_latents),
+                "thought_noise and thought_dropout need thoughts that are fed back, and "
+                f"method {self.method} with thought {self.thought} has none",
+            ),
+            (self.compile and self.thought_dropout, "compile and thought_dropout exclude each other"),
         ]
         return [text for is_wrong, text in wrong if is_wrong]
 
-    def _of_paths(self) -> list[str]:
-        """Files that are missing, and placeholders that are still there."""
+    def missing_files(self, but_weights: bool = False) -> Iterator[str]:
+        """Files that are missing, and placeholders that are still there; `but_weights`: without load_model_path's."""
         data = {f"val_path {name}".strip(): one.val_path for name, one in self.by_set().items()}
-        found = [
-            f"{name} is still the placeholder {value!r}: set it to your own path"
-            for name, value in {**vars(self), **data}.items()
-            if isinstance(value, str) and PLACEHOLDER.search(value)
-        ]
+        for name, value in {**vars(self), **data}.items():
+            if isinstance(value, str) and PLACEHOLDER.search(value):
+                yield f"{name} is still the placeholder {value!r}: set it to your own path"
         for name, value in data.items() if self.only_eval else [("train_path", self.train_path), *data.items()]:
             if value is None:
-                found.append(f"{name} is missing: set it to a JSON list of question, answer and steps")
+                yield f"{name} is missing: set it to a JSON list of question, answer and steps"
             elif not PLACEHOLDER.search(value):
-                found += _missing(name, value) or ([] if Path(value).is_file() else [f"{name} {value!r} is no file"])
+                yield from _missing(name, value) or ([] if Path(value).is_file() else [f"{name} {value!r} is no file"])
         source, model = self.load_model_path, Path(self.model_id)
         continues = not self.only_eval and _holds(self.run_dir, "checkpoint_*/coconut.json")
-        if source and not continues and not is_on_hub(source):  # its own checkpoint wins; the hub is asked later
-            found += _missing("load_model_path", str(run_of(source)))
-        shapes = continues or (source and _holds(run_of(source), "config.json", "checkpoint_*/config.json"))
+        # its own checkpoint wins; the hub is asked later
+        if source and not (continues or but_weights or is_on_hub(source)):
+            yield from _missing("load_model_path", str(split_choice(source)[0]))
+        shapes = continues or (source and _holds(split_choice(source)[0], "config.json", "checkpoint_*/config.json"))
         is_path = model.is_absolute() or self.model_id.startswith(".")
         unknown = why_unreadable(self.model_id)
         if unknown or (not shapes and (is_path or (len(model.parts) > 1 and model.parents[-2].is_dir()))):
-            found += _missing("model_id", self.model_id)
-        return found
+            yield from _missing("model_id", self.model_id)
 
     @classmethod
     def problems_of(cls, values: dict) -> list[str]:
@@ -460,9 +494,7 @@ def _preparation_hint(path: str) -> str:
     return f" (make it with: {how})" if how else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Where values are written
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Where values are written ----
 
 
 class Layer(typing.NamedTuple):
@@ -474,39 +506,33 @@ class Layer(typing.NamedTuple):
     rows: dict[str, dict] = {}  # noqa: RUF012
 
 
+class _TextLoader(yaml.BaseLoader):
+    """Loads texts, and lists and mappings of texts, and notes the keys that a mapping has twice."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.twice: list[str] = []
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        values = super().construct_mapping(node, deep)
+        lines: dict[str, int] = {}
+        for name, _ in node.value:
+            line = name.start_mark.line + 1
+            if name.value in lines:
+                self.twice.append(f"the key {name.value!r} twice, in lines {lines[name.value]} and {line}")
+            lines[name.value] = line
+        return values
+
+
 def read_yaml(text: str, where: str, problems: list[str]) -> dict:
-    """The keys of a YAML mapping. Every value is as it is written: text, or a list or a mapping of such.
-
-    Raises YAMLError, ValueError and RecursionError where it is no YAML.
-    """
-    node = yaml.compose(text, Loader=yaml.BaseLoader)
-    if node is None:
-        return {}
-    if not isinstance(node, yaml.MappingNode):
+    """The keys of a YAML mapping. Every value is as it is written: text, or a list or a mapping of such. Raises
+    YAMLError, ValueError and RecursionError where it is no YAML."""
+    loader = _TextLoader(text)
+    values = loader.get_single_data()
+    problems += [f"{where} has {what}" for what in loader.twice]
+    if not isinstance(values, dict | None):
         problems.append(f"{where} must hold `key: value` lines")
-        return {}
-    return _content(node, where, problems, ())
-
-
-def _content(node: yaml.Node, where: str, problems: list[str], above: tuple[yaml.Node, ...]):
-    if node in above:
-        raise ValueError("an alias stands for a part of itself")
-    above = (*above, node)
-    if isinstance(node, yaml.ScalarNode):
-        return node.value
-    if isinstance(node, yaml.SequenceNode):
-        return [_content(item, where, problems, above) for item in node.value]
-    found: dict = {}
-    lines: dict[str, int] = {}
-    for name, value in node.value:
-        line = name.start_mark.line + 1
-        if not isinstance(name, yaml.ScalarNode):
-            raise ValueError(f"the key in line {line} is no plain text")
-        if name.value in lines:
-            problems.append(f"{where} has the key {name.value!r} twice, in lines {lines[name.value]} and {line}")
-        lines[name.value] = line
-        found[name.value] = _content(value, where, problems, above)
-    return found
+    return values if isinstance(values, dict) else {}
 
 
 def _layers_of(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> list[Layer]:
@@ -615,9 +641,7 @@ def _merge(values: dict, layer: Layer, problems: list[str]) -> None:
         problems.append(f"no method in {layer.origin}: set method to one of {', '.join(METHODS)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# From what is written to a value of a type
-# ---------------------------------------------------------------------------------------------------------------
+# ---- From what is written to a value of a type ----
 
 
 def converted(value, annotation, empty: bool = False):
@@ -671,11 +695,11 @@ def _check_limits(value, limits) -> None:
         raise ValueError("must be one of " + ", ".join(limits["choices"]))
     if limits["check"]:
         limits["check"](value)
-    for number in value if isinstance(value, list) else [value]:
-        if type(number) in (int, float) and not number >= limits["low"]:
-            raise ValueError(f"must be at least {limits['low']}")
-        if type(number) in (int, float) and not number <= limits["high"]:
-            raise ValueError(f"must be at most {limits['high']}")
+    numbers = [number for number in (value if isinstance(value, list) else [value]) if type(number) in (int, float)]
+    if not all(number >= limits["low"] for number in numbers):
+        raise ValueError(f"must be at least {limits['low']}")
+    if not all(number <= limits["high"] for number in numbers):
+        raise ValueError(f"must be at most {limits['high']}")
 
 
 def _checked(values: dict, problems: list[str]) -> dict:
@@ -697,11 +721,13 @@ def _checked(values: dict, problems: list[str]) -> dict:
     return result
 
 
-def configure(description: str, schedule: typing.Callable[[Config, int], str]) -> Config:
-    """The configuration that the command line asks for.
-
-    Ends the program where there is a mistake in it, and after --help or --schedule, whose text `schedule` makes.
-    """
+def configure(
+    description: str,
+    schedule: typing.Callable[[Config, int], str],
+    plan: typing.Callable[[Config, int | None, float | None], str],
+) -> Config:
+    """The configuration that the command line asks for. Ends the program where there is a mistake in it, and after
+    --help, --schedule or --plan, whose texts `schedule` and `plan` make."""
     is_main = launched_ranks()[0] == 0
     parser = argparse.ArgumentParser(
         description=description,
@@ -711,6 +737,13 @@ def configure(description: str, schedule: typing.Callable[[Config, int], str]) -
     parser.add_argument("config", help="a YAML file, such as those in args/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key of the file from here")
     parser.add_argument("--schedule", action="store_true", help="print what each epoch will do, and stop")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what the run will need: memory, disk, tokens, hours; and stop"
+    )
+    parser.add_argument("--gpus", type=int, help="with --plan: for so many GPUs (default: what this command would use)")
+    parser.add_argument(
+        "--gpu-memory", type=float, help="with --plan: GiB of each (default: 80 if there is no GPU here)"
+    )
     if not is_main:  # one rank speaks
         parser.print_help = lambda *_: None
         parser.error = lambda message: sys.exit(print_error(UserError(message)))
@@ -720,12 +753,16 @@ def configure(description: str, schedule: typing.Callable[[Config, int], str]) -
         known = name in {*METHOD_BOOLEANS, *(field.name for field in dataclasses.fields(Config))}
         hint = f": a key is set without dashes, as in {name}=VALUE" if known else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    if min(options.gpus or 1, options.gpu_memory or 1) <= 0:
+        parser.error("--gpus and --gpu-memory must be more than 0")
     try:
-        config = Config.from_file(options.config, options.overrides, needs_files=not options.schedule)
+        config = Config.from_file(options.config, options.overrides, needs_files=not (options.schedule or options.plan))
         if options.schedule and is_main:
             print_result(schedule(config, launched_ranks()[1]))
+        if options.plan and is_main:
+            print_result(plan(config, options.gpus, options.gpu_memory))
     except UserError as error:
         sys.exit(print_error(error))
-    if options.schedule:
+    if options.schedule or options.plan:
         sys.exit()
     return config

@@ -175,13 +175,13 @@ def training_sequence(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def next_epoch(config: Config, epoch: int, accuracy: float) -> int:
-    """The epoch that follows one with this validation accuracy: the next, or, where advance_at has been reached, the
-    first of the next stage, num_epochs where there is none. Data order and learning rate are those of that epoch."""
-    if config.advance_at is None or accuracy < config.advance_at:
-        return epoch + 1
+def next_epoch(config: Config, epoch: int, accuracy: float, at_goal: int) -> tuple[int, int]:
+    """(the epoch after one with this accuracy, epochs of its stage in a row at advance_at, at_goal of them before it):
+    the next; or the first of the next stage, num_epochs where there is none, after advance_after such epochs."""
+    at_goal = at_goal + 1 if config.advance_at is not None and accuracy >= config.advance_at else 0
     later = range(epoch + 1, config.num_epochs)
-    return next((e for e in later if stage_of(config, e) != stage_of(config, epoch)), config.num_epochs)
+    begins = next((e for e in later if stage_of(config, e) != stage_of(config, epoch)), config.num_epochs)
+    return (begins, 0) if at_goal >= config.advance_after else (epoch + 1, at_goal if epoch + 1 < begins else 0)
 
 
 def optimizer_is_reset(config: Config, epoch: int) -> bool:
@@ -202,8 +202,7 @@ def should_reset_optimizer(
     """Whether AdamW is re-initialised before this step: with the epoch or the stage, as reset_optimizer says.
 
     trained_on(epoch, step) gives the examples of a step, (index, [S_1..S_n]) each, to methods whose stages end within
-    an epoch.
-    """
+    an epoch."""
     return step == 0 and optimizer_is_reset(config, epoch)
 
 
@@ -239,5 +238,5 @@ def schedule(config: Config, world_size: int) -> str:
         left = reasoning_left(stage, config)
         lines.append(f"{epoch:>5} {stage_name(stage):>5} {latents:>8} {left:>20} {optimizer:>10} {batch:>6}")
     if config.advance_at is not None:
-        lines.append(f"each stage has at most these epochs: it ends once accuracy reaches {config.advance_at:g}")
+        lines.append(f"at most: {config.advance_after} in a row with an accuracy of {config.advance_at:g} end a stage")
     return "\n".join(lines)

@@ -9,10 +9,11 @@ A run continues from the newest checkpoint in its folder, save_path/name, where 
 from config import Config, configure
 from curriculum import schedule
 from trainer.distributed import StopSignal
+from trainer.plan import explains_out_of_memory, plan
 
 if __name__ == "__main__":
     STOP = StopSignal.early()  # a cluster's signal may come during the slow imports below
-    CONFIG = configure(__doc__, schedule)  # --help and mistakes are answered before them
+    CONFIG = configure(__doc__, schedule, plan)  # --help and mistakes are answered before them
 
 import math
 import os
@@ -22,7 +23,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import curriculum
@@ -50,7 +50,7 @@ def main(config: Config, stop: StopSignal | None = None) -> int:
         world = ranks.setup_distributed()
         ranks.check_same(world, vars(config))
         ranks.check_shared(world, Path(config.save_path))
-        with ranks.lock_run_dir(world, config.run_dir):
+        with ranks.lock_run_dir(world, config.run_dir), explains_out_of_memory(config, world):
             if config.only_eval:
                 evaluate_only(config, world)
             else:
@@ -138,7 +138,7 @@ def train_epoch(run: Run, epoch: int) -> int:
         for step, planned in enumerate(bar, start=first):
             if curriculum.should_reset_optimizer(config, epoch, step, n_steps, lambda *place: trained_on(run, *place)):
                 run.optimizer = make_optimizer(run)
-            lr = config.lr * curriculum.lr_factor(config, epoch, step, n_steps)
+            lr = config.lr * curriculum.lr_factor(config, epoch - progress.passed_over, step, n_steps)
             losses = train_step(run, planned, batches, lr)
             run.unlogged.append(Step(losses, lr, stages[step], plan.examples(step - first)))
             progress.seen += planned.n_examples
@@ -213,7 +213,7 @@ def weighted_batches(run: Run, planned: PlannedStep, batches: Iterator[dict]) ->
         [c for c, micro in zip(counted, micro_batches, strict=True) if micro.weight] or [(0, 0)], device=world.device
     )
     totals = whole.sum(dim=0).float()
-    dist.all_reduce(totals)  # all ranks
+    ranks.all_reduce(totals)  # all ranks
     totals = totals.clamp(min=1)
     for batch, count, micro in zip(drawn, counts, micro_batches, strict=True):
         share = world.size * (micro.weight > 0) / totals  # an idle rank runs an example that does not count
@@ -222,13 +222,13 @@ def weighted_batches(run: Run, planned: PlannedStep, batches: Iterator[dict]) ->
 
 
 def next_batch(run: Run, batches: Iterator[dict]) -> dict:
-    """The next micro-batch on the device."""
+    """The next micro-batch on the device, as the method has it there (methods.implementation)."""
     begin = time.perf_counter()
     batch = next(batches)
     run.throughput.waiting += time.perf_counter() - begin
     for sequences in dataset.sequences_in(batch):
         run.throughput.add(sequences["attention_mask"].sum(dim=1).tolist(), len(sequences["supervised"]))
-    return dataset.on_device(batch, run.world.device)
+    return run.parts.on_device(run, dataset.on_device(batch, run.world.device))
 
 
 def update_weights(run: Run, loss: torch.Tensor) -> None:
@@ -270,7 +270,8 @@ def save_epoch(run: Run, epoch: int, stage: int, metrics: dict, predictions: lis
     """Saves a finished epoch. With save_only_improve, one whose accuracy is not the best of its stage so far leaves a
     checkpoint for a restart only. Collective: every rank must call it."""
     progress = run.progress
-    progress.epoch = curriculum.next_epoch(run.config, epoch, metrics["accuracy"])
+    progress.epoch, progress.at_goal = curriculum.next_epoch(run.config, epoch, metrics["accuracy"], progress.at_goal)
+    progress.passed_over += progress.epoch - epoch - 1
     progress.seen, progress.losses, progress.seconds = 0, 0.0, 0.0
     improved = metrics["accuracy"] > progress.best.get(stage, -1.0)
     if improved:

@@ -2,12 +2,10 @@
 
     python -m analysis checkpoints/state_tracking/coconut-0 --control checkpoints/state_tracking/pause_as_thought-0 \\
         --data data/machine/machine_test.json --out results/analysis_machine
-    python -m analysis CHECKPOINT --data FILE --out FOLDER --only probe sweep         # some of it; the rest is kept
     python -m analysis CHECKPOINT --data FILE --out FOLDER --page                     # the page again from the numbers
 
 FOLDER/index.html is the page. A JSON file beside it holds the numbers of each part: probe (what thoughts hold), sweep
-(other numbers of thoughts), search (graphs: is there a frontier?), interventions (what if a thought is changed?),
-examples.
+(other numbers of thoughts), search (graphs: is there a frontier?), interventions (what if a thought is changed?).
 """
 
 from __future__ import annotations
@@ -18,8 +16,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-PARTS = ("probe", "sweep", "search", "interventions", "examples")
-OWN, CONTROL = "Coconut", "pause as thought"
+NAMES = ("Coconut", "pause as thought")  # of the two in the page
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -31,13 +28,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--control", metavar="CHECKPOINT", help="the same without feedback: every figure has its twin")
     add("--data", type=Path, required=True, help="questions: state tracking, or graphs as ProsQA's")
     add("--out", type=Path, required=True, help="folder of the page and its numbers")
-    add("--names", nargs=2, default=[OWN, CONTROL], help=f"of the two (default: {OWN!r}, {CONTROL!r})")
     add("--questions", type=int, default=500, metavar="N", help="the first so many (default: 500)")
     add("--thoughts", type=int, metavar="K", help="(default: as the last stage was trained)")
-    add("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure again (default: all)")
     add("--seed", type=int, default=0, help="of donors and noise (default: 0)")
     add("--steps", type=int, metavar="N", help="only questions with so many steps (default: all)")
-    add("--show", type=int, nargs="+", default=range(8), help="questions to show whole (default: 0 to 7)")
+    add("--show", type=int, nargs="+", default=range(8), help="graphs to draw (default: 0 to 7)")
     add("--page", action="store_true", help="write the page from the numbers in FOLDER, and stop")
     return parser
 
@@ -50,8 +45,8 @@ if __name__ == "__main__":
 from tqdm import tqdm
 from transformers.utils import logging
 
-from analysis import interventions, probe, search, sweep
-from analysis.report import read, write_page
+from analysis import interventions, probe, search
+from analysis.report import write_page
 from analysis.subject import Subject
 from analysis.tasks import Graphs, Machine, Task, load_task
 from trainer.files import write_whole
@@ -64,13 +59,7 @@ def measure_probe(subject: Subject, task: Task, options: argparse.Namespace) -> 
         "next step": probe.next_step(task, probe.values(subject, task, subject.n_thoughts)),
         "shape": probe.shape(subject),
     }
-    if isinstance(task, Machine):
-        found["decoded"] = probe.decoded(subject, task)
-    return found
-
-
-def measure_sweep(subject: Subject, task: Task, options: argparse.Namespace) -> list[dict]:
-    return sweep.sweep(subject, task)
+    return found | ({"decoded": probe.decoded(subject, task)} if isinstance(task, Machine) else {})
 
 
 def measure_search(subject: Subject, task: Task, options: argparse.Namespace) -> dict | None:
@@ -80,78 +69,41 @@ def measure_search(subject: Subject, task: Task, options: argparse.Namespace) ->
     deepest = max(task.fewest, min(subject.n_thoughts, max(len(example["steps"]) for example in task.examples) - 1))
     counts = range(task.fewest, deepest + 1)
     values = probe.values(subject, task, deepest)
+    drawn = [index for index in options.show if index < len(task.examples)]
     return {
-        "parallelism": [search.parallelism(task, values[k]) for k in range(1, min(deepest, 2) + 1)],
+        "parallelism": [search.parallelism(values[k]) for k in range(1, min(deepest, 2) + 1)],
         "frontier": [search.frontier(task, values[k], k) for k in counts],
-        "by height": {
-            kind: [{"thoughts": k, **row} for k in counts for row in search.by_height(task, values[k], k, longest)]
-            for kind, longest in (("shortest", False), ("longest", True))
-        },
-        "trees": [[search.tree(task, index, values[k]) for k in counts] for index in shown(task, options)],
+        "by height": {"shortest": [row for k in counts for row in search.by_height(task, values[k], k)]},
+        "trees": [[search.tree(task, index, values[k]) for k in counts] for index in drawn],
     }
 
 
 def measure_interventions(subject: Subject, task: Task, options: argparse.Namespace) -> dict:
     """Every intervention at all places; on state tracking also transplants."""
     rows = []
-    places = interventions.places(subject.n_thoughts)
     tried = interventions.interventions(subject, task, options.seed)
     for intervention in tqdm(tried, desc="interventions", unit="intervention"):
-        for place, numbers in places.items():
+        for place, numbers in interventions.places(subject.n_thoughts).items():
             found = interventions.measure(subject, task, intervention, numbers)
             rows.append({"kind": intervention.kind, "name": intervention.name, "place": place, **found})
-    found = {
-        "rows": rows,
-        "another question": interventions.with_another_question(subject, task, options.seed),
-        "fewer": interventions.with_fewer(subject, task),
-    }
+    found = {"rows": rows, "another question": interventions.with_another_question(subject, task, options.seed)}
     if isinstance(task, Machine):
         found["transplants"] = interventions.transplants(subject, task, options.seed)
     return found
 
 
-def measure_examples(subject: Subject, task: Task, options: argparse.Namespace) -> list[dict]:
-    """Single questions, for a closer look."""
-    return probe.close_up(subject, task, shown(task, options))
-
-
-def shown(task: Task, options: argparse.Namespace) -> list[int]:
-    return [index for index in options.show if index < len(task.examples)]
-
-
 MEASURES = {
     "probe": measure_probe,
-    "sweep": measure_sweep,
+    "sweep": lambda subject, task, _: probe.sweep(subject, task),
     "search": measure_search,
     "interventions": measure_interventions,
-    "examples": measure_examples,
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser()
-    options = parser.parse_args(arguments)
-    if min(options.show) < 0 or options.questions < 2 or (options.thoughts is not None and options.thoughts < 1):
-        parser.error("--questions must be at least 2, --thoughts at least 1, --show at least 0")
-    if options.names[0] == options.names[1]:
-        parser.error("--names must be two different ones")
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        if not options.page:
-            measure(options)
-        print_result(f"the page: {write_page(options.out)}")
-    except UserError as error:
-        return print_error(error)
-    return 0
-
-
 def measure(options: argparse.Namespace) -> None:
-    """Writes FOLDER/PART.json for each part that is asked for, and FOLDER/about.json. Raises UserError."""
+    """Writes FOLDER/PART.json for each part, and FOLDER/about.json. Raises UserError."""
     task = load_task(options.data, options.questions, options.steps)
-    checkpoints = {options.names[0]: options.checkpoint}
-    if options.control is not None:
-        checkpoints[options.names[1]] = options.control
+    checkpoints = dict(zip(NAMES, filter(None, (options.checkpoint, options.control)), strict=False))
     subjects = {name: Subject.load(path, task.examples, options.thoughts) for name, path in checkpoints.items()}
     about = {
         "kind": task.kind,
@@ -165,46 +117,35 @@ def measure(options: argparse.Namespace) -> None:
     }
     if isinstance(task, Machine):
         about["states"] = len(task.states)
-    check_kept(options, about)
     write_json(options.out / "about.json", about)
-    for part in PARTS:
-        if part in options.only:
-            found = {}
-            for name, subject in subjects.items():
-                print_result(f"{part}: {name}")
-                found[name] = MEASURES[part](subject, task, options)
-            write_json(options.out / f"{part}.json", found)
-
-
-def check_kept(options: argparse.Namespace, about: dict) -> None:
-    """Raises UserError where numbers of another analysis would stay beside the new ones; removes those that are about
-    to be replaced."""
-    before = read(options.out, "about")
-    if before is None or before == json.loads(json.dumps(about)):
-        return
-    measured = [part for part in PARTS if (options.out / f"{part}.json").is_file()]
-    if kept := [part for part in measured if part not in options.only]:
-        raise UserError(
-            f"{options.out} holds {', '.join(kept)} of another analysis (about.json): measure all parts, or choose "
-            "another --out"
-        )
-    for part in measured:
-        (options.out / f"{part}.json").unlink()
+    for part, measure_part in MEASURES.items():
+        found = {}
+        for name, subject in subjects.items():
+            print_result(f"{part}: {name}")
+            found[name] = measure_part(subject, task, options)
+        write_json(options.out / f"{part}.json", found)
 
 
 def write_json(path: Path, content) -> None:
-    write_whole(path, as_json(rounded(content)))
+    """Numbers have five digits after the point: further digits differ between machines."""
+    exact = json.loads(json.dumps(content), parse_float=lambda text: round(float(text), 5))
+    write_whole(path, as_json(exact))
 
 
-def rounded(content):
-    """Numbers to five digits after the point: further digits differ between machines."""
-    if isinstance(content, float):
-        return round(content, 5)
-    if isinstance(content, dict):
-        return {name: rounded(value) for name, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [rounded(value) for value in content]
-    return content
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if min(options.show) < 0 or options.questions < 2 or (options.thoughts is not None and options.thoughts < 1):
+        parser.error("--questions must be at least 2, --thoughts at least 1, --show at least 0")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        if not options.page:
+            measure(options)
+        print_result(f"the page: {write_page(options.out)}")
+    except UserError as error:
+        return print_error(error)
+    return 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ replacement is a (N, K, D) of content, a vector for each question and thought:
                no thought looks like that)
     donors     the thoughts of another question: any, one with as many steps, one with the same answer, and the twin,
                which begins elsewhere and so has a known other answer
-    removal    no later position may attend to the thought (the length stays); fewer thoughts (it does not)
+    removal    no later position may attend to the thought (`probe.sweep` takes thoughts away)
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 
 from analysis.subject import Change, Subject
 from analysis.tasks import Machine, Task
-from trainer.evaluate import extract_answer
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,8 @@ def interventions(subject: Subject, task: Task, seed: int = 0) -> list[Intervent
         ("the same answer", lambda mine, other: answers[mine] == answers[other]),
     ):
         chosen = _donors(count, allowed, random)
-        content = thoughts[[mine if donor is None else donor for mine, donor in enumerate(chosen)]]
         of_donors = tuple(None if donor is None else answers[donor] for donor in chosen)
-        found.append(Intervention(name, "donor", content, of_donors))
+        found.append(Intervention(name, "donor", _taken(thoughts, chosen), of_donors))
     twins = task.twins()
     content = subject.asking([twin or own for twin, own in zip(twins, task.examples, strict=True)]).thoughts(k)
     found.append(Intervention("the twin", "donor", content, tuple(twin and twin["answer"] for twin in twins)))
@@ -87,6 +85,11 @@ def _donors(count: int, allowed, random: np.random.Generator) -> list[int | None
         next((other for other in order if other != mine and allowed(mine, other)), None)
         for mine, order in enumerate(orders)
     ]
+
+
+def _taken(thoughts: torch.Tensor, donors: list[int | None]) -> torch.Tensor:
+    """(N, K, D): the thoughts of each question's donor, its own without one."""
+    return thoughts[[mine if donor is None else donor for mine, donor in enumerate(donors)]]
 
 
 def places(n_thoughts: int) -> dict[str, frozenset[int]]:
@@ -115,11 +118,9 @@ def measure(
         for index, example in enumerate(task.examples)
         if len(example["steps"]) > min(numbers) and (donors is None or donors[index] is not None)
     ]
-    if intervention.content is None:
-        change, hidden = None, numbers
-    else:
-        change, hidden = Change(intervention.content, numbers), frozenset()
-    given = [extract_answer(output) for output in subject.outputs(change=change, hidden_columns=hidden)]
+    hides = intervention.content is None
+    change, hidden = (None, numbers) if hides else (Change(intervention.content, numbers), frozenset())
+    given = subject.answers(change=change, hidden_columns=hidden)
     answers, others = [example["answer"] for example in task.examples], task.others()
     found: dict = {"questions": len(asked), "accuracy": _share(given[index] == answers[index] for index in asked)}
     found |= dict.fromkeys(("donor", "gold", "T", "escape"))
@@ -144,23 +145,13 @@ def _share(outcomes) -> float | None:
 def with_another_question(subject: Subject, task: Task, seed: int = 0) -> dict:
     """The control without a change of thoughts: the question's parts in another order."""
     what, examples = task.redrawn(np.random.default_rng(seed))
-    given = [extract_answer(output) for output in subject.asking(examples).outputs()]
+    given = subject.asking(examples).answers()
     return {
         "what": what,
         "questions": len(given),
         "accuracy": _share(mine == example["answer"] for mine, example in zip(given, task.examples, strict=True)),
         "of the new question": _share(mine == example["answer"] for mine, example in zip(given, examples, strict=True)),
     }
-
-
-def with_fewer(subject: Subject, task: Task) -> list[dict]:
-    """Thoughts taken away from the end, without keeping the length."""
-    found = []
-    for k in range(subject.n_thoughts):
-        given = [extract_answer(output) for output in subject.outputs(k)]
-        right = (mine == example["answer"] for mine, example in zip(given, task.examples, strict=True))
-        found.append({"thoughts": k, "questions": len(given), "accuracy": _share(right)})
-    return found
 
 
 def transplants(subject: Subject, task: Machine, seed: int = 0) -> list[dict]:
@@ -172,8 +163,7 @@ def transplants(subject: Subject, task: Machine, seed: int = 0) -> list[dict]:
     for k in range(1, subject.n_thoughts + 1):
         has = [len(example["steps"]) >= k for example in task.examples]
         donors = _donors(len(has), lambda mine, other: has[mine] and has[other], random)  # noqa: B023
-        content = thoughts[[mine if donor is None else donor for mine, donor in enumerate(donors)]]
-        given = [extract_answer(output) for output in subject.outputs(change=Change(content, frozenset([k - 1])))]
+        given = subject.answers(change=Change(_taken(thoughts, donors), frozenset([k - 1])))
         asked = []
         for index, donor in enumerate(donors):
             if donor is not None:

@@ -36,7 +36,7 @@ from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 
-from preprocessing.distances import fewest_edges
+from preprocessing.graphs import fewest_edges
 from utils import UserError
 
 CORRECT_PATH = "correct path"
@@ -48,7 +48,6 @@ INCORRECT_LABEL = "incorrect label"
 OTHER = "other"
 CLASSES = (CORRECT_PATH, LONGER_PATH, HALLUCINATION, WRONG_TARGET, CORRECT_LABEL, INCORRECT_LABEL, OTHER)
 
-FIELDS = ("answer", "idx_to_symbol", "edges", "root", "target", "neg_target")
 SENTENCE = re.compile(r"[^.]+ is a [^.]+\.")  # a step, or an answer, of whatever names
 NAME = re.compile(r"[^.,#]+")  # what can be read back from a sentence and from an answer
 CHARACTER = re.compile(r"\w")  # a step, or an answer, of the compact template
@@ -97,50 +96,33 @@ class Graph:
 def from_example(example: dict) -> Graph:
     """The graph of an example with ProsQA's fields.
 
-    Raises UserError that names the field that is missing or does not fit, without the example's number: the names must
-    differ and be readable in the template, the edges have no cycle, and the root reach the target alone.
+    Raises UserError, without the example's number, where a field is missing or damaged, names are not different or
+    cannot be read back from the template, edges go round in a circle, or the root does not reach the target alone.
     """
-    for field in FIELDS:
-        if field not in example:
-            raise UserError(f"the example lacks {field!r}")
-    names, edges = example["idx_to_symbol"], example["edges"]
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and len({*names}) == len(names)):
-        raise UserError("the example's 'idx_to_symbol' is no list of different names")
-    if not (isinstance(edges, list) and all(isinstance(edge, list | tuple) and len(edge) == 2 for edge in edges)):
-        raise UserError("the example's 'edges' is no list of pairs")
-    asked = [example[field] for field in ("root", "target", "neg_target")]
-    for node in (*asked, *(node for edge in edges for node in edge)):
-        if not (isinstance(node, int) and 0 <= node < len(names)):
-            raise UserError(f"the example names node {node!r}, and has {len(names)} names, counted from 0")
-    root, target, other = (names[node] for node in asked)
-    named = frozenset((names[parent], names[child]) for parent, child in edges)
-    graph = Graph(tuple(names), named, root, target, other, compact=example["answer"] == target)
-    if problem := _problem(graph, example["answer"]):
-        raise UserError(f"the example's {problem}")
-    return graph
-
-
-def _problem(graph: Graph, answer: str) -> str | None:
-    if answer != graph.answer:
-        return f"answer {answer!r} is neither {graph.target!r} nor {graph.answer!r}"
-    for name in graph.names:
-        if not (CHARACTER if graph.compact else NAME).fullmatch(name):
-            return f"name {name!r} cannot be read back from a written {'character' if graph.compact else 'sentence'}"
     try:
+        names = tuple(example["idx_to_symbol"])
+        if len({*names}) < len(names):
+            raise ValueError("its names are not all different")
+        edges = frozenset((names[parent], names[child]) for parent, child in example["edges"])
+        root, target, other = (names[example[field]] for field in ("root", "target", "neg_target"))
+        graph = Graph(names, edges, root, target, other, compact=example["answer"] == target)
+        form = CHARACTER if graph.compact else NAME
+        unreadable = [name for name in names if not form.fullmatch(name)]
+        from_root = depths(graph)
         TopologicalSorter(graph.children).prepare()
     except CycleError as error:
-        return f"edges go round in a circle: {' - '.join(error.args[1])}"
-    from_root = depths(graph)
-    if not from_root.get(graph.target):
-        return f"target {graph.target!r} cannot be reached from its root {graph.root!r}"
-    if graph.other in from_root:
-        return f"neg_target {graph.other!r} can be reached from its root {graph.root!r}, as the target can"
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Distances
-# ---------------------------------------------------------------------------------------------------------------
+        raise UserError(f"the example's edges go round in a circle: {' - '.join(error.args[1])}") from None
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UserError(f"the example is no graph of ProsQA's: {error!r}") from None
+    for is_wrong, problem in (
+        (example["answer"] != graph.answer, f"answer {example['answer']!r} is neither {target!r} nor {graph.answer!r}"),
+        (unreadable, f"names {unreadable} cannot be read back from an output"),
+        (not from_root.get(target), f"target {target!r} cannot be reached from its root {root!r}"),
+        (other in from_root, f"neg_target {other!r} can be reached from its root {root!r}, as the target can"),
+    ):
+        if is_wrong:
+            raise UserError(f"the example's {problem}")
+    return graph
 
 
 def distances(graph: Graph, start: str) -> dict[str, int]:
@@ -148,22 +130,16 @@ def distances(graph: Graph, start: str) -> dict[str, int]:
     return fewest_edges(graph.children, [start])
 
 
-def reachable(graph: Graph, start: str) -> set[str]:
-    """The nodes that paths from `start` lead to, itself included."""
-    return {*distances(graph, start)}
-
-
 def depths(graph: Graph) -> dict[str, int]:
     """Name -> its distance from the root, as `distances`."""
     return distances(graph, graph.root)
 
 
-def height(graph: Graph, longest: bool = False) -> dict[str, int]:
-    """Name -> the fewest edges from it to a leaf, or the most; a leaf has 0 (paper, Section 5, has the fewest)."""
-    choose = max if longest else min
+def height(graph: Graph) -> dict[str, int]:
+    """Name -> the fewest edges from it to a leaf; a leaf has 0 (paper, Section 5)."""
     heights: dict[str, int] = {}
     for name in TopologicalSorter(graph.children).static_order():  # children first
-        heights[name] = choose((1 + heights[child] for child in graph.children[name]), default=0)
+        heights[name] = min((1 + heights[child] for child in graph.children[name]), default=0)
     return heights
 
 
@@ -175,12 +151,7 @@ def frontier(graph: Graph, k: int) -> set[str]:
 def same_depth_unreachable(graph: Graph, k: int) -> set[str]:
     """The control of `frontier`: nodes that the root does not reach, k edges from the nearest other source."""
     from_others = fewest_edges(graph.children, graph.sources - {graph.root})
-    return {name for name, depth in from_others.items() if depth == k} - reachable(graph, graph.root)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The class of an output
-# ---------------------------------------------------------------------------------------------------------------
+    return {name for name, depth in from_others.items() if depth == k} - depths(graph).keys()
 
 
 def classify(graph: Graph, reasoning: str, answer: str, k: int = 0) -> str:

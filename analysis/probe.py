@@ -1,18 +1,19 @@
-"""What thoughts hold: what can be read from them, and how likely names are when language is forced after them.
+"""What thoughts hold: what can be read from them, and what the model writes when language is forced after them.
 
 Legend: N questions, K thoughts, D hidden size, C names. Everything returned is ready for JSON.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import torch
 
 from analysis.subject import Subject
 from analysis.tasks import Machine, Task
-from trainer.inference import decoded_thoughts
+from trainer.evaluate import extract_answer
 
-TOP = 5  # names shown
 FOLDS = 2
 RIDGE = 1e-2  # of the linear probe, relative to the mean eigenvalue of the thoughts' covariance
 
@@ -92,43 +93,19 @@ def shape(subject: Subject) -> list[dict]:
     """For each thought its mean norm, and its mean cosine with the thought before."""
     thoughts = subject.thoughts().numpy()  # (N, K, D)
     norms = np.linalg.norm(thoughts, axis=2)  # (N, K)
-    found = []
-    for k in range(thoughts.shape[1]):
-        cosine = None
-        if k:
-            product = (thoughts[:, k] * thoughts[:, k - 1]).sum(1)
-            cosine = float((product / (norms[:, k] * norms[:, k - 1])).mean())
-        found.append({"thought": k + 1, "norm": float(norms[:, k].mean()), "cosine with the one before": cosine})
-    return found
+    cosines = (thoughts[:, 1:] * thoughts[:, :-1]).sum(2) / (norms[:, 1:] * norms[:, :-1])  # (N, K - 1)
+    pairs = zip(norms.mean(0).tolist(), [None, *cosines.mean(0).tolist()], strict=True)
+    return [{"thought": k, "norm": norm, "cosine with the one before": one} for k, (norm, one) in enumerate(pairs, 1)]
 
 
-def close_up(subject: Subject, task: Task, chosen: list[int]) -> list[dict]:
-    """Chosen questions by themselves: the output, and for each number of thoughts the likeliest words of the LM
-    head where the next thought is made, the likeliest names when language is forced, the probability of no name, the
-    norm of the thought, and its cosine with the one before."""
-    if not chosen:
-        return []
-    few = subject.asking([task.examples[index] for index in chosen])
-    names = [task.names()[index] for index in chosen]
-    outputs, thoughts = few.outputs(), few.thoughts().numpy()
-    heads = [words for _, inputs in few.batches() for words in decoded_thoughts(few.model, few.tokenizer, inputs)]
+def sweep(subject: Subject, task: Task) -> list[dict]:
+    """With 0 to K + 2 thoughts, then language (paper, Section 5.1): the accuracy, and how many outputs are of each of
+    the task's classes."""
     found = []
-    for example, output, words in zip(few.examples, outputs, heads, strict=True):
-        kept = {key: example[key] for key in ("question", "steps", "answer")}
-        found.append({**kept, "output": output, "words": words, "after": []})
-    norms = np.linalg.norm(thoughts, axis=2)  # (N, K)
-    for k in range(few.n_thoughts + 1):
-        values = few.values(names, task.step_prefix, k).numpy()
-        for index, row in enumerate(values):
-            after = {"thoughts": k, "names": [], "elsewhere": None, "norm": None, "cosine": None}
-            if k >= task.fewest:
-                best = row[: len(names[index])].argsort()[::-1][:TOP]
-                after["names"] = [(names[index][number], float(row[number])) for number in best]
-                after["elsewhere"] = float(1 - row.sum())
-            if k:
-                after["norm"] = float(norms[index, k - 1])
-            if k > 1:
-                product = thoughts[index, k - 1] @ thoughts[index, k - 2]
-                after["cosine"] = float(product / (norms[index, k - 1] * norms[index, k - 2]))
-            found[index]["after"].append(after)
+    for k in range(subject.n_thoughts + 3):
+        outputs = subject.outputs(k)
+        classes = Counter(task.classify(index, output, k) for index, output in enumerate(outputs))
+        right = sum(extract_answer(mine) == e["answer"] for mine, e in zip(outputs, task.examples, strict=True))
+        found.append({"thoughts": k, "questions": len(outputs), "accuracy": right / len(outputs)})
+        found[-1]["classes"] = {name: classes[name] for name in task.classes}
     return found

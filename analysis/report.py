@@ -2,106 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from statistics import fmean
 
 from analysis import figures
-from analysis.page import Example, Figure, Section, page, table_html
+from analysis.page import Example, Figure, Section, page
 from preprocessing.examples import read_json
 from trainer.files import replaced, write_whole
-from utils import UserError
 
 Found = dict  # of a part: subject -> its numbers
 NO_SHARES = ("auc", "norm", "cosine", "cosine with the one before")  # columns of tables that are not in per cent
 
 
 def write_page(folder: Path) -> Path:
-    """Writes FOLDER/index.html; returns its path. Raises UserError where the numbers are missing or damaged."""
-    about = read(folder, "about")
-    if about is None:
-        raise UserError(f"{folder} holds no analysis: about.json is missing")
-    found = {part: numbers for part in SECTIONS if (numbers := read(folder, part))}
-    try:
-        text, figure = page_text(found, about), None
-        if about["kind"] == "machine" and "interventions" in found:
-            figure = transplant_lines(found["interventions"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UserError(f"a file of {folder} is damaged, and no page can be made of it: {error!r}") from None
-    if figure is not None:
-        with replaced(folder / "transplants.png") as picture:
-            figures.picture(figure, picture)
-    write_whole(folder / "index.html", text)
-    return folder / "index.html"
-
-
-def page_text(found: dict[str, Found], about: dict) -> str:
-    sections = [SECTIONS[part](numbers, about) for part, numbers in found.items() if any(numbers.values())]
-    of_steps = "" if about.get("steps") is None else f" of {about['steps']} steps"
+    """Writes FOLDER/index.html, and of state tracking transplants.png; returns the page's path. Raises UserError where
+    there are no numbers."""
+    about = read_json(folder / "about.json")
+    parts = {part: read_json(folder / f"{part}.json") for part in SECTIONS}
+    sections = [SECTIONS[part](found, about) for part, found in parts.items() if any(found.values())]
+    of_steps = "" if about["steps"] is None else f" of {about['steps']} steps"
     facts = [
         *((f"{name}, {about['thoughts'][name]} thoughts", source) for name, source in about["checkpoints"].items()),
         ("data", f"{about['data']}, {about['questions']} questions{of_steps}"),
         ("seed of donors and noise", str(about["seed"])),
+        *summary(parts, about),
     ]
     title = "Thoughts: state tracking" if about["kind"] == "machine" else "Thoughts: search in graphs"
-    return page(title, answers(found, about), sections, facts)
-
-
-def read(folder: Path, part: str):
-    """The numbers of a part; None where it was not measured. Raises UserError."""
-    path = folder / f"{part}.json"
-    return read_json(path) if path.is_file() else None
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The sceptic's questions, a number each
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def answers(found: dict[str, Found], about: dict) -> str:
-    """The first lines of the page."""
-    paragraphs = []
-    if "probe" in found and about["kind"] == "machine":
-        decoded = {name: [row["probe"] for row in of["decoded"]] for name, of in found["probe"].items()}
-        shares = {name: mean(share for share in of if share is not None) for name, of in decoded.items()}
-        paragraphs.append(
-            "Do the hidden states that thoughts are made from hold the state? A linear probe finds the right one of "
-            f"{about['states']} in: {listed(shares)} (mean over the thoughts)."
-        )
-    if "search" in found and any(found["search"].values()):
-        rows = {name: [row for row in of["frontier"] if "auc" in row] for name, of in found["search"].items()}
-        first = min((row["thoughts"] for of in rows.values() for row in of), default=0)
-        areas = {name: " / ".join(f"{row['auc']:.2f}" for row in of) for name, of in rows.items()}
-        paragraphs.append(
-            "Do they hold a frontier? The area under the curve of reachable nodes against nodes of the same depth that "
-            f"cannot be reached, after {first}, {first + 1}, ... thoughts: "
-            f"{', '.join(f'{name} {of}' for name, of in areas.items())} (0.5 is nothing)."
-        )
-    if "interventions" in found:
-        of_all = found["interventions"]
-        paragraphs.append(followed(of_all, about))
-        results = []
-        for name, of in of_all.items():
-            itself, noise, average = (row_of(of, what, "all")["accuracy"] for what in ("itself", "noise", "mean"))
-            results.append(f"{name} {percent(itself)}, with noise {percent(noise)}, with the mean {percent(average)}")
-        paragraphs.append(f"Does anything change when nothing is in them? Accuracy: {'; '.join(results)}.")
-    return "\n\n".join(paragraphs)
-
-
-def followed(found: Found, about: dict) -> str:
-    """Whether the answer goes where a thought of another question would lead."""
+    write_whole(folder / "index.html", page(title, "", sections, facts))
     if about["kind"] == "machine":
-        shares = {name: [row["where it leads"] for row in of["transplants"]] for name, of in found.items()}
-        results = ", ".join(f"{name} {' / '.join(map(percent, of))}" for name, of in shares.items())
-        return (
-            "Does the answer follow a state that is put in? With the k-th thought of another question (k = 1, 2, ...) "
-            f"it is where the rest of this question's buttons lead from the other's state in: {results}."
-        )
-    shares = {name: row_of(of, "the twin", "all")["donor"] for name, of in found.items()}
-    return (
-        "Does the answer follow thoughts that are put there? With all thoughts of the same graph, asked about the "
-        f"other root, it is that question's answer in: {listed(shares)}."
-    )
+        with replaced(folder / "transplants.png") as picture:
+            figures.picture(transplant_lines(parts["interventions"]), picture)
+    return folder / "index.html"
+
+
+def summary(parts: dict[str, Found], about: dict) -> list[tuple[str, str]]:
+    """The first lines of the page: a sceptic's questions, with numbers for each subject."""
+
+    def emptied(of: dict) -> str:
+        return " / ".join(percent(row_of(of, what, "all")["accuracy"]) for what in ("itself", "noise", "mean"))
+
+    def probed(of: dict) -> str:
+        return percent(fmean(row["probe"] for row in of["decoded"] if row["probe"] is not None))
+
+    def moved(of: dict) -> str:
+        return " / ".join(percent(row["where it leads"]) for row in of["transplants"])
+
+    def areas(of: dict) -> str:
+        return " / ".join(f"{row['auc']:.2f} after {row['thoughts']}" for row in of["frontier"] if "auc" in row)
+
+    def twinned(of: dict) -> str:
+        return percent(row_of(of, "the twin", "all")["donor"])
+
+    if about["kind"] == "machine":
+        asked = {
+            f"Do thoughts hold the state? Found by a linear probe, 1 of {about['states']}, mean": ("probe", probed),
+            "Does the answer follow a state that is put in? After transplant k = 1, 2, ...": ("interventions", moved),
+        }
+    else:
+        asked = {
+            "Do thoughts hold a frontier? Area under the curve (0.5 is nothing)": ("search", areas),
+            "Does the answer follow thoughts of the graph asked about the other root?": (
+                "interventions",
+                twinned,
+            ),
+        }
+    asked["Are they needed? Accuracy as they are / with noise / with the mean"] = ("interventions", emptied)
+    return [
+        (question, "; ".join(f"{name} {text(of)}" for name, of in parts[part].items()))
+        for question, (part, text) in asked.items()
+    ]
 
 
 def row_of(found: dict, name: str, place: str) -> dict:
@@ -109,22 +80,8 @@ def row_of(found: dict, name: str, place: str) -> dict:
     return next((row for row in found["rows"] if (row["name"], row["place"]) == (name, place)), {})
 
 
-def listed(shares: dict[str, float | None]) -> str:
-    return ", ".join(f"{name} {percent(share)}" for name, share in shares.items())
-
-
 def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
-
-
-def mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return sum(found) / len(found) if found else None
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Sections
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def line_of(rows: list[dict], x: str, y: str, factor: float = 100) -> list[tuple[float, float]]:
@@ -175,10 +132,9 @@ def probe_section(found: Found, about: dict) -> Section:
                 *table_of(decoded, ["thought", "questions", "head", "probe"]),
             )
         )
-    shapes = table_of(
-        {name: of["shape"] for name, of in found.items()}, ["thought", "norm", "cosine with the one before"]
-    )
-    drawn.append(Figure("", "Norms of the thoughts, and the cosine of each with the one before.", *shapes))
+    shapes = {name: of["shape"] for name, of in found.items()}
+    table = table_of(shapes, ["thought", "norm", "cosine with the one before"])
+    drawn.append(Figure("", "Norms of the thoughts, and the cosine of each with the one before.", *table))
     return Section(
         "What thoughts hold",
         "A value is the probability of a name when the model has to go on with language (paper, Section 5.2). That "
@@ -191,12 +147,12 @@ def sweep_section(found: Found, about: dict) -> Section:
     drawn = []
     for name, rows in found.items():
         parts = {label: [100 * row["classes"][label] / row["questions"] for row in rows] for label in about["classes"]}
+        flat = [{**row, **row["classes"]} for row in rows]
         drawn.append(
             drawing(
                 figures.stacked([str(row["thoughts"]) for row in rows], parts, "thoughts, then language", "outputs, %"),
                 f"{name}: outputs after 0, 1, ... thoughts, in the last stage of {about['thoughts'][name]}.",
-                ["thoughts", "accuracy", *about["classes"]],
-                [[str(row["thoughts"]), percent(row["accuracy"]), *map(str, row["classes"].values())] for row in rows],
+                *table_of({name: flat}, ["thoughts", "accuracy", *about["classes"]]),
             )
         )
     return Section(
@@ -216,10 +172,8 @@ def interventions_section(found: Found, about: dict) -> Section:
         shares = (row_of(found[subject], name, place).get("accuracy") for name, place in pairs)
         return [None if share is None else 100 * share for share in shares]
 
-    def table(part: str, head: list[str]) -> tuple[list[str], list[list[str]]]:
-        return table_of({name: of[part] for name, of in found.items()}, head)
-
     of_all = {subject: accuracies(subject, [(name, "all") for name in names]) for subject in found}
+    head = ["kind", "name", "place", "questions", "accuracy", "donor", "gold", "T", "escape"]
     drawn = [transplant_figure(found, about)] if about["kind"] == "machine" else []
     drawn.append(
         drawing(
@@ -228,7 +182,7 @@ def interventions_section(found: Found, about: dict) -> Section:
             "counts the questions that have the first of the replaced thoughts. Donor: the answer is the donor's, "
             "where that is another; gold: probability of the right answer; T: gold / (gold + other candidate); escape: "
             "the probability of neither.",
-            *table("rows", ["kind", "name", "place", "questions", "accuracy", "donor", "gold", "T", "escape"]),
+            *table_of({name: of["rows"] for name, of in found.items()}, head),
         )
     )
     for subject in found:
@@ -237,17 +191,8 @@ def interventions_section(found: Found, about: dict) -> Section:
         caption = f"{subject}: accuracy by which thoughts are replaced, and with what (numbers above)."
         drawn.append(drawing(figures.bars(places, shares, "accuracy, %"), caption))
     others = {name: [of["another question"]] for name, of in found.items()}
-    drawn.append(
-        Figure(
-            "",
-            "The thoughts unchanged, the question changed: how often the answer is that of the old question, and that "
-            "of the new one.",
-            *table_of(others, ["what", "questions", "accuracy", "of the new question"]),
-        )
-    )
-    drawn.append(
-        Figure("", "Thoughts taken away from the end.", *table("fewer", ["thoughts", "questions", "accuracy"]))
-    )
+    caption = "The thoughts unchanged, the question changed: how often the answer is the old one's, and the new one's."
+    drawn.append(Figure("", caption, *table_of(others, ["what", "questions", "accuracy", "of the new question"])))
     return Section(
         "Are thoughts used?",
         "A thought is replaced, and the model goes on from there: it makes the later thoughts from the changed one. "
@@ -279,6 +224,7 @@ def transplant_figure(found: Found, about: dict) -> Figure:
 
 def search_section(found: Found, about: dict) -> Section:
     frontiers = {name: [row for row in of["frontier"] if "auc" in row] for name, of in found.items()}
+    areas = {name: line_of(rows, "thoughts", "auc", 1) for name, rows in frontiers.items()}
     parallel = {
         f"{name}, thought {number}": [(place, 100 * share) for place, share in enumerate(row["mean"], 1)]
         for name, of in found.items()
@@ -292,7 +238,6 @@ def search_section(found: Found, about: dict) -> Section:
         for name, rows in heights.items()
         for right in (True, False)
     }
-    areas = {name: line_of(rows, "thoughts", "auc", 1) for name, rows in frontiers.items()}
     drawn = [
         drawing(
             figures.lines(areas, "thoughts, then language", "area under the curve"),
@@ -311,7 +256,7 @@ def search_section(found: Found, about: dict) -> Section:
         drawing(
             figures.lines(by_height, "height: fewest edges to a leaf", "value within the frontier, %", joined=False),
             "The value of the frontier's nodes after one thought by their height, nodes on a shortest path to the "
-            "target apart from the others (paper, Section 5.4). search.json has the longest path to a leaf as well.",
+            "target apart from the others (paper, Section 5.4).",
             *table_of(heights, ["thoughts", "height", "right", "nodes", "value"]),
         ),
     ]
@@ -332,46 +277,9 @@ def trees_of(found: Found, number: int) -> str:
     parts = []
     for name, of in found.items():
         for row, numbers in zip(of["frontier"], of["trees"][number], strict=True):
-            tree = figures.tree(**{**numbers, "edges": [tuple(edge) for edge in numbers["edges"]]})
-            parts.append(f"<h3>{escape(name)}, thoughts: {row['thoughts']}</h3>{figures.svg(tree)}")
+            drawn = figures.svg(figures.tree(**numbers))
+            parts.append(f"<h3>{escape(name)}, thoughts: {row['thoughts']}</h3>{drawn}")
     return "".join(parts)
-
-
-def examples_section(found: Found, about: dict) -> Section:
-    examples = []
-    for number, example in enumerate(next(iter(found.values()))):
-        parts = [f"steps: {' '.join(example['steps'])}", f"answer: {example['answer']}"]
-        body = "".join(f"<p>{escape(part)}</p>" for part in (example["question"], *parts))
-        for name, of in found.items():
-            body += f"<h3>{escape(name)} writes: {escape(of[number]['output'].strip())}</h3>{close_up(of[number])}"
-        examples.append(Example(f"question {number + 1}: {example['question'][:60]}", body))
-    return Section(
-        "Questions",
-        "After each thought: the likeliest words of the LM head where the next one is made, and the likeliest names "
-        "when language is forced there instead.",
-        [],
-        examples,
-    )
-
-
-def close_up(example: dict) -> str:
-    """What can be read from a question's thoughts, as a table."""
-
-    def shares(pairs: list) -> str:
-        return "  ".join(f"{word!r} {share:.0%}" for word, share in pairs if share >= 0.005)
-
-    words = [*map(shares, example["words"]), ""]  # after the last thought none is made
-    rows = [
-        [
-            str(row["thoughts"]),
-            word,
-            shares(row["names"]),
-            *(cell(key, row[key]) for key in ("elsewhere", "norm", "cosine")),
-        ]
-        for word, row in zip(words, example["after"], strict=True)
-    ]
-    head = ["thoughts", "words where the next is made", "names as the next step", "elsewhere", "norm", "cosine"]
-    return table_html(head, rows)
 
 
 SECTIONS = {
@@ -379,5 +287,4 @@ SECTIONS = {
     "interventions": interventions_section,
     "search": search_section,
     "sweep": sweep_section,
-    "examples": examples_section,
 }

@@ -14,16 +14,12 @@ from analysis.tasks import Graphs
 TOP = 3
 
 
-def parallelism(task: Graphs, values: np.ndarray) -> dict:
-    """How much of the value of all names the likeliest 1, 2 and 3 have together: {"mean": [3], "curves": [3][21]}, the
-    curves being the quantiles over the questions, of one (N, C) of values.
-
-    Names that a question lacks count as 0.
-    """
+def parallelism(values: np.ndarray) -> dict:
+    """{"mean": [3]}: how much of the value of all names the likeliest 1, 2 and 3 have together, on average over the
+    questions, of one (N, C) of values. Names that a question lacks count as 0."""
     total = values.sum(1, keepdims=True)
     shares = np.sort(values / np.maximum(total, 1e-12), axis=1)[:, ::-1][:, :TOP].cumsum(1)  # (N, 3)
-    curves = np.quantile(shares, np.linspace(0, 1, 21), axis=0).T
-    return {"mean": shares.mean(0).tolist(), "curves": curves.tolist()}
+    return {"mean": shares.mean(0).tolist()}
 
 
 def frontier(task: Graphs, values: np.ndarray, k: int) -> dict:
@@ -48,7 +44,7 @@ def frontier(task: Graphs, values: np.ndarray, k: int) -> dict:
     return found
 
 
-def by_height(task: Graphs, values: np.ndarray, k: int, longest: bool = False) -> list[dict]:
+def by_height(task: Graphs, values: np.ndarray, k: int) -> list[dict]:
     """After k thoughts: the mean value of the frontier's nodes, renormalised over the frontier, by their distance to a
     leaf; right ones, on a shortest path to the target, apart from the others."""
     found: dict[tuple[int, bool], list[float]] = {}
@@ -60,12 +56,12 @@ def by_height(task: Graphs, values: np.ndarray, k: int, longest: bool = False) -
             continue  # the only node has all of the value
         shares = row[[place[name] for name in nodes]]
         shares = shares / max(shares.sum(), 1e-12)
-        heights, left = paths.height(graph, longest), paths.depths(graph)[graph.target] - distance
+        heights, left = paths.height(graph), paths.depths(graph)[graph.target] - distance
         for name, share in zip(nodes, shares, strict=True):
             is_right = paths.distances(graph, name).get(graph.target) == left
             found.setdefault((heights[name], is_right), []).append(float(share))
     return [
-        {"height": height, "right": is_right, "nodes": len(shares), "value": float(np.mean(shares))}
+        {"thoughts": k, "height": height, "right": is_right, "nodes": len(shares), "value": float(np.mean(shares))}
         for (height, is_right), shares in sorted(found.items())
     ]
 

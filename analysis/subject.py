@@ -5,6 +5,7 @@ Legend: N questions, B of them in a batch, K thoughts, D hidden size, C names.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +20,7 @@ from curriculum import Markers, prompt
 from dataset import collate_prompts
 from preprocessing.tokens import question_ids
 from tools.generate import load
+from trainer.evaluate import extract_answer
 from trainer.inference import config_for
 from utils import UserError
 
@@ -31,11 +33,6 @@ class Asked(NamedTuple):
     markers: Markers
     config: Config
     stage: int
-
-
-class Batch(NamedTuple):
-    rows: slice  # of the questions
-    inputs: dict[str, torch.Tensor]  # input_ids, attention_mask, position_ids: (B, T) int64, padded on the left
 
 
 class Change(NamedTuple):
@@ -54,14 +51,8 @@ class Change(NamedTuple):
 
 
 class Subject:
-    """A model, and questions.
-
-    Args:
-        asked: the model.
-        examples: {question, answer, steps, ...} each.
-        n_thoughts: as many as it is asked with; default as many as its stage was trained with.
-        batch: questions at once.
-    """
+    """A model, and questions, {question, answer, steps, ...} each, `batch` of them at once, asked with n_thoughts, by
+    default as many as its stage was trained with."""
 
     def __init__(self, asked: Asked, examples: list[dict], n_thoughts: int | None = None, batch: int = 250):
         self.asked, self.examples, self.batch = asked, examples, batch
@@ -76,16 +67,16 @@ class Subject:
         model = load(checkpoint)
         asked = Asked(model, model.tokenizer, model.markers, config_for(model, n_thoughts), model.stage)
         subject = cls(asked, examples, n_thoughts)
-        config, stage = subject.asked.config, subject.asked.stage
+        config = asked.config
         if not (model.one_by_one and config.rules.goes_on_at_once):
             raise UserError(
                 f"{checkpoint} is of method {config.method}: what is asked here is asked of thoughts one after the "
                 f"other, and of language that follows them at once"
             )
         if subject.n_thoughts == 0:
-            more = " (--thoughts K asks it with K)" if config.has_latents else ""
             raise UserError(
-                f"{checkpoint} has no thoughts to look at: it is of method {config.method}, stage {stage}{more}"
+                f"{checkpoint} has no thoughts to look at: it is of method {config.method}, stage {asked.stage}"
+                + " (--thoughts K asks it with K)" * config.has_latents
             )
         if config.c_thought != 1:
             raise UserError(
@@ -104,12 +95,10 @@ class Subject:
 
     def batches(
         self, n_thoughts: int | None = None, forced: list[int] | None = None, size: int | None = None
-    ) -> Iterator[Batch]:
-        """All questions, each followed by its thoughts and by the tokens that are forced upon the model, in
-        batches of `size` (default: `batch`).
-
-        Raises UserError where one does not fit into the model.
-        """
+    ) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
+        """All questions, each followed by its thoughts and by the tokens that are forced upon the model, in batches of
+        `size` (default: `batch`): the questions' numbers, and input_ids, attention_mask, position_ids, (B, T) int64,
+        padded on the left. Raises UserError where one does not fit into the model."""
         n_thoughts = self.n_thoughts if n_thoughts is None else n_thoughts
         rows = [self._row(ids, n_thoughts) + (forced or []) for ids in self._ids]
         longest, limit = max(map(len, rows)), self.model.max_positions or math.inf
@@ -122,7 +111,7 @@ class Subject:
         for begin in range(0, len(rows), size):
             chosen = slice(begin, begin + size)
             inputs = collate_prompts(rows[chosen], self.asked.markers.eos)
-            yield Batch(chosen, {name: tensor.to(device) for name, tensor in inputs.items()})
+            yield chosen, {name: tensor.to(device) for name, tensor in inputs.items()}
 
     def thoughts(self, n_thoughts: int | None = None) -> torch.Tensor:
         """(N, K, D) float32: the input embeddings of the latent positions."""
@@ -151,17 +140,18 @@ class Subject:
         texts, longest = [], 2 * self._longest_answer()
         for rows, inputs in self.batches(n_thoughts):
             if hidden_columns:
-                first = (inputs["input_ids"][0] == self.asked.markers.latent).nonzero().flatten()[0]
-                mask = inputs["attention_mask"].clone()
-                mask[:, [int(first) + number for number in sorted(hidden_columns)]] = 0
-                inputs = {**inputs, "attention_mask": mask}
+                latents = (inputs["input_ids"][0] == self.asked.markers.latent).nonzero().flatten()
+                inputs["attention_mask"][:, latents[sorted(hidden_columns)]] = 0
             edit = change.of(rows) if change is not None else None
             n_new = min(longest, (self.model.max_positions or math.inf) - inputs["input_ids"].shape[1])
             for row in self.model.generate(**inputs, max_new_tokens=n_new, edit=edit).tolist():
-                eos = self.asked.markers.eos
-                new = row[: row.index(eos)] if eos in row else row
-                texts.append(self.tokenizer.decode(new, skip_special_tokens=True))
+                new = itertools.takewhile(lambda token: token != self.asked.markers.eos, row)
+                texts.append(self.tokenizer.decode([*new], skip_special_tokens=True))
         return texts
+
+    def answers(self, **options) -> list[str]:
+        """The answers in `outputs`."""
+        return [extract_answer(text) for text in self.outputs(**options)]
 
     def _longest_answer(self) -> int:
         """Tokens of the longest written steps and answer, EOS included."""
@@ -184,11 +174,8 @@ class Subject:
         ids = self.tokenizer([forced + name for name in every], add_special_tokens=False)["input_ids"]
         common = _common_prefix(self.tokenizer(forced, add_special_tokens=False)["input_ids"], ids)
         width = max(map(len, ids)) - len(common)
-        padded = {
-            name: (row[len(common) :] + [-1] * width)[:width] for name, row in zip(every, ids, strict=True)
-        }  # the same for all questions that have the name
-        missing = [-1] * width
-        rest = torch.tensor([[padded[name] for name in row] + [missing] * (count - len(row)) for row in names])
+        padded = {name: (row[len(common) :] + [-1] * width)[:width] for name, row in zip(every, ids, strict=True)}
+        rest = torch.tensor([[padded[name] for name in row] + [[-1] * width] * (count - len(row)) for row in names])
         found = []
         # each name of several tokens takes a copy of its question's cache
         size = self.batch if width == 1 else max(1, self.batch // count)

@@ -6,7 +6,6 @@ and graphs with ProsQA's fields (the paper's and the mirrored ones, in sentences
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,19 +16,12 @@ from utils import UserError
 
 
 class Task:
-    """Questions of one kind.
-
-    Attributes:
-        examples: {question, answer, steps, ...} each.
-        classes: what an output can be, in the order in which they are stacked.
-        step_prefix: the text that is forced before a name, the first of a next step.
-        fewest: thoughts after which steps begin so.
-    """
+    """Questions of one kind."""
 
     kind: str
-    classes: tuple[str, ...]
-    step_prefix: str = ""
-    fewest: int = 0
+    classes: tuple[str, ...]  # what an output can be, in the order in which they are stacked
+    step_prefix: str = ""  # the text that is forced before a name, the first of a next step
+    fewest: int = 0  # thoughts after which steps begin so
 
     def __init__(self, examples: list[dict]):
         self.examples = examples
@@ -47,6 +39,7 @@ class Task:
 
     def others(self) -> list[str | None]:
         """For each question the wrong candidate, which only reasoning excludes; None where there is none."""
+        return [None] * len(self.examples)
 
     def twins(self) -> list[dict | None]:
         """For each question one that differs in where it begins, and so in its answer, where there is one."""
@@ -65,6 +58,13 @@ class Machine(Task):
         super().__init__(examples)
         self.permutations = permutations
         self.states = sorted(next(iter(permutations.values())))
+        for number, example in enumerate(examples):
+            try:
+                is_of_machine = example == example | self.question_of(example["question"][:1], example["question"][1:])
+            except (KeyError, IndexError):
+                is_of_machine = False
+            if not is_of_machine:
+                raise UserError(f"record {number} (counted from 0) is no question of its machine")
 
     def names(self) -> list[list[str]]:
         return [self.states] * len(self.examples)
@@ -75,9 +75,6 @@ class Machine(Task):
             return self.classes[2]
         left = "".join(example["steps"][n_thoughts:])
         return self.classes[0] if "".join(extract_steps(output).split()) == left else self.classes[1]
-
-    def others(self) -> list[str | None]:
-        return [None] * len(self.examples)
 
     def follow(self, state: str, buttons: str) -> str:
         """Where a word of buttons leads."""
@@ -93,8 +90,7 @@ class Machine(Task):
     def twins(self) -> list[dict | None]:
         """The same words, pressed in the state that comes next in the alphabet."""
         following = dict(zip(self.states, [*self.states[1:], self.states[0]], strict=True))
-        questions = [example["question"] for example in self.examples]
-        return [self.question_of(following[question[0]], question[1:]) for question in questions]
+        return [self.question_of(following[e["question"][0]], e["question"][1:]) for e in self.examples]
 
     def redrawn(self, random) -> tuple[str, list[dict]]:
         """Another order of buttons is another question; its own answer is what should come out."""
@@ -142,7 +138,8 @@ class Graphs(Task):
         return k + 1 if self.compact else k
 
     def classify(self, index: int, output: str, n_thoughts: int) -> str:
-        return paths.classify(self.graphs[index], extract_steps(output), _answer_or_nothing(output), n_thoughts)
+        answer = extract_answer(output) if "#" in output else ""  # without it the text is all reasoning
+        return paths.classify(self.graphs[index], extract_steps(output), answer, n_thoughts)
 
     def others(self) -> list[str | None]:
         return [self.with_answer(example, "neg_target") for example in self.examples]
@@ -182,55 +179,30 @@ class Graphs(Task):
         return "edges in another order", found
 
 
-def _answer_or_nothing(output: str) -> str:
-    """The answer, where there is one: without a '#' the text is all reasoning."""
-    return extract_answer(output) if "#" in output else ""
-
-
 def load_task(path: Path, count: int | None = None, steps: int | None = None) -> Task:
     """The first questions of a data file, with `steps` the first that have so many, and what is known about them.
 
     Raises UserError where they are of no known kind, or too few.
     """
     examples = load_examples(path, count if steps is None else None)
-    kind = _kind_of(examples, path)
-    if steps is not None:  # after the check: messages name a record by its index in the file
-        examples = [example for example in examples if len(example["steps"]) == steps][:count]
-    if len(examples) < 2:
-        raise UserError(
-            f"{path} holds too few such questions ({len(examples)}): thoughts are compared across questions"
-        )
-    return kind(examples)
-
-
-def _kind_of(examples: list[dict], path: Path) -> Callable[[list[dict]], Task]:
-    """What makes a task of questions of this file. Raises UserError where one is damaged, or of no known kind."""
-    if examples and all("neg_target" in example for example in examples):
-        try:
-            Graphs(examples)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        return Graphs
     machine = path.with_name(path.name.rpartition("_")[0] + "_machine.json")
-    if machine.is_file():
-        return partial(Machine, permutations=_load_machine(examples, path, machine).permutations)
-    raise UserError(
-        f"{path} is of no kind that can be analysed: neither graphs with ProsQA's fields, nor state tracking with "
-        f"{machine.name} beside it"
-    )
-
-
-def _load_machine(examples: list[dict], path: Path, machine: Path) -> Machine:
-    """State tracking; raises UserError where the questions are not of this machine."""
+    if all("neg_target" in example for example in examples):
+        kind = Graphs
+    elif machine.is_file():
+        kind = partial(Machine, permutations=read_json(machine)["permutations"])
+    else:
+        raise UserError(
+            f"{path} is of no kind that can be analysed: neither graphs with ProsQA's fields, nor state tracking with "
+            f"{machine.name} beside it"
+        )
     try:
-        task = Machine(examples, read_json(machine)["permutations"])
-    except (UserError, KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise UserError(f"{machine} is not what preprocessing/machine.py wrote ({error!r})") from None
-    for number, example in enumerate(examples):
-        try:
-            followed = task.question_of(example["question"][:1], example["question"][1:])
-        except (KeyError, IndexError):
-            followed = None
-        if followed is None or any(example[field] != value for field, value in followed.items()):
-            raise UserError(f"{path}: record {number} (counted from 0) is no question of {machine}")
+        task = kind(examples)  # of all: messages name a record by its index in the file
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if steps is not None:
+        task = kind([example for example in examples if len(example["steps"]) == steps][:count])
+    if len(task.examples) < 2:
+        raise UserError(
+            f"{path} holds too few such questions ({len(task.examples)}): thoughts are compared across questions"
+        )
     return task

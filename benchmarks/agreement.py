@@ -7,6 +7,8 @@ latents in the same step, and their generations end after different numbers of t
 of all ranks. Exits with 1 where a difference is larger than the last column allows.
 """
 
+import shutil
+import string
 import sys
 import tempfile
 from pathlib import Path
@@ -26,14 +28,12 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from common import print_table, to_device
-from random_model import RandomModel
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from tiny_model import RandomModel, make_tokenizer
 
 from config import Config
 from curriculum import Markers
 from dataset import collate_for_device, collate_prompts
-from trainer.distributed import World, cleanup_distributed, exit_process, on_main_rank, setup_distributed
+from trainer.distributed import World, cleanup_distributed, exit_process, setup_distributed
 from trainer.evaluate import autocast
 from trainer.parallel import gather_weights, load, sync_gradients, whole_weights, wrap
 
@@ -50,9 +50,7 @@ def write_model(family: str, tied: bool, folder: Path) -> None:
             if parameter.ndim > 1:
                 parameter.mul_(3.0)
     model.save_pretrained(folder)
-    words = {"<eos>": 0, **{f"w{index}": index for index in range(1, VOCABULARY)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    make_tokenizer([string.ascii_letters[: VOCABULARY - 2]], "char").save_pretrained(folder)
 
 
 def rows(n_latents: list[int], seed: int, markers: Markers) -> list[tuple[list[int], list[int]]]:
@@ -106,56 +104,53 @@ def train(config: Config, world: World, n_steps: int, ranks: list[int]) -> tuple
     return losses, {name: value.detach().cpu().clone() for name, value in weights.items()}, generations
 
 
-def compare(family: str, tied: bool, precision: str, n_steps: int, world: World, folder: Path) -> list:
-    """A row of the table, the same on every rank."""
+def compare(family: str, tied: bool, precision: str, n_steps: int, world: World, folder: Path) -> list | None:
+    """A row of the table, on rank 0."""
     if world.is_main:
         write_model(family, tied, folder)
-    on_main_rank(world, lambda: None)  # all ranks: the model is there
+    torch.distributed.barrier()  # all ranks: the model is there
     base = {"model_id": str(folder), "bf16": precision == "bf16"}
     runs = {s: train(Config(strategy=s, **base), world, n_steps, [world.rank]) for s in ("ddp", "fsdp")}
-    alone = World(0, 0, 1, world.device)
-    everyone = list(range(world.size))
-    one = train(Config(strategy="ddp", **base), alone, n_steps, everyone) if world.is_main else None
-
-    def difference(a: tuple, b: tuple) -> float:
-        return max((a[1][name].float() - b[1][name].float()).abs().max().item() for name in a[1].keys() & b[1].keys())
-
-    torch.distributed.all_reduce(shares := torch.tensor([runs[s][0] for s in ("ddp", "fsdp")]))  # all ranks
+    losses = torch.tensor([runs[s][0] for s in runs])
+    torch.distributed.all_reduce(losses)  # all ranks
     theirs: list = [None] * world.size
     torch.distributed.all_gather_object(theirs, (runs["ddp"][2], runs["fsdp"][2]))  # all ranks
+    if not world.is_main:
+        return None
+    alone = World(0, 0, 1, world.device)
+    runs["one"] = train(Config(strategy="ddp", **base), alone, n_steps, list(range(world.size)))
+    of_runs = {"ddp": losses[0] / world.size, "fsdp": losses[1] / world.size, "one": torch.tensor(runs["one"][0])}
 
-    def make_row() -> list:
-        losses = {"ddp": shares[0] / world.size, "fsdp": shares[1] / world.size, "one": torch.tensor(one[0])}
-        same = all(ddp == fsdp for ddp, fsdp in theirs) and [g for ddp, _ in theirs for g in ddp] == one[2]
-        each = {**runs, "one": one}
-        largest = [
-            max((losses[a] - losses[b]).abs().max().item(), difference(each[a], each[b]))
-            for a, b in (("ddp", "one"), ("fsdp", "one"), ("fsdp", "ddp"))
-        ]
-        tied_name = "tied" if tied else "untied"
-        return [family, tied_name, precision, *largest, "same" if same else "differ", TOLERANCE[precision]]
+    def difference(a: str, b: str) -> float:
+        """The largest, of a loss or a weight."""
+        weights, others = runs[a][1], runs[b][1]
+        pairs = [(of_runs[a], of_runs[b]), *((weights[n].float(), others[n].float()) for n in weights.keys() & others)]
+        return max((mine - other).abs().max().item() for mine, other in pairs)
 
-    return on_main_rank(world, make_row)
+    same = all(ddp == fsdp for ddp, fsdp in theirs) and [g for ddp, _ in theirs for g in ddp] == runs["one"][2]
+    largest = [difference("ddp", "one"), difference("fsdp", "one"), difference("fsdp", "ddp")]
+    return [family, "tied" if tied else "untied", precision, *largest, same, TOLERANCE[precision]]
 
 
 def main(arguments: list[str]) -> int:
     options = make_parser().parse_args(arguments)
     world = setup_distributed()
     table = []
-    with tempfile.TemporaryDirectory() as temporary:
-        for family, tied in (("gpt2", True), ("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False)):
-            for precision in ("float32", "bf16"):
-                folder = Path(on_main_rank(world, lambda: temporary)) / f"{family}-{tied}-{precision}"
-                table.append(compare(family, tied, precision, options.steps, world, folder))
-    failed = world.is_main and any(
-        max(row[3:6]) > row[-1] or (row[2] == "float32" and row[6] != "same") for row in table
-    )
-    if world.is_main:
-        print(f"largest difference of a loss or a weight after {options.steps} steps on {world.size} ranks")
-        header = ["model", "embeddings", "precision", "ddp - one", "fsdp - one", "fsdp - ddp", "generations", "allowed"]
-        print_table(header, [[*row[:3], *(f"{v:.1e}" for v in row[3:6]), row[6], f"{row[7]:g}"] for row in table])
+    folder = [tempfile.mkdtemp() if world.is_main else None]
+    torch.distributed.broadcast_object_list(folder)  # all ranks: rank 0's
+    for family, tied in (("gpt2", True), ("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False)):
+        for precision in ("float32", "bf16"):
+            where = Path(folder[0], f"{family}-{tied}-{precision}")
+            table.append(compare(family, tied, precision, options.steps, world, where))
     cleanup_distributed()
-    return int(failed)
+    if not world.is_main:
+        return 0
+    shutil.rmtree(folder[0])
+    print(f"largest difference of a loss or a weight after {options.steps} steps on {world.size} ranks")
+    header = ["model", "embeddings", "precision", "ddp - one", "fsdp - one", "fsdp - ddp", "generations", "allowed"]
+    cells = ([*map("{:.1e}".format, row[3:6]), "same" if row[6] else "differ", f"{row[7]:g}"] for row in table)
+    print_table(header, [[*row[:3], *others] for row, others in zip(table, cells, strict=True)])
+    return int(any(max(row[3:6]) > row[7] or (row[2] == "float32" and not row[6]) for row in table))
 
 
 if __name__ == "__main__":

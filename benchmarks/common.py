@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 import torch
 from options import SIZES
-from random_model import RandomModel
+from tiny_model import RandomModel
 
 from coconut import Coconut
 from config import Config

@@ -9,7 +9,7 @@ The tokenizer is a byte-level BPE trained on the data, or that of --model.
 import argparse
 import sys
 
-from options import ROOT, Parser
+from options import Parser
 
 
 def make_parser() -> Parser:
@@ -17,6 +17,7 @@ def make_parser() -> Parser:
     parser.add_argument("--model", help="whose tokenizer (default: one trained on the data)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the examples")
     parser.add_count("--steps", 20, "training steps of each order")
+    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)  # data file, tokenizer, cache
     return parser
 
 
@@ -25,13 +26,13 @@ if __name__ == "__main__":
 
 import gc
 import json
-import statistics
+import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import prosqa
@@ -47,26 +48,7 @@ from preprocessing.tokens import Tokens, cache_tokens, tokenize
 from trainer.data import sequence_lengths
 
 GSM8K_EXAMPLES, PROSQA_EXAMPLES = 385_620, 17_886  # of the training sets
-MEASURE_MEMORY = """
-import re, sys
-from pathlib import Path
-import torch, transformers
-def resident(name):
-    return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
-import dataset
-from preprocessing.tokens import Tokens, cache_tokens
-from transformers import AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
-tokenizer(["warm"] * 1000)
-before = resident("VmRSS")
-folder = cache_tokens(sys.argv[1], tokenizer, Path(sys.argv[3]), show_progress=False)
-tokens = Tokens.open(folder)
-order = dataset.example_order(len(tokens), dataset.Config(), 0)
-plan = dataset.EpochPlan(order, dataset.Config(), 0, 1)
-for index in order[:5000]:
-    tokens[index]
-print(before, resident("VmRSS"), resident("VmHWM"))
-"""
+STAGE = 3  # of batches
 
 
 def gsm_like(n: int, seed: int = 0) -> list[dict]:
@@ -95,22 +77,17 @@ def tokenizing(path: Path, tokenizer, cache: Path, repeats: int) -> dict:
     """Seconds to tokenize a file beside the tokenizer's own for the same texts in one batch, and to start again."""
     examples = load_examples(path)
     texts = [t for e in examples for t in (e["question"] + "\n", *(s + "\n" for s in e["steps"]), "### " + e["answer"])]
-    sides = {"tokenizer": lambda: tokenizer(texts), "ours": lambda: tokenize(examples, tokenizer)}
-    medians = alternate(sides, repeats, torch.device("cpu"))
+    sides = {"theirs": lambda: tokenizer(texts), "ours": lambda: tokenize(examples, tokenizer)}
+    theirs, ours = (taken["seconds"] for taken in alternate(sides, repeats, torch.device("cpu")).values())
     cache_tokens(str(path), tokenizer, cache, show_progress=False)
     begin = time.perf_counter()
     Tokens.open(cache_tokens(str(path), tokenizer, cache, show_progress=False))
     again = time.perf_counter() - begin
-    return {
-        "examples": len(examples),
-        "tokenizer_seconds": medians["tokenizer"]["seconds"],
-        "our_seconds": medians["ours"]["seconds"],
-        "ratio": medians["ours"]["seconds"] / medians["tokenizer"]["seconds"],
-        "second_start_seconds": again,
-    }
+    seconds = {"the tokenizer's own batch, s": theirs, "tokenize(), s": ours, "  ratio": ours / theirs}
+    return {"examples": len(examples), **seconds, "second start, s": again}
 
 
-def batches(tokens: Tokens, config: Config, stage: int, order: np.ndarray) -> AbstractContextManager[Iterator[dict]]:
+def batches(tokens: Tokens, config: Config, stage: int, order: np.ndarray) -> AbstractContextManager:
     """A rank's batches of an epoch, as run.py has them."""
     plan = EpochPlan(order, config, 0, 1)
     return batches_of(StageDataset(tokens, config, MARKERS, epoch=0), plan, [stage] * len(plan))
@@ -128,35 +105,40 @@ def first_batch(cache: Path) -> float:
     return max(seconds)
 
 
-def batch_seconds(tokens: Tokens, stage: int = 3, n_batches: int = 50) -> float:
-    """Median seconds in which a batch of 32 rows is made, by nobody but the thread that makes it."""
-    config = Config(uniform_prob=0.3)
-    dataset, plan = StageDataset(tokens, config, MARKERS, epoch=0), EpochPlan(np.arange(len(tokens)), config, 0, 1)
-    seconds = []
-    for step in range(min(n_batches, len(plan) - 1)):
-        begin = time.perf_counter()
-        dataset.micro_batch(plan[step].micro_batches[0], stage)
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+def print_memory(path: str, tokenizer: str, cache: str) -> None:
+    """MiB of this process: before it has the tokens of a file, with them, and at most."""
+
+    def resident(name: str) -> float:
+        return int(re.search(name + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    tokenizer(["warm"] * 1000)
+    before = resident("VmRSS")
+    tokens = Tokens.open(cache_tokens(path, tokenizer, Path(cache), show_progress=False))
+    order = example_order(len(tokens), Config(), 0)
+    plan = EpochPlan(order, Config(), 0, 1)
+    for index in order[:5000]:
+        tokens[index]
+    print(json.dumps([before, resident("VmRSS"), resident("VmHWM"), len(plan)]))
 
 
-def memory(path: Path, tokenizer_folder: Path, cache: Path) -> dict[str, float]:
+def memory(*files: Path) -> dict[str, float]:
     """MiB in processes of their own: above an interpreter with torch and a tokenizer, that of the rank that tokenizes
     and that of one that finds the tokens; and at most while tokenizing, all in all."""
-    command = [sys.executable, "-c", MEASURE_MEMORY, str(path), str(tokenizer_folder), str(cache)]
+    command = [sys.executable, __file__, "--memory-of", *map(str, files)]
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2)]
+    (before, after, peak, _), (other_before, other_after, *_) = map(json.loads, runs)
+    return {
+        "tokenizing: most MiB, all in all": peak,
+        "afterwards: MiB more, the rank that tokenized": after - before,
+        "  another rank": other_after - other_before,
+    }
 
-    def run() -> list[float]:
-        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-        return [float(number) for number in done.stdout.split()]
 
-    (before, after, peak), (other_before, other_after, _) = run(), run()
-    return {"mib_tokenizing_rank": after - before, "mib_other_rank": other_after - other_before, "mib_peak": peak}
-
-
-def padding(tokens: Tokens, grouped: bool, stage: int = 3) -> float:
+def padding(tokens: Tokens, grouped: bool) -> float:
     """Share of padding in the passes of an epoch, 32 rows each."""
     config = Config(batch_size_training=32, global_batch_size=128)
-    lengths = sequence_lengths(tokens, config, stage)
+    lengths = sequence_lengths(tokens, config, STAGE)
     order = example_order(len(tokens), config, 0, lengths if grouped else None)
     passes = [lengths[m.indices] for step in EpochPlan(order, config, 0, 1) for m in step.micro_batches]
     return 1 - sum(p.sum() for p in passes) / sum(p.max() * len(p) for p in passes)
@@ -166,38 +148,31 @@ def steps_per_order(tokens: Tokens, n_steps: int, device: torch.device) -> dict:
     """Seconds of a step of a tiny model, random order and grouped by length, alternately; and the share of it spent
     waiting for a batch."""
     config = Config(batch_size_training=16, gradient_accumulation_steps=1)
-    lengths, stage = sequence_lengths(tokens, config, 3), 3
     model = make_model("gpt2", "tiny", device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-    def step(batch: dict) -> None:
-        batch.pop("weight")
-        model(**to_device(batch, device)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    orders = {
-        "random": example_order(len(tokens), config, 0),
-        "grouped": example_order(len(tokens), config, 0, lengths),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in orders}
-    waits: list[float] = []
+    taken: list[list[tuple[float, float]]] = []  # of each step and order: until the batch was there, in all
     with ExitStack() as stack:
-        loaders = {n: stack.enter_context(batches(tokens, config, stage, order)) for n, order in orders.items()}
-        for loader in loaders.values():
-            step(next(loader))
-        for _ in range(n_steps):
-            for name, loader in loaders.items():
+        loaders = [
+            stack.enter_context(batches(tokens, config, STAGE, example_order(len(tokens), config, 0, lengths)))
+            for lengths in (None, sequence_lengths(tokens, config, STAGE))
+        ]
+        for _ in range(n_steps + 1):
+            taken.append([])
+            for loader in loaders:
                 begin = time.perf_counter()
                 batch = next(loader)
-                waits.append(time.perf_counter() - begin)
-                step(batch)
+                waited = time.perf_counter() - begin
+                batch.pop("weight")
+                model(**to_device(batch, device)).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
                 if device.type == "cuda":
                     torch.cuda.synchronize()
-                seconds[name].append(time.perf_counter() - begin)
-    total = sum(map(sum, seconds.values()))
-    means = {name: statistics.mean(values) for name, values in seconds.items()}
-    return {**means, "ratio": means["grouped"] / means["random"], "loader_wait": sum(waits) / total}
+                taken[-1].append((waited, time.perf_counter() - begin))
+    random, grouped = (mean(seconds for _, seconds in of) for of in zip(*taken[1:], strict=True))  # the first warms up
+    waits = sum(waited for step in taken[1:] for waited, _ in step)
+    seconds = {"step, random order, s": random, "step, group_by_length, s": grouped, "  step ratio": grouped / random}
+    return {**seconds, "share of a step waiting for the loader": waits / n_steps / (random + grouped)}
 
 
 def write_files(folder: Path, share: float) -> dict[str, Path]:
@@ -210,24 +185,24 @@ def write_files(folder: Path, share: float) -> dict[str, Path]:
 
 
 def measure(path: Path, options: argparse.Namespace, repeats: int, device: torch.device) -> dict:
-    """All that is measured on one data file."""
+    """All that is measured on one data file: what it is -> the number."""
     folder = path.parent
     where = options.model or make_tokenizer(path, folder / f"{path.stem}_tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(where)
-    row = memory(path, where, folder / "one")
-    row |= tokenizing(path, tokenizer, folder / "cache", repeats)
+    found = memory(path, where, folder / "one") | tokenizing(path, tokenizer, folder / "cache", repeats)
     cache = cache_tokens(str(path), tokenizer, folder / "cache", show_progress=False)
     tokens = Tokens.open(cache)
-    row |= {"first_batch": first_batch(cache), "batch_ms": 1000 * batch_seconds(tokens)}
-    row |= {"padding_random": padding(tokens, False), "padding_grouped": padding(tokens, True)}
-    row["step"] = steps_per_order(tokens, options.steps, device)
-    return row
+    found["first batch, s"] = first_batch(cache)
+    found |= {f"padding, {name}": padding(tokens, n) for n, name in enumerate(("random order", "group_by_length"))}
+    return found | steps_per_order(tokens, options.steps, device)
 
 
 def main(arguments: list[str]) -> int:
     options = make_parser().parse_args(arguments)
-    device = pick_device()
-    where = machine(device)
+    if options.memory_of:
+        print_memory(*options.memory_of)
+        return 0
+    where = machine(device := pick_device())
     print(where, flush=True)
     with tempfile.TemporaryDirectory() as place:
         files = write_files(Path(place), 0.1 if options.quick else 1.0)
@@ -235,35 +210,9 @@ def main(arguments: list[str]) -> int:
             name: measure(path, options, options.repeats if name == "ProsQA" else 1, device)
             for name, path in files.items()
         }
-    print_results(results)
-    write_json(options, where, results)
+    print_table(["", *results], [[name, *(of[name] for of in results.values())] for name in results["ProsQA"]])
+    write_json(options, where, results, hidden=("memory_of",))
     return 0
-
-
-def print_results(results: dict) -> None:
-    names = {
-        "examples": "examples",
-        "tokenizer_seconds": "the tokenizer's own batch, s",
-        "our_seconds": "tokenize(), s",
-        "ratio": "  ratio",
-        "second_start_seconds": "second start, s",
-        "first_batch": "first batch, s",
-        "batch_ms": "a batch of 32 rows, ms",
-        "mib_peak": "tokenizing: most MiB, all in all",
-        "mib_tokenizing_rank": "afterwards: MiB more, the rank that tokenized",
-        "mib_other_rank": "  another rank",
-        "padding_random": "padding, random order",
-        "padding_grouped": "padding, group_by_length",
-    }
-    steps = {
-        "random": "step, random order, s",
-        "grouped": "step, group_by_length, s",
-        "ratio": "  ratio",
-        "loader_wait": "share of a step waiting for the loader",
-    }
-    rows = [[title, *(row[name] for row in results.values())] for name, title in names.items()]
-    rows += [[title, *(row["step"][name] for row in results.values())] for name, title in steps.items()]
-    print_table(["", *results], rows)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing")]
-from random_model import SHAPES
+from tiny_model import SHAPES
 
 SIZES = {"tiny": (2, 256, 4), "small": (12, 768, 12)}  # layers, width, heads; small is GPT-2's
 

@@ -39,17 +39,7 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-from common import (
-    MARKERS,
-    as_loaded,
-    machine,
-    make_model,
-    pick_device,
-    print_table,
-    prosqa_rows,
-    to_device,
-    write_json,
-)
+from common import MARKERS, as_loaded, machine, make_model, pick_device, print_table, prosqa_rows, to_device, write_json
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -88,15 +78,6 @@ class Sent:
         share = (n_ranks - 1) / n_ranks
         return share * (2 * self.bytes["all-reduce"] + self.bytes["all-gather"] + self.bytes["reduce-scatter"])
 
-    def clear(self) -> None:
-        self.bytes = dict.fromkeys(self.bytes, 0)
-
-
-def make_batch(options: argparse.Namespace, world: World) -> dict:
-    """A micro-batch of this rank: other ranks have fewer latents in the same step."""
-    rows = prosqa_rows(options.batch, max(options.stage - world.rank, 0), 1, seed=world.rank)
-    return to_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), world.device)
-
 
 def make_step(wrapped: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict, world: World, bf16: bool):
     """step(n_passes, syncs=True): a step of so many passes over the batch; returns its seconds. Without `syncs` the
@@ -131,18 +112,20 @@ def measure(options: argparse.Namespace) -> None:
     wrapped = parallel.wrap(model, world)
     sent.watch(wrapped)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    batch = make_batch(options, world)
+    # other ranks have fewer latents in the same step
+    rows = prosqa_rows(options.batch, max(options.stage - world.rank, 0), 1, seed=world.rank)
+    batch = to_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), world.device)
     n_tokens = int(batch["attention_mask"].sum()) * world.size
     step = make_step(wrapped, optimizer, batch, world, options.bf16)
     step(1), step(1)
     results = {"ranks": world.size, "strategy": options.strategy, "parameters_bytes": n_bytes}
     for n_passes in (1, options.accumulation):
-        sent.clear()
+        sent.bytes = dict.fromkeys(sent.bytes, 0)
         step(n_passes)
         results[f"sent_{n_passes}"] = sent.by_a_ring(world.size)
     results["least"] = 2 * n_bytes * (world.size - 1) / world.size
     seconds = median(step(1) for _ in range(options.repeats))
-    results["seconds"], results["tokens_per_second"] = seconds, n_tokens / seconds
+    results |= {"seconds": seconds, "tokens_per_second": n_tokens / seconds}
     if world.size > 1:
         quiet = median(step(1, syncs=False) for _ in range(options.repeats))
         begin = time.perf_counter()
@@ -156,29 +139,21 @@ def measure(options: argparse.Namespace) -> None:
 def run(ranks: int, strategy: str, arguments: list[str], folder: Path) -> dict:
     file = folder / f"{ranks}-{strategy}.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
     command += [*arguments, "--strategy", strategy, "--worker", str(file)]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     return json.loads(file.read_text())
 
 
-def make_rows(results: list[dict], accumulation: int) -> list[list]:
-    """The table: a row for each run."""
-    one = {result["strategy"]: result for result in results if result["ranks"] == 1}
-    rows = []
-    for result in results:
-        alone = one.get(result["strategy"])
-        rows.append(
-            [
-                *(result["ranks"], result["strategy"], result["seconds"], f"{result['tokens_per_second']:,.0f}"),
-                result["tokens_per_second"] / alone["tokens_per_second"] if alone else "-",
-                *(f"{result[name] / 2**20:.1f}" for name in ("sent_1", f"sent_{accumulation}", "least")),
-                f"{result['exposed']:.0%}" if "exposed" in result else "-",
-            ]
-        )
-    return rows
+def make_row(result: dict, alone: dict | None, accumulation: int) -> list:
+    """A row of the table; `alone` is the same on one rank."""
+    speed = result["tokens_per_second"]
+    sent = (f"{result[name] / 2**20:.1f}" for name in ("sent_1", f"sent_{accumulation}", "least"))
+    row = [result["ranks"], result["strategy"], result["seconds"], f"{speed:,.0f}"]
+    row += [speed / alone["tokens_per_second"] if alone else "-", *sent]
+    return [*row, f"{result['exposed']:.0%}" if "exposed" in result else "-"]
 
 
 def main(arguments: list[str]) -> int:
@@ -192,7 +167,8 @@ def main(arguments: list[str]) -> int:
     print(f"{options.shape} {options.size}, {options.batch} rows a rank, stage {options.stage}: {where}")
     header = ["ranks", "strategy", "seconds", "tokens/s", "x of 1 rank", "MiB sent, 1 pass"]
     header += [f"{options.accumulation} passes", "least", "exposed"]
-    print_table(header, make_rows(results, options.accumulation))
+    one = {result["strategy"]: result for result in results if result["ranks"] == 1}
+    print_table(header, [make_row(result, one.get(result["strategy"]), options.accumulation) for result in results])
     write_json(options, where, results, hidden=("worker", "strategy"))
     return 0
 

@@ -23,17 +23,20 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing")]
 from machine import STATES, frontiers_of
+from tables import markdown
 
 from analysis.subject import Change, Subject
 from preprocessing.examples import load_examples
-from trainer.evaluate import extract_answer
 from trainer.files import write_whole
 from trainer.inference import thought_logits
 from utils import UserError, as_json, print_error, read_object
@@ -52,10 +55,12 @@ def auc(values: torch.Tensor, inside: torch.Tensor) -> float:
     return float(((pairs > 0) + 0.5 * (pairs == 0)).double().mean())
 
 
-def right(subject: Subject, **options) -> list[bool]:
-    """Whether each question is answered with its answer."""
-    written = subject.outputs(**options)
-    return [extract_answer(text) == example["answer"] for text, example in zip(written, subject.examples, strict=True)]
+def accuracy(subject: Subject, **options) -> float | None:
+    return share(map(is_right, subject.answers(**options), subject.examples))
+
+
+def is_right(answer: str, example: dict) -> bool:
+    return answer == example["answer"]
 
 
 def share(values) -> float | None:
@@ -63,11 +68,10 @@ def share(values) -> float | None:
     return round(sum(values) / len(values), 5) if values else None
 
 
-class Replaced:
-    """An edit that puts something else in the place of each thought as it is made, see `Coconut.forward`."""
+class Replaced(NamedTuple):
+    """In place of a `Change`: puts something else in the place of each thought as it is made, see `Coconut.forward`."""
 
-    def __init__(self, subject: Subject, make):
-        self.subject, self.make = subject, make
+    make: Callable  # (rows, number, seen) -> (B, 1, D)
 
     def of(self, rows: slice):
         return lambda number, thought, seen: self.make(rows, number, seen).to(thought)
@@ -77,18 +81,16 @@ def replacements(subject: Subject, frontiers: list[list[str]]) -> dict[str, Repl
     model, embed = subject.model, subject.model.base_causallm.get_input_embeddings()
     states = dict(zip(STATES, subject.tokenizer.convert_tokens_to_ids(list(STATES)), strict=True))
 
-    def likeliest(_, __, seen) -> torch.Tensor:
-        return embed(model.head(seen.hidden).argmax(-1))  # (B, 1, D)
-
-    def mean(_, __, seen) -> torch.Tensor:
-        return model.head(seen.hidden).softmax(-1) @ embed.weight
-
     def frontier(rows: slice, number: int, _) -> torch.Tensor:
         sets = [found[min(number, len(found) - 1)] for found in frontiers[rows]]
         return torch.stack([embed.weight[[states[state] for state in one]].mean(0) for one in sets])[:, None]
 
-    makers = {"likeliest token": likeliest, "mean token": mean, "mean of the frontier": frontier}
-    return {name: Replaced(subject, make) for name, make in makers.items()}
+    makers = {
+        "likeliest token": lambda _, __, seen: embed(model.head(seen.hidden).argmax(-1)),
+        "mean token": lambda _, __, seen: model.head(seen.hidden).softmax(-1) @ embed.weight,
+        "mean of the frontier": frontier,
+    }
+    return {name: Replaced(make) for name, make in makers.items()}
 
 
 @torch.no_grad()
@@ -139,7 +141,7 @@ def superposed(subject: Subject, permutations: dict, n: int = 500) -> dict:
         own, others_own = asked.thoughts(), subject.asking(donors).thoughts()  # (n, K, D)
         contents = {"its own": own, "the other's": others_own, "the mean": (own + others_own) / 2}
         found[whose] = {
-            name: share(right(asked, change=Change(content, frozenset({0})))) for name, content in contents.items()
+            name: accuracy(asked, change=Change(content, frozenset({0}))) for name, content in contents.items()
         }
     return found
 
@@ -150,22 +152,14 @@ def measure(checkpoint: str, data: Path) -> dict:
     machine = read_object(data / "path_machine.json")
     subject = Subject.load(checkpoint, examples)
     frontiers = [frontiers_of(machine["permutations"], *word_of(example)) for example in examples]
-    correct = right(subject)
-    sizes = [len(found[-1]) for found in frontiers]
-    by_size = {
-        str(size): {
-            "questions": sizes.count(size),
-            "accuracy": share(one for one, of in zip(correct, sizes, strict=True) if of == size),
-        }
-        for size in sorted(set(sizes))
-    }
+    by_size: dict[int, list[bool]] = {}
+    for answer, example, found in zip(subject.answers(), examples, frontiers, strict=True):
+        by_size.setdefault(len(found[-1]), []).append(is_right(answer, example))
     return {
-        "accuracy": share(correct),
-        "by size": by_size,
+        "accuracy": share(chain.from_iterable(by_size.values())),
+        "by size": {str(n): {"questions": len(of), "accuracy": share(of)} for n, of in sorted(by_size.items())},
         "read off": read_off(subject, frontiers, len(machine["states"])),
-        "replaced": {
-            name: share(right(subject, change=edit)) for name, edit in replacements(subject, frontiers).items()
-        },
+        "replaced": {name: accuracy(subject, change=edit) for name, edit in replacements(subject, frontiers).items()},
         "superposed": superposed(subject, machine["permutations"]),
     }
 
@@ -174,31 +168,31 @@ def as_text(found: dict[str, dict]) -> str:
     """The tables of breadth_thoughts.md."""
     names = list(next(iter(found.values()))["replaced"])
     depth = max(len(one["read off"]) for one in found.values())
+    sizes = sorted({int(size) for one in found.values() for size in one["by size"]})
     head = ["run", "accuracy", *(f"thought {k}: AUC, mass" for k in range(1, depth + 1)), *names]
     head += [
         f"reached from {who} start alone: thought 1 its own, the other's, the mean" for who in ("its", "the other")
     ]
-    rows = []
+    rows, by_size = [], []
     for name, one in found.items():
         pairs = [f"{of['auc']:.2f}, {of['mass']:.2f}" for of in one["read off"]]
-        mixed = [
-            ", ".join(f"{100 * value:.1f}" for value in one["superposed"][who].values()) for who in ("own", "other")
-        ]
-        rows.append(
-            [name, f"{100 * one['accuracy']:.1f}", *pairs, *(f"{100 * one['replaced'][n]:.1f}" for n in names), *mixed]
-        )
-    sizes = sorted({int(size) for one in found.values() for size in one["by size"]})
-    by_size = [["run", *map(str, sizes)]]
-    for name, one in found.items():
+        mixed = [one["superposed"][who].values() for who in ("own", "other")]
+        shares = ([one["accuracy"]], *([one["replaced"][n]] for n in names), *mixed)
+        whole, *others = (", ".join(f"{100 * value:.1f}" for value in of) for of in shares)
+        rows.append([name, whole, *pairs, *others])
         cells = [one["by size"].get(str(size)) for size in sizes]
         by_size.append([name, *("" if cell is None else f"{100 * cell['accuracy']:.0f}" for cell in cells)])
-    lines = ["# Breadth: what the thoughts hold", "", "    python experiments/breadth_thoughts.py RUN ...", ""]
-    lines += [" ".join(__doc__.split("\n\n", 2)[2].partition("Legend:")[0].split()).replace(" - ", "\n- "), ""]
-    for table in ([head, *rows], by_size):
-        lines += [f"| {' | '.join(table[0])} |", "|---" * len(table[0]) + "|"]
-        lines += [*(f"| {' | '.join(row)} |" for row in table[1:]), ""]
-    lines.insert(-(len(by_size) + 2), "Accuracy by the size of the last frontier:\n")
-    return "\n".join(lines)
+    what = " ".join(__doc__.split("\n\n", 2)[2].partition("Legend:")[0].split()).replace(" - ", "\n- ")
+    lines = [
+        "# Breadth: what the thoughts hold",
+        "",
+        "    python experiments/breadth_thoughts.py RUN ...",
+        "",
+        what,
+        "",
+    ]
+    lines += [*markdown(head, rows), "", "Accuracy by the size of the last frontier:", ""]
+    return "\n".join([*lines, *markdown(["run", *map(str, sizes)], by_size), ""])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def work(waiting: list[Job], at_once: int | None) -> None:
     from tqdm import tqdm
 
     failed: list[str] = []
-    news = News(waiting)
+    jobs, told = waiting, {job.name: len(job.epochs()) for job in waiting}
     places = shares(at_once, waiting[0].n_gpus)
     running: dict[Future, tuple[Job, str | None]] = {}
     with (
@@ -74,7 +75,7 @@ def work(waiting: list[Job], at_once: int | None) -> None:
                 places.append(running.pop(task)[1])
                 failed.extend(task.result())
                 bar.update()
-            for line in news.lines():
+            for line in news(jobs, told):
                 tqdm.write(line, file=sys.stderr)
     if CHILDREN.stopping.is_set():
         raise UserError("stopped by a signal; start the same command again, and it goes on")
@@ -112,23 +113,16 @@ def shares(at_once: int | None, n_gpus: int) -> list[str | None]:
     return [",".join(devices[(place + gpu) % len(devices)] for gpu in range(n_gpus)) for place in places]
 
 
-class News:
-    """What the epochs of jobs have come to since it was asked last."""
-
-    def __init__(self, jobs: list[Job]):
-        self.told = {job: len(job.epochs()) for job in jobs}
-
-    def lines(self) -> list[str]:
-        found = []
-        for job, n_told in self.told.items():
-            epochs = job.epochs()
-            for record in epochs[n_told:]:
-                found.append(
-                    f"{job.name}: epoch {record['epoch'] + 1} of {job.config.num_epochs}, stage "
-                    f"{stage_name(record['stage'])}, validation accuracy {record['accuracy']:.1%}"
-                )
-            self.told[job] = len(epochs)
-        return found
+def news(jobs: list[Job], told: dict[str, int]) -> Iterator[str]:
+    """A line for each epoch of the jobs beyond those told; counts them there."""
+    for job in jobs:
+        epochs = job.epochs()
+        for record in epochs[told.get(job.name, 0) :]:
+            yield (
+                f"{job.name}: epoch {record['epoch'] + 1} of {job.config.num_epochs}, stage "
+                f"{stage_name(record['stage'])}, validation accuracy {record['accuracy']:.1%}"
+            )
+        told[job.name] = len(epochs)
 
 
 def run_commands(job: Job, devices: str | None) -> list[str]:

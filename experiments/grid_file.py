@@ -5,10 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import shlex
 import typing
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType, UnionType
 
@@ -49,6 +48,7 @@ class Grid:
     test_path: str
     needs: dict[str, str] = field(default_factory=dict)  # file -> the script, with its arguments, that makes it
     beginnings: dict[str, RunSpec] = field(default_factory=dict)
+    recipes: dict[str, RunSpec] = field(default_factory=dict)  # each run is made with the keys of each, as RUN.RECIPE
     seeds: tuple[int, ...] = (0, 1, 2)
     controls: tuple[str, ...] = ()  # runs that the others are compared with, question by question
     checkpoint: str = "newest"  # which of a run's is tested, and begins another: newest | best, in validation
@@ -82,25 +82,26 @@ def read_grid(path: Path) -> Grid:
     for name in ("title", "base", "save_path", "runs", "test_path"):
         if name not in values:
             problems.append(f"{path} lacks {name!r}")
-    for name in ("runs", "beginnings"):
+    for name in ("runs", "beginnings", "recipes"):
         specs = known.get(name) or {}
         known[name] = {
             run: RunSpec(**_known(RunSpec, {} if spec == "" else spec, f"{path}: {name}: {run}", problems))
             for run, spec in specs.items()
         }
-    problems += [f"{path}: {text}" for text in [*_of_runs(known), *_of_needs(known.get("needs", {}))]]
-    for control in known.get("controls", ()):
-        if control not in known["runs"]:
-            problems.append(f"{path}: control {control!r} is no run of the grid")
-    if known.get("checkpoint", "newest") not in ("newest", "best"):
-        problems.append(f"{path}: 'checkpoint' must be newest or best, not {known['checkpoint']!r}")
+    if known["recipes"]:
+        known["runs"] = {
+            f"{run}.{recipe}": replace(spec, keys=spec.keys | of.keys, label=f"{spec.label or run}, {recipe}")
+            for run, spec in known["runs"].items()
+            for recipe, of in known["recipes"].items()
+        }
+    problems += [f"{path}: {text}" for text in _of_grid(known)]
     if problems:
         raise UserError("; ".join(problems))
     return Grid(**{"name": path.stem, **known})
 
 
-def _of_runs(known: dict) -> list[str]:
-    """What is wrong with names, keys and beginnings of runs."""
+def _of_grid(known: dict) -> list[str]:
+    """What is wrong with names, keys and beginnings of runs, and with what names them."""
     every = known["beginnings"] | known["runs"]
     found = [f"{name!r} is both a run and a beginning" for name in known["beginnings"].keys() & known["runs"].keys()]
     found += [f"run {name!r}: a name is letters, digits, - _ and ." for name in every if not NAME.fullmatch(name)]
@@ -113,18 +114,12 @@ def _of_runs(known: dict) -> list[str]:
                 f"run {name!r} begins with {spec.begins_with!r}, but there is no such beginning, nor a run that begins "
                 f"with nothing"
             )
-    return found
-
-
-def _of_needs(needs: dict) -> list[str]:
-    """What is no file and script."""
-    found = []
-    for file, script in needs.items():
-        try:
-            good = isinstance(script, str) and shlex.split(script)
-        except ValueError:
-            good = False
-        if not good:
+    for control in set(known.get("controls", ())) - known["runs"].keys():
+        found.append(f"control {control!r} is no run of the grid")
+    if known.get("checkpoint", "newest") not in ("newest", "best"):
+        found.append(f"'checkpoint' must be newest or best, not {known['checkpoint']!r}")
+    for file, script in known.get("needs", {}).items():
+        if not isinstance(script, str) or not script:
             found.append(f"'needs' takes FILE: the script, with its arguments, that makes it; not {file!r}: {script!r}")
     return found
 

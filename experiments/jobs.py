@@ -21,14 +21,9 @@ from utils import UserError, as_json, read_object
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "grid.json"  # in a run's folder: the digest of what it was trained on
-# what a row of results/NAME.json has
-ROW = {"seed": int, "digest": str, "accuracy": float, "by_steps": dict, "tokens": float, "seconds_per_example": float}
-ROW |= {"seconds": float, "epochs": list, "correct": str}
 # keys that decide what an evaluation says, though not the weights
-OF_EVALUATION = (
-    *("max_new_tokens", "answer_match", "max_eval_examples", "mode"),
-    *("eval_latents", "eval_latents_from_steps"),
-)
+OF_EVALUATION = ("max_new_tokens", "answer_match", "max_eval_examples", "mode", "eval_latents")
+OF_EVALUATION += ("eval_latents_from_steps",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,25 +225,14 @@ def _cached_digest(file: Path, _size: int, _changed: int) -> str:
 
 
 def read_results(grid: Grid, out: Path) -> dict[str, list[dict]]:
-    """The rows of each run in an earlier report; those of an old one lack the digest. Raises UserError where the file
-    is damaged."""
+    """What results/NAME.json remembers. Raises UserError where it is damaged."""
     path = out / f"{grid.name}.json"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        for rows in results.values():
-            for row in rows:
-                if "digest" not in row:
-                    continue
-                if lacking := [name for name, kind in ROW.items() if not isinstance(row[name], kind)]:
-                    raise TypeError(f"{', '.join(lacking)} of another type")
-        return results
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not what this program wrote ({error!r}); move it away") from None
+    return read_object(path) if path.is_file() else {}
 
 
 def by_digest(results: dict[str, list[dict]]) -> dict[str, dict]:
-    """Digest of a job -> its row, for the rows that say with which keys they were made."""
-    return {row["digest"]: row for rows in results.values() for row in rows if "digest" in row}
+    """Digest of a job -> its row."""
+    return {row["digest"]: row for rows in results.values() for row in rows}
 
 
 def jobs_of(

@@ -13,6 +13,7 @@ import numpy as np
 import shortcuts
 from intervals import LARGEST_GAP, clopper_pearson, difference, has_one_mode, mean_interval
 from jobs import by_digest
+from recipes import LEARNT, markdown, of_recipes
 
 from preprocessing.examples import load_examples
 from trainer.files import replaced, write_whole
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from grid_file import Grid
     from jobs import Job
 
-LEARNT = 0.9  # from this accuracy on a seed counts as having learnt the task
 MADE_BY = ("python", "torch", "transformers", "hardware")
 
 
@@ -45,26 +45,24 @@ def write_report(
     rows = table(grid, results)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", f"the report: {out / grid.name}.md; its figure: {out / grid.name}.png"])
+    lines += [*of_recipes(grid, results), "", f"the report: {out / grid.name}.md; its figure: {out / grid.name}.png"]
+    return "\n".join(lines)
 
 
 def with_others(results: dict[str, list[dict]], before: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """The rows, and those of before that are of other keys, or that do not say of which and have no successor."""
-    digests = {row["digest"] for rows in results.values() for row in rows}
-    found = {}
-    for run in dict.fromkeys([*results, *before]):
-        rows = results.get(run, [])
-        seeds = {row["seed"] for row in rows}
-        others = (row for row in before.get(run, []) if row.get("digest") not in digests)
-        found[run] = rows + [row for row in others if "digest" in row or row["seed"] not in seeds]
-    return found
+    """The rows, and those of before that are of other keys."""
+    digests = by_digest(results)
+    return {
+        run: results.get(run, []) + [row for row in before.get(run, []) if row["digest"] not in digests]
+        for run in dict.fromkeys([*results, *before])
+    }
 
 
 def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """run -> for each finished seed, from its folder or as it was recorded under its digest: "seed", "digest"; of the
     test split "accuracy", "by_steps" (number of steps -> accuracy), "tokens", "seconds_per_example" (in batches),
     "correct" (a 0 or 1 for each question), "steps" (the number of steps of each); "seconds" of training and validation;
-    "epochs", for the curves; "made_by", commit, versions and hardware."""
+    "epochs", for the curves; "made_by", commit, versions and hardware; see `flops_of` too."""
     recorded = by_digest(before)
     results: dict[str, list[dict]] = {}
     for job in jobs:
@@ -85,7 +83,8 @@ def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[
             for n in sorted(set(n_steps))
         }
         results.setdefault(job.run, []).append(
-            {
+            flops_of(job)
+            | {
                 "seed": job.seed,
                 "digest": job.digest,
                 "accuracy": metrics["accuracy"],
@@ -103,6 +102,15 @@ def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[
             }
         )
     return {run: results[run] for run in grid.runs if run in results}
+
+
+def flops_of(job: Job) -> dict[str, float]:
+    """{"flops": of training and evaluation}, of a grid that chooses among recipes."""
+    if not job.grid.recipes:
+        return {}
+    from costs import job_cost  # which waits for transformers
+
+    return {"flops": job_cost(job).flops}
 
 
 def made(job: Job) -> dict[str, str]:
@@ -149,7 +157,7 @@ def as_text(grid: Grid, results: dict[str, list[dict]], arguments: str) -> str:
         *rules(grid),
     ]
     head, *rows = table(grid, results)
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    lines += [*markdown(head, rows), *of_recipes(grid, results)]
     if grid.prediction:
         lines += ["", "## Predicted before the runs", "", grid.prediction.strip()]
     lines += ["", f"![accuracy by epoch]({grid.name}.png)", ""]
@@ -163,9 +171,8 @@ def made_by(rows: Iterable[dict]) -> list[str]:
     for row in rows:
         for name, value in row.get("made_by", {}).items():
             found.setdefault(name, set()).add(value)
-    if not found:
-        return []
-    return ["Made by " + "; ".join(f"{name} {', '.join(sorted(values))}" for name, values in found.items()) + "."]
+    text = "; ".join(f"{name} {', '.join(sorted(values))}" for name, values in found.items())
+    return [f"Made by {text}."] if found else []
 
 
 def trained_steps(grid: Grid, row: dict) -> list[str]:
@@ -255,10 +262,10 @@ def draw(grid: Grid, results: dict[str, list[dict]], staged: set[str], path: Pat
             epochs = [record["epoch"] + 1 for record in row["epochs"]]
             accuracy = [100 * record["accuracy"] for record in row["epochs"]]
             panel.plot(epochs, accuracy, label=(grid.runs[run].label or run) if place == 0 else None, **style)
-    courses = [row["epochs"] for run, rows in results.items() if run in staged for row in rows if row["epochs"]]
-    stages = {place: {record["stage"] for record in course} for place, course in enumerate(courses)}
-    most = max(stages, key=lambda place: len(stages[place]), default=None)  # some have one stage throughout
-    for before, record in pairwise(courses[most] if most is not None else []):
+    courses = [row["epochs"] for run, rows in results.items() if run in staged for row in rows]
+    # some have one stage throughout
+    course = max(courses, key=lambda course: len({record["stage"] for record in course}), default=[])
+    for before, record in pairwise(course):
         if record["stage"] != before["stage"]:
             panel.axvline(record["epoch"] + 0.5, color="0.7", linestyle=":")
             place = {"x": record["epoch"] + 0.55, "y": 1.01, "transform": panel.get_xaxis_transform()}

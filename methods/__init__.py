@@ -3,18 +3,7 @@
 A file begins with what needs no torch: its docstring and `class Method`, with the method's own keys, the defaults that
 it gives to others', what it excludes, and how it was spelled before. Below that, from the first import of torch or of
 what imports torch on, stand its model and its dataset. config.py reads the upper part alone (`rules_of`), so that
---help and every complaint come at once; `implementation` imports the whole.
-
-    import methods
-    from methods import key
-
-    class Method(methods.Method):
-        has_latents = True
-        defaults = {"c_thought": 2}
-        sharpness: float = key(1.0, "of its loss", low=0)
-
-    import torch
-    ...
+--help and every complaint come at once; `implementation` imports the whole. docs/contributing.md shows a file.
 
 A thought is registered by `@register("name", takes=":N")` in any file of this folder, and found likewise.
 """
@@ -25,42 +14,25 @@ import ast
 import dataclasses
 import importlib
 import inspect
-import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from math import inf
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SLOW = {
-    "torch",
-    "transformers",
-    "coconut",
-    "dataset",
-    "model",
-    "trainer",
-}  # the first import of one ends the upper part
+SLOW = {"torch", "transformers", "coconut", "dataset", "model", "trainer"}  # the import of one ends the upper part
 LARGEST_FACTOR = 1e30  # of what a gradient is multiplied with: it has to stay a float32
 
 
 def key(
-    default,
-    text: str,
-    *,
-    choices: tuple = (),
-    low: float = -math.inf,
-    high: float = math.inf,
-    check: Callable | None = None,
-    free: bool = False,
-    later: bool = False,
-    empty: bool = False,
-    shapes: bool = False,
+    default, text, *, choices=(), low=-inf, high=inf, check=None, free=False, later=False, empty=False, shapes=False
 ):
-    """A key with its limits; `free` where it does not decide what the weights become, so that it may change between a
-    run and its continuation; `later` where results of experiments/ are older than the key, and had its default; `empty`
-    where nothing, as in `key=`, is the empty text; `shapes` where it decides what a model's sequences look like, so
-    that checkpoints record it."""
+    """A key with its text for --help and its limits: `check` raises ValueError. `free` where it does not decide what
+    the weights become, so that it may change between a run and its continuation; `later` where results of experiments/
+    are older than the key, and had its default; `empty` where nothing, as in `key=`, is the empty text; `shapes` where
+    it decides what a model's sequences look like, so that checkpoints record it."""
     limits = {"choices": choices, "low": low, "high": high, "check": check, "free": free, "later": later}
     return dataclasses.field(default=default, metadata={"help": text, "empty": empty, "shapes": shapes, **limits})
 
@@ -85,7 +57,7 @@ class Method:
     defaults: typing.ClassVar[dict] = {}  # of any keys, where it is chosen by its name
 
     @staticmethod
-    def problems(config) -> list[str]:
+    def problems(config) -> Iterable[str]:
         """What is impossible about a config.Config, a sentence each; called whatever the method, for a key of this one
         may be set under another."""
         return []
@@ -112,7 +84,7 @@ class Method:
 
     @staticmethod
     def mixes_in(config) -> bool:
-        """Whether its model takes part in that of another method."""
+        """Whether its model and dataset take part in those of another method."""
         return False
 
     @staticmethod
@@ -195,5 +167,6 @@ def thoughts() -> Iterator[tuple[str, str, str]]:
 
 def implementation(name: str) -> types.ModuleType:
     """The whole file of a method, which imports torch. It may define MODEL, a subclass of Coconut; DATASET, one of
-    StageDataset; and `validate`, with the arguments of trainer.evaluate.evaluate."""
+    StageDataset; `validate`, with the arguments of trainer.evaluate.evaluate; and `on_device(run, batch)`, which makes
+    of a training batch what the model is called with, such as rollouts and their rewards."""
     return importlib.import_module(f"methods.{name}")

@@ -16,7 +16,8 @@ Legend: B rows, T columns of a batch, D hidden size, L decoder blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 import methods
 from methods import LARGEST_FACTOR, Texts, key
@@ -39,17 +40,14 @@ class Method(methods.Method):
     )
 
     @staticmethod
-    def problems(config) -> list[str]:
-        found = []
+    def problems(config) -> Iterator[str]:
+        method = f"method {config.method}"
         if config.rules.has_stages:
-            return found
+            return
         if config.uniform_prob or config.advance_at is not None:
-            always = f"method {config.method} has always the thoughts of the last one"
-            found.append(f"uniform_prob and advance_at are of stages, and {always}")
+            yield f"uniform_prob and advance_at are of stages, and {method} has always the thoughts of the last one"
         if not config.c_thought * config.max_latent_stage * config.pad_latent_to_max:
-            what = f"method {config.method} thinks max_latent_stage x c_thought thoughts"
-            found.append(f"{what}: it needs both, and pad_latent_to_max")
-        return found
+            yield f"{method} thinks max_latent_stage x c_thought thoughts: it needs both, and pad_latent_to_max"
 
     @staticmethod
     def texts(config) -> Texts:
@@ -60,10 +58,7 @@ class Method(methods.Method):
         return {"distillation": config.distillation}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# With torch
-# ---------------------------------------------------------------------------------------------------------------
-
+# ---- With torch ----
 
 import torch
 import torch.nn.functional as F
@@ -84,9 +79,7 @@ class TaughtDataset(StageDataset):
         written = [*(token for step in steps for token in step), *answer, self.markers.eos]
         teacher = question + written
         prefix = self.tokens.answer_prefix
-        shared = next(
-            (n for n, pair in enumerate(zip(prefix, answer, strict=False)) if pair[0] != pair[1]), len(prefix)
-        )
+        shared = len([*takewhile(lambda pair: pair[0] == pair[1], zip(prefix, answer, strict=False))])
         student_position, position = (len(ids) - 1 - len(answer) + shared - 1 for ids in (input_ids, teacher))
         return input_ids, labels, student_position, teacher, [IGNORE] * len(question) + written, position
 
@@ -101,9 +94,9 @@ class TaughtDataset(StageDataset):
         batch = super().collate([row[:2] for row in rows])
         column = next(iter(batch["latent_columns"]), 0)  # of the first latent, in each row
         gaps = [max(column - row[0].index(self.markers.latent), 0) if column else 0 for row in rows]
-        batch["student_columns"] = torch.tensor([row[2] + gap for row, gap in zip(rows, gaps, strict=True)])
+        batch["columns"] = torch.tensor([row[2] + gap for row, gap in zip(rows, gaps, strict=True)])
         batch["teacher"] = collate_for_device([row[3:5] for row in rows], self.markers.eos, None)
-        batch["teacher_columns"] = torch.tensor([row[5] for row in rows])
+        batch["teacher"]["columns"] = torch.tensor([row[5] for row in rows])
         return batch
 
 
@@ -120,20 +113,15 @@ class Codi(Coconut):
         self.backbone.record_layers()
 
     def forward(
-        self,
-        *args,
-        student_columns: torch.Tensor | None = None,
-        teacher_columns: torch.Tensor | None = None,
-        teacher: dict | None = None,
-        **kwargs,
+        self, *args, columns: torch.Tensor | None = None, teacher: dict | None = None, **kwargs
     ) -> CoconutOutput:
         """`Coconut.forward` of the student; with a teacher's batch, which is as the student's, `loss` is the whole one.
-        student_columns, teacher_columns: (B,) int64, the columns that are compared."""
+        columns: (B,) int64, those that are compared."""
         if teacher is None:
             return super().forward(*args, **kwargs)
         # the teacher's pass is the earlier one, so its backward comes last
-        taught, wanted = self._states_at(teacher_columns, **teacher)
-        output, found = self._states_at(student_columns, *args, **kwargs)
+        taught, wanted = self._states_at(**teacher)
+        output, found = self._states_at(columns, *args, **kwargs)
         distances = [
             F.smooth_l1_loss(own, target.detach()) / target.detach().std()
             for own, target in list(zip(found, wanted, strict=True))[self.first_layer :]

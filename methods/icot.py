@@ -7,7 +7,7 @@ AdamW is re-initialised whenever r grows, until a batch has no reasoning left. M
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -31,13 +31,11 @@ class Method(methods.Method):
     )
 
     @staticmethod
-    def problems(config) -> list[str]:
-        found = []
+    def problems(config) -> Iterator[str]:
         if config.method == "icot" and config.uniform_prob > 0:
-            found.append("uniform_prob mixes stages of whole steps, but method icot removes single tokens")
+            yield "uniform_prob mixes stages of whole steps, but method icot removes single tokens"
         if config.method == "icot" and config.advance_at is not None:
-            found.append("advance_at ends stages of whole epochs, but method icot's stages are within an epoch")
-        return found
+            yield "advance_at ends stages of whole epochs, but method icot's stages are within an epoch"
 
     @staticmethod
     def stage_of(config, epoch: int) -> int:

@@ -12,7 +12,7 @@ Legend: B rows, T columns of a batch, c latents of a group, S labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import curriculum
 import methods
@@ -37,9 +37,9 @@ class Method(methods.Method):
     )
 
     @staticmethod
-    def problems(config) -> list[str]:
-        wrong = config.latent_labels and config.method != "lotus"
-        return [f"latent_labels are for method lotus, not {config.method}"] if wrong else []
+    def problems(config) -> Iterator[str]:
+        if config.latent_labels and config.method != "lotus":
+            yield f"latent_labels are for method lotus, not {config.method}"
 
     @staticmethod
     def stage_of(config, epoch: int) -> int:
@@ -58,9 +58,7 @@ class Method(methods.Method):
             values["method"] = "lotus"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# With torch
-# ---------------------------------------------------------------------------------------------------------------
+# ---- With torch ----
 
 import torch
 
@@ -69,10 +67,8 @@ from dataset import StageDataset
 
 
 def latent_labels(steps: Sequence[Sequence[int]], n_latents: int, c_thought: int) -> list[tuple[int, int]]:
-    """(index, token) of each label of a row with so many latents; index 0 is the position before the first latent.
-
-    The last group's step is read in that group only: there is none after it.
-    """
+    """(index, token) of each label of a row with so many latents; index 0 is the position before the first latent. The
+    last group's step is read in that group only: there is none after it."""
     found = []
     for group, step in zip(range(n_latents // c_thought if c_thought else 0), steps, strict=False):
         begin = group * c_thought
@@ -100,7 +96,7 @@ class LabelledDataset(StageDataset):
 
     def collate(self, rows: list[tuple]) -> dict:
         """`StageDataset.collate`, with the arguments of `Lotus.forward`, and the tokens of either loss."""
-        batch = super().collate([(input_ids, labels) for input_ids, labels, _ in rows])
+        batch = super().collate([row[:2] for row in rows])
         width, first = batch["input_ids"].shape[1], next(iter(batch["latent_columns"]), 0)
         found = []
         for number, (input_ids, _, row_labels) in enumerate(rows):
@@ -121,11 +117,7 @@ class Lotus(Coconut):
         self.latent_labels = latent_labels
 
     def forward(
-        self,
-        *args,
-        label_places: torch.Tensor | None = None,
-        label_targets: torch.Tensor | None = None,
-        **kwargs,
+        self, *args, label_places: torch.Tensor | None = None, label_targets: torch.Tensor | None = None, **kwargs
     ) -> CoconutOutput:
         """`Coconut.forward`; with targets, (S,) int64, at places in the flattened (B, T), the output's `auxiliary` is
         their weighted cross-entropy, summed over the batch."""

@@ -10,7 +10,7 @@ Legend: B rows, T columns of a batch.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import curriculum
@@ -67,23 +67,20 @@ class Method(methods.Method):
         return f"all but {dropped} steps" if dropped else "all"
 
     @staticmethod
-    def problems(config) -> list[str]:
-        found = []
-        if config.method == "multi_mode":
-            if config.latent_markers == "none":
-                found.append("method multi_mode distinguishes its modes by the markers: latent_markers must be both")
-        elif config.mode != "latent":
-            found.append(f"mode {config.mode} is for method multi_mode")
-        if config.mode != "latent" and not config.only_eval:
-            found.append(f"mode {config.mode} is for eval-only runs: a training run has all modes")
-        if config.mode != "latent" and config.eval_latents is not None:
-            found.append(f"eval_latents counts latents, and mode {config.mode} has none")
-        return found
+    def problems(config) -> Iterator[str]:
+        if config.method == "multi_mode" and config.latent_markers == "none":
+            yield "method multi_mode distinguishes its modes by the markers: latent_markers must be both"
+        if config.mode == "latent":
+            return
+        if config.method != "multi_mode":
+            yield f"mode {config.mode} is for method multi_mode"
+        if not config.only_eval:
+            yield f"mode {config.mode} is for eval-only runs: a training run has all modes"
+        if config.eval_latents is not None:
+            yield f"eval_latents counts latents, and mode {config.mode} has none"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# With torch
-# ---------------------------------------------------------------------------------------------------------------
+# ---- With torch ----
 
 import torch
 

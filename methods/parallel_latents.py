@@ -15,6 +15,7 @@ Legend: B rows, H heads, T columns of a batch, K columns of the block, D hidden 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import methods
 from methods import key
@@ -43,20 +44,18 @@ class Method(methods.Method):
     )
 
     @staticmethod
-    def problems(config) -> list[str]:
-        found = []
+    def problems(config) -> Iterator[str]:
         in_parallel = config.latent_passes != "sequential"
         if in_parallel and not config.has_latents:
-            found.append(f"latent_passes {config.latent_passes} is for latents, and method {config.method} has none")
+            yield f"latent_passes {config.latent_passes} is for latents, and method {config.method} has none"
         if in_parallel and config.thought == "pause":
-            found.append("latent_passes makes thoughts, and thought pause has none")
+            yield "latent_passes makes thoughts, and thought pause has none"
+        if in_parallel and (config.thought_noise or config.thought_dropout):
+            yield "thought_noise and thought_dropout need thoughts one after the other: unset latent_passes"
         if config.latent_passes == "stage" and config.c_thought == 0:
-            found.append("latent_passes stage counts groups of c_thought latents, and c_thought is 0")
+            yield "latent_passes stage counts groups of c_thought latents, and c_thought is 0"
         if config.thought == "looped" and not in_parallel:
-            found.append(
-                "thought looped is for latents that are made in parallel: set latent_passes to stage or a number"
-            )
-        return found
+            yield "thought looped is for latents that are made in parallel: set latent_passes to stage or a number"
 
     @staticmethod
     def options(config) -> dict:
@@ -75,9 +74,7 @@ class Method(methods.Method):
             values["method"] = "parallel_latents"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# With torch
-# ---------------------------------------------------------------------------------------------------------------
+# ---- With torch ----
 
 import torch
 from transformers import Cache, DynamicCache, PretrainedConfig

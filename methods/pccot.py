@@ -6,6 +6,8 @@ embeddings. With LoRA they train the markers' rows too, which is not done here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import methods
 from methods import key
 
@@ -27,9 +29,9 @@ class Method(methods.Method):
     )
 
     @staticmethod
-    def problems(config) -> list[str]:
-        wrong = config.distilled_layers != "all" and config.method != "pccot"
-        return [f"distilled_layers is for method pccot, not {config.method}"] if wrong else []
+    def problems(config) -> Iterator[str]:
+        if config.distilled_layers != "all" and config.method != "pccot":
+            yield f"distilled_layers is for method pccot, not {config.method}"
 
     @staticmethod
     def texts(config):
@@ -47,9 +49,7 @@ class Method(methods.Method):
             values["method"] = "pccot"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# With torch
-# ---------------------------------------------------------------------------------------------------------------
+# ---- With torch ----
 
 from methods.codi import Codi, TaughtDataset
 

@@ -12,7 +12,9 @@ the longest text, S tokens that are predicted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import methods
 from methods import LARGEST_FACTOR, Texts, key
@@ -67,17 +69,15 @@ class Method(methods.Method):
     )
 
     @staticmethod
-    def problems(config) -> list[str]:
+    def problems(config) -> Iterator[str]:
         if config.step_decoder == "none" or config.only_eval:
-            return []
-        found = []
+            return
         if config.method != "sim_cot":
-            found.append(f"step_decoder is for method sim_cot, not {config.method}")
+            yield f"step_decoder is for method sim_cot, not {config.method}"
         elif config.thought == "pause" or not config.c_thought or getattr(config, "latent_passes", None) == "0":
-            found.append("method sim_cot explains thoughts: it needs a thought that is fed back, and c_thought")
+            yield "method sim_cot explains thoughts: it needs a thought that is fed back, and c_thought"
         if config.step_decoder == "pretrained" and config.from_scratch:
-            found.append("step_decoder pretrained takes weights of model_id, and from_scratch has none: set it to copy")
-        return found
+            yield "step_decoder pretrained takes weights of model_id, and from_scratch has none: set it to copy"
 
     @staticmethod
     def texts(config) -> Texts:
@@ -95,9 +95,7 @@ class Method(methods.Method):
             values["method"] = "sim_cot"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# With torch
-# ---------------------------------------------------------------------------------------------------------------
+# ---- With torch ----
 
 import copy
 from pathlib import Path
@@ -129,11 +127,9 @@ class ExplainedDataset(StageDataset):
 
     def collate(self, rows: list[tuple]) -> dict:
         """`StageDataset.collate`, with the arguments of `SimCot.forward`, and `loss_counts`: the number of groups.
-
         Where there is none, one stands in that counts nothing: the decoder's weights must have a gradient, since DDP
-        waits for it.
-        """
-        batch = super().collate([(input_ids, labels) for input_ids, labels, _ in rows])
+        waits for it."""
+        batch = super().collate([row[:2] for row in rows])
         size, eos = self.config.c_thought, self.markers.eos
         begin = next(iter(batch["latent_columns"]), 0)  # in each row that has latents
         groups = [
@@ -143,25 +139,21 @@ class ExplainedDataset(StageDataset):
             if text is not None
         ]
         batch["loss_counts"] = {"auxiliary": len(groups)}
-        counted = [len(targets) if self.config.step_decoder_reduction == "mean" else 1 for _, _, targets in groups]
+        is_mean = self.config.step_decoder_reduction == "mean"
+        divisors = [len(text) if is_mean else 1 for _, _, text in groups]
         if not groups:
-            groups, counted = [(0, 0, [eos])], [0]
-        width = size - 1 + max(len(targets) for _, _, targets in groups)
-        places = [
-            number * width + size - 1 + place
-            for number, (_, _, targets) in enumerate(groups)
-            for place in range(len(targets))
-        ]
-        batch["step_rows"] = torch.tensor([row for row, _, _ in groups])
-        batch["step_columns"] = torch.tensor([range(column, column + size) for _, column, _ in groups])
-        batch["step_ids"] = collate_prompts([targets[:-1] for _, _, targets in groups], eos, on_the_left=False)[
-            "input_ids"
-        ]
-        batch["step_places"] = torch.tensor(places)
-        batch["step_targets"] = torch.tensor([token for _, _, targets in groups for token in targets])
-        batch["step_divisors"] = torch.tensor(
-            [count for (_, _, targets), count in zip(groups, counted, strict=True) for _ in targets]
-        )
+            groups, divisors = [(0, 0, [eos])], [math.inf]
+        of_rows, columns, texts = zip(*groups, strict=True)
+        lengths = torch.tensor([len(text) for text in texts])
+        begins = torch.arange(len(texts)) * (size - 1 + lengths.max()) + size - 1
+        batch["steps"] = {
+            "rows": torch.tensor(of_rows),
+            "columns": torch.tensor(columns)[:, None] + torch.arange(size),
+            "ids": collate_prompts([text[:-1] for text in texts], eos, on_the_left=False)["input_ids"],
+            "places": torch.cat([begin + torch.arange(n) for begin, n in zip(begins, lengths, strict=True)]),
+            "targets": torch.tensor([*chain(*texts)]),
+            "divisors": torch.tensor(divisors).repeat_interleave(lengths),
+        }
         return batch
 
 
@@ -182,9 +174,7 @@ class StepDecoder(Coconut):
 
     def forward(self, embeds: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """(S,) cross-entropies of the targets, (S,), at places in the flattened (P, c + m) of embeds, (P, c + m, D).
-
-        Positions count from 1, which matters where a model has absolute ones.
-        """
+        Positions count from 1, which matters where a model has absolute ones."""
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
         positions = mask.cumsum(dim=1)
         cache = self.backbone.make_cache(embeds.shape[1], keeps=False)
@@ -216,35 +206,24 @@ class SimCot(Coconut):
             base = load(config.model_id)
         self.add_companion(base)
 
-    def forward(
-        self,
-        *args,
-        step_rows: torch.Tensor | None = None,
-        step_columns: torch.Tensor | None = None,
-        step_ids: torch.Tensor | None = None,
-        step_places: torch.Tensor | None = None,
-        step_targets: torch.Tensor | None = None,
-        step_divisors: torch.Tensor | None = None,
-        **kwargs,
-    ) -> CoconutOutput:
-        """`Coconut.forward`; with the arguments that `ExplainedDataset.collate` makes, the output's `auxiliary` is the
-        decoder's loss, summed over the groups of the batch.
+    def forward(self, *args, steps: dict[str, torch.Tensor] | None = None, **kwargs) -> CoconutOutput:
+        """`Coconut.forward`; with `steps` the output's `auxiliary` is the decoder's loss, summed over the groups of the
+        batch.
 
-        Args, all int64:
-            step_rows, step_columns: (P,) and (P, c), where the thoughts of each group are in (B, T).
-            step_ids: (P, m) the tokens of its text, padded.
-            step_places, step_targets: (S,), see StepDecoder.forward.
-            step_divisors: (S,) what a token's loss is divided by: 1 for a sum over the tokens of a group, their number
-                for a mean; 0 where it does not count.
+        steps, int64 as `ExplainedDataset.collate` makes them:
+            rows, columns: (P,) and (P, c), where the thoughts of each group are in (B, T).
+            ids: (P, m) the tokens of its text, padded.
+            places, targets: (S,), see StepDecoder.forward.
+            divisors: (S,) what a token's loss is divided by: 1 for a sum over the tokens of a group, their number for a
+                mean; infinity, and float32, where no group counts.
         """
         output = super().forward(*args, **kwargs)
-        if step_ids is None:
+        if steps is None:
             return output
-        thoughts = output.inputs_embeds[step_rows[:, None], step_columns]  # (P, c, D)
-        embeds = torch.cat([thoughts, self.backbone.embed(step_ids).to(thoughts.dtype)], dim=1)
-        losses = self.step_decoder(embeds, step_places, step_targets)
-        counted = torch.where(step_divisors > 0, losses / step_divisors.clamp(min=1), 0 * losses)
-        return output._replace(auxiliary=self.step_decoder_weight * counted.sum())
+        thoughts = output.inputs_embeds[steps["rows"][:, None], steps["columns"]]  # (P, c, D)
+        embeds = torch.cat([thoughts, self.backbone.embed(steps["ids"]).to(thoughts.dtype)], dim=1)
+        losses = self.step_decoder(embeds, steps["places"], steps["targets"]) / steps["divisors"]
+        return output._replace(auxiliary=self.step_decoder_weight * losses.sum())
 
 
 MODEL, DATASET = SimCot, ExplainedDataset

@@ -104,10 +104,10 @@ class Backbone(Vocabulary):
         accepted = inspect.signature(type(self.decoder).forward).parameters
         # transformers renames the argument during 5.x
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
-        self._takes_position_ids = "position_ids" in accepted  # most models with ALiBi have none
+        self.takes_position_ids = "position_ids" in accepted  # most models with ALiBi have none
         # whether its attention is told by positions and masks alone where a token stands: padding may then follow the
         # question, where causality hides it. Windows and recurrent states count columns: it has to come first
-        self.makes_masks = self._takes_position_ids and _attends_plainly(config)
+        self.makes_masks = self.takes_position_ids and _attends_plainly(config)
         self.max_positions = _max_positions(config)
         self._head_is_a_matrix = getattr(type(base.get_output_embeddings()), "forward", None) is nn.Linear.forward
         # what trainer/check_family.py finds: whether some parameters that want gradients get none, and whether
@@ -147,7 +147,7 @@ class Backbone(Vocabulary):
         arguments = {"use_cache": cache is not None}
         if cache is not None:
             arguments[self._cache_argument] = cache
-        if self._takes_position_ids:
+        if self.takes_position_ids:
             arguments["position_ids"] = position_ids
         mask = attention_mask if self._attends else attention_mask[:, -embeds.shape[1] :]
         if self.makes_masks:

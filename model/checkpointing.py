@@ -14,10 +14,8 @@ from model.kv_cache import GrowingLayer
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Gradient checkpointing: the blocks keep their inputs only and run again in the backward pass.
-
-    transformers' own switches the cache off, and a latent pass without it would not see the columns before it.
-    """
+    """Gradient checkpointing: the blocks keep their inputs only and run again in the backward pass. transformers' own
+    switches the cache off, and a latent pass without it would not see the columns before it."""
     for block in blocks:
         block.forward = partial(_checkpointed, block.forward)
 

@@ -91,6 +91,11 @@ class GrowingLayer(DynamicLayer):
         self.keys.memory = self.values.memory = self.memory  # for `attend`
         return self.keys, self.values
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row, for passes without gradients."""
+        self.memory.states = [states.repeat_interleave(repeats, dim=0) for states in self.memory.states]
+        super().batch_repeat_interleave(repeats)
+
     @contextmanager
     def replayed_from(self, length: int) -> Iterator[None]:
         """Lets a pass that began at `length` columns run again: it writes the same states to the same columns."""

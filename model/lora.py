@@ -13,13 +13,13 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from model.backbone import decoder_blocks
+from trainer.files import read_weights, reason_of
 from utils import UserError, read_object
 
 FOLDER = "adapter"
@@ -52,18 +52,15 @@ def targets_of(base: PreTrainedModel) -> list[str]:
 
 def add(base: PreTrainedModel, rank: int, alpha: int, dropout: float = 0.0) -> None:
     """Freezes the base and gives it updates, which begin as nothing: alpha / rank B A with B = 0, of an input with
-    dropout in training.
-
-    Raises UserError where peft is missing, or has none for this family.
-    """
+    dropout in training. Raises UserError where peft is missing, or has none for this family."""
     peft, targets = _peft(), targets_of(base)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that GPT-2's matrices are transposed, which it then heeds
             peft.inject_adapter_in_model(_settings(rank, alpha, targets, dropout), base, adapter_name=NAME)
     except (ValueError, TypeError) as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"lora_rank: peft has no updates for the family {base.config.model_type}: {line}") from None
+        family = base.config.model_type
+        raise UserError(f"lora_rank: peft has no updates for the family {family}: {reason_of(error)}") from None
     base.get_input_embeddings().register_forward_hook(_want_gradient)
 
 
@@ -101,24 +98,14 @@ def save(folder: Path, updates: dict[str, torch.Tensor], rank: int, alpha: int) 
     (folder / FOLDER).mkdir()
     layers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in updates}
     _settings(rank, alpha, sorted(layers)).save_pretrained(folder / FOLDER)
-    save_file(
-        {name: value.contiguous() for name, value in updates.items()}, folder / FOLDER / "adapter_model.safetensors"
-    )
+    updates = {name: value.contiguous() for name, value in updates.items()}
+    save_file(updates, folder / FOLDER / "adapter_model.safetensors")
 
 
 def load(base: PreTrainedModel, folder: Path) -> None:
     """Gives a base with updates those of a checkpoint's folder. Raises UserError where they do not fit."""
-    path = folder / FOLDER / "adapter_model.safetensors"
-    try:
-        saved = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
     _, own = split(base.state_dict())
-    wrong = sorted(own.keys() ^ saved.keys()) + [
-        name for name in sorted(own.keys() & saved.keys()) if own[name].shape != saved[name].shape
-    ]
-    if wrong:
-        raise UserError(f"{path} does not fit the model and lora_rank: {len(wrong)} weights, the first {wrong[0]}")
+    saved = read_weights(folder / FOLDER / "adapter_model.safetensors", own, "model and lora_rank")
     with torch.no_grad():
         for name, value in saved.items():
             own[name].copy_(value)

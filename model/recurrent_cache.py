@@ -66,21 +66,6 @@ class _Replacing:
         getattr(self, name)[index] = state
 
 
-class ReplacingLayer(_Replacing, LinearAttentionLayer):
-    pass
-
-
-class ReplacingLayerWithAttention(_Replacing, LinearAttentionAndFullAttentionLayer):
-    pass
-
-
-class ReplacingLayerWithWindow(_Replacing, LinearAttentionAndSlidingWindowAttentionLayer):
-    pass
-
-
-# transformers' layers whose passes change what earlier passes have left -> those that do not
-REPLACING_LAYERS = {
-    LinearAttentionLayer: ReplacingLayer,
-    LinearAttentionAndFullAttentionLayer: ReplacingLayerWithAttention,
-    LinearAttentionAndSlidingWindowAttentionLayer: ReplacingLayerWithWindow,
-}
+# whose passes change what earlier passes have left -> those that do not
+STATEFUL = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+REPLACING_LAYERS = {layer: type(f"Replacing{layer.__name__}", (_Replacing, layer), {}) for layer in STATEFUL}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from files import UserError
+from files import UserError, each
 
 LEVEL = 0.01
 LIMIT = 2000  # examples of a side that are measured
@@ -50,65 +50,47 @@ def measure_all(examples: list[dict], measure: Callable[[dict], Values], origin:
     chosen = range(len(examples))
     if len(examples) > LIMIT:
         chosen = sorted(np.random.default_rng(seed).choice(len(examples), LIMIT, replace=False).tolist())
-    result = []
-    for number in chosen:
-        try:
-            result.append(measure(examples[number]))
-        except KeyError as error:
-            raise UserError(f"{origin}: record {number} (counted from 0) lacks {error}") from None
-        except (ValueError, TypeError, IndexError) as error:
-            raise UserError(f"{origin}: record {number} (counted from 0) cannot be measured: {error}") from None
-    return result
+    named = ((f"record {number} (counted from 0)", examples[number]) for number in chosen)
+    return each(measure, named, origin, "cannot be measured: ")
 
 
 def compare(left: list[Values], right: list[Values], seed: int = 0) -> list[Row]:
     """A row for each statistic, in the order of the first example's."""
-    names = list(left[0])
-    features = [_features([values[name] for values in left + right]) for name in names]
-    p = _permutation_p(features, len(left), np.random.default_rng(seed))
-    holm = _holm(p)
-    rows = []
-    for name, *numbers in zip(names, p.tolist(), holm.tolist(), strict=True):
-        sides = _summaries([values[name] for values in left], [values[name] for values in right])
-        rows.append(Row(name, *sides, *numbers))
-    return rows
+    columns = {name: [values[name] for values in left + right] for name in left[0]}
+    p = _permutation_p(list(map(_features, columns.values())), len(left), np.random.default_rng(seed))
+    numbers = zip(p.tolist(), _holm(p).tolist(), strict=True)
+    n = len(left)
+    return [
+        Row(name, *_summaries(values[:n], values[n:]), *pair)
+        for (name, values), pair in zip(columns.items(), numbers, strict=True)
+    ]
 
 
 def _features(values: list[list]) -> np.ndarray:
     """(examples, features): the proportion of an example's values at or below each threshold, or equal to each word."""
     flat = [value for row in values for value in row]
     if any(isinstance(value, str) for value in flat):
-        marks = sorted(set(flat))
-        hits = [[sum(value == mark for value in row) / max(len(row), 1) for mark in marks] for row in values]
+        marks = np.array(sorted(set(flat)))
+        hits = [np.array(row)[:, None] == marks if row else [0.0 * (marks == "")] for row in values]
     else:
         marks = np.unique(np.array(flat, dtype=float))
         if len(marks) > THRESHOLDS:
             marks = np.unique(np.quantile(flat, np.linspace(0, 1, THRESHOLDS), method="nearest"))
         # the greatest stays: it separates examples without any value from the others
-        hits = [
-            (np.asarray(row, dtype=float)[:, None] <= marks).mean(axis=0) if row else np.zeros(len(marks))
-            for row in values
-        ]
-    return np.array(hits, dtype=float).reshape(len(values), len(marks))
+        hits = [np.array(row, dtype=float)[:, None] <= marks if row else [0.0 * marks] for row in values]
+    return np.array([np.mean(of_row, axis=0) for of_row in hits]).reshape(len(values), len(marks))
 
 
 def _permutation_p(features: list[np.ndarray], n_left: int, random: np.random.Generator) -> np.ndarray:
     """(statistics,) p values; all statistics see the same permutations of the examples."""
-    widths = [matrix.shape[1] for matrix in features]
-    owner = np.repeat(np.arange(len(features)), widths)
     stacked = np.concatenate(features, axis=1)
     deviation = stacked.std(axis=0)
-    varies = deviation > 1e-12
-    stacked, owner = (stacked - stacked.mean(axis=0))[:, varies] / deviation[varies], owner[varies]
-
-    starts = np.flatnonzero(np.diff(owner, prepend=-1))  # where the columns of each statistic that varies begin
+    stacked = (stacked - stacked.mean(axis=0)) / np.where(deviation > 1e-12, deviation, np.inf)
+    of_statistic = np.repeat(np.eye(len(features)), [matrix.shape[1] for matrix in features], axis=0)
 
     def distances(members: np.ndarray) -> np.ndarray:
         """(permutations, statistics); of standardised columns the right mean follows from the left one."""
-        sums = np.zeros((len(members), len(features)))
-        if len(starts):
-            sums[:, owner[starts]] = np.add.reduceat((members @ stacked) ** 2, starts, axis=1)
-        return sums
+        return (members @ stacked) ** 2 @ of_statistic
 
     n = len(stacked)
     observed = distances((np.arange(n) < n_left).astype(float)[None])[0]
@@ -124,9 +106,7 @@ def _permutation_p(features: list[np.ndarray], n_left: int, random: np.random.Ge
 def _holm(p: np.ndarray) -> np.ndarray:
     order = np.argsort(p, kind="stable")
     scaled = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    result = np.empty(len(p))
-    result[order] = np.minimum(scaled, 1)
-    return result
+    return np.minimum(scaled, 1)[np.argsort(order)]
 
 
 def _summaries(left: list[list], right: list[list]) -> tuple[str, str]:
@@ -135,26 +115,28 @@ def _summaries(left: list[list], right: list[list]) -> tuple[str, str]:
     words = sorted({value for side in flat for value in side if isinstance(value, str)})
     if not words:
         return tuple(f"{np.mean(side):.3f} ± {np.std(side):.3f}" if side else "none" for side in flat)
-    shares = [{word: side.count(word) / max(len(side), 1) for word in words} for side in flat]
-    word = max(words, key=lambda word: abs(shares[0][word] - shares[1][word]))
-    return tuple(f"{word} {share[word]:.1%}" for share in shares)
+    shares = [[side.count(word) / max(len(side), 1) for side in flat] for word in words]
+    word, share = max(zip(words, shares, strict=True), key=lambda pair: abs(pair[1][0] - pair[1][1]))
+    return tuple(f"{word} {of_side:.1%}" for of_side in share)
 
 
 def table(rows: list[Row], left: str, right: str) -> str:
     """The rows as text, under what the two sides are and above a line that sums up."""
-    lines = [
-        f"left: {left}",
-        f"right: {right}",
-        "mean ± standard deviation; of words, the share of the one that differs most",
-        "",
-        f"{'statistic':<44} {'left':>20} {'right':>20} {'p':>7} {'Holm p':>7}  verdict",
-    ]
-    lines += [f"{r.name:<44} {r.left:>20} {r.right:>20} {r.p:>7.4f} {r.holm:>7.4f}  {r.verdict}" for r in rows]
-    different = [row.name for row in rows if row.verdict == "different"]
-    sum_up = f"different: {', '.join(different)}" if different else "all the same"
+    different = ", ".join(row.name for row in rows if row.verdict == "different")
+    sum_up = f"different: {different}" if different else "all the same"
     smallest = min(row.holm for row in rows)
-    lines += ["", f"{len(rows)} statistics, {PERMUTATIONS:,} permutations, smallest Holm p {smallest:.4f}: {sum_up}"]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            f"left: {left}",
+            f"right: {right}",
+            "mean ± standard deviation; of words, the share of the one that differs most",
+            "",
+            f"{'statistic':<44} {'left':>20} {'right':>20} {'p':>7} {'Holm p':>7}  verdict",
+            *(f"{r.name:<44} {r.left:>20} {r.right:>20} {r.p:>7.4f} {r.holm:>7.4f}  {r.verdict}" for r in rows),
+            "",
+            f"{len(rows)} statistics, {PERMUTATIONS:,} permutations, smallest Holm p {smallest:.4f}: {sum_up}",
+        ]
+    )
 
 
 def check(

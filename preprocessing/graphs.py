@@ -1,12 +1,14 @@
 """The random graphs of prosqa.py: the paper's (Hao et al. 2024, A.2), with a question about two leaves, and those under
-one root; and a shortest path through one."""
+one root; and the ways through them."""
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-from distances import fewest_edges
 
+Node = TypeVar("Node", int, str)
 ROOTS = (0, 1)
 BIT = {0: 1, 1: 2}  # a node's label: which roots it descends from; 3 for both, 0 for neither
 
@@ -20,11 +22,16 @@ class Graph:
     depths: list[int]  # shortest distance to the node's root; 0 for nodes of both roots or of none
 
 
-def grow_graph(rng: np.random.Generator, n_nodes: int) -> Graph:
-    """Adds nodes one by one; a new node draws Poisson(1.5) parents, deep ones with more weight, from one group.
+def draw_parents(rng: np.random.Generator, group: list[int], depths: list[int], least: int = 0) -> list[int]:
+    """Poisson(1.5) nodes of a group, at least so many if it has them, deep ones with more weight."""
+    weights = np.array([1 + 1.5 * depths[node] for node in group])
+    count = min(max(int(rng.poisson(1.5)), least), len(group))
+    return rng.choice(group, count, replace=False, p=weights / weights.sum()).tolist()
 
-    The group: nodes that descend from root 0 alone with probability .35; else, with a new random number,
-    from root 1 alone with .7; else all nodes.
+
+def grow_graph(rng: np.random.Generator, n_nodes: int) -> Graph:
+    """Adds nodes one by one; a new node draws its parents from one group: nodes that descend from root 0 alone with
+    probability .35; else, with a new random number, from root 1 alone with .7; else all nodes.
     """
     parents: list[list[int]] = [[], []]
     labels, depths = [BIT[0], BIT[1]], [0, 0]
@@ -35,9 +42,7 @@ def grow_graph(rng: np.random.Generator, n_nodes: int) -> Graph:
             group = [other for other in range(node) if labels[other] == BIT[1]]
         else:
             group = list(range(node))
-        weights = np.array([1 + 1.5 * depths[other] for other in group])
-        count = min(int(rng.poisson(1.5)), len(group))
-        drawn = rng.choice(group, count, replace=False, p=weights / weights.sum()).tolist()
+        drawn = draw_parents(rng, group, depths)
         label = 0
         for parent in drawn:
             label |= labels[parent]
@@ -71,9 +76,9 @@ def choose_question(rng: np.random.Generator, graph: Graph) -> tuple[int, int, i
 def grow_side(rng: np.random.Generator, n_nodes: int, hops: int) -> Graph:
     """A graph under one root, node 0, whose deepest nodes are `hops` below it, so they are leaves.
 
-    Every new node has a parent and draws Poisson(1.5) of them, by depth as `grow_graph` does, among the nodes less than
-    `hops` deep. Where only so many nodes are left as depth is lacking, each goes one deeper. No parent is more than one
-    edge deeper than its child, or a way against the edges would be shorter than the hops.
+    Every new node draws a parent or more among the nodes less than `hops` deep. Where only so many nodes are left as
+    depth is lacking, each goes one deeper. No parent is more than one edge deeper than its child, or a way against the
+    edges would be shorter than the hops.
     """
     parents: list[list[int]] = [[]]
     depths = [0]
@@ -81,9 +86,7 @@ def grow_side(rng: np.random.Generator, n_nodes: int, hops: int) -> Graph:
         lacking = hops - max(depths)
         least = max(depths) if lacking == n_nodes - node else 0
         group = [other for other in range(node) if least <= depths[other] < hops]
-        weights = np.array([1 + 1.5 * depths[other] for other in group])
-        count = min(max(int(rng.poisson(1.5)), 1), len(group))
-        drawn = rng.choice(group, count, replace=False, p=weights / weights.sum()).tolist()
+        drawn = draw_parents(rng, group, depths, least=1)
         depth = 1 + min(depths[parent] for parent in drawn)
         parents.append([parent for parent in drawn if depths[parent] <= depth + 1])
         depths.append(depth)
@@ -107,3 +110,17 @@ def shortest_path(rng: np.random.Generator, edges: list[tuple[int, int]], root: 
         weights = np.array([ways[node] for node in before], dtype=float)
         path.append(before[rng.choice(len(before), p=weights / weights.sum())])
     return path[::-1]
+
+
+def fewest_edges(neighbours: Mapping[Node, list[Node]] | Sequence, starts: Iterable[Node]) -> dict[Node, int]:
+    """Node -> the fewest edges from the nearest start, which has 0; nodes out of reach are left out.
+
+    Ordered by distance, then by node, so that every process gets the same order.
+    """
+    distances = dict.fromkeys(sorted(starts), 0)
+    frontier, edges = {*distances}, 0
+    while frontier:
+        edges += 1
+        frontier = {neighbour for node in frontier for neighbour in neighbours[node]} - distances.keys()
+        distances |= dict.fromkeys(sorted(frontier), edges)
+    return distances

@@ -10,36 +10,30 @@ steps must be gone one after the other. Chance is 1 in STATES.
     python preprocessing/machine.py --states 10 --buttons 10 --train 5000 --prefix small
 
 PREFIX_machine.json holds the permutations: {"states", "buttons", "permutations": {button: {state: next state}}}. They
-follow from --seed, --states, --buttons and --fan-out alone: another call with these and other steps asks the same
-machine.
+follow from --seed, --states, --buttons and --fan-out alone: another call can ask the same machine for longer words.
 
 With --fan-out F a button is F permutations that differ everywhere, and may lead to F states ("next state" above is then
-their F letters). The question ends with two candidates, of which exactly one can be reached:
+their F letters). The question ends with two candidates, of which exactly one can be reached; --candidates asks so with
+--fan-out 1. The answer is drawn uniformly from what can be reached, the other candidate from the rest.
 
     {"question": "AcfaKD", "steps": ["N", "S", "K"], "answer": "D"}
 
-The answer is drawn uniformly from what can be reached at the end of the word, the other candidate from the rest, their
-order is random: chance is 1 in 2. `steps` are by default a path that takes one of the F states of each button at random
-whatever the answer is, so that it helps only one who looks at all of them; --steps answer is a path that leads to the
-answer, --steps frontier lists the states that can be reached after each button, and ends each list with "/". These
-three ask the same questions. --candidates asks so of a machine with --fan-out 1.
+`steps` are by default a path that takes one of the F states of each button at random whatever the answer is; --steps
+answer is a path that leads to the answer, --steps frontier lists the states that can be reached after each button, and
+ends each list with "/". These three ask the same questions.
 
-Traps. The splits share no word: the words of each length are divided between the splits in proportion to the splits'
-sizes (valid and test get at most one word for each of their examples), drawn at random; every word of a split may come
-with any start. By default 427 of the 17,576 words of three buttons are held out, 1,500 of each longer length. With
-candidates a word has many questions, and valid and test get one word in twenty each. Where a length has fewer than 10
-words, its questions are divided in their place, and the output says so. Another call with other sizes divides anew.
-Lengths are uniform until the questions of the short ones have run out.
+Traps. The splits share no word, of whatever start: the words of each length are divided between them (data/README.md).
+Where a length has fewer than 10 words, its questions are divided in their place, and the output says so. Lengths are
+uniform until the questions of the short ones have run out. With --test-max-steps the test split alone has longer words.
 """
 
-import argparse
 import random
 import string
 import sys
 from typing import NamedTuple
 
-from files import UserError, print_error
-from splits import MOST_STEPS, Splits, add_drawing_options, add_split_options, draw, parse_splits, publish_splits
+from files import UserError, command, refuse
+from splits import MOST_STEPS, Splits, draw, parse_splits, publish_splits, splits_parser
 
 STATES, BUTTONS = string.ascii_uppercase, string.ascii_lowercase
 FEWEST_WORDS = 10  # of a length whose words are divided
@@ -103,7 +97,7 @@ def frontiers_of(permutations: Permutations, start: str, word: str) -> list[str]
     """What can be reached after each button of a word, in alphabetical order."""
     found, frontier = [], start
     for button in word:
-        frontier = "".join(sorted({after for state in frontier for after in permutations[button][state]}))
+        frontier = "".join(sorted({*"".join(permutations[button][state] for state in frontier)}))
         found.append(frontier)
     return found
 
@@ -159,9 +153,10 @@ def make_splits(
     fan_out: int = 1,
     candidates: bool = False,
     steps: str = "path",
+    test_max_steps: int | None = None,
 ) -> tuple[Splits, Permutations, list[Share]]:
     """Splits of the given sizes, the machine, and how the questions of each length were divided. With more than one
-    state that a button leads to there are always candidates.
+    state that a button leads to there are always candidates. The test split has words of up to test_max_steps buttons.
 
     Raises UserError where there is no such machine, or a split has not enough questions.
     """
@@ -170,32 +165,34 @@ def make_splits(
             f"{n_states} states and {n_buttons} buttons cannot be named: 2 to {len(STATES)} states are capitals, "
             f"1 to {len(BUTTONS)} buttons small letters"
         )
+    if test_max_steps is not None and not max_steps <= test_max_steps <= MOST_STEPS:
+        raise UserError(f"test-max-steps {test_max_steps} must be at least max-steps {max_steps}, at most {MOST_STEPS}")
     if not 1 <= min_steps <= max_steps <= MOST_STEPS:
         raise UserError(
-            f"words of {min_steps} to {max_steps} buttons cannot be: it takes 1 <= min-steps <= max-steps <= "
-            f"{MOST_STEPS}"
+            f"words of {min_steps} to {max_steps} buttons cannot be: 1 <= min-steps <= max-steps <= {MOST_STEPS}"
         )
-    if not 1 <= fan_out <= min(MOST_FAN_OUT, n_states - 1):
-        raise UserError(
-            f"a button of {n_states} states leads to 1 to {min(MOST_FAN_OUT, n_states - 1)} states, not to {fan_out}"
-        )
+    most = min(MOST_FAN_OUT, n_states - 1)
+    if not 1 <= fan_out <= most:
+        raise UserError(f"a button of {n_states} states leads to 1 to {most} states, not to {fan_out}")
     rng = random.Random(seed)
     permutations = make_machine(rng, STATES[:n_states], BUTTONS[:n_buttons], fan_out)
     chosen = candidates or fan_out > 1
     total = sum(sizes.values())
     weights = {name: (ONE_WORD_IN - 2 if name == "train" else 1) * total for name in sizes} if chosen else sizes
-    shares = [divide(rng, n_states, n_buttons, length, weights) for length in range(min_steps, max_steps + 1)]
+    longest = test_max_steps or max_steps
+    shares = [divide(rng, n_states, n_buttons, length, weights) for length in range(min_steps, longest + 1)]
+    shares_of = {name: shares if name == "test" else shares[: max_steps - min_steps + 1] for name in sizes}
     for name, size in sizes.items() if not chosen else ():
-        capacity = sum(share.capacity(name) for share in shares)
+        capacity = sum(share.capacity(name) for share in shares_of[name])
         if size > capacity:
             raise UserError(
                 f"{name}: {size} examples are more than its {capacity} of the "
                 f"{sum(share.questions for share in shares)} questions that {n_states} states, {n_buttons} buttons and "
-                f"{min_steps} to {max_steps} steps allow: ask for fewer, or for more steps"
+                f"{min_steps} to {longest} steps allow: ask for fewer, or for more steps"
             )
 
     def make(split: str) -> dict | None:
-        share = rng.choice(shares)
+        share = rng.choice(shares_of[split])
         number = share.draw(rng, split)
         if number is None:
             return None
@@ -205,56 +202,31 @@ def make_splits(
             return make_choice(rng, permutations, STATES[start], "".join(buttons), steps)
         return make_example(permutations, STATES[start], "".join(buttons))
 
-    splits: Splits = {}
-    for name, size in sizes.items():
-        splits |= draw({name: size}, lambda name=name: make(name))
-    return splits, permutations, shares
+    return draw(sizes, make), permutations, shares
 
 
-def describe(examples: list[dict]) -> str:
-    return f", first: {examples[0]['question']} -> {examples[0]['answer']}"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_split_options(parser, train=60000, valid=500, test=1000)
-    parser.add_argument("--states", type=int, default=26, help="how many, 2 to 26 (default: %(default)s)")
-    parser.add_argument("--buttons", type=int, default=26, help="how many, 1 to 26 (default: %(default)s)")
-    parser.add_argument("--min-steps", type=int, default=3, help="fewest buttons of a word (default: %(default)s)")
-    parser.add_argument("--max-steps", type=int, default=5, help="most buttons of a word (default: %(default)s)")
-    parser.add_argument("--fan-out", type=int, default=1, help="states a button leads to (default: %(default)s)")
-    parser.add_argument("--candidates", action="store_true", help="ask which of two, as --fan-out 2 always does")
-    parser.add_argument("--steps", choices=STEPS, default="path", help="with candidates (default: %(default)s)")
-    parser.add_argument("--prefix", default="machine", help="of the file names (default: %(default)s)")
-    add_drawing_options(parser, checks=False)
-    options, sizes = parse_splits(parser, arguments)
-    if options.steps != "path" and options.fan_out == 1 and not options.candidates:
-        parser.error(f"--steps {options.steps} needs --fan-out 2 or more, or --candidates")
-    try:
-        splits, permutations, shares = make_splits(
-            sizes,
-            options.states,
-            options.buttons,
-            options.min_steps,
-            options.max_steps,
-            options.seed,
-            options.fan_out,
-            options.candidates,
-            options.steps,
-        )
-        machine = {
-            "states": list(STATES[: options.states]),
-            "buttons": list(permutations),
-            "permutations": permutations,
-        }
-        beside = {options.out / f"{options.prefix}_machine.json": machine}
-        publish_splits(splits, options.out, options.prefix, describe, beside)
-    except UserError as error:
-        return print_error(error)
+@command
+def main(arguments: list[str] | None = None) -> None:
+    parser = splits_parser(__doc__, train=60000, valid=500, test=1000, prefix="machine")
+    add = parser.add_argument
+    add("--states", type=int, default=26, help="how many, 2 to 26 (default: %(default)s)")
+    add("--buttons", type=int, default=26, help="how many, 1 to 26 (default: %(default)s)")
+    add("--min-steps", type=int, default=3, help="fewest buttons of a word (default: %(default)s)")
+    add("--max-steps", type=int, default=5, help="most buttons of a word (default: %(default)s)")
+    add("--test-max-steps", type=int, help="most buttons in the test split (default: --max-steps)")
+    add("--fan-out", type=int, default=1, help="states a button leads to (default: %(default)s)")
+    add("--candidates", action="store_true", help="ask which of two, as --fan-out 2 always does")
+    add("--steps", choices=STEPS, default="path", help="with candidates (default: %(default)s)")
+    o, sizes = parse_splits(parser, arguments)
+    problem = f"--steps {o.steps} needs --fan-out 2 or more, or --candidates"
+    refuse(parser, {problem: o.steps != "path" and o.fan_out == 1 and not o.candidates})
+    of_words, of_choice = (o.states, o.buttons, o.min_steps, o.max_steps), (o.fan_out, o.candidates, o.steps)
+    splits, permutations, shares = make_splits(sizes, *of_words, o.seed, *of_choice, o.test_max_steps)
+    machine = {"states": list(STATES[: o.states]), "buttons": list(permutations), "permutations": permutations}
+    publish_splits(splits, o.out, o.prefix, {o.out / f"{o.prefix}_machine.json": machine})
     for share in shares:
         if share.starts == 1:
             print(f"steps {share.length}: too few words to hold any out, the splits share words there but no question")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,35 +1,27 @@
 """Makes the test sets for models that were trained on GSM8K: GSM-Hard, SVAMP and MultiArith.
 
 Each is made from its original file, which is downloaded, or given by --from, and whose content is verified by its git
-blob id. No set has written steps.
+blob id. No set has written steps. data/README.md lists what is peculiar about each.
 
-- gsm_hard: 1,319 questions, those of GSM8K's test set with greater numbers. Answers are floats up to
-  9,284,017,268,534.4, 146 negative, 303 not whole, many with rounding noise such as 5186630.5999999996: they are
-  written with 15 significant digits, which takes the noise off (299 are not whole then) and changes none by more than
-  1e-7. 31 are nearer to 0 than 0.001 and not 0: compared as numbers, 0 is right there. As in GSM8K, 335 have double
-  blanks.
-- svamp: 1,000 questions, each with a body that stands apart. 358 bodies lack their full stop: it is added. Answers are
-  floats, all whole, none negative.
-- multiarith: 600 questions, with blanks around them, which go. 20 are duplicates, and stay: papers report on all 600,
-  or on CODI's split of 180, which is multiarith_180.json. No licence is known: do not pass it on.
+- gsm_hard: answers are written with 15 significant digits, which takes the originals' rounding noise off.
+- svamp: bodies that lack their full stop get it.
+- multiarith: 20 duplicates stay: papers report on all 600, or on CODI's split of 180, which is multiarith_180.json.
 
     python preprocessing/ood.py gsm_hard svamp multiarith       # data/{gsm_hard,svamp,multiarith,multiarith_180}.json
     python preprocessing/ood.py svamp --from SVAMP.json         # where there is no network
 """
 
-import argparse
 import hashlib
 import http.client
 import json
 import sys
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-from files import UserError, command, publish, read_bytes
+from files import UserError, command, make_parser, publish, read_bytes, refuse
 
 GITHUB = "https://raw.githubusercontent.com"
 CODI_180 = """
@@ -106,53 +98,43 @@ def download(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             return response.read()
-    except urllib.error.URLError as error:  # HTTPError is one
-        reason = error.reason
-    except http.client.IncompleteRead as error:
-        reason = f"it broke off after {len(error.partial):,} bytes"
     except (OSError, http.client.HTTPException) as error:
-        reason = error
-    raise UserError(f"{url} cannot be had: {reason or 'no reason is given'}; a copy of it is read by --from FILE")
+        reason = getattr(error, "reason", error)
+        raise UserError(f"{url} cannot be downloaded: {reason}; a copy of it is read by --from FILE") from None
 
 
-def verify(content: bytes, origin: Path | str, source: Source) -> None:
-    """Raises UserError where the content is not that of the original file."""
-    found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    if found != source.blob:
-        raise UserError(
-            f"{origin} is not the expected {source.url.rpartition('/')[2]}: its blob id is {found}, not {source.blob}"
-        )
-
-
-def described(examples: list[dict]) -> Iterator[str]:
-    """Counts, each with what is counted."""
+def described(examples: list[dict]) -> str:
     numbers = [float(row["answer"]) for row in examples]
-    yield f"{len(examples):,} examples"
-    yield f"{sum(number < 0 for number in numbers):,} negative answers"
-    yield f"{sum(number != int(number) for number in numbers):,} not whole"
-    yield f"{len(examples) - len({row['question'] for row in examples}):,} duplicate questions"
+    return (
+        f"{len(examples):,} examples, {sum(number < 0 for number in numbers):,} negative answers, "
+        f"{sum(number != int(number) for number in numbers):,} not whole, "
+        f"{len(examples) - len({row['question'] for row in examples}):,} duplicate questions"
+    )
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("sets", nargs="+", choices=SOURCES, metavar="SET", help=" | ".join(SOURCES))
     parser.add_argument("--from", dest="file", type=Path, metavar="FILE", help="the original file of the one SET")
     parser.add_argument("--out", type=Path, default=Path("data"), metavar="FOLDER", help="default: %(default)s")
     options = parser.parse_args(arguments)
-    if options.file is not None and len(options.sets) > 1:
-        parser.error("--from is the file of one set: name one")
-    for name in options.sets:
-        source = SOURCES[name]
-        content = download(source.url) if options.file is None else read_bytes(options.file)
-        verify(content, options.file or source.url, source)
+    refuse(parser, {"--from is the file of one set: name one": options.file and len(options.sets) > 1})
+    for source in map(SOURCES.get, options.sets):
+        content = read_bytes(options.file) if options.file else download(source.url)
+        found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        if found != source.blob:
+            name = source.url.rpartition("/")[2]
+            raise UserError(
+                f"{options.file or source.url} is not the expected {name}: its blob id is {found}, not {source.blob}"
+            )
         made = {options.out / f"{file}.json": examples for file, examples in source.convert(content).items()}
         for path, examples in made.items():
             if path.is_file() and read_bytes(path) != json.dumps(examples).encode():
                 raise UserError(f"{path} exists with other content: move it away, or name another folder by --out")
         publish(made)
         for path, examples in made.items():
-            print(f"{path}: {', '.join(described(examples))}")
+            print(f"{path}: {described(examples)}")
 
 
 if __name__ == "__main__":

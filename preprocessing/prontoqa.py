@@ -13,12 +13,11 @@ hops (the paper's appendix; arXiv 2210.01240):
 `preprocessing/prontoqa_generate.py` makes such data without that program.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from files import UserError, command, read_json
-from splits import add_split_options, parse_splits, publish_splits
+from files import UserError, command, each, read_json
+from splits import Splits, parse_splits, publish_splits, splits_parser
 
 QUERY = "True or false: "
 PAPER = {"train": 9000, "valid": 200, "test": 800}  # examples
@@ -27,12 +26,9 @@ HOW = "(how to make it: python preprocessing/prontoqa.py --help)"
 
 def convert_example(example) -> dict:
     """One example of the official file. Raises ValueError with what is wrong with it."""
-    if not isinstance(example, dict) or not isinstance(example.get("test_example"), dict):
+    example = example.get("test_example") if isinstance(example, dict) else None
+    if not isinstance(example, dict):
         raise ValueError("has no 'test_example' object")
-    example = example["test_example"]
-    for field in ("question", "query", "chain_of_thought", "answer"):
-        if field not in example:
-            raise ValueError(f"lacks {field!r}")
     for field in ("question", "query", "answer"):
         if not isinstance(example[field], str) or not example[field].strip():
             raise ValueError(f"has a {field!r} that is no text")
@@ -56,16 +52,10 @@ def convert(path: Path) -> list[dict]:
     loaded = read_json(path)
     if not isinstance(loaded, dict) or not loaded:
         raise UserError(f"{path} is not the official generator's: it must hold a JSON object of examples {HOW}")
-    examples = []
-    for name, example in loaded.items():
-        try:
-            examples.append(convert_example(example))
-        except ValueError as error:
-            raise UserError(f"{path}: {name!r} {error}") from None
-    return examples
+    return each(convert_example, ((repr(name), example) for name, example in loaded.items()), path)
 
 
-def split(examples: list[dict], sizes: dict[str, int], origin: Path) -> dict[str, list[dict]]:
+def split(examples: list[dict], sizes: dict[str, int], origin: Path) -> Splits:
     """Consecutive parts of the given sizes. Raises UserError where the examples are not exactly so many."""
     wanted = sum(sizes.values())
     if len(examples) != wanted:
@@ -80,9 +70,8 @@ def split(examples: list[dict], sizes: dict[str, int], origin: Path) -> dict[str
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = splits_parser(__doc__, **PAPER, draws=False)
     parser.add_argument("source", type=Path, help="5hop_0shot_random.json of the official generator")
-    add_split_options(parser, **PAPER)
     options, sizes = parse_splits(parser, arguments)
     publish_splits(split(convert(options.source), sizes, options.source), options.out, "prontoqa")
 

@@ -17,7 +17,6 @@ sentences about concepts come in random order, each in one of three forms; the t
 FILE is the official 5hop_0shot_random.json or a converted one.
 """
 
-import argparse
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +27,7 @@ from files import command, load_examples, read_json
 from prontoqa import PAPER, QUERY, convert
 from prontoqa_statistics import measure
 from prontoqa_words import CONCEPTS, FAMILIES, NAMES
-from splits import add_drawing_options, add_split_options, draw, parse_splits, publish_splits
+from splits import Splits, draw, parse_splits, publish_splits, splits_parser
 
 HOPS = 5
 NEGATED = 0.3  # of the properties; the queried one and its contrary are negated in half of the examples
@@ -85,10 +84,10 @@ def make_example(rng: np.random.Generator) -> dict:
     }
 
 
-def make_splits(sizes: dict[str, int], seed: int | tuple[int, ...], progress: bool = False) -> dict[str, list[dict]]:
+def make_splits(sizes: dict[str, int], seed: int | tuple[int, ...], progress: bool = False) -> Splits:
     """Splits of the given sizes; no question occurs twice, within a split or across them."""
     rng = np.random.default_rng(seed)
-    return draw(sizes, lambda: make_example(rng), progress)
+    return draw(sizes, lambda _: make_example(rng), progress)
 
 
 def read_either(path: Path) -> list[dict]:
@@ -97,15 +96,11 @@ def read_either(path: Path) -> list[dict]:
 
 
 @command
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_split_options(parser, **PAPER)
-    add_drawing_options(parser, checks=True)
-    options, sizes = parse_splits(parser, arguments)
+def main(arguments: list[str] | None = None) -> int | None:
+    options, sizes = parse_splits(splits_parser(__doc__, **PAPER, checks=True), arguments)
     if options.check:
         return check(options.check, read_either, make_splits, measure, options.seed)
-    publish_splits(make_splits(sizes, options.seed, progress=True), options.out, "prontoqa")
-    return 0
+    return publish_splits(make_splits(sizes, options.seed, progress=True), options.out, "prontoqa")
 
 
 if __name__ == "__main__":

@@ -59,29 +59,23 @@ def measure(example: dict) -> dict[str, list]:
         **_negations(facts, chain, asked),
         **_words(facts, chain, asked),
         "steps": [len(example["steps"])],
-        "sentences of the steps": [len(walked)],
         "answer": [example["answer"]],
-        "last step is the query": ["yes" if walked[-1] == query else "no"],
+        "last step is the query": [walked[-1] == query],
         "words of the question": [len(example["question"].split())],
-        "characters of the question": [len(example["question"])],
         "words of the steps": [len(" ".join(example["steps"]).split())],
     }
 
 
 def _order(facts: list[Sentence], places: list[int], texts: list[str]) -> dict[str, list]:
     last = max(len(texts) - 1, 1)
-    entity = [place for place, fact in enumerate(facts) if fact.form == "entity"]
     start, *reasons = places
     return {
         "sentences": [len(texts)],
-        "place of the sentences about the entity": [place / last for place in entity],
-        "which of them begins the chain": [entity.index(start)],
+        "which sentence about the entity begins the chain": [texts[start] == texts[-1]],
         "place of the chain's sentences": [place / last for place in reasons],
-        "place of the queried property": [reasons[-1] / last],
-        "chain's sentences in order": ["yes" if a < b else "no" for a, b in pairwise(reasons)],
-        "distance between the chain's sentences": [abs(a - b) for a, b in pairwise(reasons)],
+        "chain's sentences in order": [a < b for a, b in pairwise(reasons)],
         "place of the properties": [place / last for place, fact in enumerate(facts) if fact.property],
-        "neighbours about one concept": ["yes" if a.subject == b.subject else "no" for a, b in pairwise(facts)],
+        "neighbours about one concept": [a.subject == b.subject for a, b in pairwise(facts)],
     }
 
 
@@ -92,28 +86,20 @@ def _ontology(facts: list[Sentence], chain: list[str], asked: Sentence) -> dict[
     down = Counter(fact.noun for fact in facts if fact.noun)
     properties = Counter(fact.subject for fact in general if fact.property)
     named = [fact.property for fact in facts if fact.property]
-    queried = _queried(facts, chain)
     contrary = [fact for fact in general if fact.property == asked.property and fact.subject not in chain]
     aside = [fact.noun for fact in general if fact.noun and fact.subject in chain and fact.noun not in chain]
     return {
         "hops": [len(chain)],
         "concepts": [len(concepts)],
-        "distinct properties": [len(set(named))],
         "families of properties": [len({FAMILY.get(word, word) for word in named})],
         "memberships of a concept": [up[concept] for concept in concepts],
         "members of a concept": [down[concept] for concept in concepts],
         "properties of a concept": [properties[concept] for concept in concepts],
-        "memberships of a chain concept": [up[concept] for concept in chain],
-        "properties of a chain concept": [properties[concept] for concept in chain],
         "concepts beside the chain": [len(aside)],
         "properties of a concept beside the chain": [properties[concept] for concept in aside],
-        "memberships of a concept beside the chain": [up[concept] for concept in aside],
         "sentences with the queried property": [named.count(asked.property)],
         "its bearers beside the chain: memberships": [up[fact.subject] for fact in contrary],
-        "its bearers beside the chain: members": [down[fact.subject] for fact in contrary],
-        "its bearers beside the chain: contrary": [
-            "no" if fact.negated == queried.negated else "yes" for fact in contrary
-        ],
+        "its bearers beside the chain: contrary": [fact.negated != _queried(facts, chain).negated for fact in contrary],
     }
 
 
@@ -125,22 +111,15 @@ def _queried(facts: list[Sentence], chain: list[str]) -> Sentence:
 
 
 def _negations(facts: list[Sentence], chain: list[str], asked: Sentence) -> dict[str, list]:
-    distractors = [fact for fact in facts if fact.property and fact.property != asked.property]
-
-    def share(kept: list[Sentence]) -> list[str]:
-        return ["negated" if fact.negated else "affirmed" for fact in kept]
-
     general = [fact for fact in facts if fact.form != "entity"]
+    others = [fact for fact in facts if fact.property and fact.property != asked.property]
     return {
-        "query": share([asked]),
-        "queried property": share([_queried(facts, chain)]),
-        "memberships": share([fact for fact in facts if fact.noun]),
-        "other properties: negated": [sum(fact.negated for fact in distractors)],
-        "other properties of the chain": share([fact for fact in distractors if fact.subject in chain]),
-        "other properties beside the chain": share([fact for fact in distractors if fact.subject not in chain]),
+        "query: negated": [asked.negated],
+        "queried property: negated": [_queried(facts, chain).negated],
+        "other properties of the chain: negated": [fact.negated for fact in others if fact.subject in chain],
+        "other properties beside the chain: negated": [fact.negated for fact in others if fact.subject not in chain],
         "form of a membership": [fact.form for fact in general if fact.noun],
         "form of a property": [fact.form for fact in general if fact.property],
-        "form of a negated property": [fact.form for fact in general if fact.negated],
         "form of the queried property": [_queried(facts, chain).form],
         "plurals": [sum(fact.form == "plural" for fact in facts)],
     }

@@ -1,32 +1,25 @@
 """Generates ProsQA: "Is Tom a lempus or scrompus?" over a random graph in which only one of the two can be reached.
 
-The graphs follow the paper's appendix (Hao et al. 2024, A.2): two roots; every new node descends from one of them, from
-both or from neither; the question asks for a leaf that only one root reaches, against one that only the other reaches.
-Fields as in the authors' files: question, answer, steps (one shortest path), idx_to_symbol, edges, root, target,
-neg_target.
+Two roots; every new node descends from one of them, from both or from neither; the question asks for a leaf that only
+one root reaches, against one that only the other reaches (the paper's appendix, Hao et al. 2024, A.2). Fields as in the
+authors' files. data/README.md shows examples.
 
     python preprocessing/prosqa.py                        # data/prosqa_{train,valid,test}.json, 17,886/300/500
     python preprocessing/prosqa.py --train 2000 --nodes 14 --max-hops 4
     python preprocessing/prosqa.py --check FILE           # is FILE like what this generator makes?
     python preprocessing/prosqa.py --check FILE OTHER     # are the two alike? exit code 1 where they are not
 
---mirror leaves cheap rules nothing (shortcuts.py: on the graphs above they get far). One graph is grown from a root and
-copied under a second root with other names; the two candidates are the copies of one leaf at the greatest distance, and
-either root may be asked about. What can be seen from a candidate at fewer edges than the hops, in whichever direction,
-is the same for both. Hops are uniform between the fewest and the most.
+--mirror leaves cheap rules nothing (shortcuts.py): a graph is copied under a second root with other names, and the two
+candidates are the copies of one leaf at the greatest distance. Hops are uniform between the fewest and the most.
 
-    python preprocessing/prosqa.py --mirror --nodes-a-side 5 --hops 2 --prefix mirror
     python preprocessing/prosqa.py --mirror --min-hops 1 --max-hops 3 --test-hops 3 4 --template compact --prefix mirror
     python preprocessing/prosqa.py --mirror --chains --min-hops 1 --max-hops 4 --template compact --prefix chains
 
 --template compact writes a name as one character and a step as a name: edges from parent to child, the candidates, and
-last the root; steps are the nodes after the root, and the answer is the last of them:
-
-    {"question": "df ac bd ce?fe:a", "steps": ["c", "e"], "answer": "e", "idx_to_symbol": ["a", "b", ...], ...}
+last the root; steps are the nodes after the root, and the answer is the last of them.
 
 Traps. A rule that looks as far as the hops is the whole search: at 2 hops 'no other source within two back' is always
-right. No graph is in two splits, but small graphs have few shapes: under other names they come again. The graph of one
-hop is a star. As in the paper's graphs a shortest path need not be the only one, and one of them is drawn.
+right. No graph is in two splits, but small graphs have few shapes: under other names they come again.
 """
 
 import argparse
@@ -38,10 +31,10 @@ from itertools import pairwise
 
 import numpy as np
 from compare import check
-from files import UserError, command, load_examples
+from files import UserError, command, load_examples, refuse
 from graphs import ROOTS, choose_question, grow_graph, grow_side, shortest_path
 from prosqa_statistics import measure
-from splits import Splits, add_drawing_options, add_split_options, draw, parse_splits, publish_splits
+from splits import Splits, draw, parse_splits, publish_splits, splits_parser
 
 NAMES, CONCEPTS = (
     words.split()
@@ -179,41 +172,28 @@ def make_splits(
     test_hops: the fewest and most of the split `test`, where it has its own. Raises UserError where the settings
     hardly ever allow a question, or never a mirror.
     """
-    of_splits = dict.fromkeys(sizes, settings)
-    if test_hops:
-        of_splits["test"] = replace(settings, min_hops=test_hops[0], max_hops=test_hops[1])
+    low, high = test_hops or (settings.min_hops, settings.max_hops)
+    of_splits = dict.fromkeys(sizes, settings) | {"test": replace(settings, min_hops=low, max_hops=high)}
     for of_split in of_splits.values():
         check_possible(of_split)
     rng = np.random.default_rng(seed)
-    splits: Splits = {}
-    seen: set = set()
-    for name, size in sizes.items():
-        of_split = of_splits[name]
-        hopeless = (
-            f"{of_split.in_words} with these words hardly ever have a new question of "
-            f"{of_split.min_hops} to {of_split.max_hops} hops"
-        )
-        make = partial(make_example, rng, of_split)
-        splits |= draw({name: size}, make, progress, named_edges, hopeless, seen)
-    return splits
+    hopeless = f"{settings.in_words} with these words hardly ever have a new question of so many hops"
+    return draw(sizes, lambda name: make_example(rng, of_splits[name]), progress, named_edges, hopeless)
 
 
 def check_possible(settings: Settings) -> None:
-    """Raises UserError where a mirror has no leaf so deep, or more nodes than names."""
-    side = settings.nodes_a_side
+    """Raises UserError where a mirror has no leaf so deep, or more nodes than names. Of other graphs `draw` notices."""
+    side, hops = settings.nodes_a_side, settings.max_hops
     if side is None:
-        return  # `draw` notices
-    if settings.max_hops >= side:
+        return
+    n_characters, n_names, n_concepts = map(len, (settings.characters, settings.names, settings.concepts))
+    if hops >= side:
+        raise UserError(f"{side} nodes a side have no leaf {hops} hops from their root, which takes {hops + 1}")
+    if n_characters and n_characters < 2 * side:
+        raise UserError(f"{settings.in_words} take {2 * side} characters, and there are {n_characters}")
+    if not n_characters and (n_names < 2 or n_concepts < 2 * side - 2):
         raise UserError(
-            f"{side} nodes a side have no leaf {settings.max_hops} hops from their root, "
-            f"which takes {settings.max_hops + 1}"
-        )
-    if settings.characters and len(settings.characters) < 2 * side:
-        raise UserError(f"{settings.in_words} take {2 * side} characters, and there are {len(settings.characters)}")
-    if not settings.characters and (len(settings.names) < 2 or len(settings.concepts) < 2 * side - 2):
-        raise UserError(
-            f"{settings.in_words} take 2 names and {2 * side - 2} concepts, and there are {len(settings.names)} and "
-            f"{len(settings.concepts)}"
+            f"{settings.in_words} take 2 names and {2 * side - 2} concepts, and there are {n_names} and {n_concepts}"
         )
 
 
@@ -229,68 +209,48 @@ def add_graph_options(parser: argparse.ArgumentParser) -> None:
     add("--max-hops", type=int, help="most steps (default: 6; of a mirror 3, or the fewest)")
     add("--test-hops", type=int, nargs=2, metavar=("MIN", "MAX"), help="of the test split, if others")
     add("--template", choices=["sentences", "compact"], default="sentences", help="(default: sentences)")
-    add("--vocabulary", type=int, help="characters of the compact template (default: 26, or one a node)")
-    add("--names", nargs="+", default=NAMES, metavar="NAME", help="of the nodes without parents")
-    add("--concepts", nargs="+", default=CONCEPTS, metavar="CONCEPT", help="of all other nodes")
-
-
-def hops_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[int, int]:
-    """The fewest and the most; exits where they make no sense."""
-    low, high = options.min_hops, options.max_hops
-    if options.hops is not None:
-        if (low, high) != (None, None):
-            parser.error("--hops takes the place of --min-hops and --max-hops")
-        low = high = options.hops
-    low = 3 if low is None else low
-    high = (max(3, low) if options.mirror else 6) if high is None else high
-    if not 1 <= low <= high:
-        parser.error("it takes 1 <= min-hops <= max-hops")
-    if options.test_hops and not 1 <= options.test_hops[0] <= options.test_hops[1]:
-        parser.error("--test-hops takes the fewest and then the most, 1 or more")
-    return low, high
 
 
 def settings_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Settings:
     """The settings that the options above ask for; exits where they make no sense."""
-    if options.mirror and options.nodes is not None:
-        parser.error("--mirror takes --nodes-a-side, not --nodes")
-    if options.nodes_a_side is not None and not options.mirror:
-        parser.error("--nodes-a-side is an option of --mirror")
-    if options.chains and (not options.mirror or options.nodes_a_side is not None):
-        parser.error("--chains is an option of --mirror, whose nodes follow from the hops: leave --nodes-a-side out")
-    hops = hops_of(parser, options)
+    mirror, compact, test_hops = options.mirror, options.template == "compact", options.test_hops or (1, 1)
+    low = options.hops if options.min_hops is None else options.min_hops
+    low = 3 if low is None else low
+    high = options.hops if options.max_hops is None else options.max_hops
+    high = (max(3, low) if mirror else 6) if high is None else high
     nodes = 28 if options.nodes is None else options.nodes
     side = 7 if options.nodes_a_side is None else options.nodes_a_side
     if options.chains:
-        side = 1 + max(hops[1], *(options.test_hops or (0,)))
-    if nodes < 4 or side < 2:
-        parser.error("--nodes must be at least 4, --nodes-a-side at least 2")
-    compact = options.template == "compact"
-    if options.vocabulary is not None and not (compact and 1 <= options.vocabulary <= len(CHARACTERS)):
-        parser.error(f"--vocabulary is an option of --template compact, 1 to {len(CHARACTERS)}")
-    if options.check and (compact or options.test_hops):
-        parser.error("--check reads sentences of one kind of question: no --template compact, no --test-hops")
-    vocabulary = options.vocabulary or max(26, 2 * side if options.mirror else nodes)
-    names, concepts = (tuple(dict.fromkeys(words)) for words in (options.names, options.concepts))
-    characters = CHARACTERS[:vocabulary] if compact else ""
-    return Settings(nodes, *hops, names, concepts, side if options.mirror else None, options.chains, characters)
+        side = 1 + max(high, test_hops[1])
+    problems = {
+        "--mirror takes --nodes-a-side, not --nodes": mirror and options.nodes is not None,
+        "--nodes-a-side is an option of --mirror": options.nodes_a_side is not None and not mirror,
+        "--chains is an option of --mirror, whose nodes follow from the hops: leave --nodes-a-side out": options.chains
+        and (not mirror or options.nodes_a_side is not None),
+        "--hops takes the place of --min-hops and --max-hops": options.hops is not None
+        and (options.min_hops, options.max_hops) != (None, None),
+        "it takes 1 <= min-hops <= max-hops": not 1 <= low <= high,
+        "--test-hops takes the fewest and then the most, 1 or more": not 1 <= test_hops[0] <= test_hops[1],
+        "--nodes must be at least 4, --nodes-a-side at least 2": nodes < 4 or side < 2,
+        "--check reads sentences of one kind of question: no --template compact, no --test-hops": options.check
+        and (compact or options.test_hops),
+    }
+    refuse(parser, problems)
+    characters = CHARACTERS[: max(26, 2 * side if mirror else nodes)] if compact else ""
+    side = side if mirror else None
+    return Settings(nodes, low, high, nodes_a_side=side, chains=options.chains, characters=characters)
 
 
 @command
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_split_options(parser, train=17886, valid=300, test=500)
+def main(arguments: list[str] | None = None) -> int | None:
+    parser = splits_parser(__doc__, train=17886, valid=300, test=500, prefix="prosqa", checks=True)
     add_graph_options(parser)
-    parser.add_argument("--prefix", default="prosqa", help="of the file names (default: %(default)s)")
-    add_drawing_options(parser, checks=True)
     options, sizes = parse_splits(parser, arguments)
     settings = settings_of(parser, options)
     if options.check:
-        generate = partial(make_splits, settings=settings)
-        return check(options.check, load_examples, generate, measure, options.seed)
+        return check(options.check, load_examples, partial(make_splits, settings=settings), measure, options.seed)
     splits = make_splits(sizes, settings, options.seed, progress=True, test_hops=options.test_hops)
-    publish_splits(splits, options.out, options.prefix)
-    return 0
+    return publish_splits(splits, options.out, options.prefix)
 
 
 if __name__ == "__main__":

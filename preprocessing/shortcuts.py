@@ -12,48 +12,25 @@ Traps. A rule that looks as many edges back as the question has hops is the whol
 within two back' is no shortcut. And each rule is one that a person thought of: at 50 % it is excluded, the next is not.
 """
 
-import argparse
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
-from distances import fewest_edges
-from files import UserError, command, load_examples
+from files import command, each, load_examples, make_parser
+from graphs import fewest_edges
 
 
-@dataclass(frozen=True)
-class View:
-    """What a rule sees: which nodes are whose parents, and the node that is asked about."""
-
-    parents: list[list[int]]
-    root: int
-
-    @cached_property
-    def other_sources(self) -> set[int]:
-        """The nodes without parents that are not asked about."""
-        return {node for node, parents in enumerate(self.parents) if not parents and node != self.root}
-
-    def way_back(self, node: int) -> dict[int, int]:
-        """Ancestor -> the fewest edges between it and the node, which is its own at 0."""
-        return fewest_edges(self.parents, [node])
-
-
-# name -> the number of a candidate; the rule takes the candidate with the greater
-RULES: dict[str, Callable[[View, int], int]] = {
-    "chance": lambda view, node: 0,
-    "in-degree": lambda view, node: -len(view.parents[node]),  # fewer parents
-    # the longer way back to an ancestor: to the farthest, over the fewest edges
-    "depth of ancestors": lambda view, node: max(view.way_back(node).values()),
-    "number of ancestors": lambda view, node: len(view.way_back(node)),
-    # other sources than the node asked about
-    "no parent that is another source": lambda view, node: not view.other_sources & {*view.parents[node]},
-    "no other source within two back": lambda view, node: (
-        not any(view.way_back(node).get(source, 3) <= 2 for source in view.other_sources)
-    ),
-}
+def scores(parents: list[list[int]], root: int, node: int) -> dict[str, int]:
+    """Rule -> the number that it gives a candidate, of a graph and the node that is asked about."""
+    others = {source for source, of in enumerate(parents) if not of and source != root}
+    back = fewest_edges(parents, [node])  # ancestor -> the fewest edges between it and the node, which is its own at 0
+    return {
+        "chance": 0,
+        "in-degree": -len(parents[node]),  # fewer parents
+        "depth of ancestors": max(back.values()),  # the longer way back to the farthest, over the fewest edges
+        "number of ancestors": len(back),
+        "no parent that is another source": not others & {*parents[node]},
+        "no other source within two back": not any(back.get(source, 3) <= 2 for source in others),
+    }
 
 
 def has_graph(example: dict) -> bool:
@@ -74,48 +51,40 @@ def decide(example: dict) -> dict[str, float]:
             raise ValueError(f"{tail} or {head} is none of its {len(nodes)} nodes")
     for tail, head in example["edges"]:
         parents[head].append(tail)
-    view = View(parents, root)
-    scores = {name: (rule(view, target), rule(view, wrong)) for name, rule in RULES.items()}
-    return {name: 0.5 + 0.5 * ((right > wrong) - (right < wrong)) for name, (right, wrong) in scores.items()}
+    of_target, of_wrong = (scores(parents, root, node) for node in (target, wrong))
+    pairs = ((rule, right, of_wrong[rule]) for rule, right in of_target.items())
+    return {rule: 0.5 + 0.5 * ((right > other) - (right < other)) for rule, right, other in pairs}
 
 
 def measure(examples: list[dict], origin: str) -> dict[str, float]:
     """Rule -> the percentage that it decides rightly. Raises UserError that names the record which has no graph."""
-    decided = []
-    for number, example in enumerate(examples):
-        try:
-            decided.append(decide(example))
-        except KeyError as error:
-            raise UserError(f"{origin}: record {number} (counted from 0) lacks {error}") from None
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{origin}: record {number} (counted from 0) has no graph to look at: {error}") from None
-    return {name: 100 * sum(one[name] for one in decided) / len(decided) for name in RULES}
+    named = ((f"record {number} (counted from 0)", example) for number, example in enumerate(examples))
+    decided = each(decide, named, origin, "has no graph to look at: ")
+    return {name: 100 * sum(one[name] for one in decided) / len(decided) for name in decided[0]}
 
 
 def table(results: dict[str, dict]) -> str:
     """A row for each rule and a column for each file, as Markdown."""
+    first, *_ = results.values()
     rows = [
         ["rule, % right", *results],
+        ["---", *["--:"] * len(results)],
         ["examples", *(f"{result['examples']:,}" for result in results.values())],
-        *([name, *(f"{result['right'][name]:.1f}" for result in results.values())] for name in RULES),
+        *([rule, *(f"{result['right'][rule]:.1f}" for result in results.values())] for rule in first["right"]),
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(results) + 1)]
-    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    return "\n".join(
-        f"| {row[0].ljust(widths[0])} | {' | '.join(map(str.rjust, row[1:], widths[1:]))} |" for row in rows
-    )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="as prosqa.py writes them, or the authors'")
+    parser = make_parser(__doc__)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="as prosqa.py writes them, or the authors'")
     parser.add_argument("--json", action="store_true", help="print JSON: file -> its examples, and right for each rule")
     options = parser.parse_args(arguments)
     results = {}
     for path in options.files:
         examples = load_examples(path)
-        results[str(path)] = {"examples": len(examples), "right": measure(examples, str(path))}
+        results[path] = {"examples": len(examples), "right": measure(examples, path)}
     print(json.dumps(results, indent=2) if options.json else table(results))
 
 

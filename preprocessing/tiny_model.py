@@ -5,66 +5,74 @@ hub can be reached:
 
     python preprocessing/tiny_model.py data/arithmetic_train.json --tokenizer char --out data/tiny_arithmetic
     python preprocessing/tiny_model.py data/prosqa_train.json --tokenizer word --shape gpt2 --out data/tiny_prosqa
+
+tokenizers, torch and transformers are imported where they are used: a command line is answered at once.
 """
 
-import argparse
-import dataclasses
-import os
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from files import UserError, command, load_examples, read_json
-from random_model import SHAPES, RandomModel
+from files import UserError, command, load_examples, make_parser, read_json, refuse
 
 from trainer.files import replaced
 
+SHAPES = ("gpt2", "llama", "qwen2")
 EOS, UNKNOWN = "<|endoftext|>", "<|unknown|>"
 # char: one character, or a mark of the data format; word: with the space before it, as in GPT-2's vocabulary
 PIECES = {"char": r"<<|>>|#+|[\s\S]", "word": r" ?\w+| ?#+|[\s\S]"}
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; exits where it is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, default = parser.add_argument, RandomModel()
-    add("data", type=Path, nargs="+", help="data files whose text is the vocabulary")
-    add("--out", type=Path, required=True, help="folder to write")
-    add("--tokenizer", choices=list(PIECES), default="word", help="(default: %(default)s)")
-    add("--shape", choices=SHAPES, default=default.shape, help="(default: %(default)s)")
-    add("--width", type=int, default=default.width, help="hidden size (default: %(default)s)")
-    add("--layers", type=int, default=default.layers, help="(default: %(default)s)")
-    add("--heads", type=int, default=default.heads, help="attention heads (default: %(default)s)")
-    add("--positions", type=int, default=default.positions, help="longest sequence (default: %(default)s)")
-    add("--untied", dest="tied", action="store_false", help="a matrix each for input and output (GPT-2: never)")
-    add("--seed", type=int, default=default.seed, help="of the weights (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    if min(options.width, options.layers, options.heads, options.positions) < 1:
-        parser.error("--width, --layers, --heads and --positions must be at least 1")
-    if options.width % options.heads:
-        parser.error(f"--width {options.width} is no multiple of --heads {options.heads}")
-    if options.shape != "gpt2" and options.width // options.heads % 2:
-        parser.error(f"--width {options.width} / --heads {options.heads}: {options.shape} needs an even width a head")
-    if options.shape == "gpt2" and not options.tied:
-        parser.error("--untied: GPT-2's shape is always tied; --shape llama or qwen2 need not be")
-    if not 0 <= options.seed < 2**63:
-        parser.error(f"--seed must be at least 0 and less than 2^63, not {options.seed}")
-    if os.path.exists(options.out) and not options.out.is_dir():
-        parser.error(f"--out {options.out} is a file, not a folder")
-    for path in options.data:
-        if not os.path.isfile(path):
-            parser.error(f"{path} does not exist, or is no file")
-    return options
+@dataclass(frozen=True)
+class RandomModel:
+    """The model and its weights, apart from the vocabulary. Without dropout: small models underfit anyway.
+
+    GPT-2's shape fixes tied, mlp and kv_heads: True, 4, and as many as heads.
+    """
+
+    shape: str = "gpt2"
+    width: int = 128  # hidden size
+    layers: int = 2
+    heads: int = 4  # of attention
+    positions: int = 1024  # the longest sequence
+    tied: bool = True  # one matrix for input and output, as in GPT-2
+    seed: int = 0  # of the weights
+    mlp: int = 3  # the MLP's width, in hidden sizes
+    kv_heads: int | None = None  # None: as many as heads
+
+    def config(self, vocab_size: int, eos: int = 0):
+        """Its transformers configuration."""
+        from transformers import GPT2Config, LlamaConfig, Qwen2Config
+
+        common = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": eos, "pad_token_id": None}
+        if self.shape == "gpt2":
+            sizes = {"n_embd": self.width, "n_layer": self.layers, "n_head": self.heads, "n_positions": self.positions}
+            return GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common)
+        return {"llama": LlamaConfig, "qwen2": Qwen2Config}[self.shape](
+            hidden_size=self.width,
+            intermediate_size=self.mlp * self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads or self.heads,
+            max_position_embeddings=self.positions,
+            tie_word_embeddings=self.tied,
+            **common,
+        )
+
+    def build(self, vocab_size: int, eos: int = 0):
+        """The model in float32, the same whenever the arguments are."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(self.seed)
+        return AutoModelForCausalLM.from_config(self.config(vocab_size, eos), dtype=torch.float32)
 
 
-if __name__ == "__main__":
-    parse()  # --help and mistakes are answered before the slow imports below
-
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-
-def make_tokenizer(texts: list[str], kind: str) -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: list[str], kind: str):
     """A tokenizer whose decoding of its encoding is the text itself; kind is 'char' or 'word'."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     split = pre_tokenizers.Split(Regex(PIECES[kind]), behavior="isolated")
     pieces = {piece for text in texts for piece, _ in split.pre_tokenize_str(text)}
     vocabulary = {piece: number for number, piece in enumerate([EOS, UNKNOWN, *sorted(pieces)])}
@@ -104,11 +112,36 @@ def _made_here(folder: Path) -> tuple[str, ...]:
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    names = {field.name for field in dataclasses.fields(RandomModel)}
-    model = {name: value for name, value in vars(options).items() if name in names}
-    vocabulary, parameters = write_model(options.data, options.out, options.tokenizer, **model)
-    print(f"{options.out}: {options.shape}, {parameters:,} parameters, {vocabulary} {options.tokenizer} tokens")
+    parser = make_parser(__doc__)
+    add, default = parser.add_argument, RandomModel()
+    add("data", type=Path, nargs="+", help="data files whose text is the vocabulary")
+    add("--out", type=Path, required=True, help="folder to write")
+    add("--tokenizer", choices=list(PIECES), default="word", help="(default: %(default)s)")
+    add("--shape", choices=SHAPES, default=default.shape, help="(default: %(default)s)")
+    add("--width", type=int, default=default.width, help="hidden size (default: %(default)s)")
+    add("--layers", type=int, default=default.layers, help="(default: %(default)s)")
+    add("--heads", type=int, default=default.heads, help="attention heads (default: %(default)s)")
+    add("--positions", type=int, default=default.positions, help="longest sequence (default: %(default)s)")
+    add("--untied", dest="tied", action="store_false", help="a matrix each for input and output (GPT-2: never)")
+    add("--seed", type=int, default=default.seed, help="of the weights (default: %(default)s)")
+    o = parser.parse_args(arguments)
+    smallest, is_gpt2, a_head = (
+        min(o.width, o.layers, o.heads, o.positions),
+        o.shape == "gpt2",
+        o.width / (o.heads or 1),
+    )
+    problems = {
+        "--width, --layers, --heads and --positions must be at least 1": smallest < 1,
+        f"--width {o.width} is no multiple of --heads {o.heads}": a_head % 1,
+        f"--width {o.width} / --heads {o.heads}: {o.shape} needs an even width a head": not is_gpt2 and a_head % 2,
+        "--untied: GPT-2's shape is always tied; --shape llama or qwen2 need not be": is_gpt2 and not o.tied,
+        f"--seed must be at least 0 and less than 2^63, not {o.seed}": not 0 <= o.seed < 2**63,
+        f"--out {o.out} is a file, not a folder": o.out.is_file(),
+    }
+    refuse(parser, problems)
+    model = {field.name: vars(o)[field.name] for field in fields(RandomModel) if field.name in o}
+    vocabulary, parameters = write_model(o.data, o.out, o.tokenizer, **model)
+    print(f"{o.out}: {o.shape}, {parameters:,} parameters, {vocabulary} {o.tokenizer} tokens")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
-"""Small real models, built in the tests: nothing is downloaded."""
+"""Small real models, built in the tests: nothing is downloaded. Short runs, and programs that tests start."""
 
+import hashlib
 import importlib.util
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, settings
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PhiConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import run
+from config import Config
 from trainer.distributed import cleanup_distributed, setup_distributed
+from trainer.logger import read_log
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "preprocessing"))
@@ -27,6 +28,7 @@ sys.path.insert(0, str(ROOT / "preprocessing"))
 # in-process tests leave the two cores to the ranks that other tests start
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -50,6 +52,29 @@ def refusal(main, arguments, capsys) -> str:
     return capsys.readouterr().err
 
 
+def one_error(main, arguments, capsys) -> str:
+    """The same, which is one sentence."""
+    capsys.readouterr()
+    error = refusal(main, arguments, capsys)
+    assert (error[:7], error.count("\n")) == ("error: ", 1), error
+    return error
+
+
+def refuses(sentence: str, function, *arguments, **keys) -> None:
+    """A UserError of a call holds a sentence, which is a pattern."""
+    with pytest.raises(UserError, match=sentence):
+        function(*arguments, **keys)
+
+
+def raising(error: BaseException):
+    """A function that raises it, whatever it is given."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
 def settled(*arguments) -> list[str]:
     """Arguments of run.py, of each key the last one: run.py itself takes a key that is set twice for a mistake."""
     return list({str(argument).partition("=")[0]: str(argument) for argument in arguments}.values())
@@ -66,36 +91,19 @@ def load_script(path: Path):
 
 def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2):
     """A randomly initialised model without dropout."""
-    common = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    keys = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
     if family == "gpt2":
-        config = GPT2Config(
-            n_embd=32, n_layer=layers, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **common
-        )
+        keys |= {"n_embd": 32, "n_layer": layers, "n_head": 4, "n_positions": 64}
+        keys |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0)
     else:
-        if family in ("gemma2", "mistral"):
-            common["sliding_window"] = 6  # shorter than the sequences, so that it matters
-        if family == "gemma2":
-            common |= {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0}
-        configs = {
-            "llama": LlamaConfig,
-            "qwen2": Qwen2Config,
-            "qwen3": Qwen3Config,
-            "gemma2": Gemma2Config,
-            "phi": PhiConfig,
-            "mistral": MistralConfig,
-        }
-        config = configs[family](
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            tie_word_embeddings=tied,
-            **common,
-        )
+        keys |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4}
+        keys |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": tied}
+    if family in ("gemma2", "mistral"):
+        keys["sliding_window"] = 6  # shorter than the sequences, so that it matters
+    if family == "gemma2":
+        keys |= {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0}
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **keys), dtype=dtype)
     with torch.no_grad():  # the usual initialisation is so small that everything is nearly linear
         for parameter in base.parameters():
             if parameter.ndim > 1:
@@ -121,3 +129,144 @@ def world():
     """A world of one."""
     yield setup_distributed()
     cleanup_distributed()
+
+
+# ---- what is computed ----
+
+
+def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """The largest difference between the numbers of two models, by name."""
+    return max((found[name] - value).abs().max().item() for name, value in wanted.items())
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Whether two models are bitwise the same."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- programs ----
+
+
+def command(*arguments, ranks: int = 0) -> list[str]:
+    """A program in Python, under torchrun where there are ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return [sys.executable, *launcher, *map(str, arguments)]
+
+
+def python(
+    *arguments, ranks: int = 0, code: int | None = 0, environment: dict | None = None, **options
+) -> subprocess.CompletedProcess:
+    """Runs a program in the repository. code: what it must exit with; None: anything else than 0."""
+    options = {"cwd": ROOT, "timeout": 300, "env": {**os.environ, **(environment or {})}, **options}
+    done = subprocess.run(command(*arguments, ranks=ranks), capture_output=True, text=True, **options)
+    assert done.returncode != 0 if code is None else done.returncode == code, done.stdout[-3000:] + done.stderr[-4000:]
+    return done
+
+
+def start(*arguments, **options) -> subprocess.CompletedProcess:
+    """Runs run.py; options as of `python`."""
+    return python(ROOT / "run.py", *settled(*arguments), **options)
+
+
+def together(*arguments) -> subprocess.CompletedProcess:
+    """Runs run.py on two ranks, without torchrun."""
+    done = forked.run(2, ROOT / "run.py", *settled(*arguments))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture
+def here(capsys, monkeypatch):
+    """`start` in this process, for what needs none of its own: another takes seconds to import torch."""
+
+    def start_here(*arguments, code: int | None = 0) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["run.py", *settled(*arguments)])
+        capsys.readouterr()
+        try:
+            ended = run.main(run.configure(run.__doc__, run.schedule, run.plan))
+        except SystemExit as end:
+            ended = end.code or 0
+        done = subprocess.CompletedProcess(arguments, ended, *capsys.readouterr())
+        assert ended != 0 if code is None else ended == code, done.stderr
+        return done
+
+    return start_here
+
+
+# ---- runs ----
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory) -> Path:
+    """Data, two tiny models and a short run's configuration; the runs of all files, each under a name of its own."""
+    import arithmetic
+    import tiny_model
+
+    folder = tmp_path_factory.mktemp("place")
+    for name, examples in arithmetic.make_splits({"train": 150, "valid": 30}, base=5).items():
+        (folder / f"{name}.json").write_text(json.dumps(examples))
+    for name, width in (("model", 32), ("other_model", 64)):
+        tiny_model.write_model([folder / "train.json"], folder / name, "char", "gpt2", width, 1, 2, 128)
+    config = {
+        **{"save_path": str(folder / "runs"), "name": "run", "model_id": str(folder / "model"), "coconut": True},
+        **{"c_thought": 1, "epochs_per_stage": 1, "max_latent_stage": 2, "uniform_prob": 0.3, "num_epochs": 3},
+        **{"seed": 1, "train_path": str(folder / "train.json"), "val_path": str(folder / "valid.json"), "lr": 1e-3},
+        **{"batch_size_training": 8, "max_new_tokens": 40, "reset_optimizer": False, "num_workers": 0},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def with_dropout(place: Path) -> Path:
+    folder = place / "with_dropout"
+    model = AutoModelForCausalLM.from_pretrained(place / "model", resid_pdrop=0.2, embd_pdrop=0.2)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(place / "model").save_pretrained(folder)
+    return folder
+
+
+def main(place: Path, *overrides, code: int = 0) -> Path:
+    """run.py's main in this process; returns the run's folder."""
+    config = Config.from_file(place / "run.yaml", settled(*overrides))
+    assert run.main(config) == code
+    return config.run_dir
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def lines_of(file: Path) -> list[dict]:
+    """JSON lines."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def read_json(file: Path) -> dict:
+    return json.loads(file.read_text())
+
+
+def steps(run_dir: Path, event: str = "step") -> list[dict]:
+    """The records of its steps in the log of a run, which may still be writing it."""
+    return [record for record in read_log(run_dir / "metrics.jsonl") if record["event"] == event]
+
+
+def epochs(run_dir: Path) -> list[dict]:
+    return steps(run_dir, "epoch")
+
+
+def digest(folder: Path) -> str:
+    contents = [(str(p), p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()]
+    return hashlib.sha256(repr(contents).encode()).hexdigest()
+
+
+def check_ranks_and_restart(place: Path, name: str, keys, last: int = 3, tolerance: float = 1e-5, read=weights) -> Path:
+    """Two ranks, sharded or not, have the weights of one, but for the order of additions, and a restart before the last
+    epoch has them bitwise. Returns the run of one rank."""
+    alone = main(place, *keys, f"name={name}")
+    wanted = read(alone / f"checkpoint_{last}")
+    for strategy in ("ddp", "fsdp"):
+        together(place / "run.yaml", *keys, f"name={name}-{strategy}", f"strategy={strategy}")
+        assert distance(read(place / "runs" / f"{name}-{strategy}" / f"checkpoint_{last}"), wanted) < tolerance
+    main(place, *keys, f"name={name}-parts", f"num_epochs={last - 1}")
+    assert equal(read(main(place, *keys, f"name={name}-parts") / f"checkpoint_{last}"), wanted)
+    return alone

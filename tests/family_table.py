@@ -2,59 +2,43 @@
 
 from __future__ import annotations
 
+from ast import literal_eval
+
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 # what makes any of them small: given to each configuration that has an attribute of the name
-TINY: dict[str, object] = {
-    **dict.fromkeys(("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input", "audio_vocab_size"), 40),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim", "embedding_size", "word_embed_proj_dim"), 32),
-    **dict.fromkeys(("attention_hidden_size", "lru_width", "input_embedding_size", "output_embedding_size"), 32),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
-    **dict.fromkeys(("num_decoder_layers", "num_encoder_layers"), 2),
-    **dict.fromkeys(
-        ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "swa_num_attention_heads"), 4
-    ),
-    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads", "num_decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_encoder_attention_heads", "linear_num_heads", "linear_num_value_heads", "index_n_heads"), 4),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "linear_num_key_heads"), 2),
-    **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "dff", "dim_ff", "n_inner"), 64
-    ),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
-    **dict.fromkeys(("ffn_hidden_size", "shared_intermediate_size", "intermediate_size_mlp", "d_inner"), 64),
-    **dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"), 32),
-    **dict.fromkeys(("dense_intermediate_size", "feed_forward_size", "prefix_dense_intermediate_size"), 64),
-    **dict.fromkeys(
-        ("head_dim", "swa_head_dim", "kv_channels", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"), 8
-    ),
-    **dict.fromkeys(("dim_head", "d_head", "attention_head_size", "linear_key_head_dim", "linear_value_head_dim"), 8),
-    **dict.fromkeys(("linear_head_dim", "index_head_dim", "d_rel", "mamba_d_head", "mamba_head_dim", "rotary_dim"), 8),
-    **dict.fromkeys(
-        ("kv_lora_rank", "q_lora_rank", "gated_norm_rank", "loop_gate_rank", "laurel_rank", "hc_lowrank"), 8
-    ),
-    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "time_step_rank", "mamba_dt_rank"), 8),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length"), 64),
-    **dict.fromkeys(("context_length", "rel_extent", "attention_window_size", "attention_chunk_size"), 64),
-    **dict.fromkeys(("sliding_window", "window_size", "sliding_window_size", "local_attention"), 6),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2),
-    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
-    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "mamba_n_groups", "n_groups"), 1),
-    **dict.fromkeys(("mamba_d_conv", "chunk_size", "mamba_chunk_size", "hidden_size_per_layer_input"), 4),
-    **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers", "first_k_dense_replace", "zero_expert_num"), 0),
-    **dict.fromkeys(
-        ("dropout", "attention_dropout", "activation_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0
-    ),
-    **dict.fromkeys(("hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "residual_dropout"), 0.0),
-    **dict.fromkeys(("router_jitter_noise", "input_jitter_noise", "final_dropout"), 0.0),
-    **dict.fromkeys(
-        ("bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id", "sep_token_id"), None
-    ),
-    "eos_token_id": 0,
+SIZES = {
+    "40": "vocab_size unpadded_vocab_size vocab_size_per_layer_input audio_vocab_size",
+    "64": """intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim dff dim_ff n_inner ffn_hidden_size
+        shared_intermediate_size intermediate_size_mlp d_inner dense_intermediate_size feed_forward_size
+        prefix_dense_intermediate_size max_position_embeddings n_positions n_ctx max_seq_len model_max_length
+        context_length rel_extent attention_window_size attention_chunk_size""",
+    "32": """hidden_size n_embd d_model emb_dim embedding_size word_embed_proj_dim attention_hidden_size lru_width
+        input_embedding_size output_embedding_size moe_intermediate_size shared_expert_intermediate_size
+        expert_ffn_hidden_size moe_shared_expert_intermediate_size shared_experts_intermediate_size""",
+    "8": """head_dim swa_head_dim kv_channels v_head_dim qk_nope_head_dim qk_rope_head_dim dim_head d_head
+        attention_head_size linear_key_head_dim linear_value_head_dim linear_head_dim index_head_dim d_rel mamba_d_head
+        mamba_head_dim rotary_dim kv_lora_rank q_lora_rank gated_norm_rank loop_gate_rank laurel_rank hc_lowrank
+        mamba_d_state ssm_state_size state_size time_step_rank mamba_dt_rank""",
+    "6": "sliding_window window_size sliding_window_size local_attention",
+    "4": """num_attention_heads n_head n_heads num_heads attention_heads swa_num_attention_heads decoder_attention_heads
+        encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads linear_num_heads
+        linear_num_value_heads index_n_heads mamba_n_heads mamba_num_heads n_mamba_heads num_experts num_local_experts
+        n_routed_experts moe_num_experts mamba_d_conv chunk_size mamba_chunk_size hidden_size_per_layer_input""",
+    "2": """num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers
+        num_encoder_layers num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads
+        num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts""",
+    "1": """n_shared_experts num_shared_experts moe_num_shared_experts n_group topk_group num_expert_group
+        mamba_n_groups n_groups""",
+    "0": "num_nextn_predict_layers num_mtp_layers first_k_dense_replace zero_expert_num eos_token_id",
+    "0.0": """dropout attention_dropout activation_dropout resid_pdrop embd_pdrop attn_pdrop hidden_dropout
+        hidden_dropout_prob attention_probs_dropout_prob residual_dropout router_jitter_noise input_jitter_noise
+        final_dropout""",
+    "None": "bos_token_id pad_token_id decoder_start_token_id forced_eos_token_id sep_token_id",
 }
+TINY = {name: literal_eval(value) for value, names in SIZES.items() for name in names.split()}
 
 
 def fields(config: type[PreTrainedConfig]) -> set[str]:
@@ -90,38 +74,27 @@ NO_LAYER_INPUTS = {"hidden_size_per_layer_input": 0}
 SPECIAL = {name: 30 + place for place, name in enumerate(("image_token_id", "video_token_id", "audio_token_id"))}
 SPECIAL |= {"boi_token_id": 34, "eoi_token_id": 35, "boa_token_id": 36, "eoa_token_index": 37}
 DECODER = {"is_decoder": True, "pad_token_id": 0}
-QSA = {
-    "indexer_n_heads": 2,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": 8,
-    "indexer_budget": 64,
-    "indexer_compress_ratio": 1,
-}
+QSA = {f"indexer_{name}": value for name, value in (("n_heads", 2), ("kv_heads", 1), ("head_dim", 8), ("budget", 64))}
+QSA |= {"indexer_compress_ratio": 1}
 
 # what each needs besides, or to show what is its own
 EXTRA: dict[str, dict] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text"), ALL_HEADS),
     **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "sarvam_mla", "youtu"), ALL_HEADS),
-    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "lara_mini"), LINEAR_AND_FULL),
+    **dict.fromkeys(
+        ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "lara_mini", "minimax", "olmo_hybrid"), LINEAR_AND_FULL
+    ),
     **dict.fromkeys(("kimi_linear", "bailing_hybrid"), LINEAR_AND_FULL | ALL_HEADS),
-    "qwen3_5": {"text_config": LINEAR_AND_FULL},
-    "qwen3_5_moe": {"text_config": LINEAR_AND_FULL},
+    **{family: {"text_config": LINEAR_AND_FULL} for family in ("qwen3_5", "qwen3_5_moe")},
     "qwen4_exp_text": LINEAR_AND_FULL | QSA,
     "qwen4_exp": {"text_config": LINEAR_AND_FULL | QSA},
-    "olmo_hybrid": LINEAR_AND_FULL,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "minimax": LINEAR_AND_FULL,
     "jamba": ATTENTION_SECOND,
     "bamba": MAMBA | {"attn_layer_indices": [1]},
     "granitemoehybrid": MAMBA | LINEAR_AND_FULL,
     "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "lm_head_multiplier": 0.5},
     "mamba2": {"num_heads": 8},
-    "zamba": {
-        "attention_hidden_size": 64,
-        "attention_head_dim": 16,
-        "num_hidden_layers": 3,
-        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
-    },
+    "zamba": ZAMBA | {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "n_mamba_heads": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -130,24 +103,18 @@ EXTRA: dict[str, dict] = {
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "blt": {"encoder_hash_byte_group_vocab": 40},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
-    "roc_bert": DECODER | {"pronunciation_embed_dim": 8, "shape_embed_dim": 8, "shape_vocab_size": 40},
     "reformer": DECODER | {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
     "zaya": {"num_experts_per_tok": 1},
     "falcon": {"alibi": True},
-    "hyperclovax": {"logits_scaling": 3.0},
-    "granite": {"logits_scaling": 3.0},
+    **{family: {"logits_scaling": 3.0} for family in ("hyperclovax", "granite")},
     "cwm": {"bos_token_id": 1},
     "modernbert-decoder": {"pad_token_id": 0, "bos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1},
     "mllama": {"text_config": {"bos_token_id": 1, "cross_attention_layers": [1]}},
     "emu3": {"text_config": {"pad_token_id": 0, "bos_token_id": 1}},
     **dict.fromkeys(("bigbird_pegasus", "blenderbot", "marian", "trocr", "whisper", "xglm"), HAS_START),
-    **dict.fromkeys(
-        ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "roc_bert"), DECODER
-    ),
-    **dict.fromkeys(
-        ("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roformer", "xlm-roberta"), DECODER
-    ),
-    **dict.fromkeys(("ernie", "xlm-roberta-xl", "xmod"), DECODER),
+    **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra"), DECODER),
+    **dict.fromkeys(("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roformer"), DECODER),
+    **dict.fromkeys(("ernie", "roc_bert", "xlm-roberta", "xlm-roberta-xl", "xmod"), DECODER),
     "gemma4": SPECIAL | {"text_config": HAS_PAD | NO_LAYER_INPUTS | CAPPED},
     "gemma4_unified": SPECIAL | {"text_config": HAS_PAD | CAPPED},
     "gemma2": CAPPED,
@@ -155,8 +122,6 @@ EXTRA: dict[str, dict] = {
     "llama4_text": {"attention_chunk_size": 6},
     "inkling_text": {"logits_mup_width_multiplier": 3.0},
 }
-
-
 HEAD = "its logits are not those of its LM head"
 PADDING = "padding before a row changes what it computes"
 NO_EMBEDDINGS = "its forward pass from embeddings fails"
@@ -189,7 +154,6 @@ NOT_BUILT = {"musicgen", "musicgen_melody", "gemma3n", "gemma4_assistant", "gemm
 # float64 is beyond their masks, which are made in float32
 FLOAT32 = {"bloom", "gemma2", "granite_swa", "granitemoe_swa", "mpt", "vaultgemma", "xglm"}
 FLOAT32 |= {"hy_v4", "inkling2_text", "inkling2_loop_text", "zamba"}  # or have types of their own
-
 FAMILIES = [family for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family not in NOT_BUILT]
 
 # of every kind one

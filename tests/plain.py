@@ -167,8 +167,7 @@ def codi_loss(base, examples, stage: int, last: int, c: int, weight: float, firs
 
 
 def sim_cot_loss(base, decoder, rows: list[Row], texts, c: int, mean: bool = False, **how):
-    """(sum over the groups, their number): each group by itself, its thoughts and its text in the base's embedding;
-    positions count from 1."""
+    """(sum over the groups, their number): each group by itself, embedded by the base; positions count from 1."""
     total, count = torch.zeros(()), 0
     for (input_ids, _), of_groups in zip(rows, texts, strict=True):
         embeds = filled(base, input_ids, **how)

@@ -65,7 +65,7 @@ def test_a_rounded_thought_is_what_token_feeds(place):
     frontiers = [script.frontiers_of(machine_of["permutations"], *script.word_of(one)) for one in examples]
     rounded = script.replacements(subject, frontiers)["likeliest token"]
     written = subject.outputs(change=rounded)
-    from methods.token import Token
+    from methods.thoughts import Token
 
     subject.model.thought = Token(subject.model.base_causallm)
     assert subject.outputs() == written

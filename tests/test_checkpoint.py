@@ -5,14 +5,17 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from conftest import equal, raising, read_json, refuses
 from safetensors.torch import load_file, save_file
 from test_pretrained import coconut_config
 from test_pretrained import tiny as tiny  # a fixture
@@ -27,60 +30,93 @@ from trainer.run_folder import resolve
 from utils import UserError
 
 
-def save(config, world, pretrained: Pretrained, epoch: int, accuracy: float = 0.5, stage: int = 0):
-    optimizer = torch.optim.AdamW(pretrained.model.parameters(), lr=1e-3)
-    progress = Progress(epoch, 10 * epoch, best={stage: max(accuracy, 0.5)})
-    files = {"metrics.json": json.dumps({"accuracy": accuracy}), "predictions.jsonl": ""}
-    return checkpoint.save(config, world, pretrained, optimizer, progress, stage, files)
+@pytest.fixture
+def saving(tiny, tmp_path, world):
+    """Of keys: a configuration, a model, and a function that saves it after an epoch."""
+
+    def of(**keys) -> tuple[Config, Pretrained, Callable[..., Path]]:
+        config = coconut_config(tiny, **{"save_path": str(tmp_path / "runs"), "name": "run", **keys})
+        pretrained = load_model(config, None)
+
+        def save(epoch: int, accuracy: float = 0.5, stage: int = 0) -> Path:
+            optimizer = torch.optim.AdamW(pretrained.model.parameters(), lr=1e-3)
+            progress = Progress(epoch, 10 * epoch, best={stage: max(accuracy, 0.5)})
+            files = {"metrics.json": json.dumps({"accuracy": accuracy}), "predictions.jsonl": ""}
+            return checkpoint.save(config, world, pretrained, optimizer, progress, stage, files)
+
+        return config, pretrained, save
+
+    return of
 
 
-def test_only_whole_checkpoints_are_found(tiny, tmp_path, world):
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
-    parts = load_model(config, None)
+def names(run_dir: Path) -> list[str]:
+    return [path.name for path in checkpoint.checkpoints(run_dir)]
+
+
+def test_only_whole_checkpoints_are_found(saving, tmp_path):
+    config, _, save = saving()
     for epoch in (2, 10, 9):
-        save(config, world, parts, epoch)
+        save(epoch)
     run = config.run_dir
-    (run / ".writing-checkpoint_11").mkdir()
-    (run / "checkpoint_12").mkdir()
+    for name in (".writing-checkpoint_11", "checkpoint_12", "checkpoint_best"):
+        (run / name).mkdir()
     (run / "checkpoint_13").write_text("of the reference")
-    (run / "checkpoint_best").mkdir()
-    assert [path.name for path in checkpoint.checkpoints(run)] == ["checkpoint_2", "checkpoint_9", "checkpoint_10"]
+    assert names(run) == ["checkpoint_2", "checkpoint_9", "checkpoint_10"]
     assert resolve(str(run)).name == "checkpoint_10"
     assert checkpoint.read_progress(run / "checkpoint_9") == Progress(9, 90, best={0: 0.5})
-    save(config, world, parts, 13)
+    save(13)
     assert (run / "checkpoint_13.replaced-1").read_text() == "of the reference"
     assert not list(run.glob(".writing-checkpoint_13"))
-    with pytest.raises(UserError, match="is no checkpoint"):
-        resolve(str(tmp_path))
+    refuses("is no checkpoint", resolve, str(tmp_path))
 
 
-def rated(tiny, tmp_path, world) -> Path:
-    """A run with two stages; the first is the easier one."""
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
-    parts = load_model(config, None)
+def test_a_checkpoint_can_be_chosen(saving, tmp_path):
+    """Of a run with two stages, the first of which is the easier one."""
+    config, _, save = saving()
     for epoch, stage, accuracy in ((1, 0, 0.9), (2, 1, 0.5), (3, 1, 0.7), (4, 1, 0.7), (5, 1, 0.1)):
-        save(config, world, parts, epoch, accuracy, stage)
-    return config.run_dir
-
-
-def test_a_checkpoint_can_be_chosen(tiny, tmp_path, world):
-    run = rated(tiny, tmp_path, world)
+        save(epoch, accuracy, stage)
+    run = config.run_dir
     assert resolve(str(run)).name == "checkpoint_5"
     assert resolve(f"{run}@best").name == "checkpoint_4"  # of the last stage; of two as good the later
     assert resolve(f"{run}@2").name == "checkpoint_2"
     (run / "checkpoint_4" / "metrics.json").write_text("{")
     assert resolve(f"{run}@best").name == "checkpoint_3"
-    with pytest.raises(UserError, match=r"comes best, or a number of epochs; .* has 1, 2, 3, 4, 5"):
-        resolve(f"{run}@last")
-    with pytest.raises(UserError, match="is no run's folder with a whole checkpoint in it"):
-        resolve(f"{tmp_path}@best")
-    strange = tmp_path / "a@best"
-    run.rename(strange)
+    refuses(r"comes best, or a number of epochs; .* has 1, 2, 3, 4, 5", resolve, f"{run}@last")
+    refuses("is no run's folder with a whole checkpoint in it", resolve, f"{tmp_path}@best")
+    strange = run.rename(tmp_path / "a@best")
     assert resolve(str(strange)).name == "checkpoint_5"  # a folder may be called so
     for path in strange.glob("*/metrics.json"):
         path.unlink()
-    with pytest.raises(UserError, match=r"no checkpoint of .* has a validation accuracy"):
-        resolve(f"{strange}@best")
+    refuses(r"no checkpoint of .* has a validation accuracy", resolve, f"{strange}@best")
+
+
+def test_what_a_thought_has_learnt_comes_back_or_is_refused_where_it_does_not_fit(saving, tiny):
+    config, pretrained, save = saving(thought="projected")
+    with torch.no_grad():
+        pretrained.model.thought.weight.normal_()  # away from the identity
+    folder = save(1)
+    file = folder / "thought.safetensors"
+    weight = load_file(file)["weight"]
+    assert torch.equal(load_model(config, folder)[0].thought.weight, weight)
+    assert not torch.equal(weight, torch.eye(32))
+    assert "thought.safetensors" in read_json(folder / "trainer" / "manifest.json")
+    # the folder stays one of the model alone, for everybody else
+    assert load_file(folder / "model.safetensors").keys() == load_file(Path(tiny) / "model.safetensors").keys()
+    # other folders have nothing for it: it is re-initialised; and no thought that learns nothing writes a file
+    assert torch.equal(load_model(config, Path(tiny))[0].thought.weight, torch.eye(32))
+    assert not (saving(name="plain")[2](1) / "thought.safetensors").exists()
+    with pytest.raises(UserError, match=r"does not fit the thought normalised: weights unexpected: weight"):
+        load_model(coconut_config(tiny, thought="normalised"), folder)
+    for weights, complaint in (
+        ({"weight": torch.eye(7)}, r"of another shape: weight \[7, 7\] instead of \[32, 32\]"),
+        ({"bias": torch.eye(32)}, r"missing: weight; unexpected: bias"),
+    ):
+        save_file(weights, file)
+        refuses(complaint, load_model, config, folder)
+    file.write_bytes(b"nothing")
+    refuses(r"thought.safetensors cannot be read", load_model, config, folder)
+    file.unlink()
+    refuses(r"was trained with the thought projected, but lacks thought.safetensors", load_model, config, folder)
 
 
 def test_a_file_of_the_hub_is_downloaded(tmp_path, monkeypatch):
@@ -101,190 +137,123 @@ def test_a_file_of_the_hub_is_downloaded(tmp_path, monkeypatch):
         resolve("someone/coconut-gsm:none")
 
 
-def learned(tiny, tmp_path, world) -> tuple[Config, Path]:
-    """A checkpoint with a projection that is not the identity."""
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run", thought="projected")
-    parts = load_model(config, None)
-    with torch.no_grad():
-        parts.model.thought.weight.normal_()
-    return config, save(config, world, parts, 1)
-
-
-def test_what_a_thought_has_learnt_comes_back(tiny, tmp_path, world):
-    config, folder = learned(tiny, tmp_path, world)
-    weight = load_file(folder / "thought.safetensors")["weight"]
-    assert torch.equal(load_model(config, folder)[0].thought.weight, weight)
-    assert not torch.equal(weight, torch.eye(32))
-    assert "thought.safetensors" in json.loads((folder / "trainer" / "manifest.json").read_text())
-    # the folder stays one of the model alone, for everybody else
-    names = load_file(folder / "model.safetensors").keys()
-    assert names == load_file(Path(tiny) / "model.safetensors").keys()
-    # other folders have nothing for it: it is re-initialised; and no thought that learns nothing writes a file
-    assert torch.equal(load_model(config, Path(tiny))[0].thought.weight, torch.eye(32))
-    plain = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="plain")
-    assert not (save(plain, world, load_model(plain, None), 1) / "thought.safetensors").exists()
-
-
-def test_a_thought_that_does_not_fit_is_refused(tiny, tmp_path, world):
-    config, folder = learned(tiny, tmp_path, world)
-    file = folder / "thought.safetensors"
-    with pytest.raises(UserError, match=r"does not fit the thought normalised: weights unexpected: weight"):
-        load_model(coconut_config(tiny, thought="normalised"), folder)
-    for weights, complaint in (
-        ({"weight": torch.eye(7)}, r"of another shape: weight \[7, 7\] instead of \[32, 32\]"),
-        ({"bias": torch.eye(32)}, r"missing: weight; unexpected: bias"),
-    ):
-        save_file(weights, file)
-        with pytest.raises(UserError, match=complaint):
-            load_model(config, folder)
-    file.write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"thought.safetensors cannot be read"):
-        load_model(config, folder)
-    file.unlink()
-    with pytest.raises(UserError, match=r"was trained with the thought projected, but lacks thought.safetensors"):
-        load_model(config, folder)
-
-
-def test_old_checkpoints_go_but_never_the_best(tiny, tmp_path, world):
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run", keep_checkpoints=1)
-    parts = load_model(config, None)
+def test_old_checkpoints_go_but_never_the_best(saving):
+    config, _, save = saving(keep_checkpoints=1)
     for epoch, accuracy in ((1, 0.2), (2, 0.5), (3, 0.4), (4, 0.5), (5, 0.1)):
-        save(config, world, parts, epoch, accuracy)
-    assert [path.name for path in checkpoint.checkpoints(config.run_dir)] == ["checkpoint_4", "checkpoint_5"]
+        save(epoch, accuracy)
+    assert names(config.run_dir) == ["checkpoint_4", "checkpoint_5"]
 
 
-def test_an_old_checkpoint_that_was_moved_and_linked_stays_where_it_is(tiny, tmp_path, world, capsys):
+def test_an_old_checkpoint_that_was_moved_and_linked_stays_where_it_is(saving, tmp_path, capsys):
     """rmtree refuses a link: the run ended after a good save, and so did every restart."""
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run", keep_checkpoints=1)
-    parts = load_model(config, None)
-    first = save(config, world, parts, 1, 0.2)
+    config, _, save = saving(keep_checkpoints=1)
+    first = save(1, 0.2)
     first.rename(tmp_path / "archive")
     first.symlink_to(tmp_path / "archive")
-    save(config, world, parts, 2, 0.5)
+    save(2, 0.5)
     assert [path.name for path in config.run_dir.iterdir()] == ["checkpoint_2"]
     assert checkpoint.damage(tmp_path / "archive") is None
     assert "warning" not in capsys.readouterr().err
 
 
-def test_what_cannot_be_removed_ends_no_run(tiny, tmp_path, world, monkeypatch, capsys):
+def test_what_cannot_be_removed_ends_no_run(saving, monkeypatch, capsys):
     """NFS keeps a file that somebody has open, and its folder."""
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run", keep_checkpoints=1)
-    parts = load_model(config, None)
-    save(config, world, parts, 1, 0.2)
+    config, _, save = saving(keep_checkpoints=1)
+    save(1, 0.2)
 
     def keep(path, *_, **__):
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
 
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", keep)
-        save(config, world, parts, 2, 0.5)
-        assert "warning: " in (printed := capsys.readouterr().err)
-        assert "checkpoint_1 cannot be removed: Directory not empty" in printed
-        save(config, world, parts, 3, 0.6)
-    save(config, world, parts, 4, 0.7)
+        save(2, 0.5)
+        assert re.search("warning: .*checkpoint_1 cannot be removed: Directory not empty", capsys.readouterr().err)
+        save(3, 0.6)
+    save(4, 0.7)
     assert [path.name for path in config.run_dir.iterdir()] == ["checkpoint_4"]  # once it can be, it is
 
 
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        ("trainer/manifest.json", "[]"),
-        ("trainer/manifest.json", '"x"'),
-        ("trainer/manifest.json", "{}"),
-        ("trainer/state.json", "[]"),
-        ("trainer/state.json", '{"format": 2, "epoch": "x"}'),
-        ("trainer/state.json", '{"format": 1, "epoch": null}'),
-        ("trainer/state.json", "[" * 100_000),
+        *(("manifest", text) for text in ("[]", '"x"', "{}")),
+        *(("state", text) for text in ("[]", '{"format": 2, "epoch": "x"}', '{"format": 1, "epoch": null}')),
+        ("state", "[" * 100_000),
     ],
+    ids=lambda value: value[:20],
 )
-def test_a_checkpoint_with_odd_json_is_damaged(tiny, tmp_path, world, file, content):
+def test_a_checkpoint_with_odd_json_is_damaged(saving, file, content):
     """A traceback each."""
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
-    folder = save(config, world, load_model(config, None), 1)
-    (folder / file).write_text(content)
+    folder = saving()[2](1)
+    (folder / "trainer" / f"{file}.json").write_text(content)
     assert checkpoint.damage(folder) == "trainer/manifest.json or trainer/state.json is not readable"
 
 
-def test_an_error_that_is_not_of_the_disk_is_what_it_is(tiny, tmp_path, world, monkeypatch):
+def test_an_error_that_is_not_of_the_disk_is_what_it_is(saving, monkeypatch):
     """A GPU without memory for the optimizer's shares was "cannot be written", without a traceback."""
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
-    parts = load_model(config, None)
+    _, _, save = saving()
 
-    def raises(error):
-        def fail(*_, **__):
-            raise error
-
-        monkeypatch.setattr(checkpoint, "get_optimizer_state_dict", fail)
+    def save_with(error: Exception) -> None:
+        monkeypatch.setattr(checkpoint, "get_optimizer_state_dict", raising(error))
+        save(1)
 
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Connection closed by peer")):
-        raises(error)
         with pytest.raises(type(error), match=str(error)):
-            save(config, world, parts, 1)
-        raises(dcp.CheckpointException("", {0: (full, None), 1: (error, None)}))
+            save_with(error)
         with pytest.raises(dcp.CheckpointException):
-            save(config, world, parts, 1)
+            save_with(dcp.CheckpointException("", {0: (full, None), 1: (error, None)}))
     for error in (full, dcp.CheckpointException("", {1: (full, None)})):
-        raises(error)
-        with pytest.raises(UserError, match=r"checkpoint_1 cannot be written: .*No space left on device"):
-            save(config, world, parts, 1)
+        refuses(r"checkpoint_1 cannot be written: .*No space left on device", save_with, error)
 
 
-def test_a_file_of_a_checkpoint_that_another_node_does_not_see_is_named(tiny, tmp_path, monkeypatch):
+def test_a_file_of_a_checkpoint_that_another_node_does_not_see_is_named(tmp_path, monkeypatch):
     """A traceback of whatever needed it first, at once."""
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
-    folder = config.run_dir / "checkpoint_1"
+    folder, rank_1 = tmp_path / "checkpoint_1", World(1, 0, 2, torch.device("cpu"))
     (folder / "trainer").mkdir(parents=True)
     monkeypatch.setattr(checkpoint, "retried", lambda action: action())  # without waiting
     monkeypatch.setattr(checkpoint, "agree", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(checkpoint, "on_main_rank", lambda *_: ["trainer/state.json"])
     with pytest.raises(UserError, match=r"rank 1 on .* does not see .*checkpoint_1/trainer/state.json: No such file"):
-        checkpoint._seen_by_all(World(1, 0, 2, torch.device("cpu")), folder)
+        checkpoint._seen_by_all(rank_1, folder)
     (folder / "trainer/state.json").touch()
-    assert checkpoint._seen_by_all(World(1, 0, 2, torch.device("cpu")), folder) == folder
+    assert checkpoint._seen_by_all(rank_1, folder) == folder
 
 
-def test_a_state_without_a_world_is_of_another(tiny, tmp_path, world):
+def test_a_state_without_a_world_is_of_another(saving, world):
     """A KeyError."""
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
-    folder = save(config, world, load_model(config, None), 1)
+    folder = saving()[2](1)
     (folder / "trainer/state.json").write_text('{"format": 1, "epoch": 1, "step": 10}')
     assert not checkpoint.load_random_state(folder, world)
     assert checkpoint.read_progress(folder).step == 10
 
 
-def test_optimizer_and_random_state_come_back(tiny, tmp_path, world):
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
-    loaded = load_model(config, None)
-    model = loaded.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(2):
-        model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
-        optimizer.step()
-    files = {"metrics.json": "{}", "predictions.jsonl": ""}
-    folder = checkpoint.save(config, world, loaded, optimizer, Progress(1, 2), 0, files)
+def test_optimizer_and_random_state_come_back(trained, world):
+    """Weights that never got a gradient did not: "Missing key in checkpoint state_dict: ... .step"."""
+    model, optimizer, folder = trained
     wanted = torch.rand(3)
     other = torch.optim.AdamW(model.parameters(), lr=1e-3)
     checkpoint.load_optimizer(folder, model, other)
     assert checkpoint.load_random_state(folder, world)
     assert torch.equal(torch.rand(3), wanted)
-    for parameter in model.parameters():
-        before, after = optimizer.state[parameter], other.state[parameter]
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[name], after[name]) for name in before)
-        assert after["step"] == 2
+    for parameter in model.base_causallm.parameters():
+        assert equal(optimizer.state[parameter], other.state[parameter])
+        assert other.state[parameter]["step"] == 2
+    assert model.unused not in optimizer.state
+    assert model.unused not in other.state  # it begins as it would have
 
 
-def trained(config, world) -> tuple[Pretrained, torch.optim.Optimizer, Path]:
+@pytest.fixture
+def trained(saving, world) -> tuple[torch.nn.Module, torch.optim.Optimizer, Path]:
     """A model of which one weight never gets a gradient, its optimizer, and their checkpoint."""
-    loaded = load_model(config, None)
+    config, loaded, _ = saving()
     loaded.model.unused = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-3)
     for _ in range(2):
         loaded.model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return loaded, optimizer, checkpoint.save(config, world, loaded, optimizer, Progress(1, 2), 0, {})
+    return loaded.model, optimizer, checkpoint.save(config, world, loaded, optimizer, Progress(1, 2), 0, {})
 
 
 class Command:
@@ -292,10 +261,9 @@ class Command:
         return os.system, ("true",)
 
 
-def test_an_optimizers_metadata_runs_no_code(tiny, tmp_path, world):
+def test_an_optimizers_metadata_runs_no_code(trained):
     """Torch unpickles whatever it finds there, and what entries of bytes point to."""
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
-    loaded, optimizer, folder = trained(config, world)
+    model, optimizer, folder = trained
     file = folder / checkpoint.OPTIMIZER / ".metadata"
     metadata = pickle.loads(file.read_bytes())
     name = next(iter(metadata.state_dict_metadata))
@@ -303,49 +271,33 @@ def test_an_optimizers_metadata_runs_no_code(tiny, tmp_path, world):
         others = metadata.state_dict_metadata | {name: bad}
         file.write_bytes(pickle.dumps(replace(metadata, state_dict_metadata=others)))
         for load in (checkpoint.load_optimizer, lambda *parts: checkpoint.load_companions(*parts[:2])):
-            with pytest.raises(UserError, match=r"\.metadata is not read: it names [\w.]+, which could run code"):
-                load(folder, loaded.model, optimizer)
+            refuses(r"\.metadata is not read: it names [\w.]+, which could run code", load, folder, model, optimizer)
     file.write_bytes(pickle.dumps(metadata))
-    checkpoint.load_optimizer(folder, loaded.model, optimizer)
+    checkpoint.load_optimizer(folder, model, optimizer)
 
 
-def test_weights_that_never_got_a_gradient_do_not_stop_a_restart(tiny, tmp_path, world):
-    """ "Missing key in checkpoint state_dict: ... .step"."""
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
-    loaded, optimizer, folder = trained(config, world)
-    assert loaded.model.unused not in optimizer.state
-    other = torch.optim.AdamW(loaded.model.parameters(), lr=1e-3)
-    checkpoint.load_optimizer(folder, loaded.model, other)
-    assert loaded.model.unused not in other.state  # it begins as it would have
-    for parameter in loaded.model.base_causallm.parameters():
-        for name, value in optimizer.state[parameter].items():
-            assert torch.equal(value, other.state[parameter][name])
-
-
-def test_another_torchs_optimizer_takes_what_there_is(tiny, tmp_path, world):
+def test_another_torchs_optimizer_takes_what_there_is(trained):
     """One more key in AdamW's param_groups was a CheckpointException; one more average would have been."""
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
-    loaded, optimizer, folder = trained(config, world)
-    later = torch.optim.AdamW(loaded.model.parameters(), lr=5e-4, weight_decay=0.5, amsgrad=True)
+    model, optimizer, folder = trained
+    later = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.5, amsgrad=True)
     later.param_groups[0]["a key of the future"] = True
-    checkpoint.load_optimizer(folder, loaded.model, later)
+    checkpoint.load_optimizer(folder, model, later)
     group = later.param_groups[0]
     assert (group["lr"], group["weight_decay"], group["a key of the future"]) == (5e-4, 0.5, True)
-    weight = next(loaded.model.base_causallm.parameters())
+    weight = next(model.base_causallm.parameters())
     assert torch.equal(later.state[weight]["exp_avg"], optimizer.state[weight]["exp_avg"])
     assert later.state[weight]["step"] == 2
 
 
-def test_what_another_rank_writes_late_is_in_the_manifest(tiny, tmp_path, world, monkeypatch):
+def test_what_another_rank_writes_late_is_in_the_manifest(trained, monkeypatch):
     """What rank 0 did not see when it made the manifest was not in it, and its loss was noticed by nobody."""
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
-    *_, folder = trained(config, world)
+    *_, folder = trained
     (folder / checkpoint.MANIFEST).unlink()
     late = folder / "trainer" / "random_1.pt"
     threading.Timer(0.5, late.write_text, ["of the other rank"]).start()
     target = folder.with_name("checkpoint_2")
     checkpoint._publish(folder, target, world_size=2)
-    assert "trainer/random_1.pt" in json.loads((target / checkpoint.MANIFEST).read_text())
+    assert "trainer/random_1.pt" in read_json(target / checkpoint.MANIFEST)
     assert checkpoint.damage(target) is None
     (target / "trainer" / "random_1.pt").unlink()
     assert "random_1.pt" in checkpoint.damage(target)
@@ -354,12 +306,11 @@ def test_what_another_rank_writes_late_is_in_the_manifest(tiny, tmp_path, world,
         checkpoint._publish(target, folder, world_size=2)
 
 
-def test_a_group_can_read_all_files_of_a_checkpoint(tiny, tmp_path, world):
+def test_a_group_can_read_all_files_of_a_checkpoint(saving):
     """Safetensors gave its files mode 0600."""
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run", thought="projected", lora_rank=2)
     before = os.umask(0o027)
     try:
-        folder = save(config, world, load_model(config, None), 1)
+        folder = saving(thought="projected", lora_rank=2)[2](1)
     finally:
         os.umask(before)
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -368,10 +319,10 @@ def test_a_group_can_read_all_files_of_a_checkpoint(tiny, tmp_path, world):
     assert folder.stat().st_mode & 0o777 == 0o750
 
 
-def test_a_file_that_may_not_be_read_is_not_damaged(tiny, tmp_path, world, monkeypatch):
+def test_a_file_that_may_not_be_read_is_not_damaged(saving, tiny, monkeypatch):
     """A colleague read that the checkpoint is damaged, and a run would have continued from an earlier one."""
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
-    folder = save(config, world, load_model(config, None), 1)
+    config, _, save = saving()
+    folder = save(1)
     checkpoint.add_digests(folder)
 
     def refuse(path):
@@ -379,20 +330,16 @@ def test_a_file_that_may_not_be_read_is_not_damaged(tiny, tmp_path, world, monke
 
     monkeypatch.setattr(checkpoint, "file_digest", refuse)
     for look in (checkpoint.damage, lambda folder: checkpoint.newest_whole(folder.parent)):
-        with pytest.raises(UserError, match=r"checkpoint_1/\S+ cannot be read: Permission denied"):
-            look(folder)
+        refuses(r"checkpoint_1/\S+ cannot be read: Permission denied", look, folder)
     monkeypatch.setattr(Path, "is_file", refuse)  # of what is in a folder that may not be entered
     for look in (checkpoint.newest_whole, checkpoint.checkpoints, lambda run_dir: resolve(str(run_dir))):
-        with pytest.raises(UserError, match=r"run/\S+ cannot be read: Permission denied"):
-            look(folder.parent)
+        refuses(r"run/\S+ cannot be read: Permission denied", look, folder.parent)
     monkeypatch.setattr(os, "listdir", refuse)
-    with pytest.raises(UserError, match=f"model_id {tiny} cannot be read: Permission denied"):
-        load_model(config, None)
+    refuses(f"model_id {tiny} cannot be read: Permission denied", load_model, config, None)
 
 
-def test_sizes_are_compared_until_there_are_digests(tiny, tmp_path, world):
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
-    folder = save(config, world, load_model(config, None), 1)
+def test_sizes_are_compared_until_there_are_digests(saving):
+    folder = saving()[2](1)
     file = folder / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1])
@@ -404,29 +351,26 @@ def test_sizes_are_compared_until_there_are_digests(tiny, tmp_path, world):
     assert checkpoint.damage(folder) == "model.safetensors is not what was written"
 
 
-def test_the_newest_two_epochs_keep_the_optimizer(tiny, tmp_path, world):
+def test_the_newest_two_epochs_keep_the_optimizer(saving, world):
     """75 GB for 50 epochs of GPT-2."""
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
-    parts = load_model(config, None)
-    folders = [save(config, world, parts, epoch) for epoch in (1, 2, 3, 4)]
+    config, _, save = saving()
+    folders = [save(epoch) for epoch in (1, 2, 3, 4)]
     assert [(folder / checkpoint.OPTIMIZER).exists() for folder in folders] == [False, False, True, True]
     assert [checkpoint.damage(folder) for folder in folders] == [None] * 4
     assert checkpoint.find_newest(config, world) == folders[-1]
     for folder in folders[2:]:
         shutil.rmtree(folder)
     sentence = "checkpoint_2 cannot be continued: only the newest two epochs keep .* load_model_path=.* and resume=2"
-    with pytest.raises(UserError, match=sentence):
-        checkpoint.find_newest(config, world)
+    refuses(sentence, checkpoint.find_newest, config, world)
     assert not list(config.run_dir.glob(".removing-*"))
 
 
-def test_a_checkpoint_for_restarts_goes_when_its_epoch_is_saved(tiny, tmp_path, world):
-    config = coconut_config(tiny, save_path=str(tmp_path / "runs"), name="run")
-    loaded = load_model(config, None)
+def test_a_checkpoint_for_restarts_goes_when_its_epoch_is_saved(saving, world):
+    config, loaded, _ = saving()
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-3)
     for epoch, step, files in ((0, 3, None), (0, 6, None), (0, 9, None), (1, 9, {}), (1, 12, None)):
         checkpoint.save(config, world, loaded, optimizer, Progress(epoch, step), 0, files)
-        names = [path.name for path in checkpoint.checkpoints(config.run_dir)]
+        found = names(config.run_dir)
         if step == 9:
-            assert names == (["checkpoint_1"] if files is not None else ["checkpoint_0_step_6", "checkpoint_0_step_9"])
-    assert names == ["checkpoint_1", "checkpoint_1_step_12"]
+            assert found == (["checkpoint_1"] if files is not None else ["checkpoint_0_step_6", "checkpoint_0_step_9"])
+    assert found == ["checkpoint_1", "checkpoint_1_step_12"]

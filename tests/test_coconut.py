@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VOCABULARY, tiny_base
+from conftest import VOCABULARY, distance, tiny_base
 
 from coconut import Coconut
 from dataset import collate, collate_for_device, collate_prompts
@@ -36,11 +36,20 @@ def make_rows(n_latents: list[int], seed: int = 0, end: int = VOCABULARY) -> lis
     return rows
 
 
+def batch_of(rows, collate=collate_for_device) -> dict:
+    return collate(rows, pad_token_id=EOS, latent_token_id=LATENT)
+
+
 def plain_thought(model: Coconut, spelling: str, before: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
     """The definition of a thought, (1, 1, D), from the input embeddings of all positions before it, (1, t, D), and that
     of the latent token, (1, 1, D)."""
     base, taken = model.base_causallm, []
-    decoder = base.get_decoder()
+    decoder, embed = base.get_decoder(), base.get_input_embeddings()
+    if spelling.startswith("token"):
+        logits = base(inputs_embeds=before).logits[:, -1:]
+        fed = embed(logits.argmax(-1)).detach()
+        mean = torch.einsum("btv,vd->btd", logits.softmax(-1), embed(torch.arange(logits.shape[-1])))
+        return fed + mean - mean.detach() if spelling == "token:st" else fed
     norm = next(module for name, module in decoder.named_children() if name in ("ln_f", "norm", "final_layernorm"))
     handle = norm.register_forward_pre_hook(lambda _, arguments: taken.append(arguments[0][:, -1:]))
     output = decoder(inputs_embeds=before, output_hidden_states=True)
@@ -48,7 +57,7 @@ def plain_thought(model: Coconut, spelling: str, before: torch.Tensor, latent: t
     states = [state[:, -1:] for state in output.hidden_states]  # transformers' own: the last is after the norm
     last, stream = states[-1], [*states[:-1], *taken]
     # as the model gets them: some families scale them in the module
-    inputs = base.get_input_embeddings()(torch.arange(base.config.vocab_size)).detach()
+    inputs = embed(torch.arange(base.config.vocab_size)).detach()
     outputs = base.get_output_embeddings().weight.detach()
     if spelling.startswith("layer:"):
         text = spelling.removeprefix("layer:")
@@ -107,19 +116,16 @@ def largest_difference(model: Coconut, rows, loss: torch.Tensor, thought: str = 
     """Between a loss, its gradients and the plain definition's."""
     found = gradients(model, loss)
     plain = plain_loss(model, rows, thought)
-    wanted = gradients(model, plain)
-    return abs(loss - plain).item(), max((found[name] - wanted[name]).abs().max().item() for name in wanted)
+    return abs(loss - plain).item(), distance(found, gradients(model, plain))
 
 
 @pytest.mark.parametrize("n_latents", [[0, 0, 0], [1, 1, 1], [3, 3, 3], [6, 6, 6], [2, 0, 6, 3]])
 @pytest.mark.parametrize("tied", [True, False])
 def test_forward_is_the_plain_definition(family, tied, n_latents):
     model, rows = make_model(family, tied), make_rows(n_latents)
-    loss = model(**collate_for_device(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss
-    assert abs(loss - model(**collate(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss) < 1e-12
-    loss_difference, gradient_difference = largest_difference(model, rows, loss)
-    assert loss_difference < 1e-9
-    assert gradient_difference < 1e-9
+    loss = model(**batch_of(rows)).loss
+    assert abs(loss - model(**batch_of(rows, collate)).loss) < 1e-12
+    assert max(largest_difference(model, rows, loss)) < 1e-9
 
 
 VARIANTS = (
@@ -141,7 +147,7 @@ def make_variant(family: str, spelling: str, dtype: torch.dtype = torch.float64)
 @pytest.mark.parametrize("spelling", VARIANTS)
 def test_every_thought_is_its_plain_definition(family, spelling):
     model, rows = make_variant(family, spelling), make_rows([2, 0, 3])
-    loss = model(**collate_for_device(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss
+    loss = model(**batch_of(rows)).loss
     assert max(largest_difference(model, rows, loss, spelling)) < 1e-9
     other = plain_loss(model, rows, "last" if spelling != "layer:-1" else "layer:-2")
     assert abs(loss - other) > 1e-6  # on these rows the thought does matter
@@ -151,18 +157,16 @@ def test_every_thought_is_its_plain_definition(family, spelling):
 def test_thoughts_know_the_embeddings_that_the_model_gets(spelling):
     """Gemma's embedding module multiplies its weights by sqrt(D): their norm was taken for that of its embeddings."""
     model, rows = make_variant("gemma2", spelling, torch.float32), make_rows([2, 0, 3])
-    loss = model(**collate_for_device(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss
-    found, wanted = gradients(model, loss), gradients(model, plain_loss(model, rows, spelling))
-    largest = max(gradient.abs().max() for gradient in wanted.values())
-    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-4 * largest
+    found = gradients(model, model(**batch_of(rows)).loss)
+    wanted = gradients(model, plain_loss(model, rows, spelling))
+    assert distance(found, wanted) < 1e-4 * max(gradient.abs().max() for gradient in wanted.values())
 
 
 @pytest.mark.parametrize("spelling", ["layer:-2", "projected+normalised", "realigned", "embedding+suppressed"])
 def test_every_thought_is_the_same_in_generation(family, spelling):
     """What generation feeds is what the forward pass feeds, batched or not, whoever decodes."""
     model, rows = make_variant(family, spelling), prompts([3, 0, 2])
-    batch = collate_prompts(rows, EOS)
-    together = model.generate(**batch, max_new_tokens=6)
+    together = model.generate(**collate_prompts(rows, EOS), max_new_tokens=6)
     assert_generated_as_alone(model, rows, together, max_new_tokens=6, do_sample=False)
     continued = list(rows[0])
     for token in together[0].tolist():
@@ -172,30 +176,25 @@ def test_every_thought_is_the_same_in_generation(family, spelling):
             break
 
 
-def test_the_layers_are_seen_through_checkpointed_blocks():
-    """Which run again in the backward pass: nothing must be recorded then."""
-    model, rows = make_variant("gpt2", "last+suppressed"), make_rows([2, 3])
-    checkpoint_blocks(decoder_blocks(model.base_causallm))
-    loss = model(**collate_for_device(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss
-    plain = make_variant("gpt2", "last+suppressed")
-    found, wanted = gradients(model, loss), gradients(plain, plain_loss(plain, rows, "last+suppressed"))
-    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-9
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_the_layers_are_seen_through_a_compiled_block():
-    model, rows = make_variant("gpt2", "last+suppressed"), make_rows([2])
-    decoder_blocks(model.base_causallm)[-1].compile(dynamic=True, backend="eager")
-    loss = model(**collate_for_device(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss
-    plain = make_variant("gpt2", "last+suppressed")
-    assert abs(loss - plain_loss(plain, rows, "last+suppressed")) < 1e-9
+@pytest.mark.parametrize("how", ["checkpointed", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_the_layers_are_seen_through_blocks_that_are(how):
+    """Checkpointed blocks run again in the backward pass: nothing must be recorded then."""
+    model, plain = (make_variant("gpt2", "last+suppressed") for _ in range(2))
+    rows, blocks = make_rows([2, 3]), decoder_blocks(model.base_causallm)
+    if how == "checkpointed":
+        checkpoint_blocks(blocks)
+    else:
+        blocks[-1].compile(dynamic=True, backend="eager")
+    loss, wanted = model(**batch_of(rows)).loss, plain_loss(plain, rows, "last+suppressed")
+    assert abs(loss - wanted) < 1e-9
+    if how == "checkpointed":
+        assert distance(gradients(model, loss), gradients(plain, wanted)) < 1e-9
 
 
 def test_a_batch_without_latents_gives_a_learned_thought_a_gradient():
     """Of zero: under DDP the ranks would wait for it for ever."""
     model = make_variant("gpt2", "projected")
-    model(**collate_for_device(make_rows([0, 0]), EOS, LATENT)).loss.backward()
+    model(**batch_of(make_rows([0, 0]))).loss.backward()
     assert torch.equal(model.thought.weight.grad, torch.zeros_like(model.thought.weight))
 
 
@@ -207,10 +206,8 @@ def test_a_batch_without_latents_gives_a_learned_thought_a_gradient():
 def test_forward_is_the_plain_definition_for_other_families_too(other, dtype, tolerance):
     """A head with bias; sliding windows; soft-capped logits and embeddings that the model scales."""
     model, rows = make_model(other, dtype=dtype), make_rows([2, 0, 4])
-    loss = model(**collate(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss
-    assert max(largest_difference(model, rows, loss)) < tolerance
-    batch = collate_prompts(prompts([3, 1]), EOS)
-    together = model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=8)
+    assert max(largest_difference(model, rows, model(**batch_of(rows, collate)).loss)) < tolerance
+    together = model.generate(**collate_prompts(prompts([3, 1]), EOS), max_new_tokens=8)
     assert_generated_as_alone(model, prompts([3, 1]), together, max_new_tokens=8)
 
 
@@ -219,8 +216,7 @@ def test_a_window_of_padding_is_harmless():
     model = make_model("mistral")
     model.base_causallm.config.sliding_window = 2
     rows = [([5, START, LATENT, *words, EOS], [-100] * 3 + [*words, EOS]) for words in ([8, 9], [])]
-    loss = model(**collate(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss
-    assert max(largest_difference(model, rows, loss)) < 1e-9
+    assert max(largest_difference(model, rows, model(**batch_of(rows, collate)).loss)) < 1e-9
 
 
 @pytest.mark.parametrize("broken", ["dropped", "detached"])
@@ -231,31 +227,29 @@ def test_the_comparison_notices_a_missing_feedback(family, broken, monkeypatch):
         monkeypatch.setattr(Last, "sequential", False)
     else:
         monkeypatch.setattr(Last, "forward", lambda self, seen: seen.hidden.detach())
-    loss = model(**collate(rows, pad_token_id=EOS, latent_token_id=LATENT)).loss
-    assert largest_difference(model, rows, loss)[1] > 1e-4
+    assert largest_difference(model, rows, model(**batch_of(rows, collate)).loss)[1] > 1e-4
 
 
 def test_a_graph_may_be_gone_through_twice(family):
     """The cache gathers gradients in a buffer of its own, which must not remember an earlier backward."""
     model = make_model(family)
-    loss = model(**collate(make_rows([3, 3]), pad_token_id=EOS, latent_token_id=LATENT)).loss
+    loss = model(**batch_of(make_rows([3, 3]), collate)).loss
     first, second = (torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_rows_need_not_be_aligned(family):
+def test_rows_need_not_be_aligned_nor_have_positions_or_labels(family):
     model, rows = make_model(family), make_rows([2, 3, 1])
     batch = collate(rows, pad_token_id=EOS, latent_token_id=None)  # padded on the right only
     assert batch["input_ids"].eq(LATENT).any(dim=0).sum() > 3
-    loss_difference, gradient_difference = largest_difference(model, rows, model(**batch).loss)
-    assert max(loss_difference, gradient_difference) < 1e-9
-
-
-def test_default_positions_are_those_of_the_collator(family):
-    model = make_model(family)
-    batch = collate(make_rows([2, 2, 0]), pad_token_id=EOS, latent_token_id=LATENT)
-    without = {name: tensor for name, tensor in batch.items() if name != "position_ids"}
-    assert torch.equal(model(**batch).loss, model(**without).loss)
+    assert max(largest_difference(model, rows, model(**batch).loss)) < 1e-9
+    batch = batch_of(make_rows([2, 2, 0]), collate)
+    loss, labels = model(**batch).loss, batch.pop("labels")
+    del batch["position_ids"]
+    assert torch.equal(loss, model(**batch, labels=labels).loss)
+    output = model(**batch)
+    assert output.loss is None
+    assert abs(loss - F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())) < 1e-9
 
 
 def test_every_token_is_processed_once(family, monkeypatch):
@@ -267,7 +261,7 @@ def test_every_token_is_processed_once(family, monkeypatch):
         return span(self, embeds, *others)
 
     monkeypatch.setattr(Backbone, "span", counting)
-    batch = collate(make_rows([4, 4, 4]), pad_token_id=EOS, latent_token_id=LATENT)
+    batch = batch_of(make_rows([4, 4, 4]), collate)
     model(**batch)
     first = int(batch["input_ids"].eq(LATENT).any(dim=0).nonzero()[0])
     assert lengths == [first, 1, 1, 1, batch["input_ids"].shape[1] - first - 3]
@@ -278,28 +272,16 @@ def test_the_head_runs_on_supervised_positions_only(monkeypatch):
     seen = []
     original = F.linear_cross_entropy
     monkeypatch.setattr(F, "linear_cross_entropy", lambda h, *a, **k: seen.append(h.shape[0]) or original(h, *a, **k))
-    model(**collate(rows, pad_token_id=EOS, latent_token_id=LATENT))
+    model(**batch_of(rows, collate))
     assert seen == [sum(label != -100 for _, labels in rows for label in labels)]
 
 
 def test_pause_is_one_pass_over_the_learned_embedding(family):
-    model, rows = make_model(family, thought="pause"), make_rows([3, 3, 3])
-    batch = collate(rows, pad_token_id=EOS, latent_token_id=LATENT)
-    logits = model.base_causallm(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=batch["position_ids"]
-    ).logits
+    model, batch = make_model(family, thought="pause"), batch_of(make_rows([3, 3, 3]), collate)
+    given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    logits = model.base_causallm(**given).logits
     wanted = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert abs(model(**batch).loss - wanted) < 1e-9
-
-
-def test_without_labels_there_are_logits(family):
-    model = make_model(family)
-    batch = collate(make_rows([2, 2]), pad_token_id=EOS, latent_token_id=LATENT)
-    labels = batch.pop("labels")
-    output = model(**batch)
-    assert output.loss is None
-    loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    assert abs(loss - model(**batch, labels=labels).loss) < 1e-9
 
 
 def test_a_latent_cannot_come_first():
@@ -313,44 +295,29 @@ def prompts(n_latents: list[int]) -> list[list[int]]:
 
 @pytest.mark.parametrize("n_latents", [[0, 0, 0], [3, 3, 3], [6, 0, 2]])
 def test_batched_generation_is_one_by_one(family, n_latents):
-    model = make_model(family)
-    rows = prompts(n_latents)
-    batch = collate_prompts(rows, EOS)
-    together = model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=12)
+    model, rows = make_model(family), prompts(n_latents)
+    together = model.generate(**collate_prompts(rows, EOS), max_new_tokens=12)
     assert_generated_as_alone(model, rows, together, max_new_tokens=12)
 
 
-def test_generation_is_the_plain_definition(family):
+def test_generation_is_the_plain_definition_whatever_the_model_says(family):
     """Greedy decoding by recomputing everything for each token."""
     model, row = make_model(family), prompts([3])[0]
-    found = model.generate(torch.tensor([row]), max_new_tokens=8)[0].tolist()
-    wanted = []
-    for _ in range(8):
-        logits = model(torch.tensor([row + wanted])).logits[0, -1]
-        wanted.append(int(logits.argmax()))
-        if wanted[-1] == EOS:
-            break
-    assert found == wanted
-
-
-def test_generation_is_greedy_whatever_the_model_says(family):
-    model = make_model(family)
-    row = torch.tensor(prompts([3])[:1])
-    before = model.generate(row, max_new_tokens=8)
+    wanted: list[int] = []
+    while len(wanted) < 8 and EOS not in wanted:
+        wanted.append(int(model(torch.tensor([row + wanted])).logits[0, -1].argmax()))
+    assert model.generate(torch.tensor([row]), max_new_tokens=8)[0].tolist() == wanted
     model.base_causallm.generation_config.update(do_sample=True, temperature=9.0, max_new_tokens=2, num_beams=2)
-    assert torch.equal(model.generate(row, max_new_tokens=8), before)
+    assert model.generate(torch.tensor([row]), max_new_tokens=8)[0].tolist() == wanted
 
 
 def test_generation_stops_at_eos_even_as_first_token(family):
     """The reference tests for EOS only from the second token on."""
     model, rows = make_model(family), prompts([2, 2])
     batch = collate_prompts(rows, EOS)
-    ordinary = model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=6)
-    model.eos_token_id = int(ordinary[0, 0])
-    stopped = model.generate(batch["input_ids"], batch["attention_mask"], max_new_tokens=6)
-    assert set(stopped[0].tolist()) == {model.eos_token_id}
-    alone = model.generate(torch.tensor(rows[:1]), max_new_tokens=6)
-    assert alone.tolist() == [[model.eos_token_id]]
+    model.eos_token_id = int(model.generate(**batch, max_new_tokens=6)[0, 0])
+    assert set(model.generate(**batch, max_new_tokens=6)[0].tolist()) == {model.eos_token_id}
+    assert model.generate(torch.tensor(rows[:1]), max_new_tokens=6).tolist() == [[model.eos_token_id]]
 
 
 def test_hugging_face_options_continue_from_the_thoughts(family):
@@ -372,9 +339,7 @@ def test_hugging_face_options_continue_from_the_thoughts(family):
 @pytest.mark.parametrize("spelling", ["last", "pause", "normalised", "last+suppressed"])
 def test_an_edit_that_changes_nothing_changes_nothing(family, spelling):
     """Of `pause`, whose latents are then gone through one by one, as much as of the others."""
-    model, rows = make_variant(family, spelling), make_rows([3, 0, 2])
-    batch = collate_for_device(rows, pad_token_id=EOS, latent_token_id=LATENT)
-    seen = []
+    model, batch, seen = make_variant(family, spelling), batch_of(make_rows([3, 0, 2])), []
 
     def same(number, thought, made_of):
         seen.append((number, tuple(thought.shape), tuple(made_of.hidden.shape)))
@@ -384,12 +349,9 @@ def test_an_edit_that_changes_nothing_changes_nothing(family, spelling):
     assert abs(loss - edited) < 1e-12
     width = model.base_causallm.config.hidden_size
     assert seen == [(number, (3, 1, width), (3, 1, width)) for number in range(3)]
-    wanted, found = gradients(model, loss), gradients(model, edited)
-    assert max((wanted[name] - found[name]).abs().max() for name in wanted) < 1e-12
+    assert distance(gradients(model, edited), gradients(model, loss)) < 1e-12
     ids = collate_prompts(prompts([3, 3]), EOS)
-    assert (
-        model.generate(**ids, max_new_tokens=5, edit=same).tolist() == model.generate(**ids, max_new_tokens=5).tolist()
-    )
+    assert model.generate(**ids, max_new_tokens=5, edit=same).equal(model.generate(**ids, max_new_tokens=5))
     assert (thought_logits(model, **ids)[0] - thought_logits(model, **ids, edit=same)[0]).abs().max() < 1e-12
 
 
@@ -397,45 +359,39 @@ def test_an_edit_that_changes_nothing_changes_nothing(family, spelling):
 def test_an_edited_thought_is_what_the_model_is_fed(family, spelling):
     """Against the base model on embeddings in which the thoughts stand, made one by one."""
     model, row = make_model(family, thought=spelling), prompts([3])[0]
-    base, first = model.base_causallm, row.index(LATENT)
+    base, first, ids = model.base_causallm, row.index(LATENT), torch.tensor([row])
     torch.manual_seed(3)
     strange = torch.randn(1, 1, base.config.hidden_size, dtype=torch.float64)
 
     def edit(number, thought, _):
         return strange if number == 1 else thought
 
-    embeds = base.get_input_embeddings()(torch.tensor([row])).detach()
+    embeds = base.get_input_embeddings()(ids).detach()
     for number in range(3):
         if spelling == "last":
             hidden = base.get_decoder()(inputs_embeds=embeds[:, : first + number]).last_hidden_state[:, -1]
             embeds[:, first + number] = hidden.detach()
         if number == 1:
             embeds[:, first + number] = strange[:, 0]
-    output = model(torch.tensor([row]), edit=edit, return_thoughts=True)
+    output, wanted = model(ids, edit=edit, return_thoughts=True), base(inputs_embeds=embeds).logits
     assert (output.thoughts - embeds[:, first : first + 3]).abs().max() < 1e-12
-    assert (output.logits - base(inputs_embeds=embeds).logits).abs().max() < 1e-9
-    found = model.generate(torch.tensor([row]), max_new_tokens=1, edit=edit)
-    assert found.item() == base(inputs_embeds=embeds).logits[0, -1].argmax()
-    sampled = model.generate(torch.tensor([row]), max_new_tokens=1, edit=edit, num_beams=2)
-    assert sampled[0, 0] == found[0, 0]
+    assert (output.logits - wanted).abs().max() < 1e-9
+    for options in ({}, {"num_beams": 2}):
+        found = model.generate(ids, max_new_tokens=1, edit=edit, **options)
+        assert (found[0, 0], found.shape) == (wanted[0, -1].argmax(), (1, 1))
 
 
 def test_thoughts_are_returned_where_they_are_asked_for(family):
-    model = make_model(family)
-    batch = collate(make_rows([2, 2]), pad_token_id=EOS, latent_token_id=LATENT)
+    model, batch = make_model(family), batch_of(make_rows([2, 2]), collate)
     assert model(**batch).thoughts is None
     output = model(**batch, return_thoughts=True)
     columns = (batch["input_ids"][0] == LATENT).nonzero().flatten()
-    assert (output.thoughts - output.inputs_embeds[:, columns]).abs().max() == 0
+    assert torch.equal(output.thoughts, output.inputs_embeds[:, columns])
     assert output.thoughts.shape == (2, 2, model.base_causallm.config.hidden_size)
     ids = collate_prompts(prompts([2, 2]), EOS)
     wanted = model(**ids, return_thoughts=True).thoughts
-    for found in (
-        model.generate(**ids, max_new_tokens=3, return_thoughts=True),
-        model.generate(**ids, max_new_tokens=3, return_thoughts=True, num_beams=2),
-        thought_logits(model, **ids),
-    ):
-        assert (found[1] - wanted).abs().max() < 1e-12
-    assert torch.equal(
-        model.generate(**ids, max_new_tokens=3, return_thoughts=True)[0], model.generate(**ids, max_new_tokens=3)
-    )
+    generated = model.generate(**ids, max_new_tokens=3, return_thoughts=True)
+    beams = model.generate(**ids, max_new_tokens=3, return_thoughts=True, num_beams=2)
+    for _, thoughts in (generated, beams, thought_logits(model, **ids)):
+        assert (thoughts - wanted).abs().max() < 1e-12
+    assert torch.equal(generated[0], model.generate(**ids, max_new_tokens=3))

@@ -5,21 +5,15 @@ from collections.abc import Callable
 import plain
 import pytest
 import torch
-from conftest import tiny_base
+from conftest import check_ranks_and_restart, distance, main, tiny_base, weights
 from test_latent_block import largest
 from test_methods import MARKERS, make_dataset
-from test_run import main, together, weights
-from test_run import place as place  # a fixture
 
 from config import Config
 from methods.codi import Codi, TaughtDataset
+from methods.parallel_latents import ParallelLatents
 from preprocessing.tokens import tokenize
 from trainer.pretrained import load_model, make_model
-
-
-def make_codi(config: Config, family: str, tied: bool) -> Codi:
-    torch.manual_seed(2)
-    return make_model(config, tiny_base(family, tied, layers=3), MARKERS).eval()
 
 
 def projected(model: Codi) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -41,7 +35,8 @@ def projected(model: Codi) -> Callable[[torch.Tensor], torch.Tensor]:
 def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, thought):
     config = Config(method="codi", max_latent_stage=3, distillation=0.7, thought=thought)
     dataset, examples = make_dataset(config, [1, 5, 0, 2])
-    model = make_codi(config, family, tied)
+    torch.manual_seed(2)
+    model = make_model(config, tiny_base(family, tied, layers=3), MARKERS).eval()
     loss = model(**dataset.collate([dataset[index, 4] for index in range(4)])).loss
     think = {"last": lambda hidden: hidden, "pause": None}
     think = think[thought] if thought in think else projected(model)
@@ -50,8 +45,9 @@ def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, thoug
     assert all(parameter.grad.any() for parameter in model.thought.parameters())
 
 
-def test_what_student_and_teacher_see():
-    dataset, examples = make_dataset(Config(method="codi", max_latent_stage=2, c_thought=3), [3, 1])
+@pytest.mark.parametrize("method", ["codi", "pccot"])
+def test_what_student_and_teacher_see(method):
+    dataset, examples = make_dataset(Config(method=method, max_latent_stage=2, c_thought=3), [3, 1])
     for index, example in enumerate(examples):
         student, labels, at, teacher, teacher_labels, teacher_at = dataset[index, 3]
         assert (student, labels) == plain.coconut_row(example, 3, 2, 3)
@@ -74,19 +70,28 @@ def test_the_place_is_found_where_a_blank_belongs_to_the_answer():
     assert student[at : at + 2] == teacher[teacher_at : teacher_at + 2] == [30, 32]
 
 
-@pytest.mark.parametrize(
-    ("keys", "complaint"),
-    [
-        ({"uniform_prob": 0.5}, "method codi has always the thoughts of the last one"),
-        ({"pad_latent_to_max": False}, "method codi thinks"),
-        ({"c_thought": 0}, "method codi thinks"),
-        ({"step_decoder": "copy"}, "step_decoder is for method sim_cot"),
-        ({"latent_labels": 0.1}, "latent_labels are for method lotus"),
-    ],
-)
-def test_stages_are_a_mistake(keys, complaint):
-    (problem,) = Config(method="codi", **keys).problems(needs_files=False)
-    assert complaint in problem
+# ---- PCCoT: CODI with parallel latents, compared over the decoder blocks alone ----
+
+
+@pytest.mark.parametrize("layers", ["all", "blocks"])
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_pccot_is_codi_over_the_chosen_layers_with_thoughts_of_so_many_passes(family, layers, passes):
+    """With as many as latents, those of CODI."""
+    config = Config(
+        method="pccot", max_latent_stage=3, latent_passes=str(passes), distilled_layers=layers, distillation=0.7
+    )
+    dataset, examples = make_dataset(config, [1, 5, 0, 2])
+    model = make_model(config, tiny_base(family, layers=3), MARKERS).eval()
+    assert isinstance(model, Codi)
+    assert isinstance(model, ParallelLatents)
+    loss = model(**dataset.collate([dataset[index, 4] for index in range(4)])).loss
+    how = {"passes": passes} if passes < 3 else {}
+    first = 0 if layers == "all" else 1
+    wanted = plain.codi_loss(model.base_causallm, examples, 4, 3, 1, 0.7, first, **how)
+    assert largest(model, loss, wanted) < 1e-9
+
+
+# ---- runs ----
 
 
 KEYS = (
@@ -95,32 +100,16 @@ KEYS = (
 )
 
 
-@pytest.fixture
-def codi_place(place):
-    text = (place / "run.yaml").read_text().replace("coconut: true\n", "")
-    (place / "codi.yaml").write_text(text + "method: codi\n")
-    return place
-
-
 @pytest.mark.slow
-def test_ranks_agree_and_a_restart_is_bitwise_the_same(codi_place):
-    alone = main(codi_place, *KEYS, "name=codi")
-    wanted = weights(alone / "checkpoint_2")
-    for strategy in ("ddp", "fsdp"):
-        together(codi_place / "run.yaml", *KEYS, f"name=codi-{strategy}", f"strategy={strategy}")
-        found = weights(codi_place / "runs" / f"codi-{strategy}" / "checkpoint_2")
-        assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-5
-    main(codi_place, *KEYS, "name=codi-parts", "num_epochs=1")
-    parts = main(codi_place, *KEYS, "name=codi-parts")
-    assert all(torch.equal(value, wanted[name]) for name, value in weights(parts / "checkpoint_2").items())
-    kept = main(codi_place, *KEYS, "name=codi-kept", "gradient_checkpointing=true")
-    found = weights(kept / "checkpoint_2")
-    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-5
+def test_ranks_agree_and_a_restart_is_bitwise_the_same(place):
+    alone = check_ranks_and_restart(place, "codi", KEYS, last=2)
+    kept = main(place, *KEYS, "name=codi-kept", "gradient_checkpointing=true")
+    assert distance(weights(kept / "checkpoint_2"), weights(alone / "checkpoint_2")) < 1e-5
     assert (alone / "checkpoint_2" / "thought.safetensors").is_file()
-    evaluated = main(codi_place, *KEYS, "name=codi-eval", "only_eval=true", f"load_model_path={alone}")
+    evaluated = main(place, *KEYS, "name=codi-eval", "only_eval=true", f"load_model_path={alone}")
     assert (evaluated / "eval" / "metrics.json").is_file()
 
 
-def test_evaluation_has_no_teacher(codi_place):
-    config = Config(method="codi", model_id=str(codi_place / "model"), only_eval=True, load_model_path="somewhere")
+def test_evaluation_has_no_teacher(place):
+    config = Config(method="codi", model_id=str(place / "model"), only_eval=True, load_model_path="somewhere")
     assert not isinstance(load_model(config, None).model, Codi)

@@ -62,7 +62,7 @@ def test_holm():
 
 def test_the_smallest_p_survives_holm():
     statistics = len(prosqa_statistics.measure(prosqa.make_splits({"one": 1}, prosqa.Settings(), 0)["one"][0]))
-    assert statistics >= 40
+    assert statistics >= 28
     assert 2 * statistics / (compare.PERMUTATIONS + 1) < compare.LEVEL
 
 
@@ -127,7 +127,7 @@ def in_order(example: dict) -> dict:
         ({"max_hops": 4}, None, None, {"hops"}),
         ({}, questions_of_any_leaf, None, {"reached nodes nearer than the target", "leaves farther than the target"}),
         ({}, questions_against_any_node, None, {"out-degree of the wrong target"}),
-        ({}, None, target_first, {"target is offered"}),
+        ({}, None, target_first, {"target is offered first"}),
         ({}, None, in_order, {"sentences in the order of their edges", "steps in the order of their sentences"}),
     ],
 )
@@ -159,7 +159,7 @@ def test_prosqa_is_the_same_as_the_authors(monkeypatch, capsys):
     monkeypatch.setattr(compare, "LIMIT", 400)
     monkeypatch.setattr(compare, "PERMUTATIONS", 5_999)
     assert prosqa.main(["--check", str(DATA / "prosqa_valid.json"), "--seed", "21"]) == 0
-    assert capsys.readouterr().out.count("  same\n") >= 40
+    assert capsys.readouterr().out.count("  same\n") >= 28
     assert prosqa.main(["--check", str(DATA / "prosqa_valid.json"), "--seed", "21", "--nodes", "22"]) == 1
     out = capsys.readouterr().out
     assert re.search(r"^nodes .* different$", out, re.M)
@@ -176,7 +176,7 @@ def test_the_statistics_are_those_known_of_the_authors_data():
     assert mean("nodes") == pytest.approx(22.82, abs=0.01)
     assert mean("leaves farther than the target") == 0
     assert mean("in-degree of a node") == pytest.approx(mean("out-degree of a node"))
-    assert all(example["steps are a shortest path"] == ["yes"] for example in values)
+    assert all(example["steps are a shortest path"] == [True] for example in values)
     assert all(example["wrong target is reached by"] == ["other"] for example in values)
 
 
@@ -208,7 +208,7 @@ def all_each(example: dict) -> dict:
     ("constants", "change", "found"),
     [
         ({"HOPS": 4}, None, {"hops", "sentences", "concepts"}),
-        ({"NEGATED": 0.5}, None, {"other properties: negated"}),
+        ({"NEGATED": 0.5}, None, {"other properties beside the chain: negated"}),
         ({"NAMES": ["Max", "Sally"]}, None, {"which entity"}),
         ({"FAMILIES": [[f"quick{n}"] for n in range(13)]}, None, {"which properties", "which families"}),
         ({}, facts_sorted, {"neighbours about one concept"}),
@@ -231,7 +231,7 @@ def test_prontoqa_is_the_same_as_the_official(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compare, "LIMIT", 400)
     monkeypatch.setattr(compare, "PERMUTATIONS", 5_999)
     assert prontoqa_generate.main(["--check", str(official), "--seed", "21"]) == 0
-    assert capsys.readouterr().out.count("  same\n") >= 40
+    assert capsys.readouterr().out.count("  same\n") >= 28
     sizes = ["--train", "200", "--valid", "1", "--test", "1", "--out", str(tmp_path)]
     assert prontoqa_generate.main([*sizes, "--seed", "22"]) == 0
     assert prontoqa_generate.main(["--check", str(official), str(tmp_path / "prontoqa_train.json")]) == 0

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
+from conftest import ROOT, python, refuses
 
 import config as config_module
 import methods
@@ -19,8 +19,6 @@ import utils
 from config import Config
 from trainer import run_folder
 from utils import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -90,9 +88,7 @@ weight_decay: 0.01
 
 def test_the_references_files_are_read(write, tmp_path):
     config = Config.from_file(write(REFERENCE.format(folder=tmp_path)))
-    assert config.method == "coconut"
-    assert config.lr == 1e-4
-    assert config.reset_optimizer == "epoch"
+    assert (config.method, config.lr, config.reset_optimizer) == ("coconut", 1e-4, "epoch")
     assert config.load_model_path == f"{tmp_path}/weights"
     text = REFERENCE.replace("load_model_path: {folder}/weights", 'load_model_path: "None"').replace("1e-4", "1e-5")
     config = Config.from_file(write(text.format(folder=tmp_path)))
@@ -100,26 +96,96 @@ def test_the_references_files_are_read(write, tmp_path):
     assert config.lr == 1e-5
 
 
-@pytest.mark.parametrize(
-    ("text", "method"),
-    [
-        ("coconut: True\nno_thoughts: True", "no_thoughts"),
-        ("coconut: False\ncot: True", "cot"),
-        ("no_cot: True", "no_cot"),
-        ("method: no_thoughts", "no_thoughts"),
-        ("", "coconut"),
-    ],
-)
-def test_the_booleans_become_one_method(write, text, method):
-    assert Config.from_file(write(text)).method == method
+READ = [
+    ("coconut: True\nno_thoughts: True", [], {"method": "no_thoughts"}),
+    ("coconut: False\ncot: True", [], {"method": "cot"}),
+    ("no_cot: True", [], {"method": "no_cot"}),
+    ("method: no_thoughts", [], {"method": "no_thoughts"}),
+    ("", [], {"method": "coconut"}),
+    # `step_separator=""` reaches the program as `step_separator=`; quotes that the shell has left are YAML's
+    ("step_separator: ''", [], {"step_separator": ""}),
+    *(("", [f"step_separator{text}"], {"step_separator": ""}) for text in ("=", '=""')),
+    ("", ['step_separator="\\n\\n"'], {"step_separator": "\n\n"}),
+    ("", ["name='run #2' # a comment"], {"name": "run #2"}),
+    ('load_model_path: ""', ["icot_smoothing=null"], {"load_model_path": None, "icot_smoothing": None}),
+    ("epochs_per_stage: [1, 1, 1]\nmax_latent_stage: 1", [], {"epochs_per_stage": [1, 1, 1]}),
+    ("save_path: run.yaml", [], {"save_path": "run.yaml"}),
+    ("thought: layer:-2", [], {"thought": "layer:-2"}),
+    # YAML makes 83 of 0123
+    ("epochs_per_stage: [010, 2]", ["seed=010"], {"epochs_per_stage": [10, 2], "seed": 10}),
+    *(
+        case
+        for name in ("0123", "1_000", "2026-01-31", "on", "no", "1e3", "0x1F", "1:30", "12", "~x")
+        for case in (
+            (f"name: {name}\nproject: {name}", [], {"name": name, "project": name}),
+            ("", [f"name={name}", "seed=010"], {"name": name, "seed": 10}),
+        )
+    ),
+    # `name='run #2'` was the run `run`; others had no valid value
+    *(
+        ("", [f"name={name}", f"project={name}"], {"name": name, "project": name})
+        for name in ("run #2", "a: b", "@x", "*x", "%x", "=", "2026-13-45", "{x", "x]", "'x", '"x', "!x", "- x", "a\nb")
+    ),
+]
 
 
-def test_a_text_that_may_be_empty_is_given_as_shells_give_it(write):
-    """`step_separator=""`, as README spells it, reaches the program as `step_separator=`."""
-    for text in ("step_separator=", 'step_separator=""'):
-        assert Config.from_file(write(""), [text], needs_files=False).step_separator == ""
-    with pytest.raises(UserError, match="unknown key 'extends' in the command line: it is for files alone"):
-        Config.from_file(write(""), ["extends=a.yaml"], needs_files=False)
+@pytest.mark.parametrize(("text", "overrides", "wanted"), READ, ids=lambda value: str(value)[:40])
+def test_what_is_read(write, text, overrides, wanted):
+    config = Config.from_file(write(text), overrides)
+    assert {key: getattr(config, key) for key in wanted} == wanted
+
+
+WRONG = [
+    ("batch_size_trainin: 3", "unknown key 'batch_size_trainin' .*did you mean 'batch_size_training'"),
+    ("coconut: True\ncot: True", "two methods at once .*: coconut and cot"),
+    ("method: cot\nno_cot: True", "two methods at once"),
+    ("coconut: False\ncot: False", "no method"),
+    ("method: magic", "method must be one of coconut, cot"),
+    ("seed: many", "seed must be a whole number, not 'many'"),
+    ("seed: 1.5", "seed must be a whole number"),
+    ("answer_match: float", "answer_match must be one of text, number, not 'float'"),
+    ("bf16: 1", "bf16 must be true or false"),
+    ("lr: fast", "lr must be a number"),
+    ("method: icot\nuniform_prob: 0.5", "icot removes single tokens"),
+    ("method: icot\nadvance_at: 0.9", "icot's stages are within an epoch"),
+    ("advance_at: 98", "advance_at must be at most 1"),
+    ("advance_after: 2", "advance_after needs advance_at"),
+    ("latent_markers: some", "latent_markers must be one of both, none"),
+    ("uniform_prob: 2", "uniform_prob must be at most 1"),
+    ("batch_size_training: 0", "batch_size_training must be at least 1"),
+    ("seed: null", "seed must be set"),
+    ("save_path:", "save_path must be set"),
+    ("only_eval: True", "load_model_path .checkpoints/run. does not exist"),
+    ("eval_latents: 2", "eval_latents is for eval-only runs of method coconut"),
+    ("load_model_path: YOUR_PATH_TO_COCONUT_CKPT", "load_model_path is still the placeholder"),
+    ("save_path: YOUR_PATH_TO_SAVE_THE_MODEL", "save_path is still the placeholder"),
+    ("load_model_path: no/such", "load_model_path 'no/such' does not exist"),
+    ("epochs_per_stage: [1, 1, 1, 1]\nmax_latent_stage: 1", "epochs_per_stage has 4 entries, but .* only 3 stages"),
+    ("epochs_per_stage: [1, 0]", "epochs_per_stage must be at least 1"),
+    ("global_batch_size: 100", "global_batch_size 100 is no multiple of 1 ranks x batch_size_training 32"),
+    ("method: [coconut]", "method must be text, not .coconut."),
+    ("resume: 50", "resume 50 leaves nothing of num_epochs 50"),
+    ("model_id: ./no/such", "model_id './no/such' does not exist"),
+    ("reset_optimizer: sometimes", "reset_optimizer must be one of never, stage, epoch"),
+    ("thought: nothing", "thought must be one of last, pause, .*, projected, .*, layer:N, .*, not .nothing."),
+    ("thought: layer:half", "thought must be one of"),
+    ("bf16: True\nbf16_weights: True", "exclude each other"),
+    ("- a list", "not valid YAML|must hold"),
+    ("extends: run.yaml", "extends itself"),
+    ("extends: none.yaml", "cannot read .*none.yaml"),
+    *((f"extends: {path}", "cannot read|extends in .* must be the path of a file") for path in ("0", "[a]", "true")),
+    ("lr: 1e-3\nseed: 1\nlr: 1e-4", "run.yaml has the key 'lr' twice, in lines 3 and 5"),  # the last one won
+    ("<<: {lr: 1e-3, lr: 1e-4}", "has the key 'lr' twice, in lines 3 and 3"),  # in mappings that are merged
+    ("? [lr, seed]\n: 1", 'found unhashable key in "<unicode string>", line 3'),
+    ("epochs_per_stage: &loop [*loop]", "found unconstructable recursive node"),
+    ("train_path: " + "[" * 5000, "is not valid YAML: maximum recursion depth"),
+    ("name: !!python/object/apply:os.getcwd []", r"name must be text, not \[\]"),
+    *((f"name: {name}", "name .* must be a plain folder name") for name in ("../a", "/tmp/a", "a/b", "..", ".")),
+    ("rows: {a: {sed: 1}}\nrow: a", "unknown key 'sed' in"),
+    ("rows: [a]", "rows in"),
+    ("rows: {a: {extends: b}, b: {}}\nrow: a", "row a extends 'b', which is no row before it"),
+    ("rows: {a: {}, b_c: {}}", "set row=NAME: the rows are a, b_c"),
+]
 
 
 def test_paths_have_their_home_and_variables_replaced(write, tmp_path, monkeypatch):
@@ -156,90 +222,90 @@ def test_overrides_win_and_extends_is_read(write, tmp_path):
     assert config.epochs_per_stage == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("batch_size_trainin: 3", "unknown key 'batch_size_trainin' .*did you mean 'batch_size_training'"),
-        ("coconut: True\ncot: True", "two methods at once .*: coconut and cot"),
-        ("method: cot\nno_cot: True", "two methods at once"),
-        ("coconut: False\ncot: False", "no method"),
-        ("method: magic", "method must be one of coconut, cot"),
-        ("seed: many", "seed must be a whole number, not 'many'"),
-        ("seed: 1.5", "seed must be a whole number"),
-        ("answer_match: float", "answer_match must be one of text, number, not 'float'"),
-        ("bf16: 1", "bf16 must be true or false"),
-        ("lr: fast", "lr must be a number"),
-        ("method: icot\nuniform_prob: 0.5", "icot removes single tokens"),
-        ("method: icot\nadvance_at: 0.9", "icot's stages are within an epoch"),
-        ("advance_at: 98", "advance_at must be at most 1"),
-        ("latent_markers: some", "latent_markers must be one of both, none"),
-        ("step_separator: ''", None),
-        ("uniform_prob: 2", "uniform_prob must be at most 1"),
-        ("batch_size_training: 0", "batch_size_training must be at least 1"),
-        ("seed: null", "seed must be set"),
-        ("save_path:", "save_path must be set"),
-        ("only_eval: True", "load_model_path .checkpoints/run. does not exist"),
-        ("eval_latents: 2", "eval_latents is for eval-only runs of method coconut"),
-        ("load_model_path: YOUR_PATH_TO_COCONUT_CKPT", "load_model_path is still the placeholder"),
-        ("save_path: YOUR_PATH_TO_SAVE_THE_MODEL", "save_path is still the placeholder"),
-        ("load_model_path: no/such", "load_model_path 'no/such' does not exist"),
-        ("name: ../elsewhere", "name .* must be a plain folder name"),
-        ("epochs_per_stage: [1, 1, 1]\nmax_latent_stage: 1", None),
-        ("epochs_per_stage: [1, 1, 1, 1]\nmax_latent_stage: 1", "epochs_per_stage has 4 entries, but .* only 3 stages"),
-        ("epochs_per_stage: [1, 0]", "epochs_per_stage must be at least 1"),
-        ("global_batch_size: 100", "global_batch_size 100 is no multiple of 1 ranks x batch_size_training 32"),
-        ("method: [coconut]", "method must be text, not .coconut."),
-        ("resume: 50", "resume 50 leaves nothing of num_epochs 50"),
-        ("model_id: ./no/such", "model_id './no/such' does not exist"),
-        ("save_path: run.yaml", None),
-        ("reset_optimizer: sometimes", "reset_optimizer must be one of never, stage, epoch"),
-        ("thought: nothing", "thought must be one of last, pause, .*, projected, .*, layer:N, .*, not .nothing."),
-        ("thought: layer:-2", None),
-        ("thought: layer:half", "thought must be one of"),
-        ("bf16: True\nbf16_weights: True", "exclude each other"),
-        ("- a list", "not valid YAML|must hold"),
-        ("extends: run.yaml", "extends itself"),
-        ("extends: none.yaml", "cannot read .*none.yaml"),
-    ],
-)
+@pytest.mark.parametrize(("text", "complaint"), WRONG, ids=lambda value: str(value)[:40])
 def test_what_is_wrong_is_said(write, text, complaint):
-    path = write(text)
-    if complaint is None:
-        Config.from_file(path)
-    else:
-        assert re.search(complaint, problem(path)), problem(path)
+    found = problem(write(text))
+    assert re.search(complaint, found), found
 
 
-def test_a_key_that_is_set_twice_is_a_mistake(write, tmp_path):
-    """The last one won, and nobody was told."""
-    text = problem(write("lr: 1e-3\nseed: 1\nlr: 1e-4"))
-    assert "run.yaml has the key 'lr' twice, in lines 3 and 5" in text
-    assert "lr is set twice on the command line: 'lr=1' and 'lr=2'" in problem(write(""), "lr=1", "seed=1", "lr=2")
-    assert Config.from_file(write("lr: 1e-3"), ["lr=2"]).lr == 2
+PATHS = ("train_path", "val_path", "load_model_path", "save_path", "model_id")
+WRONG_ON_THE_COMMAND_LINE = [
+    (["extends=a.yaml"], "unknown key 'extends' in the command line: it is for files alone"),
+    (["lr=1", "seed=1", "lr=2"], "lr is set twice on the command line: 'lr=1' and 'lr=2'"),
+    (["row=x"], "row 'x' in the command line: there are no rows to choose from"),
+    (["val_path={a: TMP/valid.json}"], "which is for eval-only runs: a training run takes one path$"),
+    ([f"name={'a' * 201}"], "of at most 200 bytes"),
+    (["only_eval=true", f"val_path={{{'a' * 201}: x}}"], "of at most 200 bytes"),
+    # sequences of 100,000,000 were counted out in nine gigabytes, of 10^20 an IndexError
+    *(
+        ([f"{key}={10**20}"], f"{key} must be at most 100000")
+        for key in ("c_thought", "max_latent_stage", "eval_latents")
+    ),
+    # lr=1e38 was a traceback of AdamW on every rank
+    *(
+        ([f"{key}={value}"], f"{key} must be a")
+        for key in ("lr", "weight_decay", "distillation", "latent_labels", "step_decoder_weight")
+        for value in ("1e38", ".inf", ".nan")
+    ),
+    # OSError
+    *(([f"{key}={'a' * 300}"], f"{key} '{'a' * 300}' cannot be reached: File name too long") for key in PATHS),
+]
 
 
-def test_a_key_is_a_plain_text_and_nowhere_twice(write):
-    """The same, in mappings that are merged; a key that is a list was a TypeError."""
-    assert "has the key 'lr' twice, in lines 3 and 3" in problem(write("<<: {lr: 1e-3, lr: 1e-4}"))
-    assert "the key in line 3 is no plain text" in problem(write("? [lr, seed]\n: 1"))
-    assert "an alias stands for a part of itself" in problem(write("epochs_per_stage: &loop [*loop]"))
+@pytest.mark.parametrize(("overrides", "complaint"), WRONG_ON_THE_COMMAND_LINE, ids=lambda value: str(value)[:40])
+def test_what_is_wrong_on_the_command_line_is_said(write, tmp_path, overrides, complaint):
+    found = problem(write(""), *(text.replace("TMP", str(tmp_path)) for text in overrides))
+    assert re.search(complaint, found), found
+
+
+# keys, part of the only complaint about them
+MISTAKES = [
+    ({"only_eval": True}, "only_eval needs load_model_path"),
+    ({"compile": True, "gradient_checkpointing": True}, "exclude each other"),
+    ({"lora_rank": 2, "from_scratch": True}, "from_scratch"),
+    ({"method": "codi", "uniform_prob": 0.5}, "method codi has always the thoughts of the last one"),
+    ({"method": "codi", "pad_latent_to_max": False}, "method codi thinks"),
+    ({"method": "codi", "c_thought": 0}, "method codi thinks"),
+    ({"method": "codi", "step_decoder": "copy"}, "step_decoder is for method sim_cot"),
+    ({"method": "codi", "latent_labels": 0.1}, "latent_labels are for method lotus"),
+    ({"step_decoder": "copy", "method": "cot"}, "is for method sim_cot"),
+    ({"step_decoder": "copy", "thought": "pause"}, "a thought that is fed back"),
+    ({"step_decoder": "copy", "c_thought": 0}, "c_thought"),
+    ({"step_decoder": "pretrained", "from_scratch": True}, "set it to copy"),
+    ({"latent_labels": 0.1, "method": "cot"}, "latent_labels"),
+    ({"latent_labels": 0.1, "step_decoder": "copy"}, "latent_labels"),
+    ({"method": "multi_mode", "latent_markers": "none"}, "latent_markers must be both"),
+    ({"method": "multi_mode", "latent_labels": 0.1}, "latent_labels are for method lotus"),
+    ({"mode": "written", "only_eval": True, "load_model_path": "x"}, "mode written is for method multi_mode"),
+    ({"method": "multi_mode", "mode": "written"}, "mode written is for eval-only runs"),
+    (
+        {"method": "multi_mode", "mode": "written", "only_eval": True, "eval_latents": 2, "load_model_path": "x"},
+        "eval_latents counts latents",
+    ),
+    ({"latent_passes": "3", "method": "cot"}, "latent_passes"),
+    ({"thought": "looped"}, "looped"),
+    ({"latent_passes": "2", "thought": "pause"}, "pause"),
+    ({"latent_passes": "stage", "c_thought": 0}, "c_thought"),
+    ({"latent_passes": "0", "step_decoder": "copy"}, "it needs a thought that is fed back"),
+]
+
+
+@pytest.mark.parametrize(("keys", "complaint"), MISTAKES, ids=lambda value: str(value)[:60])
+def test_keys_that_do_not_go_together_are_a_mistake(keys, complaint):
+    (found,) = Config(**keys).problems(needs_files=False)
+    assert complaint in found
 
 
 def test_an_evaluation_takes_several_files(write, tmp_path):
     """Their names are as they are written: YAML makes 83 of 0123, and True of on."""
     (tmp_path / "010").write_text("[]")
-    text = f"only_eval: true\nload_model_path: {tmp_path}/weights\n"
-    path = write(text)
-    path.write_text(
-        path.read_text().replace(f"val_path: {tmp_path}/valid.json", f"val_path:\n  0123: {tmp_path}/valid.json")
-    )
-    config = Config.from_file(path)
-    assert config.val_path == {"0123": f"{tmp_path}/valid.json"}
+    path = write(f"only_eval: true\nload_model_path: {tmp_path}/weights\n")
+    single = f"val_path: {tmp_path}/valid.json"
+    path.write_text(path.read_text().replace(single, f"val_path:\n  0123: {tmp_path}/valid.json"))
+    assert Config.from_file(path).val_path == {"0123": f"{tmp_path}/valid.json"}
     config = Config.from_file(path, [f"val_path={{on: {tmp_path}/train.json, b: {tmp_path}/valid.json}}"])
-    assert {name: one.val_path for name, one in config.by_set().items()} == {
-        "on": f"{tmp_path}/train.json",
-        "b": f"{tmp_path}/valid.json",
-    }
+    found = {name: one.val_path for name, one in config.by_set().items()}
+    assert found == {"on": f"{tmp_path}/train.json", "b": f"{tmp_path}/valid.json"}
     run_folder.write_config(dataclasses.asdict(config), tmp_path / "out", world_size=1)
     assert Config.from_file(tmp_path / "out" / "config.yaml") == config
     single = Config.from_file(path, [f"val_path={tmp_path}/010"])
@@ -249,63 +315,37 @@ def test_an_evaluation_takes_several_files(write, tmp_path):
 def test_what_is_wrong_with_several_files_is_said_at_once(write, tmp_path):
     path = write(f"only_eval: true\nload_model_path: {tmp_path}/weights")
     files = f"{{a: none.json, svamp: data/no/svamp.json, there: {tmp_path}/valid.json, folder: {tmp_path}}}"
-    lines = problem(path, f"val_path={files}").splitlines()
-    assert lines[1:] == [
+    assert problem(path, f"val_path={files}").splitlines()[1:] == [
         "  - val_path a 'none.json' does not exist",
         "  - val_path svamp 'data/no/svamp.json' does not exist (make it with: python preprocessing/ood.py svamp)",
         f"  - val_path folder '{tmp_path}' is no file",
     ]
-    assert "val_path is an empty mapping" in problem(path, "val_path={}")
-    assert "the name '../a' must be a plain one" in problem(path, f"val_path={{../a: {tmp_path}/valid.json}}")
-    assert "command line has the key 'a' twice" in problem(path, "val_path={a: x, a: y}")
-    assert "val_path a is still the placeholder" in problem(path, "val_path={a: YOUR_PATH}")
-    for wrong in ("[a, b]", "{a: [b]}", "{a: {b: c}}"):
-        assert "val_path must be text or a mapping of names to texts" in problem(path, f"val_path={wrong}")
-
-
-def test_a_training_run_takes_one_file(write, tmp_path):
-    text = problem(write(""), f"val_path={{a: {tmp_path}/valid.json}}")
-    assert text.endswith("val_path names several files, which is for eval-only runs: a training run takes one path")
-
-
-def test_numbers_in_lists_are_as_they_are_written(write):
-    assert Config.from_file(write("epochs_per_stage: [010, 2]")).epochs_per_stage == [10, 2]
-
-
-@pytest.mark.parametrize("name", ["0123", "1_000", "2026-01-31", "on", "no", "1e3", "0x1F", "1:30", "12", "~x"])
-def test_names_are_as_they_are_written(write, name):
-    """YAML makes 83 of 0123."""
-    assert Config.from_file(write(f"name: {name}\nproject: {name}")).name == name
-    config = Config.from_file(write(""), [f"name={name}", "seed=010"])
-    assert (config.name, config.seed) == (name, 10)
-
-
-def test_all_problems_are_said_at_once(write):
-    text = problem(write("seeed: 1\nlr: fast\ncoconut: True\ncot: True"), "nonsense")
-    assert [word in text for word in ("seeed", "lr must", "two methods", "'nonsense' on the command line")] == [
-        True
-    ] * 4
+    for files, complaint in (
+        ("{}", "val_path is an empty mapping"),
+        (f"{{../a: {tmp_path}/valid.json}}", "the name '../a' must be a plain one"),
+        ("{a: x, a: y}", "command line has the key 'a' twice"),
+        ("{a: YOUR_PATH}", "val_path a is still the placeholder"),
+        *(
+            (wrong, "val_path must be text or a mapping of names to texts")
+            for wrong in ("[a, b]", "{a: [b]}", "{a: {b: c}}")
+        ),
+    ):
+        assert complaint in problem(path, f"val_path={files}"), files
 
 
 def test_what_is_impossible_is_said_beside_what_is_misspelt(write, tmp_path):
     """A missing file was named only once every key was right; a key with a wrong value is named once."""
     overrides = ["seeed=1", "lr=fast", "train_path=gone.json", "bf16=true", "bf16_weights=true", "val_path=[1]"]
-    lines = problem(write(""), *overrides).splitlines()
-    for words in ("'seeed'", "lr must", "'gone.json' does not exist", "bf16 (mixed precision)"):
+    lines = problem(write("coconut: True\ncot: True"), *overrides, "nonsense").splitlines()
+    for words in (
+        *("'seeed'", "lr must", "two methods", "'nonsense' on the command line", "'gone.json' does not exist"),
+        *("bf16 (mixed precision)", "  - val_path must be text or a mapping of names to texts, not [1]"),
+    ):
         assert sum(words in line for line in lines) == 1, words
-    assert [line for line in lines if "val_path" in line] == [
-        "  - val_path must be text or a mapping of names to texts, not [1]"
-    ]
+    assert sum("val_path" in line for line in lines) == 1
     gone = problem(tmp_path / "gone.yaml")
     assert "cannot read" in gone
     assert "is missing" not in gone  # of keys that nobody could read there is nothing to say
-
-
-@pytest.mark.parametrize("key", ["train_path", "val_path", "load_model_path", "save_path", "model_id"])
-def test_a_path_that_the_system_does_not_look_up_is_one_sentence(write, key):
-    """OSError: File name too long; so it was with a folder that may not be looked into."""
-    text = problem(write(""), f"{key}={'a' * 300}")
-    assert f"{key} {'a' * 300!r} cannot be reached: File name too long" in text
 
 
 @pytest.mark.parametrize("key", ["train_path", "val_path", "load_model_path", "save_path", "model_id"])
@@ -321,76 +361,24 @@ def test_a_folder_that_may_not_be_looked_into_is_one_sentence(write, monkeypatch
     assert f"{key} 'closed/x' cannot be reached: Permission denied" in problem(write(""), f"{key}=closed/x")
 
 
-def test_a_name_is_short_enough_for_a_file(write):
-    assert "of at most 200 bytes" in problem(write(""), f"name={'a' * 201}")
-    assert "of at most 200 bytes" in problem(write(""), "only_eval=true", f"val_path={{{'a' * 201}: x}}")
-
-
-@pytest.mark.parametrize(
-    "name", ["run #2", "a: b", "@x", "*x", "%x", "=", "2026-13-45", "{x", "x]", "'x", '"x', "!x", "- x", "a\nb"]
-)
-def test_a_text_on_the_command_line_is_what_the_shell_gives(write, name):
-    """`name='run #2'` was the run `run`; others had no valid value."""
-    config = Config.from_file(write(""), [f"name={name}", f"project={name}"])
-    assert (config.name, config.project) == (name, name)
-
-
-def test_quotes_that_the_shell_has_left_are_yamls(write):
-    assert Config.from_file(write(""), ['step_separator="\\n\\n"']).step_separator == "\n\n"
-    assert Config.from_file(write(""), ["name='run #2' # a comment"]).name == "run #2"
-
-
-def test_no_text_is_none_where_none_may_be(write):
+def test_no_text_is_none_where_none_may_be(write, tmp_path):
     """An eval-only run with load_model_path "" was a traceback."""
-    config = Config.from_file(write('load_model_path: ""'), ["icot_smoothing=null"])
-    assert config.load_model_path is None
     text = problem(write('load_model_path: ""\nonly_eval: true\nval_path: ""'))
     assert "load_model_path 'checkpoints/run' does not exist" in text
-    assert "only_eval needs load_model_path" in Config(only_eval=True).problems(needs_files=False)[0]
+    assert "val_path is missing" in text
+    (tmp_path / "gone.yaml").write_text("train_path: data/prosqa_train.json")
+    text = problem(tmp_path / "gone.yaml")
+    assert "python preprocessing/prosqa.py" in text or (ROOT / "data/prosqa_train.json").exists()
     assert "val_path is missing" in text
 
 
 def test_accumulation_that_has_no_effect_is_a_mistake(write, tmp_path):
     (tmp_path / "base.yaml").write_text("global_batch_size: 64")
-    assert "gradient_accumulation_steps in the command line has no effect" in problem(
-        write("extends: base.yaml"), "gradient_accumulation_steps=2"
-    )
-    options = ["gradient_accumulation_steps=2", "global_batch_size=null"]
-    assert Config.from_file(write("extends: base.yaml"), options).passes(1) == (2, 32)
+    path, accumulation = write("extends: base.yaml"), "gradient_accumulation_steps=2"
+    assert "gradient_accumulation_steps in the command line has no effect" in problem(path, accumulation)
+    assert Config.from_file(path, [accumulation, "global_batch_size=null"]).passes(1) == (2, 32)
     both = write("global_batch_size: 64\ngradient_accumulation_steps: 1")  # as a run's own config.yaml has it
     assert Config.from_file(both).passes(1) == (2, 32)
-
-
-@pytest.mark.parametrize("extends", ["0", "[a.yaml]", "true"])
-def test_extends_is_a_path(write, extends):
-    """0 was taken for nothing."""
-    assert re.search("cannot read|extends in .* must be the path of a file", problem(write(f"extends: {extends}")))
-
-
-@pytest.mark.parametrize("key", ["c_thought", "max_latent_stage", "eval_latents"])
-def test_latents_have_an_end(write, key):
-    """Sequences of 100,000,000 were counted out in nine gigabytes, of 10^20 an IndexError."""
-    assert f"{key} must be at most 100000" in problem(write(""), f"{key}={10**20}")
-
-
-@pytest.mark.parametrize("key", ["lr", "weight_decay", "distillation", "latent_labels", "step_decoder_weight"])
-def test_factors_are_finite(write, key):
-    """lr=1e38 was a traceback of AdamW on every rank."""
-    for value in ("1e38", ".inf", ".nan"):
-        assert f"{key} must be a" in problem(write(""), f"{key}={value}")
-
-
-def test_an_evaluation_has_no_global_batch(write, monkeypatch):
-    """evaluate.py RUN --all failed on runs of two ranks, whose batch one rank cannot make."""
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", "0")
-    path = write("global_batch_size: 128")
-    assert "3 ranks" in problem(path)
-    assert Config.from_file(path, ["only_eval=true", f"load_model_path={path}"]).only_eval
-
-
-def test_deep_yaml_is_one_sentence(write):
-    assert "is not valid YAML: maximum recursion depth" in problem(write("train_path: " + "[" * 5000))
 
 
 def test_a_rank_without_a_world_is_not_torchruns(monkeypatch):
@@ -412,15 +400,11 @@ OLDER = {
 def test_a_method_is_still_read_in_its_older_spelling(write, method):
     """In YAML, on the command line, in a checkpoint and by the constructor; it changes no other key."""
     older = OLDER[method]
-    plain = dataclasses.asdict(Config(method="no_thoughts"))
-    expected = plain | older | {"method": method}
+    expected = dataclasses.asdict(Config(method="no_thoughts")) | older | {"method": method}
     assert dataclasses.asdict(Config(**older)) == expected
-    config = Config.from_file(write("\n".join(f"{key}: {value}" for key, value in older.items())))
-    assert (
-        expected.items() <= {**dataclasses.asdict(config), "name": "run", "train_path": None, "val_path": None}.items()
-    )
-    config = Config.from_file(write(""), [f"{key}={value}" for key, value in older.items()])
-    assert config.method == method
+    config = dataclasses.asdict(Config.from_file(write("\n".join(f"{key}: {value}" for key, value in older.items()))))
+    assert expected.items() <= {**config, "name": "run", "train_path": None, "val_path": None}.items()
+    assert Config.from_file(write(""), [f"{key}={value}" for key, value in older.items()]).method == method
     assert methods.modern({"method": "coconut", **older})["method"] == method
     assert dataclasses.replace(Config(**older), seed=1).method == method
 
@@ -457,9 +441,7 @@ def test_without_a_methods_file_the_rest_is_read(tmp_path, gone):
         print(json.dumps([found, list(THOUGHTS), [key for key in vars(Config())], Config.describe()]))
         assert "torch" not in sys.modules
     """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    methods_left, thoughts, keys, _ = json.loads(done.stdout)
+    methods_left, thoughts, keys, _ = json.loads(python("-c", code, cwd=tmp_path).stdout)
     assert gone not in methods_left
     assert {"coconut", "cot", "no_cot", "no_thoughts"} <= methods_left.keys()
     assert not any(methods_left.values())
@@ -470,24 +452,18 @@ def test_without_a_methods_file_the_rest_is_read(tmp_path, gone):
     assert ("pccot" in methods_left) == (gone not in ("pccot", "codi", "parallel_latents"))
 
 
-def test_missing_data_is_named_with_the_command_that_makes_it(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("train_path: data/prosqa_train.json")
-    text = problem(path)
-    assert "python preprocessing/prosqa.py" in text or (ROOT / "data/prosqa_train.json").exists()
-    assert "val_path is missing" in text
-
-
 def test_accumulation_follows_the_world(monkeypatch, write):
+    """evaluate.py RUN --all failed on runs of two ranks, whose batch one rank cannot make."""
     config = Config(global_batch_size=128, batch_size_training=32)
     assert [config.passes(world_size) for world_size in (1, 2, 4, 8)] == [(4, 32), (2, 32), (1, 32), (1, 16)]
     assert Config(batch_size_training=32, gradient_accumulation_steps=3).passes(5) == (3, 32)
     for world_size in (3, 256):
-        with pytest.raises(UserError, match="no multiple"):
-            config.passes(world_size)
+        refuses("no multiple", config.passes, world_size)
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
-    assert "3 ranks" in problem(write("global_batch_size: 128"))
+    path = write("global_batch_size: 128")
+    assert "3 ranks" in problem(path)
+    assert Config.from_file(path, ["only_eval=true", f"load_model_path={path}"]).only_eval
 
 
 def test_the_written_config_repeats_the_run(write, tmp_path):
@@ -503,8 +479,7 @@ def test_every_yaml_in_args_is_valid_but_for_missing_files():
     paths = sorted((ROOT / "args").glob("*.yaml"))
     assert len(paths) <= 25
     for path in paths:
-        rows = ROWS_OF.get(path.stem, [None])
-        for row in rows:
+        for row in ROWS_OF.get(path.stem, [None]):
             overrides = [] if row is None else [f"row={row}"]
             for more in ([], ["only_eval=true"]):
                 lines = [line for line in problems_of(path, *overrides, *more) if "does not exist" not in line]
@@ -514,17 +489,14 @@ def test_every_yaml_in_args_is_valid_but_for_missing_files():
 @pytest.mark.parametrize("name", ["gsm_cot", "gsm_coconut", "prontoqa_coconut", "prosqa_coconut"])
 def test_the_authors_files_are_rows(name):
     stem, _, row = name.partition("_")
-    found = [
-        Config.from_file(ROOT / "args" / file, overrides, needs_files=False)
-        for file, overrides in ((f"{name}.yaml", []), (f"{stem}.yaml", [f"row={row}"]))
-    ]
-    assert found[0] == found[1]
-    assert found[0].name == f"{stem}-{row}"
+    found = Config.from_file(ROOT / "args" / f"{name}.yaml", needs_files=False)
+    assert found == Config.from_file(ROOT / "args" / f"{stem}.yaml", [f"row={row}"], needs_files=False)
+    assert found.name == f"{stem}-{row}"
     if row == "coconut":
         evaluation = Config.from_file(ROOT / "args" / f"{name}_eval.yaml", needs_files=False)
         assert evaluation.load_model_path == f"checkpoints/{stem}-coconut@best"
         assert evaluation.val_path == f"data/{stem}_test.json"
-        assert (evaluation.run_dir, evaluation.resume) == (found[0].run_dir, 0)
+        assert (evaluation.run_dir, evaluation.resume) == (found.run_dir, 0)
 
 
 ROWED = """
@@ -539,29 +511,19 @@ rows:
 
 def test_a_row_is_chosen_and_names_the_run(write, tmp_path):
     path = write(ROWED, "set.yaml")
-    found = [
-        Config.from_file(path, overrides) for overrides in ([], ["row=no_cot"], ["row=slow"], ["row=slow", "lr=1"])
-    ]
-    assert [config.name for config in found] == ["set-plain", "set-no-cot", "set-slow", "set-slow"]
-    assert [config.method for config in found] == ["coconut", "no_cot", "no_cot", "no_cot"]
-    assert [config.lr for config in found] == [1e-4, 0.5, 0.25, 1]
-    assert [config.seed for config in found] == [1, 1, 2, 2]
+    for overrides, wanted in (
+        ([], ("set-plain", "coconut", 1e-4, 1)),
+        (["row=no_cot"], ("set-no-cot", "no_cot", 0.5, 1)),
+        (["row=slow"], ("set-slow", "no_cot", 0.25, 2)),
+        (["row=slow", "lr=1"], ("set-slow", "no_cot", 1, 2)),
+    ):
+        config = Config.from_file(path, overrides)
+        assert (config.name, config.method, config.lr, config.seed) == wanted
     (tmp_path / "mine.yaml").write_text("extends: set.yaml\nrow: slow\nseed: 5")
-    config = Config.from_file(tmp_path / "mine.yaml")
-    assert (config.name, config.lr, config.seed) == ("mine", 0.25, 5)
-    config = Config.from_file(tmp_path / "mine.yaml", ["row=no_cot"])
-    assert (config.name, config.lr, config.seed) == ("mine-no-cot", 0.5, 5)
-
-
-def test_a_row_that_is_not_there_lists_the_rows(write):
-    path = write(ROWED, "set.yaml")
+    for overrides, wanted in (([], ("mine", 0.25, 5)), (["row=no_cot"], ("mine-no-cot", 0.5, 5))):
+        config = Config.from_file(tmp_path / "mine.yaml", overrides)
+        assert (config.name, config.lr, config.seed) == wanted
     assert "unknown row 'none' in the command line: the rows are plain, no_cot, slow" in problem(path, "row=none")
-    path = write(ROWED.replace("row: plain\n", ""), "set.yaml")
-    assert "set row=NAME: the rows are plain, no_cot, slow" in problem(path)
-    assert "row 'x' in the command line: there are no rows to choose from" in problem(write(""), "row=x")
-    assert "unknown key 'sed' in" in problem(write("rows: {a: {sed: 1}}"), "row=a")
-    assert "rows in" in problem(write("rows: [a]"))
-    assert "row a extends 'b', which is no row before it" in problem(write("rows: {a: {extends: b}, b: {}}"), "row=a")
 
 
 def test_what_an_eval_only_run_evaluates(write, tmp_path):
@@ -608,18 +570,17 @@ def test_the_hint_names_scripts(path):
     assert "make data" not in hint
 
 
-@pytest.mark.parametrize("arguments", [["--num_epochs=1"], ["--num-epochs", "1"], ["x=1", "-num_epochs=1"]])
+@pytest.mark.parametrize("arguments", [["--num_epochs=1"], ["--num-epochs", "1"], ["x=1", "-num_epochs=1"], ["--no"]])
 def test_a_key_with_dashes_gets_a_hint(write, monkeypatch, capsys, arguments):
     """Only "unrecognized arguments"."""
     monkeypatch.setattr(sys, "argv", ["run.py", str(write("")), *arguments])
     with pytest.raises(SystemExit) as end:
-        config_module.configure("", lambda *_: "")
+        config_module.configure("", lambda *_: "", lambda *_: "")
     assert end.value.code == 2
-    assert "a key is set without dashes, as in num_epochs=VALUE" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["run.py", str(write("")), "--nonsense"])
-    with pytest.raises(SystemExit):
-        config_module.configure("", lambda *_: "")
-    assert capsys.readouterr().err.endswith("unrecognized arguments: --nonsense\n")
+    if arguments == ["--no"]:
+        assert capsys.readouterr().err.endswith("unrecognized arguments: --no\n")
+    else:
+        assert "a key is set without dashes, as in num_epochs=VALUE" in capsys.readouterr().err
 
 
 def test_a_schedule_on_a_closed_or_full_output_ends_quietly_or_in_one_sentence(write):
@@ -634,17 +595,8 @@ def test_a_schedule_on_a_closed_or_full_output_ends_quietly_or_in_one_sentence(w
     assert done[1].stderr == b"error: standard output cannot be written: No space left on device\n"
 
 
-def test_yaml_cannot_run_code(write):
-    assert "name must be text, not []" in problem(write("name: !!python/object/apply:os.getcwd []"))
-
-
 def test_help_and_docs_name_every_key():
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     for field in dataclasses.fields(Config):
         assert f"  {field.name} = " in Config.describe()
         assert f"| `{field.name}` |" in page, field.name
-
-
-def test_reference_yaml_is_what_yaml_makes_of_it():
-    """The reference spells learning rates with a tag, which safe_load resolves."""
-    assert yaml.safe_load('lr: !!float "1e-4"') == {"lr": 1e-4}

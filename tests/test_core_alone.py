@@ -1,14 +1,10 @@
 """The core without the methods' files: plain Coconut trains, restarts, is evaluated, and is its plain definition."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 
+import conftest
 import pytest
 from conftest import ROOT
-from test_run import place as place  # a fixture
 
 FOLDERS = ["model", "preprocessing", "tests", "tools", "trainer"]
 # tests of other thoughts than `last`
@@ -30,10 +26,7 @@ def core(tmp_path_factory):
 
 def python(core, *arguments: str) -> str:
     """What a program prints that ends well there."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(core)}
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=core, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    done = conftest.python(*arguments, cwd=core, environment={"PYTHONPATH": str(core)})
     return done.stdout + done.stderr
 
 
@@ -43,10 +36,9 @@ def test_plain_coconut_trains_restarts_and_is_evaluated(core, place, tmp_path):
     keys = (place / "run.yaml", f"save_path={tmp_path}", "max_train_examples=16", "max_new_tokens=2")
     python(core, "run.py", *keys, "num_epochs=2")
     assert "checkpoint_2, after 2 of 3 epochs" in python(core, "run.py", *keys)
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [record["stage"] for record in records if record["event"] == "epoch"] == [0, 1, 2]
+    assert [record["stage"] for record in conftest.epochs(tmp_path / "run")] == [0, 1, 2]
     python(core, "run.py", *keys, "only_eval=true", f"load_model_path={tmp_path / 'run'}", "name=evaluated")
-    assert json.loads((tmp_path / "evaluated" / "eval" / "metrics.json").read_text())["stage"] == 2
+    assert conftest.read_json(tmp_path / "evaluated" / "eval" / "metrics.json")["stage"] == 2
     assert "accuracy" in python(core, "-m", "tools.evaluate", tmp_path / "run")
     python(core, "-m", "tools.generate", tmp_path / "run", "1+1=")
 

@@ -6,19 +6,9 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+import curriculum
 from config import Config
-from curriculum import (
-    IGNORE,
-    NO_REASONING,
-    Markers,
-    next_epoch,
-    prompt,
-    schedule,
-    stage_of,
-    stage_of_example,
-    stage_of_step,
-    training_sequence,
-)
+from curriculum import IGNORE, NO_REASONING, Markers, prompt, schedule, stage_of, stage_of_step, training_sequence
 
 M = Markers(start=90, latent=91, end=92, eos=99)
 Q, S, A = [1, 2, 3], [[10, 11], [20], [30, 31, 32]], [40, 41]
@@ -29,69 +19,60 @@ def sequence(stage: int, **keys) -> tuple[list[int], list[int]]:
     return training_sequence(Q, S, A, stage, Config(**keys), M)
 
 
-def supervised_after(before: list[int], after: list[int]) -> tuple[list[int], list[int]]:
-    return before + after, [-100] * len(before) + after
-
-
 ALL = [10, 11, 20, 30, 31, 32, 40, 41, 99]
+REST = [40, 41, 99]
+AFTER_1, AFTER_2 = [20, 30, 31, 32, *REST], [30, 31, 32, *REST]
 
 # method, other keys, stage, unsupervised part, supervised part
 LITERAL = [
     ("cot", {}, 0, [1, 2, 3], ALL),
-    ("no_cot", {}, 0, [1, 2, 3], [40, 41, 99]),
+    ("no_cot", {}, 0, [1, 2, 3], REST),
     ("coconut", {}, 0, [1, 2, 3, B, E], ALL),
-    ("coconut", {}, 1, [1, 2, 3, B, T, E], [20, 30, 31, 32, 40, 41, 99]),
-    ("coconut", {}, 2, [1, 2, 3, B, T, T, E], [30, 31, 32, 40, 41, 99]),
-    ("coconut", {}, 3, [1, 2, 3, B, T, T, T, E], [40, 41, 99]),
-    ("coconut", {}, 4, [1, 2, 3, B, T, T, T, T, E], [40, 41, 99]),
-    ("coconut", {"c_thought": 2}, 1, [1, 2, 3, B, T, T, E], [20, 30, 31, 32, 40, 41, 99]),
-    ("coconut", {"c_thought": 2}, 2, [1, 2, 3, B, T, T, T, T, E], [30, 31, 32, 40, 41, 99]),
-    ("coconut", {"max_latent_stage": 2}, 3, [1, 2, 3, B, T, T, E], [40, 41, 99]),
-    ("coconut", {"max_latent_stage": 2, "c_thought": 2}, 3, [1, 2, 3, B, T, T, T, T, E], [40, 41, 99]),
-    ("coconut", {"max_latent_stage": 4}, 5, [1, 2, 3, B, T, T, T, T, E], [40, 41, 99]),
-    ("coconut", {"max_latent_stage": 4, "pad_latent_to_max": False}, 4, [1, 2, 3, B, T, T, T, T, E], [40, 41, 99]),
-    ("coconut", {"max_latent_stage": 4, "pad_latent_to_max": False}, 5, [1, 2, 3, B, T, T, T, E], [40, 41, 99]),
+    ("coconut", {}, 1, [1, 2, 3, B, T, E], AFTER_1),
+    ("coconut", {}, 2, [1, 2, 3, B, T, T, E], AFTER_2),
+    ("coconut", {}, 3, [1, 2, 3, B, T, T, T, E], REST),
+    ("coconut", {}, 4, [1, 2, 3, B, T, T, T, T, E], REST),
+    ("coconut", {"c_thought": 2}, 1, [1, 2, 3, B, T, T, E], AFTER_1),
+    ("coconut", {"c_thought": 2}, 2, [1, 2, 3, B, T, T, T, T, E], AFTER_2),
+    ("coconut", {"max_latent_stage": 2}, 3, [1, 2, 3, B, T, T, E], REST),
+    ("coconut", {"max_latent_stage": 2, "c_thought": 2}, 3, [1, 2, 3, B, T, T, T, T, E], REST),
+    ("coconut", {"max_latent_stage": 4}, 5, [1, 2, 3, B, T, T, T, T, E], REST),
+    ("coconut", {"max_latent_stage": 4, "pad_latent_to_max": False}, 4, [1, 2, 3, B, T, T, T, T, E], REST),
+    ("coconut", {"max_latent_stage": 4, "pad_latent_to_max": False}, 5, [1, 2, 3, B, T, T, T, E], REST),
     ("no_thoughts", {}, 0, [1, 2, 3], ALL),
-    ("no_thoughts", {"c_thought": 2}, 1, [1, 2, 3], [20, 30, 31, 32, 40, 41, 99]),
-    ("no_thoughts", {}, 2, [1, 2, 3], [30, 31, 32, 40, 41, 99]),
-    ("no_thoughts", {"max_latent_stage": 2}, 3, [1, 2, 3], [40, 41, 99]),
+    ("no_thoughts", {"c_thought": 2}, 1, [1, 2, 3], AFTER_1),
+    ("no_thoughts", {}, 2, [1, 2, 3], AFTER_2),
+    ("no_thoughts", {"max_latent_stage": 2}, 3, [1, 2, 3], REST),
     # w/o curriculum, pause token and pause as thought differ from coconut in the schedule and the model, not here
-    ("coconut", {"curriculum": "none", "max_latent_stage": 3}, 4, [1, 2, 3, B, T, T, T, E], [40, 41, 99]),
-    (
-        "coconut",
-        {"curriculum": "none", "max_latent_stage": 3, "thought": "pause"},
-        4,
-        [1, 2, 3, B, T, T, T, E],
-        [40, 41, 99],
-    ),
-    ("coconut", {"thought": "pause"}, 2, [1, 2, 3, B, T, T, E], [30, 31, 32, 40, 41, 99]),
+    ("coconut", {"curriculum": "none", "max_latent_stage": 3}, 4, [1, 2, 3, B, T, T, T, E], REST),
+    ("coconut", {"curriculum": "none", "max_latent_stage": 3, "thought": "pause"}, 4, [1, 2, 3, B, T, T, T, E], REST),
+    ("coconut", {"thought": "pause"}, 2, [1, 2, 3, B, T, T, E], AFTER_2),
     # without markers, the position that predicted a step is the one whose hidden state becomes its thought
     ("coconut", {"latent_markers": "none"}, 0, [1, 2, 3], ALL),
-    ("coconut", {"latent_markers": "none"}, 2, [1, 2, 3, T, T], [30, 31, 32, 40, 41, 99]),
-    (
-        "coconut",
-        {"latent_markers": "none", "max_latent_stage": 2, "c_thought": 2},
-        3,
-        [1, 2, 3, *[T] * 4],
-        [40, 41, 99],
-    ),
+    ("coconut", {"latent_markers": "none"}, 2, [1, 2, 3, T, T], AFTER_2),
+    ("coconut", {"latent_markers": "none", "max_latent_stage": 2, "c_thought": 2}, 3, [1, 2, 3, *[T] * 4], REST),
+    # as many thoughts as steps, however many there are
+    ("latents_by_steps", {}, 2, [1, 2, 3, B, T, T, E], AFTER_2),
+    ("latents_by_steps", {}, 5, [1, 2, 3, B, T, T, T, E], REST),
+    ("latents_by_steps", {"max_latent_stage": 1}, 1, [1, 2, 3, B, T, E], AFTER_1),
+    ("latents_by_steps", {"max_latent_stage": 1}, 2, [1, 2, 3, B, T, T, T, E], REST),
+    ("latents_by_steps", {"max_latent_stage": 2, "c_thought": 2}, 3, [1, 2, 3, B, *[T] * 6, E], REST),
     # icot counts removed tokens, from the left
     ("icot", {}, 0, [1, 2, 3], ALL),
-    ("icot", {}, 1, [1, 2, 3], [11, 20, 30, 31, 32, 40, 41, 99]),
-    ("icot", {}, 4, [1, 2, 3], [31, 32, 40, 41, 99]),
-    ("icot", {}, 6, [1, 2, 3], [40, 41, 99]),
-    ("icot", {}, NO_REASONING, [1, 2, 3], [40, 41, 99]),
+    ("icot", {}, 1, [1, 2, 3], [11, *AFTER_1]),
+    ("icot", {}, 4, [1, 2, 3], [31, 32, *REST]),
+    ("icot", {}, 6, [1, 2, 3], REST),
+    ("icot", {}, NO_REASONING, [1, 2, 3], REST),
 ]
 
 
 @pytest.mark.parametrize(("method", "keys", "stage", "before", "after"), LITERAL)
 def test_sequences(method, keys, stage, before, after):
-    assert sequence(stage, method=method, **keys) == supervised_after(before, after)
-    assert prompt(Q, S, stage, Config(method=method, **keys), M) == before
-
-
-def test_eos_is_added_once():
-    assert training_sequence(Q, S, [*A, M.eos], 1, Config(), M) == sequence(1)
+    config = Config(method=method, **keys)
+    for answer in (A, [*A, M.eos]):  # EOS is added once
+        found = training_sequence(Q, S, answer, stage, config, M)
+        assert found == (before + after, [-100] * len(before) + after)
+    assert prompt(Q, S, stage, config, M) == before
 
 
 def test_the_references_rule_for_evaluation_needs_a_switch():
@@ -147,20 +128,19 @@ def test_icot_removes_a_token_every_eighth_of_an_epoch():
     config = Config(method="icot", icot_remove_all_after=20)
     stages = [stage_of_step(config, epoch, step, 80) for epoch in range(3) for step in range(80)]
     assert stages == [min(step // 10, NO_REASONING) if step < 200 else NO_REASONING for step in range(240)]
-    assert [stage_of(config, epoch) for epoch in range(3)] == [
-        stage_of_step(config, epoch, 79, 80) for epoch in range(3)
-    ]
+    assert [stage_of(config, epoch) for epoch in range(3)] == stages[79::80]
     assert stage_of_step(Config(method="icot"), 100, 0, 80) == 800
     assert {stage_of_step(Config(method="coconut"), 7, step, 80) for step in range(80)} == {stage_of(Config(), 7)}
 
 
 def test_icot_smoothing_removes_a_few_more_tokens():
     config = Config(method="icot", icot_smoothing=1.0)
-    draws = [stage_of_example(config, 5, 2, index, 3) - 5 for index in range(4000)]
+    draws = [curriculum.stage_of_example(config, 5, 2, index, 3) - 5 for index in range(4000)]
     for more in range(3):
         assert draws.count(more) / 4000 == pytest.approx((1 - np.exp(-1)) * np.exp(-more), abs=0.03)
-    assert draws == [stage_of_example(config, 5, 2, index, 3) - 5 for index in range(4000)]
-    assert {stage_of_example(Config(method="icot", icot_smoothing=None), 5, 2, i, 3) for i in range(99)} == {5}
+    assert draws == [curriculum.stage_of_example(config, 5, 2, index, 3) - 5 for index in range(4000)]
+    config = Config(method="icot", icot_smoothing=None)
+    assert {curriculum.stage_of_example(config, 5, 2, index, 3) for index in range(99)} == {5}
 
 
 def test_the_schedule_of_gsm8k():
@@ -172,17 +152,26 @@ def test_the_schedule_of_gsm8k():
 
 def test_mixing_depends_on_seed_epoch_and_example_only():
     config = Config(uniform_prob=0.5, seed=3)
-    draws = [stage_of_example(config, 9, 4, index, 3) for index in range(400)]
-    assert draws == [stage_of_example(config, 9, 4, index, 3) for index in range(400)]
-    assert draws != [stage_of_example(config, 9, 5, index, 3) for index in range(400)]
+    draws = [curriculum.stage_of_example(config, 9, 4, index, 3) for index in range(400)]
+    assert draws == [curriculum.stage_of_example(config, 9, 4, index, 3) for index in range(400)]
+    assert draws != [curriculum.stage_of_example(config, 9, 5, index, 3) for index in range(400)]
     assert set(draws) == {0, 1, 2, 3, 9}
     assert 150 < draws.count(9) < 250
-    assert {stage_of_example(Config(), 9, 4, index, 3) for index in range(50)} == {9}
+    assert {curriculum.stage_of_example(Config(), 9, 4, index, 3) for index in range(50)} == {9}
 
 
 def test_a_stage_that_has_been_learnt_ends_early():
     config = Config(epochs_per_stage=[3, 2, 2], max_latent_stage=1, num_epochs=9, advance_at=0.9)
-    assert [next_epoch(config, epoch, 0.89) for epoch in range(9)] == list(range(1, 10))
-    assert [next_epoch(config, epoch, 0.9) for epoch in range(9)] == [3, 3, 3, 5, 5, 9, 9, 9, 9]
-    assert next_epoch(Config(num_epochs=9), 0, 1.0) == 1
+    assert [curriculum.next_epoch(config, epoch, 0.89, 0)[0] for epoch in range(9)] == list(range(1, 10))
+    assert [curriculum.next_epoch(config, epoch, 0.9, 0)[0] for epoch in range(9)] == [3, 3, 3, 5, 5, 9, 9, 9, 9]
+    assert curriculum.next_epoch(Config(num_epochs=9), 0, 1.0, 0) == (1, 0)
+
+
+def test_a_stage_can_have_to_stay_learnt():
+    config = Config(epochs_per_stage=[4, 2], max_latent_stage=1, num_epochs=9, advance_at=0.9, advance_after=2)
+    assert curriculum.next_epoch(config, 0, 0.9, 0) == (1, 1)
+    assert curriculum.next_epoch(config, 1, 0.8, 1) == (2, 0)
+    assert curriculum.next_epoch(config, 1, 0.9, 1) == (4, 0)  # the next stage begins to count anew
+    assert curriculum.next_epoch(config, 3, 0.9, 0) == (4, 0)  # its epochs are over
+    assert curriculum.next_epoch(config, 5, 0.9, 1) == (9, 0)
     assert "at most" in schedule(config, 1).splitlines()[-1]

@@ -6,24 +6,19 @@ import json
 import lzma
 import threading
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_model
 import torch
+from conftest import refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers, processors
 
 from config import Config
-from curriculum import (
-    END,
-    IGNORE,
-    LATENT,
-    NO_REASONING,
-    START,
-    Markers,
-    training_sequence,
-)
+from curriculum import END, IGNORE, LATENT, NO_REASONING, START, Markers, training_sequence
 from dataset import EpochPlan, StageDataset, batches_of, collate, collate_prompts, example_order
 from preprocessing.examples import load_examples
 from preprocessing.tokens import Tokens, cache_tokens, tokenize
@@ -73,14 +68,15 @@ def test_batches_align_their_first_latents_and_supervise_text_only(stage, c_thou
     assert {tensor.shape for tensor in batch.values()} == {batch["input_ids"].shape}
     starts = set()
     for number, (input_ids, labels) in enumerate(rows):
-        real = batch["attention_mask"][number].bool()
-        assert batch["input_ids"][number][real].tolist() == input_ids
-        assert batch["labels"][number][real].tolist() == labels
-        assert batch["position_ids"][number][real].tolist() == list(range(len(input_ids)))
-        assert set(batch["labels"][number][~real].tolist()) <= {IGNORE}
-        assert set(batch["position_ids"][number][~real].tolist()) <= {0}
+        row = {name: values[number] for name, values in batch.items()}
+        real = row["attention_mask"].bool()
+        assert row["input_ids"][real].tolist() == input_ids
+        assert row["labels"][real].tolist() == labels
+        assert row["position_ids"][real].tolist() == list(range(len(input_ids)))
+        assert set(row["labels"][~real].tolist()) <= {IGNORE}
+        assert set(row["position_ids"][~real].tolist()) <= {0}
         if M.latent in input_ids:
-            starts.add(batch["input_ids"][number].tolist().index(M.latent))
+            starts.add(row["input_ids"].tolist().index(M.latent))
     assert len(starts) <= 1
     assert not batch["labels"].eq(M.latent).any()
 
@@ -90,6 +86,8 @@ def test_prompts_end_in_one_column():
     assert batch["input_ids"].tolist() == [[1, 2, 3], [0, 0, 4]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
     assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
+    for each in (batch, collate([([1, 2], [-100, 2])], 0, None)):
+        assert {tensor.dtype for tensor in each.values()} == {torch.int64}
 
 
 # ---- shares ----
@@ -171,11 +169,8 @@ def test_the_loss_of_a_step_does_not_depend_on_the_number_of_ranks(n_examples):
         return np.concatenate([losses[index][: index + 1] for index, _ in batch["rows"]]).mean()
 
     def steps_on(world_size: int) -> list[float]:
-        plans = [EpochPlan(np.arange(n_examples), config, rank, world_size) for rank in range(world_size)]
-        micro = [
-            [Recorded().micro_batch(m, 0) for plan in plans for m in plan[n].micro_batches]
-            for n in range(len(plans[0]))
-        ]
+        plans = (EpochPlan(np.arange(n_examples), config, rank, world_size) for rank in range(world_size))
+        micro = [[Recorded().micro_batch(m, 0) for m in flat(step)] for step in zip(*plans, strict=True)]
         return [sum(batch["weight"] * mean(batch) for batch in step) / world_size for step in micro]
 
     for world_size in (2, 4, 8, 16):
@@ -184,15 +179,18 @@ def test_the_loss_of_a_step_does_not_depend_on_the_number_of_ranks(n_examples):
 
 def test_what_fails_in_a_batch_ends_the_loop_and_leaves_no_thread():
     """An exception in a loader process was waited for for ever."""
+
+    def threads() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
     plan = EpochPlan(np.arange(11), Config(batch_size_training=4), 0, 1)
-    found = []
     with pytest.raises(MemoryError, match="item 6"), batches_of(Recorded(fails_at=6), plan, [0, 0, 0]) as batches:
-        found += batches
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+        list(batches)
+    assert not threads()
     with suppress(RuntimeError), batches_of(Recorded(), plan, [0, 0, 0]) as batches:
         next(batches)
         raise RuntimeError("in the loop")
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+    assert not threads()
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
@@ -216,8 +214,7 @@ def test_grouping_by_length_keeps_similar_lengths_together():
         return [lengths[plan.examples(step)] for step in range(len(plan))]
 
     def padding(order: np.ndarray) -> float:
-        steps = steps_of(order)
-        return 1 - sum(map(sum, steps)) / sum(max(step) * len(step) for step in steps)
+        return 1 - lengths.sum() / sum(max(step) * len(step) for step in steps_of(order))
 
     assert padding(order) < 0.05 < 0.4 < padding(example_order(1003, config, 0))
     means = [step.mean() for step in steps_of(order)]
@@ -226,25 +223,26 @@ def test_grouping_by_length_keeps_similar_lengths_together():
 
 @pytest.mark.parametrize("method", ["coconut", "cot", "no_cot", "no_thoughts", "icot"])
 @pytest.mark.parametrize("pad", [True, False])
-def test_lengths_are_those_of_the_sequences(data_file, tmp_path, method, pad):
+def test_lengths_are_those_of_the_sequences(cached, method, pad):
     config = Config(method=method, c_thought=2, max_latent_stage=2, pad_latent_to_max=pad)
-    tokens = Tokens.open(cache_tokens(str(data_file), character_tokenizer(), tmp_path, show_progress=False))
+    tokens = Tokens.open(cached())
+
+    def wanted(stage: int) -> list[int]:
+        return [len(training_sequence(*tokens[i], stage, config, M)[0]) for i in range(len(tokens))]
+
     for stage in (0, 1, 2, 3, NO_REASONING):
-        wanted = [len(training_sequence(*tokens[i], stage, config, M)[0]) for i in range(3)]
-        assert sequence_lengths(tokens, config, stage).tolist() == wanted
+        assert sequence_lengths(tokens, config, stage).tolist() == wanted(stage)
     tokens.leave_out_longer_than(20)
-    wanted = [len(training_sequence(*tokens[i], 0, config, M)[0]) for i in range(len(tokens))]
     assert 0 < len(tokens) < 3
-    assert sequence_lengths(tokens, config, 0).tolist() == wanted
-    assert longest_sequence(tokens, config)[0] >= max(wanted)
+    assert sequence_lengths(tokens, config, 0).tolist() == wanted(0)
+    assert longest_sequence(tokens, config)[0] >= max(wanted(0))
 
 
-def test_forced_thoughts_count_for_the_longest_sequence(data_file, tmp_path):
+def test_forced_thoughts_count_for_the_longest_sequence(cached):
     """A prompt that does not fit was first found out in the middle of the evaluation."""
-    config = Config(only_eval=True, eval_latents=50)
-    tokens = Tokens.open(cache_tokens(str(data_file), character_tokenizer(), tmp_path, show_progress=False))
-    wanted = max(len(tokens[i][0]) + 2 + 50 + len(tokens[i][2]) + 1 for i in range(len(tokens)))
-    assert longest_sequence(tokens, config)[0] == wanted
+    tokens = Tokens.open(cached())
+    wanted = max(len(question) + 2 + 50 + len(answer) + 1 for question, _, answer in tokens)
+    assert longest_sequence(tokens, Config(only_eval=True, eval_latents=50))[0] == wanted
 
 
 # ---- files ----
@@ -264,13 +262,23 @@ def data_file(tmp_path):
 
 
 def character_tokenizer():
-    texts = [json.dumps(EXAMPLES), "### ", "\n"]
-    return tiny_model.make_tokenizer(texts, "char")
+    return tiny_model.make_tokenizer([json.dumps(EXAMPLES), "### ", "\n"], "char")
 
 
-def test_tokens_are_the_texts_and_survive_the_disk(data_file, tmp_path):
+@pytest.fixture
+def cached(data_file, tmp_path):
+    """The folder of the file's tokens."""
+
+    def cached(tokenizer=None, folder: str = "cache", **keys) -> Path:
+        tokenizer = tokenizer or character_tokenizer()
+        return cache_tokens(str(data_file), tokenizer, tmp_path / folder, show_progress=False, **keys)
+
+    return cached
+
+
+def test_tokens_are_the_texts_and_survive_the_disk(data_file, cached):
     tokenizer = character_tokenizer()
-    folder = cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False)
+    folder = cached(tokenizer)
     tokens = Tokens.open(folder)
     assert isinstance(tokens.ids, np.memmap)
     assert len(tokens) == 3
@@ -280,48 +288,41 @@ def test_tokens_are_the_texts_and_survive_the_disk(data_file, tmp_path):
         assert [tokenizer.decode(step) for step in steps] == [step + "\n" for step in example["steps"]]
         assert tokenizer.decode(answer) == "### " + example["answer"]
     stamp = (folder / "ids.npy").stat().st_mtime_ns
-    assert cache_tokens(str(data_file), tokenizer, tmp_path / "cache") == folder
+    assert cached(tokenizer) == folder
     assert (folder / "ids.npy").stat().st_mtime_ns == stamp
     data_file.write_text(json.dumps(EXAMPLES[:2]))
-    assert cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False) != folder
+    assert cached(tokenizer) != folder
 
 
-def test_steps_of_one_token_need_no_separator(data_file, tmp_path):
-    tokenizer = character_tokenizer()
-    folders = [
-        cache_tokens(str(data_file), tokenizer, tmp_path, show_progress=False, step_separator=separator)
-        for separator in ("\n", "")
-    ]
-    with_newlines, without = (Tokens.open(folder) for folder in folders)
-    newline = tokenizer("\n")["input_ids"]
+def test_steps_of_one_token_need_no_separator(cached):
+    with_newlines, without = (Tokens.open(cached(step_separator=separator)) for separator in ("\n", ""))
+    newline = character_tokenizer()("\n")["input_ids"]
     for (question, steps, answer), (same, bare, also) in zip(with_newlines, without, strict=True):
         assert (question, answer) == (same, also)
         assert steps == [step + newline for step in bare]
 
 
-def test_the_digest_does_not_depend_on_what_a_tokenizer_was_used_for(data_file, tmp_path):
-    """A tokenizer.json with truncation or padding switched on gave another digest before its first use in a process
-    than after it, and a restart was refused: "was trained on other data"."""
+def test_the_digest_does_not_depend_on_what_a_tokenizer_was_used_for(cached, tmp_path):
+    """With truncation or padding switched on, its first use changed it: a restart was "trained on other data"."""
     tokenizer = character_tokenizer()
-    plain = cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False)
-    backend = tokenizer.backend_tokenizer
-    backend.enable_truncation(3)
-    backend.enable_padding()
-    assert cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False) == plain
-    assert cache_tokens(str(data_file), tokenizer, tmp_path / "other", show_progress=False).name == plain.name
-    for name in ("ids", "texts"):
-        first, second = (np.load(tmp_path / place / plain.name / f"{name}.npy") for place in ("cache", "other"))
-        assert np.array_equal(first, second)
+    plain = cached(tokenizer)
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding()
+    assert cached(tokenizer) == plain
+    other = cached(tokenizer, "other")
+    assert other.name == plain.name
+    for name in ("ids.npy", "texts.npy"):
+        assert np.array_equal(np.load(plain / name), np.load(other / name))
     tokenizer.add_tokens(["new"])
-    assert cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False) != plain
+    assert cached(tokenizer) != plain
 
 
-def test_the_digest_of_tokens_is_that_of_their_ids(data_file, tmp_path):
+def test_the_digest_of_tokens_is_that_of_their_ids(cached):
     """A tokenizer that a later release loads, another flag or class, made a restart "trained on other data"."""
     first, later = character_tokenizer(), character_tokenizer()
     later.add_special_tokens({"additional_special_tokens": ["new"]})
     later.__class__ = type("LaterTokenizer", (type(later),), {})
-    digests = [Tokens.open(cache_tokens(str(data_file), each, tmp_path)).digest() for each in (first, later)]
+    digests = [Tokens.open(cached(each)).digest() for each in (first, later)]
     assert digests[0] == digests[1]
     ids = tokenize(EXAMPLES, first)
     moved = ids.texts.copy()
@@ -331,68 +332,54 @@ def test_the_digest_of_tokens_is_that_of_their_ids(data_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "field", "text"),
-    [
-        (2, "question", "<|latent|>"),
-        (0, "answer", "4<|end-latent|>"),
-        (1, "steps", "<|start-latent|>1"),
-        (1100, "steps", "1<|latent|>"),
-    ],
+    ("number", "field", "marker"),
+    [(2, "question", LATENT), (0, "answer", END), (1, "steps", START), (1100, "steps", LATENT)],
 )
-def test_a_marker_in_the_data_is_refused(data_file, tmp_path, number, field, text):
+def test_a_marker_in_the_data_is_refused(data_file, cached, number, field, marker):
     """It became a latent position: a thought in the middle of a question, or a traceback in the middle of an epoch."""
-    records = [dict(example) for example in (EXAMPLES * 400)[: number + 3]]
+    records, text = [dict(example) for example in (EXAMPLES * 400)[: number + 3]], f"4{marker}1"
     records[number][field] = [*records[number]["steps"], text, ""] if field == "steps" else text
     data_file.write_text(json.dumps(records))
     tokenizer = character_tokenizer()
     tokenizer.add_tokens([START, END, LATENT])
-    marker = next(marker for marker in (START, END, LATENT) if marker in text)
     with pytest.raises(UserError) as error:
-        cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False)
+        cached(tokenizer)
     assert str(error.value) == (
         f"{data_file}: record {number} (counted from 0) has the text {marker!r} in its {field!r}, which marks the "
         f"latent positions"
     )
-    # to a tokenizer without markers it is a text like any other
-    cache_tokens(str(data_file), character_tokenizer(), tmp_path / "cache", show_progress=False)
+    cached()  # to a tokenizer without markers it is a text like any other
 
 
-def test_a_question_without_tokens_is_refused(data_file, tmp_path):
-    from tokenizers import normalizers
-
+def test_a_question_without_tokens_is_refused(data_file, cached):
     tokenizer = character_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
     data_file.write_text(json.dumps([*EXAMPLES, {"question": " ", "answer": "3", "steps": [" "]}]))
-    with pytest.raises(UserError, match=r"record 3 \(counted from 0\) has a 'question' of which the tokenizer leaves"):
-        cache_tokens(str(data_file), tokenizer, tmp_path / "cache", show_progress=False)
+    refuses(r"record 3 \(counted from 0\) has a 'question' of which the tokenizer leaves", cached, tokenizer)
 
 
 @pytest.mark.parametrize("damage", [lambda ids: b"", lambda ids: ids[:-4], lambda ids: ids[:60]])
-def test_damaged_tokens_are_named(data_file, tmp_path, damage):
+def test_damaged_tokens_are_named(cached, damage):
     """A power cut left an empty file, of which numpy made an EOFError; of a shorter one nobody said anything."""
-    folder = cache_tokens(str(data_file), character_tokenizer(), tmp_path / "cache", show_progress=False)
+    folder = cached()
     (folder / "ids.npy").write_bytes(damage((folder / "ids.npy").read_bytes()))
-    with pytest.raises(UserError, match=f"{folder} cannot be read: .*; remove it, and it is made again"):
-        Tokens.open(folder)
+    refuses(f"{folder} cannot be read: .*; remove it, and it is made again", Tokens.open, folder)
     np.save(folder / "ids.npy", np.zeros(5, dtype=np.int32))
-    with pytest.raises(UserError, match="it is not whole; remove it"):
-        Tokens.open(folder)
+    refuses("it is not whole; remove it", Tokens.open, folder)
 
 
 @pytest.mark.parametrize("template", ["{0} $A", "{0} $A {0}"])
 def test_special_tokens_of_the_tokenizer_stand_before_the_question_only(template):
     """An EOS behind each text stood in front of the thoughts, in training and in evaluation."""
-    from tokenizers import processors
-
     tokenizer = character_tokenizer()
-    eos = tokenizer.eos_token
+    eos, token = tokenizer.eos_token, tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=template.format(eos), special_tokens=[(eos, tokenizer.eos_token_id)]
+        single=template.format(eos), special_tokens=[(eos, token)]
     )
     question, steps, answer = tokenize(EXAMPLES, tokenizer)[1]
-    assert question[0] == tokenizer.eos_token_id
-    assert question.count(tokenizer.eos_token_id) == 1
-    assert all(tokenizer.eos_token_id not in text for text in [*steps, answer])
+    assert question[0] == token
+    assert question.count(token) == 1
+    assert all(token not in text for text in [*steps, answer])
 
 
 @pytest.mark.parametrize(
@@ -421,22 +408,22 @@ def test_special_tokens_of_the_tokenizer_stand_before_the_question_only(template
         (b'[{"question": 3, "answer": "3", "steps": []}]', "record 0.*'question' that is no text"),
         (b'[{"question": "a", "answer": "3", "steps": "x"}]', "record 0.*no list of texts"),
         (b'["\xff"]', "is not UTF-8"),
-        (
-            b'[{"question": "a", "question": "c", "answer": "3", "steps": []}]',
-            r"\{.question.: .c.* has 'question' twice",
-        ),
+        (b'[{"question": "a", "question": "c", "answer": "3"}]', r"\{.question.: .c.* has 'question' twice"),
         (b'[{"question": "a\\ud83d", "answer": "3", "steps": []}]', r"record 0 .* holds '\\ud83d', half a character"),
         (b'[{"question": "a", "answer": "3", "steps": ["\\udc00"]}]', "half a character, which is no UTF-8"),
         (b"[" * 100_000, "is not valid JSON: it is nested too deeply"),
         (b'[{"question": "a", "answer": "3", "steps": [], "n": ' + b"9" * 5000 + b"}]", "is not valid JSON: Exceeds"),
+        (None, "cannot read"),  # there is no such file
     ],
 )
 def test_bad_files_are_named(tmp_path, content, complaint):
     path = tmp_path / "bad.json"
-    path.write_bytes(content)
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(UserError, match=complaint) as error:
         load_examples(path)
     assert "bad.json" in str(error.value)
+    refuses("cannot read", load_examples, tmp_path)
 
 
 def test_lists_and_lines_are_read(tmp_path):
@@ -449,13 +436,3 @@ def test_lists_and_lines_are_read(tmp_path):
             (tmp_path / "data.json").write_text(text, encoding=encoding)
             assert load_examples(tmp_path / "data.json") == wanted
             assert load_examples(tmp_path / "data.json", 2) == wanted[:2]
-
-
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(UserError, match="cannot read"):
-            load_examples(path)
-
-
-def test_collated_batches_are_int64():
-    assert {t.dtype for t in collate([([1, 2], [-100, 2])], 0, None).values()} == {torch.int64}

@@ -56,11 +56,11 @@ class Place:
     """A copy of the scripts whose constants are those of small files, a folder `served`, and a curl that reads it."""
 
     def __init__(self, folder: Path):
-        self.folder, self.served = folder, folder / "served"
+        self.folder, self.served, self.data = folder, folder / "served", folder / "data"
         self.served.mkdir()
-        shutil.copytree(ROOT / "preprocessing", folder / "preprocessing")
+        for name in ("preprocessing", "trainer"):
+            shutil.copytree(ROOT / name, folder / name)
         shutil.copy(ROOT / "utils.py", folder)
-        shutil.copytree(ROOT / "trainer", folder / "trainer")
         self.prosqa = {f"prosqa_{split}.json": f'["{split}"]'.encode() * 50 for split in ("train", "valid", "test")}
         for name, content in self.prosqa.items():
             (self.served / name).write_bytes(content)
@@ -68,26 +68,30 @@ class Place:
             (self.served / f"{split}.txt").write_text(text, encoding="utf-8")
         ids = ("cf26632b9d3f4e812966563eed769b1cfe40c624", "8df0c62fd6a6c55bfc31345181f505185c4efbd7")
         ids += ("73ff837a94b1f10e604a6d31a4c2fa6c131b687f",)
-        with_constants(
-            folder / "preprocessing" / "prosqa_official.bash",
-            {old: blob_id(content) for old, content in zip(ids, self.prosqa.values(), strict=True)},
-        )
-        with_constants(
-            folder / "preprocessing" / "gsm_icot.bash",
-            {"385620 87805358": f"3 {len(GSM['train'])}", '"$RAW_URL" 500': '"$RAW_URL" 1', "1319": "2"},
-        )
+        ours = {old: blob_id(content) for old, content in zip(ids, self.prosqa.values(), strict=True)}
+        with_constants(folder / "preprocessing" / "prosqa_official.bash", ours)
+        sizes = {"385620 87805358": f"3 {len(GSM['train'])}", '"$RAW_URL" 500': '"$RAW_URL" 1', "1319": "2"}
+        with_constants(folder / "preprocessing" / "gsm_icot.bash", sizes)
         (folder / "bin").mkdir()
         (folder / "bin" / "curl").write_text(CURL)
         (folder / "bin" / "curl").chmod(0o755)
 
-    def run(self, script: str, *arguments: str, real_curl: bool = False, **variables: str):
+    def run(
+        self, script: str, *arguments: str, real_curl: bool = False, refused: str = "", errors: int = 1, **variables
+    ):
+        """refused: what it says where it is to end with so many errors."""
         url = self.served.as_uri()
         environment = {**os.environ, "BASE_URL": url, "RAW_URL": url, "MEDIA_URL": url, "PYTHON": sys.executable}
         environment |= {"SERVED": str(self.served), **variables}
         if not real_curl:
             environment["PATH"] = f"{self.folder / 'bin'}:{environment['PATH']}"
         command = ["bash", f"preprocessing/{script}.bash", *arguments]
-        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == (2 if refused else 0), done.stderr
+        assert refused in done.stderr
+        assert done.stderr.count("error: ") == (errors if refused else 0)
+        assert "Traceback" not in done.stderr
+        return done
 
     def found(self, folder: str = "data") -> set[str]:
         return {path.name for path in (self.folder / folder).iterdir()}
@@ -96,9 +100,15 @@ class Place:
         return (self.served / "log").read_text().split("\n")[:-1]
 
 
+REAL = pytest.mark.skipif(not shutil.which("curl"), reason="curl is absent")
+
+
 @pytest.fixture
 def place(tmp_path) -> Place:
     return Place(tmp_path)
+
+
+REAL = pytest.mark.skipif(not shutil.which("curl"), reason="curl is absent")
 
 
 def refused(result, sentence: str) -> None:
@@ -108,111 +118,90 @@ def refused(result, sentence: str) -> None:
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(
-    "real_curl",
-    [False, pytest.param(True, marks=pytest.mark.skipif(not shutil.which("curl"), reason="curl is absent"))],
-)
+@pytest.mark.parametrize("real_curl", [False, pytest.param(True, marks=REAL)])
 def test_downloads_that_succeed(place, real_curl):
-    result = place.run("prosqa_official", "new/folder", real_curl=real_curl)
-    assert result.returncode == 0, result.stderr
+    place.run("prosqa_official", "new/folder", real_curl=real_curl)
     assert place.found("new/folder") == set(place.prosqa)
     assert all((place.folder / "new/folder" / name).read_bytes() == text for name, text in place.prosqa.items())
-
-    result = place.run("gsm_icot", real_curl=real_curl)
-    assert result.returncode == 0, result.stderr
+    done = place.run("gsm_icot", real_curl=real_curl)
     assert place.found() == {"gsm_train.json", "gsm_valid.json", "gsm_test.json", "gsm_icot.sha256"}
-    assert "gsm_train.json: 3 examples, 1 of them without steps" in result.stdout
-    assert json.loads((place.folder / "data" / "gsm_test.json").read_text())[1] == {
-        "question": "f é?",
-        "steps": [],
-        "answer": "-1",
-    }
-    recorded = (place.folder / "data" / "gsm_icot.sha256").read_text()
+    assert "gsm_train.json: 3 examples, 1 of them without steps" in done.stdout
+    examples = json.loads((place.data / "gsm_test.json").read_text())
+    assert examples[1] == {"question": "f é?", "steps": [], "answer": "-1"}
+    recorded = (place.data / "gsm_icot.sha256").read_text()
     assert f"{hashlib.sha256(GSM['train'].encode()).hexdigest()}  gsm_train.txt\n" in recorded
-    for script in ("prosqa_official", "gsm_icot"):  # the second time there is nothing to do
-        assert place.run(script, "new/folder" if script == "prosqa_official" else "data", SERVED="none").returncode == 0
+    for script, folder in (("prosqa_official", "new/folder"), ("gsm_icot", "data")):
+        place.run(script, folder, SERVED="none")  # the second time there is nothing to do
 
 
 @pytest.mark.parametrize(("script", "part"), [("prosqa_official", "prosqa_valid.json"), ("gsm_icot", "gsm_valid.txt")])
 def test_a_broken_download_is_continued(place, script, part):
-    result = place.run(script, BREAK_AFTER="7")
-    refused(result, "broke off (curl: 18): run this again")
+    place.run(script, BREAK_AFTER="7", refused="broke off (curl: 18): run this again")
     assert place.found() == {f"{part}.part"}
-    refused(place.run(script, BREAK_AFTER="4"), "broke off")
-    assert (place.folder / "data" / f"{part}.part").stat().st_size == 11
-    assert place.run(script).returncode == 0
+    place.run(script, BREAK_AFTER="4", refused="broke off")
+    assert (place.data / f"{part}.part").stat().st_size == 11
+    place.run(script)
     name = part.removeprefix("gsm_")
     assert place.log()[:3] == [f"{name} from 0", f"{name} from 7", f"{name} from 11"]
     assert not [name for name in place.found() if name.endswith(".part")]
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="curl is absent")
+@REAL
 def test_the_real_curl_continues(place):
-    (place.folder / "data").mkdir()
-    half = place.prosqa["prosqa_train.json"][:100]
-    (place.folder / "data" / "prosqa_train.json.part").write_bytes(half)
-    (place.folder / "data" / "prosqa_test.json.part").write_bytes(place.prosqa["prosqa_test.json"])  # whole already
-    result = place.run("prosqa_official", real_curl=True)
-    assert result.returncode == 0, result.stderr
+    place.data.mkdir()
+    for split, n_bytes in (("train", 100), ("test", None)):  # whole already
+        name = f"prosqa_{split}.json"
+        (place.data / f"{name}.part").write_bytes(place.prosqa[name][:n_bytes])
+    place.run("prosqa_official", real_curl=True)
     assert place.found() == set(place.prosqa)
 
 
-def test_a_whole_download_that_was_not_verified_yet_is_not_lost(place):
-    (place.folder / "data").mkdir()
-    (place.folder / "data" / "gsm_train.txt.part").write_text(GSM["train"])
-    (place.folder / "data" / "gsm_valid.txt.part").write_text(GSM["valid"])
-    assert place.run("gsm_icot").returncode == 0
+def test_a_whole_download_that_was_not_verified_yet_is_not_lost_and_a_changed_file_refused(place):
+    place.data.mkdir()
+    for split in ("train", "valid"):
+        (place.data / f"gsm_{split}.txt.part").write_text(GSM[split])
+    place.run("gsm_icot")
     # of valid the size is not known, so the server is asked; train is not asked for
     assert place.log() == [f"valid.txt from {len(GSM['valid'])}", "valid.txt from 0", "test.txt from 0"]
+    (place.data / "gsm_valid.json").unlink()
+    (place.served / "valid.txt").write_text(GSM["valid"].replace("d?", "D?"))
+    place.run("gsm_icot", refused="valid.txt has changed: its SHA-256 is")
+    assert "gsm_valid.json" not in place.found()
 
 
 def test_wrong_content_is_refused_and_leaves_nothing(place):
     (place.served / "prosqa_test.json").write_text("other")
-    refused(place.run("prosqa_official"), "is not the authors' file: its blob id is")
+    place.run("prosqa_official", refused="is not the authors' file: its blob id is")
     assert not any("test" in name or not name.endswith(".part") for name in place.found())
-    (place.folder / "data" / "prosqa_valid.json.part").unlink()
-
-    (place.served / "train.txt").write_text(GSM["train"].replace("a?", "longer?"))
-    refused(place.run("gsm_icot"), "is not the expected file: it has")
-    assert place.found() == {"gsm_valid.json", "gsm_test.json", "gsm_icot.sha256"}
-    (place.served / "train.txt").write_text(GSM["train"].replace("#### 3", "____ 3"))
-    result = place.run("gsm_icot")
-    assert result.returncode == 2
-    assert "line 2 has no '####'" in result.stderr
-    assert "cannot be converted (see above), so nothing of it is kept" in result.stderr
-    assert place.found() == {"gsm_valid.json", "gsm_test.json", "gsm_icot.sha256"}
-
-
-def test_a_file_with_another_number_of_examples_is_refused(place):
+    (place.data / "prosqa_valid.json.part").unlink()
     (place.served / "valid.txt").write_text(GSM["valid"] * 2)
-    result = place.run("gsm_icot")
-    assert result.returncode == 2
-    assert "gsm_valid.txt.part holds 2 examples, not 1" in result.stderr
-    assert place.found() == set()
-
-
-def test_a_file_that_changed_since_its_first_download_is_refused(place):
-    assert place.run("gsm_icot").returncode == 0
-    (place.folder / "data" / "gsm_valid.json").unlink()
-    (place.served / "valid.txt").write_text(GSM["valid"].replace("d?", "D?"))
-    refused(place.run("gsm_icot"), "valid.txt has changed: its SHA-256 is")
-    assert "gsm_valid.json" not in place.found()
+    place.run("gsm_icot", refused="gsm_valid.txt.part holds 2 examples, not 1", errors=2)
+    assert not [name for name in place.found() if name.startswith("gsm")]
+    (place.served / "valid.txt").write_text(GSM["valid"])
+    left = {"gsm_valid.json", "gsm_test.json", "gsm_icot.sha256"}
+    (place.served / "train.txt").write_text(GSM["train"].replace("a?", "longer?"))
+    place.run("gsm_icot", refused="is not the expected file: it has")
+    assert place.found() == left
+    (place.served / "train.txt").write_text(GSM["train"].replace("#### 3", "____ 3"))
+    done = place.run("gsm_icot", refused="line 2 has no '####'", errors=2)
+    assert "cannot be converted (see above), so nothing of it is kept" in done.stderr
+    assert place.found() == left
 
 
 @pytest.mark.parametrize("script", ["prosqa_official", "gsm_icot"])
 def test_what_is_not_there_or_in_the_way_is_named(place, script):
     for path in place.served.iterdir():
         path.unlink()
-    refused(place.run(script), "cannot be had: the server refuses it")
+    place.run(script, refused="cannot be had: the server refuses it")
     assert place.found() == set()
-    refused(place.run(script, "utils.py"), "utils.py is no folder")
+    place.run(script, "utils.py", refused="utils.py is no folder")
 
 
 def test_generated_files_are_not_overwritten(place):
-    (place.folder / "data").mkdir()
-    (place.folder / "data" / "prosqa_train.json").write_text("mine")
-    refused(place.run("prosqa_official"), "prosqa_train.json is there and is not the authors'")
-    assert (place.folder / "data" / "prosqa_train.json").read_text() == "mine"
+    place.data.mkdir()
+    (place.data / "prosqa_train.json").write_text("mine")
+    place.run("prosqa_official", refused="prosqa_train.json is there and is not the authors'")
+    assert (place.data / "prosqa_train.json").read_text() == "mine"
 
 
 @needs_data

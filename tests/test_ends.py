@@ -3,36 +3,39 @@
 import contextlib
 import fcntl
 import json
-import os
+import re
 import subprocess
-import sys
 import time
 
 import forked
 import pytest
 import tiny_model
 import yaml
-from conftest import ROOT
+from conftest import ROOT, command, python, refuses, settled
 from test_faults import processes_of
-from test_run import place as place  # a fixture
 
 from trainer import distributed as ranks
 from trainer.distributed import World
 from trainer.files import retried
-from utils import UserError
 
 SHORT = ("max_train_examples=96", "max_new_tokens=2", "num_epochs=1", "log_every_steps=1")
+AS_RUN = """
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+BRIEF_COLLECTIVES = """
+import os, runpy, sys, time
+from datetime import timedelta
+import torch.distributed as dist
 
+original = dist.init_process_group
+dist.init_process_group = lambda *a, **k: original(*a, timeout=timedelta(seconds=2), **k)
+"""
 OUT_OF_MEMORY = """
-import runpy
-import sys
-
-import torch
-
+import runpy, sys, torch
 from coconut import Coconut
 
 original, calls = Coconut._loss, []
-
 
 def failing(self, *arguments):
     calls.append(1)
@@ -40,142 +43,92 @@ def failing(self, *arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
     return original(self, *arguments)
 
-
 Coconut._loss = failing
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def launch(script, *arguments, n_ranks: int = 0, **options) -> subprocess.CompletedProcess:
-    """Runs a script with this repository on its path, under torchrun where there are ranks."""
-    launcher = [sys.executable]
-    if n_ranks:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
-    return subprocess.run(
-        [*launcher, *map(str, (script, *arguments))],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | options,
-        check=False,
-    )
+@pytest.fixture
+def job(tmp_path):
+    """Runs a program with this repository on its path."""
+
+    def job(text: str, *arguments, environment: dict | None = None, **options) -> subprocess.CompletedProcess:
+        (tmp_path / "job.py").write_text(text)
+        environment = {"PYTHONPATH": str(ROOT), **(environment or {})}
+        return python(tmp_path / "job.py", *arguments, environment=environment, timeout=100, **options)
+
+    return job
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n_ranks", [0, 2])
-def test_any_exception_ends_the_job_at_once(place, tmp_path, n_ranks):
+def test_any_exception_ends_the_job_at_once(place, job, n_ranks):
     """The rank waited for ever for a process that made its batches, and held GPU and lock."""
     name = f"memory-{n_ranks}"
-    (tmp_path / "job.py").write_text(OUT_OF_MEMORY)
     overrides = (*SHORT, f"name={name}")
-    done = launch(tmp_path / "job.py", ROOT / "run.py", place / "run.yaml", *overrides, n_ranks=n_ranks)
-    assert done.returncode == 1, done.stderr[-3000:]
+    done = job(OUT_OF_MEMORY + AS_RUN, ROOT / "run.py", place / "run.yaml", *overrides, ranks=n_ranks, code=1)
     assert "OutOfMemoryError: CUDA out of memory" in done.stderr
     if n_ranks:  # @record has seen it: torchrun's report has more than "to enable traceback see"
-        assert (
-            '"message": "OutOfMemoryError: CUDA out of memory' in done.stderr or "traceback : Traceback" in done.stderr
-        )
+        assert re.search('"message": "OutOfMemoryError: CUDA out of memory|traceback : Traceback', done.stderr)
     with (place / "runs" / name / ".lock").open("a") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where somebody holds it
     assert not processes_of(place, name)
 
 
-def test_a_hanging_exit_handler_does_not_keep_a_rank(tmp_path):
+def test_a_hanging_exit_handler_does_not_keep_a_rank(job):
     """A tracker's, for example."""
-    (tmp_path / "job.py").write_text(
-        "import atexit, time\n"
-        "from trainer import distributed as ranks\n"
-        "ranks.EXIT_HANDLERS_SECONDS = 1\n"
-        "atexit.register(time.sleep, 1000)\n"
-        "ranks.run_main(lambda: 7)\n"
-    )
-    assert launch(tmp_path / "job.py").returncode == 7
+    text = "import atexit, time\nfrom trainer import distributed as ranks\nranks.EXIT_HANDLERS_SECONDS = 1\n"
+    job(text + "atexit.register(time.sleep, 1000)\nranks.run_main(lambda: 7)\n", code=7)
 
 
 SLOW = """
-import time
-from datetime import timedelta
-
-import torch.distributed as dist
-
 from trainer import distributed as ranks
 
-original = dist.init_process_group
-dist.init_process_group = lambda *a, **k: original(*a, timeout=timedelta(seconds=2), **k)
 world = ranks.setup_distributed()
 print(ranks.on_main_rank(world, lambda: time.sleep(6) or "tokens"))
 print(ranks.on_every_rank(world, lambda: time.sleep(6 * (1 - world.rank)) or world.rank))
 ranks.cleanup_distributed()
 """
-
-
 ONE_RANK = """
-import os
-import runpy
-import signal
-import sys
-
+import os, runpy, signal, sys
 from coconut import Coconut
-
 
 def failing(*_, **__):
     if os.environ["HOW"] == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     raise KeyError("no")
 
-
 if os.environ["RANK"] == "1":
     Coconut.generate = failing
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fails", "dies"])
-def test_a_rank_that_is_waited_for_and_fails_ends_the_others_at_once(place, tmp_path, how):
+def test_a_rank_that_is_waited_for_and_fails_ends_the_others_at_once(place, job, how):
     """The others waited on, for half a minute, until torchrun killed them."""
-    (tmp_path / "job.py").write_text(ONE_RANK)
-    overrides = (*SHORT, f"name=waited-for-{how}", "batch_size_training=8")
-    done = launch(tmp_path / "job.py", ROOT / "run.py", place / "run.yaml", *overrides, n_ranks=2, HOW=how)
-    assert done.returncode == 1
+    arguments = (ROOT / "run.py", place / "run.yaml", *SHORT, f"name=waited-for-{how}", "batch_size_training=8")
+    done = job(ONE_RANK + AS_RUN, *arguments, ranks=2, code=1, environment={"HOW": how})
     assert "rank 0 ends because another one has" in done.stderr  # it was not killed
     assert "rank      : 1 " in done.stderr.partition("Root Cause")[2]
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(place):
     """The progress bar's exception ended the training where the log was on the full disk."""
-    command = [sys.executable, ROOT / "run.py", place / "run.yaml", *SHORT, "name=no-log"]
+    words = command(ROOT / "run.py", place / "run.yaml", *SHORT, "name=no-log")
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=full, timeout=100, check=False)
-    assert done.returncode == 0
+        assert subprocess.run(words, stdout=full, stderr=full, timeout=100).returncode == 0
     assert (place / "runs" / "no-log" / "checkpoint_1").is_dir()
 
 
 @pytest.mark.slow
-def test_ranks_wait_for_one_another_longer_than_collectives_do(tmp_path):
+def test_ranks_wait_for_one_another_longer_than_collectives_do(job):
     """Rank 0 tokenized for longer than the collectives' limit, and the job was dead."""
-    (tmp_path / "job.py").write_text(SLOW)
-    done = launch(tmp_path / "job.py", n_ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = job(BRIEF_COLLECTIVES + SLOW, ranks=2)
     assert (done.stdout.count("tokens"), done.stdout.count("[0, 1]")) == (2, 2)
 
 
 SLOW_RANK = """
-import os
-import runpy
-import sys
-import time
-from datetime import timedelta
-
-import torch.distributed as dist
-
 from trainer import checkpoint, evaluate
-
-original = dist.init_process_group
-dist.init_process_group = lambda *a, **k: original(*a, timeout=timedelta(seconds=2), **k)
-
 
 def slow(module, name):
     do, calls = getattr(module, name), []
@@ -188,32 +141,25 @@ def slow(module, name):
 
     setattr(module, name, slowly)
 
-
 if os.environ["RANK"] == "1":
     slow(evaluate, "collate")  # of the validation loss
     slow(checkpoint, "load_random_state")
 else:
     slow(evaluate, "warn_unscorable_answers")
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 @pytest.mark.slow
-def test_ranks_wait_wherever_one_may_be_slower(place, tmp_path):
+def test_ranks_wait_wherever_one_may_be_slower(place, job):
     """In the validation loss, at the end of a restart, and while rank 0 looks through the answers."""
-    (tmp_path / "job.py").write_text(SLOW_RANK)
-    overrides = [text for text in SHORT if not text.startswith("num_epochs")] + ["name=slow-rank"]
+    arguments = (ROOT / "run.py", place / "run.yaml", "name=slow-rank", "batch_size_training=8")
     for n_epochs in (1, 2):
-        arguments = (*overrides, "batch_size_training=8", f"num_epochs={n_epochs}")
-        done = launch(tmp_path / "job.py", ROOT / "run.py", place / "run.yaml", *arguments, n_ranks=2)
-        assert done.returncode == 0, done.stderr[-3000:]
+        keys = settled(*SHORT, f"num_epochs={n_epochs}")
+        job(BRIEF_COLLECTIVES + SLOW_RANK + AS_RUN, *arguments, *keys, ranks=2)
 
 
 OTHER_FILES = """
-import os
-import runpy
-import sys
+import os, runpy, sys
 
 folder, *overrides = sys.argv[2:]
 sys.argv[1:] = [sys.argv[1]]
@@ -224,44 +170,38 @@ sys.argv[0] = {run!r}
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-@pytest.mark.parametrize(
-    ("overrides", "differing"),
-    [
-        (
-            ["lr=0.002", "log_every_steps=7", "strategy=fsdp", "method=cot"],
-            [
-                *("lr is 0.001 on rank 0 but 0.002 on rank 1", "log_every_steps is 10 on rank 0 but 7 on rank 1"),
-                *("strategy is 'auto' on rank 0", "method is 'coconut' on rank 0 but 'cot'"),
-            ],
-        ),
-        ([], ["SHA-256 of val_path", "SHA-256 of train_path", "SHA-256 of the vocabulary", "norm of the weights"]),
+OTHER_KEYS = ["lr=0.002", "log_every_steps=7", "strategy=fsdp", "method=cot"]
+DIFFERING = {
+    "configuration": [
+        *("lr is 0.001 on rank 0 but 0.002 on rank 1", "log_every_steps is 10 on rank 0 but 7 on rank 1"),
+        *("strategy is 'auto' on rank 0", "method is 'coconut' on rank 0 but 'cot'"),
     ],
-    ids=["configuration", "files"],
-)
-def test_ranks_that_read_other_files_are_one_sentence(place, tmp_path, overrides, differing):
+    "files": ["SHA-256 of val_path", "SHA-256 of train_path", "SHA-256 of the vocabulary", "norm of the weights"],
+}
+
+
+@pytest.mark.parametrize("differing", DIFFERING)
+def test_ranks_that_read_other_files_are_one_sentence(place, tmp_path, differing):
     """They trained on, each with its own learning rate or weights, or hung."""
-    for folder in ("one", "two"):
+    for number, (folder, pieces) in enumerate((("one", "char"), ("two", "word"))):
         (tmp_path / folder).mkdir()
         for name in ("train", "valid"):
-            examples = json.loads((place / f"{name}.json").read_text())[1 if folder == "two" else 0 :][:16]
+            examples = json.loads((place / f"{name}.json").read_text())[number:][:16]
             (tmp_path / folder / f"{name}.json").write_text(json.dumps(examples))
         files = [tmp_path / folder / "train.json"]
-        tiny_model.write_model(
-            files, tmp_path / folder / "model", "char" if folder == "one" else "word", "gpt2", 32, 1, 2, 128
-        )
+        tiny_model.write_model(files, tmp_path / folder / "model", pieces, "gpt2", 32, 1, 2, 128)
     paths = {"train_path": "train.json", "val_path": "valid.json", "model_id": "./model", "wandb": "disabled"}
     keys = yaml.safe_load((place / "run.yaml").read_text()) | paths | {"name": tmp_path.name, "num_epochs": 1}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(keys))
     script = tmp_path / "job.py"
     script.write_text(OTHER_FILES.format(run=str(ROOT / "run.py")))
+    overrides = OTHER_KEYS if differing == "configuration" else []
     with contextlib.chdir(tmp_path / "one"):
         done = forked.run(2, script, tmp_path / "run.yaml", tmp_path / "two", *overrides)
     assert done.returncode == 2, done.stderr[-3000:]
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: the ranks must all read the same files: ")
-    assert all(text in line for text in differing), line
+    assert all(text in line for text in DIFFERING[differing]), line
 
 
 def test_a_folder_that_is_not_shared_is_one_sentence(tmp_path, monkeypatch):
@@ -276,11 +216,9 @@ def test_a_folder_that_is_not_shared_is_one_sentence(tmp_path, monkeypatch):
     assert not any((tmp_path / "shared").iterdir())  # it is gone again
     monkeypatch.setattr(ranks, "on_main_rank", lambda *_: ".seen-by-all")
     sentence = r"save_path is not shared: rank 1 on .* does not see what rank 0 has written in .* \({}\)"
-    with pytest.raises(UserError, match=sentence.format("No such file or directory")):
-        ranks.check_shared(rank_1, tmp_path / "shared")
+    refuses(sentence.format("No such file or directory"), ranks.check_shared, rank_1, tmp_path / "shared")
     (tmp_path / "file").touch()  # what rank 1 has there
-    with pytest.raises(UserError, match=sentence.format("Not a directory")):
-        ranks.check_shared(rank_1, tmp_path / "file" / "shared")
+    refuses(sentence.format("Not a directory"), ranks.check_shared, rank_1, tmp_path / "file" / "shared")
 
 
 def test_what_another_node_writes_is_waited_for(tmp_path):

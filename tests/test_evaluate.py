@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny_model
 import torch
-from conftest import tiny_base
+from conftest import refuses, tiny_base
 from tokenizers import normalizers, pre_tokenizers
 
 from coconut import Coconut
@@ -15,21 +15,9 @@ from curriculum import Markers
 from dataset import StageDataset, collate
 from preprocessing.tokens import tokenize
 from tools.evaluate import main
+from trainer import evaluate as scores
 from trainer.data import Data
-from trainer.evaluate import (
-    as_files,
-    evaluate,
-    extract_answer,
-    extract_number,
-    extract_steps,
-    is_right,
-    number_of,
-    of_sets,
-    summary,
-    validation_loss,
-    warn_unscorable_answers,
-    wilson,
-)
+from trainer.evaluate import as_files, evaluate, extract_answer, is_right, warn_unscorable_answers, wilson
 from trainer.only_eval import stage_to_evaluate
 from trainer.pretrained import Pretrained
 from utils import UserError
@@ -47,35 +35,23 @@ from utils import UserError
 )
 def test_extraction(text, answer, steps):
     assert extract_answer(text) == answer
-    assert extract_steps(text) == steps
+    assert scores.extract_steps(text) == steps
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("#### 1,000.0", 1000),
-        ("-3", -3),
-        ("### -1,234.50", -1234.5),
-        ("3.50 dollars", 3.5),
-        ("no number", None),
-        ("5 ### none", None),  # what stands before the last mark does not count
-        ("### 1 ### 2 and 3.", 3),
-        ("### 1.5e3", 1500),
-        ("### 2E-2", 0.02),
-        ("### .5", 0.5),
-        ("### $-4 a day", -4),
-        ("### \N{MINUS SIGN}3", -3),
-        ("### 12-3", 3),  # a difference, no negative number
-        ("### (7)-2", 2),
-        ("### 50%", 50),
-        ("### 1/2", 2),  # fractions are not read
-        ("### 1 000", 0),  # a blank ends a number
-        ("### 3e", 3),
-        ("", None),
-    ],
-)
-def test_the_number_of_an_answer(text, number):
-    assert extract_number(text) == number
+NUMBERS = {
+    **{"#### 1,000.0": 1000, "-3": -3, "### -1,234.50": -1234.5, "3.50 dollars": 3.5, "no number": None, "": None},
+    "5 ### none": None,  # what stands before the last mark does not count
+    **{"### 1 ### 2 and 3.": 3, "### 1.5e3": 1500, "### 2E-2": 0.02, "### .5": 0.5, "### $-4 a day": -4},
+    **{"### \N{MINUS SIGN}3": -3, "### (7)-2": 2, "### 50%": 50, "### 3e": 3},
+    "### 12-3": 3,  # a difference, no negative number
+    "### 1/2": 2,  # fractions are not read
+    "### 1 000": 0,  # a blank ends a number
+}
+
+
+@pytest.mark.parametrize("text", NUMBERS)
+def test_the_number_of_an_answer(text):
+    assert scores.extract_number(text) == NUMBERS[text]
 
 
 @pytest.mark.parametrize(
@@ -101,8 +77,9 @@ def test_the_two_rules(text, gold, by_text, by_number):
 
 
 def test_what_counts_as_a_gold_number():
-    assert [number_of(text) for text in ("-9867630", "0.0000020107", "5.", "1e3")] == [-9867630, 2.0107e-6, 5, 1000]
-    assert [number_of(text) for text in ("", "Tom", "7 apples", "50%", "1/2", "$3", "nan", "inf")] == [None] * 8
+    numbers = {"-9867630": -9867630, "0.0000020107": 2.0107e-6, "5.": 5, "1e3": 1000}
+    numbers |= dict.fromkeys(("", "Tom", "7 apples", "50%", "1/2", "$3", "nan", "inf"))
+    assert {text: scores.number_of(text) for text in numbers} == numbers
 
 
 EXAMPLES = [
@@ -149,15 +126,13 @@ def test_scores(world):
     assert [p["correct"] for p in predictions] == [True, True, False, True]
     assert [p["cot_correct"] for p in predictions] == [True, True, True, False]
     assert predictions[0]["generated_tokens"] == 3 + 1  # "###", " ", "3", and one latent thought
-    assert metrics["accuracy"] == 0.75
-    assert metrics["cot_match"] == 0.75
-    assert metrics["examples"] == 4
+    assert (metrics["accuracy"], metrics["cot_match"], metrics["examples"]) == (0.75, 0.75, 4)
     # the loss is the mean over the tokens of the whole set, whatever the batches
     rows = [StageDataset(tokens, config, markers)[index, 1] for index in range(4)]
     with torch.no_grad():
         whole = model(**collate(rows, 0, markers.latent)).loss.item()
     assert metrics["loss"] == pytest.approx(whole, rel=1e-5)
-    assert validation_loss(loaded, tokens, 1, config, world) == metrics["loss"]
+    assert scores.validation_loss(loaded, tokens, 1, config, world) == metrics["loss"]
     files = as_files(metrics, predictions)
     assert json.loads(files["predictions.jsonl"].splitlines()[1])["gold"] == "1007"
 
@@ -199,35 +174,27 @@ def test_several_sets_are_one_table_and_a_file_each(tmp_path):
         "svamp": ({**found, "accuracy": 0.5, "examples": 1000}, [{"index": 0}, {"index": 1}]),
         "multiarith": ({**found, "accuracy": 0.8, "examples": 10}, [{"index": 0}]),
     }
-    metrics, files = of_sets(results)
+    metrics, files = scores.of_sets(results)
     assert sorted(files) == ["metrics.json", "predictions_multiarith.jsonl", "predictions_svamp.jsonl"]
     assert json.loads(files["predictions_svamp.jsonl"].splitlines()[1]) == {"index": 1}
     assert json.loads(files["metrics.json"]) == json.loads(json.dumps(metrics))
     assert metrics["sets"]["svamp"] == {**results["svamp"][0], "accuracy_95": wilson(0.5, 1000)}
-    assert summary(tmp_path, metrics).splitlines() == [
+    assert scores.summary(tmp_path, metrics).splitlines() == [
         "                                      n  accuracy            95 %  tokens    loss  seconds",
         "svamp, stage 4                    1,000     50.0%  46.9% to 53.1%     8.2   1.500     61.0",
         "multiarith, stage 4                  10     80.0%  49.0% to 94.3%     8.2   1.500     61.0",
     ]
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "metrics.json").write_text(files["metrics.json"])
-    assert summary(tmp_path) == summary(tmp_path, metrics)
+    assert scores.summary(tmp_path) == scores.summary(tmp_path, metrics)
     only = results["svamp"]
-    assert of_sets({"": only}) == (only[0], as_files(*only))
+    assert scores.of_sets({"": only}) == (only[0], as_files(*only))
 
 
 def test_the_summary_takes_what_was_written_last(tmp_path, capsys):
+    common = {"event": "epoch", "train_seconds": 5.0, "seconds": 1.0, "generated_tokens": 9.0, "loss": 1.0}
     records = [
-        {
-            "event": "epoch",
-            "epoch": epoch,
-            "stage": stage,
-            "train_seconds": 5.0,
-            "seconds": 1.0,
-            "accuracy": accuracy,
-            "generated_tokens": 9.0,
-            "loss": 1.0,
-        }
+        {**common, "epoch": epoch, "stage": stage, "accuracy": accuracy}
         for epoch, stage, accuracy in ((0, 0, 0.1), (1, 0, 0.2), (1, 0, 0.3), (2, 1, 0.4))
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -235,8 +202,7 @@ def test_the_summary_takes_what_was_written_last(tmp_path, capsys):
     table = capsys.readouterr().out.splitlines()
     assert table[1].split() == ["validation,", "stage", "0", "2", "30.0%", "9.0", "1.000", "12"]
     assert table[2].split() == ["validation,", "stage", "1", "1", "40.0%", "9.0", "1.000", "6"]
-    with pytest.raises(UserError, match="neither a finished epoch nor an evaluation"):
-        summary(tmp_path / "none")
+    refuses("neither a finished epoch nor an evaluation", scores.summary, tmp_path / "none")
     assert main([str(tmp_path / "none")]) == 2
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
-from conftest import ROOT
-from elsewhere import written_elsewhere
+from conftest import ROOT, one_error, python, raising, read_json, refuses
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -29,7 +28,6 @@ from model import thought
 from tools import export, portable
 from trainer import checkpoint, files, inference, run_folder
 from trainer.pretrained import END, load_model
-from utils import UserError
 
 QUESTIONS = ["3+4", "5*6-0*2", "9?", "7!?", "12"]
 NEW = 8  # tokens
@@ -48,6 +46,7 @@ CASES = {
     "last stage": LLAMA | {"stage": 9, "c_thought": 2},
     "stage 0": LLAMA | {"stage": 0},
     "in parallel": LLAMA | {"latent_passes": "1", "c_thought": 2},
+    "stopping": LLAMA | {"method": "stopping", "stop_threshold": 0.485, "tied": False},  # after 0, 1 and 2 thoughts
     "looped": LLAMA | {"latent_passes": "stage", "thought": "looped", "c_thought": 2},
     **{method: LLAMA | {"method": method} for method in ("cot", "no_cot", "icot", "no_thoughts", "codi", "multi_mode")},
     **{
@@ -60,13 +59,14 @@ CASES = {
 }
 
 
-def make_checkpoint(folder: Path, thought: str = "last", stage: int = 2, tied: bool = True, **keys) -> Path:
+def make_checkpoint(
+    folder: Path, thought: str = "last", stage: int = 2, tied: bool = True, shape: str = "llama", **keys
+) -> Path:
     """A checkpoint with random weights, as run.py writes it."""
-    shape = keys.pop("shape", "llama")
     tokenizer = tiny_model.make_tokenizer([f"### \n{''.join(QUESTIONS)}0123456789?\n!\n"], "joining")
     base = tiny_model.RandomModel(shape, 32, 3, 4, tied=tied or shape == "gpt2", positions=64).build(len(tokenizer))
-    base.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    for part in (base, tokenizer):
+        part.save_pretrained(folder / "base")
     keys = {"method": "coconut", "c_thought": 1, "max_latent_stage": 3} | keys
     config = Config(model_id=str(folder / "base"), thought=thought, **keys)
     pretrained = load_model(config, None)
@@ -120,14 +120,53 @@ def folders(checkpoints, tmp_path_factory) -> dict[str, Path]:
     return Made(make)
 
 
+# in a fresh interpreter, in another folder, with none of this code on its path
+PROGRAM = """
+import json, sys
+from importlib.util import find_spec
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+assert find_spec("coconut") is None
+folders, questions, new = map(json.loads, sys.argv[1:])
+found = {}
+for name, folder in folders.items():
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    batch = tokenizer(questions, padding=True, return_tensors="pt")
+    width = batch["input_ids"].shape[1]
+    rows = model.generate(**batch, max_new_tokens=new)
+    assert rows[:, :width].equal(batch["input_ids"])
+    singles = []
+    for question in questions[:2]:
+        single = tokenizer(question, return_tensors="pt")
+        row = model.generate(**single, max_new_tokens=new)[0]
+        singles.append(row[single["input_ids"].shape[1] :].tolist())
+    found[name] = {"batch": rows[:, width:].tolist(), "singles": singles, "dtype": str(model.dtype)}
+print(json.dumps(found))
+"""
+
+
+def written_elsewhere(folders: dict[str, Path], questions: list[str], new: int, place: Path) -> dict[str, dict]:
+    """By folder, run in `place`: at most `new` tokens after each question, in a batch and alone (the first two)."""
+    arguments = map(json.dumps, [{name: str(path) for name, path in folders.items()}, questions, new])
+    environment = {"HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = python(
+        "-I", "-c", PROGRAM, *arguments, cwd=place, environment=environment, stdin=subprocess.DEVNULL, timeout=None
+    )
+    return json.loads(done.stdout)
+
+
 @pytest.fixture(scope="module")
 def elsewhere(folders, tmp_path_factory) -> dict[str, list]:
     """What the exported models write where there is none of this code."""
     return written_elsewhere({name: folders[name] for name in CASES}, QUESTIONS, NEW, tmp_path_factory.mktemp("else"))
 
 
-def load_exported(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+def load_exported(folder: Path) -> PreTrainedModel:
+    """With its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    return model
 
 
 def tokens_of(model: Coconut, questions: list[str]) -> list[list[int]]:
@@ -162,8 +201,7 @@ def test_the_thoughts_matter_to_what_is_compared(checkpoints, folders):
 def test_a_newline_is_put_in_as_the_tokenizer_does(case, checkpoints, folders):
     """Appending its token to those of a question is another prompt, where the two are one token."""
     model, whole = Coconut.from_pretrained(checkpoints[case]), load_exported(folders[case])
-    tokenizer = AutoTokenizer.from_pretrained(folders[case], trust_remote_code=True)
-    ids, mask = whole.prompts(**tokenizer_arguments(tokenizer, QUESTIONS))
+    ids, mask = whole.prompts(**tokenizer_arguments(whole.tokenizer, QUESTIONS))
     rows = [row[-n:] for row, n in zip(ids.tolist(), mask.sum(dim=1).tolist(), strict=True)]
     assert rows == inference.prompts(model, QUESTIONS)
     assert len(whole.config.endings) == 2  # "?" and "!"
@@ -186,9 +224,9 @@ def test_prompts_that_would_differ_are_counted(checkpoints, tmp_path, monkeypatc
 
 
 def test_sampling_beams_and_lengths_are_those_of_transformers(folders):
+    """max_length in a generation_config, and min_length, counted the latents and markers too; 0 tokens were 128."""
     whole = load_exported(folders["llama"])
-    tokenizer = AutoTokenizer.from_pretrained(folders["llama"], trust_remote_code=True)
-    questions = tokenizer(QUESTIONS, padding=True, return_tensors="pt")
+    questions = whole.tokenizer(QUESTIONS, padding=True, return_tensors="pt")
     width = questions["input_ids"].shape[1]
     greedy = whole.generate(**questions, max_new_tokens=NEW)
     assert whole.generate(**questions, do_sample=True, top_k=1, max_new_tokens=NEW).equal(greedy)
@@ -200,6 +238,11 @@ def test_sampling_beams_and_lengths_are_those_of_transformers(folders):
     beams = whole.generate(**questions, num_beams=3, max_new_tokens=NEW, return_dict_in_generate=True).sequences
     assert beams[:, :width].equal(questions["input_ids"])
     assert whole.generate(**questions, max_new_tokens=1000).shape[1] < 64  # positions
+    question = torch.tensor([[3, 4, 5]])
+    assert whole.generate(question, generation_config=GenerationConfig(max_length=8, min_length=8)).shape[1] == 8
+    assert whole.generate(question, min_length=12, max_new_tokens=9).shape[1] == 12
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        whole.generate(question, max_new_tokens=0)
     with pytest.raises(ValueError, match="a question of 66 tokens fills all 64 positions"):
         whole.generate(torch.ones((1, 61), dtype=torch.long))
     with pytest.raises(ValueError, match="generate takes questions"):
@@ -209,44 +252,37 @@ def test_sampling_beams_and_lengths_are_those_of_transformers(folders):
 def test_the_folder(folders):
     folder = folders["projected"]
     assert {path.name for path in folder.iterdir()} == {
-        *(
-            "README.md",
-            "config.json",
-            "generation_config.json",
-            "model.safetensors",
-            "modeling_coconut.py",
-            "thought.py",
-        ),
-        *("tokenizer.json", "tokenizer_config.json"),
+        *("README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_coconut.py"),
+        *("thought.py", "tokenizer.json", "tokenizer_config.json"),
     }
-    settings = json.loads((folder / "config.json").read_text())
+    settings = read_json(folder / "config.json")
     assert settings["auto_map"] == {
         "AutoConfig": "modeling_coconut.CoconutConfig",
         "AutoModelForCausalLM": "modeling_coconut.CoconutForCausalLM",
     }
     assert str(folder.parent) not in json.dumps(settings)
     assert "checkpoint" not in json.dumps(settings)
-    generation = json.loads((folder / "generation_config.json").read_text())
+    generation = read_json(folder / "generation_config.json")
     assert (generation["do_sample"], generation["eos_token_id"]) == (False, 0)
     with safe_open(folder / "model.safetensors", "pt") as weights:
         names = set(weights.keys())
     assert "thought.weight" in names
     assert {name.partition(".")[0] for name in names} == {"thought", "base_causallm"}
-    here = (ROOT / "tools/modeling_coconut.py").read_text()
-    assert (folder / "modeling_coconut.py").read_text() == re.sub(r"from model\.\w+", "from .thought", here)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = load_exported(folder).tokenizer
     assert set(tokenizer("3+4")) == {"input_ids", "attention_mask"}
     assert tokenizer.padding_side == "left"
+    for name in ("multi_mode", "llama"):
+        assert (END in load_exported(folders[name]).tokenizer.all_special_tokens) == (name == "multi_mode")
 
 
-def test_the_code_imports_only_torch_and_transformers(folders):
+def test_the_code_imports_only_torch_and_transformers_and_has_one_thought(folders):
     for name in ("projected", "layer:-2"):
         for file in ("modeling_coconut.py", "thought.py"):
             assert set(get_imports(folders[name] / file)) <= sys.stdlib_module_names | {"torch", "transformers"}
-    assert check_imports(folders["llama"] / "modeling_coconut.py") == ["thought"]
-
-
-def test_the_code_has_one_thought(folders):
+    code = folders["llama"] / "modeling_coconut.py"
+    assert check_imports(code) == ["thought"]
+    here = (ROOT / "tools/modeling_coconut.py").read_text()
+    assert code.read_text() == re.sub(r"from model\.\w+", "from .thought", here)
     text = (folders["projected+normalised"] / "thought.py").read_text()
     assert "class Projected(Thought)" in text
     assert "class Realigned" not in text
@@ -260,10 +296,8 @@ from utils import UserError
 
 SCALE = 3.0  # of the thought
 
-
 def _gate(x):
     return SCALE * x.sigmoid() * x
-
 
 @register("mlp")
 class Gated(Projected):
@@ -304,13 +338,13 @@ def test_code_that_cannot_be_taken_along_is_named(own_thought, tmp_path, monkeyp
     ):
         file.write_text(OWN.replace(before, after).replace("raise UserError(", f"raise {after.split()[-1]}("))
         portable._names.cache_clear()
-        with pytest.raises(UserError, match=sentence):
-            portable.write_code(tmp_path, own_thought.Gated)
+        refuses(sentence, portable.write_code, tmp_path, own_thought.Gated)
 
 
 def test_padding_without_an_attention_mask(folders):
     """Padding was read as tokens, without a word."""
-    whole, tokenizer = load_exported(folders["llama"]), AutoTokenizer.from_pretrained(folders["llama"])
+    whole = load_exported(folders["llama"])
+    tokenizer = whole.tokenizer
     found = tokenizer(QUESTIONS, padding=True, return_tensors="pt")
     ids, width = found["input_ids"], found["input_ids"].shape[1]
     wanted = whole.generate(**found, max_new_tokens=NEW)
@@ -321,20 +355,29 @@ def test_padding_without_an_attention_mask(folders):
     assert whole.prompts(first)[1].all()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The card
-# ---------------------------------------------------------------------------------------------------------------
+def copied(source: Path, folder: Path, config: Config, state: str | None = '{"format": 1}') -> Path:
+    """A run with a configuration, and its checkpoint with a state."""
+    run = shutil.copytree(source.parent, folder)
+    run_folder.write_config(dataclasses.asdict(config), run, 2, "a fast one")
+    if state is not None:
+        (run / "checkpoint_4" / "trainer").mkdir()
+        (run / "checkpoint_4" / "trainer" / "state.json").write_text(state)
+    return run
+
+
+def card(run: Path, out: Path) -> str:
+    export.export(str(run), out)
+    return (out / "README.md").read_text()
 
 
 def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
-    run = shutil.copytree(checkpoints["two a step"].parent, tmp_path / "mine")
     config = Config(
-        name="mine", c_thought=2, seed=7, train_path=str(tmp_path / "some_train.json"), val_path="data/some_valid.json"
+        **{"name": "mine", "c_thought": 2, "seed": 7},
+        **{"train_path": str(tmp_path / "some_train.json"), "val_path": "data/some_valid.json"},
     )
     Path(config.train_path).write_text("[]")
-    run_folder.write_config(dataclasses.asdict(config), run, 2, "a fast one")
-    (run / "checkpoint_4" / "trainer").mkdir()
-    (run / "checkpoint_4" / "trainer" / "state.json").write_text('{"format": 1, "epoch": 2, "step": 90}')
+    state = '{"format": 1, "epoch": 2, "step": 90}'
+    run = copied(checkpoints["two a step"], tmp_path / "mine", config, state)
     epochs = [{"event": "epoch", "epoch": n, "train_seconds": 1700.0, "seconds": 100.0} for n in (0, 1, 1, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
     found = {"accuracy": 0.3456, "cot_match": 0.1, "generated_tokens": 8.25, "examples": 300}
@@ -342,17 +385,13 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
     (run / "eval").mkdir()
     tested = found | {"examples": 1000, "accuracy": 0.5, "file": "data/test.json", "checkpoint": "mine/checkpoint_4"}
     (run / "eval" / "metrics.json").write_text(json.dumps(tested))
-    export.export(str(run), tmp_path / "out")
-    text = (tmp_path / "out" / "README.md").read_text()
+    text = card(run, tmp_path / "out")
+    digest = hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
     for part in (
         *("# out\n", "`coconut`: Coconut (chain of continuous thought", "Its stage is 2.", "4 latent positions"),
-        *(
-            f"`{config.train_path}`",
-            f"`{hashlib.sha256(b'[]').hexdigest()}`",
-            "| seed | 7 |",
-            "| hours | 1.00, of 2 epochs with their validations |",
-        ),
-        *("| hardware | a fast one; ranks: 2 |", "| epochs, optimizer steps | 2, 90 |", "torch 2."),
+        *(f"`{config.train_path}`", f"`{hashlib.sha256(b'[]').hexdigest()}`", "| seed | 7 |"),
+        *("| hours | 1.00, of 2 epochs with their validations |", "| hardware | a fast one; ranks: 2 |"),
+        *("| epochs, optimizer steps | 2, 90 |", "torch 2.", f"\n    {digest}  model.safetensors\n"),
         "| `data/some_valid.json` (validation) | 300 | 34.6% | text | 10.0% | 8.2 |",
         "| `data/test.json` | 1000 | 50.0% | text | 10.0% | 8.2 |",
         "torchrun --nproc_per_node 2 run.py config.yaml name=mine",
@@ -360,56 +399,44 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
         (run / "config.yaml").read_text().strip(),
     ):
         assert part in text, part
-    digest = hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
-    assert f"\n    {digest}  model.safetensors\n" in text
     data = ModelCard(text).data
     assert (data.library_name, data.language, data.datasets) == ("transformers", "en", ["some_train"])
     assert (data.base_model, data.license) == ("openai-community/gpt2", None)
-    assert [(r.dataset_type, r.dataset_split, r.metric_value) for r in data.eval_results] == [
-        ("some_valid", "validation", 0.3456), ("test", "test", 0.5)
-    ]  # fmt: skip
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    results = [(r.dataset_type, r.dataset_split, r.metric_value) for r in data.eval_results]
+    assert results == [("some_valid", "validation", 0.3456), ("test", "test", 0.5)]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     assert f"git checkout {commit.stdout.strip()}" in text or not commit.stdout
     assert (tmp_path / "out" / "config.yaml").read_text() == (run / "config.yaml").read_text()
     # of an evaluation of another checkpoint it says nothing
     (run / "eval" / "metrics.json").write_text(json.dumps(tested | {"checkpoint": "mine/checkpoint_3"}))
-    export.export(str(run), tmp_path / "again")
-    assert "data/test.json" not in (tmp_path / "again" / "README.md").read_text()
+    assert "data/test.json" not in card(run, tmp_path / "again")
     # of several sets, and of `python -m tools.evaluate --all`, each with its own rule
     (run / "eval" / "metrics.json").write_text(json.dumps({"sets": {"a": tested, "b": tested | {"file": "b.json"}}}))
     run_folder.write_config({"answer_match": "number"}, run / "eval", 1)
     one = run / "evaluations" / "hard" / "checkpoint_4" / "eval"
     one.mkdir(parents=True)
     (one / "metrics.json").write_text(json.dumps(tested | {"file": "data/hard.json"}))
-    export.export(str(run), tmp_path / "sets")
-    text = (tmp_path / "sets" / "README.md").read_text()
+    text = card(run, tmp_path / "sets")
     for name, rule in (("data/test.json", "number"), ("b.json", "number"), ("data/hard.json", "text")):
         assert f"| `{name}` | 1000 | 50.0% | {rule} |" in text
 
 
-def test_a_card_of_several_modes_has_a_row_for_each(checkpoints, tmp_path):
+def test_a_card_of_several_modes_has_a_row_for_each_and_one_of_no_run_says_so(checkpoints, folders, tmp_path):
     """The mean of three modes stood as the accuracy of a model that is asked in one."""
-    run = shutil.copytree(checkpoints["multi_mode"].parent, tmp_path / "mine")
-    run_folder.write_config(dataclasses.asdict(Config(method="multi_mode")), run, 1)
-    (run / "checkpoint_4" / "trainer").mkdir()
-    (run / "checkpoint_4" / "trainer" / "state.json").write_text('{"format": 1}')
+    text = (folders["llama"] / "README.md").read_text()
+    assert "Nothing is known of the run" in text
+    assert "2 latent positions (thought `last`) between a start and an end marker" in text
+    assert "latent positions" not in (folders["cot"] / "README.md").read_text()
+    run = copied(checkpoints["multi_mode"], tmp_path / "mine", Config(method="multi_mode"))
     found = {"accuracy": 0.2, "cot_match": 0.1, "generated_tokens": 8.25, "examples": 300}
     found |= {"accuracy_direct": 0.1, "accuracy_written": 0.3, "accuracy_latent": 0.4}
     (run / "checkpoint_4" / "metrics.json").write_text(json.dumps(found))
-    export.export(str(run), tmp_path / "out")
-    text = (tmp_path / "out" / "README.md").read_text()
+    text = card(run, tmp_path / "out")
     assert "asked in mode latent | 300 | 40.0% | text |  |  |" in text  # the others' were those of the latent mode
     assert "| 20.0% |" not in text
     found |= {"cot_match_direct": 1.0, "generated_tokens_direct": 3.0}
     (run / "checkpoint_4" / "metrics.json").write_text(json.dumps(found))
-    export.export(str(run), tmp_path / "again")
-    assert "asked in mode direct | 300 | 10.0% | text | 100.0% | 3.0 |" in (tmp_path / "again/README.md").read_text()
-
-
-def test_what_a_model_of_several_modes_writes_is_read_without_its_marker(folders):
-    for name, hidden in (("multi_mode", True), ("llama", False)):
-        tokenizer = AutoTokenizer.from_pretrained(folders[name])
-        assert (END in tokenizer.all_special_tokens) == hidden
+    assert "asked in mode direct | 300 | 10.0% | text | 100.0% | 3.0 |" in card(run, tmp_path / "again")
 
 
 @pytest.mark.parametrize(
@@ -423,111 +450,75 @@ def test_what_a_model_of_several_modes_writes_is_read_without_its_marker(folders
         ("predictions.jsonl", '{"question": ', "predictions.jsonl is damaged"),
         ("predictions.jsonl", "{}", "predictions.jsonl is damaged"),
         ("../eval/metrics.json", '{"checkpoint": 5}', "the model card cannot be made, a file of"),
-        ("../config.yaml", "\ta", "is not a configuration"),
+        ("../config.yaml", "\ta", "cannot read"),
     ],
 )
 def test_what_is_damaged_is_said_in_a_sentence(checkpoints, tmp_path, capsys, file, content, sentence):
     """A traceback each."""
-    run = shutil.copytree(checkpoints["llama"].parent, tmp_path / "mine")
-    run_folder.write_config(dataclasses.asdict(Config()), run, 1)
+    state = '{"format": 1}' if file.startswith("..") else None
+    run = copied(checkpoints["llama"], tmp_path / "mine", Config(), state)
     path = run / "checkpoint_4" / file
     path.parent.mkdir(exist_ok=True)
-    if isinstance(content, dict):
-        content = json.dumps(json.loads(path.read_text()) | content)
-    path.write_text(content)
-    if file.startswith(".."):
-        (run / "checkpoint_4" / "trainer").mkdir()
-        (run / "checkpoint_4" / "trainer" / "state.json").write_text('{"format": 1}')
-    assert sentence in complaint(capsys, run / "checkpoint_4", tmp_path / "out")
+    path.write_text(content if isinstance(content, str) else json.dumps(read_json(path) | content))
+    assert sentence in one_error(export.main, [run / "checkpoint_4", tmp_path / "out"], capsys)
 
 
-def test_lengths_count_the_questions(folders):
-    """max_length in a generation_config, and min_length, counted the latents and markers too; 0 tokens were 128."""
-    model = load_exported(folders["llama"])
-    question = torch.tensor([[3, 4, 5]])
-    assert model.generate(question, generation_config=GenerationConfig(max_length=8, min_length=8)).shape[1] == 8
-    assert model.generate(question, min_length=12, max_new_tokens=9).shape[1] == 12
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        model.generate(question, max_new_tokens=0)
-
-
-def test_a_card_of_a_checkpoint_without_its_run_says_so(folders):
-    text = (folders["llama"] / "README.md").read_text()
-    assert "Nothing is known of the run" in text
-    assert "2 latent positions (thought `last`) between a start and an end marker" in text
-    assert "latent positions" not in (folders["cot"] / "README.md").read_text()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Mistakes, and kills
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def complaint(capsys, *arguments) -> str:
-    capsys.readouterr()
-    assert export.main([*map(str, arguments)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
+# ---- mistakes, and kills ----
 
 
 def test_what_is_there_is_kept(checkpoints, tmp_path, capsys):
-    source, out = checkpoints["stage 0"], tmp_path / "out"
+    source, other, out = checkpoints["stage 0"], checkpoints["llama"], tmp_path / "out"
     out.mkdir()
     assert export.main([str(source), str(out)]) == 0  # an empty folder is no loss
     before = (out / "config.json").read_text()
-    assert "holds an exported model: choose" in complaint(capsys, checkpoints["llama"], out)
+    assert "holds an exported model: choose" in one_error(export.main, [other, out], capsys)
     assert (out / "config.json").read_text() == before
-    assert export.main([str(checkpoints["llama"]), str(out), "--force"]) == 0
+    assert export.main([str(other), str(out), "--force"]) == 0
     assert (out / "config.json").read_text() != before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (out / ".git").mkdir()
-    assert "nothing of it is overwritten: it holds .git" in complaint(capsys, checkpoints["gpt2"], out, "--force")
+    assert "nothing of it is overwritten: it holds .git" in one_error(export.main, [other, out, "--force"], capsys)
     assert (out / ".git").is_dir()
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("all of it")
-    (tmp_path / "file").write_text("some of it")
-    for name in ("mine", "file"):
+    texts = {"mine": tmp_path / "mine" / "thesis.tex", "file": tmp_path / "file"}
+    for name, path in texts.items():
+        path.write_text("all of it")
         for options in ([], ["--force"]):
-            assert "exists and is no exported model" in complaint(capsys, source, tmp_path / name, *options)
-    assert (tmp_path / "mine" / "thesis.tex").read_text() == "all of it"
-    assert (tmp_path / "file").read_text() == "some of it"
+            assert "exists and is no exported model" in one_error(
+                export.main, [source, tmp_path / name, *options], capsys
+            )
+        assert path.read_text() == "all of it"
 
 
 def test_what_cannot_be_exported_is_said_in_a_sentence(checkpoints, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "out"
-    assert "'none' is no checkpoint" in complaint(capsys, "none", out)
-    assert "lacks coconut.json" in complaint(capsys, checkpoints["llama"].parent.parent / "base", out)
+    out, source = tmp_path / "out", checkpoints["llama"]
+    assert "'none' is no checkpoint" in one_error(export.main, ["none", out], capsys)
+    assert "lacks coconut.json" in one_error(export.main, [source.parent.parent / "base", out], capsys)
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in complaint(capsys, checkpoints["llama"], tmp_path / "file" / "out")
-
-    own = shutil.copytree(checkpoints["llama"], tmp_path / "own")
+    assert "cannot be written" in one_error(export.main, [source, tmp_path / "file" / "out"], capsys)
+    own = shutil.copytree(source, tmp_path / "own")
 
     def wrong(folder: Path, thought: type) -> None:
         portable.write_code(folder, thought)
-        (folder / "thought.py").write_text(
-            (folder / "thought.py").read_text() + "\nLast.forward = lambda _, s: s[0] + 1"
-        )
+        with (folder / "thought.py").open("a") as code:
+            code.write("\nLast.forward = lambda _, s: s[0] + 1")
 
     monkeypatch.setattr(export, "write_code", wrong)
-    assert "a llama cannot be exported, to run over transformers' own cache: its logits differ" in complaint(
-        capsys, own, out
-    )
+    sentence = "a llama cannot be exported, to run over transformers' own cache: its logits differ"
+    assert sentence in one_error(export.main, [own, out], capsys)
     (own / "trainer").mkdir()
-    assert "is damaged: trainer/state.json: No such file" in complaint(capsys, own, out)
+    assert "is damaged: trainer/state.json: No such file" in one_error(export.main, [own, out], capsys)
     assert not out.exists()
 
 
-def test_a_full_disk_leaves_nothing_half(checkpoints, tmp_path, capsys, monkeypatch):
-    for error in (OSError(28, "No space left on device"), SafetensorError("No space left on device")):
+FULL = "No space left on device"
 
-        def full(*_, error=error, **__):
-            raise error
 
-        monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-        assert "cannot be written: No space left on device" in complaint(capsys, checkpoints["llama"], tmp_path / "out")
-        assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("error", [OSError(28, FULL), SafetensorError(FULL)], ids=["system", "safetensors"])
+def test_a_full_disk_leaves_nothing_half(checkpoints, tmp_path, capsys, monkeypatch, error):
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", raising(error))
+    assert f"cannot be written: {FULL}" in one_error(export.main, [checkpoints["llama"], tmp_path / "out"], capsys)
+    assert list(tmp_path.iterdir()) == []
 
 
 KILLED = """
@@ -550,11 +541,9 @@ def test_a_kill_loses_nothing(tmp_path, when):
     out = tmp_path / "out"
     with files.replaced(out, ()) as aside:
         (aside / "whole").write_text("")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(out), when], cwd=ROOT, check=False)
-    assert done.returncode == -signal.SIGKILL
+    python("-c", KILLED, out, when, code=-signal.SIGKILL)
     assert not (out / "half").exists()
-    if when == "within":
-        assert (out / "whole").exists()
+    assert when == "between" or (out / "whole").exists()
     # the next one begins with what there was
     with pytest.raises(RuntimeError), files.replaced(out, ("whole",)):
         raise RuntimeError

@@ -12,45 +12,44 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import pytest
 import tiny_model
 import torch
 import yaml
-from conftest import ROOT, settled
-from safetensors.torch import load_file, save_file
-from test_run import digest, epochs, main, start, together, weights, with_dropout
-from test_run import here as here  # a fixture
-from test_run import place as place
+from conftest import ROOT, command, digest, epochs, main, raising, refuses, start, steps, together, weights
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 import run as run_module
-from config import Config
 from trainer import checkpoint
 from trainer.checkpoint import checkpoints
 from trainer.logger import read_log
-from utils import UserError
 
 SLOW_VALIDATION = ("max_new_tokens=100", "eval_batch_size=1")  # seconds in which a run cannot end before its kill
 LONG = ("num_epochs=3", "max_train_examples=144", "max_new_tokens=4", "global_batch_size=16", "log_every_steps=1")
-
-
-def steps(run: Path) -> list[dict]:
-    return [record for record in read_log(run / "metrics.jsonl") if record["event"] == "step"]
+BRIEF = ("num_epochs=1", "max_train_examples=32", "max_new_tokens=2")
 
 
 def begin(place: Path, *arguments: str, ranks: int = 0) -> subprocess.Popen:
     """Starts run.py as a cluster would: its launcher does not die of SIGUSR1, which all processes of a job get."""
-    launcher = [sys.executable]
-    if ranks:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = ["bash", "-c", 'trap "" USR1; exec "$@"', "-", *launcher, str(ROOT / "run.py"), str(place / "run.yaml")]
-    return subprocess.Popen(
-        [*command, *settled(*arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    words = command(ROOT / "run.py", place / "run.yaml", *conftest.settled(*arguments), ranks=ranks)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    heedless = ["bash", "-c", 'trap "" USR1; exec "$@"', "-", *words]
+    return subprocess.Popen(heedless, text=True, start_new_session=True, **pipes)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """With all processes of its job."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def ended(process: subprocess.Popen) -> str:
+    """What a job has printed that ends well."""
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, printed
+    return printed
 
 
 def processes_of(place: Path, name: str) -> list[int]:
@@ -77,14 +76,10 @@ def wait_for(condition, seconds: float = 120) -> None:
         time.sleep(0.01)
 
 
-def same(first: dict, second: dict) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(place) -> dict[str, torch.Tensor]:
     """The weights of a run on two ranks, with dropout, that nothing has happened to."""
-    together(place / "run.yaml", *LONG, f"model_id={with_dropout(place)}", "name=undisturbed")
+    together(place / "run.yaml", *LONG, f"model_id={conftest.with_dropout(place)}", "name=undisturbed")
     return weights(place / "runs" / "undisturbed" / "checkpoint_3")
 
 
@@ -95,24 +90,21 @@ def undisturbed(place) -> dict[str, torch.Tensor]:
 def test_a_signal_saves_and_the_next_job_goes_on_inside_the_epoch(place, undisturbed, tmp_path, monkeypatch):
     """SIGTERM here; SIGUSR1 in test_slurm.py."""
     name, run = "signal", place / "runs" / "signal"
-    arguments = (*LONG, f"model_id={with_dropout(place)}", f"name={name}")
+    arguments = (*LONG, f"model_id={conftest.with_dropout(place)}", f"name={name}")
     monkeypatch.setenv("INTERRUPTED_FILE", str(tmp_path / "interrupted"))
     process = begin(place, *arguments, *SLOW_VALIDATION, ranks=2)
     wait_for(lambda: len(steps(run)) >= 12)
     victims = processes_of(place, name)
     assert len(victims) == 2
     os.kill(victims[1], signal.SIGTERM)  # all ranks have to agree
-    printed = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, printed
-    assert "stopped by a signal" in printed
+    assert "stopped by a signal" in ended(process)
     assert (tmp_path / "interrupted").exists()
     saved, n_steps = checkpoints(run)[-1], len(steps(run))
     assert 12 <= n_steps < 27
     # within an epoch, unless validation had begun
     assert saved.name in (f"checkpoint_{n_steps // 9}_step_{n_steps}", f"checkpoint_{n_steps // 9}")
-    done = together(place / "run.yaml", *arguments)
-    assert f"continuing from {saved}" in done.stderr
-    assert same(weights(run / "checkpoint_3"), undisturbed)
+    assert f"continuing from {saved}" in together(place / "run.yaml", *arguments).stderr
+    assert conftest.equal(weights(run / "checkpoint_3"), undisturbed)
     assert not list(run.glob("checkpoint_*_step_*"))  # the run is done: nobody needs them
 
 
@@ -123,12 +115,9 @@ def test_a_signal_during_validation_ends_the_run_after_it(place, here):
     process = begin(place, *arguments, *SLOW_VALIDATION)
     wait_for(lambda: len(steps(run)) >= 9)  # of the epoch
     process.send_signal(signal.SIGTERM)
-    printed = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, printed
+    ended(process)
     assert len(steps(run)) == 9
-    done = here(place / "run.yaml", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert "continuing from" in done.stderr
+    assert "continuing from" in here(place / "run.yaml", *arguments).stderr
     assert len(epochs(run)) == 3
 
 
@@ -138,31 +127,23 @@ def test_a_run_that_was_killed_in_validation_validates_again(place, here):
     run, arguments = place / "runs" / "again", (*LONG, "name=again", "num_epochs=1")
     process = begin(place, *arguments, *SLOW_VALIDATION)
     wait_for(lambda: (run / "checkpoint_0_step_9").exists())
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     done = here(place / "run.yaml", *arguments)
-    assert done.returncode == 0, done.stderr
     assert "checkpoint_0_step_9, after 0 of 1 epochs and 144 examples" in done.stderr
     assert len(steps(run)) == 9
     assert [path.name for path in run.glob("checkpoint_*")] == ["checkpoint_1"]
 
 
 STOPPED = """
-import os
-import signal
-import sys
-
+import os, signal, sys
 from trainer.distributed import StopSignal, World
 
 number = int(sys.argv[1])
-signal.signal(number, signal.SIG_IGN)
-with StopSignal(World(0, 0, 1, None)) as stop:
-    os.kill(os.getpid(), number)
-    print(stop.requested())
-signal.signal(number, signal.default_int_handler)
-with StopSignal(World(0, 0, 1, None)) as stop:
-    os.kill(os.getpid(), number)
-    print(stop.requested())
+for handler in (signal.SIG_IGN, signal.default_int_handler):
+    signal.signal(number, handler)
+    with StopSignal(World(0, 0, 1, None)) as stop:
+        os.kill(os.getpid(), number)
+        print(stop.requested())
 print(signal.getsignal(number) is signal.default_int_handler)
 """
 
@@ -170,9 +151,7 @@ print(signal.getsignal(number) is signal.default_int_handler)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_signals_stop_a_run_unless_its_user_has_them_ignored(number):
     """A closed terminal and the first Ctrl-C lost the epoch. nohup and background jobs ignore theirs."""
-    command = [sys.executable, "-c", STOPPED, str(int(number))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == [str(number == signal.SIGTERM), "True", "True"], done.stderr
+    assert conftest.python("-c", STOPPED, int(number)).stdout.split() == [str(number == signal.SIGTERM), "True", "True"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
@@ -198,20 +177,15 @@ def test_an_interrupted_run_is_saved_inside_its_epoch(place, monkeypatch, number
     assert epochs(run)[0]["train_loss"] == pytest.approx(mean)
 
 
-def test_a_debugger_gets_the_exception(tmp_path):
+@pytest.mark.parametrize("debugger", [[], ["-m", "pdb", "-c", "continue"]], ids=["plain", "pdb"])
+def test_a_debugger_gets_the_exception(tmp_path, debugger):
     """The process had exited before there could be a post mortem."""
     (tmp_path / "program.py").write_text("from trainer import distributed\ndistributed.run_main(lambda: 1 / 0)\n")
-    for debugger in ([], ["-m", "pdb", "-c", "continue"]):
-        done = subprocess.run(
-            [sys.executable, *debugger, str(tmp_path / "program.py")],
-            input="q\n",
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            check=False,
-        )
-        assert "ZeroDivisionError" in done.stdout + done.stderr
-        assert ("Entering post mortem debugging" in done.stdout) == bool(debugger), done.stdout
+    path = {"PYTHONPATH": str(ROOT)}
+    code = 0 if debugger else 1
+    done = conftest.python(*debugger, tmp_path / "program.py", environment=path, code=code, input="q\n")
+    assert "ZeroDivisionError" in done.stdout + done.stderr
+    assert ("Entering post mortem debugging" in done.stdout) == bool(debugger), done.stdout
 
 
 def test_a_second_signal_exits_at_once():
@@ -241,8 +215,7 @@ def test_a_second_signal_exits_at_once():
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(place, here, before, after):
-    """No example of the epoch is repeated or left out, and the optimizer's state is re-sharded: the weights are those
-    of an undisturbed run, but for the order of additions."""
+    """No example is repeated or left out, and the optimizer is re-sharded: only the order of additions differs."""
     name, run = f"ranks-{before}-{after}", place / "runs" / f"ranks-{before}-{after}"
     arguments = (*LONG, "batch_size_training=4", "save_every_steps=5", f"name={name}", "num_epochs=1")
     whole = place / "runs" / "ranks-whole"
@@ -250,17 +223,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(place, here, before, after):
         main(place, *arguments, "name=ranks-whole")
     process = begin(place, *arguments, *SLOW_VALIDATION, ranks=before)
     wait_for(lambda: (run / "checkpoint_0_step_5").exists())
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     shutil.rmtree(run / "checkpoint_0_step_9", ignore_errors=True)  # where it was faster than the kill
     strategy = "strategy=fsdp" if after == 2 else "strategy=ddp"
     done = (together if after == 2 else here)(place / "run.yaml", *arguments, strategy)
-    assert done.returncode == 0, done.stderr
     assert "continuing from" in done.stderr
-    found, wanted = weights(run / "checkpoint_1"), weights(whole / "checkpoint_1")
-    assert max((found[name] - wanted[name]).abs().max().item() for name in wanted) < 1e-5
-    begun = weights(place / "model")
-    assert max((found[n] - begun[n]).abs().max() for n in begun if begun[n].shape == found[n].shape) > 1e-3
+    found, begun = weights(run / "checkpoint_1"), weights(place / "model")
+    assert conftest.distance(found, weights(whole / "checkpoint_1")) < 1e-5
+    assert conftest.distance(found, {n: value for n, value in begun.items() if value.shape == found[n].shape}) > 1e-3
 
 
 @pytest.mark.slow
@@ -270,12 +240,10 @@ def test_the_mean_loss_of_an_epoch_that_ends_on_fewer_ranks(place, here):
     arguments = ("name=fewer", "max_train_examples=144", "num_epochs=1", "log_every_steps=1", "save_every_steps=3")
     process = begin(place, *arguments, *SLOW_VALIDATION, ranks=2)
     wait_for(lambda: (run / "checkpoint_0_step_3").exists())
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     for path in run.glob("checkpoint_0_step_[69]"):  # where it was faster than the kill
         shutil.rmtree(path)
-    done = here(place / "run.yaml", *arguments, "max_new_tokens=2", "continue_changed=true")
-    assert done.returncode == 0, done.stderr
+    here(place / "run.yaml", *arguments, "max_new_tokens=2", "continue_changed=true")
     losses = {record["step"]: record["loss"] for record in steps(run)}  # of a repeated step the last
     assert len(losses) == 3 + 12
     mean = sum(loss * (16 if step <= 3 else 8) for step, loss in losses.items()) / 144
@@ -283,16 +251,11 @@ def test_the_mean_loss_of_an_epoch_that_ends_on_fewer_ranks(place, here):
 
 
 PROBE = """
-import atexit
-import os
-import runpy
-import sys
-
+import atexit, os, runpy, sys
 
 class Probe:
     def __del__(self):
         os.write(1, b"the interpreter goes down\\n")
-
 
 PROBE = Probe()
 atexit.register(print, "an exit handler runs")
@@ -306,22 +269,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_rank_ends_without_taking_the_interpreter_down(place, tmp_path, changes, code):
     """A thread of gloo that is still there while Python goes down can kill a rank that has done all of its work."""
     (tmp_path / "probe.py").write_text(PROBE)
-    short = ("name=ending", "num_epochs=1", "max_train_examples=16", "max_new_tokens=2")
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(tmp_path / "probe.py"),
-            str(ROOT / "run.py"),
-            str(place / "run.yaml"),
-            *settled(*short, *changes),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        check=False,
+    keys = conftest.settled("name=ending", *BRIEF, *changes)
+    environment = {"PYTHONPATH": str(ROOT)}
+    done = conftest.python(
+        tmp_path / "probe.py", ROOT / "run.py", place / "run.yaml", *keys, code=code, environment=environment
     )
-    assert done.returncode == code, done.stderr[-4000:]
     assert done.stdout.endswith("an exit handler runs\n"), done.stdout
     assert "goes down" not in done.stdout
 
@@ -366,8 +318,7 @@ DAMAGES = {
 
 def test_a_damaged_checkpoint_is_passed_over(place, two_epochs, here, capsys):
     run, arguments = two_epochs
-    keep = run.parent / "kept"
-    shutil.copytree(run, keep)
+    keep = shutil.copytree(run, run.parent / "kept")
     for damage, act in DAMAGES.items():
         shutil.rmtree(run)
         shutil.copytree(keep, run)
@@ -377,10 +328,7 @@ def test_a_damaged_checkpoint_is_passed_over(place, two_epochs, here, capsys):
         (found,) = capsys.readouterr().err.splitlines()
         assert re.search("warning: .*checkpoint_2 is damaged .*passed over", found), damage
     done = here(place / "run.yaml", *arguments)  # the last of them, in the program
-    assert done.returncode == 0, done.stderr
-    assert "warning: " in done.stderr
-    assert "continuing from" in done.stderr
-    assert "checkpoint_1, after 1 of 3" in done.stderr
+    assert re.search(r"warning: .*continuing from .*checkpoint_1, after 1 of 3", done.stderr, re.DOTALL)
     assert len(list(run.glob("checkpoint_2.replaced-*"))) == 1
 
 
@@ -390,8 +338,7 @@ def test_an_old_checkpoint_that_is_damaged_stops_no_pruning(place, two_epochs, h
     run, arguments = two_epochs
     os.truncate(run / "checkpoint_1" / file, 3)
     (run / "config.yaml").write_bytes(b"\xff\xfe")
-    done = here(place / "run.yaml", *arguments, "num_epochs=3", "keep_checkpoints=1")
-    assert done.returncode == 0, done.stderr
+    here(place / "run.yaml", *arguments, "num_epochs=3", "keep_checkpoints=1")
     assert (run / "checkpoint_1").is_dir()  # for whoever wants to restore it
     assert (run / "checkpoint_3").is_dir()
 
@@ -401,13 +348,17 @@ def test_only_damaged_checkpoints_are_an_error_and_no_new_start(place, two_epoch
     shutil.rmtree(run / "checkpoint_1")
     flip(run / "checkpoint_2" / "model.safetensors")
     before = digest(run)
-    done = here(place / "run.yaml", *arguments)
-    assert done.returncode == 2
-    assert "holds damaged checkpoints only" in done.stderr
-    done = here(place / "run.yaml", *arguments, "name=eval", "only_eval=true", f"load_model_path={run}")
-    assert done.returncode == 2
+    assert "holds damaged checkpoints only" in here(place / "run.yaml", *arguments, code=2).stderr
+    evaluation = (*arguments, "name=eval", "only_eval=true", f"load_model_path={run}")
+    done = here(place / "run.yaml", *evaluation, code=2)
     assert "is damaged: model.safetensors is not what was written" in done.stderr
     assert digest(run) == before
+
+
+def complaint_of(done: subprocess.CompletedProcess) -> str:
+    """Its one error."""
+    (found,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return found
 
 
 @pytest.mark.slow
@@ -415,28 +366,12 @@ def test_only_damaged_checkpoints_are_an_error_and_no_new_start(place, two_epoch
 def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint(place, two_epochs, ranks):
     run, arguments = two_epochs
     before = digest(run / "checkpoint_2")
-
-    def no_large_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    launcher = [sys.executable]
-    if ranks:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     # for two ranks a step has other examples
-    arguments = (*arguments, "num_epochs=3", "continue_changed=true")
-    done = subprocess.run(
-        [*launcher, str(ROOT / "run.py"), str(place / "run.yaml"), *settled(*arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        preexec_fn=no_large_files,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode != 0
-    complaints = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(complaints) == 1, done.stderr
-    assert re.search(r"checkpoint_2_step_\d cannot be written: .*earlier checkpoints are untouched", complaints[0])
+    arguments = (place / "run.yaml", *arguments, "num_epochs=3", "continue_changed=true")
+    limit = (resource.RLIMIT_FSIZE, (20_000, 20_000))  # no large files
+    done = start(*arguments, ranks=ranks, code=None, preexec_fn=lambda: resource.setrlimit(*limit))
+    sentence = r"checkpoint_2_step_\d cannot be written: .*earlier checkpoints are untouched"
+    assert re.search(sentence, complaint_of(done))
     assert digest(run / "checkpoint_2") == before
     assert not list(run.glob(".writing-*"))
     assert not (run / "checkpoint_3").exists()
@@ -451,29 +386,28 @@ FULL_DISKS = {  # what is on a full disk -> overrides, what stands there before
 }
 
 
+@pytest.fixture(scope="module")
+def trained_once(place) -> Path:
+    """A checkpoint after an epoch."""
+    return main(place, *BRIEF, "name=once") / "checkpoint_1"
+
+
 @pytest.mark.parametrize("file", FULL_DISKS)
-def test_a_full_disk_is_one_sentence(place, trained_once, capsys, file):
+def test_a_full_disk_is_one_sentence(place, trained_once, here, file):
     """OSError tracebacks; an hour's evaluation printed nothing."""
     name = "full-" + file.replace("/", "-")
     target = place / "runs" / name / file
     target.parent.mkdir(parents=True)
     target.symlink_to("/dev/full")
-    overrides = ["num_epochs=1", "max_train_examples=32", "max_new_tokens=2", f"name={name}", *FULL_DISKS[file]]
-    config = Config.from_file(place / "run.yaml", settled(*overrides, f"load_model_path={trained_once}"))
-    assert run_module.main(config) == 2
-    printed = capsys.readouterr()
-    (complaint,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
-    assert f"{target.name} cannot be written: No space left on device" in complaint
-    assert ("accuracy" in printed.out) == config.only_eval  # the table, before it is written
+    overrides = (*BRIEF, f"name={name}", *FULL_DISKS[file], f"load_model_path={trained_once}")
+    done = here(place / "run.yaml", *overrides, code=2)
+    assert f"{target.name} cannot be written: No space left on device" in complaint_of(done)
+    assert ("accuracy" in done.stdout) == ("only_eval=true" in overrides)  # the table, before it is written
 
 
 def test_a_full_disk_under_the_token_cache(place, capsys, monkeypatch, tmp_path):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("dataset.np.save", full)
-    config = Config.from_file(place / "run.yaml", [f"save_path={tmp_path}", "name=full"])
-    assert run_module.main(config) == 2
+    monkeypatch.setattr("dataset.np.save", raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    main(place, f"save_path={tmp_path}", "name=full", code=2)
     assert re.search(r"error: .*/.tokens/\w+ cannot be written: No space left", capsys.readouterr().err)
     assert not list((tmp_path / ".tokens").iterdir())
 
@@ -484,15 +418,14 @@ def test_a_full_disk_is_one_sentence_of_one_rank(place):
     folder = place / "runs" / "full-ranks"
     folder.mkdir()
     (folder / "metrics.jsonl").symlink_to("/dev/full")
-    done = start(place / "run.yaml", "num_epochs=1", "max_train_examples=32", "name=full-ranks", ranks=2)
-    assert done.returncode != 0
-    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+    done = start(place / "run.yaml", *BRIEF, "name=full-ranks", ranks=2, code=None)
+    assert complaint_of(done)
     assert "OSError" not in done.stderr
 
 
 def test_a_run_names_the_size_of_its_checkpoints_and_warns_of_a_smaller_disk(place, here, monkeypatch):
     """75 GB, unannounced."""
-    arguments = (str(place / "run.yaml"), "name=disk", "num_epochs=1", "max_train_examples=8", "max_new_tokens=2")
+    arguments = (place / "run.yaml", "name=disk", *BRIEF, "max_train_examples=8")
     printed = here(*arguments, "tf32=true").stderr
     assert torch.get_float32_matmul_precision() == "high"
     assert re.search(r"^checkpoints take at most 0\.00\d+ GB$", printed, re.MULTILINE)
@@ -505,66 +438,48 @@ def test_a_run_names_the_size_of_its_checkpoints_and_warns_of_a_smaller_disk(pla
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-@pytest.fixture(scope="module")
-def trained_once(place) -> Path:
-    """A checkpoint after an epoch."""
-    folder = place / "runs" / "once"
-    overrides = ["num_epochs=1", "max_train_examples=32", "max_new_tokens=2", "name=once"]
-    assert run_module.main(Config.from_file(place / "run.yaml", settled(*overrides))) == 0
-    return folder / "checkpoint_1"
-
-
 def test_a_checkpoint_does_not_need_the_model_that_it_began_with(place, tmp_path):
     """Restart and evaluation were refused, although the checkpoint has everything."""
     shutil.copytree(place / "model", tmp_path / "model")
-    arguments = [f"model_id={tmp_path / 'model'}", "max_train_examples=32", "max_new_tokens=2", "name=moved"]
-
-    def main(*more: str) -> int:
-        return run_module.main(Config.from_file(place / "run.yaml", settled(*arguments, *more)))
-
-    assert main("num_epochs=1") == 0
+    arguments = (*BRIEF, f"model_id={tmp_path / 'model'}", "name=moved")
+    run = main(place, *arguments)
     (tmp_path / "model").rename(tmp_path / "elsewhere")
     gone = f"load_model_path={tmp_path / 'gone'}"  # what a run began with may be gone too
-    assert main("num_epochs=2", gone) == 0
-    assert main(f"model_id={tmp_path / 'elsewhere'}", "num_epochs=3") == 0  # the same model at another place
-    assert [record["epoch"] for record in epochs(place / "runs" / "moved")] == [0, 1, 2]
-    for where in ("moved", "moved/checkpoint_3"):
-        name = "name=evaluated-" + where.replace("/", "-")
-        assert main("only_eval=true", f"load_model_path={place / 'runs' / where}", name) == 0
-    with pytest.raises(UserError, match=r"model_id .* does not exist"):
-        main("name=new")
+    main(place, *arguments, "num_epochs=2", gone)
+    main(place, *arguments, f"model_id={tmp_path / 'elsewhere'}", "num_epochs=3")  # the same model at another place
+    assert [record["epoch"] for record in epochs(run)] == [0, 1, 2]
+    for source, name in ((run, "evaluated-moved"), (run / "checkpoint_3", "evaluated-moved-3")):
+        main(place, *arguments, "only_eval=true", f"load_model_path={source}", f"name={name}")
+    refuses(r"model_id .* does not exist", main, place, *arguments, "name=new")
+
+
+def with_settings(place: Path, folder: Path, settings: dict) -> str:
+    """The key of a model with a generation_config of its own."""
+    shutil.copytree(place / "model", folder)
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return f"model_id={folder}"
 
 
 def test_sharded_or_not_a_checkpoint_has_the_same_files(place, tmp_path):
     """Under FSDP the model's stop tokens and sampling settings were gone."""
-    shutil.copytree(place / "model", tmp_path / "model")
-    settings = {"eos_token_id": [0, 5], "top_k": 7, "do_sample": True}
-    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
-    found = {}
+    settings, found = {"eos_token_id": [0, 5], "top_k": 7, "do_sample": True}, {}
+    model = with_settings(place, tmp_path / "model", settings)
     for strategy in ("ddp", "fsdp"):
-        overrides = [f"model_id={tmp_path / 'model'}", "num_epochs=1", "max_train_examples=32", "max_new_tokens=2"]
-        overrides += [f"strategy={strategy}", f"name=files-{strategy}"]
-        assert run_module.main(Config.from_file(place / "run.yaml", settled(*overrides))) == 0
-        folder = place / "runs" / f"files-{strategy}" / "checkpoint_1"
+        folder = main(place, *BRIEF, model, f"strategy={strategy}", f"name=files-{strategy}") / "checkpoint_1"
         found[strategy] = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".json"}
         found[strategy].pop("metrics.json")  # seconds
-        kept = json.loads(found[strategy]["generation_config.json"])
-        assert {name: kept[name] for name in settings} == settings
+        assert settings.items() <= conftest.read_json(folder / "generation_config.json").items()
     assert found["ddp"] == found["fsdp"]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_settings_that_contradict_each_other_are_kept(place, tmp_path, strategy):
     """Transformers refuses to save them once a stop token has been added, and an epoch of training was lost."""
-    shutil.copytree(place / "model", tmp_path / "model")
     settings = {"eos_token_id": 5, "temperature": 0.6, "top_p": 0.9}  # without do_sample, as in many published models
-    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
-    overrides = [f"model_id={tmp_path / 'model'}", "max_train_examples=32", "max_new_tokens=2", f"strategy={strategy}"]
+    keys = (*BRIEF, with_settings(place, tmp_path / "model", settings), f"strategy={strategy}")
     for n_epochs in (1, 2):
-        more = [f"name=contradicting-{strategy}", f"num_epochs={n_epochs}"]
-        assert run_module.main(Config.from_file(place / "run.yaml", settled(*overrides, *more))) == 0
-    folder = place / "runs" / f"contradicting-{strategy}" / "checkpoint_2"
-    kept = json.loads((folder / "generation_config.json").read_text())
+        run = main(place, *keys, f"name=contradicting-{strategy}", f"num_epochs={n_epochs}")
+    kept = conftest.read_json(run / "checkpoint_2" / "generation_config.json")
     kept.pop("transformers_version")
     assert kept == settings | {"eos_token_id": [0, 5]}
 
@@ -574,19 +489,15 @@ def test_settings_that_contradict_each_other_are_kept(place, tmp_path, strategy)
 
 def test_a_folder_of_another_configuration_is_refused_unless_continue_changed_is_set(place, two_epochs, here):
     run, arguments = two_epochs
-    before = digest(run)
-    done = here(place / "run.yaml", *arguments, "lr=0.5", "seed=2")
-    assert done.returncode == 2
-    assert "another configuration (seed 1, not 2; lr 0.001, not 0.5)" in done.stderr
-    assert "continue_changed=true" in done.stderr
-    shutil.copy(place / "valid.json", place / "other_train.json")
-    done = here(place / "run.yaml", *arguments, f"train_path={place / 'other_train.json'}")
-    assert done.returncode == 2
+    before, changed = digest(run), (place / "run.yaml", *arguments, "lr=0.5", "seed=2")
+    printed = here(*changed, code=2).stderr
+    assert "another configuration (seed 1, not 2; lr 0.001, not 0.5)" in printed
+    assert "continue_changed=true" in printed
+    other = shutil.copy(place / "valid.json", place / "other_train.json")
+    done = here(place / "run.yaml", *arguments, f"train_path={other}", code=2)
     assert "was trained on other data" in done.stderr
     assert digest(run) == before
-    done = here(place / "run.yaml", *arguments, "lr=0.5", "seed=2", "continue_changed=true")
-    assert done.returncode == 0, done.stderr
-    assert "after 2 of 3 epochs" in done.stderr
+    assert "after 2 of 3 epochs" in here(*changed, "continue_changed=true").stderr
     assert yaml.safe_load((run / "config.yaml").read_text())["lr"] == 0.5
 
 
@@ -597,7 +508,6 @@ def test_what_a_dying_job_left_half_written_stops_nobody(place, two_epochs, here
         with (run / "metrics.jsonl").open("a") as log:
             log.write('{"event": "st')
         done = here(place / "run.yaml", *arguments, "num_epochs=3")
-        assert done.returncode == 0, done.stderr
         assert "continuing from" in done.stderr
         assert "validation, stage 2" in done.stdout
     assert yaml.safe_load((run / "config.yaml").read_text())["num_epochs"] == 3
@@ -605,60 +515,48 @@ def test_what_a_dying_job_left_half_written_stops_nobody(place, two_epochs, here
 
 def test_a_changed_weight_decay_counts(place, two_epochs):
     run, arguments = two_epochs
-    shutil.copytree(run, run.parent / "other")
+    other = shutil.copytree(run, run.parent / "other")
     plain = (*arguments, "lr_scheduler=constant", "num_epochs=3")
     main(place, *plain)
     main(place, *plain, "name=other", "weight_decay=50", "continue_changed=true")
-    assert not same(weights(run / "checkpoint_3"), weights(run.parent / "other" / "checkpoint_3"))
+    assert not conftest.equal(weights(run / "checkpoint_3"), weights(other / "checkpoint_3"))
 
 
-def test_another_release_of_the_tokenizer_is_the_same_data(place, two_epochs, here, monkeypatch):
+@pytest.mark.parametrize("moved", ["the file", "the tokenizer"])
+def test_a_moved_data_file_or_another_release_of_the_tokenizer_is_the_same_data(
+    place, two_epochs, here, monkeypatch, moved
+):
     """ "was trained on other data", because a flag or the class's name had changed."""
     _, arguments = two_epochs
-    monkeypatch.setattr("preprocessing.tokens._what_decides_ids", lambda _: "written to disk otherwise")
-    done = here(place / "run.yaml", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert "after 2 of 3 epochs" in done.stderr
+    if moved == "the file":
+        arguments += (f"train_path={shutil.copy(place / 'train.json', place / 'moved.json')}",)
+    else:
+        monkeypatch.setattr("preprocessing.tokens._what_decides_ids", lambda _: "written to disk otherwise")
+    assert "after 2 of 3 epochs" in here(place / "run.yaml", *arguments).stderr
 
 
-def test_a_moved_data_file_is_the_same_data(place, two_epochs, here):
-    _, arguments = two_epochs
-    shutil.copy(place / "train.json", place / "moved.json")
-    done = here(place / "run.yaml", *arguments, f"train_path={place / 'moved.json'}")
-    assert done.returncode == 0, done.stderr
-    assert "after 2 of 3 epochs" in done.stderr
-
-
-def test_evaluations_under_one_name_are_kept_apart(place, two_epochs, here):
+def test_evaluations_under_one_name_are_kept_apart(place, two_epochs):
     """The second replaced the first's results without a word, and their files were mixed."""
     run, (save_path, *_) = two_epochs
-
-    def evaluate(*more: str) -> Path:
-        done = here(place / "run.yaml", save_path, "name=one", "only_eval=true", "max_new_tokens=2", *more)
-        assert done.returncode == 0, done.stderr
-        return run.parent / "one"
-
+    keys = (save_path, "name=one", "only_eval=true", "max_new_tokens=2")
     for checkpoint_dir, val in (("1", "valid"), ("2", "valid"), ("2", "train"), ("2", "train")):
-        folder = evaluate(f"load_model_path={run}@{checkpoint_dir}", f"val_path={place}/{val}.json")
-    evaluate(f"load_model_path={run}@2", f"val_path={place}/train.json", "eval_latents=1")
-    found = {}
+        folder = main(place, *keys, f"load_model_path={run}@{checkpoint_dir}", f"val_path={place}/{val}.json")
+    main(place, *keys, f"load_model_path={run}@2", f"val_path={place}/train.json", "eval_latents=1")
+    found = []
     for name in ("eval_1", "eval_2", "eval_3", "eval"):
-        metrics = json.loads((folder / name / "metrics.json").read_text())
-        found[name] = (Path(metrics["checkpoint"]).name, Path(metrics["file"]).name)
-        logged = read_log(folder / name / "metrics.jsonl")
-        assert len(logged) == (2 if name == "eval_3" else 1)
-        assert {record["checkpoint"] for record in logged} == {metrics["checkpoint"]}
+        metrics = conftest.read_json(folder / name / "metrics.json")
+        found.append((Path(metrics["checkpoint"]).name, Path(metrics["file"]).name))
+        records = read_log(folder / name / "metrics.jsonl")
+        assert len(records) == (2 if name == "eval_3" else 1)
+        assert {record["checkpoint"] for record in records} == {metrics["checkpoint"]}
         assert len((folder / name / "predictions.jsonl").read_text().splitlines()) == metrics["examples"]
-    assert list(found.values()) == [
-        *(("checkpoint_1", "valid.json"), ("checkpoint_2", "valid.json")),
-        *(("checkpoint_2", "train.json"), ("checkpoint_2", "train.json")),
-    ]
+    assert found[:2] == [("checkpoint_1", "valid.json"), ("checkpoint_2", "valid.json")]
+    assert found[2:] == [("checkpoint_2", "train.json")] * 2
     assert not (folder / "eval_4").exists()
 
 
 HOLDER = """
-import fcntl
-import sys
+import fcntl, sys
 
 file = open(sys.argv[1], "a+")
 fcntl.lockf(file, fcntl.LOCK_EX)
@@ -671,19 +569,13 @@ def test_an_evaluation_holds_the_lock(place, two_epochs, here):
     """Two evaluations at once."""
     run, (save_path, *_) = two_epochs
     (run.parent / "held").mkdir()
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(run.parent / "held" / ".lock")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    holding = command("-c", HOLDER, run.parent / "held" / ".lock")
+    holder = subprocess.Popen(holding, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    arguments = (save_path, "name=held", "only_eval=true", "max_new_tokens=2", f"load_model_path={run}")
-    done = here(place / "run.yaml", *arguments)
-    assert done.returncode == 2
-    assert "held is in use by another job" in done.stderr
+    keys = (save_path, "name=held", "only_eval=true", "max_new_tokens=2", f"load_model_path={run}")
+    assert "held is in use by another job" in here(place / "run.yaml", *keys, code=2).stderr
     holder.communicate()
-    assert here(place / "run.yaml", *arguments).returncode == 0
+    here(place / "run.yaml", *keys)
 
 
 @pytest.mark.slow
@@ -692,13 +584,11 @@ def test_a_second_job_on_the_same_folder_is_refused(place, here):
     process = begin(place, *LONG, "num_epochs=500", "name=shared")
     try:
         wait_for(lambda: len(steps(run)) >= 2)
-        done = here(place / "run.yaml", *LONG, "name=shared")
-        assert done.returncode == 2
-        assert re.search(rf"shared is in use by another job .process {process.pid} on ", done.stderr), done.stderr
+        printed = here(place / "run.yaml", *LONG, "name=shared", code=2).stderr
+        assert re.search(rf"shared is in use by another job .process {process.pid} on ", printed), printed
         assert process.poll() is None
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(process)
     main(place, *LONG, "num_epochs=1", "name=shared")  # a dead job holds nothing
     assert len(epochs(run)) >= 1
 
@@ -729,46 +619,38 @@ def test_ranks_do_not_outlive_their_launcher(place):
     wait_for(lambda: not processes_of(place, "orphans"), seconds=10)
 
 
-def model_with_a_broken_token(place: Path) -> tuple[Path, list[dict]]:
+def model_with_a_broken_token(place: Path) -> Path:
     """A model that makes NaN of whatever holds the letter x, and data in which one example does."""
-    examples = json.loads((place / "train.json").read_text())[:32]
+    examples = conftest.read_json(place / "train.json")[:32]
     examples[5]["question"] = "x" + examples[5]["question"]
     (place / "with_x.json").write_text(json.dumps(examples))
     folder = place / "broken"
     tiny_model.write_model([place / "with_x.json"], folder, "char", "llama", 32, 1, 2, 128, tied=False)
-    from transformers import AutoTokenizer
-
-    state = load_file(folder / "model.safetensors")
+    state = weights(folder)
     token = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("x")
     state["model.embed_tokens.weight"][token] = float("nan")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder, examples
+    return folder
 
 
 @pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(place, here, ranks):
-    folder, _ = model_with_a_broken_token(place)
+    folder = model_with_a_broken_token(place)
     run = place / "runs" / f"nan-{ranks}"
     arguments = (
-        *(f"model_id={folder}", f"train_path={place / 'with_x.json'}", f"name=nan-{ranks}", "num_epochs=1"),
-        *("global_batch_size=8", "batch_size_training=4", "max_new_tokens=2", "seed=3"),
+        *(place / "run.yaml", f"model_id={folder}", f"train_path={place / 'with_x.json'}", f"name=nan-{ranks}"),
+        *("num_epochs=1", "global_batch_size=8", "batch_size_training=4", "max_new_tokens=2", "seed=3"),
     )
-    arguments = (place / "run.yaml", *arguments)
-    done = start(*arguments, ranks=ranks) if ranks else here(*arguments)
-    assert done.returncode != 0
-    (complaint,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    record = json.loads((run / "nonfinite.jsonl").read_text())
+    done = start(*arguments, ranks=ranks, code=None) if ranks else here(*arguments, code=2)
+    record = conftest.read_json(run / "nonfinite.jsonl")
     assert 5 in record["examples"]
     assert len(record["examples"]) == 8  # of the step that it was in
-    assert f"the loss of step {record['step']}, in epoch 0, is nan" in complaint
-    assert "the last good checkpoint is none" in complaint
+    sentence = f"the loss of step {record['step']}, in epoch 0, is nan.*the last good checkpoint is none"
+    assert re.search(sentence, complaint_of(done))
     shutil.rmtree(run)
-    arguments = (*arguments, "skip_nonfinite=true")
-    done = together(*arguments) if ranks else here(*arguments)
-    assert done.returncode == 0, done.stderr
-    assert "left out" in done.stderr
+    assert "left out" in (together if ranks else here)(*arguments, "skip_nonfinite=true").stderr
     assert epochs(run)[-1]["skipped"] == 1
-    after, before = weights(run / "checkpoint_1"), load_file(folder / "model.safetensors")
+    after, before = weights(run / "checkpoint_1"), weights(folder)
     assert all(value.isfinite().all() for name, value in after.items() if "embed" not in name and "lm_head" not in name)
     assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
 
@@ -785,30 +667,11 @@ def test_weights_that_are_not_finite_are_not_saved(place, two_epochs, monkeypatc
         return result
 
     monkeypatch.setattr(run_module, "train_step", overflowing)
-    config = Config.from_file(place / "run.yaml", (*arguments, "save_every_steps=1"))
-    assert run_module.main(config) == 2
-    assert re.search(
-        r"error: the weights after step 5 are not finite and not saved; .*checkpoint_2;", capsys.readouterr().err
-    )
+    main(place, *arguments, "save_every_steps=1", code=2)
+    sentence = r"error: the weights after step 5 are not finite and not saved; .*checkpoint_2;"
+    assert re.search(sentence, capsys.readouterr().err)
     assert digest(run / "checkpoint_2") == before
     assert [path.name for path in sorted(run.glob("checkpoint_*"))] == ["checkpoint_1", "checkpoint_2"]
-
-
-# ---- what is not trusted ----
-
-
-def test_a_configuration_cannot_write_elsewhere(place):
-    for name in ("../outside", "/tmp/outside", "a/b", "..", "."):
-        done = start(place / "run.yaml", f"name={name}")
-        assert done.returncode == 2
-        assert "must be a plain folder name" in done.stderr
-
-
-def test_yaml_makes_no_objects(place, tmp_path):
-    (tmp_path / "evil.yaml").write_text("name: !!python/object/apply:os.getcwd []\n")
-    done = start(tmp_path / "evil.yaml")
-    assert done.returncode == 2
-    assert "name must be text" in done.stderr
 
 
 # ---- all together ----
@@ -817,12 +680,5 @@ def test_yaml_makes_no_objects(place, tmp_path):
 @pytest.mark.slow
 def test_torture():
     """A short form of `make torture`."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "torture.py"), "--runs", "1", "--seed", "1"],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    done = conftest.python(ROOT / "tests" / "torture.py", "--runs", "1", "--seed", "1")
     assert done.stdout.count("as undisturbed") == 1

@@ -19,14 +19,14 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
-from conftest import ROOT
+from conftest import command, python, refusal
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from coconut import Coconut
 from config import Config
 from tools import generate
 from trainer import inference
-from trainer.pretrained import load_model
+from trainer.pretrained import Pretrained, load_model
 
 QUESTIONS = ["3+4", "5*6-0*2"]
 
@@ -52,6 +52,12 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {name: place / name for name in ("coconut", "cot", "tiny")}
 
 
+def loaded(folder: Path) -> Pretrained:
+    pretrained = load_model(Config(model_id=str(folder), thought="layer:-2"), None)
+    pretrained.model.eval()
+    return pretrained
+
+
 def ask(capsys, *arguments) -> list[dict]:
     """The JSON lines that it prints."""
     assert generate.main([*map(str, arguments), "--json", "--max-new-tokens", "6"]) == 0
@@ -60,9 +66,9 @@ def ask(capsys, *arguments) -> list[dict]:
 
 def test_a_question_is_asked_as_in_training(folders, capsys):
     (found,) = ask(capsys, folders["coconut"], QUESTIONS[0])
-    model, tokenizer, markers = load_model(Config(model_id=str(folders["coconut"]), thought="layer:-2"), None)
+    model, tokenizer, markers = loaded(folders["coconut"])
     ids = [*tokenizer("3+4\n")["input_ids"], markers.start, *[markers.latent] * 4, markers.end]  # stage 2, two a step
-    new = model.eval().generate(torch.tensor([ids]), max_new_tokens=6)[0].tolist()
+    new = model.generate(torch.tensor([ids]), max_new_tokens=6)[0].tolist()
     text = tokenizer.decode(new, skip_special_tokens=True)
     assert found == {"question": "3+4", "output": text, "answer": text.split("#")[-1].strip()}
     assert found["output"]
@@ -72,11 +78,9 @@ def test_a_long_question_does_not_cut_the_answers_of_others(folders):
     """All answers of its batch had the room that it left."""
     model = generate.load(str(folders["coconut"]))
     n_prompt = len(inference.prompts(model, [""])[0])
-    long = "1" * (model.max_positions - n_prompt - 2)
-    short = model.answers(["1+2"], max_new_tokens=6)
-    both = model.answers(["1+2", long], max_new_tokens=6)
-    assert both[0] == short[0]
-    assert both[1] == model.answers([long], max_new_tokens=6)[0]
+    questions = ["1+2", "1" * (model.max_positions - n_prompt - 2)]
+    alone = [model.answers([question], max_new_tokens=6)[0] for question in questions]
+    assert model.answers(questions, max_new_tokens=6) == alone
     assert model.answers([]) == []
 
 
@@ -84,19 +88,20 @@ def test_a_long_question_does_not_cut_the_answers_of_others(folders):
 def test_thoughts_are_counted_and_shown(folders, capsys, k):
     (found,) = ask(capsys, folders["coconut"], "3+4", "--show-thoughts", "--thoughts", k)
     assert len(found["thoughts"]) == k
-    model, tokenizer, markers = load_model(Config(model_id=str(folders["coconut"]), thought="layer:-2"), None)
+    model, tokenizer, markers = loaded(folders["coconut"])
     ids = [*tokenizer("3+4\n")["input_ids"], markers.start, *[markers.latent] * k, markers.end]
-    shares = model.eval()(torch.tensor([ids])).logits[0].softmax(dim=-1)
-    for number, words in enumerate(found["thoughts"]):
-        place = ids.index(markers.latent) - 1 + number
+    shares = model(torch.tensor([ids])).logits[0].softmax(dim=-1)
+    for place, words in enumerate(found["thoughts"], start=ids.index(markers.start)):
         assert words[0][0] == tokenizer.decode([int(shares[place].argmax())])
         assert words[0][1] == pytest.approx(shares[place].max().item(), abs=1e-3)
         assert [share for _, share in words] == sorted((share for _, share in words), reverse=True)
     assert generate.main([str(folders["coconut"]), "3+4", "--show-thoughts", "--thoughts", str(k)]) == 0
     assert capsys.readouterr().out.count("thought ") == k
+    assert ask(capsys, folders["cot"], "3+4", "--show-thoughts")[0]["thoughts"] == []
 
 
 def test_all_sources_of_questions_give_the_same_answers(folders, tmp_path, capsys, monkeypatch):
+    """Of a file with a byte order mark all JSON was asked as one question."""
     single = [ask(capsys, folders["coconut"], question)[0] for question in QUESTIONS]
     (tmp_path / "lines.txt").write_text("3+4\n\n5*6-0*2\n")
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS))
@@ -105,68 +110,55 @@ def test_all_sources_of_questions_give_the_same_answers(folders, tmp_path, capsy
         monkeypatch.setattr("sys.stdin", io.StringIO((tmp_path / name).read_text()))
         assert ask(capsys, folders["coconut"]) == single
     examples = [{"question": q, "answer": "1", "steps": ["2"], "id": n} for n, q in enumerate(QUESTIONS)]
-    (tmp_path / "examples.json").write_text(json.dumps(examples, indent=1))
-    found = ask(capsys, folders["coconut"], "--file", tmp_path / "examples.json", "--batch", "1")
-    assert found == [{**result, "gold": "1", "id": number} for number, result in enumerate(single)]
+    wanted = [{**result, "gold": "1", "id": number} for number, result in enumerate(single)]
+    for mark in ("", "\ufeff"):
+        (tmp_path / "examples.json").write_text(mark + json.dumps(examples, indent=1), encoding="utf-8")
+        assert ask(capsys, folders["coconut"], "--file", tmp_path / "examples.json", "--batch", "1") == wanted
 
 
-def test_a_reader_that_stops_is_no_error(folders, monkeypatch):
+def test_a_reader_that_stops_is_no_error_and_a_full_disk_one_sentence(folders, capfd, monkeypatch):
     """As in `python -m tools.generate ... | head -1`."""
     reading, writing = os.pipe()
     os.close(reading)
-    with os.fdopen(writing, "w") as output:
-        monkeypatch.setattr(sys, "stdout", output)
-        assert generate.main([str(folders["coconut"]), "3+4", "--max-new-tokens", "2"]) == 0
-
-
-def test_a_full_disk_is_one_sentence(folders, capfd, monkeypatch):
-    with open("/dev/full", "w") as output:
-        monkeypatch.setattr(sys, "stdout", output)
-        assert generate.main([str(folders["coconut"]), "3+4", "--max-new-tokens", "2"]) == 2
+    for target, code in ((writing, 0), ("/dev/full", 2)):
+        with open(target, "w") as output:
+            monkeypatch.setattr(sys, "stdout", output)
+            assert generate.main([str(folders["coconut"]), "3+4", "--max-new-tokens", "2"]) == code
     assert capfd.readouterr().err == "error: standard output cannot be written: No space left on device\n"
-
-
-def test_sampling_is_repeatable(folders, capsys):
-    hot = (folders["coconut"], "3+4", "--sample", "--temperature", "3")
-    runs = [ask(capsys, *hot, "--seed", seed)[0]["output"] for seed in (1, 1, 2, 3)]
-    assert runs[0] == runs[1]
-    assert len(set(runs)) > 1
-
-
-def test_a_model_without_latents_is_asked_too(folders, capsys):
-    (found,) = ask(capsys, folders["cot"], "3+4", "--show-thoughts")
-    assert found["thoughts"] == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["{cot}", "3+4", "--thoughts", "2"], "a number of thoughts is for models with latents"),
-        (["{tiny}", "3+4"], "lacks coconut.json"),
-        (["none", "3+4"], "'none' is no checkpoint"),
-        (["{coconut}", "3" * 60], "a question of 67 tokens fills all 40 positions"),
-        (["{coconut}", "3\udcff"], "a question is not valid UTF-8"),
-        (["{coconut}", "<|latent|>3+4"], "a question holds a marker of the latent positions: '<.latent.>3.4'"),
-        (["a" * 300, "3+4"], "cannot be reached: File name too long"),
-        (["{coconut}", "--file", "{deep}"], "deep.json is not valid JSON: it is nested too deeply"),
-        (["{coconut}", "--file", "{deeper}"], "line 1 is not valid JSON: it is nested too deeply"),
-        (["{coconut}", "3+4", "--thoughts", "99999999999999999999"], "thoughts do not fit into 40 positions"),
-        (["{coconut}", "3+4", "--thoughts", "40"], "40 thoughts do not fit into 40 positions"),
-        (["{coconut}", "--file", "none.json"], "cannot read none.json"),
-        (["{coconut}", "--file", "{bad}"], r"record 1 \(counted from 0\) has no 'question'"),
-        (["{coconut}", "--file", "{worse}"], "line 2 is not valid JSON"),
+        ("{cot} 3+4 --thoughts 2", "a number of thoughts is for models with latents"),
+        ("{tiny} 3+4", "lacks coconut.json"),
+        ("none 3+4", "'none' is no checkpoint"),
+        ("{coconut} " + "3" * 60, "a question of 67 tokens fills all 40 positions"),
+        ("{coconut} 3\udcff", "a question is not valid UTF-8"),
+        ("{coconut} <|latent|>3+4", "a question holds a marker of the latent positions: '<.latent.>3.4'"),
+        ("a" * 300 + " 3+4", "cannot be reached: File name too long"),
+        ("{coconut} --file {place}/deep.json", "deep.json is not valid JSON: it is nested too deeply"),
+        ("{coconut} --file {place}/deeper.jsonl", "line 1 is not valid JSON: it is nested too deeply"),
+        ("{coconut} 3+4 --thoughts 99999999999999999999", "thoughts do not fit into 40 positions"),
+        ("{coconut} 3+4 --thoughts 40", "40 thoughts do not fit into 40 positions"),
+        ("{coconut} --file none.json", "cannot read none.json"),
+        ("{coconut} --file {place}/bad.json", r"record 1 \(counted from 0\) has no 'question'"),
+        ("{coconut} --file {place}/worse.jsonl", "line 2 is not valid JSON"),
+        # of sampling: a traceback, or what nobody can have meant
+        *(
+            (f"{{coconut}} 3+4 --sample {option}", f"error: .*{option.split()[0]}")
+            for option in ("--top-k -4", "--top-k 0", "--top-p 2", "--temperature 1e-300", "--seed -1")
+        ),
     ],
+    ids=lambda value: value[:40],
 )
 def test_what_is_wrong_is_said_in_a_sentence(folders, tmp_path, capsys, arguments, sentence):
-    files = {"bad": tmp_path / "bad.json", "worse": tmp_path / "worse.jsonl"}
-    files["bad"].write_text('[{"question": "1"}, {"answer": "1"}]')
-    files["worse"].write_text("3+4\n{question: 1}\n")
-    files |= {"deep": tmp_path / "deep.json", "deeper": tmp_path / "deeper.jsonl"}
-    files["deep"].write_text("[" * 100_000)
-    files["deeper"].write_text('{"question": ' * 100_000)
-    assert generate.main([argument.format(**folders, **files) for argument in arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
+    (tmp_path / "bad.json").write_text('[{"question": "1"}, {"answer": "1"}]')
+    (tmp_path / "worse.jsonl").write_text("3+4\n{question: 1}\n")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "deeper.jsonl").write_text('{"question": ' * 100_000)
+    error = refusal(generate.main, arguments.format(place=tmp_path, **folders), capsys)
+    assert error.startswith("usage: " if "--sample" in arguments else "error: ")
     assert re.search(sentence, error), error
 
 
@@ -182,41 +174,24 @@ def test_wrong_arguments_are_answered_without_torch(tmp_path):
     for tool, *arguments in calls:
         code += f"assert importlib.import_module('tools.{tool}').main({arguments}) == 2\n"
     code += "assert not {'torch', 'transformers'} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert [line.startswith("error: ") for line in done.stderr.splitlines()] == [True] * len(calls)
-
-
-@pytest.mark.parametrize(
-    "option", [("--top-k", "-4"), ("--top-k", "0"), ("--top-p", "2"), ("--temperature", "1e-300"), ("--seed", "-1")]
-)
-def test_options_of_sampling_that_cannot_be(folders, option, capsys):
-    """A traceback, or what nobody can have meant."""
-    with pytest.raises(SystemExit) as end:
-        generate.main([str(folders["coconut"]), "3+4", "--sample", *option])
-    assert end.value.code == 2
-    assert option[0] in capsys.readouterr().err
-
-
-def test_a_file_may_begin_with_a_byte_order_mark(folders, tmp_path, capsys):
-    """All of its JSON was asked as one question."""
-    (tmp_path / "a.json").write_text('\ufeff[{"question": "3+4"}]', encoding="utf-8")
-    assert [found["question"] for found in ask(capsys, folders["coconut"], "--file", tmp_path / "a.json")] == ["3+4"]
+    lines = python("-c", code).stderr.splitlines()
+    assert [line.startswith("error: ") for line in lines] == [True] * len(calls)
 
 
 def test_sampling_is_from_the_models_own_distribution(folders, tmp_path, capsys):
     """A checkpoint's top_k of 1 gave one text for every seed."""
-    shutil.copytree(folders["coconut"], tmp_path / "picky")
+    picky = shutil.copytree(folders["coconut"], tmp_path / "picky")
     settings = {"top_k": 1, "repetition_penalty": 50.0, "min_p": 0.9, "do_sample": True}
-    (tmp_path / "picky" / "generation_config.json").write_text(json.dumps(settings))
-    texts = {}
-    for folder in (folders["coconut"], tmp_path / "picky"):
-        seeds = [("--sample", "--temperature", "20", "--seed", seed) for seed in range(4)]
-        texts[folder] = [ask(capsys, folder, "3+4", *options)[0]["output"] for options in seeds]
-    plain, picky = texts.values()
-    assert plain == picky
+    (picky / "generation_config.json").write_text(json.dumps(settings))
+
+    def sampled(folder: Path, seed: int, *more) -> str:
+        return ask(capsys, folder, "3+4", "--sample", "--temperature", 20, "--seed", seed, *more)[0]["output"]
+
+    plain = [sampled(folders["coconut"], seed) for seed in (0, 0, 1, 2, 3)]
+    assert plain[1:] == [sampled(picky, seed) for seed in range(4)]
+    assert plain[0] == plain[1]
     assert len(set(plain)) > 1
-    greedy = ask(capsys, folders["coconut"], "3+4")[0]["output"]
-    assert ask(capsys, folders["coconut"], "3+4", "--sample", "--top-k", 1, "--seed", 5)[0]["output"] == greedy
+    assert sampled(folders["coconut"], 5, "--top-k", 1) == ask(capsys, folders["coconut"], "3+4")[0]["output"]
 
 
 def test_sampling_leaves_no_word_out():
@@ -231,9 +206,7 @@ def test_sampling_leaves_no_word_out():
     assert base.generation_config.top_k != 0  # the model's own settings are as they were
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# On a terminal
-# ---------------------------------------------------------------------------------------------------------------
+# ---- on a terminal ----
 
 
 class Terminal:
@@ -242,14 +215,12 @@ class Terminal:
     def __init__(self, *arguments):
         self.end, theirs = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tools.generate", *map(str, arguments), "--max-new-tokens", "6"],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
+            command("-m", "tools.generate", *arguments, "--max-new-tokens", "6"),
+            **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
             start_new_session=True,
             # so that Ctrl-C is a signal, and heeded: a shell's background jobs ignore it, and so would this
             preexec_fn=lambda: (fcntl.ioctl(0, termios.TIOCSCTTY, 0), signal.signal(signal.SIGINT, signal.SIG_DFL)),
-            env={**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "TERM": "dumb"},
         )
         os.close(theirs)
 
@@ -261,9 +232,10 @@ class Terminal:
             found += os.read(self.end, 4096).decode()
         return found
 
-    def type(self, keys: str, until: str = "\n> ") -> str:
+    def say(self, keys: str, until: str = "\n> ") -> str:
+        """The answer to what is typed, with single blanks."""
         os.write(self.end, keys.encode())
-        return self.until(until).replace("\r", "")
+        return re.sub(r"\s+", " ", self.until(until))
 
 
 @pytest.fixture
@@ -280,26 +252,24 @@ def test_a_conversation(folders, terminal, capsys):
     outputs = [ask(capsys, folders["coconut"], "3+4", *more)[0]["output"] for more in ([], ["--thoughts", 1])]
     first, other = (re.sub(r"\s+", " ", output).strip() for output in outputs)
     assert "a question, or :help" in terminal.until("> ")
-
-    def say(keys: str) -> str:
-        return re.sub(r"\s+", " ", terminal.type(keys))
-
-    assert first in say("3+4\n")
-    assert first in say("\x1b[A\n")  # the line before
-    assert ":thoughts K" in say(":help\n")
-    assert "1 thoughts from now on" in say(":thoughts 1\n")
-    assert other in say("3+4\n")
-    assert "are shown" in say(":show\n")
-    shown = say("3+4\n")
-    assert shown.count("thought 1: ") == 1
-    assert "thought 2: " not in shown
-    assert "no longer shown" in say(":show\n")
-    assert "as many thoughts as in training" in say(":thoughts\n")
-    shown = say("3+4\n")
+    for keys, sentence in (
+        ("3+4\n", first),
+        ("\x1b[A\n", first),  # the line before
+        (":help\n", ":thoughts K"),
+        (":thoughts 1\n", "1 thoughts from now on"),
+        ("3+4\n", other),
+        (":show\n", "are shown"),
+    ):
+        assert sentence in terminal.say(keys), keys
+    shown = terminal.say("3+4\n")
+    assert (shown.count("thought 1: "), shown.count("thought 2: ")) == (1, 0)
+    assert "no longer shown" in terminal.say(":show\n")
+    assert "as many thoughts as in training" in terminal.say(":thoughts\n")
+    shown = terminal.say("3+4\n")
     assert first in shown
     assert "thought 1" not in shown
-    say(":show\n")
-    assert say("3+4\n").count("thought ") == 4
+    terminal.say(":show\n")
+    assert terminal.say("3+4\n").count("thought ") == 4
     for keys, sentence in (
         (":thoughts many\n", "error: :thoughts takes a number, at least 0, not 'many'"),
         (":thoughts -1\n", "error: :thoughts takes a number"),
@@ -307,7 +277,7 @@ def test_a_conversation(folders, terminal, capsys):
         ("3" * 60 + "\n", "error: a question of 67 tokens fills all 40 positions"),
         ("\n", "> "),
     ):
-        assert sentence in say(keys)
+        assert sentence in terminal.say(keys), keys
     os.write(terminal.end, b":quit\n")
     assert terminal.process.wait(timeout=30) == 0
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
+from conftest import equal, refuses
 
 from coconut import Coconut
 from config import Config
@@ -38,6 +39,8 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_a_question_in_three_lines(run):
+    """A list was a bare TypeError of str and list."""
+    assert Coconut.from_pretrained(run / "checkpoint_1").stage == 1
     model = Coconut.from_pretrained(str(run))
     assert (model.stage, model.config.c_thought, model.training) == (2, 2, False)
     ids = [*model.tokenizer("3+4\n")["input_ids"], *[model.markers.latent] * 4]
@@ -50,11 +53,8 @@ def test_a_question_in_three_lines(run):
     assert batch[0]["output"] == text
     assert [len(result["thoughts"]) for result in batch] == [4, 4]
     assert model.ask("3+4", max_new_tokens=6, do_sample=True, top_k=1) == text
-
-
-def test_a_checkpoint_and_a_run_are_read(run):
-    assert Coconut.from_pretrained(run / "checkpoint_1").stage == 1
-    assert Coconut.from_pretrained(run).stage == 2
+    with pytest.raises(TypeError, match=r"a question must be a str, not list: answers\(\[...\]\) takes several"):
+        model.ask(["3+4", "5"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -62,13 +62,10 @@ def test_what_is_saved_is_what_is_read(run, tmp_path, dtype):
     model = Coconut.from_pretrained(run).to(dtype)
     model.save_pretrained(tmp_path / "saved")
     again = Coconut.from_pretrained(tmp_path / "saved")
-    assert again.markers == model.markers
-    assert again.stage == model.stage
-    for name, value in model.state_dict().items():
-        assert again.state_dict()[name].equal(value), name
+    assert (again.markers, again.stage) == (model.markers, model.stage)
+    assert equal(again.state_dict(), model.state_dict())
     assert again.ask("3+4") == model.ask("3+4")
-    with pytest.raises(UserError, match="is there already"):
-        again.save_pretrained(tmp_path / "saved")
+    refuses("is there already", again.save_pretrained, tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
@@ -126,22 +123,15 @@ def test_what_is_no_checkpoint(run, tmp_path, monkeypatch, source, sentence):
 
 
 def test_thoughts_are_counted_where_there_are_some(run, tmp_path):
-    folder = tmp_path / "cot"
     model = Coconut.from_pretrained(run)
     model.config.method = "cot"
-    model.save_pretrained(folder)
-    with pytest.raises(UserError, match="this one is of method cot"):
-        model.ask("3+4", n_thoughts=2)
-    with pytest.raises(UserError, match="mode direct is for method multi_mode: this model is of method cot"):
-        model.ask("3+4", mode="direct")
-    with pytest.raises(UserError, match="mode must be one of"):
-        model.ask("3+4", mode="none")
-
-
-def test_one_question_is_a_text(run):
-    """A list was a bare TypeError of str and list."""
-    with pytest.raises(TypeError, match=r"a question must be a str, not list: answers\(\[...\]\) takes several"):
-        Coconut.from_pretrained(run).ask(["3+4", "5"])
+    model.save_pretrained(tmp_path / "cot")
+    for options, complaint in (
+        ({"n_thoughts": 2}, "this one is of method cot"),
+        ({"mode": "direct"}, "mode direct is for method multi_mode: this model is of method cot"),
+        ({"mode": "none"}, "mode must be one of"),
+    ):
+        refuses(complaint, model.ask, "3+4", **options)
 
 
 def test_unknown_characters_are_named(run, capsys):

@@ -51,7 +51,8 @@ def test_a_difference_is_drawn_over_seeds_and_then_over_questions():
     assert mean == 0.8
     assert low == pytest.approx(0.4)  # 2 of 5: fewer in 0.7 % of the draws, as few in 5.8 %
     assert high == 1
-    assert intervals.difference({0: rows[0]}, control) == (1.0,)
+    assert intervals.difference(control, control) == (0, 0, 0)
+    assert intervals.difference({0: rows[0], 7: rows[0]}, control) == (1.0,)  # the seed that both have
     assert intervals.difference({7: rows[0]}, control) is None
 
 

@@ -7,22 +7,28 @@ import pytest
 import torch
 from conftest import tiny_base
 from transformers import AttentionInterface
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from coconut import Coconut
 from model import kv_cache
 from model.kv_cache import GrowingLayer, attend, has_attention, make_cache
-from model.recurrent_cache import ReplacingLayer
+from model.recurrent_cache import REPLACING_LAYERS
+
+ReplacingLayer = REPLACING_LAYERS[LinearAttentionLayer]
 
 
 def passes(*lengths: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, 3, 8)  # rows, heads, head size
-    return [
-        torch.randn(shape[0], shape[1], length, shape[2], generator=generator, dtype=torch.float64, requires_grad=True)
-        for length in lengths
-    ]
+    """States of 2 rows, 3 heads of size 8."""
+    generator, options = torch.Generator().manual_seed(0), {"dtype": torch.float64, "requires_grad": True}
+    return [torch.randn(2, 3, length, 8, generator=generator, **options) for length in lengths]
+
+
+def assert_same_gradients(found: torch.Tensor, wanted: torch.Tensor, leaves: list, rtol: float = 1e-10) -> None:
+    """Of two sums that are the same."""
+    assert torch.allclose(found, wanted, rtol=1e-12)
+    for one, other in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(wanted, leaves), strict=True):
+        assert torch.allclose(one, other, rtol=rtol, atol=1e-13)
 
 
 def test_views_and_gradients_are_those_of_concatenation():
@@ -36,23 +42,17 @@ def test_views_and_gradients_are_those_of_concatenation():
         return result
 
     states = passes(5, 1, 1, 3)
-    layer = GrowingLayer(capacity=12)
+    layer, seen = GrowingLayer(capacity=12), []
 
     def append(new: torch.Tensor) -> torch.Tensor:
         keys, values = layer.update(new, 0.5 * new)
         return keys + 2 * values
 
-    grown = total(append, states)
-    seen: list[torch.Tensor] = []
-
     def concatenate(new: torch.Tensor) -> torch.Tensor:
         seen.append(new)
         return 2 * torch.cat(seen, dim=-2)
 
-    plain = total(concatenate, states)
-    assert torch.allclose(grown, plain, rtol=1e-12)
-    for found, wanted in zip(torch.autograd.grad(grown, states), torch.autograd.grad(plain, states), strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-14)
+    assert_same_gradients(total(append, states), total(concatenate, states), states, rtol=1e-12)
     assert layer.memory.length == 10
 
 
@@ -81,12 +81,8 @@ def test_attention_in_factors_is_that_of_torch(masked, groups):
             feedback = feedback + (found * found).mean()
         return feedback
 
-    grown = total(attend, GrowingLayer(9).update)
-    plain = total(sdpa_attention_forward, DynamicLayer().update)
-    assert torch.allclose(grown, plain, rtol=1e-12)
-    leaves = [*queries, *keys, *values]
-    for found, wanted in zip(torch.autograd.grad(grown, leaves), torch.autograd.grad(plain, leaves), strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-13)
+    grown, plain = total(attend, GrowingLayer(9).update), total(sdpa_attention_forward, DynamicLayer().update)
+    assert_same_gradients(grown, plain, [*queries, *keys, *values])
 
 
 def test_what_attends_twice_to_the_same_states_leaves_both_factors():
@@ -100,8 +96,20 @@ def test_what_attends_twice_to_the_same_states_leaves_both_factors():
         return sum(attention(module, query, key, value, None)[0].square().sum() for query in queries)
 
     grown, plain = total(attend, GrowingLayer(5).update), total(sdpa_attention_forward, DynamicLayer().update)
-    for found, wanted in zip(torch.autograd.grad(grown, states), torch.autograd.grad(plain, states), strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-13)
+    assert_same_gradients(grown, plain, states)
+
+
+def test_nothing_is_copied_and_a_full_cache_says_so():
+    first, second = passes(4, 2)
+    layer = GrowingLayer(capacity=8)
+    keys, values = layer.update(first, first)
+    more_keys, _ = layer.update(second, second)
+    assert keys.data_ptr() == more_keys.data_ptr()
+    assert keys.data_ptr() != values.data_ptr()
+    assert layer.get_seq_length() == 6
+    assert torch.equal(more_keys[..., 4:, :], second)
+    with pytest.raises(ValueError, match="cannot hold more"):
+        layer.update(*passes(3, 3))
 
 
 def test_dropout_of_weights_is_that_of_torch():
@@ -172,25 +180,6 @@ def test_the_memory_goes_with_the_graph(monkeypatch):
             made.clear()
     finally:
         gc.enable()
-
-
-def test_nothing_is_copied():
-    first, second = passes(4, 2)
-    layer = GrowingLayer(capacity=8)
-    keys, values = layer.update(first, first)
-    more_keys, _ = layer.update(second, second)
-    assert keys.data_ptr() == more_keys.data_ptr()
-    assert keys.data_ptr() != values.data_ptr()
-    assert layer.get_seq_length() == 6
-    assert torch.equal(more_keys[..., 4:, :], second)
-
-
-def test_a_full_cache_says_so():
-    first, second = passes(4, 2)
-    layer = GrowingLayer(capacity=5)
-    layer.update(first, first)
-    with pytest.raises(ValueError, match="cannot hold more"):
-        layer.update(second, second)
 
 
 def test_each_layer_gets_what_it_keeps():

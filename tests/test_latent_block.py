@@ -3,17 +3,15 @@
 import plain
 import pytest
 import torch
-from conftest import tiny_base
-from test_coconut import END, EOS, LATENT, START, gradients, make_rows
+from conftest import check_ranks_and_restart, distance, epochs, main, refuses, tiny_base, weights
+from test_coconut import END, EOS, LATENT, START, batch_of, gradients, make_rows
 from test_coconut import make_model as make_coconut
 from test_methods import MARKERS
-from test_run import epochs, main, together, weights
-from test_run import place as place  # a fixture
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from coconut import Coconut
 from config import Config
-from dataset import collate_for_device, collate_prompts
+from dataset import collate_prompts
 from methods.parallel_latents import ParallelLatents
 from trainer.pretrained import make_model
 from utils import UserError
@@ -26,14 +24,9 @@ def make_parallel(family: str, passes: int | str, tied: bool = True, thought: st
     return make_model(Config(method="parallel_latents", **keys), tiny_base(family, tied), MARKERS).eval()
 
 
-def batch_of(rows) -> dict:
-    return collate_for_device(rows, pad_token_id=EOS, latent_token_id=LATENT)
-
-
 def largest(model: Coconut, loss: torch.Tensor, wanted: torch.Tensor) -> float:
     """The largest difference between two losses of a model and their gradients."""
-    found, expected = gradients(model, loss), gradients(model, wanted)
-    return max(abs(loss - wanted).item(), *((found[name] - expected[name]).abs().max().item() for name in expected))
+    return max(abs(loss - wanted).item(), distance(gradients(model, loss), gradients(model, wanted)))
 
 
 @pytest.mark.parametrize("n_latents", ROWS)
@@ -69,11 +62,10 @@ def test_looped_latents_have_a_pass_for_each_step_of_their_own_row(family, tied,
 
 
 def test_thoughts_with_more_to_them_are_made_in_parallel_too(family):
-    rows = make_rows([3, 1, 2])
+    batch = batch_of(make_rows([3, 1, 2]))
     for thought in ("normalised", "projected", "realigned"):
-        sequential = make_coconut(family, thought=thought)
-        model = make_parallel(family, 3, thought=thought)
-        assert abs(model(**batch_of(rows)).loss - sequential(**batch_of(rows)).loss) < 1e-9
+        sequential, model = make_coconut(family, thought=thought), make_parallel(family, 3, thought=thought)
+        assert abs(model(**batch).loss - sequential(**batch).loss) < 1e-9
 
 
 @pytest.mark.parametrize("markers", [True, False])
@@ -85,8 +77,7 @@ def test_generation_is_that_of_the_definition_batched_and_alone(family, passes, 
     for n_words, n_latents in ((3, 2), (6, 2), (4, 3)):
         words = torch.randint(4, 30, (n_words,), generator=generator).tolist()
         prompts.append([*words, *[START] * markers, *[LATENT] * n_latents, *[END] * markers])
-    for chosen in ([0, 1], [2]):
-        rows = [prompts[index] for index in chosen]
+    for rows in (prompts[:2], prompts[2:]):
         tokens = model.generate(**collate_prompts(rows, EOS), max_new_tokens=5).tolist()
         for row, found in zip(rows, tokens, strict=True):
             written: list[int] = []
@@ -105,25 +96,15 @@ def plain_logits(model: Coconut, prompt: list[int], written: list[int]) -> torch
 
 
 def test_what_cannot_be_made_in_parallel_is_refused():
-    with pytest.raises(UserError, match="needs the layers"):
-        make_parallel("gpt2", 2, thought="layer:-2")
+    refuses("needs the layers", make_parallel, "gpt2", 2, thought="layer:-2")
     model = make_parallel("gpt2", 2)
-    row = torch.tensor([[5, LATENT, 6, LATENT, 7]])
     with pytest.raises(ValueError, match="one block"):
-        model(row)
+        model(torch.tensor([[5, LATENT, 6, LATENT, 7]]))
     with pytest.raises(ValueError, match="edited"):
         model(torch.tensor([[5, LATENT, 7]]), edit=lambda _, thought, __: thought)
     shape = MambaConfig(vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=2, eos_token_id=0)
     with pytest.raises(UserError, match="attention in every layer"):
         ParallelLatents(AutoModelForCausalLM.from_config(shape), LATENT, START, END, EOS, latent_passes=2)
-    for keys in (
-        {"latent_passes": "3", "method": "cot"},
-        {"thought": "looped"},
-        {"latent_passes": "2", "thought": "pause"},
-        {"latent_passes": "stage", "c_thought": 0},
-        {"latent_passes": "0", "step_decoder": "copy"},
-    ):
-        assert Config(**keys).problems(needs_files=False)
 
 
 def test_no_more_passes_are_made_than_there_are_latents(family):
@@ -132,28 +113,19 @@ def test_no_more_passes_are_made_than_there_are_latents(family):
     assert make_parallel(family, 7, thought="looped").latent_updates(3) == 7
 
 
-SHORT = ("max_train_examples=48", "max_new_tokens=2", "num_epochs=3", "global_batch_size=16", "uniform_prob=0.4")
+SHORT = (
+    *("max_train_examples=48", "max_new_tokens=2", "num_epochs=3", "global_batch_size=16", "uniform_prob=0.4"),
+    "batch_size_training=4",
+)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keys", [("latent_passes=1",), ("latent_passes=stage", "thought=looped")])
 def test_ranks_agree_and_a_restart_is_bitwise_the_same(place, keys):
-    name = keys[0].partition("=")[2]
-    alone = main(place, *SHORT, *keys, f"name=block-{name}", "batch_size_training=4")
-    wanted = weights(alone / "checkpoint_3")
-    for strategy in ("ddp", "fsdp"):
-        more = (f"name=block-{name}-{strategy}", f"strategy={strategy}", "batch_size_training=4")
-        together(place / "run.yaml", *SHORT, *keys, *more)
-        found = weights(place / "runs" / f"block-{name}-{strategy}" / "checkpoint_3")
-        assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-5
-    sharded = main(
-        place, *SHORT, *keys, f"name=block-{name}-kept", "batch_size_training=4", "gradient_checkpointing=true"
-    )
-    found = weights(sharded / "checkpoint_3")
-    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-5
-    main(place, *SHORT, *keys, f"name=block-{name}-parts", "batch_size_training=4", "num_epochs=2")
-    parts = main(place, *SHORT, *keys, f"name=block-{name}-parts", "batch_size_training=4")
-    assert all(torch.equal(value, wanted[name]) for name, value in weights(parts / "checkpoint_3").items())
-    evaluated = main(place, *keys, f"name=block-{name}-eval", "only_eval=true", f"load_model_path={alone}")
+    name, keys = f"block-{keys[0].partition('=')[2]}", (*SHORT, *keys)
+    alone = check_ranks_and_restart(place, name, keys)
+    kept = main(place, *keys, f"name={name}-kept", "gradient_checkpointing=true")
+    assert distance(weights(kept / "checkpoint_3"), weights(alone / "checkpoint_3")) < 1e-5
+    evaluated = main(place, *keys, f"name={name}-eval", "only_eval=true", f"load_model_path={alone}")
     assert (evaluated / "eval" / "metrics.json").is_file()
     assert epochs(alone)[-1]["stage"] == 2

@@ -1,21 +1,14 @@
 """The layers of the program: which may import which, and what must not wait for torch."""
 
 import ast
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 
 # from the ground up: what stands in a line imports what stands in earlier lines, or beside it, and nothing else
 LAYERS = [
     ["utils"],
-    [
-        "methods",
-        "trainer.files",
-        "trainer.logger",
-        "trainer.run_folder",
-    ],  # methods: the protocol alone
+    ["methods", "trainer.files", "trainer.logger", "trainer.run_folder"],  # methods: the protocol alone
     ["config"],
     ["curriculum", "trainer.distributed"],
     ["preprocessing.*"],
@@ -80,14 +73,11 @@ def test_no_modules_import_each_other():
     assert arrows == {}
 
 
-QUICK = ["utils", "config", "curriculum", "preprocessing.examples", "dataset", "trainer.distributed", "tools.evaluate"]
-
-
-QUICK += ["tools.report", "tools.generate", "tools.export", "tools.show_data"]
+QUICK = ["utils", "config", "curriculum", "preprocessing.examples", "dataset", "trainer.distributed", "trainer.plan"]
+QUICK += ["tools.evaluate", "tools.report", "tools.generate", "tools.export", "tools.show_data"]
 
 
 @pytest.mark.parametrize("module", QUICK)
 def test_what_reads_configurations_and_data_does_not_wait_for_torch(module):
     code = f"import sys, {module}; print({{'torch', 'transformers', 'wandb', 'matplotlib'}} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+    assert python("-c", code).stdout == "set()\n"

@@ -4,12 +4,9 @@ import json
 
 import plain
 import pytest
-import torch
-from conftest import tiny_base
+from conftest import distance, equal, main, steps, tiny_base, together, weights
 from test_latent_block import largest
 from test_methods import MARKERS, make_dataset
-from test_run import main, together, weights
-from test_run import place as place  # a fixture
 
 from config import Config
 from curriculum import stage_of, stage_of_example
@@ -47,16 +44,34 @@ def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, stage
 @pytest.mark.parametrize("thought", ["last", "layer:1"])
 def test_sequential_latents_can_be_labelled_too(family, thought):
     """A thought made from layers was refused here as though its latents were made in parallel."""
-    keys = {"latent_passes": "sequential", "thought": thought}
-    config = Config(**KEYS | keys)
+    config = Config(**KEYS | {"latent_passes": "sequential", "thought": thought})
     dataset, _ = make_dataset(config, [1, 5, 3, 2])
     batch = dataset.collate([dataset[index, 3] for index in range(4)])
     del batch["loss_counts"]
     output = make_lotus(config, family)(**batch)
-    plainly = make_model(Config(thought=thought), tiny_base(family), MARKERS)
     del batch["label_places"], batch["label_targets"]
-    assert output.loss == plainly(**batch).loss
+    assert output.loss == make_model(Config(thought=thought), tiny_base(family), MARKERS)(**batch).loss
     assert output.auxiliary > 0
+
+
+@pytest.mark.slow
+def test_the_means_are_those_of_a_step_however_it_is_cut_and_a_restart_is_bitwise_the_same(place):
+    whole = main(place, *RUN, "name=lotus", "batch_size_training=16")
+    wanted = weights(whole / "checkpoint_3")
+    losses = [(record["loss"], record["auxiliary_loss"]) for record in steps(whole)]
+    assert all(all(loss) for loss in losses[-3:])
+    cut = (*RUN, "batch_size_training=4")
+    folders = [main(place, *cut, "name=lotus-cut"), main(place, *cut, "name=lotus-alone-fsdp", "strategy=fsdp")]
+    for strategy in ("ddp", "fsdp"):
+        together(place / "run.yaml", *cut, f"name=lotus-{strategy}", f"strategy={strategy}")
+        folders.append(place / "runs" / f"lotus-{strategy}")
+    for folder in folders:
+        assert distance(weights(folder / "checkpoint_3"), wanted) < 5e-6
+        for record, loss in zip(steps(folder), losses, strict=True):
+            assert (record["loss"], record["auxiliary_loss"]) == pytest.approx(loss, rel=1e-4)
+    main(place, *cut, "name=lotus-parts", "num_epochs=2")
+    parts = main(place, *cut, "name=lotus-parts")
+    assert equal(weights(parts / "checkpoint_3"), weights(folders[0] / "checkpoint_3"))
 
 
 def test_steps_beyond_the_last_stage_with_latents_stay_written():
@@ -83,11 +98,6 @@ def test_a_batch_without_latents_has_no_labels(family):
     output = make_lotus(config, family)(**batch)
     assert output.auxiliary == 0
     (output.loss + output.auxiliary).backward()
-
-
-@pytest.mark.parametrize("keys", [{"method": "cot"}, {"step_decoder": "copy"}])
-def test_labels_without_latents_are_a_mistake(keys):
-    assert "latent_labels" in Config(latent_labels=0.1, **keys).problems(needs_files=False)[0]
 
 
 RUN = (
@@ -117,11 +127,3 @@ def test_the_means_are_those_of_a_step_however_it_is_cut(place):
         for record, (loss, auxiliary) in zip(steps, losses, strict=True):
             assert record["loss"] == pytest.approx(loss, rel=1e-4)
             assert record["auxiliary_loss"] == pytest.approx(auxiliary, rel=1e-4)
-
-
-def test_a_restart_is_bitwise_an_undisturbed_run(place):
-    whole = main(place, *RUN, "name=lotus-whole")
-    main(place, *RUN, "name=lotus-parts", "num_epochs=2")
-    parts = main(place, *RUN, "name=lotus-parts")
-    first, second = (weights(folder / "checkpoint_3") for folder in (whole, parts))
-    assert all(torch.equal(first[name], second[name]) for name in first)

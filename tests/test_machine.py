@@ -6,6 +6,7 @@ import re
 
 import machine
 import pytest
+from conftest import refusal
 from files import UserError, load_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,14 @@ def words(examples: list[dict]) -> set[str]:
 
 def everything(splits: dict) -> list[dict]:
     return [example for examples in splits.values() for example in examples]
+
+
+def lengths(examples: list[dict]) -> list[int]:
+    return [len(example["steps"]) for example in examples]
+
+
+def share_nothing(*sets: set) -> bool:
+    return len(set().union(*sets)) == sum(map(len, sets))
 
 
 @settings(max_examples=30, deadline=None)
@@ -45,9 +54,7 @@ def test_steps_follow_the_permutations_and_splits_share_no_word(n_states, n_butt
             assert step == state
         assert example["answer"] == state
     assert len({example["question"] for example in everything(splits)}) == sum(sizes.values())
-    assert not words(splits["train"]) & words(splits["test"])
-    assert not words(splits["train"]) & words(splits["valid"])
-    assert not words(splits["valid"]) & words(splits["test"])
+    assert share_nothing(*map(words, splits.values()))
 
 
 def test_files_follow_from_the_seed_and_hold_the_machine(tmp_path):
@@ -71,18 +78,30 @@ def test_longer_words_can_be_asked_of_the_same_machine():
     _, permutations, _ = machine.make_splits({"train": 10, "test": 5}, 7, 5, seed=3)
     splits, again, _ = machine.make_splits({"train": 1, "test": 90}, 7, 5, min_steps=40, max_steps=40, seed=3)
     assert again == permutations
-    assert {len(example["steps"]) for example in splits["test"]} == {40}
+    assert set(lengths(splits["test"])) == {40}
+
+
+def test_the_test_split_alone_has_longer_words():
+    """And nothing else of a call changes its splits."""
+    sizes = {"train": 900, "valid": 60, "test": 600}
+    plain, *_ = machine.make_splits(sizes, min_steps=1, max_steps=3)
+    splits, *_ = machine.make_splits(sizes, min_steps=1, max_steps=3, test_max_steps=5)
+    lengths = {name: {len(example["steps"]) for example in examples} for name, examples in splits.items()}
+    assert lengths == {"train": {1, 2, 3}, "valid": {1, 2, 3}, "test": {1, 2, 3, 4, 5}}
+    assert not words(splits["train"]) & words(splits["test"])
+    assert machine.make_splits(sizes, min_steps=1, max_steps=3, test_max_steps=3)[0] == plain
+    with pytest.raises(UserError, match="test-max-steps 2 must be at least max-steps 3"):
+        machine.make_splits(sizes, min_steps=1, max_steps=3, test_max_steps=2)
 
 
 def test_lengths_are_uniform_until_the_short_ones_run_out():
     splits, *_ = machine.make_splits({"train": 3000, "test": 100}, seed=0)
-    counts = [sum(len(example["steps"]) == n for example in splits["train"]) for n in (3, 4, 5)]
-    assert all(900 < count < 1100 for count in counts)
+    assert all(900 < lengths(splits["train"]).count(n) < 1100 for n in (3, 4, 5))
     splits, *_ = machine.make_splits({"train": 3000, "test": 300}, 4, 5, 2, 5, seed=0)  # 100, 500, 2,500, 12,500
-    counts = [sum(len(example["steps"]) == n for example in splits["train"]) for n in (2, 3, 4, 5)]
+    counts = [lengths(splits["train"]).count(n) for n in (2, 3, 4, 5)]
     assert counts[0] == (25 - 2) * 4  # all that train has
     assert counts[0] < counts[1] < counts[2]
-    assert {len(example["steps"]) for example in splits["test"]} == {2, 3, 4, 5}
+    assert set(lengths(splits["test"])) == {2, 3, 4, 5}
 
 
 def test_words_are_shared_out_loud_where_they_are_few(tmp_path, capsys):
@@ -108,22 +127,21 @@ def test_nearly_all_questions_can_be_asked():
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        (["--states", "27"], "27 states and 26 buttons cannot be named"),
-        (["--states", "1"], "1 states and 26 buttons cannot be named"),
-        (["--buttons", "0"], "26 states and 0 buttons cannot be named"),
-        (["--min-steps", "0"], "words of 0 to 5 buttons cannot be"),
-        (["--min-steps", "6"], "words of 6 to 5 buttons cannot be"),
-        (["--fan-out", "0"], "a button of 26 states leads to 1 to 4 states, not to 0"),
-        (["--states", "3", "--fan-out", "3"], "a button of 3 states leads to 1 to 2 states, not to 3"),
+        ("--states 27", "27 states and 26 buttons cannot be named"),
+        ("--states 1", "1 states and 26 buttons cannot be named"),
+        ("--buttons 0", "26 states and 0 buttons cannot be named"),
+        ("--min-steps 0", "words of 0 to 5 buttons cannot be"),
+        ("--min-steps 6", "words of 6 to 5 buttons cannot be"),
+        ("--fan-out 0", "a button of 26 states leads to 1 to 4 states, not to 0"),
+        ("--states 3 --fan-out 3", "a button of 3 states leads to 1 to 2 states, not to 3"),
         (
-            ["--states", "2", "--buttons", "2"],
+            "--states 2 --buttons 2",
             "train: 400 examples are more than its 10. of the 112 questions that 2 states, 2 buttons and 3 to 5 steps",
         ),
     ],
 )
 def test_a_machine_that_cannot_be_made_is_one_sentence(tmp_path, changes, complaint, capsys):
-    assert machine.main(["--out", str(tmp_path / "new"), *SMALL, *changes]) == 2
-    error = capsys.readouterr().err
+    error = refusal(machine.main, ["--out", tmp_path / "new", *SMALL, *changes.split()], capsys)
     assert re.search(f"^error: {complaint}", error)
     assert error.count("\n") == 1
     assert not (tmp_path / "new").exists()
@@ -174,9 +192,7 @@ def test_exactly_one_candidate_can_be_reached(n_states, n_buttons, fan_out, seed
                 assert after in permutations[button][before]
         assert answer["steps"][-1] == answer["answer"]
     held = [{split_choice(example)[1] for example in splits[name]} for name in sizes]
-    assert not held[0] & held[1]
-    assert not held[0] & held[2]
-    assert not held[1] & held[2]
+    assert share_nothing(*held)
 
 
 def test_the_written_path_is_uniform_and_independent_of_the_answer():
@@ -223,10 +239,8 @@ def test_breadth_grows_and_words_are_held_out_of_every_length():
 
 
 def test_steps_to_the_answer_need_candidates(tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        machine.main(["--out", str(tmp_path), "--steps", "answer"])
-    assert ended.value.code == 2
-    assert "--steps answer needs --fan-out 2 or more, or --candidates" in capsys.readouterr().err
+    error = refusal(machine.main, ["--out", tmp_path, "--steps", "answer"], capsys)
+    assert "--steps answer needs --fan-out 2 or more, or --candidates" in error
 
 
 def test_a_machine_without_candidates_is_what_it_was():
@@ -236,11 +250,8 @@ def test_a_machine_without_candidates_is_what_it_was():
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "33f88cd3eee4c5a9"
 
 
-def test_everything_can_be_reached_where_buttons_lead_to_too_many():
-    with pytest.raises(UserError, match="hardly ever a new question"):
+def test_it_is_said_when_there_are_too_few_questions():
+    with pytest.raises(UserError, match="hardly ever a new question"):  # everything can be reached
         machine.make_splits({"train": 60, "valid": 4, "test": 8}, 6, 7, 3, 3, fan_out=4)
-
-
-def test_the_division_leaves_something_to_train():
     with pytest.raises(UserError, match="train: 1 examples are more than its 0 of the 20 questions"):
         machine.make_splits({"train": 1, "valid": 1, "test": 1000}, 2, 10, 1, 1)

@@ -1,13 +1,11 @@
 """Every key of every method: another value gives other losses, or stands below as one that the method does not use."""
 
 import dataclasses
-import json
 
 import pytest
-from conftest import settled
+from conftest import ROOT, lines_of, main, settled
 from plain import ids, make_examples
 from test_coconut import END, EOS, LATENT, START
-from test_run import place as place  # a fixture
 from transformers import AutoTokenizer
 
 import methods
@@ -41,53 +39,28 @@ def make_dataset(config: Config, n_steps: list[int], epoch: int | None = 0) -> t
 
 # another value of each key that decides what the weights become, and what has to be set beside it
 OTHERS = {
-    "seed": "2",
-    "thought": "normalised",
-    "c_thought": "3",
-    "max_latent_stage": "1",
-    "epochs_per_stage": "2",
+    **{"seed": "2", "thought": "normalised", "c_thought": "3", "max_latent_stage": "1", "epochs_per_stage": "2"},
     "curriculum": "none",
     "pad_latent_to_max": ("false", "curriculum=none", "max_latent_stage=6"),  # more than examples have steps
-    "uniform_prob": "1.0",
-    "advance_at": ("0", "epochs_per_stage=2"),
-    "latent_markers": "none",
-    "step_separator": "",
-    "from_scratch": "true",
-    "lora_rank": "2",
-    "lora_alpha": ("8", "lora_rank=2"),
-    "lora_dropout": ("0.5", "lora_rank=2"),
-    "resume": "1",
-    "max_train_examples": "12",
-    "max_train_tokens": "30",
-    "group_by_length": "true",
-    "num_epochs": "5",
-    "batch_size_training": "8",
-    "gradient_accumulation_steps": "2",
-    "global_batch_size": "8",
-    "lr": "0.01",
-    "weight_decay": "0.5",
-    "lr_scheduler": "cosine",
-    "warmup_steps": "4",
-    "max_grad_norm": "0.01",
-    "reset_optimizer": "epoch",
-    "bf16": "true",
-    "bf16_weights": "true",
-    "icot_tokens_per_epoch": "1",
-    "icot_remove_all_after": "6",
-    "icot_smoothing": "0.5",
-    "distillation": "20",
-    "distilled_layers": "all",
-    "latent_labels": "1",
-    "latent_passes": "1",
-    "step_decoder": "copy",
-    "step_decoder_weight": "9",
-    "step_decoder_reduction": "mean",
+    **{"uniform_prob": "1.0", "advance_at": ("0", "epochs_per_stage=2"), "latent_markers": "none"},
+    "advance_after": ("2", "advance_at=0", "epochs_per_stage=3"),
+    **{"step_separator": "", "from_scratch": "true", "lora_rank": "2", "lora_alpha": ("8", "lora_rank=2")},
+    **{"lora_dropout": ("0.5", "lora_rank=2"), "resume": "1", "max_train_examples": "12", "max_train_tokens": "30"},
+    **{"group_by_length": "true", "num_epochs": "5", "batch_size_training": "8", "gradient_accumulation_steps": "2"},
+    **{"global_batch_size": "8", "lr": "0.01", "weight_decay": "0.5", "lr_scheduler": "cosine", "warmup_steps": "4"},
+    **{"max_grad_norm": "0.01", "reset_optimizer": "epoch", "bf16": "true", "bf16_weights": "true"},
+    **{"icot_tokens_per_epoch": "1", "icot_remove_all_after": "6", "icot_smoothing": "0.5"},
+    **{"distillation": "20", "distilled_layers": "all", "latent_labels": "1", "latent_passes": "1"},
+    **{"positions": "offset", "position_range": "32"},
+    **{"step_decoder": "copy", "step_decoder_weight": "9", "step_decoder_reduction": "mean"},
+    **{"temperature": "0.2", "thought_noise": "1.0", "group_size": "3", "advantage": "std"},
+    "reward": str(ROOT / "tests" / "own_reward.py"),
     "step_decoder_surplus": ("none", "curriculum=none", "max_latent_stage=6"),
 }
 BASE = (
     *("debug=true", "wandb=disabled", "max_train_examples=16", "max_eval_examples=1", "max_new_tokens=1"),
     *("log_every_steps=1", "batch_size_training=4", "uniform_prob=0", "max_latent_stage=2", "num_epochs=4"),
-    *("epochs_per_stage=1", "c_thought=2", "seed=1", "reset_optimizer=never"),
+    *("epochs_per_stage=1", "c_thought=2", "seed=1", "reset_optimizer=never", "position_range=64"),
 )
 DECIDING = [field.name for field in dataclasses.fields(Config) if not field.metadata["free"]]
 
@@ -99,42 +72,37 @@ OWN = [
     for name, rules in methods.all_rules().items()
     for key, _, _ in methods.own_keys(rules)
     for method in sorted({name} | SHARED.get(key, set()))
-    if key != "mode"  # of eval-only runs
+    if key not in ("mode", "stop_threshold")  # of evaluations
 ]
 # core keys that a method does not use, or refuses
 LATENTS = {"thought", "c_thought", "pad_latent_to_max", "latent_markers"}
-STAGES = {"epochs_per_stage", "curriculum", "advance_at", "uniform_prob"}
+STAGES = {"epochs_per_stage", "curriculum", "advance_at", "advance_after", "uniform_prob"}
 UNUSED = {
-    "cot": LATENTS | STAGES - {"advance_at"} | {"max_latent_stage"},
-    "no_cot": LATENTS | STAGES - {"advance_at"} | {"max_latent_stage", "step_separator"},
+    "cot": LATENTS | STAGES - {"advance_at", "advance_after"} | {"max_latent_stage"},
+    "no_cot": LATENTS | STAGES - {"advance_at", "advance_after"} | {"max_latent_stage", "step_separator"},
     "no_thoughts": LATENTS,
     "icot": LATENTS | STAGES | {"max_latent_stage"},
     "codi": STAGES | {"pad_latent_to_max", "step_separator"},
     "pccot": STAGES | {"pad_latent_to_max", "step_separator"},
     "lotus": {"pad_latent_to_max"},
+    "latents_by_steps": {"pad_latent_to_max"},
     "multi_mode": {"latent_markers"},
     "sim_cot": {"from_scratch"},
+    "stopping": STAGES | {"pad_latent_to_max", "step_separator", "lora_rank", "lora_alpha", "lora_dropout"},
+    "grpo": {"epochs_per_stage", "curriculum", "step_separator", "lora_dropout"},
 }
+OF_SAMPLES = {"temperature", "thought_noise"}  # used by grpo alone
 
 
 @pytest.fixture(scope="module")
-def file(place):
-    """The configuration of a short run, without a method."""
-    path = place / "keys.yaml"
-    path.write_text((place / "run.yaml").read_text().replace("coconut: true\n", ""))
-    return path
-
-
-@pytest.fixture(scope="module")
-def losses(file):
+def losses(place):
     """The losses that a short run writes, of its steps and its epochs."""
     known = {}
 
     def of(*keys: str) -> list[tuple]:
         if keys not in known:
-            config = Config.from_file(file, settled(*BASE, *keys, f"name=keys-{len(known)}"))
-            assert run.main(config) == 0
-            records = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+            folder = main(place, *BASE, *keys, f"name=keys-{len(known)}")
+            records = lines_of(folder / "metrics.jsonl")
             known[keys] = [(record.get("loss"), record.get("auxiliary_loss")) for record in records]
         return known[keys]
 
@@ -164,21 +132,22 @@ def test_every_key_of_a_method_has_an_effect(losses, method, key):
 def test_every_key_of_the_core_has_an_effect_where_it_is_used(losses, method):
     of_methods = {key for rules in methods.all_rules().values() for key, _, _ in methods.own_keys(rules)}
     core = OTHERS.keys() - of_methods
-    assert {key for key in core if not matters(losses, method, key)} == UNUSED.get(method, set())
+    unused = UNUSED.get(method, set()) | (OF_SAMPLES if method != "grpo" else set())
+    assert {key for key in core if not matters(losses, method, key)} == unused
 
 
 @pytest.mark.parametrize("method", [name for name in methods.names() if Config(method=name).rules.texts(Config())])
-def test_other_texts_are_those_of_the_examples_that_are_not_left_out(place, file, world, method):
-    config = Config.from_file(file, settled(*BASE, f"method={method}", "max_train_examples=99", "max_train_tokens=30"))
+def test_other_texts_are_those_of_the_examples_that_are_not_left_out(place, world, method):
+    keys = settled(*BASE, f"method={method}", "max_train_examples=99", "max_train_tokens=30")
+    config = Config.from_file(place / "run.yaml", keys)
     train = load_data(config, world, AutoTokenizer.from_pretrained(place / "model")).train
     assert 0 < len(train) < 99
-    for index in range(len(train)):
-        (question, _, answer), (other_question, _, other_answer) = train[index], train.auxiliary[index]
+    for (question, _, answer), (other_question, _, other_answer) in zip(train, train.auxiliary, strict=True):
         assert (question, answer) == (other_question, other_answer)
 
 
 @pytest.mark.parametrize("method", methods.names())
-def test_everything_with_a_gradient_is_trained(file, method, monkeypatch):
+def test_everything_with_a_gradient_is_trained(place, method, monkeypatch):
     """SIM-CoT's decoder could be missing in the optimizer."""
     seen = []
 
@@ -192,9 +161,8 @@ def test_everything_with_a_gradient_is_trained(file, method, monkeypatch):
 
     monkeypatch.setattr(run, "resume", noting(run.resume))
     monkeypatch.setattr(run, "finish", noting(run.finish))
-    thought = ["thought=projected"] if methods.rules_of(method).has_latents else []
-    keys = settled(*BASE, "num_epochs=2", f"method={method}", *thought, f"name=trained-{method}")
-    assert run.main(Config.from_file(file, keys)) == 0
+    thought = ["thought=projected"] if methods.rules_of(method).has_latents and method != "stopping" else []
+    main(place, *BASE, "num_epochs=2", f"method={method}", *thought, f"name=trained-{method}")
     before, after = seen
     assert before.keys() == after.keys()
     assert ("thought.weight" in before, "step_decoder" in str(list(before))) == (bool(thought), method == "sim_cot")

@@ -1,17 +1,13 @@
 """Multi-mode training: the three sequences, the sum of three means with all gradients, the three accuracies."""
 
-import json
 import statistics
 
 import plain
 import pytest
-import torch
-from conftest import tiny_base
+from conftest import check_ranks_and_restart, epochs, lines_of, main, read_json, tiny_base
 from test_coconut import END, EOS, LATENT, START
 from test_latent_block import largest
 from test_methods import MARKERS, make_dataset
-from test_run import epochs, main, together, weights
-from test_run import place as place  # a fixture
 
 from coconut import Coconut
 from config import Config
@@ -73,23 +69,6 @@ def test_each_mode_is_a_mean_over_its_group(family):
     assert abs(whole) < 1e-9
 
 
-@pytest.mark.parametrize(
-    ("keys", "problem"),
-    [
-        ({"method": "multi_mode", "latent_markers": "none"}, "latent_markers must be both"),
-        ({"method": "multi_mode", "latent_labels": 0.1}, "latent_labels are for method lotus"),
-        ({"method": "coconut", "mode": "written"}, "mode written is for method multi_mode"),
-        ({"method": "multi_mode", "mode": "written"}, "mode written is for eval-only runs"),
-        (
-            {"method": "multi_mode", "mode": "written", "only_eval": True, "eval_latents": 2},
-            "eval_latents counts latents",
-        ),
-    ],
-)
-def test_what_does_not_go_together_is_said(keys, problem):
-    assert any(problem in text for text in Config(**keys).problems(needs_files=False))
-
-
 def test_the_accuracy_is_the_harmonic_mean_of_the_modes(monkeypatch):
     accuracies = {"direct": 0.2, "written": 0.5, "latent": 1.0}
 
@@ -112,38 +91,28 @@ KEYS = (
 
 @pytest.mark.slow
 def test_ranks_agree_a_restart_is_bitwise_the_same_and_three_accuracies_are_told(place, capsys):
-    (place / "modes.yaml").write_text((place / "run.yaml").read_text().replace("coconut: true\n", ""))
-    alone = main(place, *KEYS, "name=modes")
-    wanted = weights(alone / "checkpoint_3")
-    for strategy in ("ddp", "fsdp"):
-        together(place / "modes.yaml", *KEYS, f"name=modes-{strategy}", f"strategy={strategy}")
-        found = weights(place / "runs" / f"modes-{strategy}" / "checkpoint_3")
-        assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-5
-        last = epochs(place / "runs" / f"modes-{strategy}")[-1]
-        assert [last[f"accuracy_{mode}"] for mode in MODES] == [epochs(alone)[-1][f"accuracy_{mode}"] for mode in MODES]
-    main(place, *KEYS, "name=modes-parts", "num_epochs=2")
-    parts = main(place, *KEYS, "name=modes-parts")
-    assert all(torch.equal(value, wanted[name]) for name, value in weights(parts / "checkpoint_3").items())
+    alone = check_ranks_and_restart(place, "modes", KEYS)
     for record in epochs(alone):
         of_modes = [record[f"accuracy_{mode}"] for mode in MODES]
         assert record["accuracy"] == pytest.approx(statistics.harmonic_mean(of_modes))
-    best = load_path.best(alone)
-    assert json.loads((best / "metrics.json").read_text())["accuracy"] >= 0
-    lines = (alone / "checkpoint_3" / "predictions.jsonl").read_text().splitlines()
-    predictions = [json.loads(line) for line in lines]
-    for mode in ("direct", "written"):
-        keys = (*KEYS, f"mode={mode}", f"name=modes-eval-{mode}", "only_eval=true", f"load_model_path={alone}")
-        metrics = json.loads((main(place, *keys) / "eval" / "metrics.json").read_text())
-        assert metrics["accuracy"] == epochs(alone)[-1][f"accuracy_{mode}"]
-        assert statistics.mean(prediction[mode]["correct"] for prediction in predictions) == metrics["accuracy"]
+    for strategy in ("ddp", "fsdp"):
+        last = epochs(place / "runs" / f"modes-{strategy}")[-1]
+        assert [last[f"accuracy_{mode}"] for mode in MODES] == of_modes
+    assert read_json(load_path.best(alone) / "metrics.json")["accuracy"] >= 0
+    predictions = lines_of(alone / "checkpoint_3" / "predictions.jsonl")
     assert not any("end-latent" in prediction["output"] for prediction in predictions)
     model, question = Coconut.from_pretrained(alone), predictions[0]["question"]
-    for mode in ("written", "direct"):
+    for mode in ("direct", "written"):
+        keys = (*KEYS, f"mode={mode}", f"name=modes-eval-{mode}", "only_eval=true", f"load_model_path={alone}")
+        accuracy = read_json(main(place, *keys) / "eval" / "metrics.json")["accuracy"]
+        assert accuracy == epochs(alone)[-1][f"accuracy_{mode}"]
+        assert statistics.mean(prediction[mode]["correct"] for prediction in predictions) == accuracy
         asked = model.ask(question, mode=mode, max_new_tokens=12)
         assert asked == predictions[0][mode]["output"]
+        capsys.readouterr()
         assert generate.main([str(alone), question, "--mode", mode, "--max-new-tokens", "12"]) == 0
         assert asked.strip() in capsys.readouterr().out
-    capsys.readouterr()
     plain = main(place, "name=modes-none", "num_epochs=1", "max_train_examples=16", "max_new_tokens=2")
+    capsys.readouterr()
     assert generate.main([str(plain), question, "--mode", "written"]) == 2
     assert "mode written is for method multi_mode" in capsys.readouterr().err

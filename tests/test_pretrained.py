@@ -2,19 +2,19 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_model
 import torch
-from conftest import ROOT
+from conftest import equal, python, raising, read_json, refuses
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from config import Config
-from trainer.pretrained import END, LATENT, START, add_markers, load_model, load_tokenizer, mark, read_description
+from trainer import pretrained
+from trainer.pretrained import END, LATENT, START, Pretrained, load_model
 from trainer.run_folder import resolve
 from utils import UserError
 
@@ -58,23 +58,20 @@ def test_new_rows_start_as_brackets_or_as_the_mean(tmp_path, shape, tied, has_br
 
 
 @pytest.mark.parametrize(("hole", "fits"), [(1, False), (3, False), (50, True)])
-def test_markers_take_no_other_tokens_ids(tmp_path, hole, fits):
-    """New ids follow the number of tokens: of ids 0 to 9 and 15 to 20 the markers got '3', '4' and '<<', and then
-    the data were said to hold them."""
-    folder = Path(write_tiny(tmp_path / "tiny"))
-    state = json.loads((folder / "tokenizer.json").read_text())
+def test_markers_take_no_other_tokens_ids(tiny, hole, fits):
+    """New ids follow the number of tokens: of ids 0 to 9 and 15 to 20 the markers got those of '3', '4' and '<<'."""
+    file = Path(tiny) / "tokenizer.json"
+    state = read_json(file)
     vocabulary = state["model"]["vocab"]
     state["model"]["vocab"] = {token: id + hole * (id > 8) for token, id in vocabulary.items()}
-    (folder / "tokenizer.json").write_text(json.dumps(state))
-    tokenizer = load_tokenizer(coconut_config(str(folder)))
+    file.write_text(json.dumps(state))
+    tokenizer = pretrained.load_tokenizer(coconut_config(tiny))
     before = set(tokenizer.get_vocab().values())
     if fits:
-        assert before.isdisjoint(mark(tokenizer, "coconut")[:3])
+        assert before.isdisjoint(pretrained.mark(tokenizer, "coconut")[:3])
         return
-    with pytest.raises(
-        UserError, match=r"its ids have holes, and one of the markers would get the id .* of its token '"
-    ):
-        mark(tokenizer, "coconut")
+    sentence = "its ids have holes, and one of the markers would get the id .* of its token"
+    refuses(sentence, pretrained.mark, tokenizer, "coconut")
 
 
 def test_methods_without_latents_leave_the_vocabulary_alone(tiny):
@@ -97,7 +94,8 @@ def reference_state(base, wrapped: bool) -> dict:
 # the reference's wrapper always has the markers' rows
 @pytest.mark.parametrize(("wrapped", "resized"), [(True, True), (False, True), (False, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_files_of_the_reference_are_read(tiny, tmp_path, wrapped, resized, dtype):
+@pytest.mark.parametrize("legacy", [False, True])
+def test_files_of_the_reference_are_read(tiny, tmp_path, wrapped, resized, dtype, legacy):
     torch.manual_seed(5)
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
     old = base.config.vocab_size
@@ -107,7 +105,7 @@ def test_files_of_the_reference_are_read(tiny, tmp_path, wrapped, resized, dtype
         for parameter in base.parameters():
             parameter.normal_()
     path = tmp_path / "checkpoint_5"
-    torch.save(reference_state(base, wrapped), path)
+    torch.save(reference_state(base, wrapped), path, _use_new_zipfile_serialization=not legacy)
     model, _, _ = load_model(coconut_config(tiny, load_model_path=str(path)), resolve(str(path)))
     for name, value in base.state_dict().items():
         loaded = model.base_causallm.state_dict()[name]
@@ -120,14 +118,34 @@ def test_files_of_the_reference_are_read(tiny, tmp_path, wrapped, resized, dtype
         assert torch.equal(table[old], table[like])
 
 
-def test_our_checkpoint_becomes_a_file_of_the_reference(tiny, tmp_path):
+@pytest.fixture
+def ours(tiny, tmp_path) -> tuple[Pretrained, Path]:
+    """A model with markers, one of which has a row of its own, and its folder."""
+    loaded = load_model(coconut_config(tiny), None)
+    with torch.no_grad():
+        loaded.model.base_causallm.get_input_embeddings().weight[loaded.markers.latent] = 7.0
+    loaded.model.base_causallm.save_pretrained(tmp_path / "ours")
+    return loaded, tmp_path / "ours"
+
+
+def test_our_checkpoint_becomes_a_file_of_the_reference(tiny, ours, tmp_path):
     """The two lines of the README."""
-    first, _, _ = load_model(coconut_config(tiny), None)
-    first.base_causallm.save_pretrained(tmp_path / "ours")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    loaded, folder = ours
+    model = AutoModelForCausalLM.from_pretrained(folder)
     torch.save({f"base_causallm.{name}": value for name, value in model.state_dict().items()}, tmp_path / "theirs")
-    second, _, _ = load_model(coconut_config(tiny), tmp_path / "theirs")
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    second = load_model(coconut_config(tiny), tmp_path / "theirs").model
+    assert equal(loaded.model.state_dict(), second.state_dict())
+
+
+@pytest.mark.parametrize("from_scratch", [False, True])  # which is for the beginning of a run
+def test_markers_and_weights_of_a_checkpoint_are_kept(tiny, ours, from_scratch):
+    loaded, folder = ours
+    loaded.tokenizer.save_pretrained(folder)
+    again = load_model(coconut_config(tiny, from_scratch=from_scratch), folder)
+    assert again.markers == loaded.markers
+    assert equal(again.model.state_dict(), loaded.model.state_dict())
+    assert pretrained.add_markers(loaded.tokenizer, again.model.base_causallm) == loaded.markers
+    assert equal(again.model.state_dict(), loaded.model.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -137,7 +155,7 @@ def test_our_checkpoint_becomes_a_file_of_the_reference(tiny, tmp_path):
         (lambda s: s.update(surprise=torch.ones(1)), "unexpected: surprise"),
         (
             lambda s: s.update({"transformer.ln_f.weight": torch.ones(7)}),
-            r"of another shape: transformer.ln_f.weight \[7\]",
+            r"another shape: transformer.ln_f.weight \[7\]",
         ),
         (lambda s: s.update(epoch=3), "must map names to tensors"),
         (lambda s: s.update({1: torch.ones(1)}), "must map names to tensors"),
@@ -148,8 +166,26 @@ def test_files_that_do_not_fit_are_refused(tiny, tmp_path, change, complaint):
     state = reference_state(AutoModelForCausalLM.from_pretrained(tiny), wrapped=False)
     change(state)
     torch.save(state, tmp_path / "file")
-    with pytest.raises(UserError, match=complaint):
-        load_model(coconut_config(tiny), tmp_path / "file")
+    refuses(complaint, load_model, coconut_config(tiny), tmp_path / "file")
+
+
+def test_a_folder_that_lacks_weights_or_the_end_of_them_is_refused(tiny):
+    path = Path(tiny) / "model.safetensors"
+    state = load_file(path)
+    state.pop("transformer.h.1.ln_1.weight")
+    save_file(state, path, metadata={"format": "pt"})
+    refuses(r"missing: transformer.h.1.ln_1.weight", load_model, coconut_config(tiny), None)
+    os.truncate(path, 1000)
+    refuses("cannot be loaded", load_model, coconut_config(tiny), None)
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "text": lambda content: b"weights\n",
+    "half": lambda content: content[: len(content) // 2],
+    "no end": lambda content: content[:-64],
+    "no beginning": lambda content: b"\x00" * 100 + content[100:],
+}
 
 
 def test_a_pickle_that_runs_code_is_refused(tiny, tmp_path):
@@ -158,76 +194,24 @@ def test_a_pickle_that_runs_code_is_refused(tiny, tmp_path):
             return (print, ("ran",))
 
     torch.save({"weight": Evil()}, tmp_path / "evil")
-    with pytest.raises(UserError, match="is no file of weights"):
-        load_model(coconut_config(tiny), tmp_path / "evil")
+    refuses("is no file of weights", load_model, coconut_config(tiny), tmp_path / "evil")
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: b"",
-        lambda content: b"weights\n",
-        lambda content: content[: len(content) // 2],
-        lambda content: content[:-64],
-        lambda content: b"\x00" * 100 + content[100:],
-    ],
-    ids=["empty", "text", "half", "no end", "no beginning"],
-)
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_of_weights_is_named(tiny, tmp_path, damage, legacy):
     """torch raises EOFError, RuntimeError, UnpicklingError, KeyError or IndexError, whatever its unpickler meets."""
     path = tmp_path / "file"
     state = reference_state(AutoModelForCausalLM.from_pretrained(tiny), wrapped=False)
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=f"{path} is no file of weights"):
-        load_model(coconut_config(tiny), path)
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    refuses(f"{path} is no file of weights", load_model, coconut_config(tiny), path)
 
 
-def test_files_of_an_old_torch_are_read(tiny, tmp_path):
-    state = reference_state(AutoModelForCausalLM.from_pretrained(tiny), wrapped=False)
-    torch.save(state, tmp_path / "file", _use_new_zipfile_serialization=False)
-    model, _, _ = load_model(coconut_config(tiny, method="cot"), tmp_path / "file")
-    assert all(torch.equal(value, state[name]) for name, value in model.base_causallm.state_dict().items())
-
-
-def test_a_folder_without_all_weights_is_refused(tiny, tmp_path):
-    path = tmp_path / "tiny" / "model.safetensors"
-    state = load_file(path)
-    state.pop("transformer.h.1.ln_1.weight")
-    save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"missing: transformer.h.1.ln_1.weight"):
-        load_model(coconut_config(tiny), None)
-
-
-def test_markers_of_a_checkpoint_are_kept(tiny, tmp_path):
-    model, tokenizer, markers = load_model(coconut_config(tiny), None)
-    with torch.no_grad():
-        model.base_causallm.get_input_embeddings().weight[markers.latent] = 7.0
-    model.base_causallm.save_pretrained(tmp_path / "ours")
-    tokenizer.save_pretrained(tmp_path / "ours")
-    again, _, same = load_model(coconut_config(tiny), tmp_path / "ours")
-    assert same == markers
-    assert again.base_causallm.get_input_embeddings().weight[markers.latent].eq(7.0).all()
-    assert add_markers(tokenizer, again.base_causallm) == markers
-    assert again.base_causallm.get_input_embeddings().weight[markers.latent].eq(7.0).all()
-
-
-def test_from_scratch_is_for_the_beginning_of_a_run(tiny):
-    """A restart must take the weights of its checkpoint."""
-    first, _, _ = load_model(coconut_config(tiny), None)
-    first.base_causallm.save_pretrained(f"{tiny}-checkpoint")
-    again, _, _ = load_model(coconut_config(tiny, from_scratch=True), Path(f"{tiny}-checkpoint"))
-    assert torch.equal(
-        again.base_causallm.transformer.h[0].mlp.c_fc.weight, first.base_causallm.transformer.h[0].mlp.c_fc.weight
-    )
-
-
-def test_a_damaged_file_is_named(tiny):
-    path = Path(tiny) / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be loaded"):
-        load_model(coconut_config(tiny), None)
+def changed(tiny: str, **keys) -> None:
+    """Its configuration."""
+    file = Path(tiny) / "config.json"
+    file.write_text(json.dumps(read_json(file) | keys))
 
 
 def test_from_scratch_takes_the_shape_only(tiny):
@@ -243,28 +227,19 @@ def test_the_trained_eos_is_among_the_stop_tokens(tiny, known, stops):
     file = Path(tiny) / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": known}))
     loaded = load_model(coconut_config(tiny), None)
-    assert loaded.markers.eos == 0
-    assert loaded.model.base_causallm.generation_config.eos_token_id == stops
+    assert (loaded.markers.eos, loaded.model.base_causallm.generation_config.eos_token_id) == (0, stops)
 
 
 def test_the_hubs_answer_is_in_the_sentence(monkeypatch):
     """Too many requests read as "couldn't connect"."""
-
-    class Response:
-        status_code = 429
-
-    def refuse(*_, **__):
-        answer = ConnectionError("429 Client Error")
-        answer.response = Response()
-        try:
-            raise RuntimeError("no entry in the cache") from answer
-        except RuntimeError as error:
-            raise OSError("We couldn't connect to the hub") from error
-
-    monkeypatch.setattr("trainer.pretrained.get_tokenizer_config", refuse)
+    answer, between = ConnectionError("429 Client Error"), RuntimeError("no entry in the cache")
+    answer.response, between.__cause__ = SimpleNamespace(status_code=429), answer
+    error = OSError("We couldn't connect to the hub")
+    error.__cause__ = between
+    monkeypatch.setattr("trainer.pretrained.get_tokenizer_config", raising(error))
     monkeypatch.setattr("trainer.pretrained.hub_problem", lambda: None)
-    with pytest.raises(UserError, match=r"couldn't connect to the hub; the hub's last answer was HTTP 429"):
-        load_model(coconut_config("some/model"), None)
+    sentence = r"couldn't connect to the hub; the hub's last answer was HTTP 429"
+    refuses(sentence, load_model, coconut_config("some/model"), None)
 
 
 @pytest.mark.parametrize(
@@ -276,8 +251,7 @@ def test_the_hubs_answer_is_in_the_sentence(monkeypatch):
     ],
 )
 def test_a_quantization_without_its_package_is_the_reason(tiny, quantization, reason):
-    file = Path(tiny) / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantization}))
+    changed(tiny, quantization_config=quantization)
     with pytest.raises(UserError, match=f"cannot be loaded: it needs a package that is not installed: .*{reason}"):
         load_model(coconut_config(tiny), None)
 
@@ -287,29 +261,25 @@ def test_code_of_a_model_runs_only_where_the_configuration_trusts_it(tiny, tmp_p
     """transformers asked on standard input, and a pipe that said y ran it."""
     monkeypatch.setattr("builtins.input", lambda _: "y")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    file = Path(tiny) / "config.json"
-    auto_map = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "own", "auto_map": auto_map}))
+    changed(tiny, model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"})
     text = "from transformers import GPT2Config, GPT2LMHeadModel\nfrom pathlib import Path\n"
     text += f"Path({str(tmp_path / 'ran')!r}).touch()\nclass Own(GPT2Config):\n    model_type = 'own'\n"
     text += "class OwnModel(GPT2LMHeadModel):\n    config_class = Own\n"
     (Path(tiny) / "own.py").write_text(text)
-    config = coconut_config(tiny, **keys)
     with pytest.raises(UserError, match="it has Python code of its own: read that code, and set trust_remote_code"):
-        load_model(config, None)
+        load_model(coconut_config(tiny, **keys), None)
     assert not (tmp_path / "ran").exists()
-    config = coconut_config(tiny, trust_remote_code=True, **keys)
-    assert type(load_model(config, None).model.base_causallm).__name__ == "OwnModel"
+    model = load_model(coconut_config(tiny, trust_remote_code=True, **keys), None).model
+    assert type(model.base_causallm).__name__ == "OwnModel"
 
 
 @pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_one_sentence_soon():
     """Forty lines of retries in 80 s."""
     code = "from test_pretrained import coconut_config, load_model; load_model(coconut_config('some/model'), None)"
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "PYTHONPATH": "tests:."}
-    environment["PYTHONPATH"] += ":preprocessing"
-    code = f"import os, time; begin = time.time()\ntry: {code}\nfinally: print(time.time() - begin)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    code = f"import time; begin = time.time()\ntry: {code}\nfinally: print(time.time() - begin)"
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "PYTHONPATH": "tests:.:preprocessing"}
+    done = python("-c", code, environment=hub, code=1)
     last = done.stderr.splitlines()[-1]
     assert "model_id 'some/model' cannot be loaded: it has not been downloaded, and the hub does not answer (h" in last
     assert "HF_HUB_OFFLINE=1" in last
@@ -320,5 +290,4 @@ def test_a_hub_that_does_not_answer_is_one_sentence_soon():
 @pytest.mark.parametrize("content", ["", "[]", '{"stage": '])
 def test_a_damaged_description_is_named(tmp_path, content):
     (tmp_path / "coconut.json").write_text(content)
-    with pytest.raises(UserError, match=r"coconut.json cannot be read"):
-        read_description(tmp_path)
+    refuses(r"coconut.json cannot be read", pretrained.read_description, tmp_path)

@@ -3,25 +3,23 @@
 import os
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import raising, refuses
 
+from trainer import checkpoint
 from trainer import distributed as ranks
 from trainer.distributed import World
 from utils import UserError
 
 
-def test_a_problem_of_rank_zero_reaches_every_rank():
-    world = ranks.setup_distributed()
-    try:
-        assert world == World(0, 0, 1, world.device)
-        assert ranks.on_main_rank(world, lambda: 5) == 5
-        assert ranks.hardware(world).startswith("CPU" if world.device.type == "cpu" else "NVIDIA")
-        with pytest.raises(UserError, match="no"):
-            ranks.on_main_rank(world, lambda: (_ for _ in ()).throw(UserError("no")))
-    finally:
-        ranks.cleanup_distributed()
+def test_a_problem_of_rank_zero_reaches_every_rank(world):
+    assert world == World(0, 0, 1, world.device)
+    assert ranks.on_main_rank(world, lambda: 5) == 5
+    assert ranks.hardware(world).startswith("CPU" if world.device.type == "cpu" else "NVIDIA")
+    refuses("no", ranks.on_main_rank, world, raising(UserError("no")))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -48,8 +46,50 @@ def test_a_promised_gpu_that_torch_does_not_find_is_an_error(monkeypatch, enviro
     if promise is None:
         assert ranks.promised_gpu() is None
     else:
-        with pytest.raises(UserError, match=f'{promise}, but torch finds no GPU: .+; CUDA_VISIBLE_DEVICES=""'):
-            ranks.setup_distributed()
+        refuses(f'{promise}, but torch finds no GPU: .+; CUDA_VISIBLE_DEVICES=""', ranks.setup_distributed)
+
+
+@pytest.mark.parametrize(
+    ("found", "size", "environment", "device", "reason"),
+    [
+        ("mps", 1, {}, "mps", "torch finds MPS and no CUDA"),
+        ("xpu", 1, {}, "xpu", "torch finds XPU and no CUDA"),
+        ("xpu", 1, {"SLURM_GPUS_ON_NODE": "4"}, "xpu", "torch finds XPU and no CUDA"),
+        ("mps", 2, {}, "cpu", "MPS is for one process, and there are 2 ranks"),
+        ("mps", 1, {"CUDA_VISIBLE_DEVICES": ""}, "cpu", 'CUDA_VISIBLE_DEVICES="" insists on it'),
+        (None, 1, {}, "cpu", "torch finds no GPU"),
+    ],
+)
+def test_the_device_and_why(monkeypatch, found, size, environment, device, reason):
+    """Apple's and Intel's GPUs stood idle."""
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Path, "glob", lambda *_: [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found and torch.device(found))
+    assert ranks.choose_device(size, 0) == (torch.device(device), reason)
+
+
+def test_a_world_of_one_needs_no_backend_for_its_device(world, monkeypatch):
+    """gloo has CPUs and CUDA alone."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", None)
+    ranks.all_reduce(torch.ones(2))
+
+
+def test_the_random_state_of_any_device_is_restored(monkeypatch, tmp_path):
+    """Only that of CUDA was."""
+    state = [torch.arange(3)]
+    module = SimpleNamespace(get_rng_state=lambda: state[0], set_rng_state=lambda value: state.insert(0, value))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    (tmp_path / "trainer").mkdir()
+    checkpoint.save_progress(tmp_path, checkpoint.Progress(), 1)
+    for kind, restored in (("mps", True), ("xpu", False)):
+        checkpoint.save_random_state(tmp_path, World(0, 0, 1, torch.device("mps")))
+        state[:] = [torch.zeros(3)]
+        checkpoint.load_random_state(tmp_path, World(0, 0, 1, torch.device(kind)))
+        assert torch.equal(state[0], torch.arange(3)) == restored
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,7 @@ from utils import UserError
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md", ROOT / "results" / "README.md"]
 CORE = ["run.py", "curriculum.py", "dataset.py", "coconut.py", "utils.py"]
-MADE = (
-    "checkpoints/",
-    "data/",
-    "exported/",
-    "pages/",
-    "tasks/",
-    "save_path/",
-    "results/mine",
-)  # by commands, not by us
+MADE = ("checkpoints/", "data/", "exported/", "pages/", "tasks/", "save_path/", "results/mine")  # by commands
 EXAMPLES = {"methods/gated.py", "methods/noisy.py"}  # files that docs/contributing.md shows
 EXAMPLE_KEYS = ("thought=gated", "method=noisy", "noise=")
 EXTERNAL = {"pdb", "pip", "pytest", "venv"}  # modules of `python -m` that are not ours
@@ -68,13 +60,13 @@ def problems_of(words: list[str]) -> list[str]:
     return missing
 
 
-def test_readme_is_short_and_shows_a_training_first():
+def test_readme_is_short_shows_a_training_first_and_names_the_core_and_all_pages():
+    assert set(re.findall(r"\]\(docs/(\w+\.md)\)", read(README))) == {
+        path.name for path in (ROOT / "docs").glob("*.md")
+    }
     lines = read(README).splitlines()
     assert len(lines) <= 200
     assert any("torchrun" in line and "run.py args/" in line for line in lines[:24])
-
-
-def test_readme_names_the_core_and_it_is_short():
     listed = re.findall(r"^\| \[`([\w.]+)`\]\(\1\) \| (\d+) \|", read(README), re.MULTILINE)
     assert [file for file, _ in listed] == CORE
     assert sum(int(count) for _, count in listed) <= 1300
@@ -86,23 +78,6 @@ def test_counts_and_generated_blocks_are_up_to_date(path):
     assert read(path) == docs.updated(path)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_commands_name_files_modules_rows_and_keys_that_exist(path):
-    assert [problem for words in commands(read(path)) for problem in problems_of(words)] == []
-
-
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_links_resolve(path):
-    for target in re.findall(r"\]\(([^)\s]+)\)", read(path)):
-        if target.startswith(("http://", "https://")):
-            continue
-        file, _, anchor = target.partition("#")
-        linked = (path.parent / file).resolve() if file else path
-        assert linked.exists(), target
-        if anchor:
-            assert anchor in anchors(linked), target
-
-
 def anchors(path: Path) -> list[str]:
     """Of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", read(path), re.MULTILINE)
@@ -110,8 +85,16 @@ def anchors(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_paths_in_code_exist(path):
-    for target in re.findall(r"`([\w.-]+/[\w./-]+\.\w+)`", read(path)):
+def test_commands_links_and_paths_name_what_exists(path):
+    text = read(path)
+    assert [problem for words in commands(text) for problem in problems_of(words)] == []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        linked = (path.parent / file).resolve() if file else path
+        if not target.startswith(("http://", "https://")):
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), target
+    for target in re.findall(r"`([\w.-]+/[\w./-]+\.\w+)`", text):
         assert (ROOT / target).exists() or target.startswith(MADE) or target in EXAMPLES or "/NAME." in target, target
 
 
@@ -138,11 +121,6 @@ def defined(path: Path) -> set[str]:
         if isinstance(node, ast.ClassDef):
             names |= {f"{node.name}.{each.name}" for each in node.body if isinstance(each, ast.FunctionDef)}
     return names
-
-
-def test_every_page_is_in_the_index():
-    linked = set(re.findall(r"\]\(docs/(\w+\.md)\)", read(README)))
-    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")}
 
 
 def test_the_harness_recipe_fits_the_quickstarts_model():

@@ -8,8 +8,8 @@ from pathlib import Path
 import gsm_icot
 import pytest
 import torch
-from conftest import ROOT, settled
-from elsewhere import written_elsewhere
+from conftest import ROOT, epochs, lines_of, read_json, settled
+from test_export import written_elsewhere
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run
@@ -21,7 +21,6 @@ from trainer import inference
 
 # rows in iCoT's format, such as its valid.txt
 ROWS = Path(os.environ.get("COCONUT_GSM_ROWS", ROOT.parent / "shared" / "data" / "gsm_valid.txt"))
-
 pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(not ROWS.exists(), reason=f"no GSM8K rows in {ROWS}: set COCONUT_GSM_ROWS"),
@@ -56,72 +55,47 @@ def place(tmp_path_factory, smollm2) -> Path:
 
 
 def configure(place: Path, smollm2: Path, name: str, *more: str) -> Config:
-    keys = [
-        f"name={name}",
-        f"save_path={place}",
-        f"model_id={smollm2}",
-        f"train_path={place / 'train.json'}",
-        f"val_path={place / 'valid.json'}",
-        "global_batch_size=8",
-        "batch_size_training=8",
-        "lr=1e-4",
-        "num_epochs=2",
-        "max_new_tokens=48",
-        "num_workers=0",
-        "save_only_improve=false",
-    ]
+    keys = [f"name={name}", f"save_path={place}", f"model_id={smollm2}", f"train_path={place / 'train.json'}"]
+    keys += [f"val_path={place / 'valid.json'}", "global_batch_size=8", "batch_size_training=8", "lr=1e-4"]
+    keys += ["num_epochs=2", "max_new_tokens=48", "num_workers=0", "save_only_improve=false"]
     return Config.from_file(ROOT / "args" / "gsm_cot.yaml", settled(*keys, *more))
 
 
-def losses(config: Config) -> list[float]:
-    records = map(json.loads, (config.run_dir / "metrics.jsonl").read_text().splitlines())
-    return [record["train_loss"] for record in records if record["event"] == "epoch"]
+def train(config: Config) -> list[float]:
+    """The loss of each epoch."""
+    assert run.main(config) == 0
+    return [record["train_loss"] for record in epochs(config.run_dir)]
 
 
 def test_cot_then_coconut_then_evaluation_and_a_restart(place, smollm2):
     torch.set_num_threads(os.cpu_count())
     words = configure(place, smollm2, "cot")
-    assert run.main(words) == 0
-    assert losses(words)[-1] < 0.8 * losses(words)[0]
+    losses = train(words)
+    assert losses[-1] < 0.8 * losses[0]
 
-    coconut_keys = [
-        "method=coconut",
-        "c_thought=2",
-        "max_latent_stage=3",
-        "epochs_per_stage=2",
-        "resume=2",
-        "reset_optimizer=never",
-        f"load_model_path={words.run_dir}",
-    ]
-    latent = configure(place, smollm2, "coconut", *coconut_keys, "num_epochs=3")
-    assert run.main(latent) == 0
-    latent = configure(place, smollm2, "coconut", *coconut_keys, "num_epochs=4")  # a restart: one epoch more
-    assert run.main(latent) == 0
-    assert len(losses(latent)) == 2
-    assert losses(latent)[-1] < losses(latent)[0]
-    description = json.loads((latent.run_dir / "checkpoint_4" / "coconut.json").read_text())
+    keys = ["method=coconut", "c_thought=2", "max_latent_stage=3", "epochs_per_stage=2", "resume=2"]
+    keys += ["reset_optimizer=never", f"load_model_path={words.run_dir}"]
+    train(configure(place, smollm2, "coconut", *keys, "num_epochs=3"))
+    latent = configure(place, smollm2, "coconut", *keys, "num_epochs=4")  # a restart: one epoch more
+    losses = train(latent)
+    assert len(losses) == 2
+    assert losses[-1] < losses[0]
+    last = latent.run_dir / "checkpoint_4"
+    description = read_json(last / "coconut.json")
     assert (description["stage"], description["c_thought"]) == (1, 2)
 
-    evaluation = configure(
-        place, smollm2, "eval", *coconut_keys[:-1], f"load_model_path={latent.run_dir}", "only_eval=true"
-    )
+    evaluation = configure(place, smollm2, "eval", *keys, f"load_model_path={latent.run_dir}", "only_eval=true")
     assert run.main(evaluation) == 0
-    found = json.loads((evaluation.run_dir / "eval" / "metrics.json").read_text())
-    wanted = json.loads((latent.run_dir / "checkpoint_4" / "metrics.json").read_text())
-    assert [found[key] for key in ("accuracy", "generated_tokens")] == [
-        wanted[key] for key in ("accuracy", "generated_tokens")
-    ]
-    tokenizer = AutoTokenizer.from_pretrained(latent.run_dir / "checkpoint_4")
+    found, wanted = (read_json(folder / "metrics.json") for folder in (evaluation.run_dir / "eval", last))
+    assert all(found[key] == wanted[key] for key in ("accuracy", "generated_tokens"))
+    tokenizer = AutoTokenizer.from_pretrained(last)
     assert tokenizer.convert_tokens_to_ids("<|latent|>") >= 49152  # after SmolLM2's own vocabulary
-    outputs = [
-        json.loads(line)["output"]
-        for line in (evaluation.run_dir / "eval" / "predictions.jsonl").read_text().splitlines()
-    ]
+    outputs = [prediction["output"] for prediction in lines_of(evaluation.run_dir / "eval" / "predictions.jsonl")]
     assert sum("#" in output or "<<" in output for output in outputs) >= 4, outputs  # it has taken on the format
 
     # exported, it writes elsewhere what it writes here, token by token
     assert export.export(str(latent.run_dir), place / "exported") == []
-    questions = [example["question"] for example in json.loads((place / "valid.json").read_text())[:4]]
+    questions = [example["question"] for example in read_json(place / "valid.json")[:4]]
     model = Coconut.from_pretrained(latent.run_dir)
     batch = collate_prompts(inference.prompts(model, questions), model.markers.eos)
     written = model.generate(**batch, max_new_tokens=24).tolist()

@@ -1,6 +1,5 @@
 """Every part of a restart: with all of them it is bitwise the undisturbed run; without any single one it is not."""
 
-import json
 import random
 import shutil
 from dataclasses import fields
@@ -10,13 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import settled
+from conftest import lines_of, main, read_json, with_dropout
 from safetensors.torch import load_file
-from test_run import place as place  # a fixture
-from test_run import with_dropout
 
 import run
-from config import Config
 from trainer import checkpoint, pretrained
 from trainer.checkpoint import Progress
 from trainer.distributed import StopSignal, World
@@ -29,6 +25,9 @@ KEYS = (
     *("max_new_tokens=1", "save_only_improve=true", "skip_nonfinite=true", "log_every_steps=1"),
 )
 LORA = (*KEYS, "method=coconut", "step_decoder=none", "lora_rank=2")
+# an epoch of stage 0, whose second one is passed over, or which has to reach the goal once more
+EARLY = (*KEYS, "curriculum=staged", "epochs_per_stage=2", "num_epochs=4", "advance_at=0", "lr_scheduler=linear")
+AGAIN = (*EARLY, "epochs_per_stage=3", "num_epochs=4", "advance_after=2")
 WRITTEN = (
     *("event", "step", "epoch", "stage", "loss", "auxiliary_loss", "lr"),
     *("train_loss", "train_seconds", "skipped", "accuracy"),
@@ -36,8 +35,7 @@ WRITTEN = (
 
 
 class Steps:
-    """What stands in for the clock, a broken step, wandb and the cluster: each goes by the optimizer steps of a run,
-    its restart included."""
+    """Stands in for the clock, a broken step, wandb and the cluster: each goes by a run's optimizer steps."""
 
     def __init__(self, monkeypatch, stop_after: int | None = None, done: int = 0):
         self.done, original, open_log = done, run.update_weights, RunLogger.open
@@ -66,35 +64,31 @@ def outcome(folder) -> dict:
     dcp.load(state, storage_reader=reader)
     for path in sorted(last.rglob("*.safetensors")):
         state |= {f"{path.name} {name}": value for name, value in load_file(path).items()}
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = lines_of(folder / "metrics.jsonl")
     return {
         "tensors": {name: value.numpy().tobytes() for name, value in state.items()},
         "log": [{name: record[name] for name in WRITTEN if name in record} for record in records],
-        "progress": json.loads((last / "trainer" / "state.json").read_text()),
+        "progress": read_json(last / "trainer" / "state.json"),
         "checkpoints": [path.name for path in checkpoints(folder)],
     }
 
 
 @pytest.fixture(scope="module")
 def runs(place, tmp_path_factory):
-    """Of keys: the configuration in a folder, an interrupted run's folder, and the outcome of an undisturbed one."""
+    """Of keys: an interrupted run's folder, and the outcome of an undisturbed one."""
     known, model = {}, with_dropout(place)
 
-    def configured(keys, folder) -> Config:
-        more = (f"model_id={model}", f"load_model_path={model}", f"save_path={folder}", "name=run")
-        return Config.from_file(place / "restart.yaml", settled(*keys, *more))
-
     def of(keys: tuple[str, ...]):
+        more = (*keys, f"model_id={model}", f"load_model_path={model}")
         if keys not in known:
-            whole, parts = (configured(keys, tmp_path_factory.mktemp("restart")) for _ in range(2))
-            for config, stop_after in ((whole, None), (parts, 7)):  # two steps into the second epoch
+            folders = []
+            for stop_after in (None, 7):  # two steps into the second epoch
                 with pytest.MonkeyPatch.context() as patched:
                     Steps(patched, stop_after)
-                    assert run.main(config) == 0
-            known[keys] = parts.run_dir, outcome(whole.run_dir)
-        return configured, *known[keys]
+                    folders.append(main(place, *more, f"save_path={tmp_path_factory.mktemp('restart')}"))
+            known[keys] = more, folders[1], outcome(folders[0])
+        return known[keys]
 
-    (place / "restart.yaml").write_text((place / "run.yaml").read_text().replace("coconut: true\n", ""))
     return of
 
 
@@ -126,8 +120,9 @@ def without_updates(monkeypatch) -> None:
 
 # `data` and `token_ids` are compared with what is there (test_faults.py, test_dataset.py); `val` is what is there
 PROGRESS = [field.name for field in fields(Progress) if field.name not in ("data", "token_ids", "val")]
+OTHER_KEYS = {"at_goal": AGAIN, "passed_over": EARLY}
 PARTS = {
-    **{f"progress: {name}": (KEYS, without_field(name)) for name in PROGRESS},
+    **{f"progress: {name}": (OTHER_KEYS.get(name, KEYS), without_field(name)) for name in PROGRESS},
     "the optimizer's averages": (KEYS, without(checkpoint, "load_optimizer")),
     "random numbers": (KEYS, without(checkpoint, "load_random_state", True)),
     "the companion": (KEYS, without(checkpoint, "load_companions", [])),
@@ -136,28 +131,27 @@ PARTS = {
 }
 
 
-def restarted(runs, keys, tmp_path, monkeypatch, patch=lambda _: None) -> tuple[dict, dict]:
+def restarted(runs, place, keys, tmp_path, monkeypatch, patch=lambda _: None) -> tuple[dict, dict]:
     """What has become of a run after its restart, and of the undisturbed one."""
-    configured, interrupted, wanted = runs(keys)
+    more, interrupted, wanted = runs(keys)
     shutil.copytree(interrupted, tmp_path / "run")
     Steps(monkeypatch, done=7)
     patch(monkeypatch)
-    assert run.main(configured(keys, tmp_path)) == 0
-    return outcome(tmp_path / "run"), wanted
+    return outcome(main(place, *more, f"save_path={tmp_path}")), wanted
 
 
-@pytest.mark.parametrize("keys", [KEYS, LORA], ids=["all parts", "LoRA"])
-def test_a_restart_is_bitwise_the_undisturbed_run(runs, keys, tmp_path, monkeypatch):
-    found, wanted = restarted(runs, keys, tmp_path, monkeypatch)
+@pytest.mark.parametrize("keys", [KEYS, LORA, EARLY, AGAIN], ids=["all parts", "LoRA", "early", "again"])
+def test_a_restart_is_bitwise_the_undisturbed_run(runs, place, keys, tmp_path, monkeypatch):
+    found, wanted = restarted(runs, place, keys, tmp_path, monkeypatch)
     for name, value in wanted.items():
         assert found[name] == value, name
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_without_a_part_it_is_not(runs, part, tmp_path, monkeypatch):
+def test_without_a_part_it_is_not(runs, place, part, tmp_path, monkeypatch):
     """The weights of SIM-CoT's decoder could be left out of a restart."""
     keys, patch = PARTS[part]
-    found, wanted = restarted(runs, keys, tmp_path, monkeypatch, patch)
+    found, wanted = restarted(runs, place, keys, tmp_path, monkeypatch, patch)
     assert found != wanted
 
 

@@ -1,17 +1,14 @@
 """SIM-CoT: the step decoder's loss and all gradients against the plain definition; the same on any number of ranks."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
 import plain
 import pytest
 import torch
-from conftest import settled, tiny_base
-from test_coconut import END, EOS, LATENT, START, gradients
+from conftest import distance, equal, lines_of, main, read_json, refuses, settled, steps, tiny_base, together, weights
+from test_coconut import END, EOS, LATENT, START
 from test_methods import MARKERS, make_dataset
-from test_run import main, together, weights
-from test_run import place as place  # a fixture
 
 import run
 from config import Config
@@ -19,7 +16,6 @@ from curriculum import stage_of_example
 from dataset import EpochPlan, MicroBatch, PlannedStep
 from methods.sim_cot import SimCot, StepDecoder, explanations, step_targets
 from trainer.pretrained import load_model, make_model
-from utils import UserError
 
 
 def make_sim_cot(config: Config, family: str, tied: bool = True) -> SimCot:
@@ -61,26 +57,17 @@ def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, case,
     total, count = plain.sim_cot_loss(base, decoder, rows, texts, c, config.step_decoder_reduction == "mean", **how)
     assert n_groups == count > 2
     assert abs(output.auxiliary - 0.5 * total) < 1e-9
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     embeddings = decoder.get_input_embeddings().weight
     assert embeddings.requires_grad == (embeddings is decoder.get_output_embeddings().weight)
-    model.requires_grad_(True)
-    found = gradients(SimpleModel(model, trained), output.loss + output.auxiliary / n_groups)
-    wanted = gradients(SimpleModel(model, trained), plain.loss(base, rows, **how) + 0.5 * total / count)
-    assert max((found[name] - wanted[name]).abs().max() for name in trained) < 1e-9
-    alone = gradients(SimpleModel(model, trained[:1]), plain.loss(base, rows, **how))
-    assert (alone[trained[0]] - found[trained[0]]).abs().max() > 1e-6  # it does reach the base
 
+    def gradients(loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        return dict(zip(trained, torch.autograd.grad(loss, list(trained.values()), retain_graph=True), strict=True))
 
-class SimpleModel:
-    """What `gradients` asks of a model, for some of its parameters."""
-
-    def __init__(self, model, names):
-        self.model, self.names = model, names
-        self.zero_grad = model.zero_grad
-
-    def named_parameters(self):
-        return [(name, parameter) for name, parameter in self.model.named_parameters() if name in self.names]
+    found, loss = gradients(output.loss + output.auxiliary / n_groups), plain.loss(base, rows, **how)
+    assert distance(found, gradients(loss + 0.5 * total / count)) < 1e-9
+    name, parameter = next(iter(trained.items()))
+    assert (torch.autograd.grad(loss, parameter)[0] - found[name]).abs().max() > 1e-6  # it does reach the base
 
 
 def test_what_thoughts_stand_for():
@@ -100,13 +87,10 @@ def test_what_thoughts_stand_for():
     assert explanations(texts, answer, 8, 4, config) == [[5], [6, 7], [8, 9], [8, 9]]
     assert explanations(texts, answer, 6, 3, Config(c_thought=2, step_decoder_surplus="none")) == [[5], [6, 7], None]
     assert explanations(texts, answer, 0, 0, config) == []
-
-
-def test_a_step_is_said_without_its_newline_and_all_further_ones_by_the_last_thoughts():
+    # a step is said without its newline, and all further ones by the last thoughts
     config = Config(method="sim_cot", step_decoder="copy", max_latent_stage=2, c_thought=1)
     dataset, (example,) = make_dataset(config, [4])
-    steps = example["steps"]
-    assert dataset[0, 3][2] == [plain.ids(steps[0]), plain.ids("\n".join(steps[1:]))]
+    assert dataset[0, 3][2] == [plain.ids(example["steps"][0]), plain.ids("\n".join(example["steps"][1:]))]
 
 
 def test_a_batch_without_thoughts_still_gives_the_decoder_a_gradient(family):
@@ -142,28 +126,9 @@ def test_the_decoder_has_no_dropout_and_evaluation_has_no_decoder():
     assert model(torch.tensor([[5, 6, LATENT, 7]]), labels=torch.tensor([[-100, -100, -100, 7]])).auxiliary is None
 
 
-@pytest.mark.parametrize(
-    ("keys", "problem"),
-    [
-        ({"method": "cot"}, "is for method sim_cot"),
-        ({"thought": "pause"}, "a thought that is fed back"),
-        ({"c_thought": 0}, "c_thought"),
-        ({"step_decoder": "pretrained", "from_scratch": True}, "set it to copy"),
-    ],
-)
-def test_a_decoder_without_thoughts_or_weights_is_a_mistake(keys, problem):
-    (found,) = Config(**{"step_decoder": "copy", **keys}).problems(needs_files=False)
-    assert problem in found
-
-
 # ---- runs ----
 
 KEYS = ("step_decoder=copy", "num_epochs=3", "max_train_examples=40", "max_new_tokens=2", "global_batch_size=16")
-
-
-def steps_of(folder) -> list[dict]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["event"] == "step"]
 
 
 @pytest.mark.slow
@@ -173,36 +138,27 @@ def test_ranks_and_micro_batches_share_one_mean(place):
     keys = (*KEYS, "uniform_prob=0.5", "batch_size_training=4", "max_train_examples=36")
     plan = EpochPlan(np.arange(36), Config.from_file(place / "run.yaml", settled(*keys)), rank=1, world_size=2)
     assert [micro.weight for micro in plan[2].micro_batches] == [0]
-    folders = {
-        "alone": main(place, *keys, "name=sim-alone"),
-        "fsdp alone": main(place, *keys, "name=sim-fsdp-alone", "strategy=fsdp"),
-    }
+    folders = [main(place, *keys, "name=sim-alone"), main(place, *keys, "name=sim-fsdp-alone", "strategy=fsdp")]
     for strategy in ("ddp", "fsdp"):
         done = together(place / "run.yaml", *keys, f"name=sim-{strategy}", f"strategy={strategy}")
         assert f"on 2 x cpu ({strategy})" in done.stderr
-        folders[strategy] = place / "runs" / f"sim-{strategy}"
-    wanted = [record["auxiliary_loss"] for record in steps_of(folders["alone"])]
+        folders.append(place / "runs" / f"sim-{strategy}")
+    wanted, *others = ([record["auxiliary_loss"] for record in steps(folder)] for folder in folders)
     assert 0 < min(wanted) < max(wanted)
-    for folder in folders.values():
-        found = [record["auxiliary_loss"] for record in steps_of(folder)]
+    for found in others:
         assert found == pytest.approx(wanted, rel=2e-5)
     whole = main(place, *keys, "name=sim-one-pass", "batch_size_training=16")
     # the answer's loss is a mean of means, and from then on the weights differ
-    assert steps_of(whole)[0]["auxiliary_loss"] == pytest.approx(wanted[0], rel=1e-6)
+    assert steps(whole)[0]["auxiliary_loss"] == pytest.approx(wanted[0], rel=1e-6)
 
 
-def test_a_restart_goes_on_with_the_same_decoder(place):
-    whole = main(place, *KEYS, "name=sim-whole")
-    main(place, *KEYS, "name=sim-parts", "num_epochs=2")
-    parts = main(place, *KEYS, "name=sim-parts")
-    assert steps_of(whole)[-1]["auxiliary_loss"] == steps_of(parts)[-1]["auxiliary_loss"]
-    first, second = (weights(folder / "checkpoint_3") for folder in (whole, parts))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not any("step_decoder" in name for name in first)  # it is the trainer's
-    plain = main(place, *KEYS, "name=sim-none", "step_decoder=none")
-    assert any(not torch.equal(first[name], value) for name, value in weights(plain / "checkpoint_3").items())
-    evaluated = main(place, "name=sim-eval", "step_decoder=copy", "only_eval=true", f"load_model_path={whole}")
-    assert json.loads((evaluated / "eval" / "metrics.json").read_text())["stage"] == 2
+def test_a_decoder_is_the_trainers_alone(place):
+    run = main(place, *KEYS, "name=sim-whole")
+    trained = weights(run / "checkpoint_3")
+    assert not any("step_decoder" in name for name in trained)
+    assert not equal(trained, weights(main(place, *KEYS, "name=sim-none", "step_decoder=none") / "checkpoint_3"))
+    evaluated = main(place, "name=sim-eval", "step_decoder=copy", "only_eval=true", f"load_model_path={run}")
+    assert read_json(evaluated / "eval" / "metrics.json")["stage"] == 2
 
 
 def test_a_decoder_whose_loss_is_not_finite_stops_the_run_at_that_step(place, monkeypatch, capsys):
@@ -214,20 +170,17 @@ def test_a_decoder_whose_loss_is_not_finite_stops_the_run_at_that_step(place, mo
         return original(self, *args) * (float("nan") if len(calls) == 2 else 1)
 
     monkeypatch.setattr(StepDecoder, "forward", broken)
-    config = Config.from_file(place / "run.yaml", [*KEYS, "name=sim-nan", "batch_size_training=16"])
-    assert run.main(config) == 2
+    folder = main(place, *KEYS, "name=sim-nan", "batch_size_training=16", code=2)
     assert "the loss of step 2" in capsys.readouterr().err
-    (record,) = [json.loads(line) for line in (config.run_dir / "nonfinite.jsonl").read_text().splitlines()]
-    assert record["step"] == 2
-    assert len(record["examples"]) == 16
+    (record,) = lines_of(folder / "nonfinite.jsonl")
+    assert (record["step"], len(record["examples"])) == (2, 16)
 
 
 def test_a_pretrained_decoder_has_the_weights_of_model_id_and_no_markers(place, tmp_path):
-    config = Config(model_id=str(place / "model"), step_decoder="pretrained")
-    model = load_model(config, None).model
-    decoder = model.step_decoder.base_causallm
-    assert len(decoder.get_input_embeddings().weight) == len(model.base_causallm.get_input_embeddings().weight) - 3
-    assert decoder.get_input_embeddings().weight is not model.base_causallm.get_input_embeddings().weight
-    assert torch.equal(decoder.transformer.h[0].mlp.c_fc.weight, model.base_causallm.transformer.h[0].mlp.c_fc.weight)
-    with pytest.raises(UserError, match="model_id"):
-        load_model(Config(model_id=str(tmp_path), step_decoder="pretrained"), None)
+    model = load_model(Config(model_id=str(place / "model"), step_decoder="pretrained"), None).model
+    base, decoder = model.base_causallm, model.step_decoder.base_causallm
+    ours, theirs = base.get_input_embeddings().weight, decoder.get_input_embeddings().weight
+    assert len(theirs) == len(ours) - 3
+    assert theirs is not ours
+    assert torch.equal(decoder.transformer.h[0].mlp.c_fc.weight, base.transformer.h[0].mlp.c_fc.weight)
+    refuses("model_id", load_model, Config(model_id=str(tmp_path), step_decoder="pretrained"), None)

@@ -1,6 +1,5 @@
 """The scripts of slurm/, with a stand-in for srun that sets what SLURM sets."""
 
-import json
 import os
 import re
 import secrets
@@ -8,12 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_faults import LONG, SLOW_VALIDATION, processes_of, steps, wait_for
-from test_run import place as place  # a fixture
+from conftest import ROOT, read_json, settled, steps
+from test_faults import LONG, SLOW_VALIDATION, ended, processes_of, wait_for
 
 SRUN = """#!/usr/bin/env bash
 cpus=none
@@ -68,46 +67,45 @@ def cluster(tmp_path) -> dict[str, str]:
     return {**os.environ, **slurm, "PATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def submit(script: str, cluster: dict[str, str], *arguments: str) -> subprocess.Popen:
-    """Runs a script as sbatch would. Of a key that is given twice the last counts: run.py takes none twice."""
-    last = {argument.partition("=")[0]: argument for argument in arguments}
-    command = ["bash", str(ROOT / "slurm" / script), *last.values()]
-    return subprocess.Popen(command, env=cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def submit(script: str, cluster: dict[str, str], *arguments) -> subprocess.Popen:
+    """Runs a script as sbatch would."""
+    words = ["bash", str(ROOT / "slurm" / script), *settled(*arguments)]
+    return subprocess.Popen(words, env=cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def children(pid: int) -> list[int]:
-    """All processes below this one."""
+def commands_below(pid: int) -> dict[int, bytes]:
+    """All processes below this one, and their command lines."""
     below = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
+        with suppress(OSError):
             fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        below.setdefault(int(fields[1]), []).append(int(folder.name))
+            below.setdefault(int(fields[1]), []).append(int(folder.name))
     found = [pid]
     for parent in found:
         found += below.get(parent, [])
-    return found[1:]
+    return {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in found[1:]}
+
+
+def task_of(job: subprocess.Popen) -> int:
+    """The process that srun starts, which SLURM signals."""
+    return next(pid for pid, words in commands_below(job.pid).items() if words.startswith(b"bash\0slurm/launch.sh"))
 
 
 @pytest.mark.parametrize("script", ["train.sbatch", "train_multinode.sbatch", "eval.sbatch"])
 def test_tasks_get_the_cpus_that_sbatch_was_given(cluster, tmp_path, script):
     """srun gave every task one core: since Slurm 22.05 it does not take --cpus-per-task over from sbatch."""
     (tmp_path / "srun").write_text('#!/usr/bin/env bash\necho "$@"\n')
-    given = submit(script, cluster, "a.yaml")
-    assert "--cpus-per-task=3 " in given.communicate(timeout=30)[0]
+    assert "--cpus-per-task=3 " in ended(submit(script, cluster, "a.yaml"))
     del cluster["SLURM_CPUS_PER_TASK"]  # sbatch was given --cpus-per-gpu, or nothing
-    left_out = submit(script, cluster, "a.yaml")
-    printed = left_out.communicate(timeout=30)[0]
+    printed = ended(submit(script, cluster, "a.yaml"))
     assert "a.yaml" in printed
     assert "cpus-per-task" not in printed
-    assert given.returncode == left_out.returncode == 0
 
 
 @pytest.mark.slow
 def test_one_rank_prints_what_is_wrong(place, cluster):
     """All did: launch.sh has torchrun's SIGTERM ignored, and the ranks had inherited that."""
-    printed = submit("train.sbatch", cluster, str(place / "run.yaml"), "lrr=3").communicate(timeout=60)[0]
+    printed = submit("train.sbatch", cluster, place / "run.yaml", "lrr=3").communicate(timeout=60)[0]
     assert printed.count("unknown key 'lrr'") == 1, printed
 
 
@@ -115,10 +113,10 @@ def test_one_rank_prints_what_is_wrong(place, cluster):
 def test_a_signal_during_the_slow_imports_takes_effect(place, cluster):
     """It was ignored, and the job trained on into its time limit without being requeued."""
     run = place / "runs" / "sbatch-early"
-    job = submit("train.sbatch", cluster, str(place / "run.yaml"), *LONG, "name=sbatch-early")
+    job = submit("train.sbatch", cluster, place / "run.yaml", *LONG, "name=sbatch-early")
 
     def ranks() -> list[int]:
-        words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(job.pid)}
+        words = commands_below(job.pid)
         return [pid for pid, command in words.items() if b"run.py" in command and b"torch.distributed" not in command]
 
     def heed() -> bool:
@@ -127,13 +125,8 @@ def test_a_signal_during_the_slow_imports_takes_effect(place, cluster):
 
     wait_for(heed)
     assert not run.exists()  # the ranks are still importing
-    for pid in children(job.pid):
-        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"bash\0slurm/launch.sh"):
-            os.kill(pid, signal.SIGUSR1)
-            break
-    printed = job.communicate(timeout=120)[0]
-    assert job.returncode == 0, printed
-    assert "stopped by a signal" in printed
+    os.kill(task_of(job), signal.SIGUSR1)
+    assert "stopped by a signal" in ended(job)
     assert Path(cluster["REQUEUED"]).read_text() == f"{cluster['SLURM_JOB_ID']}\n"
     assert len(steps(run)) < 9
 
@@ -141,19 +134,15 @@ def test_a_signal_during_the_slow_imports_takes_effect(place, cluster):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_job_near_its_end_is_requeued_and_goes_on(place, cluster, number):
-    name = f"sbatch-{number.name}"
-    run, arguments = place / "runs" / name, (str(place / "run.yaml"), *LONG, f"name={name}")
+    name, job_id = f"sbatch-{number.name}", cluster["SLURM_JOB_ID"]
+    run, arguments = place / "runs" / name, (place / "run.yaml", *LONG, f"name={name}")
     job = submit("train.sbatch", cluster, *arguments, *SLOW_VALIDATION)
     wait_for(lambda: len(steps(run)) >= 5)
     # SLURM signals the task; with some plugins its descendants too, among them torchrun, which must live through it
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(job.pid)}
-    task = [pid for pid, words in commands.items() if words.startswith(b"bash\0slurm/launch.sh")]
-    torchrun = [pid for pid, words in commands.items() if b"torch.distributed.run" in words]
-    for pid in task[:1] if number == signal.SIGUSR1 else [*task[:1], *torchrun]:
+    torchrun = [pid for pid, words in commands_below(job.pid).items() if b"torch.distributed.run" in words]
+    for pid in [task_of(job)] if number == signal.SIGUSR1 else [task_of(job), *torchrun]:
         os.kill(pid, number)
-    printed = job.communicate(timeout=120)[0]
-    assert job.returncode == 0, printed
-    job_id = cluster["SLURM_JOB_ID"]
+    ended(job)
     assert Path(cluster["REQUEUED"]).read_text() == f"{job_id}\n"
     assert not list(ROOT.glob(f".interrupted-{job_id}*"))  # others have their jobs' there
     n_steps = len(steps(run))
@@ -168,15 +157,12 @@ def test_a_job_near_its_end_is_requeued_and_goes_on(place, cluster, number):
 @pytest.mark.slow
 def test_several_nodes_train_and_the_result_is_evaluated(place, cluster):
     two = {**cluster, "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
-    job = submit("train_multinode.sbatch", two, str(place / "run.yaml"), *LONG, "name=nodes", "num_epochs=1")
-    printed = job.communicate(timeout=120)[0]
-    assert job.returncode == 0, printed
+    job = submit("train_multinode.sbatch", two, place / "run.yaml", *LONG, "name=nodes", "num_epochs=1")
+    printed = ended(job)
     assert "on 2 x cpu" in printed
     assert printed.count("validation, stage 0") == 1  # one rank speaks
     run = place / "runs" / "nodes"
-    job = submit("eval.sbatch", cluster, str(place / "run.yaml"), f"load_model_path={run}", "name=nodes-eval")
-    printed = job.communicate(timeout=120)[0]
-    assert job.returncode == 0, printed
-    found = json.loads((place / "runs" / "nodes-eval" / "eval" / "metrics.json").read_text())
-    assert found["accuracy"] == json.loads((run / "checkpoint_1" / "metrics.json").read_text())["accuracy"]
+    ended(submit("eval.sbatch", cluster, place / "run.yaml", f"load_model_path={run}", "name=nodes-eval"))
+    found = read_json(place / "runs" / "nodes-eval" / "eval" / "metrics.json")
+    assert found["accuracy"] == read_json(run / "checkpoint_1" / "metrics.json")["accuracy"]
     assert not processes_of(place, "nodes")

@@ -4,12 +4,16 @@ import importlib
 
 import pytest
 import torch
-from conftest import tiny_base
+from conftest import distance, refuses, tiny_base
+from test_coconut import EOS, LATENT, batch_of, make_model, make_rows, plain_loss, prompts
+from test_coconut import gradients as model_gradients
 
+from coconut import Coconut
 from config import THOUGHTS, Config
+from dataset import collate_prompts
 from model.backbone import Backbone, decoder_blocks
 from model.thought import REGISTRY, Seen, make_thought
-from utils import UserError
+from trainer.inference import thought_logits
 
 SPELLINGS = [
     name + {":N": ":-2", "[:T]": ":0.1", "[:P]": ":8", "[:st]": ":st", "": ""}[takes]
@@ -40,6 +44,7 @@ def test_the_configuration_knows_every_thought():
         importlib.import_module(module)
     assert REGISTRY.keys() == THOUGHTS.keys()
     assert all(thought.__doc__ for thought in REGISTRY.values())
+    assert "projected | normalised | projected+normalised | realigned | layer:N | suppressed[:T]" in Config.describe()
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -50,25 +55,24 @@ def test_every_spelling_makes_a_thought(family, spelling):
     assert thought.sequential == (spelling != "pause")
     if thought.sequential:
         weight = torch.randn(40, 32, dtype=torch.float64)
-        backbone = Backbone(base)
-        made = thought(seen(prepared=thought.precompute(weight, weight), backbone=backbone))
-        assert made.shape == (2, 1, 32)
-        assert made.dtype == torch.float64
+        made = thought(seen(prepared=thought.precompute(weight, weight), backbone=Backbone(base)))
+        assert (made.shape, made.dtype) == ((2, 1, 32), torch.float64)
+
+
+UNKNOWN = r"must be one of last, pause, .*layer:N, .*embedding\+suppressed\[:T\].*token\[:st\]"
+NOT_THERE = "must be between .* the model has 4 blocks"
 
 
 @pytest.mark.parametrize(
-    "spelling", ["first", "layer", "layer:", "layer:two", "last:1", "suppressed:-1", "Last", "", "layer:1:2", "last+"]
+    ("spelling", "complaint"),
+    [
+        *((one, UNKNOWN) for one in ("first", "layer", "layer:", "layer:two", "last:1", "suppressed:-1", "Last", "")),
+        *((one, UNKNOWN) for one in ("layer:1:2", "last+", "token:", "token:1", "token:ST", "last:st")),
+        *((one, f"thought '{one}' {NOT_THERE}") for one in ("layer:5", "layer:-6", "layer:1.5")),
+    ],
 )
-def test_an_unknown_thought_lists_what_there_is(spelling):
-    wanted = r"must be one of last, pause, .*layer:N, .*embedding\+suppressed\[:T\]"
-    with pytest.raises(UserError, match=wanted):
-        make_thought(spelling, tiny_base("gpt2"))
-
-
-@pytest.mark.parametrize("spelling", ["layer:5", "layer:-6", "layer:1.5"])
-def test_a_layer_that_is_not_there_is_refused(spelling):
-    with pytest.raises(UserError, match=f"thought '{spelling}' must be between .* the model has 4 blocks"):
-        make_thought(spelling, tiny_base("llama", layers=4))
+def test_an_unknown_thought_lists_what_there_is(spelling, complaint):
+    refuses(complaint, make_thought, spelling, tiny_base("llama", layers=4))
 
 
 @pytest.mark.parametrize(
@@ -79,9 +83,8 @@ def test_layers_are_counted_from_either_end_or_as_a_share(spelling, index):
     given = seen(layers=4)
     thought = make_thought(spelling, tiny_base("gpt2", layers=4))
     assert torch.equal(thought(given), given.stream[index])
-    hidden, embedding, stream = gradients(thought, given)
-    assert hidden is None
-    assert embedding is None
+    *others, stream = gradients(thought, given)
+    assert others == [None, None]
     assert [bool(layer.any()) for layer in stream] == [number == index for number in range(5)]
 
 
@@ -112,8 +115,7 @@ def test_a_normalised_thought_has_the_mean_norm_and_no_gradient_along_itself():
 
 
 def test_realigning_turns_output_rows_into_input_rows():
-    """With more dimensions than words least squares is exact, but for the ridge; between tied embeddings it is the
-    identity."""
+    """With more dimensions than words it is exact, but for the ridge; between tied embeddings the identity."""
     thought = make_thought("realigned", tiny_base("gpt2"))
     inputs, outputs = torch.randn(2, 12, 32, dtype=torch.float64)
     matrix = thought.precompute(inputs, outputs)
@@ -178,15 +180,43 @@ def test_a_model_without_blocks_has_no_thoughts_from_layers(monkeypatch):
     base._no_split_modules = None
     assert len(decoder_blocks(base)) == 2  # those that transformers could checkpoint
     monkeypatch.setattr("model.backbone.GradientCheckpointingLayer", type("Nothing", (), {}))
-    with pytest.raises(UserError, match="names its decoder blocks"):
-        make_coconut_of(base)
+    refuses("names its decoder blocks", Coconut, base, 2, 1, 3, 0, thought="suppressed")
 
 
-def make_coconut_of(base):
-    from coconut import Coconut
-
-    return Coconut(base, 2, 1, 3, 0, thought="suppressed")
+# ---- the thought `token` against its definition, from transformers' own forward pass ----
 
 
-def test_help_lists_them():
-    assert "projected | normalised | projected+normalised | realigned | layer:N | suppressed[:T]" in Config.describe()
+@pytest.mark.parametrize("spelling", ["token", "token:st"])
+@pytest.mark.parametrize(
+    ("family", "tied"), [("gpt2", True), ("llama", True), ("llama", False), ("phi", False), ("gemma2", True)]
+)
+def test_it_is_the_embedding_of_the_likeliest_token(family, tied, spelling):
+    """Phi's LM head has a bias; Gemma's embedding module multiplies by sqrt(D), and tanh caps its logits."""
+    exact = family != "gemma2"
+    dtype, layers = (torch.float64, 3) if exact else (torch.float32, 2)
+    model, rows = make_model(family, tied, thought=spelling, layers=layers, dtype=dtype), make_rows([2, 0, 3])
+    loss, plain = model(**batch_of(rows)).loss, plain_loss(model, rows, spelling)
+    found, wanted = model_gradients(model, loss), model_gradients(model, plain)
+    largest = max(gradient.abs().max().item() for gradient in wanted.values())
+    assert abs(loss - plain) < (1e-9 if exact else 1e-4)
+    assert distance(found, wanted) < (1e-9 if exact else 1e-4 * largest)
+
+
+def test_only_straight_through_has_a_gradient():
+    """The loss after the thoughts moves the weights that make them; detached, only those that read them."""
+    losses, of_head = [], []
+    for spelling in ("token", "token:st"):
+        model = make_model("llama", tied=False, thought=spelling)
+        losses.append(model(**batch_of(make_rows([2]))).loss)
+        of_head.append(model_gradients(model, losses[-1])["base_causallm.lm_head.weight"])
+    assert losses[0] == losses[1]
+    assert (of_head[0] - of_head[1]).abs().max() > 1e-6
+
+
+def test_generation_feeds_the_token_that_the_head_finds_likeliest(family):
+    model = make_model(family, thought="token:st")
+    batch = collate_prompts(prompts([3, 0, 2]), EOS)
+    logits, thoughts = thought_logits(model, **batch)
+    is_latent = batch["input_ids"][:, -4:-1] == LATENT
+    likeliest = model.base_causallm.get_input_embeddings()(logits.argmax(-1))
+    assert torch.equal(thoughts[is_latent], likeliest[is_latent])

@@ -1,6 +1,6 @@
 """wandb must not end a training, delay it or change its exit code: it dies, hangs, is missing, or is not logged in."""
 
-import json
+import contextlib
 import os
 import signal
 import sys
@@ -10,11 +10,9 @@ import types
 
 import pytest
 import wandb
-from test_run import epochs, main
-from test_run import place as place  # a fixture
+from conftest import epochs, lines_of, main, raising, read_json
 
 import run as run_module
-from config import Config
 from trainer import logger as tracker
 from trainer.logger import RunLogger, why_offline
 
@@ -48,6 +46,10 @@ class Wandb(types.ModuleType):
         self._do("finish", exit_code)
 
 
+LOST = ConnectionResetError("Connection lost")
+FAILURES = {"broken": raising(LOST), "silent": threading.Event().wait, "leaves": raising(SystemExit(3))}
+
+
 @pytest.fixture
 def use(monkeypatch):
     """Puts a stand-in in wandb's place."""
@@ -60,26 +62,13 @@ def use(monkeypatch):
     return use
 
 
-def broken() -> None:
-    raise ConnectionResetError("Connection lost")
-
-
-def silent() -> None:
-    threading.Event().wait()
-
-
-def leaves() -> None:
-    sys.exit(3)
-
-
 @pytest.mark.parametrize("call", ["init", "log", "finish"])
-@pytest.mark.parametrize("how", [broken, silent, leaves])
+@pytest.mark.parametrize("how", FAILURES)
 def test_a_tracker_that_fails_is_one_warning(place, use, capsys, monkeypatch, call, how):
-    """Wandb's helper process was killed, and ConnectionResetError ended the run before it was saved; finish
-    hung, and nothing but SIGKILL helped."""
+    """Wandb's helper was killed, and the run ended before it was saved; finish hung until SIGKILL."""
     monkeypatch.setattr(tracker, "TIMEOUTS", dict.fromkeys(tracker.TIMEOUTS, 0.3))
-    module = use(Wandb({call: how}))
-    folder = main(place, *SHORT, f"name=tracker-{call}-{how.__name__}")
+    module = use(Wandb({call: FAILURES[how]}))
+    folder = main(place, *SHORT, f"name=tracker-{call}-{how}")
     assert (folder / "checkpoint_1").is_dir()
     assert len(epochs(folder)) == 1
     assert capsys.readouterr().err.count("warning: wandb failed") == 1
@@ -109,7 +98,7 @@ def test_the_table_comes_before_the_tracker_and_one_signal_is_enough(place, use,
         shown.append(capsys.readouterr().out)
         restarts.extend((place / "runs" / "tracker-signal").glob("checkpoint_*_step_*"))
         os.kill(os.getpid(), signal.SIGTERM)
-        silent()
+        threading.Event().wait()
 
     shown, restarts = [], []
     use(Wandb({"finish": hang}))
@@ -119,64 +108,42 @@ def test_the_table_comes_before_the_tracker_and_one_signal_is_enough(place, use,
     assert "wandb failed (finish: a signal has come first)" in capsys.readouterr().err
 
 
-def test_the_tracker_learns_the_exit_code(place, use, monkeypatch):
-    """Runs that failed or were stopped were 'finished', with 0."""
-
-    def ended(name: str) -> list:
-        module = use(Wandb())
-        config = Config.from_file(place / "run.yaml", [f"name={name}", "num_epochs=1", "max_new_tokens=2"])
-        try:
-            code = run_module.main(config)
-        except RuntimeError:
-            code = 1
-        assert ("finish", code) in module.calls
-        return [call for call in module.calls if call[0] not in ("init", "log")]
-
-    assert ended("exit-0") == [("finish", 0)]
-    original = run_module.train_step
-
-    def failing(error):
-        def step(run, *others):
-            if run.progress.step == 2:
-                error()
-            return original(run, *others)
-
-        monkeypatch.setattr(run_module, "train_step", step)
-
-    def user_error():
-        raise run_module.UserError("no")
-
-    def runtime_error():
-        raise RuntimeError("no")
-
-    failing(user_error)
-    assert ended("exit-2") == [("finish", 2)]
-    failing(runtime_error)
-    assert ended("exit-1") == [("finish", 1)]
-    failing(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert ended("exit-stopped") == [("mark_preempting",), ("finish", 0)]
+CALLS = {
+    "0": (lambda: None, [("finish", 0)]),
+    "2": (raising(run_module.UserError("no")), [("finish", 2)]),
+    "1": (raising(RuntimeError("no")), [("finish", 1)]),
+    "stopped": (lambda: os.kill(os.getpid(), signal.SIGTERM), [("mark_preempting",), ("finish", 0)]),
+}
 
 
-def test_a_stopped_run_has_seconds_to_finish_its_log(place, use, monkeypatch, capsys):
-    """Nothing was waited for, and every run that a signal had stopped warned that wandb had failed."""
+@pytest.mark.parametrize("end", CALLS)
+def test_the_tracker_learns_the_exit_code_and_has_seconds_to_finish(place, use, monkeypatch, capsys, end):
+    """Runs that failed or were stopped were 'finished', with 0; each that was stopped warned that wandb failed."""
+    original, (act, wanted) = run_module.train_step, CALLS[end]
+
+    def step(run, *others):
+        if run.progress.step == 2:
+            act()
+        return original(run, *others)
+
+    monkeypatch.setattr(run_module, "train_step", step)
     module = use(Wandb({"finish": lambda: time.sleep(0.5)}))
-    original = run_module.train_step
-
-    def stopped(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
-
-    monkeypatch.setattr(run_module, "train_step", stopped)
-    main(place, *SHORT, "name=tracker-stopped")
+    code = int(end) if end.isdigit() else 0
+    with pytest.raises(RuntimeError) if end == "1" else contextlib.nullcontext():
+        main(place, *SHORT, f"name=exit-{end}", code=code)
+    assert [call for call in module.calls if call[0] not in ("init", "log")] == wanted
     assert "wandb failed" not in capsys.readouterr().err
-    assert module.calls[-2:] == [("mark_preempting",), ("finish", 0)]
+
+
+def opened(folder, mode: str) -> RunLogger:
+    logger = RunLogger(folder)
+    logger.open({"project": "p", "name": "n", "debug": False, "wandb": mode})
+    return logger
 
 
 def test_an_interrupted_run_has_its_exit_code_too(use, tmp_path):
     module = use(Wandb())
-    logger = RunLogger(tmp_path)
-    logger.open({"project": "p", "name": "n", "debug": False, "wandb": "offline"})
-    with pytest.raises(KeyboardInterrupt), logger:
+    with pytest.raises(KeyboardInterrupt), opened(tmp_path, "offline"):
         raise KeyboardInterrupt
     assert module.calls[-1] == ("finish", 130)
 
@@ -184,7 +151,7 @@ def test_an_interrupted_run_has_its_exit_code_too(use, tmp_path):
 def test_what_fails_before_the_first_step_leaves_no_log_open(place, use, monkeypatch):
     """Such a run was 'finished' with 0, by wandb's own exit handler."""
     module = use(Wandb())
-    monkeypatch.setattr("trainer.evaluate.warn_unscorable_answers", lambda *_: broken())
+    monkeypatch.setattr("trainer.evaluate.warn_unscorable_answers", raising(LOST))
     with pytest.raises(ConnectionResetError):
         main(place, *SHORT, "name=tracker-early")
     assert not module.calls or module.calls[-1][0] == "finish"
@@ -195,9 +162,34 @@ def test_what_is_logged(place, use):
     folder = main(place, *SHORT, "name=tracker-log")
     logged = [step for name, *step in module.calls if name == "log"]
     assert logged == [[1], [2], [3], [4], [4]]  # the steps, then the epoch
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 5
-    progress = json.loads((folder / "checkpoint_1" / "trainer" / "state.json").read_text())
-    assert progress["wandb_id"] == "abc"
+    assert len(lines_of(folder / "metrics.jsonl")) == 5
+    assert read_json(folder / "checkpoint_1" / "trainer" / "state.json")["wandb_id"] == "abc"
+
+
+def test_wandb_is_offline_where_nobody_is_logged_in_by_its_own_credentials(monkeypatch, tmp_path, reason):
+    """Logged in, and offline without a word."""
+    netrc, machine = tmp_path / ".netrc", "machine {} login user password {}\n"
+    assert "nobody is logged in at https://" in reason()
+    netrc.write_text(machine.format("api.wandb.ai", KEY))
+    netrc.chmod(0o644)
+    assert reason() is None
+    netrc.write_text(machine.format("api.wandb.ai", "secret"))
+    assert "cannot be used: AuthenticationError" in reason()
+    netrc.write_bytes(b"\xff\xfe\x00")
+    assert "cannot be used: UnicodeDecodeError" in reason()
+    netrc.write_text(machine.format("wandb.lab:8080", KEY))
+    assert "nobody is logged in" in reason()
+    (tmp_path / "settings").write_text("[default]\nbase_url = http://wandb.lab:8080\n")  # wandb login --host
+    assert reason() is None
+    netrc.unlink()
+    assert "nobody is logged in at http://wandb.lab:8080" in reason()
+    (tmp_path / "token").write_text("a.b.c")
+    with monkeypatch.context() as patched:
+        patched.setenv("WANDB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+        assert reason() is None
+    (tmp_path / "settings").unlink()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert reason() is None
 
 
 @pytest.fixture
@@ -220,52 +212,15 @@ def reason(monkeypatch, tmp_path):
 KEY = "x" * 40
 
 
-def test_wandb_is_offline_where_nobody_is_logged_in(monkeypatch, tmp_path, reason):
-    assert "nobody is logged in at https://" in reason()
-    (tmp_path / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
-    assert reason() is None
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
-    assert "cannot be used: AuthenticationError" in reason()
-    (tmp_path / ".netrc").write_bytes(b"\xff\xfe\x00")
-    assert "cannot be used: UnicodeDecodeError" in reason()
-    (tmp_path / ".netrc").unlink()
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert reason() is None
-
-
-def test_wandb_reads_its_own_credentials(monkeypatch, tmp_path, reason):
-    """Logged in, and offline without a word."""
-    netrc = tmp_path / ".netrc"
-    netrc.write_text(f"machine api.wandb.ai login user password {KEY}\n")
-    netrc.chmod(0o644)
-    assert reason() is None
-    netrc.write_text(f"machine wandb.lab:8080 login user password {KEY}\n")
-    assert "nobody is logged in" in reason()
-    (tmp_path / "settings").write_text("[default]\nbase_url = http://wandb.lab:8080\n")  # wandb login --host
-    assert reason() is None
-    netrc.unlink()
-    assert "nobody is logged in at http://wandb.lab:8080" in reason()
-    (tmp_path / "token").write_text("a.b.c")
-    monkeypatch.setenv("WANDB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
-    assert reason() is None
-
-
 @pytest.mark.parametrize("offline", ["nobody is logged in", None])
 def test_a_run_that_cannot_log_online_warns_once(tmp_path, use, monkeypatch, capsys, offline):
-    """No curve, found a week later."""
+    """No curve, found a week later. The environment decides before the configuration."""
     module = use(Wandb())
     monkeypatch.setattr(tracker, "why_offline", lambda: offline)
-    monkeypatch.setenv("WANDB_MODE", "")  # as good as not set
-    with RunLogger(tmp_path) as logger:
-        logger.open({"project": "p", "name": "n", "debug": False, "wandb": "online"})
-    assert module.calls[0] == ("init", "offline" if offline else "online")
-    wanted = f"warning: wandb logs offline: {offline}\n" if offline else ""
-    assert capsys.readouterr().err == wanted
-
-
-def test_the_environment_decides_before_the_configuration(tmp_path, use, monkeypatch):
-    module = use(Wandb())
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    with RunLogger(tmp_path) as logger:
-        logger.open({"project": "p", "name": "n", "debug": False, "wandb": "online"})
-    assert module.calls == []
+    with opened(tmp_path, "online"):
+        assert module.calls == []
+    monkeypatch.setenv("WANDB_MODE", "")  # as good as not set
+    with opened(tmp_path, "online"):
+        assert module.calls[0] == ("init", "offline" if offline else "online")
+    assert capsys.readouterr().err == (f"warning: wandb logs offline: {offline}\n" if offline else "")

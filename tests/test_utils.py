@@ -8,17 +8,16 @@ import sys
 from contextlib import ExitStack
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refuses
 
 from trainer.files import replaced, write_whole
-from utils import UserError
 
 
 def program(text: str, shell: str = "{}", **environment) -> subprocess.CompletedProcess:
     """Runs a program, in a line of the shell."""
     command = shell.format(f"'{sys.executable}' -c '{text}'")
     options = {"capture_output": True, "text": True, "cwd": ROOT, "env": {**os.environ, **environment}}
-    return subprocess.run(["bash", "-o", "pipefail", "-c", command], check=False, **options)
+    return subprocess.run(["bash", "-o", "pipefail", "-c", command], **options)
 
 
 PRINTS = """
@@ -86,27 +85,21 @@ def test_file_systems_that_do_not_sync_folders(tmp_path, monkeypatch, number):
 
     monkeypatch.setattr(os, "fsync", refuse)
     if number == errno.EIO:
-        with pytest.raises(UserError, match="folder cannot be written: Input/output error"):
-            write()
+        refuses("folder cannot be written: Input/output error", write)
     else:
         write()
         assert (tmp_path / "folder" / "file").read_text() == "text"
     assert refused
     monkeypatch.setattr(os, "fsync", lambda handle: refuse(handle, stat.S_ISREG))
-    with pytest.raises(UserError, match="file cannot be written"):
-        write_whole(tmp_path / "file", "text")
+    refuses("file cannot be written", write_whole, tmp_path / "file", "text")
     assert not (tmp_path / "file").exists()
 
 
 def test_a_folder_with_other_files_is_not_overwritten(tmp_path):
     for name in ("config.json", "notes.txt"):
         write_whole(tmp_path / "folder" / name, "")
-    with (
-        pytest.raises(UserError, match=r"is there already, and nothing of it is overwritten: it holds notes.txt"),
-        replaced(tmp_path / "folder", ("*.json",)),
-    ):
-        pass
+    sentence = "is there already, and nothing of it is overwritten: it holds notes.txt"
+    refuses(sentence, replaced(tmp_path / "folder", ("*.json",)).__enter__)
     write_whole(tmp_path / "file", "")
-    with pytest.raises(UserError, match="is there already, and is no folder"), replaced(tmp_path / "file", ()):
-        pass
+    refuses("is there already, and is no folder", replaced(tmp_path / "file", ()).__enter__)
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["config.json", "notes.txt"]

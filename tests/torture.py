@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +42,11 @@ def prepare(folder: Path) -> Path:
 
     for name, examples in arithmetic.make_splits({"train": EXAMPLES, "valid": 8}, base=5).items():
         (folder / f"{name}.json").write_text(json.dumps(examples))
-    tiny_model.write_model([folder / "train.json"], folder / "model", "char", "gpt2", 32, 1, 2, 128)
-    dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1}
-    AutoModelForCausalLM.from_pretrained(folder / "model", **dropout).save_pretrained(folder / "model")
+    model = folder / "model"
+    tiny_model.write_model([folder / "train.json"], model, "char", "gpt2", 32, 1, 2, 128)
+    AutoModelForCausalLM.from_pretrained(model, resid_pdrop=0.1, embd_pdrop=0.1).save_pretrained(model)
     keys = {
-        **{"save_path": str(folder / "runs"), "model_id": str(folder / "model"), "wandb": "disabled"},
+        **{"save_path": str(folder / "runs"), "model_id": str(model), "wandb": "disabled"},
         **{"train_path": str(folder / "train.json"), "val_path": str(folder / "valid.json")},
         **{"method": "coconut", "epochs_per_stage": 1, "max_latent_stage": 2, "uniform_prob": 0.3},
         **{"num_epochs": EPOCHS, "global_batch_size": BATCH, "batch_size_training": 8, "lr": 1e-3},
@@ -57,12 +58,10 @@ def prepare(folder: Path) -> Path:
 
 
 def start(job: Path, name: str, ranks: int, log: Path) -> subprocess.Popen:
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "run.py"), str(job), f"name={name}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
-        command = [*launcher, str(ROOT / "run.py"), str(job), f"name={name}"]
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
 
 
@@ -89,12 +88,12 @@ class Kill:
 
 
 def kill_in(process: subprocess.Popen, run: Path, seconds: float, in_save: bool) -> str | None:
-    """Kills the job after so many seconds, or from then on in the next save. Returns the moment; None where the job has
-    ended before."""
+    """Kills the job after so many seconds, or then in the next save. Returns the moment; None where it has ended."""
     begin, started = time.monotonic(), time.time()
     while process.poll() is None:
-        elapsed = time.monotonic() - begin
-        saving = any(is_newer(path, started) for path in run.glob(".writing-*"))
+        elapsed, saving = time.monotonic() - begin, False
+        with suppress(FileNotFoundError):  # a folder may go at any time
+            saving = any(path.stat().st_mtime > started for path in run.glob(".writing-*"))
         if elapsed > seconds and (saving or not in_save):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -103,21 +102,12 @@ def kill_in(process: subprocess.Popen, run: Path, seconds: float, in_save: bool)
     return None
 
 
-def is_newer(path: Path, moment: float) -> bool:
-    """Whether a folder has been touched since; it may go at any time."""
-    try:
-        return path.stat().st_mtime > moment
-    except FileNotFoundError:
-        return False
-
-
 def torture(job: Path, name: str, ranks: int, dice: random.Random, duration: float) -> tuple[list[Kill], str]:
     """Runs the job until it is done; returns its kills, and the hash of the weights."""
     run, log = job.parent / "runs" / name, job.parent / f"{name}.log"
     kills: list[Kill] = []
     while True:
-        process = start(job, name, ranks, log)
-        moment = None
+        process, moment = start(job, name, ranks, log), None
         if len(kills) < MOST_KILLS:
             # few kills come during the imports, where there is nothing to lose
             moment = kill_in(process, run, dice.uniform(0.3, 1.0) * duration, in_save=len(kills) % 2 == 1)
@@ -137,26 +127,22 @@ def torture(job: Path, name: str, ranks: int, dice: random.Random, duration: flo
 def step_of(checkpoint: str) -> int:
     """Steps that a checkpoint of that name has behind it."""
     numbers = re.fullmatch(r"checkpoint_(\d+)(?:_step_(\d+))?", checkpoint)
-    if numbers is None:
-        return 0
-    return int(numbers[2] or int(numbers[1]) * EXAMPLES // BATCH)
+    return int(numbers[2] or int(numbers[1]) * EXAMPLES // BATCH) if numbers else 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=25, help="(default: %(default)s)")
-    parser.add_argument("--ranks", type=int, default=1, help="(default: %(default)s)")
+    for name, default in (("--runs", 25), ("--ranks", 1)):
+        parser.add_argument(name, type=int, default=default, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=None, help="of the moments (default: the clock)")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else time.time_ns() % 10**6
     folder = Path(tempfile.mkdtemp())
-    job = prepare(folder)
+    job, log = prepare(folder), folder / "undisturbed.log"
     begin = time.monotonic()
-    undisturbed = start(job, "undisturbed", options.ranks, folder / "undisturbed.log")
-    if undisturbed.wait():
-        raise SystemExit((folder / "undisturbed.log").read_text()[-3000:])
-    duration = time.monotonic() - begin
-    wanted = digest(folder / "runs" / "undisturbed")
+    if start(job, "undisturbed", options.ranks, log).wait():
+        raise SystemExit(log.read_text()[-3000:])
+    duration, wanted = time.monotonic() - begin, digest(folder / "runs" / "undisturbed")
     print(f"undisturbed: {duration:.1f} s, {wanted[:12]}; seed {seed}", flush=True)
     print(f"{'run':>8}  {'killed after':<20} {'restart found':<24} {'steps lost':>10}", flush=True)
     dice, failures, everything = random.Random(seed), 0, []

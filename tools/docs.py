@@ -34,7 +34,7 @@ def updated(path: Path) -> str:
 def keys() -> str:
     """Every key of Config as a row of a table."""
     rows = [
-        f"| `{field.name}` | {_value(field.default)} | {_cell(field.metadata['help'])} |"
+        f"| `{field.name}` | `{json.dumps(field.default)}` | {_cell(field.metadata['help'])} |"
         for field in dataclasses.fields(Config)
     ]
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows, ""])
@@ -43,7 +43,7 @@ def keys() -> str:
 def defaults() -> str:
     """What each method sets where it is chosen by its name."""
     rows = [
-        f"| `{name}` | {', '.join(f'`{key}` {_value(value)}' for key, value in rules.defaults.items())} |"
+        f"| `{name}` | {', '.join(f'`{key}` `{json.dumps(value)}`' for key, value in rules.defaults.items())} |"
         for name, rules in methods.all_rules().items()
         if rules.defaults
     ]
@@ -54,10 +54,6 @@ def quickstart() -> str:
     """The table of results/quickstart.md."""
     text = (ROOT / "results" / "quickstart.md").read_text(encoding="utf-8")
     return "".join(line + "\n" for line in text.splitlines() if line.startswith("|"))
-
-
-def _value(value) -> str:
-    return f"`{json.dumps(value)}`"
 
 
 def _cell(text: str) -> str:

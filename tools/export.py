@@ -40,40 +40,26 @@ EXPORTED = (
 )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint folder, a run's folder (its newest checkpoint), or a hub id")
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--force", action="store_true", help="replace an exported model")
-    parser.add_argument("--license", help="of the weights, for the model card (default: the base model's, if known)")
-    parser.add_argument("--language", default="en", help="of the data, for the model card (default: %(default)s)")
-    return parser
-
-
-def check_out(out: Path, force: bool) -> None:
-    """Raises UserError where a folder must not be written: it holds other files, or a model without `force`."""
+def export(
+    checkpoint: str, out: Path, force: bool = False, license: str | None = None, language: str = "en"
+) -> list[str]:
+    """Writes the folder and returns warnings. Raises UserError where the checkpoint cannot be exported, and where `out`
+    holds files; with `force`, an exported model is replaced."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not (out / MODELLING).is_file():
             raise UserError(f"{out} exists and is no exported model: choose another name")
         if not force:
             raise UserError(f"{out} holds an exported model: choose another name, or --force to replace it")
+    from transformers.utils import logging
 
-
-def export(
-    checkpoint: str, out: Path, force: bool = False, license: str | None = None, language: str = "en"
-) -> list[str]:
-    """Writes the folder and returns warnings.
-
-    Raises UserError where the checkpoint cannot be exported, and where `out` holds files; with `force`, an exported
-    model is replaced.
-    """
-    check_out(out, force)
     from coconut import Coconut
     from curriculum import END
     from tools.model_card import card
     from trainer.checkpoint import damage
     from trainer.pretrained import read_tokenizer
 
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     with replaced(out, EXPORTED if force else ()) as aside, TemporaryDirectory() as code:
         model = Coconut.from_pretrained(checkpoint)
         folder = Path(model.config.model_id).resolve()  # '.' has no name and no parent
@@ -131,6 +117,7 @@ def exported(model: Coconut, code: ModuleType) -> PreTrainedModel:
         thought=name,
         thought_number=number,
         latent_passes=model.latent_updates(n_latents) if in_parallel else None,
+        stop_threshold=getattr(model, "stop_threshold", None),
         latent_token_id=model.latent_token_id,
         newline=newline,
         endings=endings,
@@ -141,6 +128,8 @@ def exported(model: Coconut, code: ModuleType) -> PreTrainedModel:
         whole = code.CoconutForCausalLM(settings)
     whole.base_causallm, whole.thought = base, type(whole.thought)(base, number)
     whole.thought.load_state_dict(model.thought.state_dict())
+    if settings.stop_threshold is not None:
+        whole.stop_head = model.stop_head
     # greedy, as Coconut.generate, whatever the base model's settings are
     end = {"eos_token_id": model.markers.eos, "pad_token_id": model.markers.eos}
     whole.generation_config = GenerationConfig(do_sample=False, max_new_tokens=128, **end)
@@ -206,23 +195,20 @@ def differing_prompts(model: Coconut, whole: PreTrainedModel, folder: Path) -> l
     for question, wanted in zip(questions, prompts(model, questions), strict=True):
         ids, _ = whole.prompts(torch.tensor([model.tokenizer(question)["input_ids"]], dtype=torch.long))
         n_differ += ids[0].tolist() != wanted
-    if not n_differ:
-        return []
-    return [
-        f"{n_differ} of {len(questions)} validation questions get other tokens than in training, because their newline "
-        f"is added after tokenizing"
-    ]
+    what = f"{n_differ} of {len(questions)} validation questions get other tokens than in training"
+    return [f"{what}, because their newline is added after tokenizing"] if n_differ else []
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = make_parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a checkpoint folder, a run's folder (its newest checkpoint), or a hub id")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--force", action="store_true", help="replace an exported model")
+    parser.add_argument("--license", help="of the weights, for the model card (default: the base model's, if known)")
+    parser.add_argument("--language", default="en", help="of the data, for the model card (default: %(default)s)")
+    options = parser.parse_args(arguments)
     try:
         check_checkpoint(options.checkpoint)
-        check_out(options.out, options.force)
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
         for text in export(options.checkpoint, options.out, options.force, options.license, options.language):
             print(f"warning: {text}", file=sys.stderr)
     except UserError as error:

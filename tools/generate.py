@@ -2,6 +2,7 @@
 
     python -m tools.generate checkpoints/state_tracking/coconut-0 Msnqw                    # prints its output
     python -m tools.generate checkpoints/state_tracking/coconut-0 Msnqw --show-thoughts    # and its thoughts
+    python -m tools.generate checkpoints/state_tracking/coconut-0 Msnqw --samples 8        # 8 answers with their counts
     python -m tools.generate checkpoints/state_tracking/coconut-0 --file questions.json --json > answers.jsonl
     echo '{"question": "Msnqw"}' | python -m tools.generate checkpoints/state_tracking/coconut-0 --json
 
@@ -15,19 +16,19 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from config import MIN_TEMPERATURE, split_noise
 from trainer.run_folder import check_checkpoint
 from utils import UserError, parse_json, print_error
 
 if TYPE_CHECKING:
     from coconut import Coconut  # imported when the arguments have been checked: it takes seconds
 
-MIN_TEMPERATURE = 0.001  # below it logits overflow, and sampling is greedy anyway
 HELP = """\
 a line is a question; beside questions there are
   :thoughts K   K latent thoughts from now on; without K as many as in training at the model's stage
@@ -45,10 +46,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", help="of a model that was trained in several (default: latent)")
     parser.add_argument("--show-thoughts", action="store_true", help="the likeliest tokens at each thought")
     parser.add_argument("--sample", action="store_true", help="sample instead of greedy decoding")
-    parser.add_argument("--temperature", type=float, default=1.0, help="with --sample (default: %(default)s)")
+    parser.add_argument("--samples", type=int, metavar="N", help="sample N answers, and print each with its count")
+    parser.add_argument("--thought-noise", default="0", metavar="S", help="with --samples: the key thought_noise")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="with --sample or --samples (default: %(default)s)"
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="with --sample, from the K likeliest (default: all)")
     parser.add_argument("--top-p", type=float, metavar="P", help="with --sample, from the likeliest, P together")
-    parser.add_argument("--seed", type=int, default=0, help="with --sample (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="with --sample or --samples (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="with --file (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each question")
@@ -65,8 +70,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--batch and --max-new-tokens must be positive, --thoughts at least 0")
     if (options.top_k is not None and options.top_k < 1) or not (options.top_p is None or 0 < options.top_p <= 1):
         parser.error("--top-k must be at least 1, --top-p more than 0 and at most 1")
-    if not options.temperature >= MIN_TEMPERATURE or not 0 <= options.seed < 2**63:
+    is_greedy = options.samples and options.temperature == 0
+    if not (options.temperature >= MIN_TEMPERATURE or is_greedy) or not 0 <= options.seed < 2**63:
         parser.error(f"--temperature must be at least {MIN_TEMPERATURE}, --seed at least 0 and less than 2^63")
+    if options.samples is not None and options.samples < 1:
+        parser.error("--samples must be at least 1")
+    if options.samples and (options.sample or options.top_k or options.top_p or options.show_thoughts):
+        parser.error("--samples excludes --sample, --top-k, --top-p and --show-thoughts")
+    try:
+        split_noise(options.thought_noise)
+    except ValueError as error:
+        parser.error(f"--thought-noise {error}, not {options.thought_noise!r}")
     return options
 
 
@@ -128,6 +142,24 @@ def check_asking(model: Coconut, asking: dict) -> None:
     inference.config_for(model, asking["n_thoughts"], asking["mode"])
 
 
+def make_asker(options: argparse.Namespace) -> Callable[[Coconut, list[str], dict], list[dict]]:
+    """(model, questions, options of Coconut.answers) -> what that returns or, with --samples, {"samples": {answer: its
+    count}} of each question; random numbers are those of (seed, number of the question)."""
+    if options.samples is None:
+        return lambda model, questions, asking: model.answers(questions, **asking)
+    numbers = count()
+
+    def ask(model: Coconut, questions: list[str], asking: dict) -> list[dict]:
+        from trainer import inference
+
+        keys = [(options.seed, next(numbers)) for _ in questions]
+        policy = inference.Policy(options.temperature, options.thought_noise)
+        how = {name: asking[name] for name in ("max_new_tokens", "n_thoughts", "mode")}
+        return [{"samples": one} for one in inference.samples(model, questions, keys, options.samples, policy, **how)]
+
+    return ask
+
+
 def as_json(record: dict, result: dict) -> str:
     """The record without its steps, its answer named gold, and the result, in one line."""
     kept = {"gold" if name == "answer" else name: value for name, value in record.items() if name != "steps"}
@@ -135,14 +167,16 @@ def as_json(record: dict, result: dict) -> str:
 
 
 def as_text(_, result: dict) -> str:
-    """A line for each thought, then the output."""
+    """A line for each thought, then the output; or a line for each sampled answer."""
+    if "samples" in result:
+        return "\n".join(f"{n:>6}  {answer}" for answer, n in result["samples"].items())
     lines = []
     for number, tokens in enumerate(result.get("thoughts", []), start=1):
         lines.append(f"thought {number}: " + "  ".join(f"{token!r} {share:.1%}" for token, share in tokens))
     return "\n".join([*lines, result["output"].rstrip("\n")])
 
 
-def converse(model: Coconut, asking: dict, form) -> None:
+def converse(model: Coconut, ask: Callable, asking: dict, form) -> None:
     """A prompt on a terminal until its end or Ctrl-C; commands change `asking`, the options of Coconut.answers."""
     with suppress(ImportError):  # not on every system
         import readline  # noqa: F401 (it gives `input` a history and keys to move in a line)
@@ -153,7 +187,7 @@ def converse(model: Coconut, asking: dict, form) -> None:
                 if line.startswith(":"):
                     print(_obey(line, model, asking), flush=True)
                 elif line:
-                    (result,) = model.answers([line], **asking)
+                    (result,) = ask(model, [line], asking)
                     print(form({"question": line}, result), flush=True)
             except UserError as error:
                 print(f"error: {error}", flush=True)
@@ -182,7 +216,7 @@ def _obey(line: str, model: Coconut, asking: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    form = as_json if options.json else as_text
+    form, ask = as_json if options.json else as_text, make_asker(options)
     asking = {"max_new_tokens": options.max_new_tokens, "n_thoughts": options.thoughts, "mode": options.mode}
     asking["show_thoughts"] = options.show_thoughts
     if options.sample:
@@ -199,10 +233,10 @@ def main(arguments: list[str] | None = None) -> int:
         model = load(options.checkpoint, options.seed)
         check_asking(model, asking)
         if options.question is None and options.file is None and sys.stdin.isatty():
-            converse(model, asking, form)
+            converse(model, ask, asking, form)
             return 0
         while batch := list(islice(records, options.batch if options.file else 1)):
-            results = model.answers([record["question"] for record in batch], **asking)
+            results = ask(model, [record["question"] for record in batch], asking)
             for record, result in zip(batch, results, strict=True):
                 print(form(record, result), flush=True)
     except UserError as error:

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from curriculum import stage_name
 from trainer.files import file_digest
 from trainer.logger import read_log
-from trainer.run_folder import notes_of
+from trainer.run_folder import evaluations_in, read_config
 from utils import UserError, read_object
 
 if TYPE_CHECKING:
@@ -52,16 +51,9 @@ RULES = ("text", "number")  # accuracy_RULE is of the same generations, accuracy
 def card(
     checkpoint: Path, name: str, exported: Path, whole: PreTrainedModel, license: str | None = None, language="en"
 ) -> ModelCard:
-    """The card for a checkpoint's folder, in its run's folder or alone.
-
-    Args:
-        name: of the folder that the card is for.
-        exported: where the weights have been written.
-        whole: the exported model.
-        license, language: of the weights and of the data; without a license the base model's card is asked.
-
-    Raises UserError where a file is damaged.
-    """
+    """The card for a checkpoint's folder, in its run's folder or alone, as part of a folder of that name. `exported`
+    holds the weights of the model `whole`. Without a license of the weights the base model's card is asked; language is
+    that of the data. Raises UserError where a file is damaged."""
     try:
         return _card(checkpoint, name, exported, whole, license, language)
     except UserError:
@@ -75,7 +67,8 @@ def _card(checkpoint: Path, name: str, exported: Path, whole, license: str | Non
     method, settings = description["method"], whole.config
     appended, n_latents = "a newline", settings.appended.count(settings.latent_token_id)
     if n_latents:
-        appended += f", then {n_latents} latent positions (thought `{description.get('thought', 'last')}`)"
+        most = "" if settings.stop_threshold is None else "at most "  # a head stops them
+        appended += f", then {most}{n_latents} latent positions (thought `{description.get('thought', 'last')}`)"
         n_markers = len(settings.appended) - n_latents
         appended += {0: "", 1: " after a start marker", 2: " between a start and an end marker"}[n_markers]
     what = f"A model of {whole.num_parameters():,} parameters, trained by the method `{method}`: {_about(method)}. Its "
@@ -89,8 +82,7 @@ def _card(checkpoint: Path, name: str, exported: Path, whole, license: str | Non
     run_dir = checkpoint.parent
     config_file = run_dir / "config.yaml"
     if re.fullmatch(r"checkpoint_\d+(_step_\d+)?", checkpoint.name) and config_file.is_file():
-        text = config_file.read_text(encoding="utf-8", errors="replace")
-        config, notes = _config(config_file, text)
+        config, notes = read_config(config_file)
         results = list(_results(checkpoint, config))
         model_id, scratch = str(config.get("model_id")), config.get("from_scratch")
         if not scratch and not Path(model_id).exists():
@@ -100,7 +92,7 @@ def _card(checkpoint: Path, name: str, exported: Path, whole, license: str | Non
             data.datasets = [Path(config["train_path"]).stem]
         data.model_name, data.eval_results = name, [_eval_result(*result) for result in results] or None
         parts += [_training(checkpoint, config, notes), _accuracies(results)]
-        parts.append(_repeating(checkpoint, name, config, notes, text))
+        parts.append(_repeating(checkpoint, name, config, notes))
     else:
         parts.append("## Training\n\nNothing is known of the run: the checkpoint is not in its folder.\n")
     return ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n".join(part for part in parts if part))
@@ -155,15 +147,11 @@ def _results(checkpoint: Path, config: dict) -> Iterator[tuple[dict, str, str, s
     if (checkpoint / "metrics.json").is_file():
         found = read_object(checkpoint / "metrics.json")
         evaluations.append((found, str(config.get("val_path")), "validation", config.get("answer_match")))
-    run_dir = checkpoint.parent
-    for folder in [run_dir / "eval", *sorted(run_dir.glob(f"evaluations/*/{checkpoint.name}/eval"))]:
-        if not (folder / "metrics.json").is_file():
-            continue
-        found, file = read_object(folder / "metrics.json"), folder / "config.yaml"
-        how = _config(file, file.read_text(encoding="utf-8"))[0] if file.is_file() else {}
-        for one in found["sets"].values() if "sets" in found else [found]:
-            if Path(one["checkpoint"]).name == checkpoint.name:
-                evaluations.append((one, one["file"], "test", how.get("answer_match")))
+    for folder, found in evaluations_in(checkpoint.parent, checkpoint.name):
+        if Path(found["checkpoint"]).name == checkpoint.name:
+            file = folder / "config.yaml"
+            how = read_config(file)[0] if file.is_file() else {}
+            evaluations.append((found, found["file"], "test", how.get("answer_match")))
     for found, file, split, rule in evaluations:
         modes = [key.removeprefix("accuracy") for key in found if re.fullmatch(r"accuracy_[a-z]+", key)]
         # `accuracy` of several modes is their mean: a row for each; older validations have other metrics of latent only
@@ -199,7 +187,7 @@ def _accuracies(results: list) -> str:
     return "\n".join(["## Accuracy", "", *lines, "", how, ""])
 
 
-def _repeating(checkpoint: Path, name: str, config: dict, notes: dict[str, str], text: str) -> str:
+def _repeating(checkpoint: Path, name: str, config: dict, notes: dict[str, str]) -> str:
     commit, *changed = notes.get("git commit", "unknown").split(maxsplit=1)
     lines = [f"git checkout {commit}    # {' '.join(changed)}".removesuffix("    # ")] if commit != "unknown" else []
     n_ranks, run_name = notes.get("world size", "1"), config.get("name")
@@ -208,18 +196,8 @@ def _repeating(checkpoint: Path, name: str, config: dict, notes: dict[str, str],
     which = f"@{epochs}" if epochs.isdecimal() else f"/{checkpoint.name}"
     lines.append(f"python -m tools.export {run_dir}{which} {name}")
     commands = "".join(f"    {line}\n" for line in lines)
+    text = (checkpoint.parent / "config.yaml").read_text(encoding="utf-8").strip()
     return (
         f"## To repeat it\n\nIn the trainer's repository, with this folder's `config.yaml`:\n\n{commands}\n"
-        f"## Configuration\n\n```yaml\n{text.strip()}\n```\n"
+        f"## Configuration\n\n```yaml\n{text}\n```\n"
     )
-
-
-def _config(path: Path, text: str) -> tuple[dict, dict[str, str]]:
-    """The keys of a run, and the notes above them: commit, versions, ranks, hardware. Raises UserError."""
-    try:
-        config = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a configuration: it cannot be put into the model card")
-    return config, notes_of(text)

@@ -47,6 +47,8 @@ class CoconutConfig(PreTrainedConfig):
         text_config: the configuration of the language model, or its dictionary.
         thought, thought_number: the name of the thought's class in thought.py, and the number in its spelling.
         latent_passes: None for thoughts one after the other; for thoughts in parallel, the number of their updates.
+        stop_threshold: None for a model without a head that stops its thoughts; else a row makes no further thought
+            once the head gives it more than this probability.
         latent_token_id: the token whose embedding a thought replaces; None for a model without thoughts.
         newline: the tokens of the newline that ends a question.
         endings: for each token that the tokenizer joins with a newline, the tokens of both together.
@@ -62,6 +64,7 @@ class CoconutConfig(PreTrainedConfig):
         thought="last",
         thought_number=None,
         latent_passes=None,
+        stop_threshold=None,
         latent_token_id=None,
         newline=(),
         endings=None,
@@ -74,6 +77,7 @@ class CoconutConfig(PreTrainedConfig):
         self.thought = thought
         self.thought_number = thought_number
         self.latent_passes = latent_passes
+        self.stop_threshold = stop_threshold
         self.latent_token_id = latent_token_id
         self.newline = list(newline)
         self.endings = {str(token): list(tokens) for token, tokens in (endings or {}).items()}
@@ -100,6 +104,8 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.base_causallm = AutoModelForCausalLM.from_config(config.text_config)
         self.thought = REGISTRY[config.thought](self.base_causallm, config.thought_number)
+        if config.stop_threshold is not None:
+            self.stop_head = torch.nn.Linear(self.get_input_embeddings().weight.shape[1], 1)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -166,10 +172,11 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
             options["max_new_tokens"] = limit - length if wanted is None else min(wanted, limit - length)
         if options.get("do_sample", settings.do_sample) and settings.top_k is None:
             options.setdefault("top_k", 0)
+        embeds, attention_mask = self._think(input_ids, attention_mask)
         self.base_causallm.generation_config = self.generation_config
         return self.base_causallm.generate(
             inputs=questions,  # what is returned, and what stopping rules and penalties see
-            inputs_embeds=self.embed(input_ids, attention_mask),
+            inputs_embeds=embeds,
             attention_mask=attention_mask,
             generation_config=generation_config,
             **options,
@@ -203,10 +210,24 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         columns = torch.arange(questions.shape[1], device=questions.device)
         return ((columns >= left) & (columns < questions.shape[1] - right)).long()
 
+    def _think(self, input_ids, attention_mask):
+        """`embed` of prompts, padded on the left, and their attention mask; a model with a head that stops its thoughts
+        leaves out the latents of a row from where it stops on."""
+        if self.config.stop_threshold is None:
+            return self.embed(input_ids, attention_mask), attention_mask
+        left_out = torch.zeros_like(input_ids, dtype=torch.bool)  # (B, T)
+        embeds = self.embed(input_ids, attention_mask, left_out)
+        mask = attention_mask * ~left_out
+        order = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(dim=1).max()) :]  # padding, then the rest
+        return embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1])), mask.gather(1, order)
+
     @torch.no_grad()
-    def embed(self, input_ids, attention_mask=None):
+    def embed(self, input_ids, attention_mask=None, left_out=None):
         """Input embeddings, (B, T, D), of (B, T) ids, with a thought at each latent token, made from the hidden state
-        of the column before it, over a cache: each column is computed once."""
+        of the column before it, over a cache: each column is computed once.
+
+        left_out: (B, T) bool, false; becomes true at the latents of a row from where the head stops it on.
+        """
         embeds = self.get_input_embeddings()(input_ids)
         is_latent = input_ids == self._latent  # (B, T)
         columns = is_latent.any(dim=0).nonzero().flatten().tolist()
@@ -229,6 +250,11 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
                 hidden = decoder(
                     inputs_embeds=embeds[:, begin:column], attention_mask=attention_mask[:, :column], **options
                 ).last_hidden_state[:, -1:]  # (B, 1, D)
+            if left_out is not None:
+                stops = self.stop_head(hidden)[..., 0].float().sigmoid() > self.config.stop_threshold  # (B, 1)
+                left_out[:, column:] |= stops & is_latent[:, column:]
+                if (left_out | ~is_latent)[:, column:].all():
+                    break
             stream = torch.stack(states) if states else None
             thought = self.thought(
                 Seen(hidden, embeds[:, column : column + 1], stream, prepared, vocabulary)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -89,20 +88,17 @@ class Definitions:
 @cache
 def _names(file: Path) -> dict[str, ast.stmt]:
     """Each name of a file's top level -> the statement that binds it."""
-    found = {}
+    found: dict[str, ast.stmt] = {}
     for statement in ast.parse(file.read_text(encoding="utf-8")).body:
-        found |= dict.fromkeys(_bound_by(statement), statement)
+        if isinstance(statement, (ast.Import, ast.ImportFrom)) and getattr(statement, "module", "") != "__future__":
+            found |= dict.fromkeys(map(_bound, statement.names), statement)
+        elif isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            found[statement.name] = statement
+        elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            parts = [part for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+            found |= {part.id: statement for part in parts}
     return found
-
-
-def _bound_by(statement: ast.stmt) -> Iterator[str]:
-    if isinstance(statement, (ast.Import, ast.ImportFrom)) and getattr(statement, "module", "") != "__future__":
-        yield from map(_bound, statement.names)
-    elif isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
-        yield statement.name
-    elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        yield from (part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name))
 
 
 def _bound(alias: ast.alias) -> str:

@@ -18,17 +18,24 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import yaml
-
 from analysis.page import Figure, Section, page
 from curriculum import stage_name
 from trainer.files import write_whole
 from trainer.logger import read_log
-from utils import UserError, print_error, print_result, read_object
+from trainer.run_folder import evaluations_in, read_config
+from utils import UserError, print_error, print_result
 
 POINTS = 500  # of a line over steps
 ROWS = 12  # of the table under it
 SPAN = 100  # largest to smallest loss, from where on the axis is logarithmic
+STEP_COLUMNS = {  # key of a step's record -> name, how it is written; of methods that sample answers
+    "reward": ("mean reward", "{:.3f}"),
+    "reward_std": ("standard deviation of rewards in a group", "{:.3f}"),
+    "groups_without_signal": ("share of groups without signal", "{:.3f}"),
+    "entropy": ("entropy, nats a token", "{:.3f}"),
+    "thought_norm": ("norm of the thoughts", "{:.3g}"),
+    "rollout_share": ("rollouts' share of the time", "{:.3f}"),
+}
 EPOCH_COLUMNS = {  # name -> key of an epoch's record, how it is written
     "training loss": ("train_loss", "{:.4f}"),
     "validation loss": ("loss", "{:.4f}"),
@@ -39,9 +46,7 @@ EPOCH_COLUMNS = {  # name -> key of an epoch's record, how it is written
     "steps left out": ("skipped", "{}"),
 }
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reading runs
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Reading runs ----
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,9 @@ class Run:
 def read_runs(folders: list[Path]) -> list[Run]:
     """Reads the runs in these folders. Raises UserError for another folder and for one given twice."""
     paths = [folder.resolve() for folder in folders]
-    if len(set(paths)) < len(paths):
-        twice = next(folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1)
-        raise UserError(f"{twice} is given more than once")
+    for folder, path in zip(folders, paths, strict=True):
+        if paths.count(path) > 1:
+            raise UserError(f"{folder} is given more than once")
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
@@ -80,31 +85,9 @@ def read_run(folder: Path, name: str) -> Run:
         raise UserError(f"{path} is damaged: {error!r}") from None
     if not steps and not epochs:
         raise UserError(f"{path} has no step and no epoch yet")
-    config, evaluations = read_config(folder / "config.yaml"), read_evaluations(folder)
+    config = read_config(folder / "config.yaml")[0] if (folder / "config.yaml").exists() else {}
+    evaluations = [(Path(metrics["checkpoint"]).name, metrics) for _, metrics in evaluations_in(folder)]
     return Run(name, dict(sorted(steps.items())), dict(sorted(epochs.items())), config, evaluations)
-
-
-def read_evaluations(folder: Path) -> list[tuple[str, dict]]:
-    """(checkpoint, metrics) of the evaluations in a run's folder: those under its name, and `tools.evaluate --all`."""
-    found = []
-    for path in [folder / "eval" / "metrics.json", *sorted(folder.glob("evaluations/*/*/eval/metrics.json"))]:
-        if path.is_file():
-            metrics = read_object(path)
-            found += [(Path(one["checkpoint"]).name, one) for one in metrics.get("sets", {"": metrics}).values()]
-    return found
-
-
-def read_config(path: Path) -> dict:
-    """The keys of a run; without the file none. Raises UserError if it cannot be read."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold `key: value` lines")
-    return values
 
 
 def values_of(records: dict[int, dict], key: str) -> dict[int, float]:
@@ -131,9 +114,7 @@ def stage_starts(records: dict[int, dict]) -> list[tuple[float, str]]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The page
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The page ----
 
 
 def report_page(runs: list[Run]) -> str:
@@ -157,18 +138,20 @@ def in_short(run: Run) -> str:
 
 
 def training(runs: list[Run]) -> Section:
-    """Loss and speed over steps."""
+    """Loss, speed and what the method measures over steps."""
     if not any(run.steps for run in runs):
         return Section("Training", "The logs hold no step.")
-    text = "\n\n".join(filter(None, map(not_finite, runs)))
-    loss = over_steps(runs, "loss", "training loss", "{:.4g}")
-    return Section("Training", text, [loss, over_steps(runs, "tokens_per_second", "tokens a second", "{:,.0f}")])
-
-
-def not_finite(run: Run) -> str:
-    """A sentence on the losses that the figure cannot show."""
-    steps = [step for step, loss in values_of(run.steps, "loss").items() if not math.isfinite(loss)]
-    return f"{run.name}: losses that are not finite: {len(steps)}, the first at step {steps[0]}." if steps else ""
+    texts = []
+    for run in runs:
+        steps = [step for step, loss in values_of(run.steps, "loss").items() if not math.isfinite(loss)]
+        if steps:
+            texts.append(f"{run.name}: losses that are not finite: {len(steps)}, the first at step {steps[0]}.")
+    figures = [over_steps(runs, "loss", "training loss", "{:.4g}")]
+    figures.append(over_steps(runs, "tokens_per_second", "tokens a second", "{:,.0f}"))
+    for key, (name, form) in STEP_COLUMNS.items():
+        if having := [run for run in runs if values_of(run.steps, key)]:
+            figures.append(over_steps(having, key, name, form))
+    return Section("Training", "\n\n".join(texts), figures)
 
 
 def over_steps(runs: list[Run], key: str, ylabel: str, form: str) -> Figure:
@@ -185,11 +168,8 @@ def over_steps(runs: list[Run], key: str, ylabel: str, form: str) -> Figure:
         [f"{first + 1:,} to {min(last, first + wide):,}", *(cell(form, column.get(number)) for column in columns)]
         for number, first in enumerate(range(0, last, wide))
     ]
-    staged = max(runs, key=lambda run: len(stage_starts(run.steps)))
     caption = f"{ylabel} by optimizer step" + (f", means of {width} steps each" if width > 1 else "")
-    return drawn(
-        series, "optimizer step", ylabel, staged, stage_starts(staged.steps), caption, ["steps", *values], rows
-    )
+    return drawn(runs, "steps", series, ylabel, caption, rows)
 
 
 def validation(runs: list[Run]) -> Section:
@@ -208,31 +188,24 @@ def over_epochs(runs: list[Run], name: str) -> Figure:
     series = {run: [(epoch, factor * value) for epoch, value in of_run.items()] for run, of_run in values.items()}
     epochs = sorted({epoch for of_run in values.values() for epoch in of_run})
     rows = [[str(epoch), *(cell(form, of_run.get(epoch)) for of_run in values.values())] for epoch in epochs]
-    staged = max(runs, key=lambda run: len(stage_starts(run.epochs)))
-    caption = f"{name} after each epoch"
-    return drawn(series, "epoch", ylabel, staged, stage_starts(staged.epochs), caption, ["epoch", *values], rows)
+    return drawn(runs, "epochs", series, ylabel, f"{name} after each epoch", rows)
 
 
-def drawn(
-    series: dict[str, list[tuple[float, float]]],
-    xlabel: str,
-    ylabel: str,
-    staged: Run,
-    marks: list[tuple[float, str]],
-    caption: str,
-    head: list[str],
-    rows: list[list[str]],
-) -> Figure:
-    """Lines with the stages of a run marked; on a logarithmic axis if losses span more than a factor of SPAN."""
+def drawn(runs: list[Run], over: str, series: dict, ylabel: str, caption: str, rows: list[list[str]]) -> Figure:
+    """Lines, run -> [(x, y)], over steps or epochs, with the stages of the run that has the most of them marked; on a
+    logarithmic axis if losses span more than a factor of SPAN."""
     from analysis import figures
 
+    xlabel = {"steps": "optimizer step", "epochs": "epoch"}[over]
+    staged = max(runs, key=lambda run: len(stage_starts(getattr(run, over))))
+    marks = stage_starts(getattr(staged, over))
     figure = figures.lines(series, xlabel, ylabel, marks)
     finite = [y for points in series.values() for _, y in points if math.isfinite(y)]
     if ylabel.endswith("loss") and finite and 0 < SPAN * min(finite) < max(finite):
         figures.make_logarithmic(figure)
     if marks:
         caption += f"; dotted: where a stage {f'of {staged.name} ' if len(series) > 1 else ''}begins"
-    return Figure(figures.svg(figure), caption, head, rows)
+    return Figure(figures.svg(figure), caption, [xlabel, *series], rows)
 
 
 def epoch_table(run: Run) -> Figure:
@@ -256,9 +229,8 @@ def evaluations(runs: list[Run]) -> list[Section]:
         for checkpoint, one in run.evaluations
     ]
     head = ["run", "checkpoint", "data", "n", "accuracy"]
-    return (
-        [Section("Evaluations", "", [Figure("", "accuracy of checkpoints on other data", head, rows)])] if rows else []
-    )
+    table = Figure("", "accuracy of checkpoints on other data", head, rows)
+    return [Section("Evaluations", "", [table])] if rows else []
 
 
 def configurations(runs: list[Run]) -> Section:
@@ -270,12 +242,8 @@ def configurations(runs: list[Run]) -> Section:
     rows = [row for row in table if len(runs) == 1 or len(set(row[1:])) > 1]
     if len(known) > 1 and not rows:
         text += " All keys but their names are the same."
-    figure = Figure(
-        "",
-        "keys in which the runs differ" if len(runs) > 1 else "all keys",
-        ["key", *(run.name for run in known)],
-        rows,
-    )
+    caption = "keys in which the runs differ" if len(runs) > 1 else "all keys"
+    figure = Figure("", caption, ["key", *(run.name for run in known)], rows)
     return Section("Configurations", text, [figure] if rows else [])
 
 
@@ -288,28 +256,20 @@ def cell(form: str, value: float | None) -> str:
     return "" if value is None else form.format(value)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run: save_path/name")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: report.html in the first run's folder)")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = make_parser().parse_args(arguments)
+    options = parser.parse_args(arguments)
     out = options.out or options.runs[0] / "report.html"
     try:
-        try:
-            html = report_page(read_runs(options.runs))
-        except UserError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            logs = ", ".join(str(folder / "metrics.jsonl") for folder in options.runs)
-            raise UserError(f"{logs}: a record is damaged: {error!r}") from None
-        write_whole(out, html)
+        write_whole(out, report_page(read_runs(options.runs)))
         print_result(f"the page: {out}")
     except UserError as error:
         return print_error(error)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        logs = ", ".join(str(folder / "metrics.jsonl") for folder in options.runs)
+        return print_error(UserError(f"{logs}: a record is damaged: {error!r}"))
     return 0
 
 

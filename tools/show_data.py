@@ -20,18 +20,6 @@ from preprocessing.examples import load_examples
 from preprocessing.tokens import ANSWER_PREFIX, Tokens, markers_of, tokenize
 from utils import UserError, print_error, print_result
 
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", help="JSON list of {question, answer, steps}")
-    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="of the configuration, as for run.py")
-    parser.add_argument("--model", metavar="ID", help="whose tokenizer (default: model_id of the configuration)")
-    parser.add_argument("--config", metavar="YAML", help="method and stages (default: Coconut, c_thought 1)")
-    parser.add_argument("--stage", type=int, metavar="S", help="(default: that of the run's first epoch)")
-    parser.add_argument("--examples", type=int, default=3, metavar="N", help="show the first N (default: %(default)s)")
-    return parser
-
-
 COLOURS = {"given": "0", "latent": "1;35", "supervised": "32"}  # of a terminal
 
 
@@ -52,38 +40,19 @@ def show_sequence(
     return lines
 
 
-def show_others(others: list, markers: Markers, tokenizer, coloured: bool = False) -> list[str]:
-    """Lines of text for what an item of the method's dataset holds beside the sequence: StageDataset.others."""
-    lines = []
-    for other in others:
-        if isinstance(other, str):
-            lines.append(other)
-        else:
-            title, ids, labels = other
-            lines += [f"  {title}:", *show_sequence(ids, labels, markers, tokenizer, coloured)]
-    return lines
-
-
 def length_table(tokens: Tokens, stage: int, config: Config, markers: Markers) -> list[str]:
     """Lines of text: token counts of the parts of a file's examples, and of its training sequences at a stage."""
-    columns: dict[str, list[int]] = {
-        "steps of an example": [],
-        "tokens of the question": [],
-        "tokens of all steps": [],
-        "tokens of the answer": [],
-        f"sequence at stage {stage}": [],
-        "  of it supervised": [],
-    }
+    names = ["steps of an example", "tokens of the question", "tokens of all steps", "tokens of the answer"]
+    names += [f"sequence at stage {stage}", "  of it supervised"]
+    counts = []
     for number in range(len(tokens)):
         question, steps, answer = tokens[number]
         ids, labels = training_sequence(question, steps, answer, stage, config, markers)
         supervised = sum(label != IGNORE for label in labels)
-        counts = (len(steps), len(question), sum(map(len, steps)), len(answer), len(ids), supervised)
-        for column, count in zip(columns.values(), counts, strict=True):
-            column.append(count)
+        counts.append((len(steps), len(question), sum(map(len, steps)), len(answer), len(ids), supervised))
     heads = ("mean", "min", "median", "99 %", "max", "example of max")
     lines = [f"{'':<24}" + "".join(f"{head:>9}" for head in heads[:-1]) + f"{heads[-1]:>16}"]
-    for name, column in columns.items():
+    for name, column in zip(names, zip(*counts, strict=True), strict=True):
         low, middle, high, top = np.percentile(column, (0, 50, 99, 100), method="nearest")
         numbers = "".join(f"{value:>9}" for value in (low, middle, high, top))
         lines.append(f"{name:<24}{np.mean(column):>9.1f}{numbers}{int(np.argmax(column)):>16}")
@@ -120,12 +89,23 @@ def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool)
         ids, labels = dataset.sequence(item)
         lines += ["", f"example {number}: {len(ids)} tokens"]
         lines += show_sequence(ids, labels, markers, tokenizer, coloured)
-        lines += show_others(dataset.others(item, words), markers, tokenizer, coloured)
+        for other in dataset.others(item, words):
+            if isinstance(other, str):
+                lines.append(other)
+            else:
+                title, ids, labels = other
+                lines += [f"  {title}:", *show_sequence(ids, labels, markers, tokenizer, coloured)]
     return "\n".join([*lines, "", *length_table(tokens, stage, config, markers)])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", help="JSON list of {question, answer, steps}")
+    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="of the configuration, as for run.py")
+    parser.add_argument("--model", metavar="ID", help="whose tokenizer (default: model_id of the configuration)")
+    parser.add_argument("--config", metavar="YAML", help="method and stages (default: Coconut, c_thought 1)")
+    parser.add_argument("--stage", type=int, metavar="S", help="(default: that of the run's first epoch)")
+    parser.add_argument("--examples", type=int, default=3, metavar="N", help="show the first N (default: %(default)s)")
     options = parser.parse_intermixed_args(arguments)
     if (options.stage or 0) < 0 or options.examples < 0:
         parser.error("--stage and --examples must not be negative")

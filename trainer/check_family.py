@@ -8,7 +8,7 @@ Legend: B rows, T columns, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -24,12 +24,14 @@ from methods import all_rules
 from model.backbone import decoder_blocks, decoder_of
 from model.checkpointing import checkpoint_blocks
 from model.layout import column_of, lay_out, lay_out_prompts
+from trainer.files import reason_of
 from utils import UserError
 
 TRIES = 3  # of which one has to agree: near a tie rounding sends a token to another expert
 HIGHEST = 50.0  # the logit up to which the head is compared: soft caps are not seen near 0
 SMALL = 5_000_000  # parameters of a model that is given other weights while it is compared
 GAIN = 0.5  # of its matrices at least, as std * sqrt(columns)
+Row = tuple[list[int], list[int]]  # (input_ids, labels)
 
 
 class Tolerance(NamedTuple):
@@ -47,13 +49,12 @@ COARSE = Tolerance(0.03, 0.1, 0.2)  # of bfloat16 and float16
 
 def check_family(model: Coconut, gradient_checkpointing: bool = False) -> None:
     """Raises UserError, one sentence, where this model would not be trained right, or not with gradient checkpointing.
-
     Compared are logits, loss and the gradients of the input embeddings, on two rows of which one is padded. The model
     stays as it was, the random state too, but for two notes: whether all of its parameters take part, and whether
     generation has to do without a cache. It takes some twenty passes over eight columns, on any device but meta: there
-    the verdict on the same model elsewhere counts.
-    """
+    the verdict on the same model elsewhere counts."""
     base = model.base_causallm
+    name = f"the model family {base.config.model_type} ({type(base).__name__})"
     small = sum(parameter.numel() for parameter in base.parameters()) <= SMALL
     tolerance = EXACT if small else COARSE if base.dtype.itemsize == 2 else ORDINARY
     sequential = model.latent_token_id is not None and model.thought.sequential
@@ -67,29 +68,25 @@ def check_family(model: Coconut, gradient_checkpointing: bool = False) -> None:
         with _undisturbed(model, training=True):
             problem = _tried(_note_what_is_left_out, model, tolerance)
     if problem is not None:
-        raise UserError(f"{_name(base)} cannot be trained here, by any method: {problem}")
+        raise UserError(f"{name} cannot be trained here, by any method: {problem}")
     if sequential and latent_problem is not None:
-        *others, last = [name for name, rules in all_rules().items() if not rules.has_latents]
+        *others, last = [method for method, rules in all_rules().items() if not rules.has_latents]
         raise UserError(
-            f"{_name(base)} cannot be trained with latent thoughts here: {latent_problem}. The methods "
+            f"{name} cannot be trained with latent thoughts here: {latent_problem}. The methods "
             f"{', '.join(others)} and {last} need no cache, and work with it"
         )
     if gradient_checkpointing:
         with _undisturbed(model), _with_weights_that_matter(model) if small else nullcontext(), _checkpointed(base):
             problem = _tried(_problem_with_latents if sequential else _problem_without_latents, model, tolerance)
         if problem is not None:
-            raise UserError(f"{_name(base)} cannot be trained with gradient_checkpointing here: {problem}")
-
-
-def _name(base: PreTrainedModel) -> str:
-    return f"the model family {base.config.model_type} ({type(base).__name__})"
+            raise UserError(f"{name} cannot be trained with gradient_checkpointing here: {problem}")
 
 
 @contextmanager
 def _with_weights_that_matter(model: Coconut) -> Iterator[None]:
     """In at least float32, and with noise: at initialisation many weights are small, and some scales are 0."""
     parameters = [(parameter, parameter.data) for parameter in model.parameters()]
-    buffers = [(part._buffers, name, buffer) for part in model.modules() for name, buffer in part._buffers.items()]
+    buffers = [(part._buffers, dict(part._buffers)) for part in model.modules()]
     try:
         model.to(torch.promote_types(model.base_causallm.dtype, torch.float32))
         for parameter in model.base_causallm.parameters():
@@ -101,14 +98,12 @@ def _with_weights_that_matter(model: Coconut) -> Iterator[None]:
     finally:
         for parameter, data in parameters:
             parameter.data = data
-        for others, name, buffer in buffers:
-            others[name] = buffer
+        for others, own in buffers:
+            others.update(own)
 
 
-def _tried(
-    problem_of: Callable[[Coconut, Tolerance, int], str | None], model: Coconut, tolerance: Tolerance
-) -> str | None:
-    """The problem of the last try, if all have one."""
+def _tried(problem_of: Callable[..., str | None], model: Coconut, tolerance: Tolerance) -> str | None:
+    """The problem of the last try, if all have one; problem_of takes the model, the tolerance and a seed."""
     problem = None
     for seed in range(TRIES):
         try:
@@ -116,8 +111,7 @@ def _tried(
         except (MemoryError, torch.OutOfMemoryError):  # which says nothing of a family
             raise
         except Exception as error:  # whatever an unknown family may raise
-            line = next(iter(str(error).strip().splitlines()), "")
-            return f"its forward pass from embeddings fails ({type(error).__name__}{': ' if line else ''}{line})"
+            return f"its forward pass from embeddings fails ({type(error).__name__}: {reason_of(error)})"
         if problem is None:
             return None
     return problem
@@ -153,9 +147,7 @@ def _undisturbed(model: Coconut, training: bool = False) -> Iterator[None]:
                 module.training = mode
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Without latents
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Without latents ----
 
 
 class _Probe(Coconut):
@@ -174,13 +166,8 @@ class _Probe(Coconut):
         return self.embeds.clone()  # some families multiply in place
 
 
-class _Row(NamedTuple):
-    input_ids: list[int]
-    labels: list[int]
-
-
-def _rows(model: Coconut, seed: int, shapes: list[tuple[int, int, int]]) -> list[_Row]:
-    """Random rows, each of so many tokens, latents and tokens again; the last but one are supervised."""
+def _rows(model: Coconut, seed: int, shapes: list[tuple[int, int, int]]) -> list[Row]:
+    """Random rows, each of so many tokens, latents and tokens again; of these all but the first are supervised."""
     base = model.base_causallm
     n_words = min(len(base.get_input_embeddings().weight), len(base.get_output_embeddings().weight))
     marked = {model.latent_token_id, model.start_latent_id, model.end_latent_id, model.eos_token_id}
@@ -194,7 +181,7 @@ def _rows(model: Coconut, seed: int, shapes: list[tuple[int, int, int]]) -> list
     for before, latents, after in shapes:
         continuation = words(after)
         ids = [*words(before), *[model.latent_token_id] * latents, *continuation]
-        rows.append(_Row(ids, [IGNORE] * (before + latents + 1) + continuation[1:]))
+        rows.append((ids, [IGNORE] * (before + latents + 1) + continuation[1:]))
     return rows
 
 
@@ -202,7 +189,7 @@ def _problem_without_latents(model: Coconut, tolerance: Tolerance, seed: int) ->
     probe, base = _Probe(model), model.base_causallm
     rows = _rows(model, seed, [(1, 0, 7), (1, 0, 5)])
     with torch.no_grad():
-        words = [_tensor(base, row.input_ids) for row in rows]
+        words = [_tensor(base, ids) for ids, _ in rows]
         wanted = [_exact(base(input_ids=ids, use_cache=False).logits) for ids in words]
         if not all(logits.isfinite().all() for logits in wanted):
             return None  # not for its family
@@ -248,10 +235,10 @@ def _is_head_known(probe: Coconut, seed: int, tolerance: float) -> bool:
 def _problem_of_decoding(model: Coconut, tolerance: Tolerance, seed: int) -> str | None:
     """Two tokens, decoded over a cache that holds those before them, as `Coconut.generate` does it."""
     probe, rows = _Probe(model), _rows(model, seed, [(1, 0, 7), (1, 0, 5)])
-    wanted = [_plain_logits(probe, row)[0] for row in rows]
+    wanted = [_plain_logits(probe, ids)[0] for ids, _ in rows]
     if not all(logits.isfinite().all() for logits in wanted):
         return None
-    prompts = [row.input_ids[:-2] for row in rows]
+    prompts = [ids[:-2] for ids, _ in rows]
     device = probe.base_causallm.device
     batch = {name: value.to(device) for name, value in collate_prompts(prompts, prompts[0][0]).items()}
     laid_out = lay_out_prompts(**batch, **probe.family)
@@ -260,7 +247,7 @@ def _problem_of_decoding(model: Coconut, tolerance: Tolerance, seed: int) -> str
     position = column_of(laid_out.position_ids, laid_out.before)
     for column in (-2, -1):
         position, mask = position + 1, torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        token = torch.cat([_tensor(probe.base_causallm, row.input_ids[column:][:1]) for row in rows])
+        token = torch.cat([_tensor(probe.base_causallm, [ids[column]]) for ids, _ in rows])
         hidden.append(probe.backbone.span(probe.backbone.embed(token), mask, position, True, cache))
     logits = _exact(probe.head(torch.cat(hidden, dim=1)))  # (B, 3, V)
     whole, padded = (
@@ -271,16 +258,14 @@ def _problem_of_decoding(model: Coconut, tolerance: Tolerance, seed: int) -> str
     return "padding before a row changes what it computes" if padded else None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# With latents
-# ---------------------------------------------------------------------------------------------------------------
+# ---- With latents ----
 
 
 def _problem_with_latents(model: Coconut, tolerance: Tolerance, seed: int) -> str | None:
     rows = _rows(model, seed, [(3, 2, 3), (1, 2, 2)])
     if model.thought.needs_layers:
         base = model.base_causallm
-        embeds = model.backbone.embed(_tensor(base, rows[0].input_ids))  # (1, T, D)
+        embeds = model.backbone.embed(_tensor(base, rows[0][0]))  # (1, T, D)
         with model.backbone.recording(lambda state: state[:, -1:]) as states, torch.no_grad():
             decoder_of(base)(inputs_embeds=embeds, use_cache=False)
         if [state.shape for state in states] != [embeds[:, -1:].shape] * (len(model.backbone.blocks) + 1):
@@ -288,7 +273,7 @@ def _problem_with_latents(model: Coconut, tolerance: Tolerance, seed: int) -> st
     return _problem_of_steps(_Probe(model), rows, tolerance, "over a cache")
 
 
-def _problem_of_steps(probe: _Probe, rows: list[_Row], tolerance: Tolerance, how: str) -> str | None:
+def _problem_of_steps(probe: _Probe, rows: list[Row], tolerance: Tolerance, how: str) -> str | None:
     found, gradients = _step(probe, rows)
     loss, plain = _plain_step(probe, rows)
     if not loss.isfinite():
@@ -299,9 +284,9 @@ def _problem_of_steps(probe: _Probe, rows: list[_Row], tolerance: Tolerance, how
     return f"{how} its gradients are not those of the definition" if any(differ) else None
 
 
-def _step(probe: Coconut, rows: list[_Row]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _step(probe: Coconut, rows: list[Row]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """(loss, the gradients of each row's embeddings, (T, D)) as a training step has them."""
-    batch = collate_for_device(rows, pad_token_id=rows[0].input_ids[0], latent_token_id=probe.latent_token_id)
+    batch = collate_for_device(rows, pad_token_id=rows[0][0][0], latent_token_id=probe.latent_token_id)
     device = probe.base_causallm.device
     batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     loss = probe(**batch).loss
@@ -313,20 +298,21 @@ def _step(probe: Coconut, rows: list[_Row]) -> tuple[torch.Tensor, list[torch.Te
     return _exact(loss.detach()), [_exact(one[seen]) for one, seen in zip(gradient, attended, strict=True)]
 
 
-def _plain_step(probe: Coconut, rows: list[_Row]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _plain_step(probe: Coconut, rows: list[Row]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """As `_step`, by definition: each row alone, without padding or cache, recomputed for each thought."""
-    logits, leaves = zip(*(_plain_logits(probe, row) for row in rows), strict=True)
-    loss = _mean_loss(logits, rows)
+    logits, leaves = zip(*(_plain_logits(probe, ids) for ids, _ in rows), strict=True)
+    targets = torch.tensor([label for _, labels in rows for label in labels[1:]], device=logits[0].device)
+    loss = F.cross_entropy(torch.cat([one[0, :-1] for one in logits]), targets, ignore_index=IGNORE)
     gradients = torch.autograd.grad(loss, leaves)
     return loss.detach(), [_exact(gradient[0]) for gradient in gradients]
 
 
-def _plain_logits(probe: _Probe, row: _Row) -> tuple[torch.Tensor, torch.Tensor]:
+def _plain_logits(probe: _Probe, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (1, T, V) by definition, and the input embeddings (1, T, D) that they come from."""
     base = probe.base_causallm
-    embeds = probe.backbone.embed(_tensor(base, row.input_ids))  # (1, T, D)
+    embeds = probe.backbone.embed(_tensor(base, ids))  # (1, T, D)
     leaf = probe.embeds
-    embeds = filled_embeddings(base, row.input_ids, probe.latent_token_id, embeds)
+    embeds = filled_embeddings(base, ids, probe.latent_token_id, embeds)
     return _exact(base(inputs_embeds=embeds, use_cache=False).logits), leaf
 
 
@@ -342,13 +328,6 @@ def _note_what_is_left_out(model: Coconut, tolerance: Tolerance, seed: int) -> N
             waiting += [following for following, _ in node.next_functions]
     left_out = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in reached]
     model.backbone.leaves_parameters_out = bool(left_out)
-
-
-def _mean_loss(logits: Sequence[torch.Tensor], rows: list[_Row]) -> torch.Tensor:
-    """Of (1, T, V) logits for each row, over the supervised tokens of all."""
-    targets = [torch.tensor(row.labels[1:], device=one.device) for one, row in zip(logits, rows, strict=True)]
-    sums = [F.cross_entropy(one[0, :-1], target, reduction="sum") for one, target in zip(logits, targets, strict=True)]
-    return sum(sums) / sum(int((target != IGNORE).sum()) for target in targets)
 
 
 def _tensor(base: PreTrainedModel, input_ids: list[int]) -> torch.Tensor:

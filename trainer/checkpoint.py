@@ -17,12 +17,11 @@ restart would take for one. Sizes, and soon after the save digests, tell whether
 
 from __future__ import annotations
 
-import errno
 import pickle
 import random
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -32,19 +31,10 @@ from typing import IO
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -52,17 +42,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from coconut import Coconut
 from config import Config
 from methods import modern, rules_of
 from model import lora
-from trainer import parallel
+from trainer import parallel, run_folder
 from trainer.distributed import World, agree, on_main_rank
 from trainer.files import file_digest, reading, retried, sync_to_disk, write_whole
-from trainer.pretrained import THOUGHT_FILE, Pretrained, read_description
+from trainer.pretrained import Pretrained, read_description
 from trainer.run_folder import best, checkpoints, is_of_finished_epoch, is_on_hub, rating, resolve, run_checkpoints
 from utils import UserError, as_json, log, parse_json, read_object
 
@@ -71,12 +60,11 @@ OPTIMIZER = "trainer/optimizer"
 MANIFEST = "trainer/manifest.json"  # file -> SHA-256, or its size until `add_digests` has run
 # keys that decide what a model's sequences look like
 DESCRIBED = [field.name for field in fields(Config) if field.metadata["shapes"]]
-PREFIX, THOUGHT_PREFIX = "base_causallm.", "thought."
+PREFIX = "base_causallm."
+Weights = dict[str, torch.Tensor]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# How far a run is
-# ---------------------------------------------------------------------------------------------------------------
+# ---- How far a run is ----
 
 
 @dataclass
@@ -89,6 +77,8 @@ class Progress:
     losses: float = 0.0  # sum over these examples of the losses of their steps
     seconds: float = 0.0  # that it has taken
     skipped: int = 0  # steps of the run that skip_nonfinite has skipped
+    at_goal: int = 0  # epochs of the unfinished stage in a row that have reached advance_at
+    passed_over: int = 0  # epochs that stages which ended early have left out: the learning rate does not count them
     best: dict[int, float] = field(default_factory=dict)  # stage -> best validation accuracy
     wandb_id: str | None = None
     token_ids: str | None = None  # digest of the training data's (`Tokens.digest`)
@@ -104,12 +94,10 @@ def save_progress(folder: Path, progress: Progress, world_size: int) -> None:
 def read_state(folder: Path) -> dict:
     """What `save_progress` has written. Raises OSError, and ValueError where it is damaged."""
     state = parse_json((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
-    if not isinstance(state, dict):
-        raise ValueError("it is no object")
-    kinds = {"epoch": int, "step": int, "seen": int, "losses": (int, float), "seconds": (int, float), "best": dict}
-    for name, kind in {"format": int, "world_size": int, **kinds}.items():
-        if name in state and not isinstance(state[name], kind):  # older files have fewer
-            raise ValueError(f"its {name} is {state[name]!r}")
+    kinds = {"format": int, "world_size": int, "epoch": int, "step": int, "seen": int, "best": dict}
+    kinds |= {"losses": (int, float), "seconds": (int, float)}
+    if not isinstance(state, dict) or not all(isinstance(state[name], kinds[name]) for name in kinds.keys() & state):
+        raise ValueError("a value is of another type")
     return state
 
 
@@ -122,9 +110,7 @@ def read_progress(folder: Path) -> Progress:
     return progress
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Saving
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Saving ----
 
 
 def save(
@@ -179,21 +165,23 @@ def save(
 
 
 def write_model(
-    folder: Path,
-    config: Config,
-    pretrained: Pretrained,
-    stage: int,
-    weights: dict[str, torch.Tensor],
-    validated_on: dict | None = None,
+    folder: Path, config: Config, pretrained: Pretrained, stage: int, weights: Weights, validated_on: dict | None = None
 ) -> None:
     """Model, thought and tokenizer, and coconut.json: what the model's sequences look like, and which file
     it was validated on; weights: those of pretrained.model, whole."""
     base_weights, updates = lora.split(_under(PREFIX, weights))
-    _save_base(pretrained.model.base_causallm, folder, base_weights)
+    base = pretrained.model.base_causallm
+    # transformers refuses to save settings that contradict each other, as many published models have, such as a
+    # temperature without do_sample, once one has been changed: here the stop tokens
+    with pretrained.model.backbone.own_generation_config():
+        base.save_pretrained(folder, state_dict=base_weights)
+    if base.can_generate():
+        base.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
     if updates:
         lora.save(folder, updates, config.lora_rank, config.lora_alpha)
-    if learnt := _under(THOUGHT_PREFIX, weights):
-        save_file({name: value.contiguous() for name, value in learnt.items()}, folder / THOUGHT_FILE)
+    for part in ("thought", *getattr(pretrained.model, "saved_parts", ())):
+        if learnt := _under(f"{part}.", weights):
+            save_file({name: value.contiguous() for name, value in learnt.items()}, folder / f"{part}.safetensors")
     pretrained.tokenizer.save_pretrained(folder)
     chosen = {name: getattr(config, name) for name in DESCRIBED}
     description = {"format": FORMAT, "stage": stage, **chosen, "markers": pretrained.markers._asdict()}
@@ -202,25 +190,7 @@ def write_model(
     (folder / "coconut.json").write_text(as_json(description), encoding="utf-8")
 
 
-def _save_base(base: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """A Hugging Face folder of the model; its generation_config as it is.
-
-    transformers loads settings that contradict each other, as many published models have, such as a temperature without
-    do_sample, but refuses to save them once one has been changed: here the stop tokens.
-    """
-    settings = base.generation_config if base.can_generate() else None
-    if settings is None:
-        base.save_pretrained(folder, state_dict=weights)
-        return
-    base.generation_config = GenerationConfig()
-    try:
-        base.save_pretrained(folder, state_dict=weights)
-    finally:
-        base.generation_config = settings
-    settings.to_json_file(folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
-
-
-def _under(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _under(prefix: str, weights: Weights) -> Weights:
     """The weights whose names begin so, under the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
@@ -254,12 +224,9 @@ def is_io_error(error: BaseException) -> bool:
 
 def _publish(aside: Path, target: Path, world_size: int) -> None:
     """Gives a complete folder its name, after all of it has reached the disk, with the size of every file."""
-    for path in rank_files(aside, world_size):
-        retried(path.stat)  # what another node has written may be seen here only later: it must be in the manifest
-    sizes = {str(path.relative_to(aside)): path.stat().st_size for path in sorted(aside.rglob("*")) if path.is_file()}
-    for path in rank_files(aside, world_size):
-        if str(path.relative_to(aside)) not in sizes:
-            raise FileNotFoundError(errno.ENOENT, "was written, but is not listed", str(path))
+    # what another node has written belongs there too, and may be seen here only later
+    paths = rank_files(aside, world_size) | {path for path in aside.rglob("*") if path.is_file()}
+    sizes = {str(path.relative_to(aside)): retried(path.stat).st_size for path in sorted(paths)}
     (aside / MANIFEST).write_text(as_json(sizes), encoding="utf-8")
     sync_to_disk(aside)
     if target.exists():  # an unrelated one, such as a file of the reference: it is kept under another name
@@ -341,15 +308,13 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Optimizer and random state
-# ---------------------------------------------------------------------------------------------------------------
-
+# ---- Optimizer and random state ----
 
 # what a `.metadata` of tensors holds; with BytesStorageMetadata torch would unpickle what it points to
 METADATA_CLASSES = (
-    *(Metadata, TensorStorageMetadata, TensorProperties, ChunkStorageMetadata, MetadataIndex, StorageMeta),
-    *(_MEM_FORMAT_ENCODING, _StorageInfo, torch.Size, torch.serialization._get_layout),
+    *(metadata.Metadata, metadata.MetadataIndex, metadata.StorageMeta, _StorageInfo, torch.Size),
+    *(metadata.TensorStorageMetadata, metadata.TensorProperties, metadata.ChunkStorageMetadata),
+    *(metadata._MEM_FORMAT_ENCODING, torch.serialization._get_layout),
 )
 
 
@@ -376,11 +341,11 @@ class MetadataUnpickler(pickle.Unpickler):
 class MetadataReader(dcp.FileSystemReader):
     """torch's reader of what `save_optimizer` writes, with MetadataUnpickler for the `.metadata`."""
 
-    def read_metadata(self, *_, rank: int | None = None, **__) -> Metadata:
+    def read_metadata(self, *_, rank: int | None = None, **__) -> metadata.Metadata:
         with Path(self._get_metadata_path(rank)).open("rb") as file:
-            metadata = MetadataUnpickler(file).load()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+            found = MetadataUnpickler(file).load()
+        found.storage_meta.load_id = self.load_id
+        return found
 
 
 def save_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -392,11 +357,8 @@ def save_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.
 
 def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restores the optimizer's averages from a checkpoint, on any number of ranks; its hyper-parameters are those of
-    the configuration. Collective: every rank must call it.
-
-    What the checkpoint does not have is re-initialised: weights that never got a gradient have no averages, and another
-    version of torch may keep more of them.
-    """
+    the configuration. Collective: every rank must call it. What the checkpoint does not have is re-initialised: weights
+    that never got a gradient have no averages, and another version of torch may keep more of them."""
     optimizer.zero_grad()  # where gradients wait for a step, torch silently makes no state to load into
     reader = MetadataReader(folder / OPTIMIZER)
     saved = reader.read_metadata().state_dict_metadata
@@ -429,8 +391,9 @@ def save_random_state(folder: Path, world: World) -> None:
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None,
     }
+    if world.device.type != "cpu":
+        state[world.device.type] = torch.get_device_module(world.device).get_rng_state()
     torch.save(state, folder / "trainer" / f"random_{world.rank}.pt")
 
 
@@ -443,29 +406,24 @@ def load_random_state(folder: Path, world: World) -> bool:
     kind, keys, *rest = saved["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(saved["torch"])
-    if saved["cuda"] is not None and world.device.type == "cuda":
-        torch.cuda.set_rng_state(saved["cuda"], world.device)
+    if (of_device := saved.get(world.device.type)) is not None:
+        torch.get_device_module(world.device).set_rng_state(of_device)
     return True
 
 
-def rank_files(folder: Path, world_size: int) -> list[Path]:
+def rank_files(folder: Path, world_size: int) -> set[Path]:
     """The files that other ranks than 0 may have written: their random state, their shares of the optimizer."""
-    metadata = MetadataReader(folder / OPTIMIZER).read_metadata()
-    shares = {entry.relative_path for entry in (metadata.storage_data or {}).values()}
-    states = [folder / "trainer" / f"random_{rank}.pt" for rank in range(world_size)]
-    return [*states, *(folder / OPTIMIZER / share for share in sorted(shares))]
+    storage = MetadataReader(folder / OPTIMIZER).read_metadata().storage_data or {}
+    shares = {folder / OPTIMIZER / entry.relative_path for entry in storage.values()}
+    return shares | {folder / "trainer" / f"random_{rank}.pt" for rank in range(world_size)}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Finding
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Finding ----
 
 
 def find_newest(config: Config, world: World) -> Path | None:
     """The newest whole checkpoint of this run, which wins over load_model_path; all ranks get the same. Collective.
-
-    Raises UserError where it is of a run with another configuration, or cannot be continued.
-    """
+    Raises UserError where it is of a run with another configuration, or cannot be continued."""
     return _seen_by_all(world, on_main_rank(world, lambda: _newest_that_fits(config)))  # all ranks
 
 
@@ -490,10 +448,7 @@ def _newest_that_fits(config: Config) -> Path | None:
 
 def find_weights(config: Config, world: World) -> Path | None:
     """What load_model_path points to, if it is set; all ranks get the same, but of the hub's files each node has its
-    own. Collective.
-
-    Raises UserError where there is nothing, or something damaged.
-    """
+    own. Collective. Raises UserError where there is nothing, or something damaged."""
     if config.load_model_path and is_on_hub(config.load_model_path):
         return parallel.in_turn(world, lambda cached: resolve(config.load_model_path, cached))  # all ranks
 
@@ -528,11 +483,8 @@ def _seen_by_all(world: World, folder: Path | None) -> Path | None:
 
 
 def newest_whole(run_dir: Path) -> Path | None:
-    """The newest checkpoint that is as it was written; None where there has never been one.
-
-    Damaged ones are skipped with a warning. Raises UserError where all are damaged: starting from scratch would lose
-    what may still be saved.
-    """
+    """The newest checkpoint that is as it was written; None where there has never been one. Damaged ones are skipped
+    with a warning. Raises UserError where all are damaged: starting from scratch would lose what may still be saved."""
     damaged = []
     for path in reversed(run_checkpoints(run_dir)):
         problem = damage(path)
@@ -573,25 +525,25 @@ def damage(folder: Path) -> str | None:
 def differences(config: Config, folder: Path) -> dict[str, str]:
     """Where a configuration departs from the one that a checkpoint was trained with: key -> "key 1, not 2"."""
     description = read_description(folder) or {}
-    others = {name: getattr(config, name) for name in DESCRIBED if name in description}
-    others = {name: value for name, value in others.items() if description[name] != value}
+    others = _departures(config, description, DESCRIBED)
     if "method" in others:  # a variant adds to the training of the other, not to its sequences
         theirs = rules_of(description["method"]).variant_of or description["method"]
         if theirs == (config.rules.variant_of or config.method):
             del others["method"]
-    return {name: f"{name} {_shown(description[name])}, not {_shown(value)}" for name, value in others.items()}
+    return others
 
 
-def _shown(value) -> str:
-    """A text of white space needs its quotes to be seen."""
-    return repr(value) if isinstance(value, str) and not value.strip() else str(value)
+def _departures(config: Config, before: dict, names: Iterable[str]) -> dict[str, str]:
+    def shown(value) -> str:
+        return repr(value) if isinstance(value, str) and not value.strip() else str(value)
+
+    pairs = {name: (before[name], getattr(config, name)) for name in names if name in before}
+    return {name: f"{name} {shown(then)}, not {shown(now)}" for name, (then, now) in pairs.items() if then != now}
 
 
 def check_method(config: Config, source: Path) -> list[str]:
     """What to warn of where a checkpoint that is to be evaluated was trained otherwise than the configuration says.
-
-    Raises UserError where that makes an evaluation meaningless.
-    """
+    Raises UserError where that makes an evaluation meaningless."""
     others = differences(config, source)
     if {"method", "thought"} & others.keys():
         raise UserError(f"{source} is of another configuration ({'; '.join(others.values())})")
@@ -614,19 +566,12 @@ def changes(config: Config, run_dir: Path) -> dict[str, str]:
     """Where a configuration departs from that of the run that the folder holds, in what decides the weights: key ->
     "key 1, not 2"."""
     try:
-        before = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        before = modern(run_folder.read_config(run_dir / "config.yaml")[0])
+    except UserError:
         return {}
-    if not isinstance(before, dict):
-        return {}
-    before = modern(before)
     free = {key.name for key in fields(Config) if key.metadata["free"]}
     if config.global_batch_size is not None:
         free |= {"batch_size_training", "gradient_accumulation_steps"}
     if config.lr_scheduler == "constant":
         free.add("num_epochs")
-    return {
-        name: f"{name} {before[name]}, not {value}"
-        for name, value in asdict(config).items()
-        if name not in free and name in before and before[name] != value
-    }
+    return _departures(config, before, [key.name for key in fields(Config) if key.name not in free])

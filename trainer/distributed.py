@@ -20,7 +20,7 @@ import traceback
 import typing
 import uuid
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from utils import UserError, launched_ranks, log, under_debugger
 
 LAUNCHER = os.getppid()  # of a rank: torchrun
 EXIT_HANDLERS_SECONDS = 15
+HIDES_ALL = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES; the last is SLURM's
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class World:
     size: int
     device: typing.Any  # torch.device
     no_timeout_group: typing.Any = None  # process group of barriers without a timeout, where size > 1
+    reason: str = field(default="", compare=False)  # why the device is this one
 
     @property
     def is_main(self) -> bool:
@@ -54,10 +56,9 @@ class World:
 def setup_distributed() -> World:
     """Joins the ranks that torchrun started; without torchrun, a world of one. Undone by `cleanup_distributed`.
 
-    The device comes from LOCAL_RANK: the global rank does not index a node's GPUs. A process group is made for a
-    world of one too, so that no collective needs an `if`. Raises UserError where torch lacks a promised GPU.
+    A process group is made for a world of one too, so that no collective needs an `if`. Raises UserError as
+    `choose_device` does.
     """
-    import torch
     import torch.distributed as dist
 
     is_launched = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
@@ -65,6 +66,24 @@ def setup_distributed() -> World:
         _die_with_launcher()
     rank, size = launched_ranks()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device, reason = choose_device(size, local_rank)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if is_launched:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    no_timeout_group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if size > 1 else None
+    return World(rank, local_rank, size, device, no_timeout_group, reason)
+
+
+def choose_device(size: int, local_rank: int) -> tuple[typing.Any, str]:
+    """(device of a rank, why): CUDA; in a world of one, torch's other accelerators, such as MPS and XPU; else the CPU.
+
+    The device comes from LOCAL_RANK: the global rank does not index a node's GPUs. Raises UserError where torch lacks a
+    promised GPU.
+    """
+    import torch
+
     if torch.cuda.is_available():
         on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if on_this_node > torch.cuda.device_count():
@@ -72,28 +91,29 @@ def setup_distributed() -> World:
                 f"{on_this_node} ranks cannot have a GPU each: this node shows {torch.cuda.device_count()}; "
                 f"lower --nproc_per_node"
             )
-        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    else:
-        if promise := promised_gpu():
-            try:
-                torch.cuda.init()
-                reason = "no GPU is visible"
-            except (RuntimeError, AssertionError) as error:
-                reason = str(error).splitlines()[0]
-            raise UserError(f'{promise}, but torch finds no GPU: {reason}; CUDA_VISIBLE_DEVICES="" insists on the CPU')
-        device, backend = torch.device("cpu"), "gloo"
-    if is_launched:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    no_timeout_group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if size > 1 else None
-    return World(rank, local_rank, size, device, no_timeout_group)
+        return device, "torch finds CUDA"
+    cpu, other = torch.device("cpu"), torch.accelerator.current_accelerator(check_available=True)
+    if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) in HIDES_ALL:
+        return cpu, f'CUDA_VISIBLE_DEVICES="{hidden}" insists on it'
+    if other is not None and size == 1:
+        return other, f"torch finds {other.type.upper()} and no CUDA"
+    if other is not None:
+        return cpu, f"{other.type.upper()} is for one process, and there are {size} ranks"
+    if promise := promised_gpu():
+        try:
+            torch.cuda.init()
+            reason = "no GPU is visible"
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+        raise UserError(f'{promise}, but torch finds no GPU: {reason}; CUDA_VISIBLE_DEVICES="" insists on the CPU')
+    return cpu, "torch finds no GPU"
 
 
 def promised_gpu() -> str | None:
     """What promises this process a GPU, unless CUDA_VISIBLE_DEVICES hides all."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):  # the last is SLURM's
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in HIDES_ALL:
         return None
     nothing = {"CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_GPUS": "", "SLURM_GPUS_ON_NODE": "0"}
     for name, none in nothing.items():
@@ -117,8 +137,10 @@ def hardware(world: World) -> str:
     """What this rank computes on, in words."""
     import torch
 
-    if world.device.type == "cuda":
-        return torch.cuda.get_device_name(world.device)
+    if world.device.type == "mps":
+        return f"MPS, {platform.machine()}"
+    if world.device.type != "cpu":
+        return torch.get_device_module(world.device).get_device_name(world.device)
     return f"CPU, {platform.machine()}, {allowed_cores()} cores"
 
 
@@ -253,6 +275,14 @@ def on_every_rank(world: World, action: typing.Callable) -> list:
         results *= world.size
         dist.all_gather_object(results, results[0])  # all ranks
     return results
+
+
+def all_reduce(tensor, **options) -> None:
+    """torch.distributed.all_reduce, but nothing in a world of one, whose device may have no backend. Collective."""
+    import torch.distributed as dist
+
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor, **options)  # all ranks
 
 
 def check_same(world: World, values: dict) -> None:

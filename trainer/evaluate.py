@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from config import Config
-from curriculum import IGNORE, kept_reasoning, prompt, stage_name
+from curriculum import IGNORE, Markers, kept_reasoning, prompt, stage_name
 from dataset import StageDataset, collate, collate_prompts
 from methods import rules_of
 from preprocessing.tokens import Tokens
@@ -83,6 +83,7 @@ def evaluate(
         generated_tokens: mean number of new tokens without EOS, plus latent thoughts, as Table 1 counts them; pause
             tokens are not counted, since nothing is generated for them
         seconds, seconds_per_example: of generation, by the clock of the slowest rank
+        with config.val_samples also those of `_evaluate_samples`
     """
     import torch
     import torch.distributed as dist
@@ -94,9 +95,7 @@ def evaluate(
     seconds = torch.tensor(time.perf_counter() - begin)
     barrier(world)  # all ranks, however much longer some have generated
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)  # all ranks: the slowest one decides
-    shares: list = [None] * world.size
-    dist.all_gather_object(shares, mine)  # all ranks
-    outputs = {index: output for share in shares for index, output in share.items()}
+    outputs = _gathered(mine, world)  # all ranks
     predictions = []
     for index, example in enumerate(data.val_examples):
         kept = pretrained.tokenizer.decode(kept_reasoning(data.val[index][1], stage, config)).strip()
@@ -114,7 +113,45 @@ def evaluate(
         "seconds": seconds.item(),
         "seconds_per_example": seconds.item() / len(predictions),
     }
+    if config.val_samples:
+        metrics |= _evaluate_samples(pretrained, data, stage, config, world, title, predictions)  # all ranks
     return metrics, predictions
+
+
+def _evaluate_samples(
+    pretrained: Pretrained,
+    data: Data,
+    stage: int,
+    config: Config,
+    world: World,
+    title: str,
+    predictions: list[dict],
+) -> dict:
+    """Samples config.val_samples answers to each question; adds to its prediction `sample_answers` and
+    `sample_correct`. Returns vote@N and pass@k (see `samples.measures`) with their 95 % intervals over the questions:
+    Wilson's, which is too wide for pass@k with 1 <= k < N, whose values lie between 0 and 1. Collective."""
+    from trainer import samples
+
+    mine = _sample_share(pretrained, data.val, stage, config, world, f"{title}, {config.val_samples} samples")
+    barrier(world)  # all ranks, however much longer some have generated
+    texts, right = _gathered(mine, world), []  # all ranks
+    for prediction in predictions:
+        outputs = texts[prediction["index"]]
+        prediction["sample_answers"] = [extract_answer(text) for text in outputs]
+        prediction["sample_correct"] = [is_right(text, prediction["gold"], config.answer_match) for text in outputs]
+        alike = [extract_number(text) for text in outputs] if config.answer_match == "number" else None
+        right.append(prediction["sample_correct"][samples.vote(alike or prediction["sample_answers"])])
+    found = samples.measures([prediction["sample_correct"] for prediction in predictions], right)
+    return found | {f"{name}_95": wilson(value, len(predictions)) for name, value in found.items()}
+
+
+def _gathered(mine: dict, world: World) -> dict:
+    """What all ranks have found for their examples, by index. Collective."""
+    import torch.distributed as dist
+
+    shares: list = [None] * world.size
+    dist.all_gather_object(shares, mine)  # all ranks
+    return {index: found for share in shares for index, found in share.items()}
 
 
 def _scored(example: dict, kept_reasoning: str, answer_match: str, text: str, n_tokens: int, n_latents: int) -> dict:
@@ -203,10 +240,7 @@ def _generate_share(
 ) -> dict[int, tuple[str, int, int]]:
     """This rank's generations: index -> (text, new tokens without EOS, latent thoughts)."""
     model, tokenizer, markers = pretrained
-    prompts = []
-    for index in range(len(tokens)):
-        question, steps, _ = tokens[index]
-        prompts.append(prompt(question, steps, stage, config, markers))
+    prompts = _prompts(tokens, stage, config, markers)
     # as many batches for every rank as there is work for, however few examples there are
     size = min(config.eval_batch_size, -(-len(prompts) // world.size))
     outputs = {}
@@ -219,6 +253,40 @@ def _generate_share(
             n_latents = prompts[index].count(markers.latent) if model.thinks else 0
             outputs[index] = (tokenizer.decode(new, skip_special_tokens=True), len(new), n_latents)
     return outputs
+
+
+def _prompts(tokens: Tokens, stage: int, config: Config, markers: Markers) -> list[list[int]]:
+    examples = (tokens[index] for index in range(len(tokens)))
+    return [prompt(question, steps, stage, config, markers) for question, steps, _ in examples]
+
+
+def _sample_share(
+    pretrained: Pretrained, tokens: Tokens, stage: int, config: Config, world: World, title: str
+) -> dict[int, list[str]]:
+    """This rank's samples: index -> N texts. Their random numbers are a function of (seed, index, sample)."""
+    from trainer import samples
+
+    model, _, markers = pretrained
+    prompts, policy, found = _prompts(tokens, stage, config, markers), samples.Policy.of(config), {}
+    most = max(config.eval_batch_size // config.val_samples, 1)  # questions; eval_batch_size counts rows
+    batches = _batches_of_rank([len(ids) for ids in prompts], min(most, -(-len(prompts) // world.size)), world)
+    for indices in progress_bar(batches, title, "batch", shown=world.is_main):
+        keys = [(config.seed, index) for index in indices]
+        with autocast(config, world):
+            drawn = samples.generate(
+                model, [prompts[i] for i in indices], keys, config.val_samples, policy, config.max_new_tokens
+            )
+        texts = texts_of(drawn.tokens, config.method, pretrained)
+        for place, index in enumerate(indices):
+            found[index] = texts[place * config.val_samples : (place + 1) * config.val_samples]
+    return found
+
+
+def texts_of(rows: list[list[int]], method: str, pretrained: Pretrained) -> list[str]:
+    """The outputs in generated tokens, each row up to its EOS."""
+    _, tokenizer, markers = pretrained
+    outputs = [rules_of(method).output(_before(markers.eos, row), markers) for row in rows]
+    return [tokenizer.decode(output, skip_special_tokens=True) for output in outputs]
 
 
 def generate_tokens(
@@ -355,6 +423,9 @@ def _summary(run_dir: Path, evaluation: dict | None) -> str:
     tables = [[HEADER, *(row_of(*row) for row in rows)]] if rows else []
     if sets:
         tables.append([SETS_HEADER, *(row_of_set(*found) for found in sets.items())])
+    for title, record in [*((row[0], row[2]) for row in rows), *(sets or {}).items()]:
+        if any("@" in key for key in record):
+            tables.append(samples_table(title, record))
     return "\n\n".join("\n".join(lines) for lines in tables)
 
 
@@ -380,6 +451,16 @@ def row_of_set(name: str, record: dict) -> str:
         f"{title:32}{record['examples']:>7,}{record['accuracy']:>10.1%}{f'{low:.1%} to {high:.1%}':>16}"
         f"{record['generated_tokens']:>8.1f}{record['loss']:>8.3f}{record['seconds']:>9.1f}"
     )
+
+
+def samples_table(title: str, record: dict) -> list[str]:
+    """The lines of a table: accuracy, vote@N and pass@k of an evaluation, with 95 % intervals over its questions."""
+    names = ["accuracy", *(key for key in record if "@" in key and not key.endswith("_95"))]
+    lines = [f"{title:32}{record['examples']:>7,}{'95 %':>26}"]
+    for name in names:
+        low, high = wilson(record[name], record["examples"])
+        lines.append(f"  {name:37}{record[name]:>10.1%}{f'{low:.1%} to {high:.1%}':>16}")
+    return lines
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:

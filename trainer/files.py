@@ -35,6 +35,46 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of what an exception says."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def read_weights(path: Path, own: dict, what: str) -> dict:
+    """The tensors of a safetensors file, by their names. Raises UserError where it cannot be read, or where names or
+    shapes are not those of `own`, the weights of `what`."""
+    from safetensors.torch import load_file  # it imports torch
+
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {reason_of(error)}") from None
+    check_weights(path, own, saved, what)
+    return saved
+
+
+def check_weights(source, own: dict, saved: dict, what: str = "model") -> None:
+    """Raises UserError where the names or shapes of weights are not those of `own`."""
+    mismatched = [
+        f"{name} {list(saved[name].shape)} instead of {list(own[name].shape)}"
+        for name in own.keys() & saved.keys()
+        if saved[name].shape != own[name].shape
+    ]
+    check_names(source, own.keys() - saved.keys(), saved.keys() - own.keys(), mismatched, what)
+
+
+def check_names(source, missing, unexpected, mismatched=(), what: str = "model") -> None:
+    """Raises UserError where a list holds names; it shows the first four of each."""
+    problems = []
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)):
+        if names:
+            names = sorted(names)
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            problems.append(f"{title}: {', '.join(names[:4])}{more}")
+    if problems:
+        raise UserError(f"{source} does not fit the {what}: weights {'; '.join(problems)}")
+
+
 def retried(action: Callable, seconds: float = 30):
     """The result of an action that reads what another process has just written: the file system of several nodes may
     show it only a while later."""

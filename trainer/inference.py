@@ -10,29 +10,30 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import suppress
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut, Edit
-from config import Config
+from config import MOST_LATENTS, Config
 from curriculum import prompt
 from dataset import collate_prompts, latent_columns
-from preprocessing.tokens import question_ids
+from preprocessing.tokens import batched, question_ids
 from trainer.checkpoint import DESCRIBED, write_model
-from trainer.evaluate import extract_answer, generate_tokens
+from trainer.evaluate import extract_answer, generate_tokens, texts_of
 from trainer.files import replaced
-from trainer.pretrained import Pretrained, hub_problem, load_model, not_loadable, read_description
+from trainer.pretrained import Pretrained, hub_problem, load_model, loading, read_description, shape_of
 from trainer.run_folder import HUB_ID, resolve
+from trainer.samples import Policy
+from trainer.samples import generate as generate_samples
 from utils import UserError, log
 
 TOP = 5  # tokens shown for each thought
-MAX_THOUGHTS = 100_000  # of a model without a longest sequence
 CARD = """\
 # {name}
 
@@ -45,9 +46,7 @@ saved it:
 """
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Loading and saving
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Loading and saving ----
 
 
 def load(source: str | Path, trust_remote_code: bool = False, **hub_options) -> Coconut:
@@ -59,11 +58,8 @@ def load(source: str | Path, trust_remote_code: bool = False, **hub_options) -> 
     if lacking := [name for name in ("stage", "method") if name not in description]:
         raise UserError(f"{folder / 'coconut.json'} is damaged: it lacks {' and '.join(lacking)}")
     known = {name: description[name] for name in DESCRIBED if name in description}
-    config = Config(model_id=str(folder), only_eval=True, **known)
-    config.trust_remote_code = trust_remote_code
-    with suppress(OSError, ValueError):  # load_model raises them with a reason
-        shape = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        config.bf16_weights = shape.dtype == torch.bfloat16
+    config = Config(model_id=str(folder), only_eval=True, trust_remote_code=trust_remote_code, **known)
+    config.bf16_weights = shape_of(config, folder).dtype == torch.bfloat16
     model, tokenizer, markers = load_model(config, folder)
     model.tokenizer, model.markers, model.config, model.stage = tokenizer, markers, config, description["stage"]
     return model.eval()
@@ -103,17 +99,13 @@ def _local_folder(source: str | Path, hub_options: dict) -> Path:
     """The folder of a local checkpoint, or of the hub's downloaded files. Raises UserError."""
     if os.path.exists(source) or not HUB_ID.fullmatch(str(source)):
         return resolve(str(source))
-    try:
+    with loading("checkpoint", source):
         cached_only = {"local_files_only": True} if hub_problem() else {}
         folder = snapshot_download(str(source), **cached_only | hub_options)
-    except Exception as error:  # of the hub or the connection
-        raise not_loadable("checkpoint", source, error) from None
     return resolve(str(folder))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Asking
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Asking ----
 
 
 def answers(
@@ -129,12 +121,6 @@ def answers(
     if not questions:
         return []
     rows = prompts(model, questions, n_thoughts, mode)
-    limit = model.max_positions or math.inf
-    for question, row in zip(questions, rows, strict=True):
-        if not row or row[0] == model.markers.latent:
-            raise UserError(f"the tokenizer leaves nothing of the question {question[:60]!r}")
-        if len(row) >= limit:
-            raise UserError(f"a question of {len(row)} tokens fills all {limit} positions: {question[:60]!r}")
     device, tokenizer = model.base_causallm.device, model.tokenizer
     results = []
     for new in generate_tokens(_pretrained(model), model.config.method, rows, max_new_tokens, device, **sampling):
@@ -145,6 +131,24 @@ def answers(
         for result, thoughts in zip(results, decoded_thoughts(model, tokenizer, batch), strict=True):
             result["thoughts"] = thoughts
     return results
+
+
+def samples(
+    model: Coconut,
+    questions: list[str],
+    keys: list[tuple[int, ...]],
+    n_samples: int,
+    policy: Policy,
+    max_new_tokens: int = 128,
+    n_thoughts: int | None = None,
+    mode: str | None = None,
+) -> list[dict[str, int]]:
+    """The answers that `samples.generate` draws for each question, the most frequent first, with their counts. keys: of
+    the questions. Raises UserError."""
+    rows = prompts(model, questions, n_thoughts, mode)
+    drawn = generate_samples(model, rows, keys, n_samples, policy, max_new_tokens)
+    found = map(extract_answer, texts_of(drawn.tokens, model.config.method, _pretrained(model)))
+    return [dict(Counter(of_one).most_common()) for of_one in batched(found, n_samples)]
 
 
 def prompts(
@@ -163,7 +167,14 @@ def prompts(
     for question, row in zip(questions, ids, strict=True):
         if {model.markers.start, model.markers.latent, model.markers.end}.intersection(row):
             raise UserError(f"a question holds a marker of the latent positions: {question[:60]!r}")
-    return [prompt(row, [], model.stage, config, model.markers) for row in ids]
+    rows = [prompt(row, [], model.stage, config, model.markers) for row in ids]
+    limit = model.max_positions or math.inf
+    for question, row in zip(questions, rows, strict=True):
+        if not row or row[0] == model.markers.latent:
+            raise UserError(f"the tokenizer leaves nothing of the question {question[:60]!r}")
+        if len(row) >= limit:
+            raise UserError(f"a question of {len(row)} tokens fills all {limit} positions: {question[:60]!r}")
+    return rows
 
 
 def unknown_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -190,7 +201,7 @@ def config_for(model: Coconut, n_thoughts: int | None = None, mode: str | None =
         return config
     if not config.has_latents:
         raise UserError(f"a number of thoughts is for models with latents, and this one is of method {config.method}")
-    if n_thoughts >= (limit := model.max_positions or MAX_THOUGHTS):
+    if n_thoughts >= (limit := model.max_positions or MOST_LATENTS):
         raise UserError(f"{n_thoughts} thoughts do not fit into {limit} positions")
     return replace(config, eval_latents=n_thoughts)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import signal
 import sys
 import threading
@@ -25,71 +24,78 @@ from utils import UserError, log, parse_json
 TIMEOUTS = {"start": 90, "log": 20, "finish": 120, "signal": 5}  # seconds; the last is what a signal leaves for finish
 
 
-class Tracker:
-    """A run of wandb, or nothing: where `mode` is disabled, or after a failure."""
+class RunLogger:
+    """metrics.jsonl always, wandb where it is wanted, in a folder, on rank 0. A context: at its end, whatever causes
+    it, the log is closed with the exit code that the program will have."""
 
-    def __init__(self):
-        self.run = None
-        self._calls: queue.SimpleQueue = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.started = time.time()
+        self.file = None
+        self.tracked = None  # wandb's run; None where it is disabled, and after a failure
+        self.interrupted = False  # whether a signal has stopped the run, and another job will continue it
+        self.signalled: Callable[[], float | None] = lambda: None  # when a signal has come (time.monotonic)
 
-    def start(self, mode: str, config: dict, folder: Path, run_id: str | None) -> str | None:
-        """Starts a run, or continues the one with this id; returns its id, where there is one."""
-        if mode == "disabled":
-            return run_id
-        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
-        self._thread.start()
-        self.run = self._call("start", lambda: self._start(mode, config, folder, run_id))
-        return self.run.id if self.run is not None else run_id
+    def open(self, config: dict, wandb_id: str | None = None) -> str | None:
+        """Opens the log of a run with this configuration; returns the id that wandb gives it. Called on rank 0 only.
+        wandb_id: of the run that is being continued, so that its curves go on. Raises UserError where the folder cannot
+        be written to."""
+        path = self.folder / "metrics.jsonl"
+        with writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+            self.file = path.open("a", encoding="utf-8", buffering=1)
+            if torn:
+                self.file.write("\n")  # a job that died has left half a line
+        mode = "disabled" if config["debug"] else os.environ.get("WANDB_MODE") or config["wandb"]
+        if mode != "disabled":
+            self.tracked = self._call("start", lambda: _start_wandb(mode, config, self.folder, wandb_id))
+        return wandb_id if self.tracked is None else self.tracked.id
 
-    def _start(self, mode: str, config: dict, folder: Path, run_id: str | None):
-        import wandb
-
-        if mode == "online" and (reason := why_offline()):
-            log.warning(f"wandb logs offline: {reason}")
-            mode = "offline"
-        # the configuration and the numbers are all that is sent: no code, no console, no machine metadata
-        settings = {"init_timeout": 30, "silent": True, "console": "off", "save_code": False, "x_disable_meta": True}
-        arguments = {
-            "project": config["project"],
-            "name": config["name"],
-            "config": config,
-            "dir": str(folder),
-            "id": run_id,
-            "resume": "allow" if run_id else None,
-        }
-        try:
-            return wandb.init(mode=mode, settings=wandb.Settings(**settings), **arguments)
-        except Exception as error:
-            if mode == "offline":
-                raise
-            log.warning(f"wandb logs offline: {_one_line(error)}")
-            return wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
-
-    def log(self, values: dict, step: int | None) -> None:
-        if self.run is not None:
-            run = self.run
-            self._call("log", lambda: run.log(values, step=step))
-
-    def finish(self, exit_code: int, interrupted: bool, signalled: Callable[[], float | None]) -> None:
-        """Ends the run with the program's exit code; `interrupted` where a signal has stopped it and another job will
-        continue it. `signalled` returns when a signal has come (time.monotonic), or None."""
-        if self.run is None:
+    def log(self, event: str, **values) -> None:
+        """One line of metrics.jsonl: {"event", "time" (seconds since the run started), ...values}. Raises UserError, on
+        rank 0 only, where it cannot be written."""
+        if self.file is None:
             return
-        run = self.run
+        record = {"event": event, "time": round(time.time() - self.started, 3), **values}
+        with writing(self.file.name):
+            self.file.write(json.dumps(record) + "\n")
+        if (run := self.tracked) is not None:
+            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
+            shown = {f"{event}/{k}": v for k, v in numbers.items()}
+            self._call("log", lambda: run.log(shown, step=values.get("step")))
+
+    def __enter__(self) -> RunLogger:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if self.file is not None:
+            with suppress(OSError):  # a full disk: there was an error already
+                self.file.close()
+        code = 0 if kind is None else 2 if issubclass(kind, UserError) else 1
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            code = 128 + signal.SIGINT
+        if (run := self.tracked) is None:
+            return
 
         def finish() -> None:
-            if interrupted:
+            if self.interrupted:
                 run.mark_preempting()
-            run.finish(exit_code=exit_code)
+            run.finish(exit_code=code)
 
-        self._call("finish", finish, signalled)
-        self.run = None
+        self._call("finish", finish, self.signalled)
 
     def _call(self, what: str, action: Callable, signalled: Callable[[], float | None] = lambda: None):
-        """The result of an action in the tracker's thread; None, after a warning, where it fails or times out."""
+        """The result of an action in a thread; None, after a warning, where it fails or times out."""
         done: Future = Future()
-        self._calls.put((action, done))
+
+        def work() -> None:
+            try:
+                done.set_result(action())
+            except BaseException as error:  # wandb also calls sys.exit
+                done.set_exception(error)
+
+        threading.Thread(target=work, name="tracker", daemon=True).start()
         begin, left = time.monotonic(), TIMEOUTS[what]
         while not done.done() and left > 0:
             wait([done], timeout=min(left, 0.1))
@@ -102,18 +108,29 @@ class Tracker:
             problem = _one_line(error)
         else:
             return done.result()
-        self.run = None
+        self.tracked = None
         _ignore_its_exit_handlers()
         log.warning(f"wandb failed ({what}: {problem}); the run goes on without it, metrics.jsonl has everything")
         return None
 
-    def _work(self) -> None:
-        while True:
-            action, done = self._calls.get()
-            try:
-                done.set_result(action())
-            except BaseException as error:  # wandb also calls sys.exit
-                done.set_exception(error)
+
+def _start_wandb(mode: str, config: dict, folder: Path, run_id: str | None):
+    import wandb
+
+    if mode == "online" and (reason := why_offline()):
+        log.warning(f"wandb logs offline: {reason}")
+        mode = "offline"
+    # the configuration and the numbers are all that is sent: no code, no console, no machine metadata
+    settings = {"init_timeout": 30, "silent": True, "console": "off", "save_code": False, "x_disable_meta": True}
+    options = {"project": config["project"], "name": config["name"], "config": config, "dir": str(folder)}
+    options |= {"id": run_id, "resume": "allow" if run_id else None}
+    try:
+        return wandb.init(mode=mode, settings=wandb.Settings(**settings), **options)
+    except Exception as error:
+        if mode == "offline":
+            raise
+        log.warning(f"wandb logs offline: {_one_line(error)}")
+        return wandb.init(mode="offline", settings=wandb.Settings(**settings), **options)
 
 
 def _ignore_its_exit_handlers() -> None:
@@ -144,64 +161,6 @@ def why_offline() -> str | None:
     except (AuthenticationError, OSError, ValueError) as error:
         return f"the credentials for {host} cannot be used: {_one_line(error)}"
     return None if found else f"nobody is logged in at {host}; `wandb login` does that"
-
-
-class RunLogger:
-    """metrics.jsonl always, wandb where it is wanted, on rank 0. A context: at its end, whatever causes it, the log is
-    closed with the exit code that the program will have.
-
-    Args:
-        folder: where metrics.jsonl and wandb/ go.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.started = time.time()
-        self.file = None
-        self.tracker = Tracker()
-        self.interrupted = False  # whether a signal has stopped the run
-        self.signalled: Callable[[], float | None] = lambda: None  # when a signal has come (time.monotonic)
-
-    def open(self, config: dict, wandb_id: str | None = None) -> str | None:
-        """Opens the log of a run with this configuration; returns the id that wandb gives it. Called on rank 0 only.
-
-        wandb_id: of the run that is being continued, so that its curves go on.
-        Raises UserError where the folder cannot be written to.
-        """
-        path = self.folder / "metrics.jsonl"
-        with writing(path):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-            self.file = path.open("a", encoding="utf-8", buffering=1)
-            if torn:
-                self.file.write("\n")  # a job that died has left half a line
-        mode = "disabled" if config["debug"] else os.environ.get("WANDB_MODE") or config["wandb"]
-        return self.tracker.start(mode, config, self.folder, wandb_id)
-
-    def log(self, event: str, **values) -> None:
-        """One line of metrics.jsonl: {"event", "time" (seconds since the run started), ...values}.
-
-        Raises UserError, on rank 0 only, where it cannot be written.
-        """
-        if self.file is None:
-            return
-        record = {"event": event, "time": round(time.time() - self.started, 3), **values}
-        with writing(self.file.name):
-            self.file.write(json.dumps(record) + "\n")
-        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
-        self.tracker.log({f"{event}/{k}": v for k, v in numbers.items()}, step=values.get("step"))
-
-    def __enter__(self) -> RunLogger:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        if self.file is not None:
-            with suppress(OSError):  # a full disk: there was an error already
-                self.file.close()
-        code = 0 if kind is None else 2 if issubclass(kind, UserError) else 1
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            code = 128 + signal.SIGINT
-        self.tracker.finish(code, self.interrupted, self.signalled)
 
 
 def read_log(path: Path) -> list[dict]:

@@ -44,18 +44,14 @@ def evaluate_only(config: Config, world: World) -> None:
 
 
 def stage_to_evaluate(config: Config, description: dict) -> tuple[int, list[str]]:
-    """The checkpoint's own stage, unless `resume` names an epoch; and what there is to warn of.
-
-    A folder or file without a stage, such as a file of the reference, is taken to be of the last one.
-    """
+    """The checkpoint's own stage, unless `resume` names an epoch; and what there is to warn of. A folder or file
+    without a stage, such as a file of the reference, is taken to be of the last one."""
     recorded, scheduled = description.get("stage"), curriculum.stage_of(config, config.resume)
-    if recorded is not None:
-        if config.resume and recorded != scheduled:
-            text = f"the checkpoint is of stage {recorded}, but resume {config.resume} asks for {scheduled}"
-            return scheduled, [text]
-        return recorded, []
     if config.resume:
-        return scheduled, []
+        text = f"the checkpoint is of stage {recorded}, but resume {config.resume} asks for {scheduled}"
+        return scheduled, [text] if recorded not in (None, scheduled) else []
+    if recorded is not None:
+        return recorded, []
     last = curriculum.stage_of(config, config.num_epochs - 1)
     text = (
         f"{config.load_model_path} has no stage: it is evaluated at the last one of this "

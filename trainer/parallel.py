@@ -18,17 +18,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from coconut import Coconut
 from config import Config
+from curriculum import Markers
 from model import lora
 from model.backbone import decoder_blocks
 from model.checkpointing import checkpoint_blocks
 from model.weight_gradients import defer_weight_gradients
-from trainer.distributed import World, on_every_rank, on_main_rank
+from trainer.distributed import World, all_reduce, on_every_rank, on_main_rank
 from trainer.pretrained import Pretrained, load_model, make_model, shape_of
 from utils import UserError
 
@@ -51,21 +53,31 @@ def load(config: Config, world: World, source: Path | None) -> Pretrained:
     base_config, others, generation_config, tokenizer, markers, recomputes = on_main_rank(
         world, lambda: whole.append(load_model(config, source)) or _shape(*whole[0])
     )
-    trust = config.trust_remote_code
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(base_config, dtype=base_config.dtype, trust_remote_code=trust)
-        base.generation_config = generation_config
-        model = make_model(config, base, markers)
-        for other in others:
-            other = AutoModelForCausalLM.from_config(other, dtype=other.dtype, trust_remote_code=trust)
-            model.add_companion(other)
-        if config.lora_rank is not None:
-            lora.add(base, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    model = model_on_meta(config, base_config, *others, markers=markers)
+    model.base_causallm.generation_config = generation_config
     model.backbone.recomputes = recomputes
     wrap_blocks(model, config)
-    _shard(model, config)
+    shard(model, config)
     _fill(model, whole[0][0] if world.is_main else None, world)
     return Pretrained(model, tokenizer, markers)
+
+
+def model_on_meta(
+    config: Config, base_config: PreTrainedConfig, *others: PreTrainedConfig, markers: Markers
+) -> Coconut:
+    """A model of these shapes, with the `others` beside it in training, without weights: on the meta device."""
+    trust = config.trust_remote_code
+    with torch.device("meta"):
+        base, *companions = (
+            AutoModelForCausalLM.from_config(shape, dtype=shape.dtype, trust_remote_code=trust)
+            for shape in (base_config, *others)
+        )
+        model = make_model(config, base, markers)
+        for companion in companions:
+            model.add_companion(companion)
+        if config.lora_rank is not None:
+            lora.add(base, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    return model
 
 
 def in_turn(world: World, action: Callable[[bool], Any]) -> Any:
@@ -86,15 +98,17 @@ def choose_strategy(config: Config, world: World, source: Path | None) -> str:
         return "ddp"
 
     shape = in_turn(world, lambda cached: shape_of(config, source, cached))
-    with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
-    n_parameters = sum(parameter.numel() for parameter in whole.parameters())
-    if not config.only_eval:
-        n_parameters *= 1 + config.rules.n_companions
     # of the smallest GPU: all ranks have to choose alike
     memory = on_every_rank(world, lambda: torch.cuda.get_device_properties(world.device).total_memory)
-    room = SHARE_OF_MEMORY * min(memory)
-    return "fsdp" if n_parameters * BYTES_PER_PARAMETER > room else "ddp"
+    return "fsdp" if bytes_under_ddp(config, shape) > SHARE_OF_MEMORY * min(memory) else "ddp"
+
+
+def bytes_under_ddp(config: Config, shape: PreTrainedConfig) -> int:
+    """What weights, gradients and AdamW's averages take on each rank that has the whole model."""
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
+    n_models = 1 if config.only_eval else 1 + config.rules.n_companions
+    return n_models * BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in whole.parameters())
 
 
 def blocks_of(model: Coconut, purpose: str) -> list[nn.Module]:
@@ -147,9 +161,14 @@ def _shape(model: Coconut, tokenizer, markers) -> tuple:
     )
 
 
-def _shard(model: Coconut, config: Config) -> None:
+def shard(model: Coconut, config: Config, mesh: DeviceMesh | None = None) -> None:
+    """Shards a model on the meta device over the ranks of a mesh, by default all."""
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    options = {"reshard_after_forward": False, "mp_policy": bf16 if config.bf16 else MixedPrecisionPolicy()}
+    options = {
+        "mesh": mesh,
+        "reshard_after_forward": False,
+        "mp_policy": bf16 if config.bf16 else MixedPrecisionPolicy(),
+    }
     for block in blocks_of(model, "strategy: fsdp"):
         fully_shard(block, **options)
     for part in reversed(with_companions(model)):
@@ -160,8 +179,7 @@ def _shard(model: Coconut, config: Config) -> None:
 def _fill(model: Coconut, whole: Coconut | None, world: World) -> None:
     """Materialises a model that was made on the meta device with the weights that rank 0 has. All ranks."""
     model.to_empty(device=world.device)
-    for part in with_companions(model):
-        part.base_causallm.tie_weights()  # materialising has made two of tied weights
+    tie_weights(model)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, whole.state_dict() if whole is not None else {}, options=options)
     theirs = dict(whole.named_buffers()) if whole is not None else {}
@@ -169,6 +187,12 @@ def _fill(model: Coconut, whole: Coconut | None, world: World) -> None:
         if world.is_main:
             buffer.copy_(theirs[name])
         dist.broadcast(buffer, src=0)
+
+
+def tie_weights(model: Coconut) -> None:
+    """Ties the weights that `to_empty` has made two of."""
+    for part in with_companions(model):
+        part.base_causallm.tie_weights()
 
 
 def whole_weights(model: Coconut) -> dict[str, torch.Tensor]:
@@ -215,10 +239,11 @@ def sync_gradients(wrapped: nn.Module, now: bool) -> Iterator[None]:
             yield
     elif isinstance(wrapped, FSDPModule):
         wrapped.set_is_last_backward(now)
+        is_frozen = not any(weight.requires_grad for weight in wrapped.backbone.decoder.parameters())
         for part in with_companions(wrapped):
             # a companion runs once, and all of its backward comes before the latents'; each pass over a block of
-            # the model ends with its gradients, which wait until the backward has come to the first pass
-            _sync_blocks(part, now and part is not wrapped)
+            # the model ends with its gradients, which wait until the backward has come to the first pass, if to any
+            _sync_blocks(part, now and (is_frozen or part is not wrapped))
         with _after_first_pass(wrapped, lambda: _sync_blocks(wrapped, True)) if now else nullcontext():
             yield
     else:
@@ -232,13 +257,13 @@ def _sync_blocks(part: Coconut, now: bool) -> None:
 
 @contextmanager
 def _after_first_pass(model: Coconut, action: Callable[[], None]) -> Iterator[None]:
-    """Calls `action` when the backward inside has come to the first call of the decoder inside, and so to the last
-    gradients of its blocks."""
+    """Calls `action` when the backward inside has come to the first call of the decoder inside that has gradients, and
+    so to the last gradients of its blocks."""
 
     def hook(_, __, output) -> None:
-        handle.remove()
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        if hidden.requires_grad:
+        if hidden.requires_grad:  # generation without gradients may come before it
+            handle.remove()
             hidden.register_hook(lambda _: action())
 
     handle = model.backbone.decoder.register_forward_hook(hook)
@@ -252,7 +277,7 @@ def weights_are_finite(model: nn.Module) -> bool:
     """Whether all ranks' weights are. A loss tells of the weights before its step only. Collective."""
     shares = [getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters()]
     finite = torch.stack([share.isfinite().all() for share in shares]).all().int()
-    dist.all_reduce(finite, op=dist.ReduceOp.MIN)  # all ranks
+    all_reduce(finite, op=dist.ReduceOp.MIN)  # all ranks
     return bool(finite)
 
 
@@ -260,5 +285,5 @@ def step_is_finite(norm: torch.Tensor, loss: torch.Tensor) -> bool:
     """Whether a gradient's norm and all ranks' losses are. Collective, and it waits for the device."""
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # all ranks, where it is sharded
     both = loss + norm
-    dist.all_reduce(both)  # all ranks
+    all_reduce(both)  # all ranks
     return bool(both.isfinite())

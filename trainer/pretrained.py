@@ -10,7 +10,8 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import cache, partial
 from pathlib import Path
@@ -19,8 +20,6 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,7 +40,7 @@ from methods import modern, rules_of
 from model import lora
 from model.thought import Thought
 from trainer.check_family import check_family
-from trainer.files import reading
+from trainer.files import check_names, check_weights, read_weights, reading, reason_of
 from utils import UserError, read_object
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # each kind of tokenizer has at least one of them
@@ -64,6 +63,7 @@ class Parts(NamedTuple):
     options: dict  # of its constructor, beside Coconut's
     dataset: type[StageDataset]
     validate: Callable | None  # in place of trainer.evaluate.evaluate, with its arguments
+    on_device: Callable  # (trainer.setup.Run, batch on the device) -> the batch that the model is called with
 
 
 def parts_of(config: Config) -> Parts:
@@ -74,13 +74,19 @@ def parts_of(config: Config) -> Parts:
     options = config.rules.options(config) if own is not None else {}
     for name, rules in methods.all_rules().items():
         if rules.mixes_in(config):
-            other = methods.implementation(name).MODEL
-            if issubclass(other, model):
-                model = other
-            elif not issubclass(model, other):
-                model = type(model.__name__, (model, other), {})
+            other = methods.implementation(name)
+            model = _mixed(model, other.MODEL)
+            dataset = _mixed(dataset, getattr(other, "DATASET", StageDataset))
             options |= rules.options(config)
-    return Parts(model, options, dataset, getattr(own, "validate", None))
+    on_device = getattr(own, "on_device", lambda _, batch: batch)
+    return Parts(model, options, dataset, getattr(own, "validate", None), on_device)
+
+
+def _mixed(own: type, other: type) -> type:
+    """A class that is both."""
+    if issubclass(other, own) or issubclass(own, other):
+        return other if issubclass(other, own) else own
+    return type(own.__name__, (own, other), {})
 
 
 def make_model(config: Config, base: PreTrainedModel, markers: Markers) -> Coconut:
@@ -89,9 +95,7 @@ def make_model(config: Config, base: PreTrainedModel, markers: Markers) -> Cocon
     return parts.model(base, *tokens, thought=config.thought, **parts.options)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Loading
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Loading ----
 
 
 def load_model(config: Config, source: Path | None, cached: bool = False) -> Pretrained:
@@ -104,21 +108,17 @@ def load_model(config: Config, source: Path | None, cached: bool = False) -> Pre
     folder = source if source is not None and source.is_dir() else None
     tokenizer = load_tokenizer(config, folder, cached)
     dtype = torch.bfloat16 if config.bf16_weights else torch.float32
-    try:
+    where, key = (config.model_id, "model_id") if folder is None else (folder, "load_model_path")
+    with loading(key, where):
         if config.from_scratch and source is None:
             shape, trust = shape_of(config, source, cached), config.trust_remote_code
             base = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=trust)
         else:
             if folder is not None:
                 _check_same_shape(config, folder)
-            options = {"dtype": dtype, "output_loading_info": True}
-            options |= hub_options(config, folder or config.model_id, cached)
-            base, report = AutoModelForCausalLM.from_pretrained(folder or config.model_id, **options)
-            _check_names(folder or config.model_id, report["missing_keys"], report["unexpected_keys"] if folder else ())
-    except UserError:
-        raise
-    except Exception as error:  # of the hub, a damaged file or a family that needs another package
-        raise not_loadable("load_model_path" if folder else "model_id", folder or config.model_id, error) from None
+            options = {"dtype": dtype, "output_loading_info": True} | hub_options(config, where, cached)
+            base, report = AutoModelForCausalLM.from_pretrained(where, **options)
+            check_names(where, report["missing_keys"], report["unexpected_keys"] if folder else ())
     has_marker_rows = False
     if source is not None and folder is None:
         n_markers = len({START, END, LATENT} - set(tokenizer.get_vocab()))
@@ -141,10 +141,8 @@ def load_model(config: Config, source: Path | None, cached: bool = False) -> Pre
 
 
 def _load_another(config: Config, dtype: torch.dtype, cached: bool, model_id: str) -> PreTrainedModel:
-    try:
+    with loading("model_id", model_id):
         return AutoModelForCausalLM.from_pretrained(model_id, dtype=dtype, **hub_options(config, model_id, cached))
-    except Exception as error:
-        raise not_loadable("model_id", model_id, error) from None
 
 
 def _stop_at(base: PreTrainedModel, eos: int) -> None:
@@ -159,30 +157,17 @@ def _stop_at(base: PreTrainedModel, eos: int) -> None:
 def _load_thought(thought: Thought, spelling: str, folder: Path) -> None:
     """Loads the thought's weights from a checkpoint; from other folders it keeps its initial ones."""
     path, own = folder / THOUGHT_FILE, thought.state_dict()
-    if not path.is_file():
-        if own and (read_description(folder) or {}).get("thought") == spelling:
-            raise UserError(f"{folder} was trained with the thought {spelling}, but lacks {THOUGHT_FILE}")
-        return
-    try:
-        saved = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
-    mismatched = [
-        f"{name} {list(saved[name].shape)} instead of {list(own[name].shape)}"
-        for name in own.keys() & saved.keys()
-        if saved[name].shape != own[name].shape
-    ]
-    _check_names(path, own.keys() - saved.keys(), saved.keys() - own.keys(), mismatched, f"thought {spelling}")
-    thought.load_state_dict(saved)
+    if path.is_file():
+        thought.load_state_dict(read_weights(path, own, f"thought {spelling}"))
+    elif own and (read_description(folder) or {}).get("thought") == spelling:
+        raise UserError(f"{folder} was trained with the thought {spelling}, but lacks {THOUGHT_FILE}")
 
 
 def shape_of(config: Config, source: Path | None, cached: bool = False) -> PreTrainedConfig:
     """The model's own configuration. Raises UserError where it cannot be loaded."""
     where = source if source is not None and source.is_dir() else config.model_id
-    try:
+    with loading("model_id", where):
         return AutoConfig.from_pretrained(where, **hub_options(config, where, cached))
-    except Exception as error:
-        raise not_loadable("model_id", where, error) from None
 
 
 def _check_same_shape(config: Config, folder: Path) -> None:
@@ -193,25 +178,14 @@ def _check_same_shape(config: Config, folder: Path) -> None:
     except (OSError, ValueError):
         return
     found = AutoConfig.from_pretrained(folder, **options)
-    names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads")
-    differ = [name for name in names if getattr(wanted, name, None) != getattr(found, name, None)]
+    differ = []
+    for name in ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads"):
+        ours, theirs = getattr(wanted, name, None), getattr(found, name, None)
+        if ours != theirs:
+            differ.append(f"{name} {theirs}, not {ours}")
     if differ:
-        have = ", ".join(f"{name} {getattr(found, name, None)}" for name in differ)
-        want = ", ".join(f"{name} {getattr(wanted, name, None)}" for name in differ)
-        raise UserError(
-            f"{folder} is a checkpoint of another model: it has {have}, but model_id {model_id!r} has {want}"
-        )
-
-
-def _check_names(source, missing, unexpected, mismatched=(), what: str = "model") -> None:
-    problems = []
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)):
-        if names:
-            names = sorted(names)
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            problems.append(f"{title}: {', '.join(names[:4])}{more}")
-    if problems:
-        raise UserError(f"{source} does not fit the {what}: weights {'; '.join(problems)}")
+        what = f"{folder} is a checkpoint of another model"
+        raise UserError(f"{what}: it has {'; '.join(differ)}, as model_id {model_id!r} has")
 
 
 def read_description(folder: Path) -> dict | None:
@@ -231,34 +205,28 @@ def read_description(folder: Path) -> dict | None:
     return modern(description)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The tokenizer and the markers
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The tokenizer and the markers ----
 
 
 def load_tokenizer(config: Config, folder: Path | None = None, cached: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint's folder if it holds one, else of config.model_id. Raises UserError."""
-    has_one = folder is not None and any(
-        (folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
-    )
+    names = ("tokenizer.json", "tokenizer_config.json")
+    has_one = folder is not None and any((folder / name).exists() for name in names)
     source, key = (folder, "load_model_path") if has_one else (config.model_id, "model_id")
-    try:
-        tokenizer = read_tokenizer(source, **hub_options(config, source, cached))
-    except UserError as error:
-        raise UserError(f"{key} {error}") from None
-    except Exception as error:
-        raise not_loadable(key, source, error) from None
+    with loading(key, source):
+        try:
+            tokenizer = read_tokenizer(source, **hub_options(config, source, cached))
+        except UserError as error:
+            raise UserError(f"{key} {error}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {source} has no EOS token, and an answer ends with one")
     return tokenizer
 
 
 def read_tokenizer(source: str | Path, **options) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id, in the class that its files declare.
-
-    For some families, such as Qwen2, transformers ignores the declaration, and its own class drops the words of another
-    vocabulary. Raises UserError where a folder has no tokenizer; transformers would make an empty one.
-    """
+    """The tokenizer of a folder or hub id, in the class that its files declare. For some families, such as Qwen2,
+    transformers ignores the declaration, and its own class drops the words of another vocabulary. Raises UserError
+    where a folder has no tokenizer; transformers would make an empty one."""
     options = {"trust_remote_code": False} | options
     if Path(source).is_dir():
         with reading():
@@ -289,37 +257,41 @@ def hub_problem() -> str | None:
     return None
 
 
-def not_loadable(key: str, source, error: Exception) -> UserError:
-    """The error for a model that transformers cannot load from where `key` points; it begins with the reason."""
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+@contextmanager
+def loading(key: str, source) -> Iterator[None]:
+    """Raises UserError for whatever the hub, a damaged file, or a family that needs another package makes transformers
+    raise."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{key} {str(source)!r} cannot be loaded: {_why_not_loadable(source, error)}") from None
+
+
+def _why_not_loadable(source, error: Exception) -> str:
+    reason = reason_of(error)
     if "trust_remote_code" in str(error):
-        reason = "it has Python code of its own: read that code, and set trust_remote_code: true to run it"
-    elif isinstance(error, ImportError):
-        reason = f"it needs a package that is not installed: {reason}"
-    else:
-        if not isinstance(error, (OSError, ValueError)):
-            reason = f"{type(error).__name__}: {reason}"
-        status = _http_status(error)
-        if status is not None:
-            reason += f"; the hub's last answer was HTTP {status}"
-        elif Path(source).is_dir():
-            reason += " (the folder must be a whole Hugging Face model)"
-        elif problem := hub_problem():
-            reason = f"it has not been downloaded, and the hub does not answer ({problem}); without a network, "
-            reason += "download it elsewhere and set HF_HUB_OFFLINE=1, or name a local folder"
-        else:
-            reason += " (it is no local folder; on the hub it must be a whole Hugging Face model)"
-    return UserError(f"{key} {str(source)!r} cannot be loaded: {reason}")
+        return "it has Python code of its own: read that code, and set trust_remote_code: true to run it"
+    if isinstance(error, ImportError):
+        return f"it needs a package that is not installed: {reason}"
+    if not isinstance(error, (OSError, ValueError)):
+        reason = f"{type(error).__name__}: {reason}"
+    if status := _http_status(error):
+        return f"{reason}; the hub's last answer was HTTP {status}"
+    if Path(source).is_dir():
+        return f"{reason} (the folder must be a whole Hugging Face model)"
+    if problem := hub_problem():
+        what = f"it has not been downloaded, and the hub does not answer ({problem})"
+        return f"{what}; without a network, download it elsewhere and set HF_HUB_OFFLINE=1, or name a local folder"
+    return f"{reason} (it is no local folder; on the hub it must be a whole Hugging Face model)"
 
 
 def _http_status(error: BaseException | None) -> int | None:
     """The status of the hub's answer that caused an exception: transformers reports any of them as no connection."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        response = getattr(error, "response", None)
-        if response is not None and getattr(response, "status_code", None) is not None:
-            return response.status_code
+    while error is not None:
+        if status := getattr(getattr(error, "response", None), "status_code", None):
+            return status
         error = error.__cause__ or error.__context__
     return None
 
@@ -369,17 +341,13 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True, disti
     return markers
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Files of the reference
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Files of the reference ----
 
 
 def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: int) -> bool:
     """Loads a file that the reference saved with torch.save: a state dict of the bare model or of its Coconut wrapper.
-
     Its embeddings have the vocabulary's rows or, trained with latents, `rows_with_markers`; the model is then resized.
-    Returns whether the file held the markers' rows.
-    """
+    Returns whether the file held the markers' rows."""
     try:
         # files of before torch 1.6 are no archives, and cannot be mapped into memory
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -388,9 +356,7 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
             f"{path} is no file of weights, or it holds objects that are no tensors, and these could run code"
         ) from None
     except Exception as error:  # torch passes on whatever the unpickler raises
-        raise UserError(
-            f"{path} is no file of weights: {next(iter(str(error).splitlines()), type(error).__name__)}"
-        ) from None
+        raise UserError(f"{path} is no file of weights: {reason_of(error)}") from None
     pairs = saved.items() if isinstance(saved, dict) else ()
     if not pairs or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
@@ -403,28 +369,18 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
         # the reference's wrapper also registers the input embedding, as `embedding.weight`: the same tensor again
         saved.pop("embedding.weight", None)
         saved = {name.removeprefix("base_causallm."): value for name, value in saved.items()}
-    ignored = base._keys_to_ignore_on_load_unexpected or ()  # buffers of older releases, such as GPT-2's causal mask
-    names = list(base.state_dict())
-    saved = {
-        name: value
-        for name, value in saved.items()
-        if name in names or not any(re.search(pattern, name) for pattern in [*ignored, r"\.masked_bias$", r"inv_freq$"])
-    }
+    # buffers of older releases, such as GPT-2's causal mask
+    ignored = "|".join([*(base._keys_to_ignore_on_load_unexpected or ()), r"\.masked_bias$", "inv_freq$"])
+    names = base.state_dict().keys()
+    saved = {name: value for name, value in saved.items() if name in names or not re.search(ignored, name)}
     embedding = base.get_input_embeddings()
     row_name = next(name for name, module in base.named_modules() if module is embedding) + ".weight"
     resized = row_name in saved and len(saved[row_name]) == rows_with_markers != embedding.weight.shape[0]
     if resized:
         base.resize_token_embeddings(rows_with_markers, mean_resizing=False)
     own = base.state_dict()
-    given = {own[name].data_ptr() for name in saved if name in own}
-    missing = [
-        name for name, value in own.items() if name not in saved and value.data_ptr() not in given
-    ]  # less the tied
-    mismatched = [
-        f"{name} {list(value.shape)} instead of {list(own[name].shape)}"
-        for name, value in saved.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    _check_names(path, missing, [name for name in saved if name not in own], mismatched)
+    given = {own[name].data_ptr() for name in own.keys() & saved.keys()}
+    untied = {name: value for name, value in own.items() if name in saved or value.data_ptr() not in given}
+    check_weights(path, untied, saved)
     base.load_state_dict(saved, strict=False)
     return resized or wrapped

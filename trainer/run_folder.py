@@ -6,36 +6,25 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
 
 import yaml
 
 from trainer.files import reading, why_unreadable, write_whole, writing
-from utils import UserError, log, parse_json
+from utils import UserError, log, read_object
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>[^:]+)")
 
 
-class Choice(NamedTuple):
-    """RUN@best or RUN@12: one of a run's checkpoints."""
-
-    run: Path
-    which: str
-
-
-def split_choice(load_model_path: str) -> Choice | None:
-    """None where it is no choice: a path that exists may have an @ in its name."""
+def split_choice(load_model_path: str) -> tuple[Path, str | None]:
+    """RUN@best or RUN@12, one of a run's checkpoints, as (RUN, choice); any other as (path, None), such as one that
+    exists and has an @ in its name."""
     run, at, which = load_model_path.rpartition("@")
-    return Choice(Path(run), which) if at and run and not os.path.exists(load_model_path) else None
-
-
-def run_of(load_model_path: str) -> Path:
-    """The path without a choice."""
-    choice = split_choice(load_model_path)
-    return choice.run if choice is not None else Path(load_model_path)
+    is_choice = at and run and not os.path.exists(load_model_path)
+    return (Path(run), which) if is_choice else (Path(load_model_path), None)
 
 
 @reading()
@@ -70,9 +59,9 @@ def has_ended(newest: Path, num_epochs: int) -> bool:
 def rating(path: Path) -> tuple[int, float] | None:
     """(stage, validation accuracy) of a checkpoint; None where they are missing, or damaged."""
     try:
-        stage = parse_json((path / "coconut.json").read_text(encoding="utf-8"))["stage"]
-        accuracy = parse_json((path / "metrics.json").read_text(encoding="utf-8"))["accuracy"]
-    except (OSError, ValueError, KeyError, TypeError):
+        stage = read_object(path / "coconut.json")["stage"]
+        accuracy = read_object(path / "metrics.json")["accuracy"]
+    except (UserError, KeyError):
         return None
     return (stage, accuracy) if type(stage) is int and type(accuracy) in (int, float) and 0 <= accuracy <= 1 else None
 
@@ -87,15 +76,13 @@ def best(run_dir: Path) -> Path | None:
 @reading()
 def resolve(load_model_path: str, cached: bool = False) -> Path:
     """The folder or file: a file of the reference, a Hugging Face folder, a run's newest checkpoint, RUN@best, RUN@12
-    (after 12 epochs), or org/name:file, which is downloaded from the hub, or `cached` here already.
-
-    Raises UserError where it is none of these.
-    """
-    if reason := why_unreadable(run_of(load_model_path)):
+    (after 12 epochs), or org/name:file, which is downloaded from the hub, or `cached` here already. Raises UserError
+    where it is none of these."""
+    path, which = split_choice(load_model_path)
+    if reason := why_unreadable(path):
         raise UserError(f"load_model_path {load_model_path!r} cannot be reached: {reason}")
-    path, choice = Path(load_model_path), split_choice(load_model_path)
-    if choice is not None:
-        return _chosen(load_model_path, *choice)
+    if which is not None:
+        return _chosen(load_model_path, path, which)
     if (path / "modeling_coconut.py").is_file():
         raise UserError(
             f"{path} is what tools/export.py writes: AutoModelForCausalLM.from_pretrained reads it, with "
@@ -159,12 +146,11 @@ def keep_results(folder: Path, values: dict, checkpoint: str) -> None:
     if not (folder / "metrics.json").is_file():
         return
     try:
-        metrics = parse_json((folder / "metrics.json").read_text(encoding="utf-8"))
-        before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        metrics, (before, _) = read_object(folder / "metrics.json"), read_config(folder / "config.yaml")
         evaluated = {one["checkpoint"] for one in metrics.get("sets", {"": metrics}).values()}
         if evaluated == {checkpoint} and all(before[name] == values[name] for name in before.keys() & values.keys()):
             return
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+    except (UserError, KeyError, TypeError, AttributeError):
         pass  # of an unknown evaluation
     with writing(folder):
         number = next(n for n in range(1, 1 << 20) if not folder.with_name(f"{folder.name}_{n}").exists())
@@ -173,10 +159,8 @@ def keep_results(folder: Path, values: dict, checkpoint: str) -> None:
 
 
 def write_config(values: dict, folder: Path, world_size: int, hardware: str = "unknown") -> None:
-    """Writes a resolved configuration, the commit, the hardware and the library versions to folder/config.yaml.
-
-    The file is itself a configuration: `python run.py FOLDER/config.yaml` repeats the run. Raises UserError.
-    """
+    """Writes a resolved configuration, the commit, the hardware and the library versions to folder/config.yaml. The
+    file is itself a configuration: `python run.py FOLDER/config.yaml` repeats the run. Raises UserError."""
     comments = [f"git commit: {_git_commit()}", f"python: {sys.version.split()[0]}"]
     comments += [f"world size: {world_size}", f"hardware: {hardware}"]
     for package in ("torch", "transformers", "numpy", "wandb"):
@@ -188,18 +172,37 @@ def write_config(values: dict, folder: Path, world_size: int, hardware: str = "u
     write_whole(folder / "config.yaml", text)
 
 
+def read_config(path: Path) -> tuple[dict, dict[str, str]]:
+    """The keys that `write_config` has written, and its notes. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold `key: value` lines")
+    return values, notes_of(text)
+
+
 def notes_of(text: str) -> dict[str, str]:
     """What `write_config` notes above the keys: commit, versions, ranks, hardware."""
     return dict(re.findall(r"^# ([^:\n]+): (.*)$", text, re.MULTILINE))
 
 
+def evaluations_in(run_dir: Path, checkpoint: str = "*") -> Iterator[tuple[Path, dict]]:
+    """(folder, metrics) of each data file that checkpoints of a run were evaluated on: by only_eval under the run's
+    name, and by `tools.evaluate --all`, of the latter those of one checkpoint where it is named. Raises UserError."""
+    for folder in [run_dir / "eval", *sorted(run_dir.glob(f"evaluations/*/{checkpoint}/eval"))]:
+        if (folder / "metrics.json").is_file():
+            metrics = read_object(folder / "metrics.json")
+            for of_set in metrics.get("sets", {"": metrics}).values():
+                yield folder, of_set
+
+
 def _git_commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    git = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--abbrev=40", "--exclude=*"]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout
+        done = subprocess.run([*git, "--dirty= with uncommitted changes"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit + (" with uncommitted changes" if changed else "")
+    return done.stdout.strip()

@@ -55,12 +55,18 @@ class Run:
     wrapped: torch.nn.Module | None = None  # the model as it is called in training: DDP's, or the model itself
     optimizer: torch.optim.Optimizer | None = None
     unlogged: list[Step] = field(default_factory=list)  # since the last write to the log
+    measured: dict[str, tuple[float, float]] = field(default_factory=dict)  # (sum, number of terms), likewise
     saved: Path | None = None  # the newest checkpoint
     hashing: threading.Thread | None = None  # its `add_digests`, on rank 0
 
     @property
     def model(self) -> torch.nn.Module:
         return self.pretrained.model
+
+    def measure(self, name: str, total: float, number: float) -> None:
+        """Adds terms to a mean over all ranks that the next write to the log has under this name."""
+        before = self.measured.get(name, (0.0, 0.0))
+        self.measured[name] = before[0] + total, before[1] + number
 
     @cached_property
     def parts(self) -> Parts:
@@ -154,7 +160,8 @@ def announce(run: Run, newest: Path | None) -> None:
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     how = "fsdp" if parallel.is_sharded(run.model) else "ddp" if world.size > 1 else "one process"
     log.info(
-        f"{config.name}: {config.method}, {parameters:,} parameters, on {world.size} x {world.device.type} ({how})"
+        f"{config.name}: {config.method}, {parameters:,} parameters, on {world.size} x {world.device.type} ({how}): "
+        f"{world.reason}"
     )
     log.info(
         f"global batch {accumulation * world.size * size} = {world.size} ranks x "

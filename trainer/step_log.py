@@ -6,7 +6,6 @@ import json
 import math
 
 import torch
-import torch.distributed as dist
 
 from trainer import distributed as ranks
 from trainer.files import writing
@@ -16,14 +15,12 @@ from utils import UserError, log
 
 def log_steps(run: Run, epoch: int) -> float:
     """Writes the losses since the last call, each the mean over the step's examples on all ranks; returns the last.
-    Losses are checked for NaN here, not at every step, to avoid a device sync each time.
-
-    Raises UserError on every rank where one is not finite, unless skip_nonfinite is set. Collective.
-    """
+    Losses are checked for NaN here, not at every step, to avoid a device sync each time. Raises UserError on every rank
+    where one is not finite, unless skip_nonfinite is set. Collective."""
     losses = torch.stack([step.losses for step in run.unlogged])  # (steps, 1), with an auxiliary loss (steps, 2)
-    dist.all_reduce(losses)  # all ranks: each holds its share of every step's loss
+    ranks.all_reduce(losses)  # all ranks: each holds its share of every step's loss
     losses = (losses / run.world.size).tolist()
-    speed = run.throughput.report(run.world.size)  # all ranks
+    speed = run.throughput.report(run.world.size) | _means(run)  # all ranks
     first = run.progress.step - len(losses) + 1
     numbered = list(enumerate(zip(losses, run.unlogged, strict=True), start=first))
     with ranks.agree(run.world):  # all ranks
@@ -37,6 +34,16 @@ def log_steps(run: Run, epoch: int) -> float:
             report_nonfinite(run, epoch, number, sum(both), step)
     run.unlogged.clear()
     return losses[-1][0]
+
+
+def _means(run: Run) -> dict[str, float]:
+    """Those of Run.measure since the last call, over all ranks. Collective, where the method measures anything."""
+    if not run.measured:
+        return {}
+    totals = torch.tensor(list(run.measured.values()), dtype=torch.float64)  # (names, 2)
+    ranks.all_reduce(totals)  # all ranks, in the same order
+    names, run.measured = list(run.measured), {}
+    return {name: total / number for name, (total, number) in zip(names, totals.tolist(), strict=True) if number}
 
 
 def report_nonfinite(run: Run, epoch: int, number: int, loss: float, step: Step) -> None:

@@ -85,24 +85,31 @@ class Throughput:
     n_tokens: int = 0
     n_flops: int = 0
     waiting: float = 0.0  # seconds for the loader
+    shares: dict[str, float] = field(default_factory=dict)  # seconds of this rank, by the name that their share has
     since: float = field(default_factory=time.perf_counter)
 
     def start(self) -> None:
         """Begins to count, after a pause."""
         self.n_tokens, self.n_flops, self.waiting, self.since = 0, 0, 0.0, time.perf_counter()
+        self.shares = {}
 
     def add(self, row_lengths: list[int], n_supervised: int) -> None:
         self.n_tokens += sum(row_lengths)
         self.n_flops += self.flops.training(row_lengths, n_supervised)
 
+    def count(self, share: str, seconds: float) -> None:
+        self.shares[share] = self.shares.get(share, 0.0) + seconds
+
     def report(self, world_size: int) -> dict[str, float]:
-        """tokens_per_second over all ranks, loader_wait (share of this rank's time), and, where the card is known,
-        mfu, the share of its peak. To be called when the device has been waited for. Collective."""
+        """tokens_per_second over all ranks, loader_wait and what else is counted (shares of this rank's time), and,
+        where the card is known, mfu, the share of its peak. To be called when the device has been waited for.
+        Collective."""
         seconds = max(time.perf_counter() - self.since, 1e-9)
         totals = torch.tensor([self.n_tokens, self.n_flops], dtype=torch.float64)
         dist.all_reduce(totals)  # all ranks
         n_tokens, n_flops = totals.tolist()
         result = {"tokens_per_second": n_tokens / seconds, "loader_wait": self.waiting / seconds}
+        result |= {name: part / seconds for name, part in self.shares.items()}
         if self.peak is not None:
             result["mfu"] = n_flops / seconds / (self.peak * world_size)
         self.start()

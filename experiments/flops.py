@@ -1,0 +1,86 @@
+"""FLOPs of training each run of a grid, counted by torch as a few of its batches go forward and backward.
+
+    python experiments/flops.py experiments/ladder_machine.yaml
+
+`grid.py --dry-run` counts the tokens of Coconut's sequences; here a method's further passes, sequences and models count
+too, and padding as well. The last column has the max_train_examples at which a run would cost what the first one does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing")]
+import torch
+from grid import prepare
+from grid_file import read_grid
+from jobs import Job, jobs_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from curriculum import stage_of_step
+from dataset import MicroBatch
+from preprocessing.examples import load_examples
+from trainer.data import load_data
+from trainer.distributed import World
+from trainer.pretrained import load_model, parts_of
+from utils import UserError, print_error, print_result
+
+SAMPLE = 64  # examples that are counted at each stage; the others are taken to be like them
+
+
+def training_flops(job: Job, sample: int = SAMPLE) -> float:
+    """Of all epochs of a job, whatever weights it begins with, without its validations."""
+    config = replace(job.config, load_model_path=None, from_scratch=True)
+    model, tokenizer, markers = load_model(config, None)
+    world = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+    data = load_data(replace(config, max_train_examples=sample, max_eval_examples=1), world, tokenizer)
+    examples = parts_of(config).dataset(data.train, config, markers, config.resume)
+    size, total = min(config.batch_size_training, sample), 0
+    # in the middle of the epochs, where stages end within one
+    stages = Counter(stage_of_step(config, epoch, 1, 2) for epoch in range(config.resume, config.num_epochs))
+    for stage, n_epochs in stages.items():
+        for begin in range(0, sample, size):
+            batch = examples.micro_batch(MicroBatch(list(range(begin, begin + size)), 1.0), stage)
+            arguments = {name: value for name, value in batch.items() if name not in ("weight", "loss_counts")}
+            # torch counts no FLOPs of the CPU's attention kernel
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                output = model(**arguments)
+                (output.loss + (0 if output.auxiliary is None else output.auxiliary)).backward()
+            total += n_epochs * counter.get_total_flops()
+    return total * len(load_examples(config.train_path, config.max_train_examples)) / sample
+
+
+def as_text(jobs: list[Job], flops: list[float]) -> str:
+    """A line for each run: FLOPs, as a multiple of the first, and examples for the first's FLOPs."""
+    lines = [f"{'run':20} {'FLOPs':>9} {'share':>6} {'epochs':>6} {'examples':>9} {'equal at':>9}"]
+    for job, found in zip(jobs, flops, strict=True):
+        n = len(load_examples(job.config.train_path, job.config.max_train_examples))
+        share = found / flops[0]
+        line = f"{job.run:20} {found:9.3g} {share:6.2f} {job.config.num_epochs:6} {n:9} {n / share:9.0f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid", type=Path, help="a YAML file of experiments/")
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="some of its runs, the one to compare with first")
+    options = parser.parse_args(arguments)
+    try:
+        grid = read_grid(options.grid)
+        prepare(grid)
+        jobs = [job for job in jobs_of(grid, options.only, [0], ()) if job.run in grid.runs]
+        print_result(as_text(jobs, [training_flops(job) for job in jobs]))
+    except UserError as error:
+        return print_error(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

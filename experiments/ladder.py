@@ -1,0 +1,65 @@
+"""The methods side by side on three tasks: results/ladder.md, from the numbers of the ladder's grids.
+
+for task in machine breadth mirrored2; do python experiments/grid.py experiments/ladder_$task.yaml; done
+python experiments/ladder.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing")]
+from grid_file import Grid, read_grid
+from jobs import read_results
+from recipes import markdown
+from tables import accuracies
+
+from trainer.files import write_whole
+from utils import UserError, print_error, print_result
+
+TASKS = ("machine", "breadth", "mirrored2")
+TEXT = """\
+# The ladder of methods
+
+    python experiments/ladder.py
+
+Accuracy on the test questions whose number of steps was trained on, in percent: mean over the seeds, and each seed. All
+rows of a task cost the same FLOPs in training (`python experiments/flops.py`). A cell is empty where nothing was run.
+"""
+
+
+def as_text(grids: list[Grid], results: list[dict[str, list[dict]]]) -> str:
+    """The text of ladder.md; results: of each grid run -> its seeds."""
+    pairs = list(zip(grids, results, strict=True))
+    head = ["method", *(f"[{grid.title}]({grid.name}.md)" if of else grid.title for grid, of in pairs)]
+    labels = {run: spec.label or run for grid in grids for run, spec in grid.runs.items()}
+    rows = [[label, *(_cell(grid, of.get(run, [])) for grid, of in pairs)] for run, label in labels.items()]
+    chance = ["chance", *(f"{100 * grid.chance:.1f}" for grid in grids)]
+    return "\n".join([TEXT, *markdown(head, [*rows, chance])]) + "\n"
+
+
+def _cell(grid: Grid, rows: list[dict]) -> str:
+    found = [100 * accuracy for accuracy in accuracies(grid, rows)]
+    return f"{statistics.mean(found):.1f} ({' '.join(f'{one:.1f}' for one in found)})" if found else ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the numbers (default: results/)")
+    options = parser.parse_args(arguments)
+    try:
+        grids = [read_grid(ROOT / "experiments" / f"ladder_{task}.yaml") for task in TASKS]
+        text = as_text(grids, [read_results(grid, options.out) for grid in grids])
+        write_whole(options.out / "ladder.md", text)
+        print_result(text)
+    except UserError as error:
+        return print_error(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""The grids of experiments/: each is whole; a search for recipes, the ladder's page, FLOPs by torch."""
+
+import json
+import re
+import sys
+
+import machine
+import pytest
+import tiny_model
+import yaml
+from conftest import ROOT, load_script
+
+from trainer.pretrained import load_model
+from trainer.throughput import FlopCounter
+
+sys.path.insert(0, str(ROOT / "experiments"))
+from grid_file import read_grid
+from jobs import Job, jobs_of, read_results
+from recipes import best_recipe, of_recipes, stage_held
+
+tables = load_script(ROOT / "experiments" / "tables.py")
+ladder = load_script(ROOT / "experiments" / "ladder.py")
+flops = load_script(ROOT / "experiments" / "flops.py")
+NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
+OF_PAPER = [name for name in NAMES if name.startswith("paper_")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_grid_can_be_run(name):
+    """Every run's keys are possible, each file of a local data set is made by a script that is there."""
+    grid = read_grid(ROOT / "experiments" / f"{name}.yaml")
+    jobs = jobs_of(grid, None, None, ())
+    for job in jobs:
+        job.check_keys()
+    scripts = {script.split()[0] for script in grid.needs.values()}
+    assert all((ROOT / script).is_file() for script in scripts)
+    made = {path.rpartition("_")[0] if path.endswith("_train.json") else path for path in grid.needs}
+    for job in jobs if name not in OF_PAPER else ():
+        config = job.config
+        for path in (config.train_path, config.val_path, grid.test_path):
+            assert path.rpartition("_")[0] in made
+        assert f"{config.model_id}/config.json" in made
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_PAPER and name != "quickstart"])
+def test_a_grid_says_what_it_asks_and_what_was_expected(name):
+    grid = read_grid(ROOT / "experiments" / f"{name}.yaml")
+    assert len(grid.about) > 100
+    assert re.search(r"\bof November \d|Written on November \d", grid.prediction, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_of_experiments_lists_every_grid(name):
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert f"`experiments/{name}.yaml`" in page
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Recipes
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def search(tmp_path):
+    content = {
+        "title": "Search",
+        "base": "args/machine.yaml",
+        "save_path": "runs",
+        "test_path": "test.json",
+        "seeds": [100, 101],
+        "recipes": {"short": {}, "deep": {"keys": {"lr": 0.01, "model_id": "data/machine/layers_4"}}},
+        "runs": {"last": {}, "pause": {"label": "pausing", "keys": {"thought": "pause", "lr": 0.1}}},
+    }
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return read_grid(tmp_path / "search.yaml")
+
+
+def seed(flops: float, *accuracies: float) -> dict:
+    """What is recorded of a seed with two epochs in each of these stages, at the end of which accuracy is this."""
+    epochs = [{"stage": stage, "accuracy": end} for stage, end in enumerate(accuracies) for end in (0.05, end)]
+    return {"flops": flops, "epochs": epochs}
+
+
+def test_each_run_is_made_with_each_recipe(search):
+    jobs = jobs_of(search, None, None, ())
+    assert [job.name for job in jobs[:4]] == ["last.short-100", "last.deep-100", "pause.short-100", "pause.deep-100"]
+    assert len(jobs) == 8
+    found = [(job.config.thought, job.config.lr, job.config.model_id) for job in jobs[2:4]]
+    assert found == [("pause", 0.1, "data/machine/model"), ("pause", 0.01, "data/machine/layers_4")]
+    assert [job.spec.label for job in jobs[:4:3]] == ["last, short", "pausing, deep"]
+
+
+def test_a_stage_is_held_that_ends_learnt_after_learnt_ones():
+    assert stage_held(seed(1, 1.0, 0.95, 0.5, 0.99)) == 1
+    assert stage_held(seed(1, 0.9, 0.9)) == 1
+    assert stage_held(seed(1, 0.5, 0.99)) is None
+
+
+def test_the_best_recipe_is_by_validation_then_by_flops():
+    done = {
+        "dear": [seed(9, 1.0), seed(9, 0.8)],
+        "cheap": [seed(2, 0.9), seed(2, 0.9)],
+        "good": [seed(5, 0.95), seed(5, 0.95)],
+        "worst": [seed(1, 1.0), seed(1, 0.1)],
+    }
+    assert best_recipe(done) == "good"
+    assert best_recipe(done, most_flops=4) == "cheap"
+    assert best_recipe({name: done[name] for name in ("dear", "cheap")}) == "cheap"
+    assert best_recipe(done, most_flops=0.5) is None
+
+
+def test_a_search_reports_its_choice_and_the_keys_of_the_next_grid(search, tmp_path):
+    results = {
+        "last.short": [seed(2e9, 1.0, 1.0, 0.97), seed(2e9, 1.0, 1.0, 0.99)],
+        "last.deep": [seed(6e9, 1.0, 0.5, 0.5)],
+        "pause.short": [seed(2e9, 1.0, 0.5, 0.25), seed(2e9, 0.5, 0.1, 0.05)],
+        "pause.deep": [seed(6e9, 1.0, 0.95, 0.5)],
+    }
+    lines = of_recipes(search, results)
+    for line in (
+        "| recipe | last | pause |",
+        "| short | 98.0 (2 2) | 15.0 (0 -) |",
+        "| deep | 50.0 (0) | 50.0 (1) |",
+        "| row | as in the base file | layers_4 |",
+        "| last | 2 | 0 |",
+        "| pause | 0 | 1 |",
+        "| last | short | 98.0 | 2.00e+09 | short | 98.0 | 2.00e+09 |",
+        "| pause | deep | 50.0 | 6.00e+09 | short | 15.0 | 2.00e+09 |",
+    ):
+        assert line in lines
+    runs = yaml.safe_load("\n".join(lines[lines.index("The runs of the table's own grid:") + 1 :]))
+    assert list(runs) == ["last", "pause", "pause_flops"]
+    assert runs["pause"]["keys"] == {"thought": "pause", "lr": "0.01", "model_id": "data/machine/layers_4"}
+    assert runs["pause_flops"]["keys"] == {"thought": "pause", "lr": "0.1"}
+    assert of_recipes(read_grid(ROOT / "experiments" / "fair.yaml"), {}) == []
+
+
+def test_the_search_is_of_equal_size_for_all_rows_and_on_other_seeds():
+    search, fair = (read_grid(ROOT / "experiments" / f"{name}.yaml") for name in ("recipes", "fair"))
+    assert {run.partition(".")[0] for run in search.runs} == {run.removesuffix("_flops") for run in fair.runs}
+    assert not {*search.seeds} & {*fair.seeds}
+    values = [
+        [(config.epochs_per_stage if config.num_epochs > 9 else 1, config.lr, config.model_id) for config in of_row]
+        for of_row in ([job.config for job in jobs_of(search, [run], [100], ())] for run in search.runs)
+    ]
+    recipes = {recipe for (recipe,) in values}
+    assert len(recipes) == 9
+    for one, other in ((0, 1), (0, 2), (1, 2)):  # a Latin square
+        assert len({(recipe[one], recipe[other]) for recipe in recipes}) == 9
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The ladder
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_ladder_has_the_same_methods_on_every_task():
+    grids = [read_grid(ROOT / "experiments" / f"ladder_{task}.yaml") for task in ladder.TASKS]
+    first = grids[0]
+    assert len(first.runs) == 12
+    for grid in grids:
+        assert {run: spec.label for run, spec in grid.runs.items()} == {n: s.label for n, s in first.runs.items()}
+        assert grid.seeds == (0, 1, 2)
+        of_tasks = [
+            {
+                (job.run, job.config.method, job.config.thought)
+                for job in jobs_of(one, None, [0], ())
+                if job.run in one.runs
+            }
+            for one in (grid, first)
+        ]
+        assert of_tasks[0] == of_tasks[1]
+
+
+def test_the_ladders_page_has_the_seeds_of_each_task(tmp_path, capsys):
+    row = {"digest": "d", "accuracy": 0.5, "by_steps": {}, "tokens": 1.0, "seconds_per_example": 1.0, "seconds": 1.0}
+    seeds = [
+        row | {"seed": n, "correct": right, "steps": "2 2 3 3", "epochs": []} for n, right in ((0, "1100"), (1, "1000"))
+    ]
+    (tmp_path / "ladder_mirrored2.json").write_text(json.dumps({"coconut": seeds}))
+    (tmp_path / "ladder_machine.json").write_text(json.dumps({"cot": seeds[:1]}))
+    assert ladder.main(["--out", str(tmp_path)]) == 0
+    lines = (tmp_path / "ladder.md").read_text().splitlines()
+    assert "| Coconut |  |  | 75.0 (100.0 50.0) |" in lines  # of two hops: three are not trained on
+    assert "| CoT | 50.0 (50.0) |  |  |" in lines
+    assert "| chance | 3.9 | 50.0 | 50.0 |" in lines
+    (head,) = (line for line in lines if line.startswith("| method"))
+    assert head.count("](ladder_") == 2
+
+
+def test_the_ladders_page_follows_from_its_numbers():
+    grids = [read_grid(ROOT / "experiments" / f"ladder_{task}.yaml") for task in ladder.TASKS]
+    text = ladder.as_text(grids, [read_results(grid, ROOT / "results") for grid in grids])
+    assert text == (ROOT / "results" / "ladder.md").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# FLOPs
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flops")
+    splits, *_ = machine.make_splits(
+        {"train": 64, "valid": 4}, min_steps=3, max_steps=3
+    )  # all of one length: no padding
+    for name, examples in splits.items():
+        (folder / f"{name}.json").write_text(json.dumps(examples))
+    tiny_model.write_model([folder / "train.json"], folder / "model", "char", "llama", 32, 2, 2, 64)
+    rows = {
+        "cot": {"method": "cot"},
+        "coconut": {},
+        "parallel": {"method": "parallel_latents", "latent_passes": 2},
+        "sim_cot": {"method": "sim_cot", "step_decoder": "copy"},
+        "codi": {"method": "codi", "uniform_prob": 0},
+    }
+    content = {"title": "FLOPs", "base": "args/machine.yaml", "save_path": str(folder / "runs"), "test_path": "x"}
+    content["runs"] = {name: {"keys": keys} for name, keys in rows.items()}
+    (folder / "flops.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder
+
+
+def job_of(place, run: str) -> Job:
+    keys = [f"train_path={place / 'train.json'}", f"val_path={place / 'valid.json'}", f"model_id={place / 'model'}"]
+    keys += ["max_latent_stage=3", "epochs_per_stage=1", "num_epochs=4", "uniform_prob=0"]
+    (job,) = jobs_of(read_grid(place / "flops.yaml"), [run], [0], tuple(keys))
+    return job
+
+
+def test_flops_of_sequences_are_those_of_their_tokens(place):
+    """FLOPs of matrix products, by hand: CoT has Q (a state, 3 buttons, a newline), 3 states, and '### X' with EOS."""
+    job = job_of(place, "cot")
+    model, *_ = load_model(job.config, None)
+    expected = 4 * 64 * FlopCounter.of(model).training([12], 7)
+    assert flops.training_flops(job, sample=64) == pytest.approx(expected, rel=0.03)
+
+
+def test_what_a_method_adds_counts(place):
+    found = {
+        run: flops.training_flops(job_of(place, run), sample=64) for run in ("cot", "coconut", "parallel", "sim_cot")
+    }
+    assert found["coconut"] == pytest.approx(found["cot"], rel=0.05)  # a thought in the place of each token
+    assert found["parallel"] > 1.1 * found["coconut"]
+    assert found["sim_cot"] > 1.1 * found["coconut"]
+
+
+def test_a_line_has_the_examples_at_which_flops_are_equal(place):
+    text = flops.as_text([job_of(place, "coconut"), job_of(place, "codi")], [4e9, 8e9])
+    assert text.splitlines()[2].split() == ["codi", "8e+09", "2.00", "4", "64", "32"]

@@ -1,0 +1,248 @@
+"""What a run will need: predicted and measured."""
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import arithmetic
+import forked
+import pytest
+import tiny_model
+import torch
+import yaml
+from conftest import ROOT
+from transformers import AutoModelForCausalLM
+
+from config import Config, configure
+from trainer.memory import SHARE_OF_GPU, largest_that_fits
+from trainer.parallel import BYTES_PER_PARAMETER, bytes_under_ddp
+from trainer.plan import (
+    Machine,
+    choose_strategy,
+    estimate,
+    explains_out_of_memory,
+    plan,
+    read_source,
+    what_would_fit,
+)
+from utils import UserError
+
+TOLERANCE = 0.03
+DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    for name, examples in arithmetic.make_splits({"train": 150, "valid": 30}, base=5).items():
+        (folder / f"{name}.json").write_text(json.dumps(examples))
+    return folder
+
+
+def write_config(
+    data: Path, folder: Path, family: str, width: int = 64, layers: int = 2, dropout: float = 0.0, **keys
+) -> Config:
+    """A configuration with a model; two query heads share a key-value head, where there are such."""
+    model = data / f"{family}-{width}-{layers}-{dropout}"
+    if not model.is_dir():
+        kv_heads = None if family == "gpt2" else 2
+        tiny_model.write_model([data / "train.json"], model, "char", family, width, layers, 4, 128, kv_heads=kv_heads)
+        shape = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(shape | dict.fromkeys(DROPOUTS, dropout)))
+    config = {"save_path": str(data / "runs"), "model_id": str(model), "max_latent_stage": 3, "epochs_per_stage": 1}
+    config |= {"train_path": str(data / "train.json"), "val_path": str(data / "valid.json"), "num_epochs": 4}
+    config |= {"batch_size_training": 16, "max_new_tokens": 20, **keys}
+    name = "-".join([model.name, *(f"{key}={value}" for key, value in keys.items())])
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return Config.from_file(path)
+
+
+def compare(folder: Path, configs: list[Config]) -> None:
+    """Counted bytes against those of the rank that needs the most."""
+    table = []
+    for config in configs:
+        found = estimate(config, Machine(2, None), config.strategy, read_source(config))
+        (folder / f"{config.name}.stage").write_text(str(found.stage))
+        table += [(config.name, kind, getattr(found, kind).total) for kind in ("training", "validation")]
+    done = forked.run(2, ROOT / "tests" / "peak.py", folder)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    for name, kind, counted in table:
+        measured = max(json.loads((folder / f"{name}-{rank}.json").read_text())[kind] for rank in range(2))
+        print(f"{name:60} {kind:10} {counted / 2**20:8.2f} MiB counted, {measured / 2**20:8.2f} measured")
+        assert abs(counted / measured - 1) < TOLERANCE, name
+
+
+def test_the_peak_is_the_measured_one(data, tmp_path):
+    keys = [
+        ("gpt2", {"strategy": "ddp", "gradient_accumulation_steps": 2}),
+        ("llama", {"strategy": "fsdp", "gradient_checkpointing": True}),
+    ]
+    compare(tmp_path, [write_config(data, tmp_path, family, curriculum="none", **more) for family, more in keys])
+
+
+@pytest.mark.slow
+def test_the_peak_is_the_measured_one_in_all_families(data, tmp_path):
+    both = [{}, {"gradient_checkpointing": True}]
+    variants = {"gpt2": [*both, {"dropout": 0.1}, {"gradient_accumulation_steps": 2}], "llama": [*both, {"bf16": True}]}
+    variants["qwen2"] = [*both, {"method": "sim_cot", "step_decoder": "copy", "c_thought": 1}]
+    configs = [
+        write_config(data, tmp_path, family, width=128, layers=4, curriculum="none", strategy=strategy, **keys)
+        for family, of_family in variants.items()
+        for strategy in ("ddp", "fsdp")
+        for keys in of_family
+    ]
+    compare(tmp_path, configs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_attention_of_a_gpu_keeps_what_a_cpus_does_without_dropout(data, tmp_path, family):
+    """A CPU's flash attention is the same algorithm."""
+    config = write_config(data, tmp_path, family, curriculum="none")
+    source = read_source(config)
+    cpu, gpu = (estimate(config, Machine(1, name), "ddp", source).training.total for name in (None, "H100"))
+    assert abs(gpu / cpu - 1) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"method": "icot"},
+        {"method": "codi", "thought": "mlp:16", "lora_rank": 4},
+        {"method": "pccot"},
+        {"method": "lotus", "thought": "looped", "c_thought": 2},
+        {"method": "multi_mode"},
+        {"method": "parallel_latents", "latent_passes": 2},
+        {"method": "no_thoughts", "uniform_prob": 0.2},
+        {"thought": "pause", "bf16_weights": True},
+        *({"thought": t} for t in ("layer:-1", "projected", "normalised", "realigned", "suppressed", "token:st")),
+    ],
+    ids=lambda keys: "-".join(map(str, keys.values())),
+)
+def test_every_method_can_be_planned(data, tmp_path, keys):
+    config = write_config(data, tmp_path, "llama", **{"uniform_prob": 0.0, **keys})
+    assert "a rank at the peak" in plan(config, gpus=2)
+
+
+@pytest.mark.parametrize("limit", [0, 102, 103, 200, 249, 255, 258, 10_000])
+def test_the_largest_size_that_fits(limit):
+    calls = []
+
+    def needed(size: int) -> int:
+        calls.append(size)
+        return 100 + 3 * size + 2 * max(size - 50, 0)
+
+    sizes = list(range(1, 4097))
+    assert largest_that_fits(needed, limit, sizes) == max((s for s in sizes if needed(s) <= limit), default=0)
+    calls.clear()
+    largest_that_fits(needed, limit, sizes)
+    assert len(calls) < 20
+    assert largest_that_fits(needed, limit, [4, 16]) in (0, 4, 16)
+
+
+def test_a_plan_in_words(data, tmp_path):
+    """Before the run that load_model_path names; on a GPU that holds just that, or a little less."""
+    keys = {"global_batch_size": 32, "keep_checkpoints": 2, "bf16": True, "curriculum": "none"}
+    config = write_config(data, tmp_path, "llama", **keys)
+    config = replace(config, load_model_path="runs/to_come")
+    lines = dict(line.split(maxsplit=1) for line in plan(config, gpus=2, gpu_memory=80).splitlines())
+    assert list(lines) == ["model", "strategy", "batch", "training", "validation", "fits", "disk", "work", "time"]
+    n_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(config.model_id).parameters())
+    n_parameters += 3 * 64  # the markers' rows
+    assert f"{n_parameters:,} parameters, {n_parameters:,} trained" in lines["model"]
+    assert lines["strategy"].startswith("ddp on 2 x H100 (auto: weights, gradients and AdamW take 0.00")
+    assert lines["batch"] == "32 = 2 ranks x 16 examples x 1 passes"
+    assert lines["fits"].startswith("batch_size_training 16 is the largest that fits 92% of a GPU's 80 GiB")
+    assert "the newest 2 and the best are kept" in lines["disk"]
+    assert lines["time"].endswith("30% of 9.89e+14 FLOP/s, the peak of H100 in bf16")
+    source = read_source(config)
+    needed = estimate(config, Machine(2, "H100"), "ddp", source).training.total
+    for spare, largest in ((1, 16), (-1, 8)):
+        memory = int(needed / SHARE_OF_GPU) + spare * 2**10
+        assert estimate(config, Machine(2, "H100", memory), "ddp", source).largest == largest
+
+
+def test_auto_shards_where_the_model_is_too_large(data, tmp_path):
+    config = write_config(data, tmp_path, "llama")
+    shape = read_source(config).shape
+    n_parameters = bytes_under_ddp(config, shape) // BYTES_PER_PARAMETER
+    for per_parameter, strategy in ((16 / 0.6 - 0.1, "fsdp"), (16 / 0.6 + 0.1, "ddp")):
+        machine = Machine(2, "H100", int(per_parameter * n_parameters))
+        assert choose_strategy(config, machine, shape)[0] == strategy
+    assert choose_strategy(config, Machine(2, None), shape)[0] == "ddp"
+    assert choose_strategy(replace(config, strategy="fsdp"), Machine(1, None), shape)[0] == "fsdp"
+
+
+def test_shards_take_less(data, tmp_path):
+    config = write_config(data, tmp_path, "llama", strategy="fsdp", curriculum="none")
+    source = read_source(config)
+    one, four = (estimate(config, Machine(n, "H100"), "fsdp", source).training for n in (1, 4))
+    assert four.weights < 0.3 * one.weights
+    assert four.optimizer < 0.3 * one.optimizer
+    assert one.gathered == four.gathered
+    assert four.total < one.total
+
+
+@pytest.mark.parametrize("missing", ["train_path", "val_path", "model_id"])
+def test_what_is_missing_is_named(data, tmp_path, capsys, monkeypatch, missing):
+    config = write_config(data, tmp_path, "llama")
+    monkeypatch.setattr(
+        sys, "argv", ["run.py", str(tmp_path / f"{config.name}.yaml"), f"{missing}=absent/x.json", "--plan"]
+    )
+    with pytest.raises(SystemExit) as end:
+        configure("", None, plan)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert missing in line
+    assert "absent/x.json" in line
+
+
+# ---- out of memory ----
+
+OF_TORCH = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB\nmore"
+
+
+def test_what_would_fit(data, tmp_path):
+    config = write_config(data, tmp_path, "gpt2", global_batch_size=16, curriculum="none")
+    needed = estimate(config, Machine(1, "H100"), "ddp", read_source(config)).training.total
+    text = what_would_fit(config, Machine(1, "H100", int(0.8 * needed / SHARE_OF_GPU)))
+    options = "batch_size_training=8 or gradient_checkpointing=true with batch_size_training=16 would fit"
+    assert re.fullmatch(rf"batch_size_training 16 needs .+ GiB of .+ GiB; {options}", text)
+    assert "should have fitted" in what_would_fit(config, Machine(1, "H100", 2 * needed))
+    assert what_would_fit(config, Machine(1, "H100", 2**20)).endswith("strategy=fsdp on more GPUs would fit")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU of 1 GiB."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
+
+
+def out_of_memory(config: Config, world) -> str:
+    with pytest.raises(UserError) as error, explains_out_of_memory(config, world):
+        raise torch.OutOfMemoryError(OF_TORCH)
+    begin, end = "CUDA is out of memory: ", f" ({OF_TORCH.splitlines()[0]})"
+    assert str(error.value).startswith(begin)
+    assert str(error.value).endswith(end)
+    return str(error.value)[len(begin) : -len(end)]
+
+
+@pytest.mark.slow
+def test_out_of_memory_ends_with_one_sentence(data, tmp_path, world, card):
+    """It was torch's traceback. What would fit is found in another process, whatever group of ranks this one is in."""
+    config = write_config(data, tmp_path, "gpt2")
+    assert out_of_memory(config, world).startswith("batch_size_training 16 should have fitted, with 0.0")
+
+
+def test_out_of_memory_is_explained_where_nothing_can_be_counted(data, tmp_path, world, card, monkeypatch):
+    config = write_config(data, tmp_path, "gpt2")
+    monkeypatch.setattr("trainer.plan.ProcessPoolExecutor", lambda *_: (_ for _ in ()).throw(RuntimeError))
+    assert out_of_memory(config, world).startswith("try a smaller batch_size_training")
+    with pytest.raises(ZeroDivisionError), explains_out_of_memory(config, world):
+        raise ZeroDivisionError

@@ -1,0 +1,389 @@
+"""Sampled thoughts and answers: token by token what a plain definition draws, whatever the batch and the ranks; pass@k
+over all subsets; vote."""
+
+import json
+from collections import Counter
+from itertools import combinations
+from math import comb
+
+import numpy as np
+import pytest
+import torch
+from conftest import main, refusal, together
+from test_coconut import END, EOS, LATENT, START, make_model, make_rows
+from test_evaluate import scripted
+from test_generate import folders as folders  # a fixture
+
+from config import Config
+from model.backbone import Backbone
+from preprocessing.tokens import tokenize
+from tools import generate as generate_tool
+from trainer import evaluate as evaluate_module
+from trainer import samples
+from trainer.data import Data
+from trainer.distributed import World
+from trainer.evaluate import evaluate, summary, wilson
+from trainer.pretrained import make_model as configured
+from trainer.samples import Policy, choose, generate, pass_at_k, sampled_from, vote
+from utils import UserError
+
+# ---- measures ----
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n):
+    for right in range(n + 1):
+        for k in range(1, n + 1):
+            subsets = list(combinations([True] * right + [False] * (n - right), k))
+            assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / comb(n, k), abs=1e-12)
+
+
+def test_more_than_there_are_samples_is_a_mistake():
+    with pytest.raises(ValueError, match="pass@5 needs at least 5 samples, not 4"):
+        pass_at_k(4, 1, 5)
+
+
+def test_large_numbers_of_samples_do_not_overflow():
+    assert pass_at_k(4000, 1, 1000) == pytest.approx(0.25)
+
+
+def test_the_vote_is_the_most_frequent_answer_the_first_of_several():
+    assert vote(["a", "b", "b", "c"]) == 1
+    assert vote(["c", "a", "b", "b", "a"]) == 1
+    assert vote([None, 7.0, 7.0]) == 1
+
+
+def test_there_is_no_pass_at_more_than_the_samples():
+    assert list(samples.measures([[True, False, False]], [True])) == ["vote@3", "pass@1", "pass@3"]
+    found = samples.measures([[True] * 5 + [False] * 15, [False] * 20], [False, False])
+    assert list(found) == ["vote@20", "pass@1", "pass@4", "pass@16", "pass@20"]
+    assert found["pass@1"] == 0.125
+    assert found["pass@4"] == pytest.approx((1 - comb(15, 4) / comb(20, 4)) / 2)
+
+
+# ---- draws ----
+
+
+def test_tokens_are_drawn_from_the_softmax():
+    logits = torch.tensor([0.3, -1.0, 2.0, -30.0, 0.0], dtype=torch.float64)
+    for temperature in (0.5, 1.0, 3.0):
+        wanted = (logits / temperature).softmax(-1)
+        uniform = ((torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000)[:, None]
+        tokens, entropies = choose(sampled_from(logits.expand(10_000, 1, 5), temperature, None), uniform)
+        shares = torch.bincount(tokens.flatten(), minlength=5) / 10_000
+        assert (shares - wanted).abs().max() < 2e-4
+        assert entropies[0].item() == pytest.approx(-(wanted * wanted.log()).sum().item(), abs=1e-12)
+    tokens, entropies = choose(sampled_from(logits.expand(2, 1, 5), 0, 2), torch.tensor([[0.0], [0.999]]))
+    assert tokens.tolist() == [[2], [2]]  # greedy decoding, whatever the likeliest token is
+    assert not entropies.any()
+    found = sampled_from(logits, 1.0, 2).softmax(-1)
+    assert found[2] == 0
+    assert (found[0] / found[4]).item() == pytest.approx(np.exp(0.3))
+
+
+def random(key: tuple, stream: int) -> np.random.Generator:
+    return np.random.default_rng((*key, stream))
+
+
+def plainly(model, prompt: list[int], key: tuple, policy: Policy, n_new: int) -> list[int]:
+    """The definition: one row by itself, without padding, cache or batch, everything recomputed for each token."""
+    base, width = model.base_causallm, model.base_causallm.config.hidden_size
+    embeds = base.get_input_embeddings()(torch.tensor([prompt]))
+    latents = [place for place, token in enumerate(prompt) if token == LATENT]
+    eps = torch.from_numpy(random(key, 1).standard_normal((len(latents), width)))
+    for number, column in enumerate(latents):
+        thought = base.get_decoder()(inputs_embeds=embeds[:, :column]).last_hidden_state[:, -1]
+        if str(policy.noise).startswith("absolute:"):
+            thought = thought + float(str(policy.noise)[9:]) * eps[number]
+        else:
+            thought = thought + policy.noise * thought.norm() / width**0.5 * eps[number]
+        embeds = torch.cat([embeds[:, :column], thought[None], embeds[:, column + 1 :]], dim=1)
+    uniform, new = random(key, 2).random(n_new), []
+    while len(new) < min(n_new, 64 - len(prompt)) and EOS not in new:
+        logits = base(inputs_embeds=embeds).logits[0, -1]
+        if policy.temperature:
+            logits[LATENT] = -torch.inf
+            edges = (logits / policy.temperature).softmax(-1).cumsum(-1)
+            new.append(int((edges < uniform[len(new)]).sum()))
+        else:
+            new.append(int(logits.argmax()))
+        embeds = torch.cat([embeds, base.get_input_embeddings()(torch.tensor([[new[-1]]]))], dim=1)
+    return new
+
+
+def prompts(n_latents: list[int]) -> list[list[int]]:
+    return [ids[: next(i for i, label in enumerate(labels) if label >= 0)] for ids, labels in make_rows(n_latents)]
+
+
+POLICIES = [Policy(1.5), Policy(0, 2.0), Policy(0, "absolute:1.5"), Policy(1.0, 0.5), Policy()]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("n_latents", [[3, 3, 3], [2, 0, 4], [0, 0]])
+def test_each_sample_is_its_plain_definition(family, policy, n_latents):
+    model, rows = make_model(family), prompts(n_latents)
+    keys = [(7, 30 + place) for place in range(len(rows))]
+    found = generate(model, rows, keys, 3, policy, max_new_tokens=6)
+    wanted = [plainly(model, row, (*key, j), policy, 6) for row, key in zip(rows, keys, strict=True) for j in range(3)]
+    assert found.tokens == wanted
+    disturbed = policy.noise != 0 and any(n_latents)
+    assert (len({tuple(row) for row in wanted}) > len(rows)) == bool(disturbed or policy.temperature)
+    # and each alone
+    alone = [generate(model, [row], [key], 3, policy, 6).tokens for row, key in zip(rows, keys, strict=True)]
+    assert [new for of_one in alone for new in of_one] == wanted
+    assert found.entropy[1] == sum(map(len, wanted))
+    assert found.norms[1] == 3 * sum(n_latents)
+
+
+@torch.no_grad()
+def test_a_window_is_forked_too():
+    model, rows = make_model("mistral"), prompts([2, 0, 4])
+    keys = [(1, place) for place in range(3)]
+    found = generate(model, rows, keys, 2, Policy(1.0, 0.5), max_new_tokens=5)
+    wanted = [
+        plainly(model, r, (*key, j), Policy(1.0, 0.5), 5) for r, key in zip(rows, keys, strict=True) for j in (0, 1)
+    ]
+    assert found.tokens == wanted
+
+
+@pytest.mark.parametrize("keys", [{"latent_passes": "2"}, {"thought": "projected"}, {"method": "cot"}])
+def test_tokens_are_sampled_whatever_the_thoughts(family, keys):
+    """With temperature 0 a sample is what the model generates greedily."""
+    from conftest import tiny_base
+    from test_methods import MARKERS
+
+    model = configured(Config(**keys), tiny_base(family), MARKERS).eval()
+    rows = prompts([0, 0] if keys == {"method": "cot"} else [3, 3])
+    greedy = [model.generate(torch.tensor([row]), max_new_tokens=5)[0].tolist() for row in rows]
+    found = generate(model, rows, [(0, 0), (0, 1)], 2, Policy(), 5).tokens
+    assert found == [greedy[0], greedy[0], greedy[1], greedy[1]]
+    hot = generate(model, rows, [(0, 0), (0, 1)], 8, Policy(2.0), 5).tokens
+    assert len({tuple(row) for row in hot}) > 8
+
+
+@pytest.mark.parametrize(
+    ("policy", "widths"),
+    [(Policy(1.0), [2] * 4), (Policy(1.0, 0.3), [2, 6, 6, 6]), (Policy(0, 0, 0.1), [6] * 4)],
+)
+def test_the_question_runs_once_and_without_noise_the_thoughts_too(monkeypatch, policy, widths):
+    model, seen, original = make_model("gpt2"), [], Backbone.span
+    monkeypatch.setattr(Backbone, "span", lambda self, e, *a, **k: seen.append(len(e)) or original(self, e, *a, **k))
+    generate(model, prompts([3, 3]), [(0, 0), (0, 1)], 3, policy, 1)
+    assert seen == widths
+
+
+@torch.no_grad()
+def test_dropout_is_that_of_the_residual_branches_before_the_last_latent():
+    """GPT-2's own modules of residual dropout, with the masks that the key gives."""
+    model, rows, share = make_model("gpt2"), prompts([3, 1, 0]), 0.6
+    keys = [(3, place) for place in range(3)]
+    found = generate(model, rows, keys, 2, Policy(0, 0, share), 6).tokens
+    assert "span" not in vars(model.backbone)
+    greedy = [plainly(model, row, key, Policy(), 6) for row, key in zip(rows, keys, strict=True)]
+
+    class Masked(torch.nn.Module):
+        def __init__(self, masks):
+            super().__init__()
+            self.masks = masks  # (last latent's position, D)
+
+        def forward(self, states):
+            kept = torch.ones_like(states)
+            n = min(len(self.masks), states.shape[1])
+            kept[:, :n] = torch.from_numpy(self.masks[:n] / (1 - share))
+            return states * kept
+
+    for number, (row, key) in enumerate(zip(rows, keys, strict=True)):
+        last = max((place for place, token in enumerate(row) if token == LATENT), default=0)
+        for sample in (0, 1):
+            masks = random((*key, sample), 3).random((last, 4, 32), dtype=np.float32) >= share
+            for layer, block in enumerate(model.base_causallm.transformer.h):
+                block.attn.resid_dropout = Masked(masks[:, 2 * layer])
+                block.mlp.dropout = Masked(masks[:, 2 * layer + 1])
+            assert found[2 * number + sample] == plainly(model, row, key, Policy(), 6)
+    assert found[4] == found[5] == greedy[2]  # without a latent there is none
+    assert found[:4] != [greedy[0], greedy[0], greedy[1], greedy[1]]
+
+
+def test_rows_end_where_the_model_has_no_more_positions():
+    model = make_model("gpt2")
+    rows = [[5] * 58 + [START, LATENT, END], prompts([1])[0]]
+    found = generate(model, rows, [(0, 0), (0, 1)], 2, Policy(1.0), 9).tokens
+    assert [len(row) for row in found[:2] if EOS not in row] == [3] * sum(EOS not in row for row in found[:2])
+    assert found[2:] == generate(model, rows[1:], [(0, 1)], 2, Policy(1.0), 9).tokens
+
+
+# ---- evaluation ----
+
+
+def sampled(world, **keys):
+    """Metrics and predictions of a tiny model with random weights on examples of one letter."""
+    config = Config(max_latent_stage=2, max_new_tokens=1, **keys)
+    loaded = scripted({})
+    loaded.model.__class__ = loaded.model.__class__.__bases__[0]  # Coconut itself
+    torch.manual_seed(0)
+    for parameter in loaded.model.parameters():
+        parameter.data *= 1.5
+    examples = [{"question": q, "steps": ["1"], "answer": a} for q, a in zip("123456+5", "12345671", strict=True)]
+    return loaded, Data(examples, tokenize(examples, loaded.tokenizer)), config
+
+
+def test_without_noise_all_samples_are_the_greedy_answer(world):
+    loaded, data, config = sampled(world, val_samples=5)
+    metrics, predictions = evaluate(loaded, data, 2, config, world)
+    for prediction in predictions:
+        assert prediction["sample_answers"] == [prediction["answer"]] * 5
+        assert prediction["sample_correct"] == [prediction["correct"]] * 5
+    assert {metrics[name] for name in ("vote@5", "pass@1", "pass@4", "pass@5")} == {metrics["accuracy"]}
+
+
+def test_verdicts_and_measures_are_those_of_the_samples(world):
+    loaded, data, config = sampled(world, val_samples=20, temperature=2.0, thought_noise=0.3, eval_batch_size=40)
+    for example, drawn in zip(data.val_examples, evaluate(loaded, data, 2, config, world)[1], strict=True):
+        example["answer"] = drawn["sample_answers"][3]
+    metrics, predictions = evaluate(loaded, data, 2, config, world)
+    verdicts = [[answer == p["gold"] for answer in p["sample_answers"]] for p in predictions]
+    assert verdicts == [p["sample_correct"] for p in predictions]
+    assert 0 < sum(map(sum, verdicts)) < 160
+    assert metrics["pass@1"] == pytest.approx(np.mean(verdicts))
+    assert metrics["pass@20"] == np.mean([any(of_one) for of_one in verdicts])
+    voted = [Counter(p["sample_answers"]).most_common(1)[0][0] == p["gold"] for p in predictions]
+    assert metrics["vote@20"] == np.mean(voted)
+    assert metrics["pass@20_95"] == wilson(metrics["pass@20"], 8)
+    assert all("sample_answers" not in p for p in evaluate(loaded, data, 2, Config(max_new_tokens=1), world)[1])
+
+
+def test_neither_batch_nor_rank_changes_a_sample(world):
+    loaded, data, config = sampled(world, val_samples=3, temperature=1.0, thought_noise="absolute:0.4")
+    loaded.model.double().eval()
+    shares = []
+    for size, eval_batch_size in ((1, 32), (1, 1), (2, 6), (3, 32)):
+        config.eval_batch_size, found = eval_batch_size, {}
+        for rank in range(size):
+            one = World(rank, 0, size, torch.device("cpu"))
+            found |= evaluate_module._sample_share(loaded, data.val, 2, config, one, "")
+        shares.append(found)
+    assert len(shares[0]) == 8
+    assert all(share == shares[0] for share in shares)
+
+
+def test_the_vote_is_by_number_where_answers_are(world, monkeypatch):
+    loaded, data, config = sampled(world, val_samples=3, answer_match="number")
+    data.val_examples[:] = data.val_examples[:1]
+    monkeypatch.setattr(evaluate_module, "_sample_share", lambda *_: {0: ["### 7", "### 1.0", "### 1"]})
+    predictions = [{"index": 0, "gold": "1"}]
+    found = evaluate_module._evaluate_samples(loaded, data, 2, config, world, "", predictions)
+    assert found["vote@3"] == 1
+    assert predictions[0]["sample_correct"] == [False, True, True]
+
+
+def test_the_table_has_a_line_for_each_measure(tmp_path):
+    record = {"accuracy": 0.25, "examples": 8, "loss": 1.0, "generated_tokens": 3.0, "seconds": 1.0, "stage": 2}
+    record |= {"vote@4": 0.5, "vote@4_95": [0.2, 0.8], "pass@1": 0.25, "pass@1_95": [0, 1], "pass@4": 1.0}
+    lines = summary(tmp_path, record | {"file": "data/test.json"}).split("\n\n")[1].splitlines()
+    assert lines == [
+        "test, stage 2                         8                      95 %",
+        "  accuracy                                  25.0%   7.1% to 59.1%",
+        "  vote@4                                    50.0%  21.5% to 78.5%",
+        "  pass@1                                    25.0%   7.1% to 59.1%",
+        "  pass@4                                   100.0% 67.6% to 100.0%",
+    ]
+    several = summary(tmp_path, {"sets": {"a": record | {"accuracy_95": (0.1, 0.5)}}})
+    assert several.count("pass@4") == 1
+
+
+# ---- configuration and commands ----
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"thought": "pause", "thought_noise": 0.1}, "method coconut with thought pause has none"),
+        ({"method": "cot", "thought_dropout": 0.1}, "method cot with thought last has none"),
+        ({"latent_passes": "3", "thought_noise": 0.1}, "unset latent_passes"),
+        ({"compile": True, "thought_dropout": 0.1}, "exclude each other"),
+    ],
+)
+def test_noise_needs_thoughts_that_are_fed_back(keys, problem):
+    assert problem in " ".join(Config(**keys).problems(needs_files=False))
+    if "compile" not in keys and keys.get("method") != "cot":
+        model = make_model("gpt2", thought=keys.get("thought", "last"))
+        model.one_by_one = "latent_passes" not in keys
+        with pytest.raises(UserError, match="one after the other"):
+            generate(model, prompts([2]), [(0,)], 2, Policy(0, 0.1), 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "problem"),
+    [
+        ("thought_noise=-1", "thought_noise must be a number from 0 on, or absolute:NUMBER"),
+        ("thought_noise=absolute", "thought_noise must be a number from 0 on, or absolute:NUMBER"),
+        ("thought_noise=nan", "thought_noise must be a number from 0 on"),
+        ("temperature=0.00001", "temperature must be 0, for greedy decoding, or at least 0.001"),
+        ("thought_dropout=1", "thought_dropout must be at most 0.99"),
+        ("val_samples=-1", "val_samples must be at least 0"),
+    ],
+)
+def test_bad_values_are_one_sentence(place, key, problem):
+    with pytest.raises(UserError, match=problem):
+        Config.from_file(place / "run.yaml", [key])
+    good = Config.from_file(place / "run.yaml", ["thought_noise=absolute:0.6", "temperature=0.7"])
+    assert good.thought_noise == "absolute:0.6"
+
+
+def test_a_family_without_a_cache_is_refused():
+    model = make_model("gpt2")
+    model.backbone.recomputes = True
+    with pytest.raises(UserError, match="model family gpt2 decodes without one"):
+        generate(model, prompts([2]), [(0,)], 2, Policy(), 2)
+
+
+def test_the_command_prints_answers_with_their_counts(folders, capsys):
+    hot = [str(folders["coconut"]), "3+4", "--samples", "8", "--temperature", "9", "--max-new-tokens", "2"]
+    assert generate_tool.main(hot) == 0
+    lines = capsys.readouterr().out.splitlines()
+    counts = [int(line.split()[0]) for line in lines]
+    assert len(counts) > 1
+    assert sum(counts) == 8
+    assert counts == sorted(counts, reverse=True)
+    assert generate_tool.main([*hot, "--json"]) == 0
+    (found,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert list(found["samples"].values()) == counts
+    assert generate_tool.main([*hot, "--seed", "1"]) == 0
+    assert capsys.readouterr().out.splitlines() != lines
+    greedy = [str(folders["coconut"]), "3+4", "--samples", "4", "--temperature", "0", "--max-new-tokens", "2"]
+    assert generate_tool.main(greedy) == 0
+    assert capsys.readouterr().out.startswith("     4  ")
+    assert generate_tool.main([*greedy, "--thought-noise", "absolute:3"]) == 0
+    assert not capsys.readouterr().out.startswith("     4  ")
+    assert "need thoughts" in refusal(
+        generate_tool.main, [folders["cot"], "3+4", "--samples", "4", "--thought-noise", "1"], capsys
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--samples", "0"], "--samples must be at least 1"),
+        (["--samples", "2", "--top-k", "3"], "--samples excludes"),
+        (["--samples", "2", "--thought-noise", "much"], "--thought-noise must be a number from 0 on"),
+        (["--temperature", "0"], "--temperature must be at least"),
+    ],
+)
+def test_bad_options_are_one_sentence(folders, options, problem, capsys):
+    assert problem in refusal(generate_tool.main, [folders["coconut"], "3+4", *options], capsys)
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_does(place):
+    keys = ("max_train_examples=16", "max_new_tokens=6", "num_epochs=3", "batch_size_training=8")
+    run = main(place, *keys, "name=samples-model")
+    more = ("only_eval=true", f"load_model_path={run}", f"val_path={place / 'valid.json'}", "val_samples=4")
+    more += ("temperature=0.8", "thought_noise=0.2")
+    alone = main(place, *keys, *more, "name=samples-alone")
+    together(place / "run.yaml", *keys, *more, "name=samples-two")
+    both = [alone, place / "runs" / "samples-two"]
+    first, second = ((folder / "eval" / "predictions.jsonl").read_text() for folder in both)
+    assert first == second
+    metrics = [json.loads((folder / "eval" / "metrics.json").read_text()) for folder in both]
+    assert metrics[0]["pass@4"] == metrics[1]["pass@4"] >= metrics[0]["pass@1"] > 0

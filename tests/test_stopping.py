@@ -1,0 +1,387 @@
+"""The head that stops thoughts: its labels, its loss, where rows stop, the sweep, and the exported model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import plain
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import epochs, main, refusal, tiny_base, together, weights
+from safetensors.torch import load_file, save_file
+from test_coconut import END, EOS, LATENT, START, assert_generated_as_alone
+from test_export import NEW, QUESTIONS, load_exported, make_checkpoint, tokenizer_arguments
+from test_export import joining as joining  # a fixture
+from test_methods import MARKERS, make_dataset
+from transformers import AutoTokenizer
+
+import run
+from coconut import Coconut
+from config import Config
+from dataset import MicroBatch, collate_prompts
+from methods.stopping import Stopping
+from tools import export, thoughts_needed
+from trainer import inference
+from trainer.pretrained import make_model
+from utils import UserError
+
+N_THOUGHTS, N_NEW = 4, 5
+
+
+def make_stopping(family: str, threshold: float = 0.5, rows: list[list[int]] | None = None, **keys) -> Stopping:
+    """A model whose head has random weights; those with which these rows stop after three numbers of thoughts."""
+    keys = {"max_latent_stage": N_THOUGHTS, "max_new_tokens": N_NEW, "stop_threshold": threshold} | keys
+    model = make_model(Config(method="stopping", **keys), tiny_base(family, tied=False), MARKERS).eval()
+    assert isinstance(model, Stopping)
+    states = None if rows is None else [plain_states(model, row) for row in rows]
+    for seed in range(1000):
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(model.stop_head.weight)
+        if states is None or len({plain_stop(model, each) for each in states}) >= 3:
+            return model
+    raise AssertionError("no head stops them so")
+
+
+def make_prompts(markers: bool = True, n_thoughts: int = N_THOUGHTS) -> list[list[int]]:
+    """Six questions of different lengths, before so many latents."""
+    generator = torch.Generator().manual_seed(2)
+    words = [torch.randint(4, 40, (n,), generator=generator).tolist() for n in (3, 6, 4, 8, 5, 2)]
+    return [[*each, *[START] * markers, *[LATENT] * n_thoughts, *[END] * markers] for each in words]
+
+
+# ---- by definition: each row alone, without a cache ----
+
+
+def forced(prompt: list[int], k: int) -> list[int]:
+    """A prompt with its first k latents only."""
+    first = prompt.index(LATENT)
+    return prompt[: first + k] + [token for token in prompt[first:] if token != LATENT]
+
+
+def plain_tokens(model: Stopping, prompt: list[int]) -> list[int]:
+    """Greedy decoding, EOS included."""
+    base, written = model.base_causallm, []
+    embeds = plain.filled(base, prompt)
+    while len(written) < N_NEW and EOS not in written:
+        after = base.get_input_embeddings()(torch.tensor([written], dtype=torch.int64))
+        written.append(int(base(inputs_embeds=torch.cat([embeds, after], dim=1)).logits[0, -1].argmax()))
+    return written
+
+
+@torch.no_grad()
+def plain_states(model: Stopping, prompt: list[int]) -> torch.Tensor:
+    """(K + 1, D): what thought k + 1 would be made from, k = 0..K."""
+    base, first = model.base_causallm, prompt.index(LATENT)
+    ends = [first + k for k in range(prompt.count(LATENT) + 1)]
+    return torch.stack([plain.states(base, plain.filled(base, prompt[:end]))[0, -1] for end in ends])
+
+
+def plain_stop(model: Stopping, states: torch.Tensor) -> int:
+    """After how many thoughts a row with these states stops."""
+    logits = states @ model.stop_head.weight[0] + model.stop_head.bias
+    above = 1 / (1 + torch.exp(-logits)) > model.stop_threshold
+    return next((k for k in range(len(above) - 1) if above[k]), len(above) - 1)
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("markers", ["both", "none"])
+def test_labels_and_loss_are_those_of_a_loop_over_k(family, markers):
+    model = make_stopping(family, max_latent_stage=3, latent_markers=markers)
+    config = Config(method="stopping", max_latent_stage=3, latent_markers=markers)
+    dataset, examples = make_dataset(config, [2, 5, 0])
+    batch = dataset.collate([dataset[index, config.last_stage] for index in range(3)])
+    prompts = [
+        [*plain.question(one), *([START] if markers == "both" else []), LATENT, LATENT, LATENT] for one in examples
+    ]
+    prompts = [[*ids, *([END] if markers == "both" else [])] for ids in prompts]
+    asked = [forced(prompt, k) for prompt in prompts for k in range(4)]
+    assert [row[mask == 1].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"])] == asked  # noqa: B905
+    assert batch["answers"] == [plain.answer(one)[:-1] for one in examples]
+
+    written = [[token for token in plain_tokens(model, ids) if token != EOS] for ids in asked]
+    answers = [written[4 * index + k][-3:] for index, k in enumerate((0, 2, 3))]  # what is right after so many
+    right = torch.tensor([written[i][-len(answers[i // 4]) :] == answers[i // 4] for i in range(12)]).view(3, 4)
+    assert right.any(dim=1).all()
+    assert not right.all()
+    assert model.right(batch["input_ids"], batch["attention_mask"], answers).equal(right)
+
+    loss = model(**batch | {"answers": answers}).loss
+    logits = torch.stack([plain_states(model, ids) for ids in prompts]) @ model.stop_head.weight[0]
+    logits = logits + model.stop_head.bias
+    wanted = -torch.where(right, F.logsigmoid(logits), F.logsigmoid(-logits)).mean()
+    assert abs(loss - wanted) < 1e-9
+    parameters = list(model.stop_head.parameters())
+    found, expected = (torch.autograd.grad(value, parameters) for value in (loss, wanted))
+    assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) < 1e-9
+    assert [name for name, value in model.named_parameters() if value.requires_grad] == [
+        "stop_head.weight",
+        "stop_head.bias",
+    ]
+
+
+def test_the_frozen_model_has_no_dropout():
+    model = make_stopping("gpt2")
+    assert not any(module.training for module in model.train().modules())
+
+
+def test_micro_batches_are_weighed_by_examples():
+    """Not by the tokens of their answers."""
+    config = Config(method="stopping", max_latent_stage=2)
+    dataset, _ = make_dataset(config, [1, 5, 0, 2])
+    assert [dataset.micro_batch(MicroBatch(part, 0.5, range(4)), 3)["weight"] for part in ([0, 1], [2, 3])] == [0.5] * 2
+
+
+# ---- generation ----
+
+
+@pytest.mark.parametrize("markers", [True, False])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "mistral"])
+def test_rows_stop_where_they_would_alone(architecture, markers):
+    """mistral counts columns in a window: no padding may stand between a thought and what follows it."""
+    rows = make_prompts(markers)
+    model = make_stopping(architecture, rows=rows)
+    stops = [plain_stop(model, plain_states(model, row)) for row in rows]
+    batch = collate_prompts(rows, EOS)
+    together = model.generate(**batch, max_new_tokens=N_NEW)
+    assert_generated_as_alone(model, rows, together, max_new_tokens=N_NEW)
+    for row, stop, found in zip(rows, stops, together.tolist(), strict=True):
+        wanted = plain_tokens(model, forced(row, stop))
+        assert found == wanted + [EOS] * (len(found) - len(wanted))
+    takes_part = model.think(batch["input_ids"], batch["attention_mask"])[1]
+    assert (takes_part & (batch["input_ids"] == LATENT)).sum(dim=1).tolist() == stops
+    assert model.generate(**batch, max_new_tokens=N_NEW, do_sample=True, top_k=1).equal(together)
+
+
+def test_rows_with_different_numbers_of_latents(family):
+    rows = [forced(row, k) for row, k in zip(make_prompts(), (4, 1, 0, 3, 4, 2), strict=True)]
+    model = make_stopping(family, rows=make_prompts())
+    together = model.generate(**collate_prompts(rows, EOS), max_new_tokens=N_NEW)
+    assert_generated_as_alone(model, rows, together, max_new_tokens=N_NEW)
+
+
+def test_thresholds_of_0_and_1_are_no_thoughts_and_all(family):
+    rows = make_prompts()
+    batch, none = collate_prompts(rows, EOS), collate_prompts([forced(row, 0) for row in rows], EOS)
+    plainly = Coconut(tiny_base(family, tied=False), LATENT, START, END, EOS).eval()
+    for threshold, wanted in ((0, none), (1, batch)):
+        found = make_stopping(family, threshold).generate(**batch, max_new_tokens=N_NEW)
+        assert found.equal(plainly.generate(**wanted, max_new_tokens=N_NEW))
+
+
+def test_no_thought_is_made_once_all_rows_have_stopped(family, monkeypatch):
+    rows = make_prompts()
+    model, batch = make_stopping(family, rows=rows), collate_prompts(rows, EOS)
+    stops = [plain_stop(model, plain_states(model, row)) for row in rows]
+    row = stops.index(sorted(set(stops))[1])  # that one stops neither at once nor at the end
+    passes, original = [], model.backbone.span
+    monkeypatch.setattr(model.backbone, "span", lambda *arguments: passes.append(1) or original(*arguments))
+    model.think(batch["input_ids"][[row]], batch["attention_mask"][[row]])
+    assert 0 < stops[row] < N_THOUGHTS
+    assert len(passes) == 1 + stops[row]
+
+
+def test_edited_and_returned_thoughts_are_all_made():
+    model, batch = make_stopping("gpt2", threshold=0), collate_prompts(make_prompts(), EOS)
+    assert model.generate(**batch, return_thoughts=True)[1].shape[1] == N_THOUGHTS
+    numbers = []
+    model.generate(**batch, edit=lambda number, thought, _: numbers.append(number) or thought)
+    assert numbers == [*range(N_THOUGHTS)]
+
+
+# ---- checkpoints and the exported model ----
+
+
+def with_head(folder: Path) -> Path:
+    """A checkpoint with a head that has random weights, with which questions stop after three numbers of thoughts."""
+    saved, model = load_file(folder / "stop_head.safetensors"), Coconut.from_pretrained(folder)
+    assert {name: list(value.shape) for name, value in saved.items()} == {"weight": [1, 32], "bias": [1]}
+    while len(set(thoughts_made(model, QUESTIONS))) < 3:
+        torch.nn.init.normal_(model.stop_head.weight)
+    save_file(model.stop_head.state_dict(), folder / "stop_head.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module", params=[("llama", "both"), ("gpt2", "none")], ids=["llama", "gpt2"])
+def checkpoint(request, tmp_path_factory) -> Path:
+    shape, markers = request.param
+    keys = {"method": "stopping", "shape": shape, "latent_markers": markers, "c_thought": 2, "stop_threshold": 0.5}
+    keys["tied"] = False
+    torch.manual_seed(0)
+    return with_head(make_checkpoint(tmp_path_factory.mktemp(shape), stage=4, **keys))
+
+
+def thoughts_made(model: Stopping, questions: list[str]) -> list[int]:
+    batch = collate_prompts(inference.prompts(model, questions), model.markers.eos)
+    _, takes_part = model.think(batch["input_ids"], batch["attention_mask"])
+    return (takes_part & (batch["input_ids"] == model.markers.latent)).sum(dim=1).tolist()
+
+
+def test_a_saved_model_and_an_exported_one_stop_by_themselves(checkpoint, tmp_path):
+    model = Coconut.from_pretrained(checkpoint)
+    assert model.stop_threshold == 0.5
+    made = thoughts_made(model, QUESTIONS)
+    assert len(set(made)) > 1, made
+    batch = collate_prompts(inference.prompts(model, QUESTIONS), model.markers.eos)
+    wanted = model.generate(**batch, max_new_tokens=NEW)
+    model.save_pretrained(tmp_path / "saved")
+    assert Coconut.from_pretrained(tmp_path / "saved").generate(**batch, max_new_tokens=NEW).equal(wanted)
+
+    assert export.export(str(checkpoint), tmp_path / "out") == []
+    whole, tokenizer = load_exported(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    questions = tokenizer(QUESTIONS, padding=True, return_tensors="pt")
+    found = whole.generate(**questions, max_new_tokens=NEW)[:, questions["input_ids"].shape[1] :]
+    assert found.tolist() == wanted.tolist()
+    for question, row in zip(QUESTIONS, wanted.tolist(), strict=True):
+        one = tokenizer([question], return_tensors="pt")
+        alone = whole.generate(**one, max_new_tokens=NEW)[0, one["input_ids"].shape[1] :].tolist()
+        assert row == alone + [model.markers.eos] * (len(row) - len(alone))
+    _, mask = whole._think(*whole.prompts(**tokenizer_arguments(tokenizer, QUESTIONS)))
+    lengths = [len(row) for row in inference.prompts(model, QUESTIONS)]
+    assert mask.sum(dim=1).tolist() == [length - 6 + n for length, n in zip(lengths, made, strict=True)]
+    whole.config.stop_threshold = 1.0
+    model.stop_threshold = 1.0
+    every = whole.generate(**questions, max_new_tokens=NEW)[:, questions["input_ids"].shape[1] :]
+    assert every.tolist() == model.generate(**batch, max_new_tokens=NEW).tolist() != found.tolist()
+    assert "then at most 6 latent positions" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_sweep_is_what_each_threshold_generates(checkpoint, tmp_path, capsys):
+    model = Coconut.from_pretrained(checkpoint)
+    model.stop_threshold, by_k = 1.0, {}
+    for k in range(7):  # of each question what another k answers is gold
+        by_k[k] = [one["answer"] for one in model.answers(QUESTIONS, n_thoughts=k, max_new_tokens=NEW)]
+    gold = [by_k[k][index] for index, k in enumerate((0, 3, 6, 2, 1))]
+    examples = [{"question": q, "answer": a, "steps": []} for q, a in zip(QUESTIONS, gold, strict=True)]
+    (tmp_path / "questions.json").write_text(json.dumps(examples))
+    arguments = [str(checkpoint), str(tmp_path / "questions.json"), "--out", str(tmp_path / "out.json")]
+    assert thoughts_needed.main([*arguments, "--max-new-tokens", str(NEW), "--batch", "2"]) == 0
+    found, printed = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+
+    right = {k: [answer == a.replace(",", "").strip() for answer, a in zip(by_k[k], gold, strict=True)] for k in by_k}
+    assert [row["accuracy"] for row in found["fixed"]] == [sum(right[k]) / 5 for k in range(7)]
+    assert [row["thoughts"] for row in found["fixed"]] == [*range(7)]
+    fewest = [next((k for k in range(7) if right[k][index]), None) for index in range(5)]
+    solved = [k for k in fewest if k is not None]
+    assert found["fewest"] == fewest
+    assert found["oracle"]["accuracy"] == len(solved) / 5 > max(row["accuracy"] for row in found["fixed"])
+    assert found["oracle"]["thoughts"] == sum(solved) / len(solved)
+    for row in found["stopping"]:
+        model.stop_threshold = row["threshold"]
+        answers = [one["answer"] for one in model.answers(QUESTIONS, max_new_tokens=NEW)]
+        assert row["accuracy"] == sum(a == b.replace(",", "").strip() for a, b in zip(answers, gold, strict=True)) / 5
+        assert row["thoughts"] == sum(thoughts_made(model, QUESTIONS)) / 5
+    assert len({row["thoughts"] for row in found["stopping"]}) > 2
+    assert "fixed, k = 6" in printed
+    assert "threshold 0.5" in printed
+
+
+def test_fewest_and_stops_by_brute_force():
+    generator = np.random.default_rng(0)
+    right, shares = generator.random((50, 4)) < 0.3, generator.random((50, 4))
+    for row, fewest in zip(right, thoughts_needed.fewest_right(right), strict=True):
+        assert fewest == ([*row, True].index(True))
+    for threshold in (0, 0.5, 1):
+        for row, stop in zip(shares, thoughts_needed.stops_at(shares.copy(), threshold), strict=True):
+            assert stop == next((k for k in range(3) if row[k] > threshold), 3)
+
+
+# ---- what a user can get wrong ----
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"thought": "pause"}, "decides after each thought, and thought pause has none"),
+        ({"latent_passes": "3"}, "decides after each thought, and latent_passes 3 makes all at once"),
+        ({"method": "coconut", "stop_threshold": 0.5}, "stop_threshold is for method stopping, not coconut"),
+        ({"method": "cot", "stop_threshold": 0.5}, "stop_threshold is for method stopping, not cot"),
+        ({"lora_rank": 2}, "trains its head alone, without lora_rank"),
+        ({"c_thought": 0}, "method stopping thinks max_latent_stage x c_thought thoughts"),
+        ({"pad_latent_to_max": False}, "and pad_latent_to_max"),
+        ({"uniform_prob": 0.1}, "method stopping has always the thoughts of the last one"),
+    ],
+)
+def test_what_does_not_go_together_is_said(keys, problem):
+    (found,) = Config(**{"method": "stopping"} | keys).problems(needs_files=False)
+    assert problem in found
+
+
+@pytest.mark.parametrize("value", ["-0.1", "1.5", "nan", "often"])
+def test_a_threshold_outside_0_to_1_is_refused(place, value):
+    with pytest.raises(UserError, match="stop_threshold must be"):
+        Config.from_file(place / "run.yaml", ["method=stopping", f"stop_threshold={value}", "uniform_prob=0"])
+
+
+def test_a_checkpoint_without_its_head_is_refused(checkpoint, tmp_path, capsys):
+    copy = shutil.copytree(checkpoint.parent.parent, tmp_path / "copy") / "run" / "checkpoint_4"
+    (copy / "stop_head.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no stop_head\.safetensors: method stopping trains it"):
+        Coconut.from_pretrained(copy)
+    assert "has no stop_head.safetensors" in refusal(export.main, [copy, tmp_path / "out"], capsys)
+    save_file({"weight": torch.zeros(1, 8), "bias": torch.zeros(1)}, copy / "stop_head.safetensors")
+    with pytest.raises(UserError, match="does not fit the stop head: weights of another shape: weight"):
+        Coconut.from_pretrained(copy)
+    questions = tmp_path / "questions.json"
+    questions.write_text(json.dumps([{"question": "3+4", "answer": "7", "steps": []}]))
+    assert "no checkpoint" in refusal(thoughts_needed.main, ["none", questions], capsys)
+    assert "must be positive" in refusal(thoughts_needed.main, [checkpoint, questions, "--batch", 0], capsys)
+    written, out = make_checkpoint(tmp_path / "cot", method="cot"), ["--out", tmp_path / "out.json"]
+    assert "fills all 64 positions" in refusal(
+        thoughts_needed.main, [checkpoint, questions, "--thoughts", 62, *out], capsys
+    )
+    assert "is for models with latents" in refusal(thoughts_needed.main, [written, questions, *out], capsys)
+
+
+# ---- runs ----
+
+KEYS = (
+    *("method=stopping", "uniform_prob=0", "num_epochs=2", "max_train_examples=40", "max_eval_examples=7"),
+    *("max_new_tokens=4", "batch_size_training=4", "global_batch_size=8", "stop_threshold=0.3"),
+)
+
+
+@pytest.fixture(scope="module")
+def begun(place) -> Path:
+    return main(place, "name=stopping-begun", "max_train_examples=40", "max_new_tokens=4", "max_eval_examples=7")
+
+
+def heads(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "stop_head.safetensors")
+
+
+def test_a_run_trains_the_head_and_nothing_else(place, begun, capsys):
+    whole = main(place, *KEYS, "name=stopping-whole", f"load_model_path={begun}")
+    before, after = weights(begun / "checkpoint_3"), weights(whole / "checkpoint_2")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert heads(whole / "checkpoint_2")["weight"].any()
+    for epoch in epochs(whole):
+        assert 0 <= epoch["thoughts"] <= 2
+        assert epoch["generated_tokens"] <= 4 + epoch["thoughts"]
+    lines = (whole / "checkpoint_2" / "predictions.jsonl").read_text().splitlines()
+    assert all(one["generated_tokens"] >= one["thoughts"] for one in map(json.loads, lines))
+    main(place, *KEYS, "name=stopping-parts", f"load_model_path={begun}", "num_epochs=1")
+    parts = main(place, *KEYS, "name=stopping-parts", f"load_model_path={begun}")
+    wanted = heads(whole / "checkpoint_2")
+    assert all(torch.equal(value, wanted[name]) for name, value in heads(parts / "checkpoint_2").items())
+    evaluated = main(place, *KEYS, "name=stopping-eval", "only_eval=true", f"load_model_path={whole}")
+    accuracy = json.loads((evaluated / "eval" / "metrics.json").read_text())["accuracy"]
+    assert accuracy == epochs(whole)[-1]["accuracy"]
+    config = Config.from_file(place / "run.yaml", [*KEYS, "name=no", "only_eval=true", f"load_model_path={begun}"])
+    capsys.readouterr()
+    assert run.main(config) == 2
+    assert "has no stop_head.safetensors: method stopping trains it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ranks_train_the_same_head(place, begun):
+    keys = (*KEYS, f"load_model_path={begun}", "max_train_examples=36")  # in the last step one rank has no example
+    wanted = heads(main(place, *keys, "name=stopping-alone") / "checkpoint_2")
+    for strategy in ("ddp", "fsdp"):
+        done = together(place / "run.yaml", *keys, f"name=stopping-{strategy}", f"strategy={strategy}")
+        assert "did not find any unused parameters" not in done.stderr
+        found = heads(place / "runs" / f"stopping-{strategy}" / "checkpoint_2")
+        assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-5

@@ -1,0 +1,278 @@
+"""The memory that a rank needs at most, in training and validation: counted on fake tensors, without a GPU.
+
+torch's FakeTensorMode computes the shapes of all tensors and none of their values; a dispatch mode adds up the bytes of
+the storages that are alive. What runs is the model itself, forward, backward and AdamW, with FSDP on a fake process
+group. Two things are modelled: DDP's buckets, because its C++ code needs values, and for GPUs the attention, because a
+CPU's kernels keep other tensors for the backward pass.
+
+What kernels allocate inside does not count, nor do CUDA's context, NCCL's buffers and the gaps of CUDA's allocator:
+SHARE_OF_GPU leaves room for these. Blocks are counted as if they were not compiled.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from coconut import Coconut
+from config import Config
+from curriculum import Markers
+from dataset import collate_for_device, collate_prompts
+from model.layout import lay_out, lay_out_prompts
+from trainer import evaluate, parallel
+from trainer.distributed import World
+
+SHARE_OF_GPU = 0.92  # of a GPU's memory that tensors may take
+
+
+class Need(NamedTuple):
+    """Bytes of a rank at the peak of a step."""
+
+    weights: int  # of the rank's share under FSDP
+    gradients: int
+    optimizer: int
+    gathered: int  # the whole weights that FSDP gathers
+    total: int
+
+    @property
+    def rest(self) -> int:
+        """Activations and what the kernels return for a moment."""
+        return max(self.total - self.weights - self.gradients - self.optimizer - self.gathered, 0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations on fake tensors return, as long as these are alive.
+
+    As torch.distributed._tools.mem_tracker, without its hooks in modules, which a latent pass would call again.
+    """
+
+    def __init__(self, fake: FakeTensorMode):
+        super().__init__()
+        self.fake = fake
+        self.now = self.peak = 0
+        self._sizes = WeakIdKeyDictionary()  # storage -> [its bytes]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # until it has become an operation on its local tensors
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 1  # a fake tensor has no value: "all rows are finished"
+        self.peak = max(self.peak, self.now)
+        result = function(*args, **(kwargs or {}))
+        if active_fake_mode() is self.fake:  # DTensor computes shapes under one of its own
+            tree_map_only(torch.Tensor, self._count, result)
+            # autograd adds to a gradient in place, but to a fake one not: that is gone before the next operation
+            if function is not torch.ops.aten.add.Tensor or torch._C._current_graph_task_id() == -1:
+                self.peak = max(self.peak, self.now)
+        return result
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        size = self._sizes.get(storage)
+        if size is None:
+            size = self._sizes[storage] = [0]
+            weakref.finalize(storage, self._set, size, 0)
+        self._set(size, storage.nbytes())
+
+    def _set(self, size: list[int], n_bytes: int) -> None:
+        self.now += n_bytes - size[0]
+        size[0] = n_bytes
+
+    @contextmanager
+    def resizes(self) -> Iterator[None]:
+        """Counts storages that change their size, as FSDP's gathered weights do."""
+        original = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, n_bytes: int):
+            original(storage, n_bytes)
+            if (size := self._sizes.get(storage)) is not None:
+                self._set(size, storage.nbytes())
+
+        with mock.patch.object(torch.UntypedStorage, "resize_", resize_):
+            yield
+
+
+def _gpu_attention(query, key, value, attn_mask=None, *_, **__) -> torch.Tensor:
+    """scaled_dot_product_attention as a GPU's fused kernels have it, with dropout and masks too: no (T, L) weights."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
+    return _FusedAttention.apply(query, key, value, attn_mask)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The tensors of flash attention (Dao 2023, arXiv 2307.08691): output and log-sum-exp for the backward pass, which
+    adds up the query's gradient in float32."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        found = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, found, sums, None if mask is None else mask.to(query.dtype))
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        query, key, value, *_ = ctx.saved_tensors
+        added = query.new_empty(query.shape, dtype=torch.float32)
+        found = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        del added
+        return *found, None
+
+
+class FakeRank:
+    """A rank on fake tensors; made by `fake_rank`. `train` and `validate` return what it needs at most."""
+
+    def __init__(self, config: Config, world: World, on_gpu: bool, model: Coconut):
+        """model: on the meta device, wrapped and sharded."""
+        self.config, self.world, self.on_gpu, self.model = config, world, on_gpu, model
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.live = LiveBytes(self.fake)
+        self.states, self.buckets, self._syncs = 0, [], True
+        with self._counting():
+            model.to_empty(device=world.device)
+            parallel.tie_weights(model)
+            gc.collect()
+            self.weights = self.live.now
+            options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": on_gpu}
+            self.optimizer = torch.optim.AdamW(model.parameters(), **options)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self.gradients = sum(_local(parameter).nbytes for parameter in trained)
+            if world.size > 1 and not parallel.is_sharded(model):
+                self.buckets = [torch.empty_like(parameter) for parameter in trained]
+        for parameter, bucket in zip(trained, self.buckets, strict=False):
+            parameter.register_post_accumulate_grad_hook(lambda p, bucket=bucket: self._average(p, bucket))
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        attention = _gpu_attention if self.on_gpu else F.scaled_dot_product_attention
+        patched = mock.patch.object(F, "scaled_dot_product_attention", attention)
+        with self.fake, self.live, self.live.resizes(), patched:
+            yield
+
+    def _average(self, parameter: nn.Parameter, bucket: torch.Tensor) -> None:
+        """DDP with gradient_as_bucket_view: the gradient of a backward that synchronises becomes a view of a bucket."""
+        if self._syncs:
+            parameter.grad = bucket.copy_(parameter.grad)
+
+    def train(self, batch: dict, accumulation: int = 1) -> Need:
+        """An optimizer step as run.py's `train_step` makes it, of so many micro-batches like this one."""
+        batch = self._faked(batch)
+        if not self.optimizer.state:
+            before = self.live.now
+            self._step(batch, 1)
+            self.states = self.live.now - before
+        return self._need(lambda: self._step(batch, min(accumulation, 2)), self.gradients)
+
+    def _step(self, batch: dict, n_passes: int) -> None:
+        with self._counting():
+            self.model.train()
+            for number in range(n_passes):
+                self._syncs = number + 1 == n_passes
+                with parallel.sync_gradients(self.model, now=self._syncs):
+                    with evaluate.autocast(self.config, self.world):
+                        output = self.model(**batch)
+                    (output.loss if output.auxiliary is None else output.loss + output.auxiliary).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def validate(self, rows: Sequence[tuple], prompts: Sequence[Sequence[int]]) -> Need:
+        """The loss of (input_ids, labels) pairs, and a generation from prompts, as in an epoch's validation. After a
+        `train`."""
+        eos, family = self.model.eos_token_id, self.model.family
+        batch = collate_for_device(list(rows), eos, self.model.latent_token_id)
+        batch = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "labels", "supervised")}
+        given = collate_prompts(list(prompts), eos)
+        # where latents and padding are depends on values
+        layouts = {
+            "lay_out": lay_out(*(batch[name] for name in given), **family),
+            "lay_out_prompts": lay_out_prompts(**given, **family),
+        }
+        left = (self.model.max_positions or 1 << 30) - given["input_ids"].shape[1]
+        options = {"max_new_tokens": max(min(self.config.max_new_tokens, left), 1)}
+        batch, given, layouts = self._faked((batch, given, layouts))
+
+        def validate() -> None:
+            with self._counting(), evaluate.autocast(self.config, self.world):
+                self.model.eval()
+                with torch.no_grad():
+                    self.model(**batch)
+                self.model.generate(**given, **options)
+
+        with self._counting():
+            parallel.gather_weights(self.model)
+        with mock.patch.multiple("coconut", **{name: mock.Mock(return_value=rows) for name, rows in layouts.items()}):
+            return self._need(validate, 0)
+
+    def _faked(self, values):
+        return tree_map_only(torch.Tensor, self.fake.from_tensor, values)
+
+    def _need(self, action: Callable[[], None], gradients: int) -> Need:
+        gc.collect()
+        self.live.peak = self.live.now
+        action()
+        gathered = 0
+        if parallel.is_sharded(self.model):
+            size = 2 if self.config.bf16 or self.config.bf16_weights else 4
+            gathered = size * sum(parameter.numel() for parameter in self.model.parameters())
+        return Need(self.weights, gradients, self.states, gathered, self.live.peak)
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's share of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+@contextmanager
+def fake_rank(
+    config: Config, n_ranks: int, strategy: str, on_gpu: bool, shapes: Sequence, markers: Markers
+) -> Iterator[FakeRank]:
+    """A rank of `n_ranks` that share a model by `strategy` (ddp or fsdp). shapes: transformers' configurations of the
+    model and of those that are trained beside it. There must be no process group."""
+    model = parallel.model_on_meta(config, *shapes, markers=markers)
+    dist.init_process_group("fake", rank=0, world_size=n_ranks)
+    try:
+        parallel.wrap_blocks(model, replace(config, compile=False))
+        if strategy == "fsdp":
+            parallel.shard(model, config, init_device_mesh("cpu", (n_ranks,)))
+        yield FakeRank(config, World(0, 0, n_ranks, torch.device("cpu")), on_gpu, model)
+    finally:
+        dist.destroy_process_group()
+
+
+def largest_that_fits(needed: Callable[[int], int], limit: int, sizes: Sequence[int]) -> int:
+    """The largest of some ascending sizes for which `needed`, which grows about in proportion, is within a limit; 0 if
+    there is none. Interpolates: each call of `needed` is a step."""
+    low, high = -1, len(sizes)  # of sizes; the first fits, the second does not
+    known: dict[int, int] = {}
+    guess = 0
+    while high - low > 1:
+        known[guess] = needed(sizes[guess])
+        low, high = (guess, high) if known[guess] <= limit else (low, guess)
+        if len(known) == 1 or len(known) > 6:
+            guess = (low + high) // 2
+        else:
+            first, second = sorted(known, key=lambda index: abs(known[index] - limit))[:2]
+            slope = (known[second] - known[first]) / (sizes[second] - sizes[first])
+            wanted = sizes[first] + (limit - known[first]) / slope if slope > 0 else sizes[-1]
+            guess = sum(size <= wanted for size in sizes) - 1
+        guess = min(max(guess, low + 1), high - 1)
+    return sizes[low] if low >= 0 else 0

@@ -1,0 +1,384 @@
+"""What a run will need, before anything is loaded: memory, disk, tokens, FLOPs, hours. `run.py FILE --plan` prints it.
+
+torch is imported where it is needed: run.py imports this before it answers --help.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from config import Config
+from curriculum import IGNORE, Markers, prompt, stage_name, stage_of
+from dataset import StageDataset
+from preprocessing.examples import load_examples
+from preprocessing.tokens import tokenize
+from trainer.data import Data, check_lengths, load_data, sequence_lengths
+from trainer.distributed import World
+from utils import UserError, launched_ranks
+
+if TYPE_CHECKING:
+    from trainer.memory import Need
+
+GIB = 2**30
+SAMPLE = 200  # examples whose sequences are counted for `cost_of`; the others are taken to be like them
+UTILISATION = 0.3  # of a GPU's peak
+GPU, GPU_GIB = "H100", 80  # where --gpus is given and there is none here
+LARGEST_BATCH = 4096
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokens, FLOPs, disk
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Cost(NamedTuple):
+    epochs: int
+    tokens: float  # trained on
+    flops: float  # of training and evaluation
+    disk: int  # bytes of checkpoints
+
+
+class _Model(NamedTuple):
+    model_id: str
+    trust_remote_code: bool
+
+
+@cache
+def _data(path: str, model: _Model, separator: str) -> tuple[int, object, object]:
+    from trainer.pretrained import load_tokenizer
+
+    examples = load_examples(path)
+    tokenizer = load_tokenizer(model)
+    return len(examples), tokenizer, tokenize(examples[:SAMPLE], tokenizer, step_separator=separator)
+
+
+def cost_of(config: Config, epochs: Sequence[int] | None = None, test_path: str | None = None) -> Cost:
+    """What a run costs in these epochs, by default in all from its beginning, with their validations and the test, and
+    without what a method adds to Coconut.
+
+    An evaluation has a forward pass for the loss, and another's FLOPs for a generation as long as the gold answer.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from coconut import Coconut
+    from trainer.pretrained import mark, shape_of
+    from trainer.setup import checkpoint_bytes
+    from trainer.throughput import FlopCounter
+
+    epochs = range(config.resume, config.num_epochs) if epochs is None else epochs
+    model = _Model(config.model_id, config.trust_remote_code)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(shape_of(config, None), trust_remote_code=model.trust_remote_code)
+    markers = mark(_data(config.train_path, model, config.step_separator)[1], config.method)
+    counter = FlopCounter.of(Coconut(base, markers.latent, markers.start, markers.end, markers.eos, config.thought))
+
+    def count(path: str, most: int | None, config: Config, epoch: int) -> tuple[float, float]:
+        """(tokens, FLOPs) of training once on a file as in this epoch."""
+        n_examples, _, tokens = _data(path, model, config.step_separator)
+        rows, share = StageDataset(tokens, config, markers, epoch), min(n_examples, most or n_examples) / len(tokens)
+        pairs = [rows[index, stage_of(config, epoch)] for index in range(len(tokens))]
+        lengths = [len(ids) for ids, _ in pairs]
+        supervised = sum(label != IGNORE for _, labels in pairs for label in labels)
+        return share * sum(lengths), share * counter.training(lengths, supervised)
+
+    trained = [count(config.train_path, config.max_train_examples, config, epoch) for epoch in epochs]
+    at_stage = replace(config, uniform_prob=0.0)
+    evaluated = [count(config.val_path, config.max_eval_examples, at_stage, epoch) for epoch in epochs]
+    if test_path is not None:
+        evaluated.append(count(test_path, config.max_eval_examples, at_stage, config.num_epochs - 1))
+    flops = sum(flops for _, flops in trained) + sum(flops for _, flops in evaluated) * 2 / 3
+    weights = sum(parameter.numel() for parameter in base.parameters()) * (2 if config.bf16_weights else 4)
+    disk = checkpoint_bytes(config, weights, 0 if config.lora_rank else weights)
+    return Cost(len(epochs), sum(tokens for tokens, _ in trained), flops, disk)
+
+
+def is_counted_in_part(config: Config) -> bool:
+    """Whether the method does more than `cost_of` counts."""
+    return config.has_latents and config.method != "coconut"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Machine(NamedTuple):
+    """What a run is planned for."""
+
+    ranks: int
+    gpu: str | None  # its name; None: CPUs
+    memory: int | None = None  # bytes of a GPU
+
+
+class Batches:
+    """The batches of a run that need the most memory: those of the longest sequences."""
+
+    def __init__(self, config: Config, data: Data, markers: Markers):
+        from trainer.pretrained import parts_of
+
+        self.config, self.data, self.markers = config, data, markers
+        self.dataset = parts_of(config).dataset(data.train, config, markers)
+        stages = list(dict.fromkeys(stage_of(config, epoch) for epoch in range(config.resume, config.num_epochs)))
+        # the longest reasoning; the most latents beside the longest that is left then, and the last stage, without any
+        self.stages = list(dict.fromkeys([stages[0], *stages[-2:]]))
+
+    def training(self, stage: int, size: int) -> dict:
+        """As many of the longest training sequences as a pass has examples; with uniform_prob, the first is the longest
+        of all that any stage before has."""
+        indices = self._longest(self.data.train, stage, size)
+        items = [self.dataset[index, stage] for index in indices]
+        if self.config.uniform_prob:
+            items[0] = self.dataset[self._longest(self.data.train, 0, 1)[0], 0]
+        batch = self.dataset.collate(items)
+        batch.pop("loss_counts", None)
+        return batch
+
+    def validation(self, stage: int, n_ranks: int) -> tuple[list[tuple], list[list[int]]]:
+        """(rows of a pass for the loss, prompts of a generation)."""
+        rows = StageDataset(self.data.val, self.config, self.markers)
+        size, n_examples = self.config.batch_size_training, len(self.data.val)
+        pairs = [rows[index, stage] for index in self._longest(self.data.val, stage, min(size, n_examples))]
+        prompts = [prompt(*self.data.val[index][:2], stage, self.config, self.markers) for index in range(n_examples)]
+        size = min(self.config.eval_batch_size, -(-n_examples // n_ranks))
+        return pairs, sorted(prompts, key=len)[-size:]
+
+    def _longest(self, tokens, stage: int, size: int) -> list[int]:
+        variants = self.config.rules.variants(self.config)
+        lengths = np.max([sequence_lengths(tokens, variant, stage) for variant in variants], axis=0)
+        return np.resize(np.argsort(-lengths, kind="stable"), size).tolist()
+
+
+class Estimate(NamedTuple):
+    """Of one rank."""
+
+    parameters: int
+    trained: int
+    training: Need
+    stage: int  # whose step needs the most
+    columns: int  # of its batch
+    validation: Need
+    largest: int | None  # batch_size_training that fits; None: no limit is known
+    saved: int  # bytes of a checkpoint
+    saved_whole: int  # with AdamW's averages
+
+
+class Source(NamedTuple):
+    """What a run is made of, without weights."""
+
+    shape: object  # transformers' configuration
+    markers: Markers
+    batches: Batches
+
+
+def read_source(config: Config) -> Source:
+    """Tokenizes the data, or finds their tokens. Raises UserError where data or model are absent."""
+    import torch
+    from transformers.utils import logging
+
+    from trainer.pretrained import load_tokenizer, mark, shape_of
+
+    logging.set_verbosity_error()
+    tokenizer, shape = load_tokenizer(config), shape_of(config, None)
+    markers = mark(tokenizer, config.method)
+    text = shape.get_text_config(decoder=True)
+    text.vocab_size = max(text.vocab_size, len(tokenizer))  # rows for the markers
+    shape.dtype = torch.bfloat16 if config.bf16_weights else torch.float32
+    data = load_data(config, World(0, 0, 1, torch.device("cpu")), tokenizer)
+    return Source(shape, markers, Batches(config, data, markers))
+
+
+def estimate(config: Config, machine: Machine, strategy: str, source: Source) -> Estimate:
+    """Counts the memory of a rank: see trainer/memory.py."""
+    from trainer.memory import SHARE_OF_GPU, fake_rank, largest_that_fits
+
+    shapes = [source.shape] * (1 + config.rules.n_companions)
+    is_on_gpu, batches, n_ranks = machine.gpu is not None, source.batches, machine.ranks
+    _, size = config.passes(n_ranks)
+    with fake_rank(config, n_ranks, strategy, is_on_gpu, shapes, source.markers) as rank:
+        check_lengths(config, rank.model.max_positions, batches.data)
+
+        def train(stage: int, size: int) -> Need:
+            accumulation, _ = replace(config, batch_size_training=size).passes(n_ranks)
+            return rank.train(batches.training(stage, size), accumulation)
+
+        needs = {stage: train(stage, size) for stage in batches.stages}
+        stage = max(needs, key=lambda stage: needs[stage].total)
+        validation = rank.validate(*batches.validation(stage, n_ranks))
+        largest = None
+        if machine.memory is not None:
+            sizes, limit = sizes_of_a_pass(config, n_ranks), int(machine.memory * SHARE_OF_GPU)
+            largest = largest_that_fits(lambda size: train(stage, size).total, limit, sizes)
+        parameters = list(rank.model.parameters())
+        columns = batches.training(stage, size)["input_ids"].shape[1]
+    n_parameters = sum(parameter.numel() for parameter in parameters)
+    n_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    saved = n_parameters * source.shape.dtype.itemsize
+    whole = saved + 2 * n_trained * source.shape.dtype.itemsize
+    return Estimate(n_parameters, n_trained, needs[stage], stage, columns, validation, largest, saved, whole)
+
+
+def sizes_of_a_pass(config: Config, n_ranks: int) -> list[int]:
+    """The values of batch_size_training that a global batch can be cut into."""
+    if config.global_batch_size is None:
+        return list(range(1, LARGEST_BATCH + 1))
+    share = config.global_batch_size // n_ranks
+    return [size for size in range(1, share + 1) if share % size == 0]
+
+
+def choose_strategy(config: Config, machine: Machine, shape) -> tuple[str, str]:
+    """(ddp or fsdp, why), as `parallel.choose_strategy` chooses."""
+    from trainer.parallel import SHARE_OF_MEMORY, bytes_under_ddp
+
+    if config.strategy != "auto":
+        return config.strategy, "as the key strategy says"
+    if machine.ranks == 1:
+        return "ddp", "auto: one rank has the whole model"
+    if machine.memory is None:
+        return "ddp", "auto: on CPUs each rank has the whole model"
+    needed, most = bytes_under_ddp(config, shape), SHARE_OF_MEMORY * machine.memory
+    is_more = needed > most
+    return "fsdp" if is_more else "ddp", (
+        f"auto: weights, gradients and AdamW take {_gib(needed)}, {'more' if is_more else 'no more'} than "
+        f"{SHARE_OF_MEMORY:.0%} of a GPU's {_gib(machine.memory)}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# In words
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def plan(config: Config, gpus: int | None = None, gpu_memory: float | None = None) -> str:
+    """What `run.py FILE --plan` prints, for so many GPUs with so many GiB; by default for what the command itself would
+    run on. Raises UserError where data or model are absent."""
+    from trainer.throughput import peak_flops
+
+    if config.only_eval:
+        raise UserError("--plan is for training runs: leave only_eval out")
+    if missing := list(config.missing_files(but_weights=True)):  # a run that is still to come may make these
+        raise UserError("; ".join(missing))
+    machine = machine_of(gpus, gpu_memory)
+    source = read_source(config)
+    strategy, why = choose_strategy(config, machine, source.shape)
+    found, cost = estimate(config, machine, strategy, source), cost_of(config)
+    n_ranks, (accumulation, size) = machine.ranks, config.passes(machine.ranks)
+    beside = f" and {config.rules.n_companions} more beside it" if config.rules.n_companions else ""
+    training, more = found.training, ", and what the method adds to Coconut" if is_counted_in_part(config) else ""
+    lines = {
+        "model": f"{config.model_id}{beside}: {found.parameters:,} parameters, {found.trained:,} trained",
+        "strategy": f"{strategy} on {n_ranks} x {machine.gpu or 'CPU'} ({why})",
+        "batch": f"{accumulation * n_ranks * size} = {n_ranks} ranks x {size} examples x {accumulation} passes",
+        "training": f"{_gib(training.total)} a rank at the peak (stage {stage_name(found.stage)}, {found.columns} "
+        f"columns): {_parts(training)}",
+        "validation": f"{_gib(found.validation.total)} a rank at the peak",
+    }
+    if machine.memory is not None:
+        lines["fits"] = _what_fits(config, machine, found)
+    lines["disk"] = _disk(config, found, cost)
+    lines["work"] = f"{cost.epochs} epochs, {cost.tokens:,.0f} tokens, {cost.flops:.2e} FLOPs{more}"
+    if machine.gpu is not None and (peak := peak_flops(machine.gpu, config.arithmetic)):
+        hours = cost.flops / (peak * UTILISATION * n_ranks) / 3600
+        speed = f"{UTILISATION:.0%} of {peak:.3g} FLOP/s, the peak of {machine.gpu} in {config.arithmetic}"
+        lines["time"] = f"{hours:.3g} hours at {speed}"
+    return "\n".join(f"{title:<11}{text}" for title, text in lines.items())
+
+
+def machine_of(gpus: int | None, gpu_memory: float | None) -> Machine:
+    """What a plan is for."""
+    import torch
+
+    n_ranks = gpus or launched_ranks()[1]
+    if torch.cuda.is_available():
+        here = torch.cuda.get_device_properties(0)
+        return Machine(n_ranks, here.name, int(gpu_memory * GIB) if gpu_memory else here.total_memory)
+    if gpus is None and gpu_memory is None:
+        return Machine(n_ranks, None)
+    return Machine(n_ranks, GPU, int((gpu_memory or GPU_GIB) * GIB))
+
+
+def _parts(need: Need) -> str:
+    parts = {"weights": need.weights, "gathered weights": need.gathered, "gradients": need.gradients}
+    parts |= {"AdamW": need.optimizer, "activations and the rest": need.rest}
+    return ", ".join(f"{name} {n_bytes / GIB:.3g}" for name, n_bytes in parts.items() if n_bytes)
+
+
+def _what_fits(config: Config, machine: Machine, found: Estimate) -> str:
+    from trainer.memory import SHARE_OF_GPU
+
+    share = f"{SHARE_OF_GPU:.0%} of a GPU's {_gib(machine.memory)}"
+    if not found.largest:
+        return f"not even one example fits {share}: see gradient_checkpointing, bf16, strategy"
+    cut = ", of those that divide a rank's share of global_batch_size" if config.global_batch_size else ""
+    fits = f"batch_size_training {found.largest} is the largest that fits {share}{cut}"
+    is_too_large = found.validation.total > SHARE_OF_GPU * machine.memory
+    return f"{fits}; the validation needs a smaller eval_batch_size" if is_too_large else fits
+
+
+def _disk(config: Config, found: Estimate, cost: Cost) -> str:
+    n_kept = config.keep_checkpoints
+    kept = f"the newest {n_kept} and the best are kept" if n_kept else "all are kept: see keep_checkpoints"
+    folder = Path(config.save_path).absolute()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    return (
+        f"a checkpoint {found.saved / 1e9:.3g} GB, with its optimizer {found.saved_whole / 1e9:.3g} GB; the run "
+        f"{cost.disk / 1e9:.3g} GB at most ({kept}), {free / 1e9:.3g} GB are free"
+    )
+
+
+def _gib(n_bytes: float) -> str:
+    return f"{n_bytes / GIB:.3g} GiB"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Out of memory
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def explains_out_of_memory(config: Config, world: World) -> Iterator[None]:
+    """Raises UserError, that says what would fit, where CUDA is out of memory."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+        machine = Machine(world.size, torch.cuda.get_device_name(world.device), memory)
+        try:  # in a process of its own: this one has a process group
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                advice = pool.submit(what_would_fit, config, machine).result()
+        except Exception:  # whatever a family does with fake tensors: memory is what the user has to hear of
+            advice = "try a smaller batch_size_training (the global batch stays) or gradient_checkpointing=true"
+        raise UserError(f"CUDA is out of memory: {advice} ({str(error).splitlines()[0]})") from None
+
+
+def what_would_fit(config: Config, machine: Machine) -> str:
+    """In words."""
+    source = read_source(config)
+    strategy, _ = choose_strategy(config, machine, source.shape)
+    found = estimate(config, machine, strategy, source)
+    size = config.passes(machine.ranks)[1]
+    if found.largest >= size:
+        return (
+            f"batch_size_training {size} should have fitted, with {_gib(found.training.total)} in training and "
+            f"{_gib(found.validation.total)} in validation of {_gib(machine.memory)}: see whether another program uses "
+            "the GPU, and try a smaller eval_batch_size"
+        )
+    fits = [f"batch_size_training={found.largest}"] if found.largest else []
+    if not config.gradient_checkpointing:
+        saving = replace(config, gradient_checkpointing=True, compile=False)
+        largest = estimate(saving, machine, strategy, source).largest
+        fits += [f"gradient_checkpointing=true with batch_size_training={min(largest, size)}"] if largest else []
+    needs = f"batch_size_training {size} needs {_gib(found.training.total)} of {_gib(machine.memory)}"
+    return f"{needs}; {' or '.join(fits) or 'strategy=fsdp on more GPUs'} would fit"
