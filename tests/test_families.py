@@ -96,7 +96,8 @@ def test_a_family_is_right_or_refused(family):
         model, n_latents = without, [0, 0, 0]
     else:
         check_family(model)
-    check_training(model, n_latents, 1e-5 if table.dtype_of(family) == torch.float64 else 1e-4)
+    tolerance = 1e-5 if table.dtype_of(family) == torch.float64 else 1e-4
+    check_training(model, n_latents, tolerance)
     check_generation(model, n_latents)
     wrap_blocks(model, Config())  # gradients of weights once a step
     check_training(model, n_latents, tolerance)
