@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from options import SIZES, Parser
-from random_model import SHAPES
+from tiny_model import SHAPES
 
 BANDWIDTH = {"B200": 8.0e12, "H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "L40S": 0.86e12}  # bytes/s, data sheets
 
@@ -50,7 +50,7 @@ from typing import NamedTuple
 
 import torch
 from common import GPT2_VOCABULARY, MARKERS, machine, pick_device, print_table, prosqa_rows, to_device, write_json
-from random_model import RandomModel
+from tiny_model import RandomModel
 from torch.autograd import DeviceType
 from torch.profiler import profile
 from transformers import DynamicCache

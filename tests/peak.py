@@ -27,6 +27,7 @@ from trainer.throughput import FlopCounter, Throughput
 
 def measure(config: Config, stage: int, world) -> dict[str, int]:
     """Bytes at the peak of the second step, and of a validation after it."""
+    gc.collect()  # the model before: what is freed in here is counted, wherever it came from
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         pretrained = parallel.load(config, world, None)
         gc.collect()  # under FSDP, rank 0's whole model

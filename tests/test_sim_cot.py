@@ -108,7 +108,8 @@ def test_a_batch_without_thoughts_still_gives_the_decoder_a_gradient(family):
 def test_the_groups_of_an_idle_ranks_example_do_not_count(world):
     dataset, _ = make_dataset(Config(method="sim_cot", step_decoder="copy", c_thought=1), [2, 3])
     planned = PlannedStep([MicroBatch([0], 1.0), MicroBatch([1], 0.0)], 1)
-    parts, throughput = SimpleNamespace(dataset=type(dataset)), SimpleNamespace(waiting=0, add=lambda *_: None)
+    parts = SimpleNamespace(dataset=type(dataset), on_device=lambda _, batch: batch)
+    throughput = SimpleNamespace(waiting=0, add=lambda *_: None)
     one = SimpleNamespace(world=world, parts=parts, throughput=throughput)
     batches = (dataset.micro_batch(micro, 2) for micro in planned.micro_batches)
     assert [auxiliary for _, (_, auxiliary) in run.weighted_batches(one, planned, batches)] == [1 / 2, 0]

@@ -330,7 +330,7 @@ def test_a_checkpoint_without_its_head_is_refused(checkpoint, tmp_path, capsys):
     assert "no checkpoint" in refusal(thoughts_needed.main, ["none", questions], capsys)
     assert "must be positive" in refusal(thoughts_needed.main, [checkpoint, questions, "--batch", 0], capsys)
     written, out = make_checkpoint(tmp_path / "cot", method="cot"), ["--out", tmp_path / "out.json"]
-    assert "fills all 64 positions" in refusal(
+    assert "the model has 64 positions" in refusal(
         thoughts_needed.main, [checkpoint, questions, "--thoughts", 62, *out], capsys
     )
     assert "is for models with latents" in refusal(thoughts_needed.main, [written, questions, *out], capsys)

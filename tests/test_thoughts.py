@@ -44,7 +44,10 @@ def test_the_configuration_knows_every_thought():
         importlib.import_module(module)
     assert REGISTRY.keys() == THOUGHTS.keys()
     assert all(thought.__doc__ for thought in REGISTRY.values())
-    assert "projected | normalised | projected+normalised | realigned | layer:N | suppressed[:T]" in Config.describe()
+    assert (
+        "projected | normalised | projected+normalised | realigned | token[:st] | layer:N | suppressed[:T]"
+        in Config.describe()
+    )
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -59,7 +62,7 @@ def test_every_spelling_makes_a_thought(family, spelling):
         assert (made.shape, made.dtype) == ((2, 1, 32), torch.float64)
 
 
-UNKNOWN = r"must be one of last, pause, .*layer:N, .*embedding\+suppressed\[:T\].*token\[:st\]"
+UNKNOWN = r"must be one of last, pause, .*token\[:st\], layer:N, .*embedding\+suppressed\[:T\]"
 NOT_THERE = "must be between .* the model has 4 blocks"
 
 

@@ -120,7 +120,7 @@ def answers(
     """The model's answers to questions: see Coconut.answers."""
     if not questions:
         return []
-    rows = prompts(model, questions, n_thoughts, mode)
+    rows = _answerable(model, questions, n_thoughts, mode)
     device, tokenizer = model.base_causallm.device, model.tokenizer
     results = []
     for new in generate_tokens(_pretrained(model), model.config.method, rows, max_new_tokens, device, **sampling):
@@ -145,7 +145,7 @@ def samples(
 ) -> list[dict[str, int]]:
     """The answers that `samples.generate` draws for each question, the most frequent first, with their counts. keys: of
     the questions. Raises UserError."""
-    rows = prompts(model, questions, n_thoughts, mode)
+    rows = _answerable(model, questions, n_thoughts, mode)
     drawn = generate_samples(model, rows, keys, n_samples, policy, max_new_tokens)
     found = map(extract_answer, texts_of(drawn.tokens, model.config.method, _pretrained(model)))
     return [dict(Counter(of_one).most_common()) for of_one in batched(found, n_samples)]
@@ -167,8 +167,14 @@ def prompts(
     for question, row in zip(questions, ids, strict=True):
         if {model.markers.start, model.markers.latent, model.markers.end}.intersection(row):
             raise UserError(f"a question holds a marker of the latent positions: {question[:60]!r}")
-    rows = [prompt(row, [], model.stage, config, model.markers) for row in ids]
-    limit = model.max_positions or math.inf
+    return [prompt(row, [], model.stage, config, model.markers) for row in ids]
+
+
+def _answerable(
+    model: Coconut, questions: list[str], n_thoughts: int | None = None, mode: str | None = None
+) -> list[list[int]]:
+    """`prompts`, each with a question and a position left for an answer. Raises UserError."""
+    rows, limit = prompts(model, questions, n_thoughts, mode), model.max_positions or math.inf
     for question, row in zip(questions, rows, strict=True):
         if not row or row[0] == model.markers.latent:
             raise UserError(f"the tokenizer leaves nothing of the question {question[:60]!r}")
