@@ -1,8 +1,9 @@
 """The most memory that tensors take in a training step and a validation of run.py, as torch's profiler records it.
 
-    forked.run(2, peak.py, FOLDER)        # FOLDER/*.yaml are configurations; writes FOLDER/NAME-RANK.json
+    forked.run(2, peak.py, FOLDER/NAME.yaml)        # a configuration, with NAME.stage beside it; writes NAME-RANK.json
 
-The profiler hears of every allocation from the allocator itself, whatever asks for it.
+The profiler hears of every allocation from the allocator itself, whatever asks for it. A process measures one
+configuration: what another had left would be counted where it is freed.
 """
 
 import gc
@@ -27,7 +28,6 @@ from trainer.throughput import FlopCounter, Throughput
 
 def measure(config: Config, stage: int, world) -> dict[str, int]:
     """Bytes at the peak of the second step, and of a validation after it."""
-    gc.collect()  # the model before: what is freed in here is counted, wherever it came from
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         pretrained = parallel.load(config, world, None)
         gc.collect()  # under FSDP, rank 0's whole model
@@ -67,13 +67,10 @@ def peaks(events: list) -> dict[str, int]:
     return {"training": found["train 1"], "validation": found["validate"]}
 
 
-def main(folder: Path) -> int:
+def main(path: Path) -> int:
     world = setup_distributed()
-    for path in sorted(folder.glob("*.yaml")):
-        config = Config.from_file(path)
-        stage = json.loads(path.with_suffix(".stage").read_text())
-        found = measure(config, stage, world)
-        path.with_name(f"{path.stem}-{world.rank}.json").write_text(json.dumps(found))
+    found = measure(Config.from_file(path), json.loads(path.with_suffix(".stage").read_text()), world)
+    path.with_name(f"{path.stem}-{world.rank}.json").write_text(json.dumps(found))
     cleanup_distributed()
     return 0
 
