@@ -762,6 +762,8 @@ def configure(
         if options.plan and is_main:
             print_result(plan(config, options.gpus, options.gpu_memory))
     except UserError as error:
+        # a node's ranks read the same files: its first one prints, also where the others are late
+        error.is_shared |= int(os.environ.get("LOCAL_RANK", 0)) > 0
         sys.exit(print_error(error))
     if options.schedule or options.plan:
         sys.exit()

@@ -27,7 +27,7 @@ from trainer.throughput import FlopCounter, Throughput
 
 
 def measure(config: Config, stage: int, world) -> dict[str, int]:
-    """Bytes at the peak of the second step, and of a validation after it."""
+    """Bytes at the peak of a step, and of a validation."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         pretrained = parallel.load(config, world, None)
         gc.collect()  # under FSDP, rank 0's whole model
@@ -42,29 +42,35 @@ def measure(config: Config, stage: int, world) -> dict[str, int]:
             batch["loss_counts"] = {"auxiliary": size}
         planned = PlannedStep([MicroBatch([0], 1.0)] * accumulation, size)
         run.wrapped.train()
-        for step in range(2):
+        for step in range(5):
             batches = (dict(batch) for _ in range(accumulation))
             with record_function(f"train {step}"):
                 program.train_step(run, planned, batches, config.lr)
         parallel.gather_weights(run.model)
-        with record_function("validate"):
-            evaluate.evaluate(pretrained, data, stage, config, world)
+        for time in range(3):
+            with record_function(f"validate {time}"):
+                evaluate.evaluate(pretrained, data, stage, config, world)
         with record_function("end"):
             pass
     return peaks(profiler.profiler.kineto_results.events())
 
 
 def peaks(events: list) -> dict[str, int]:
-    """The most bytes that are alive in the second step and in the validation."""
-    marks = {event.name(): event.start_ns() for event in events if not event.name().startswith("[")}
+    """The most bytes that are alive in a step after the first, and in a validation, of several the least."""
+    marks = sorted(
+        (e.start_ns(), e.name()) for e in events if e.name().partition(" ")[0] in ("train", "validate", "end")
+    )
     records = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    found, now = {"train 1": 0, "validate": 0}, 0
+    found, now, place = {name: 0 for _, name in marks}, 0, -1
     for time, n_bytes in records:
+        while place + 1 < len(marks) and marks[place + 1][0] <= time:
+            place += 1
         before, now = now, now + n_bytes
-        part = "train 1" if marks["train 1"] <= time < marks["validate"] else "validate"
-        if marks["train 1"] <= time < marks["end"]:
-            found[part] = max(found[part], before, now)
-    return {"training": found["train 1"], "validation": found["validate"]}
+        if place >= 0:
+            found[marks[place][1]] = max(found[marks[place][1]], before, now)
+    training, validation = (range(1, 5), "train"), (range(3), "validate")
+    least = (min(found[f"{name} {number}"] for number in numbers) for numbers, name in (training, validation))
+    return dict(zip(("training", "validation"), least, strict=True))
 
 
 def main(path: Path) -> int:
