@@ -62,9 +62,9 @@ def write_config(
 
 
 def check_peak(folder: Path, config: Config) -> None:
-    """Counted bytes against those of a rank, at the least of up to twelve runs: threads that load the weights or gather
-    them may hold a copy of some for a while, in half of the runs, which only adds. Of rank 1: rank 0 also holds the whole
-    model that it has read for FSDP, until that is collected."""
+    """Counted bytes against those of a rank, at the least of up to twelve runs: threads that load or gather weights may
+    hold a copy of some for a while, in half of the runs, which only adds. Of rank 1: rank 0 also holds the whole model
+    that it has read for FSDP, until that is collected."""
     found = estimate(config, Machine(2, None), config.strategy, read_source(config))
     file = folder / f"{config.name}.yaml"
     file.with_suffix(".stage").write_text(str(found.stage))
