@@ -17,7 +17,10 @@ STYLE = """
 body { max-width: 56rem; margin: 0 auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif; }
 h2 { margin-top: 2.5rem; border-top: 1px solid; }
 figure { margin: 1.5rem 0; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; background: linear-gradient(90deg, Canvas 40%, transparent) local,
+  linear-gradient(270deg, Canvas 40%, transparent) right local, linear-gradient(90deg, #888, transparent),
+  linear-gradient(270deg, #888, transparent) right; background-repeat: no-repeat;
+  background-size: 3rem 100%, 3rem 100%, 1rem 100%, 1rem 100%; /* a shadow at an edge where it can be scrolled */ }
 svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 table { border-collapse: collapse; font-size: .88rem; }
 th, td { padding: .3em .8em .3em 0; text-align: left; vertical-align: top; border-bottom: 1px solid #8888; }
