@@ -1,6 +1,6 @@
 """Writes a trained model as a folder that needs torch and transformers only.
 
-    python -m tools.export checkpoints/state_tracking/coconut-0 exported/machine
+    python -m tools.export checkpoints/breadth/last-0 exported/breadth
 
 AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) reads it; its `generate` takes a question as the
 folder's tokenizer encodes it and gives the same tokens as this repository's model. The folder holds the code, the

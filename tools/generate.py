@@ -1,10 +1,10 @@
 """Asks a trained model.
 
-    python -m tools.generate checkpoints/state_tracking/coconut-0 Msnqw                    # prints its output
-    python -m tools.generate checkpoints/state_tracking/coconut-0 Msnqw --show-thoughts    # and its thoughts
-    python -m tools.generate checkpoints/state_tracking/coconut-0 Msnqw --samples 8        # 8 answers with their counts
-    python -m tools.generate checkpoints/state_tracking/coconut-0 --file questions.json --json > answers.jsonl
-    echo '{"question": "Msnqw"}' | python -m tools.generate checkpoints/state_tracking/coconut-0 --json
+    python -m tools.generate checkpoints/breadth/last-0 AcfaKD                    # prints its output
+    python -m tools.generate checkpoints/breadth/last-0 AcfaKD --show-thoughts    # and its thoughts
+    python -m tools.generate checkpoints/breadth/last-0 AcfaKD --samples 8        # 8 answers with their counts
+    python -m tools.generate checkpoints/breadth/last-0 --file questions.json --json > answers.jsonl
+    echo '{"question": "AcfaKD"}' | python -m tools.generate checkpoints/breadth/last-0 --json
 
 Without a question and a file, questions come from standard input, one a line, and are answered one by one; a line or a
 file may hold JSON objects with a "question". On a terminal there is a prompt, with a history of lines, and :help.

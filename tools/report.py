@@ -1,6 +1,6 @@
 """Writes a page on runs: losses, accuracy, speed and the keys in which the runs differ, as far as they have got.
 
-    python -m tools.report checkpoints/state_tracking/coconut-0    # writes report.html into the run's folder
+    python -m tools.report checkpoints/breadth/last-0    # writes report.html into the run's folder
     python -m tools.report checkpoints/gsm-coconut checkpoints/gsm-pause --out pages/gsm.html     # one over the other
 
 The page is one HTML file that needs nothing else. It can be written while a run goes on.
