@@ -75,15 +75,16 @@ def submit(script: str, cluster: dict[str, str], *arguments) -> subprocess.Popen
 
 def commands_below(pid: int) -> dict[int, bytes]:
     """All processes below this one, and their command lines."""
-    below = {}
+    below, words = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
+        with suppress(OSError):  # it has ended since it was listed
+            words[int(folder.name)] = (folder / "cmdline").read_bytes()
             fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
             below.setdefault(int(fields[1]), []).append(int(folder.name))
     found = [pid]
     for parent in found:
         found += below.get(parent, [])
-    return {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in found[1:]}
+    return {pid: words[pid] for pid in found[1:]}
 
 
 def task_of(job: subprocess.Popen) -> int:
@@ -120,8 +121,12 @@ def test_a_signal_during_the_slow_imports_takes_effect(place, cluster):
         return [pid for pid, command in words.items() if b"run.py" in command and b"torch.distributed" not in command]
 
     def heed() -> bool:
-        caught = [re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1] for pid in ranks()[-2:]]
-        return len(caught) == 2 and all(int(mask, 16) >> signal.SIGUSR1 - 1 & 1 for mask in caught)
+        try:
+            status = [Path(f"/proc/{pid}/status").read_text() for pid in ranks()[-2:]]
+        except FileNotFoundError:  # a shell on the way to the ranks, which has ended
+            return False
+        caught = [int(re.search(r"SigCgt:\s*(\w+)", text)[1], 16) for text in status]
+        return len(caught) == 2 and all(mask >> signal.SIGUSR1 - 1 & 1 for mask in caught)
 
     wait_for(heed)
     assert not run.exists()  # the ranks are still importing
