@@ -342,7 +342,7 @@ class Config:
         """The stage in which every written step is gone: one past max_latent_stage (paper, Section 4.1)."""
         return self.max_latent_stage + 1
 
-    def passes(self, world_size: int) -> tuple[int, int]:
+    def micro_batches(self, world_size: int) -> tuple[int, int]:
         """(forward passes of a rank for one optimizer step, examples of a pass).
 
         The second is batch_size_training, or less where that would be more than the global batch on so many ranks.
@@ -365,7 +365,7 @@ class Config:
             found += rules.problems(self)
         if not self.only_eval:  # which has no optimizer steps
             try:
-                self.passes(world_size)
+                self.micro_batches(world_size)
             except UserError as error:
                 found.append(str(error))
         return found

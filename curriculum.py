@@ -1,10 +1,9 @@
-"""The curriculum and the sequences of its stages (paper, Section 3 and Figure 2), as pure functions.
+"""The curriculum and the token sequences of its stages (paper, Section 3 and Figure 2), as pure functions.
 
 Legend: Q question, S_i written step i, A answer, n number of written steps.
 
-The stage of a training step, its learning rate, whether AdamW is re-initialised, and an example's sequence at a stage
-are functions of (configuration, epoch, step, example): no number of ranks or restarts changes them. Neither torch nor
-transformers is imported.
+Stage, learning rate and optimizer resets depend only on (config, epoch, step), an example's sequence only on its stage:
+neither the number of ranks nor a restart changes them. This module imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ if TYPE_CHECKING:
     from config import Config
 
 IGNORE = -100  # the label of a position that is not supervised, torch's default ignore_index
-START, END, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"  # the reference's markers
-NO_REASONING = 1 << 30  # a stage that leaves no token of any reasoning
+START, END, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"  # the reference's marker tokens
+NO_REASONING = 1 << 30  # the stage of iCoT in which every reasoning token is removed
 
 
 class Markers(NamedTuple):
-    """Token ids. The first three are None for methods whose sequences hold no latents."""
+    """Token ids. The first three are None for methods without latents."""
 
     start: int | None
     latent: int | None
@@ -35,8 +34,10 @@ class Markers(NamedTuple):
 
 
 def replaceable(function: Callable) -> Callable:
-    """Lets a method have a function of this name of its own, in its class Method (see methods/__init__.py); what is
-    written here is then `function.paper`."""
+    """Calls the function of the same name in the method's class `Method` (methods/__init__.py), if it defines one.
+
+    `function.paper` is always the decorated function itself.
+    """
     index = list(inspect.signature(function).parameters).index("config")
 
     @wraps(function)
@@ -48,14 +49,12 @@ def replaceable(function: Callable) -> Callable:
     return chosen
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Stages
-# ---------------------------------------------------------------------------------------------------------------
+# --- Stages ---
 
 
 @replaceable
 def stage_of(config: Config, epoch: int) -> int:
-    """The scheduled stage of an epoch (both from 0); at most config.last_stage, in which every written step is gone."""
+    """Returns the scheduled stage of an epoch, both counted from 0. config.last_stage drops all written steps."""
     if config.method in ("cot", "no_cot"):
         return 0
     if config.curriculum == "none" or not config.rules.has_stages:
@@ -67,19 +66,19 @@ def stage_of(config: Config, epoch: int) -> int:
 
 
 def stage_name(stage: int) -> str:
-    """A stage as people read it."""
+    """Returns a stage as printed in tables."""
     return "all" if stage == NO_REASONING else str(stage)
 
 
 @replaceable
 def stage_of_step(config: Config, epoch: int, step: int, steps_per_epoch: int) -> int:
-    """The stage of one optimizer step (from 0 in its epoch): that of its epoch."""
+    """Returns the stage of one optimizer step, counted from 0 in its epoch."""
     return stage_of(config, epoch)
 
 
 @replaceable
 def stage_of_example(config: Config, stage: int, epoch: int, index: int, n_steps: int) -> int:
-    """The stage at which training example `index` is seen: the scheduled one, or with uniform_prob one of 0..n."""
+    """Returns the stage of training example `index`: drawn from 0..n with probability uniform_prob, else `stage`."""
     if config.uniform_prob > 0:
         random = np.random.default_rng((config.seed, epoch, index))
         if random.random() < config.uniform_prob:
@@ -89,7 +88,7 @@ def stage_of_example(config: Config, stage: int, epoch: int, index: int, n_steps
 
 @replaceable
 def thoughts_and_dropped(n_steps: int, stage: int, config: Config) -> tuple[int, int]:
-    """(latent positions, written steps left out) of an example with n_steps steps at a stage."""
+    """Returns (number of latent positions, number of dropped steps) of an example with n_steps steps at a stage."""
     if config.method == "cot":
         return 0, 0
     if config.method == "no_cot":
@@ -104,25 +103,24 @@ def thoughts_and_dropped(n_steps: int, stage: int, config: Config) -> tuple[int,
 
 @replaceable
 def kept_reasoning(steps: Sequence[Sequence[int]], stage: int, config: Config) -> list[int]:
-    """The tokens of the written reasoning that a stage leaves: the last steps."""
+    """Returns the tokens of the steps that a stage keeps: the last ones."""
     _, dropped = thoughts_and_dropped(len(steps), stage, config)
     return [token for step in steps[dropped:] for token in step]
 
 
 @replaceable
 def kept_lengths(lengths: np.ndarray, stage: int, config: Config) -> np.ndarray:
-    """How many tokens `kept_reasoning` returns where the steps that are not left out have so many."""
+    """Returns the lengths of `kept_reasoning`, given how many tokens the steps have that are not dropped."""
     return lengths
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Sequences
-# ---------------------------------------------------------------------------------------------------------------
+# --- Sequences ---
 
 
 @replaceable
 def prefix(question: Sequence[int], n_latents: int, config: Config, markers: Markers) -> list[int]:
-    """What is given: Q, and for methods with latents start latent* end, with latent_markers none latent* alone."""
+    """Returns Q, followed for methods with latents by start latent* end (without start and end if latent_markers is
+    none)."""
     if not config.has_latents:
         return list(question)
     if config.latent_markers == "none":
@@ -133,11 +131,11 @@ def prefix(question: Sequence[int], n_latents: int, config: Config, markers: Mar
 def prompt(
     question: Sequence[int], steps: Sequence[Sequence[int]], stage: int, config: Config, markers: Markers
 ) -> list[int]:
-    """The token ids that generation starts from: what `training_sequence` puts before the supervised tokens.
+    """Returns the token ids that generation starts from: the unsupervised part of `training_sequence`.
 
-    With config.eval_latents_from_steps and no padding to max_latent_stage, at most n steps of thought: the
-    reference's rule, which tells the model how many steps the gold solution has. config.eval_latents sets the number of
-    thoughts, whatever the stage (paper, Section 5: forced switches to language).
+    config.eval_latents sets the number of latents at any stage (paper, Section 5: forced switches to language).
+    config.eval_latents_from_steps without pad_latent_to_max limits it to n * c_thought: the reference's rule, which
+    leaks the number of gold steps.
     """
     n_latents, _ = thoughts_and_dropped(len(steps), stage, config)
     if config.eval_latents is not None:
@@ -156,11 +154,14 @@ def training_sequence(
     config: Config,
     markers: Markers,
 ) -> tuple[list[int], list[int]]:
-    """One example at one stage as (input_ids, labels), equally long; labels are IGNORE up to the end of the prompt.
+    """Returns (input_ids, labels) of an example at a stage, equally long; labels are IGNORE in the prompt.
 
-    Q S_1..S_n A for cot, Q A for no_cot, and for coconut Q start latent* end S_{s+1}..S_n A, with latent_markers none
-    without start and end; no_thoughts is coconut without markers and latents. A ends with EOS, which is added where
-    `answer` has none.
+    cot:          Q S_1..S_n A
+    no_cot:       Q A
+    coconut:      Q start latent* end S_{s+1}..S_n A, without start and end if latent_markers is none
+    no_thoughts:  Q S_{s+1}..S_n A
+
+    EOS is appended unless `answer` ends with it.
     """
     n_latents, _ = thoughts_and_dropped(len(steps), stage, config)
     before = prefix(question, n_latents, config, markers)
@@ -170,22 +171,27 @@ def training_sequence(
     return before + after, [IGNORE] * len(before) + after
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Steps
-# ---------------------------------------------------------------------------------------------------------------
+# --- Steps ---
 
 
 def next_epoch(config: Config, epoch: int, accuracy: float, at_goal: int) -> tuple[int, int]:
-    """(the epoch after one with this accuracy, epochs of its stage in a row at advance_at, at_goal of them before it):
-    the next; or the first of the next stage, num_epochs where there is none, after advance_after such epochs."""
-    at_goal = at_goal + 1 if config.advance_at is not None and accuracy >= config.advance_at else 0
-    later = range(epoch + 1, config.num_epochs)
-    begins = next((e for e in later if stage_of(config, e) != stage_of(config, epoch)), config.num_epochs)
-    return (begins, 0) if at_goal >= config.advance_after else (epoch + 1, at_goal if epoch + 1 < begins else 0)
+    """Returns (next epoch, new at_goal) after an epoch with this validation accuracy.
+
+    at_goal counts the consecutive epochs of the stage that reached advance_at. After advance_after of them training
+    jumps to the first epoch of the next stage, or to num_epochs if there is none.
+    """
+    if config.advance_at is None:
+        return epoch + 1, 0
+    at_goal = at_goal + 1 if accuracy >= config.advance_at else 0
+    stage, later = stage_of(config, epoch), range(epoch + 1, config.num_epochs)
+    next_stage_begins = next((e for e in later if stage_of(config, e) != stage), config.num_epochs)
+    if at_goal >= config.advance_after:
+        return next_stage_begins, 0
+    return epoch + 1, at_goal if epoch + 1 < next_stage_begins else 0
 
 
 def optimizer_is_reset(config: Config, epoch: int) -> bool:
-    """Whether AdamW is re-initialised before this epoch."""
+    """Returns whether AdamW is re-initialised before this epoch."""
     if config.reset_optimizer == "stage":
         return epoch > 0 and stage_of(config, epoch) != stage_of(config, epoch - 1)
     return config.reset_optimizer == "epoch"
@@ -199,16 +205,17 @@ def should_reset_optimizer(
     steps_per_epoch: int,
     trained_on: Callable[[int, int], Iterable[tuple[int, Sequence[Sequence[int]]]]],
 ) -> bool:
-    """Whether AdamW is re-initialised before this step: with the epoch or the stage, as reset_optimizer says.
+    """Returns whether AdamW is re-initialised before this step, as reset_optimizer says.
 
-    trained_on(epoch, step) gives the examples of a step, (index, [S_1..S_n]) each, to methods whose stages end within
-    an epoch."""
+    trained_on(epoch, step) returns (index, [S_1..S_n]) of each example of a step: iCoT, whose stages end within an
+    epoch, asks whether they have reasoning left.
+    """
     return step == 0 and optimizer_is_reset(config, epoch)
 
 
 def lr_factor(config: Config, epoch: int, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of a step of an epoch as a share of config.lr: linear warm-up from the first step that is
-    trained, then constant, linear or cosine to 0."""
+    """Returns the learning rate of a step divided by config.lr: linear warm-up from the first trained step (of epoch
+    config.resume), then constant, or linear or cosine decay to 0."""
     step += (epoch - config.resume) * steps_per_epoch
     total_steps = (config.num_epochs - config.resume) * steps_per_epoch
     if step < config.warmup_steps:
@@ -219,7 +226,7 @@ def lr_factor(config: Config, epoch: int, step: int, steps_per_epoch: int) -> fl
 
 @replaceable
 def reasoning_left(stage: int, config: Config) -> str:
-    """In words, what a stage leaves of the written reasoning."""
+    """Describes, for `schedule`, how much of the written reasoning a stage keeps."""
     _, dropped = thoughts_and_dropped(config.max_latent_stage, stage, config)
     if config.method == "no_cot" or (config.method != "cot" and stage > config.max_latent_stage):
         return "none"
@@ -227,8 +234,8 @@ def reasoning_left(stage: int, config: Config) -> str:
 
 
 def schedule(config: Config, world_size: int) -> str:
-    """The whole plan as a table, a line an epoch, of its end: what `run.py FILE --schedule` prints."""
-    accumulation, size = config.passes(world_size)
+    """Returns the table of `run.py FILE --schedule`: one line per epoch, with the stage at its end."""
+    accumulation, size = config.micro_batches(world_size)
     batch = accumulation * world_size * size
     lines = [f"{'epoch':>5} {'stage':>5} {'latents':>8} {'written reasoning':>20} {'optimizer':>10} {'batch':>6}"]
     for epoch in range(config.resume, config.num_epochs):
@@ -238,5 +245,7 @@ def schedule(config: Config, world_size: int) -> str:
         left = reasoning_left(stage, config)
         lines.append(f"{epoch:>5} {stage_name(stage):>5} {latents:>8} {left:>20} {optimizer:>10} {batch:>6}")
     if config.advance_at is not None:
-        lines.append(f"at most: {config.advance_after} in a row with an accuracy of {config.advance_at:g} end a stage")
+        lines.append(
+            f"a stage ends after {config.advance_after} epochs in a row with accuracy >= {config.advance_at:g}"
+        )
     return "\n".join(lines)

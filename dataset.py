@@ -212,7 +212,7 @@ class EpochPlan(Sequence):
 
     def __init__(self, order: np.ndarray, config: Config, rank: int, world_size: int, seen: int = 0):
         self.order, self.rank, self.world_size = order[seen:], rank, world_size
-        accumulation, self.size = config.passes(world_size)
+        accumulation, self.size = config.micro_batches(world_size)
         self.per_step = accumulation * world_size * self.size
         whole = config.batch_size_training
         self.group_size = whole if self.size < whole and whole % self.size == 0 else 0

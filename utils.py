@@ -1,6 +1,6 @@
-"""What every module may need: errors and messages, seeds, progress bars, JSON, files that appear whole or not at all.
+"""Shared by all modules: errors and messages, seeds, progress bars, JSON.
 
-tqdm and torch are imported where they are needed: `--help` and every error in a configuration come at once.
+tqdm and torch are imported where they are used, so that `--help` and configuration errors appear at once.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something a user can put right. `run.py` prints its text once, without a traceback, and exits with 2."""
+    """An error that the user can fix. `run.py` prints its message once, without a traceback, and exits with code 2."""
 
-    is_shared = False  # whether all ranks raise it
+    is_shared = False  # True if every rank raises it
 
     @classmethod
     def of_all(cls, text: str) -> UserError:
-        """One that every rank raises, with the same text."""
+        """Returns an error that every rank raises with the same message."""
         error = cls(text)
         error.is_shared = True
         return error
 
 
 def launched_ranks() -> tuple[int, int]:
-    """(rank, world size) as torchrun set them; (0, 1) without it: some schedulers set a RANK of their own."""
+    """Returns (rank, world size) as set by torchrun, (0, 1) without it. Some schedulers set RANK alone: ignored."""
     is_launched = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
     return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if is_launched else (0, 1)
 
@@ -41,11 +41,11 @@ class _AboveProgressBars(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        with suppress(OSError):  # nobody reads standard error any more, or its disk is full: no reason to end
+        with suppress(OSError):  # a closed pipe or a full disk behind standard error must not end the training
             tqdm.write(("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage(), sys.stderr)
 
 
-log = logging.getLogger("coconut")  # on standard error, by rank 0
+log = logging.getLogger("coconut")  # rank 0 writes to standard error, the other ranks write nothing
 log.setLevel(logging.INFO)
 log.propagate = False
 log.addHandler(_AboveProgressBars())
@@ -53,23 +53,23 @@ log.addFilter(lambda _: launched_ranks()[0] == 0)
 
 
 def print_result(text: str) -> None:
-    """Prints a result; nothing where standard output is closed (`| head`). Raises UserError where its disk is full."""
+    """Prints to standard output. Ignores a closed pipe (`| head`); raises UserError if the disk is full."""
     try:
         print(text, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would write it again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes, and fails, again at exit
         if not isinstance(error, BrokenPipeError):
             raise UserError(f"standard output cannot be written: {error.strerror}") from None
 
 
 def print_error(error: UserError) -> int:
-    """Prints what is wrong, on one rank; returns the exit code."""
+    """Prints an error to standard error, once if all ranks raise it; returns the exit code 2."""
     rank = launched_ranks()[0]
     if rank > 0:
-        with suppress(ValueError):  # in a thread
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which slurm/launch.sh has the ranks ignore
-        # torchrun stops a node's ranks when one of them exits: rank 0 prints first. A rank that is still there after
-        # that is alone with the error, or on another node, where the ranks take turns too
+        with suppress(ValueError):  # raised outside the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ranks started by slurm/launch.sh ignore SIGTERM
+        # torchrun ends a node's ranks when one of them exits, so rank 0 prints first. A rank that is still alive after
+        # this sleep raised the error alone, or is on another node, where the ranks print in turn.
         time.sleep(3 + int(os.environ.get("LOCAL_RANK", 0)))
         if error.is_shared:
             return 2
@@ -79,7 +79,7 @@ def print_error(error: UserError) -> int:
 
 
 def progress_bar(iterable, title: str, unit: str, shown: bool):
-    """tqdm, on one rank; in a log file it writes a line now and then instead of many a second."""
+    """Wraps an iterable in a tqdm bar, hidden unless `shown`; in a log file it updates every 30 seconds."""
     from tqdm import tqdm
 
     interval = 0.2 if sys.stderr.isatty() else 30
@@ -98,7 +98,7 @@ def seed_everything(*entropy: int) -> None:
 
 
 def under_debugger() -> bool:
-    """Whether a debugger watches this process, or has started it (python -m pdb, IPython's %run -d)."""
+    """Returns whether a debugger watches this process or started it (python -m pdb, IPython's %run -d)."""
     monitoring = getattr(sys, "monitoring", None)  # what debuggers use from Python 3.12 on
     if sys.gettrace() is not None or (monitoring and monitoring.get_tool(monitoring.DEBUGGER_ID)):
         return True
@@ -106,7 +106,7 @@ def under_debugger() -> bool:
 
 
 def parse_json(text: str):
-    """`json.loads`, whose only error is ValueError: a bracket repeated often enough is a RecursionError."""
+    """Parses JSON. Raises ValueError for any mistake: `json.loads` raises RecursionError for deeply nested brackets."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -114,16 +114,16 @@ def parse_json(text: str):
 
 
 def read_object(path: Path) -> dict:
-    """A JSON file that holds an object. Raises UserError where it is damaged."""
+    """Reads a JSON object from a file. Raises UserError if the file is missing or damaged."""
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} cannot be read: it is no object")
     return content
 
 
 def as_json(content) -> str:
-    """As this program writes its JSON files."""
+    """Returns the text of a JSON file in this program's format."""
     return json.dumps(content, indent=1) + "\n"

@@ -36,7 +36,7 @@ def measure(config: Config, stage: int, world) -> dict[str, int]:
         run.throughput = Throughput(FlopCounter.of(run.model), None)
         run.wrapped = parallel.wrap(run.model, world)
         run.optimizer = program.make_optimizer(run)
-        accumulation, size = config.passes(world.size)
+        accumulation, size = config.micro_batches(world.size)
         batch = Batches(config, data, pretrained.markers).training(stage, size) | {"weight": 1.0}
         if run.parts.dataset.counts_loss_terms:
             batch["loss_counts"] = {"auxiliary": size}

@@ -376,9 +376,9 @@ def test_accumulation_that_has_no_effect_is_a_mistake(write, tmp_path):
     (tmp_path / "base.yaml").write_text("global_batch_size: 64")
     path, accumulation = write("extends: base.yaml"), "gradient_accumulation_steps=2"
     assert "gradient_accumulation_steps in the command line has no effect" in problem(path, accumulation)
-    assert Config.from_file(path, [accumulation, "global_batch_size=null"]).passes(1) == (2, 32)
+    assert Config.from_file(path, [accumulation, "global_batch_size=null"]).micro_batches(1) == (2, 32)
     both = write("global_batch_size: 64\ngradient_accumulation_steps: 1")  # as a run's own config.yaml has it
-    assert Config.from_file(both).passes(1) == (2, 32)
+    assert Config.from_file(both).micro_batches(1) == (2, 32)
 
 
 def test_a_rank_without_a_world_is_not_torchruns(monkeypatch):
@@ -455,10 +455,10 @@ def test_without_a_methods_file_the_rest_is_read(tmp_path, gone):
 def test_accumulation_follows_the_world(monkeypatch, write):
     """evaluate.py RUN --all failed on runs of two ranks, whose batch one rank cannot make."""
     config = Config(global_batch_size=128, batch_size_training=32)
-    assert [config.passes(world_size) for world_size in (1, 2, 4, 8)] == [(4, 32), (2, 32), (1, 32), (1, 16)]
-    assert Config(batch_size_training=32, gradient_accumulation_steps=3).passes(5) == (3, 32)
+    assert [config.micro_batches(world_size) for world_size in (1, 2, 4, 8)] == [(4, 32), (2, 32), (1, 32), (1, 16)]
+    assert Config(batch_size_training=32, gradient_accumulation_steps=3).micro_batches(5) == (3, 32)
     for world_size in (3, 256):
-        refuses("no multiple", config.passes, world_size)
+        refuses("no multiple", config.micro_batches, world_size)
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
     path = write("global_batch_size: 128")

@@ -174,4 +174,4 @@ def test_a_stage_can_have_to_stay_learnt():
     assert curriculum.next_epoch(config, 1, 0.9, 1) == (4, 0)  # the next stage begins to count anew
     assert curriculum.next_epoch(config, 3, 0.9, 0) == (4, 0)  # its epochs are over
     assert curriculum.next_epoch(config, 5, 0.9, 1) == (9, 0)
-    assert "at most" in schedule(config, 1).splitlines()[-1]
+    assert "a stage ends after" in schedule(config, 1).splitlines()[-1]

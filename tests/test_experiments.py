@@ -316,7 +316,7 @@ def test_what_a_report_remembers_is_not_run_again(place, small, started, tmp_pat
     (tmp_path / "small.json").write_text("[]")
     capsys.readouterr()
     assert grid.main(arguments) == 2
-    assert "small.json cannot be read: it is no object" in capsys.readouterr().err
+    assert "small.json cannot be read: it is not a JSON object" in capsys.readouterr().err
 
 
 def test_no_result_is_lost_with_a_report_of_others(small, started, tmp_path):

@@ -90,7 +90,7 @@ def test_the_row_has_the_papers_values(data_set, row):
     assert (config.model_id, config.lr) == ("openai-community/gpt2", 5e-5 if icot else 1e-4)
     assert config.weight_decay == 0.01
     for world_size in (1, 2, 4, 8):
-        passes, size = config.passes(world_size)
+        passes, size = config.micro_batches(world_size)
         assert passes * world_size * size == (32 if icot else 128)
     assert config.num_epochs == {(True, "gsm"): 80, (True, "prosqa"): 200, (True, "prontoqa"): 200}.get(
         (icot, data_set), 25 if data_set == "gsm" else 50

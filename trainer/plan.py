@@ -204,12 +204,12 @@ def estimate(config: Config, machine: Machine, strategy: str, source: Source) ->
 
     shapes = [source.shape] * (1 + config.rules.n_companions)
     is_on_gpu, batches, n_ranks = machine.gpu is not None, source.batches, machine.ranks
-    _, size = config.passes(n_ranks)
+    _, size = config.micro_batches(n_ranks)
     with fake_rank(config, n_ranks, strategy, is_on_gpu, shapes, source.markers) as rank:
         check_lengths(config, rank.model.max_positions, batches.data)
 
         def train(stage: int, size: int) -> Need:
-            accumulation, _ = replace(config, batch_size_training=size).passes(n_ranks)
+            accumulation, _ = replace(config, batch_size_training=size).micro_batches(n_ranks)
             return rank.train(batches.training(stage, size), accumulation)
 
         needs = {stage: train(stage, size) for stage in batches.stages}
@@ -272,7 +272,7 @@ def plan(config: Config, gpus: int | None = None, gpu_memory: float | None = Non
     source = read_source(config)
     strategy, why = choose_strategy(config, machine, source.shape)
     found, cost = estimate(config, machine, strategy, source), cost_of(config)
-    n_ranks, (accumulation, size) = machine.ranks, config.passes(machine.ranks)
+    n_ranks, (accumulation, size) = machine.ranks, config.micro_batches(machine.ranks)
     beside = f" and {config.rules.n_companions} more beside it" if config.rules.n_companions else ""
     training, more = found.training, ", and what the method adds to Coconut" if is_counted_in_part(config) else ""
     lines = {
@@ -368,7 +368,7 @@ def what_would_fit(config: Config, machine: Machine) -> str:
     source = read_source(config)
     strategy, _ = choose_strategy(config, machine, source.shape)
     found = estimate(config, machine, strategy, source)
-    size = config.passes(machine.ranks)[1]
+    size = config.micro_batches(machine.ranks)[1]
     if found.largest >= size:
         return (
             f"batch_size_training {size} should have fitted, with {_gib(found.training.total)} in training and "

@@ -156,7 +156,7 @@ def read_by_rank(config: Config, loaded: Pretrained, sets: dict[str, Data]) -> d
 def announce(run: Run, newest: Path | None) -> None:
     """Logs what is about to happen."""
     config, world, progress = run.config, run.world, run.progress
-    accumulation, size = config.passes(world.size)
+    accumulation, size = config.micro_batches(world.size)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     how = "fsdp" if parallel.is_sharded(run.model) else "ddp" if world.size > 1 else "one process"
     log.info(
