@@ -1,10 +1,10 @@
-"""From tokens to batches: sequences of a stage, padding, this rank's share, one batch ahead.
+"""From tokens to batches: the sequences of a stage, padding, each rank's share of an epoch, prefetching.
 
 Legend: Q question, S_i written step i, A answer, n number of written steps; B rows of a batch, T columns.
 
-The sequence of a stage is built from the tokens (preprocessing/tokens.py) when a batch needs it, so that an epoch
-starts at once whatever the size of the data. Everything random is a function of (seed, epoch, example): no number of
-ranks or restarts changes it. torch is imported late: data can be read without waiting for it.
+Sequences are built from the cached tokens (preprocessing/tokens.py) when a batch needs them: an epoch starts at once.
+All randomness is a function of (seed, epoch, example): neither the number of ranks nor a restart changes it. torch is
+imported inside functions, so that data can be read without it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -26,20 +26,17 @@ if TYPE_CHECKING:
     import torch
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------------------------
+# --- Batches ---
 
 
 class StageDataset:
-    """Training sequences: item (i, s) is example i at the scheduled stage s, as (input_ids, labels), lists of int.
+    """Item (i, s) is the training sequence of example i at the scheduled stage s: (input_ids, labels), lists of int.
 
-    With an epoch, single examples depart from that stage as `stage_of_example` says (training); without one they never
-    do (validation).
+    With an epoch (training) `stage_of_example` may change the stage of an example; without one (validation) it is s.
     """
 
-    # whether batches have `loss_counts`: {"auxiliary": the number of terms in the model's auxiliary loss}, and with
-    # "loss" the number of tokens that its loss is a mean of, where it is to be a mean over a whole step's
+    # True: batches have `loss_counts`, {"auxiliary": number of terms in the auxiliary loss, a sum}. If it also has
+    # "loss", the number of supervised tokens, the main loss is a mean over a step's tokens (run.weighted_batches).
     counts_loss_terms = False
 
     def __init__(self, tokens: Tokens, config: Config, markers: Markers, epoch: int | None = None):
@@ -50,41 +47,40 @@ class StageDataset:
         return training_sequence(question, steps, answer, self.stage_of(key, len(steps)), self.config, self.markers)
 
     def stage_of(self, key: tuple[int, int], n_steps: int) -> int:
-        """The stage at which an item, with n_steps written steps, is seen."""
+        """Returns the stage of an item with n_steps written steps."""
         index, stage = key
         return stage if self.epoch is None else stage_of_example(self.config, stage, self.epoch, index, n_steps)
 
     def collate(self, rows: list[tuple]) -> dict:
-        """Items -> the arguments of the model's forward."""
+        """Makes the model's keyword arguments of items."""
         return collate_for_device(rows, self.markers.eos, self.markers.latent)
 
     def micro_batch(self, micro: MicroBatch, stage: int) -> dict:
-        """The collated items of a micro-batch, with its `weight`."""
+        """Collates the items of a micro-batch and adds its `weight`."""
         return self.collate([self[index, stage] for index in micro.indices]) | {"weight": self.weight(micro, stage)}
 
     def weight(self, micro: MicroBatch, stage: int) -> float:
-        """Of a micro-batch, by its share of the supervised tokens of its group."""
+        """Returns the factor of the micro-batch's mean loss in the step's loss (see EpochPlan)."""
         if not micro.group or not micro.weight:
             return micro.weight
         counts = {i: sum(label != IGNORE for label in self.sequence(self[i, stage])[1]) for i in micro.group}
         return float(micro.weight * np.mean([counts[i] for i in micro.indices]) / np.mean(list(counts.values())))
 
     def sequence(self, item) -> tuple[list[int], list[int]]:
-        """(input_ids, labels) of an item, for tools/show_data.py."""
+        """Returns (input_ids, labels) of an item."""
         return item[:2]
 
     def others(self, item, words) -> list[str | tuple[str, list[int], list[int]]]:
-        """What an item holds beside it: lines of text, and (title, input_ids, labels) of further sequences. words(ids)
-        is their text."""
+        """Returns what tools/show_data.py prints of an item beside `sequence`: lines of text, and further sequences as
+        (title, input_ids, labels). words(ids) decodes tokens."""
         return []
 
 
 def collate(rows: list[tuple[list[int], list[int]]], pad_token_id: int, latent_token_id: int | None) -> dict:
-    """(input_ids, labels) pairs -> input_ids, attention_mask, position_ids, labels, each (B, T) int64.
+    """Pads (input_ids, labels) pairs to input_ids, attention_mask, position_ids and labels, each (B, T) int64.
 
-    The first latents of all rows stand in one column, which is what lets rows share the latent passes: in rows with
-    latents, padding follows the question; more of it fills up rows on the right. Pads have attention 0, position 0 and
-    label IGNORE.
+    Padding between the question and the latents puts the first latents of all rows in one column, so that the rows
+    share the latent passes; rows are then padded on the right. Padding has attention 0, position 0 and label IGNORE.
     """
     import torch
 
@@ -98,10 +94,12 @@ def collate(rows: list[tuple[list[int], list[int]]], pad_token_id: int, latent_t
 
 
 def collate_for_device(rows: list[tuple[list[int], list[int]]], pad_token_id: int, latent_token_id: int | None) -> dict:
-    """`collate`, with what the model would otherwise wait for the device to know: `latent_columns`, a list of int;
-    `prefix_lengths`, (B,) int64, the tokens of each row before the first latent column, or None where no padding
-    follows them; and `supervised`, (S,) int64, the positions in the flattened (B, T) that predict a supervised
-    token."""
+    """`collate`, with facts about the batch that spare the model device syncs.
+
+    latent_columns: list of int, the columns with a latent in at least one row.
+    prefix_lengths: (B,) int64, the number of tokens before the first latent column; None if none of them is padding.
+    supervised: (S,) int64, the positions in the flattened (B, T) that predict a supervised token.
+    """
     import torch
 
     batch = collate(rows, pad_token_id, latent_token_id)
@@ -115,14 +113,14 @@ def collate_for_device(rows: list[tuple[list[int], list[int]]], pad_token_id: in
 
 
 def collate_prompts(prompts: list[Sequence[int]], pad_token_id: int, on_the_left: bool = True) -> dict:
-    """Prompts -> input_ids, attention_mask, position_ids, each (B, T) int64, padded on the left: generation
-    continues every row in the same column."""
+    """Pads prompts to input_ids, attention_mask and position_ids, each (B, T) int64; on the left by default, so that
+    generation continues every row in the same column."""
     width = max(len(row) for row in prompts) if on_the_left else 0
     return _padded(prompts, pad_token_id, [0] * len(prompts), [max(width - len(row), 0) for row in prompts])
 
 
 def _padded(rows: list[Sequence[int]], fill: int, begins: list[int], gaps: list[int]) -> dict[str, torch.Tensor]:
-    """Rows of int with gaps[i] paddings before the token begins[i], and as many on the right as it takes."""
+    """Inserts gaps[i] padding positions before token begins[i] of row i, then pads all rows on the right."""
     import torch
 
     begin, gap = np.array(begins)[:, None], np.array(gaps)[:, None]  # (B, 1)
@@ -137,37 +135,33 @@ def _padded(rows: list[Sequence[int]], fill: int, begins: list[int], gaps: list[
 
 
 def _flat(rows: Iterable[Sequence[int]]) -> np.ndarray:
-    """All numbers of all rows, int64."""
+    """Concatenates rows to one int64 array."""
     return np.fromiter(chain.from_iterable(rows), dtype=np.int64)
 
 
 def latent_columns(input_ids: torch.Tensor, latent_token_id: int | None) -> list[int]:
-    """The columns of (B, T) in which at least one row has a latent."""
+    """Returns the columns of (B, T) in which at least one row has a latent."""
     if latent_token_id is None:
         return []
     return (input_ids == latent_token_id).any(dim=0).nonzero().flatten().tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What a rank does in an epoch
-# ---------------------------------------------------------------------------------------------------------------
+# --- The examples of each rank and step ---
 
 
 class MicroBatch(NamedTuple):
-    """One forward pass of one rank: the examples, and the factor of its mean loss in the step's loss."""
+    """The examples of one forward and backward pass on one rank."""
 
     indices: list[int]
-    weight: float
-    group: Sequence[int] = ()  # the examples of several micro-batches whose loss is one mean over tokens
+    weight: float  # the factor of its mean loss in the step's loss, before `StageDataset.weight` corrects it by group
+    group: Sequence[int] = ()  # the examples, of several micro-batches, that share one mean over tokens (see EpochPlan)
 
 
 def example_order(n_examples: int, config: Config, epoch: int, lengths: np.ndarray | None = None) -> np.ndarray:
-    """(examples,) int64: the examples of an epoch as they are taken, a permutation drawn from (seed, epoch), the same
-    for any number of ranks.
+    """Returns the order of an epoch's examples, (n_examples,) int64: a permutation drawn from (seed, epoch).
 
-    With `lengths`, of all sequences, the permutation is cut into windows of 50 batches, each window is sorted by length
-    and cut into batches, and the batches of all windows are shuffled: what shares a step, and so a pass, is similarly
-    long, while which examples meet, and when, stays random.
+    lengths: of all sequences, to group similar lengths. Windows of 50 global batches are sorted by length and cut into
+        batches, and all batches are shuffled: a step has little padding, but its examples and their order stay random.
     """
     random = np.random.default_rng((config.seed, epoch))
     order = random.permutation(n_examples)
@@ -179,13 +173,13 @@ def example_order(n_examples: int, config: Config, epoch: int, lengths: np.ndarr
         window = order[begin : begin + 50 * batch]
         window = window[np.argsort(lengths[window], kind="stable")]
         batches += [window[begin : begin + batch] for begin in range(0, len(window), batch)]
-    # a short batch stays the last: before others it would shift their cuts
+    # a short batch stays last: earlier, it would shift the bounds of the following steps
     full = len(batches) - (len(batches[-1]) < batch)
     return np.concatenate([batches[i] for i in (*random.permutation(full), *range(full, len(batches)))])
 
 
 def steps_per_epoch(n_examples: int, config: Config, world_size: int) -> int:
-    """Optimizer steps of a whole epoch."""
+    """Returns the number of optimizer steps of a whole epoch."""
     return len(EpochPlan(np.arange(n_examples), config, 0, world_size))
 
 
@@ -197,17 +191,16 @@ class PlannedStep(NamedTuple):
 
 
 class EpochPlan(Sequence):
-    """What one rank does in an epoch (see `example_order`), or in the rest of it once the first `seen` examples have
-    been trained on, by whatever number of ranks. A sequence of PlannedStep, each made when it is asked for.
+    """The steps of one rank in an epoch, or in what is left of it after `seen` examples: a sequence of PlannedStep.
 
-    The examples of each step are cut into micro-batches that the ranks take in turn: the cuts, and so the gradients,
-    are the same for every world size with the same global batch and the same size of a pass. The last step may be
-    short: its loss is divided by its own number of examples, and a rank that would have none runs one of its examples
-    with weight 0, because every rank has to join the passes.
+    A step's examples are cut into micro-batches, which the ranks take in turn: for a given micro-batch size the cuts,
+    and so the gradients, do not depend on the world size. A short last step is divided by its own number of examples; a
+    rank without a share runs one of these with weight 0, because every rank must join the collectives.
 
-    Weights: gradients are averaged over ranks and summed over a rank's micro-batches, so that
-    weight = world_size x (examples in the micro-batch) / (examples in the step). On so many ranks that a pass has fewer
-    than batch_size_training examples, these many stay the group whose loss is one mean over tokens.
+    Gradients are averaged over ranks and summed over a rank's micro-batches, so a micro-batch weighs
+    world_size x (its examples) / (the step's examples). On so many ranks that micro-batches are smaller than
+    batch_size_training, the loss is still one mean over the supervised tokens of batch_size_training examples: their
+    `group`, by which `StageDataset.weight` corrects the weight.
     """
 
     def __init__(self, order: np.ndarray, config: Config, rank: int, world_size: int, seen: int = 0):
@@ -221,7 +214,7 @@ class EpochPlan(Sequence):
         return -(-len(self.order) // self.per_step)
 
     def examples(self, step: int) -> list[int]:
-        """The examples of a step over all ranks."""
+        """Returns the examples of a step over all ranks."""
         return self.order[step * self.per_step : (step + 1) * self.per_step].tolist()
 
     def __getitem__(self, step: int) -> PlannedStep:
@@ -230,8 +223,8 @@ class EpochPlan(Sequence):
         examples = self.examples(step)
         rounds = -(-len(examples) // (self.size * self.world_size))
         mine = []
-        for place in range(self.rank, rounds * self.world_size, self.world_size):
-            begin = place * self.size
+        for number in range(self.rank, rounds * self.world_size, self.world_size):
+            begin = number * self.size
             part = examples[begin : begin + self.size]
             group = examples[begin - begin % self.group_size :][: self.group_size] if self.group_size else ()
             mine.append(MicroBatch(part or examples[:1], self.world_size * len(part) / len(examples), group))
@@ -240,39 +233,34 @@ class EpochPlan(Sequence):
 
 @contextmanager
 def batches_of(dataset: StageDataset, plan: EpochPlan, stages: Sequence[int]) -> Iterator[Iterator[dict]]:
-    """The batches of a plan, a micro-batch each, as the dataset collates them; its steps have these `stages`. A thread
-    makes them one ahead; under a debugger, whose breakpoints it would pass, nothing is ahead. What it raises, the
-    iterator raises."""
+    """Yields an iterator over the collated micro-batches of a plan, whose steps have these `stages`.
+
+    A thread prepares the next batch; its exceptions are raised here. Under a debugger there is no thread, since
+    breakpoints would not stop it.
+    """
     import torch
 
-    def make(micro: MicroBatch, stage: int) -> dict:
+    def prepare(micro: MicroBatch, stage: int) -> dict:
         batch = dataset.micro_batch(micro, stage)
         return _map(batch, lambda tensor: tensor.pin_memory()) if torch.cuda.is_available() else batch
 
-    def ahead(pool: ThreadPoolExecutor) -> Iterator[dict]:
-        pending = None
-        for stage, step in zip(stages, plan, strict=True):
-            for micro in step.micro_batches:
-                pending, earlier = pool.submit(make, micro, stage), pending
-                if earlier is not None:
-                    yield earlier.result()
-        if pending is not None:
-            yield pending.result()
-
+    planned = ((micro, stage) for step, stage in zip(plan, stages, strict=True) for micro in step.micro_batches)
     if under_debugger():
-        yield (make(micro, stage) for stage, step in zip(stages, plan, strict=True) for micro in step.micro_batches)
+        yield (prepare(micro, stage) for micro, stage in planned)
         return
     with ThreadPoolExecutor(1, "batches") as pool:
-        yield ahead(pool)
+        futures = (pool.submit(prepare, micro, stage) for micro, stage in planned)
+        # pairwise submits the next batch before it hands out this one
+        yield (future.result() for future, _ in pairwise(chain(futures, [None])))
 
 
 def on_device(batch: dict, device: torch.device) -> dict:
-    """A batch with its tensors on a device, without waiting for them."""
+    """Copies the tensors of a batch to a device, asynchronously."""
     return _map(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _map(batch: dict, function) -> dict:
-    """A batch, and batches within it, with another tensor in place of each."""
+    """Applies a function to each tensor of a batch and of the batches nested in it."""
     import torch
 
     def one(value):
@@ -284,7 +272,7 @@ def _map(batch: dict, function) -> dict:
 
 
 def sequences_in(batch: dict) -> Iterator[dict]:
-    """A batch and those within it: some methods see an example more than once."""
+    """Yields a batch and the batches nested in it: some methods have several sequences per example."""
     yield batch
     for part in batch.values():
         if isinstance(part, dict) and "input_ids" in part:
