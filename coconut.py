@@ -2,12 +2,11 @@
 
 Legend: B rows, T columns of a batch, K latents, D hidden size, V vocabulary, N new tokens.
 
-A sequence is processed in spans, through one key-value cache: the columns before the first latent in one pass; then,
-one pass each, the spans that begin at a latent column, because the embedding there is made from the hidden state of
-the token before it. The span of the last latent reaches to the end of the sequence. Every token is processed once.
-definition.py has the same without a cache, in a few lines.
+A sequence is processed in spans over one key-value cache. The first ends before the first latent column. Each
+latent column begins a new span, because its embedding is made from the hidden state of the token before it; the last
+span reaches to the end. Every token is processed once. definition.py computes the same without a cache.
 
-In training nothing here waits for the device: the collator knows where latents, labels and padding are.
+Training needs no device sync here: the collator passes on where latents, labels and padding are.
 """
 
 from __future__ import annotations
@@ -27,32 +26,32 @@ from model.backbone import Backbone, freeze_unused
 from model.layout import Rows, column_of, joined, lay_out, lay_out_prompts, restored
 from model.thought import Seen, Thought, make_thought
 
-Edit = Callable[[int, torch.Tensor, Seen], torch.Tensor]  # (its number from 0, thought (B, 1, D), its origin)
+Edit = Callable[[int, torch.Tensor, Seen], torch.Tensor]  # (index of the latent, thought (B, 1, D), its inputs)
 
 
 class CoconutOutput(NamedTuple):
     loss: torch.Tensor | None  # scalar
     inputs_embeds: torch.Tensor  # (B, T, D), with the thoughts filled in
     logits: torch.Tensor | None  # (B, T, V), only without labels
-    thoughts: torch.Tensor | None = None  # (B, K, D) of inputs_embeds, with return_thoughts
-    hidden: torch.Tensor | None = None  # (B, T, D) last hidden states, with return_hidden
-    auxiliary: torch.Tensor | None = None  # scalar, of methods that add to the loss: a sum over the batch
+    thoughts: torch.Tensor | None = None  # (B, K, D), inputs_embeds of the latent columns, if return_thoughts
+    hidden: torch.Tensor | None = None  # (B, T, D), last hidden states, if return_hidden
+    auxiliary: torch.Tensor | None = None  # scalar, the auxiliary loss of some methods: a sum over the batch
 
 
 class Coconut(nn.Module):
-    """Wraps a Hugging Face causal LM, whose parameters keep their names under the prefix `base_causallm.`.
+    """Wraps a Hugging Face causal LM. Its parameters keep their names, with the prefix `base_causallm.`.
 
     Args:
         base_causallm: any decoder-only model that takes `inputs_embeds` and a key-value cache.
         latent_token_id: the token whose embedding is replaced by a thought; None for methods without latents.
         start_latent_id, end_latent_id: the markers around the latents, ordinary tokens to the model.
         eos_token_id: ends a generation.
-        thought: what is fed back, as config.THOUGHTS spells it; its parameters are under the prefix `thought.`.
+        thought: what is fed back, a name of config.THOUGHTS; its parameters have the prefix `thought.`.
 
-    Raises UserError for an unknown thought, and for one that this model cannot have.
+    Raises UserError for a thought that does not exist or that this model does not support.
     """
 
-    one_by_one = True  # whether thoughts come one after the other
+    one_by_one = True  # False: the thoughts of a sequence are computed in parallel
 
     def __init__(
         self,
@@ -77,22 +76,22 @@ class Coconut(nn.Module):
 
     @property
     def companions(self) -> dict[str, Coconut]:
-        """Models that are trained beside this one, and that belong to the trainer's state: none."""
+        """Returns the models that are trained and checkpointed beside this one."""
         return {}
 
     @property
     def thinks(self) -> bool:
-        """Whether latent positions are fed anything but the latent token's embedding."""
+        """Whether latent positions are fed thoughts, not the latent token's embedding."""
         return self.thought.sequential
 
     @property
     def family(self) -> dict:
-        """What model/layout.py has to know of the model."""
+        """Returns the arguments of model/layout.py that depend on the model."""
         return {"latent_token_id": self.latent_token_id, "padding_first": not self.backbone.makes_masks}
 
     @property
     def max_positions(self) -> int | None:
-        """The longest sequence that the model can take; None: any."""
+        """The model's longest sequence, in tokens; None if it has no limit."""
         return self.backbone.max_positions
 
     def forward(
@@ -108,24 +107,23 @@ class Coconut(nn.Module):
         return_thoughts: bool = False,
         return_hidden: bool = False,
     ) -> CoconutOutput:
-        """Runs the latent passes and the mean cross-entropy of the supervised tokens.
+        """Computes the thoughts and the mean cross-entropy of the supervised tokens, or without labels the logits.
 
         Args:
             input_ids: (B, T) int64. Rows may hold different numbers of latents, in any columns but the first; rows
-                whose first latents stand in one column, as `dataset.collate` puts them, share passes.
+                whose first latents are in one column, as in `dataset.collate`, share passes.
             attention_mask: (B, T), 0 at padding; default all ones.
-            labels: (B, T) int64, IGNORE where nothing is supervised; labels[t] is predicted from position t - 1.
-            position_ids: (B, T) int64; default counts the attended tokens from 0.
-            latent_columns, prefix_lengths, supervised: where the latents, the padding and the labels are, as
-                `dataset.collate_for_device` gives them; without them the model waits for the device to know.
-            edit: called at each column with latents, with the thought's number from 0, the thought (B, 1, D), and what
-                it was made of; what it returns is fed in the thought's place. For a thought that does not wait
-                (`pause`) it is the latent token's embedding, and the latents are then gone through one by one.
-            return_thoughts: whether the output holds the embeddings of the latent columns.
-            return_hidden: whether it holds the last hidden states.
+            labels: (B, T) int64, IGNORE where nothing is supervised; labels[t] is predicted at position t - 1.
+            position_ids: (B, T) int64; by default the attended tokens are numbered from 0.
+            latent_columns, prefix_lengths, supervised: as in `dataset.collate_for_device`; without them the model
+                computes them, which needs device syncs.
+            edit: called once per latent column as edit(index, thought (B, 1, D), seen); its result replaces the
+                thought. With `pause`, whose thought is the latent token's embedding, the latents are then processed one
+                by one.
+            return_thoughts, return_hidden: whether the output holds `thoughts` and `hidden`.
 
-        Gradients flow through the thoughts and the cache: the whole chain is trained. The LM head runs on the
-        supervised positions only; without labels it runs on all, and the logits are returned instead of a loss.
+        Gradients flow through the thoughts and the cache: the whole chain is trained. With labels the LM head runs on
+        the supervised positions only.
         """
         hints = {"latent_columns": latent_columns, "prefix_lengths": prefix_lengths}
         rows = lay_out(input_ids, attention_mask, position_ids, **self.family, **hints)
@@ -136,7 +134,7 @@ class Coconut(nn.Module):
             return CoconutOutput(None, embeds, self.head(hidden), thoughts, hidden if return_hidden else None)
         loss = self._loss(hidden, labels, supervised)
         for parameter in self.thought.parameters():
-            loss = loss + 0 * parameter.sum()  # a batch without latents must not leave it without a gradient: DDP waits
+            loss = loss + 0 * parameter.sum()  # DDP waits for its gradient, also in a batch without latents
         return CoconutOutput(loss, embeds, None, thoughts, hidden if return_hidden else None)
 
     @torch.no_grad()
@@ -150,24 +148,21 @@ class Coconut(nn.Module):
         return_thoughts: bool = False,
         **generation_options,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Greedy decoding of a batch of prompts, padded on the left; returns the new tokens only.
+        """Decodes a batch of prompts greedily; returns the new tokens only, (B, N) int64, rows padded with EOS.
 
         Args:
-            input_ids, attention_mask, position_ids: (B, T) as in `forward`.
-            max_new_tokens: N at most; decoding stops earlier once every row has said EOS.
-            edit: of the thoughts, as in `forward`.
-            return_thoughts: whether to return (tokens, thoughts), the latter (B, K, D).
-            generation_options: for anything but greedy decoding, options of Hugging Face's `generate` (do_sample,
-                temperature, num_beams, ...), which then continues from the embeddings with the thoughts filled in.
-                The model's own generation_config and Hugging Face's defaults have no effect: without a top_k there is
-                none.
-
-        Returns: (B, N) int64; each row ends with EOS, if it came to EOS, and is filled up with EOS.
+            input_ids, attention_mask, position_ids: (B, T) as in `forward`, padded on the left.
+            max_new_tokens: the largest N; decoding ends earlier once every row has produced EOS.
+            edit: edits the thoughts, as in `forward`.
+            return_thoughts: whether to return (tokens, thoughts), thoughts (B, K, D).
+            generation_options: of Hugging Face's `generate` (do_sample, temperature, num_beams, ...), which then
+                continues from the embeddings with the thoughts filled in. The model's own generation_config is ignored,
+                and top_k is off unless it is given.
         """
         rows = lay_out_prompts(input_ids, attention_mask, position_ids, **self.family)
         if generation_options:
             _, embeds, _ = self._run(rows, edit=edit)
-            # Hugging Face's `generate` would take the likeliest 50
+            # Hugging Face's default for top_k is 50
             plain = {"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id, "top_k": 0, "top_p": 1.0}
             with self.backbone.own_generation_config():
                 tokens = self.base_causallm.generate(
@@ -187,7 +182,7 @@ class Coconut(nn.Module):
         return (tokens, embeds[:, rows.columns]) if return_thoughts else tokens
 
     def _decode(self, hidden: torch.Tensor, rows: Rows, cache: Cache, max_new_tokens: int) -> torch.Tensor:
-        """Greedy decoding over the cache that holds a batch of prompts with these hidden states, (B, T, D)."""
+        """Decodes greedily, over the cache of a batch of prompts with last hidden states `hidden` (B, T, D)."""
         last = None if rows.columns else rows.before
         hidden, position = column_of(hidden, last), column_of(rows.position_ids, last)  # (B, 1, D), (B, 1)
         attention_mask, tokens = rows.attention_mask, []
@@ -212,50 +207,53 @@ class Coconut(nn.Module):
         position_ids: torch.Tensor | None = None,
         edit: Edit | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Last hidden states and input embeddings with the thoughts filled in, (B, T, D) each, for rows as in
-        `generate`; `head` makes logits of the former. `edit` as in `forward`."""
+        """Returns last hidden states and input embeddings with the thoughts filled in, (B, T, D) each. Arguments as in
+        `generate`; `head` turns hidden states into logits."""
         rows = lay_out_prompts(input_ids, attention_mask, position_ids, **self.family)
         hidden, embeds, _ = self._run(rows, edit=edit)
         return restored(hidden, rows), restored(embeds, rows)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., V), as the model's own forward makes them."""
+        """Returns the logits (..., V) of hidden states (..., D), as in the model's own forward."""
         return self.backbone.head(hidden)
 
     def _run(
         self, rows: Rows, new_columns: int = 0, edit: Edit | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, Cache | None]:
-        """All spans of a batch: last hidden states (B, T, D), filled input embeddings (B, T, D), and the cache, which
-        holds all columns if new ones are to follow."""
+        """Processes a batch span by span.
+
+        Returns the last hidden states (B, T, D), the input embeddings with the thoughts filled in (B, T, D), and the
+        cache, which holds all columns if new_columns > 0.
+        """
         embeds, width = self.backbone.embed(rows.input_ids), rows.input_ids.shape[1]
         columns = rows.columns if self.thought.sequential or edit is not None else []
         bounds = list(pairwise([0, *columns, width]))
         cache = self.backbone.make_cache(width + new_columns, keeps=bool(columns) or new_columns > 0)
         precomputed = self._precompute() if columns else None
-        hidden, filled, before, stream = [], [], rows.before, None
+        hidden, filled, last_token, stream = [], [], None, None
         is_latent = rows.input_ids == self.latent_token_id if columns else None  # (B, T)
-        # one split, not a slice for each span: the backward of a slice fills a tensor of the size of the whole
+        # one split instead of slices: the backward of each slice would fill a tensor of the whole size
         spans = embeds.split([end - begin for begin, end in bounds], dim=1) if columns else [embeds]
-        for number, (span, (begin, end)) in enumerate(zip(spans, bounds, strict=True), start=-1):
+        for index, (span, (begin, end)) in enumerate(zip(spans, bounds, strict=True), start=-1):
             if begin > 0:  # the hidden state before this column becomes the embedding in it
-                seen = Seen(column_of(hidden[-1], before), span[:, :1], stream, precomputed, self.backbone)
-                span = self._with_thought(span, is_latent[:, begin], seen, number, edit)
-            before = rows.before if begin == 0 else None
+                seen = Seen(column_of(hidden[-1], last_token), span[:, :1], stream, precomputed, self.backbone)
+                span = self._with_thought(span, is_latent[:, begin], seen, index, edit)
+            # (B,) column, or None for the last: padding may follow the tokens of the first span
+            last_token = rows.before if begin == 0 else None
             wanted = self.thought.needs_layers and end < width
-            with self.backbone.recording(lambda state, before=before: column_of(state, before), wanted) as states:
+            with self.backbone.recording(lambda state, last=last_token: column_of(state, last), wanted) as states:
                 hidden.append(self.backbone.span(span, *rows.part(begin, end), cache))
             stream = torch.stack(states) if wanted else None  # (layers + 1, B, 1, D)
             filled.append(span)
         return joined(hidden), joined(filled), cache
 
     def _with_thought(
-        self, span: torch.Tensor, is_latent: torch.Tensor, seen: Seen, number: int, edit: Edit | None
+        self, span: torch.Tensor, is_latent: torch.Tensor, seen: Seen, index: int, edit: Edit | None
     ) -> torch.Tensor:
-        """Embeddings (B, t, D) of a span with the thought at its first column, in the rows (B,) that have a latent
-        there; the others keep the embedding of their token."""
+        """Replaces the first embedding of a span (B, t, D) by the thought, in the rows where is_latent (B,)."""
         thought = self.thought(seen) if self.thought.sequential else seen.embedding  # (B, 1, D)
         if edit is not None:
-            thought = edit(number, thought, seen)
+            thought = edit(index, thought, seen)
         first = torch.where(is_latent[:, None, None], thought.to(span.dtype), span[:, :1])
         return torch.cat([first, span[:, 1:]], dim=1) if span.shape[1] > 1 else first
 
@@ -268,48 +266,49 @@ class Coconut(nn.Module):
         )
 
     def _loss(self, hidden: torch.Tensor, labels: torch.Tensor, supervised: torch.Tensor | None) -> torch.Tensor:
-        """Mean cross-entropy over the supervised tokens; the LM head sees only the positions that predict them."""
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()  # (B * T,): what each position predicts
+        """Returns the mean cross-entropy of the supervised tokens; the LM head runs only where they are predicted."""
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()  # (B * T,), the target of each position
         if supervised is None:
             supervised = (targets != IGNORE).nonzero().flatten()
         return self.backbone.cross_entropy(hidden.flatten(0, 1)[supervised], targets[supervised])
 
-    # From files and into them; the code is in trainer/inference.py, which knows folders and tokenizers
+    # --- Loading, saving, asking: implemented in trainer/inference.py ---
 
     @classmethod
     def from_pretrained(cls, source: str | Path, trust_remote_code: bool = False, **hub_options) -> Coconut:
         """Loads a checkpoint, a run's newest checkpoint or a hub id, on the CPU and in the dtype of its file.
 
-        The model has `tokenizer`, `markers`, `config` and `stage` too, which the methods below need. hub_options are
-        those of huggingface_hub.snapshot_download: revision, token, ... Raises UserError.
+        Sets `tokenizer`, `markers`, `config` and `stage`, which the methods below need. hub_options: of
+        huggingface_hub.snapshot_download (revision, token, ...). Raises UserError.
         """
         from trainer import inference
 
         return inference.load(source, trust_remote_code, **hub_options)
 
     def save_pretrained(self, folder: str | Path, **hub_options) -> None:
-        """Writes a new folder for `from_pretrained`; AutoModelForCausalLM reads it too, without thoughts. hub_options:
-        push_to_hub=True, and then repo_id and the options of `push_to_hub`."""
+        """Writes a new folder that `from_pretrained` reads; AutoModelForCausalLM reads it too, without thoughts.
+        hub_options: push_to_hub=True, with repo_id and the options of `push_to_hub`."""
         from trainer import inference
 
         inference.save(self, folder, **hub_options)
 
     def push_to_hub(self, repo_id: str, **options) -> str:
-        """Uploads the folder; options are private, token and those of huggingface_hub's upload_folder."""
+        """Uploads the model. options: private, token, and those of huggingface_hub.upload_folder."""
         from trainer import inference
 
         return inference.push(self, repo_id, **options)
 
     def ask(self, question: str, **options) -> str:
-        """The model's output for a question; options as in `answers`."""
+        """Returns the model's output for a question. Options as in `answers`."""
         return self.answers([question], **options)[0]["output"]
 
     def answers(self, questions: list[str], **options) -> list[dict]:
-        """The model's {"output", "answer"} for each question, as one batch, by greedy decoding.
+        """Answers questions as one batch, greedily; returns {"output", "answer"} for each.
 
-        options: max_new_tokens (128); n_thoughts, a number of latents other than its stage's; mode, of a model with
-        several; show_thoughts, which adds "thoughts": for each latent the five likeliest [token, probability] pairs at
-        the position before it (paper, Section 5.2); sampling options of `generate`. Raises UserError.
+        options: max_new_tokens (128); n_thoughts, the number of latents (by default that of the model's stage); mode,
+        of a multi_mode model; show_thoughts, which adds "thoughts": for each latent the five likeliest [token,
+        probability] pairs at the position before it (paper, Section 5.2); sampling options of `generate`. Raises
+        UserError.
         """
         from trainer import inference
 

@@ -1,5 +1,5 @@
-"""Coconut by definition (Hao et al. 2024, Section 3): without a cache, a row at a time, everything recomputed for each
-thought. Slow, and what coconut.py, the check of a model family, benchmarks and exports are compared with.
+"""The definition of Coconut (Hao et al. 2024, Section 3): no cache, one row at a time, everything recomputed for each
+thought. Slow: coconut.py, the check of model families, benchmarks and exports are compared with it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from model.backbone import decoder_of
 def filled_embeddings(
     base: PreTrainedModel, input_ids: list[int], latent_token_id: int | None, embeds: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(1, T, D): the input embeddings of a row; where a latent stands, the last hidden state of the position before.
+    """Returns a row's input embeddings (1, T, D); a latent's is the last hidden state of the position before it.
 
-    embeds: the embeddings (1, T, D) of the tokens; default those that the model gives them.
+    embeds: the token embeddings (1, T, D) to start from; default the model's own.
     """
     embeds = base.get_input_embeddings()(torch.tensor([input_ids], device=base.device)) if embeds is None else embeds
     for position, token in enumerate(input_ids):
@@ -27,7 +27,7 @@ def filled_embeddings(
 
 
 def loss(base: PreTrainedModel, rows: list[tuple[list[int], list[int]]], latent_token_id: int | None) -> torch.Tensor:
-    """Mean cross-entropy in nats over the supervised tokens of (input_ids, labels) rows; labels of -100 are not."""
+    """Returns the mean cross-entropy, in nats, of the supervised tokens (label != -100) of (input_ids, labels) rows."""
     losses = []
     for input_ids, labels in rows:
         embeds = filled_embeddings(base, input_ids, latent_token_id)
