@@ -1,9 +1,9 @@
-"""Trains and evaluates Coconut, and the methods it is compared with, as one YAML file says.
+"""Trains and evaluates Coconut, and the methods it is compared with, as a YAML file configures.
 
     torchrun --nproc_per_node 4 run.py args/gsm_coconut.yaml
-    python run.py args/quickstart.yaml num_epochs=1               # one process; any key can be set like this
+    python run.py args/quickstart.yaml num_epochs=1               # one process; key=value sets any key
 
-A run continues from the newest checkpoint in its folder, save_path/name, where there is one.
+A run continues from the newest checkpoint in its folder, save_path/name, if there is one.
 """
 
 from config import Config, configure
@@ -12,14 +12,15 @@ from trainer.distributed import StopSignal
 from trainer.plan import explains_out_of_memory, plan
 
 if __name__ == "__main__":
-    STOP = StopSignal.early()  # a cluster's signal may come during the slow imports below
-    CONFIG = configure(__doc__, schedule, plan)  # --help and mistakes are answered before them
+    STOP = StopSignal.early()  # a cluster may send a signal during the slow imports below
+    CONFIG = configure(__doc__, schedule, plan)  # before them, so that --help and configuration errors appear at once
 
 import math
 import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,12 +40,12 @@ from trainer.step_log import log_steps
 from trainer.throughput import FlopCounter, Throughput, peak_flops
 from utils import UserError, log, print_error, print_result, progress_bar, seed_everything
 
-INTERRUPTED_FILE = "INTERRUPTED_FILE"  # a run that a signal has stopped creates the file that this variable names
+INTERRUPTED_FILE = "INTERRUPTED_FILE"  # environment variable: a file to create when a signal has stopped the run
 
 
 @record
 def main(config: Config, stop: StopSignal | None = None) -> int:
-    """Trains, or evaluates only; returns the exit code. stop: where it watches for signals already."""
+    """Trains, or evaluates if only_eval is set; returns the exit code. stop: a StopSignal that is already active."""
     code = 1
     try:
         world = ranks.setup_distributed()
@@ -67,7 +68,7 @@ def main(config: Config, stop: StopSignal | None = None) -> int:
 
 
 def train(config: Config, world: World, stop: StopSignal) -> None:
-    """The whole curriculum: train an epoch, validate, save; from the newest checkpoint where there is one."""
+    """Runs the curriculum: trains, validates and saves each epoch, from the newest checkpoint if there is one."""
     newest = checkpoint.find_newest(config, world)
     progress = checkpoint.read_progress(newest) if newest is not None else Progress()
     run = setup_run(config, world, newest or checkpoint.find_weights(config, world), progress)
@@ -78,50 +79,47 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
         run.wrapped = parallel.wrap(run.model, world)
         resume(run, newest)
         announce(run, newest)
-        ranks.barrier(world)  # all ranks: some may have read for longer
+        ranks.barrier(world)  # all ranks: reading may take some longer
         while (epoch := run.progress.epoch) < config.num_epochs:
             stage = train_epoch(run, epoch)
-            # a kill during the validation must not cost the epoch
-            save_checkpoint(run, stage)
+            save_checkpoint(run, stage)  # before the validation: a kill during it must not cost the epoch
             if stop.requested(wait=True):  # all ranks
                 announce_stop(run)
-                break
+                return
             metrics, predictions = validate(run, epoch, stage)
             save_epoch(run, epoch, stage, metrics, predictions)
             if run.progress.epoch < config.num_epochs and stop.requested(wait=True):  # all ranks
                 announce_stop(run)
-                break
-        else:
-            finish(run)
+                return
+        finish(run)
 
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
-    """AdamW with decay on every parameter, as in the reference."""
+    """Returns AdamW with weight decay on every parameter, as in the reference."""
     config = run.config
     fused = run.world.device.type == "cuda"
     return torch.optim.AdamW(run.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
 def resume(run: Run, newest: Path | None) -> None:
-    """Optimizer and random state of the newest checkpoint, or the epoch that the key `resume` names."""
+    """Loads optimizer and random state of the newest checkpoint or, without one, skips to the epoch of `resume`."""
     run.optimizer = make_optimizer(run)
-    # ranks draw different dropout, and other than before where a checkpoint has no random state for so many ranks
+    # different dropout on each rank, and after a restart on another number of ranks, which loads no random state
     seed_everything(run.config.seed, run.world.rank, run.progress.step)
     if newest is not None:
         checkpoint.load_optimizer(newest, run.model, run.optimizer)  # all ranks
         for name in checkpoint.load_companions(newest, run.model):  # all ranks
             log.info(f"{newest} has no {name}: it is re-initialised")
         if not checkpoint.load_random_state(newest, run.world):
-            log.info("the number of ranks has changed: dropout goes on with new random numbers")
+            log.info("the number of ranks has changed: dropout continues with new random numbers")
     elif run.config.resume:
         run.progress.epoch = run.config.resume
-        # so that curves and schedules are those of the whole run
-        run.progress.step = run.config.resume * run.steps_per_epoch
+        run.progress.step = run.config.resume * run.steps_per_epoch  # curves and schedules continue where stage 0 ended
 
 
 def train_epoch(run: Run, epoch: int) -> int:
-    """One pass over the training set, or over what an interrupted one has left of it. Returns the stage that it ended
-    with. It ends early where the ranks have agreed to stop (see StopSignal)."""
+    """Trains on the training set once, or on what is left of an interrupted epoch; returns the stage of the last step.
+    Returns early when the ranks have agreed to stop (see StopSignal)."""
     config, progress, n_steps = run.config, run.progress, run.steps_per_epoch
     plan = plan_of_epoch(run, epoch, run.world.rank, progress.seen)
     first = n_steps - len(plan)
@@ -136,7 +134,7 @@ def train_epoch(run: Run, epoch: int) -> int:
         begin, before = time.perf_counter(), progress.seconds
         run.throughput.start()
         for step, planned in enumerate(bar, start=first):
-            if curriculum.should_reset_optimizer(config, epoch, step, n_steps, lambda *place: trained_on(run, *place)):
+            if curriculum.should_reset_optimizer(config, epoch, step, n_steps, partial(trained_on, run)):
                 run.optimizer = make_optimizer(run)
             lr = config.lr * curriculum.lr_factor(config, epoch - progress.passed_over, step, n_steps)
             losses = train_step(run, planned, batches, lr)
@@ -158,8 +156,7 @@ def train_epoch(run: Run, epoch: int) -> int:
 
 
 def plan_of_epoch(run: Run, epoch: int, rank: int, seen: int = 0) -> EpochPlan:
-    """What a rank does in an epoch after its first `seen` examples; in random order, or with group_by_length in random
-    groups."""
+    """Returns the steps of a rank in an epoch, after the first `seen` examples."""
     config, train = run.config, run.data.train
     stage = curriculum.stage_of(config, epoch)
     lengths = data_files.sequence_lengths(train, config, stage) if config.group_by_length else None
@@ -168,15 +165,17 @@ def plan_of_epoch(run: Run, epoch: int, rank: int, seen: int = 0) -> EpochPlan:
 
 
 def trained_on(run: Run, epoch: int, step: int):
-    """(index, [S_1..S_n]) of each example of a step, over all ranks."""
+    """Yields (index, [S_1..S_n]) of each example of a step, over all ranks."""
     for index in plan_of_epoch(run, epoch, rank=0).examples(step):
         yield index, run.data.train[index][1]
 
 
 def train_step(run: Run, planned: PlannedStep, batches: Iterator[dict], lr: float) -> torch.Tensor:
-    """Forward and backward of each micro-batch, then one optimizer step. Gradients are averaged across ranks in the
-    backward of the last micro-batch. Returns this rank's share of the step's (main, auxiliary) loss, still on the
-    device; of a method without the latter (1,)."""
+    """Runs forward and backward of each micro-batch, then one optimizer step. Gradients are averaged across ranks in
+    the last micro-batch's backward.
+
+    Returns this rank's share of the step's losses, (2,) on the device: main and auxiliary; (1,) without the latter.
+    """
     total = torch.zeros(2, device=run.world.device)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -187,7 +186,7 @@ def train_step(run: Run, planned: PlannedStep, batches: Iterator[dict], lr: floa
             losses = [output.loss * weights[0]]
             if output.auxiliary is not None:
                 losses.append(output.auxiliary * weights[1])
-            sum(losses).backward()  # all ranks, where it is the last
+            sum(losses).backward()  # all ranks, in the last micro-batch
         for index, loss in enumerate(losses):
             total[index] += loss.detach()
     total = total[: len(losses)]
@@ -196,9 +195,11 @@ def train_step(run: Run, planned: PlannedStep, batches: Iterator[dict], lr: floa
 
 
 def weighted_batches(run: Run, planned: PlannedStep, batches: Iterator[dict]) -> Iterator[tuple[dict, tuple]]:
-    """The micro-batches of a step, on the device, with the factors of their (main, auxiliary) losses in the step's: the
-    sum over micro-batches and mean over ranks is then a mean over the step's examples or, where a method counts the
-    terms of its losses (StageDataset.counts_loss_terms), over these."""
+    """Yields each micro-batch of a step, on the device, with the weights of its (main, auxiliary) loss.
+
+    The weighted losses, summed over micro-batches and averaged over ranks, are a mean over the step's examples or, for
+    a method that counts its losses' terms (StageDataset.counts_loss_terms), over these terms.
+    """
     world, micro_batches = run.world, planned.micro_batches
     if not run.parts.dataset.counts_loss_terms:
         for _ in micro_batches:
@@ -208,21 +209,19 @@ def weighted_batches(run: Run, planned: PlannedStep, batches: Iterator[dict]) ->
         return
     drawn = [next_batch(run, batches) for _ in micro_batches]
     counts = [batch.pop("loss_counts") for batch in drawn]
-    counted = [(count.get("loss", 0), count["auxiliary"]) for count in counts]
-    whole = torch.tensor(
-        [c for c, micro in zip(counted, micro_batches, strict=True) if micro.weight] or [(0, 0)], device=world.device
-    )
-    totals = whole.sum(dim=0).float()
+    # a rank without a share of the step runs an example that does not count
+    counted = [count for count, micro in zip(counts, micro_batches, strict=True) if micro.weight]
+    totals = [sum(count.get(name, 0) for count in counted) for name in ("loss", "auxiliary")]
+    totals = torch.tensor(totals, dtype=torch.float32, device=world.device)
     ranks.all_reduce(totals)  # all ranks
-    totals = totals.clamp(min=1)
     for batch, count, micro in zip(drawn, counts, micro_batches, strict=True):
-        share = world.size * (micro.weight > 0) / totals  # an idle rank runs an example that does not count
+        main, auxiliary = world.size * (micro.weight > 0) / totals.clamp(min=1)
         weight = batch.pop("weight")
-        yield batch, (count["loss"] * share[0] if "loss" in count else weight, share[1])
+        yield batch, (count["loss"] * main if "loss" in count else weight, auxiliary)
 
 
 def next_batch(run: Run, batches: Iterator[dict]) -> dict:
-    """The next micro-batch on the device, as the method has it there (methods.implementation)."""
+    """Returns the next micro-batch on the device, after the method's own `on_device` (methods.implementation)."""
     begin = time.perf_counter()
     batch = next(batches)
     run.throughput.waiting += time.perf_counter() - begin
@@ -232,7 +231,7 @@ def next_batch(run: Run, batches: Iterator[dict]) -> dict:
 
 
 def update_weights(run: Run, loss: torch.Tensor) -> None:
-    """The optimizer's step; none where skip_nonfinite is set and the loss or the gradient is not finite."""
+    """Clips the gradient and steps the optimizer. With skip_nonfinite, skips a non-finite loss or gradient instead."""
     config, norm = run.config, None
     if config.max_grad_norm is not None or config.skip_nonfinite:
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
@@ -245,12 +244,12 @@ def update_weights(run: Run, loss: torch.Tensor) -> None:
 
 
 def validate(run: Run, epoch: int, stage: int) -> tuple[dict, list[dict]]:
-    """Evaluates after an epoch; prints and logs the result together with the epoch's training."""
+    """Evaluates after an epoch; logs the result together with the epoch's training loss and time."""
     progress = run.progress
     trained = {"train_loss": progress.losses / len(run.data.train), "train_seconds": progress.seconds}
     if run.config.skip_nonfinite:
         trained["skipped"] = progress.skipped
-    parallel.gather_weights(run.model)  # all ranks: what follows they do at their own pace
+    parallel.gather_weights(run.model)  # all ranks: from here on they need no common pace
     validate_epoch = run.parts.validate or evaluate.evaluate
     metrics, predictions = validate_epoch(run.pretrained, run.data, stage, run.config, run.world)  # all ranks
     metrics = {"epoch": epoch, "stage": stage, **trained, **metrics}
@@ -267,8 +266,8 @@ def validate(run: Run, epoch: int, stage: int) -> tuple[dict, list[dict]]:
 
 
 def save_epoch(run: Run, epoch: int, stage: int, metrics: dict, predictions: list[dict]) -> None:
-    """Saves a finished epoch. With save_only_improve, one whose accuracy is not the best of its stage so far leaves a
-    checkpoint for a restart only. Collective: every rank must call it."""
+    """Saves a finished epoch. With save_only_improve, one that is not the best of its stage gets a checkpoint for
+    a restart only. Collective."""
     progress = run.progress
     progress.epoch, progress.at_goal = curriculum.next_epoch(run.config, epoch, metrics["accuracy"], progress.at_goal)
     progress.passed_over += progress.epoch - epoch - 1
@@ -281,11 +280,11 @@ def save_epoch(run: Run, epoch: int, stage: int, metrics: dict, predictions: lis
 
 
 def save_checkpoint(run: Run, stage: int, files: dict[str, str] | None = None) -> None:
-    """Saves this moment; with `files`, that of a finished epoch. Collective: every rank must call it."""
+    """Saves a checkpoint for a restart or, with `files` (metrics and predictions), of a finished epoch. Collective."""
     if run.config.debug:
         return
     if files is None and run.saved is not None and run.saved.name == checkpoint.restart_name(run.progress):
-        return  # nothing has happened since
+        return  # it is already saved
     if not run.config.skip_nonfinite and not parallel.weights_are_finite(run.model):  # all ranks
         raise UserError.of_all(
             f"the weights after step {run.progress.step} are not finite and not saved; the last good checkpoint is "
@@ -297,7 +296,7 @@ def save_checkpoint(run: Run, stage: int, files: dict[str, str] | None = None) -
 
 
 def announce_stop(run: Run) -> None:
-    """A signal has stopped the run, which is saved: logs how to continue it, and leaves a note for slurm/common.sh."""
+    """Logs how to continue a run that a signal has stopped, and notifies slurm/common.sh."""
     run.logger.interrupted = True
     run.wait_for_digests()
     if run.saved is not None:
@@ -308,13 +307,13 @@ def announce_stop(run: Run) -> None:
 
 
 def finish(run: Run) -> None:
-    """Removes what only a restart would need, and prints the run's table."""
+    """Removes the checkpoints for a restart and prints the run's table."""
     run.wait_for_digests()
     if run.world.is_main:
         checkpoint.remove_restarts(run.config.run_dir)
         try:
             print_result(evaluate.summary(run.config.run_dir))
-        except UserError as error:  # the training has ended well, whatever has become of its log
+        except UserError as error:  # a damaged log must not fail a finished training
             log.warning(f"there is no table: {error}")
 
 
