@@ -1,6 +1,6 @@
-"""The configuration of a run: its keys, the YAML files and overrides they come from, what is wrong with them, --help.
+"""The configuration of a run: its keys, YAML files, overrides, rows, checks and --help.
 
-Neither torch nor transformers is imported: `run.py --help` and every complaint about a configuration come at once.
+This module imports neither torch nor transformers, so that `run.py --help` and configuration errors appear at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -29,57 +29,52 @@ from trainer.run_folder import is_on_hub, split_choice
 from utils import UserError, launched_ranks, print_error, print_result
 
 METHODS = methods.names()
-MOST_LATENTS = 100_000  # longer than any model's positions; sequences of more fill the memory before they are refused
-METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")  # keys of the reference that became `method`
-MIN_TEMPERATURE = 0.001  # below it logits overflow, and sampling is greedy anyway
+METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")  # keys of the reference, replaced by `method`
+MIN_TEMPERATURE = 0.001  # below it logits overflow
 COMMAND_LINE = "the command line"
 PLACEHOLDER = re.compile(r"YOUR_\w+")
-NO_FILE_NAME = re.compile(r"[/\\\0]|^\.*$")  # of what a name must not be, since files and folders bear it
-LONGEST_NAME = 200  # bytes: a file's name has at most 255, and what is written aside is called a little longer
-NOTHING = ("", "~", "null", "Null", "NULL", "None")  # the reference writes None where YAML has null
+NO_FILE_NAME = re.compile(r"[/\\\0]|^\.*$")
+NOTHING = ("", "~", "null", "Null", "NULL", "None")  # the reference writes None for YAML's null
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-IN_WORDS |= {list[int]: "a list of whole numbers", dict[str, str]: "a mapping of names to texts"}
-# name -> (what may follow it, the module that has it): layer is written as layer:-2 or layer:0.5, and suppressed may
-# name its threshold, as suppressed:0.3
+TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+TYPE_NAMES |= {list[int]: "a list of whole numbers", dict[str, str]: "a mapping of names to texts"}
+# name -> (suffix, module): "layer" has the suffix ":N", as in layer:-2, and "suppressed" may have one, "[:T]"
 THOUGHTS = {"last": ("", "model.thought")} | {name: (takes, module) for name, takes, module in methods.thoughts()}
+SUFFIXES = {"": "", ":N": r":(-?\d{1,6}|\d{0,6}\.\d{1,20})", "[:T]": r"(:(\d{1,6}|\d{0,6}\.\d{1,20}))?"}
+SUFFIXES |= {"[:P]": r"(:[1-9]\d{0,5})?", "[:st]": "(:st)?"}
 SPELLINGS = ", ".join(name + takes for name, (takes, _) in THOUGHTS.items())
 PATHS = ("save_path", "train_path", "val_path", "test_path", "model_id", "load_model_path")
 setting = partial(key, free=True)
 
 
 def split_thought(spelling: str) -> tuple[str, int | float | str | None]:
-    """(name, number) of a thought: "layer:-2" is ("layer", -2), "layer:0.5" is ("layer", 0.5), "last" ("last", None),
-    "token:st" ("token", "st"). Raises ValueError that lists what there is."""
+    """Splits "layer:-2" into ("layer", -2), "layer:0.5" into ("layer", 0.5), "token:st" into ("token", "st") and "last"
+    into ("last", None). Raises ValueError for an unknown thought."""
     name, colon, text = spelling.partition(":")
-    whole, share = r"\d{1,6}", r"\d{0,6}\.\d{1,20}"
-    numbers = {"": "", ":N": f":(-?{whole}|{share})", "[:T]": f"(:({whole}|{share}))?", "[:P]": r"(:[1-9]\d{0,5})?"}
-    numbers["[:st]"] = "(:st)?"
-    if name not in THOUGHTS or not re.fullmatch(numbers[THOUGHTS[name][0]], colon + text):
+    if name not in THOUGHTS or not re.fullmatch(SUFFIXES[THOUGHTS[name][0]], colon + text):
         raise ValueError(f"must be one of {SPELLINGS}")
-    if text == "st":
-        return name, text
-    return name, None if not text else float(text) if "." in text else int(text)
+    if text in ("", "st"):
+        return name, text or None
+    return name, float(text) if "." in text else int(text)
 
 
 def split_noise(spelling: float | str) -> tuple[float, bool]:
-    """(S, whether it is a share of the thought's norm) of thought_noise: 0.3 is (0.3, True), "absolute:0.6" is
-    (0.6, False). Raises ValueError."""
+    """Splits thought_noise into (S, is_relative): 0.3 is (0.3, True), "absolute:0.6" is (0.6, False). Relative noise is
+    scaled by the thought's norm. Raises ValueError."""
     text = str(spelling).removeprefix("absolute:")
     with suppress(ValueError):
         if 0 <= float(text) <= LARGEST_FACTOR:
             return float(text), text == str(spelling)
-    raise ValueError("must be a number from 0 on, or absolute:NUMBER")
+    raise ValueError("must be a number of at least 0, or absolute:NUMBER")
 
 
 def _check_temperature(temperature: float) -> None:
-    """Raises ValueError where logits would overflow."""
     if 0 < temperature < MIN_TEMPERATURE:
-        raise ValueError(f"must be 0, for greedy decoding, or at least {MIN_TEMPERATURE}")
+        raise ValueError(f"must be 0 (greedy decoding) or at least {MIN_TEMPERATURE}")
 
 
 def _with_keys_of_methods(cls):
-    """Adds each method's own keys to those of the core."""
+    """Adds the keys that each method declares in methods/."""
     for rules in methods.all_rules().values():
         for name, annotation, field in methods.own_keys(rules):
             cls.__annotations__[name] = annotation
@@ -90,205 +85,199 @@ def _with_keys_of_methods(cls):
 @dataclass(init=False)
 @_with_keys_of_methods
 class Config:
-    """One run. Every field is a key of the YAML files in args/ and of `run.py FILE key=value ...`.
+    """The configuration of a run. Every field is a key of the YAML files in args/ and of `run.py FILE key=value ...`.
 
-    Keys of a single method are in its file of methods/; any key is checked whatever the method.
-
-    The keys that the reference implementation knows keep its names and meanings; the others default to what it does.
+    Keys of the reference keep its names and meanings; the defaults of the others reproduce it. A method's own keys are
+    in its file of methods/; they are checked whatever the method.
     """
 
-    # the run
+    # --- The run ---
     project: str = setting("coconut", "wandb project")
-    name: str = setting("run", "its folder is save_path/name (default: the YAML file's name and row; never inherited)")
+    name: str = setting(
+        "run",
+        "the run's folder is save_path/name (default: the YAML file's name and row; `extends` does not inherit it)",
+    )
     save_path: str = setting("checkpoints", "folder that holds the runs")
     only_eval: bool = setting(
         False,
-        "evaluate the run's best checkpoint on test_path, and stop; or, where set beside only_eval, in the same file "
-        "or later, load_model_path (on val_path if there is no test_path) and val_path",
+        "evaluate instead of training: the run's best checkpoint on test_path. load_model_path and val_path replace "
+        "these only if they are set in the same file as only_eval or later; without test_path, load_model_path is "
+        "evaluated on val_path",
     )
-    seed: int = key(0, "seeds the weights that are made anew, the data order, dropout and stage mixing", low=0)
+    seed: int = key(0, "seeds new weights, data order, dropout and stage mixing", low=0)
     debug: bool = setting(
-        False, "quick look, in folder NAME-debug: 5000 training, 32 validation examples, no checkpoints, no wandb"
+        False,
+        "quick look, in folder NAME-debug: 5000 training and 32 validation examples, no checkpoints, no wandb",
     )
     wandb: str = setting(
         "online",
-        "online | offline | disabled; online becomes offline where nobody is logged in; WANDB_MODE wins over this key",
+        "online | offline | disabled; online becomes offline without a login; the variable WANDB_MODE overrides this",
         choices=("online", "offline", "disabled"),
     )
-    log_every_steps: int = setting(10, "optimizer steps between two writes to metrics.jsonl and wandb", low=1)
+    log_every_steps: int = setting(10, "optimizer steps between two records in metrics.jsonl and wandb", low=1)
 
-    # the method
+    # --- The method ---
     method: str = key(
-        "coconut", " | ".join(METHODS) + "; the reference's four booleans are read too", choices=METHODS, shapes=True
+        "coconut", " | ".join(METHODS) + "; or one of the reference's four booleans", choices=METHODS, shapes=True
     )
     thought: str = key(
         "last",
-        f"what a latent position is fed: {SPELLINGS.replace(',', ' |')}; N is a layer, counted from the end where "
-        "negative, or a share of the layers such as 0.5, T a threshold, P a width, st the straight-through gradient",
+        f"what a latent position is fed: {SPELLINGS.replace(',', ' |')}; N: a layer, from the end if negative, or a "
+        "fraction of the depth such as 0.5; T: a threshold; P: a width; st: straight-through gradient",
         check=split_thought,
         shapes=True,
     )
-    c_thought: int = key(1, "latent thoughts that replace one written step", low=0, high=MOST_LATENTS, shapes=True)
+    c_thought: int = key(1, "latent thoughts that replace one written step", low=0, shapes=True)
     max_latent_stage: int = key(
-        6,
-        "stage after which no more thoughts are added and all steps are dropped",
-        low=0,
-        high=MOST_LATENTS,
-        shapes=True,
+        6, "last stage that adds thoughts; the stage after it drops all remaining steps", low=0, shapes=True
     )
     epochs_per_stage: int | list[int] = key(
-        5, "epochs of each stage; or a list with one entry a stage, the last stage going on to num_epochs", low=1
+        5, "epochs of each stage, or a list with one entry per stage; the last stage lasts until num_epochs", low=1
     )
     curriculum: str = key("staged", "staged | none (only the last stage)", choices=("staged", "none"))
     pad_latent_to_max: bool = key(
-        True, "in the last stage, max_latent_stage thoughts also for fewer steps", shapes=True
+        True, "in the last stage, max_latent_stage thoughts even for examples with fewer steps", shapes=True
     )
-    uniform_prob: float = key(0.0, "probability that an example trains at a stage drawn from 0..n", low=0, high=1)
-    advance_at: float | None = key(None, "validation accuracy that ends a stage before its epochs do", low=0, high=1)
-    advance_after: int = key(1, "epochs of the stage in a row that must reach it", low=1, later=True)
+    uniform_prob: float = key(
+        0.0, "probability that an example with n steps is trained at a stage drawn from 0..n", low=0, high=1
+    )
+    advance_at: float | None = key(None, "validation accuracy that ends a stage early", low=0, high=1)
+    advance_after: int = key(1, "consecutive epochs of a stage that must reach advance_at", low=1, later=True)
     latent_markers: str = key(
         "both",
-        "both | none: whether start and end marker surround the latents (paper: both)",
+        "both | none: whether start and end markers surround the latents (paper: both)",
         choices=("both", "none"),
         shapes=True,
     )
-    step_separator: str = key(
-        "\n", 'what follows each written step; "" for steps of one token', empty=True, shapes=True
-    )
+    step_separator: str = key("\n", 'text after each written step; "" for single-token steps', empty=True, shapes=True)
     eval_latents_from_steps: bool = setting(
         False, "with pad_latent_to_max off, evaluate with at most as many thoughts as the example has steps (reference)"
     )
-    eval_latents: int | None = setting(
-        None, "in an eval-only run, this many latent thoughts whatever the stage", low=0, high=MOST_LATENTS
-    )
+    eval_latents: int | None = setting(None, "with only_eval: number of latents, instead of the stage's", low=0)
 
-    # the model
+    # --- The model ---
     model_id: str = setting("openai-community/gpt2", "Hugging Face id or local folder of the causal language model")
-    from_scratch: bool = key(False, "take only the shape of model_id; initialise its weights from seed")
+    from_scratch: bool = key(False, "take only the architecture of model_id and initialise its weights from seed")
     load_model_path: str | None = setting(
         None,
         "weights to start from or to evaluate: a checkpoint folder, a run's folder (its newest checkpoint), RUN@best, "
-        "RUN@12 (after 12 epochs), a Hugging Face folder, a file of the reference, or org/name:file on the hub",
+        "RUN@12 (after 12 epochs), a Hugging Face folder, a weight file of the reference, or org/name:file on the hub",
     )
     trust_remote_code: bool = setting(
         False,
-        "run the Python code that model_id brings, where its family is not one of transformers' own: read it first",
+        "run the Python code in model_id, for a family that transformers does not include: read the code first",
     )
     lora_rank: int | None = key(
-        None, "LoRA: train only low-rank updates, of this rank, of linear layers", low=1, later=True, shapes=True
+        None, "LoRA: rank of the updates of linear layers, which alone are trained", low=1, later=True, shapes=True
     )
-    lora_alpha: int = key(32, "LoRA: the updates count lora_alpha / lora_rank times", low=1, later=True, shapes=True)
-    lora_dropout: float = key(0.0, "LoRA: dropout of what the updates are given", low=0, high=1, later=True)
-    resume: int = key(0, "epoch to start from with load_model_path; in an eval-only run, whose stage is used", low=0)
+    lora_alpha: int = key(32, "LoRA: the updates are scaled by lora_alpha / lora_rank", low=1, later=True, shapes=True)
+    lora_dropout: float = key(0.0, "LoRA: dropout on the input of the updates", low=0, high=1, later=True)
+    resume: int = key(
+        0, "epoch to start from, with load_model_path; with only_eval: the epoch whose stage is evaluated", low=0
+    )
 
-    # the data
+    # --- The data ---
     train_path: str | None = setting(None, "JSON list of {question, answer, steps}")
     val_path: str | dict[str, str] | None = setting(
-        None, "the same, for validation; an eval-only run takes several files too, as {name: path, other: path}"
+        None, "the same, for validation; with only_eval also several files: {name: path, other: path}"
     )
-    test_path: str | dict[str, str] | None = setting(None, "the same, for eval-only runs: see only_eval")
-    max_train_examples: int | None = key(None, "train on the first so many examples", low=1)
+    test_path: str | dict[str, str] | None = setting(None, "the same, for only_eval")
+    max_train_examples: int | None = key(None, "number of training examples, the first of the file", low=1)
     max_train_tokens: int | None = key(None, "leave out longer training examples, counted with all steps", low=1)
-    max_eval_examples: int | None = setting(None, "validate on the first so many examples", low=1)
-    group_by_length: bool = key(False, "batches of similar lengths, in random order: less padding (the paper: random)")
-    num_workers: int = setting(1, "without effect, for older files: a thread makes batches one ahead", low=0)
+    max_eval_examples: int | None = setting(None, "number of validation examples, the first of the file", low=1)
+    group_by_length: bool = key(False, "batches of similar lengths in random order: less padding (paper: random)")
+    num_workers: int = setting(1, "no effect, accepted for older files: a thread prepares the next batch", low=0)
 
-    # the optimisation
-    num_epochs: int = key(50, "epochs in all, counted from epoch 0 of the curriculum", low=1)
-    batch_size_training: int = key(32, "examples of one forward pass on one rank", low=1)
-    gradient_accumulation_steps: int = key(1, "forward passes of one optimizer step on one rank", low=1)
+    # --- The optimisation ---
+    num_epochs: int = key(50, "total number of epochs, counted from epoch 0 of the curriculum", low=1)
+    batch_size_training: int = key(32, "examples of one micro-batch: a forward pass on one rank", low=1)
+    gradient_accumulation_steps: int = key(1, "micro-batches of one optimizer step on one rank", low=1)
     global_batch_size: int | None = key(
-        None, "examples of one optimizer step over all ranks; gradient_accumulation_steps is derived from it", low=1
+        None, "examples of one optimizer step over all ranks; determines gradient_accumulation_steps", low=1
     )
-    lr: float = key(1e-4, "AdamW's learning rate", low=0, high=LARGEST_FACTOR)
-    weight_decay: float = key(0.01, "AdamW's weight decay, on every parameter", low=0, high=LARGEST_FACTOR)
+    lr: float = key(1e-4, "learning rate of AdamW", low=0, high=LARGEST_FACTOR)
+    weight_decay: float = key(0.01, "weight decay of AdamW, on every parameter", low=0, high=LARGEST_FACTOR)
     lr_scheduler: str = key("constant", "constant | linear | cosine", choices=("constant", "linear", "cosine"))
-    warmup_steps: int = key(0, "optimizer steps over which lr rises from 0", low=0)
-    max_grad_norm: float | None = key(None, "clip the gradient's norm to this; not at all where it is 0", low=0)
+    warmup_steps: int = key(0, "optimizer steps of linear warm-up", low=0)
+    max_grad_norm: float | None = key(None, "clip the gradient norm to this value (0 or null: no clipping)", low=0)
     reset_optimizer: bool | str = key(
         "stage",
         "never | stage | epoch: when AdamW is re-initialised; True = epoch, False = never, as in the reference's code",
         choices=("never", "stage", "epoch"),
     )
 
-    # the machine
+    # --- The machine ---
     strategy: str = setting(
         "auto",
-        "auto | ddp | fsdp; auto replicates the model, or shards it where it takes over 60 % of a GPU's memory",
+        "auto | ddp | fsdp; auto is ddp, or fsdp for a model that takes over 60 % of a GPU's memory",
         choices=("auto", "ddp", "fsdp"),
     )
-    compile: bool = setting(False, "torch.compile the decoder blocks: minutes at first, faster steps on GPUs")
-    gradient_checkpointing: bool = setting(False, "recompute the decoder blocks in backward: less memory, slower")
+    compile: bool = setting(False, "torch.compile the decoder blocks: minutes of compilation, faster steps on GPUs")
+    gradient_checkpointing: bool = setting(False, "recompute the decoder blocks in the backward: less memory, slower")
     bf16: bool = key(False, "mixed precision: bfloat16 arithmetic, float32 weights and optimizer")
-    bf16_weights: bool = key(False, "weights and optimizer in bfloat16 too (what the reference's bf16 does)")
-    tf32: bool = key(False, "TF32 for float32 matrix products on GPUs: faster, with 10 bits of mantissa", later=True)
+    bf16_weights: bool = key(False, "weights and optimizer in bfloat16 too (the reference's bf16)")
+    tf32: bool = key(False, "TF32 for float32 matrix products on GPUs: faster, 10-bit mantissa", later=True)
 
-    # evaluation and checkpoints
-    eval_batch_size: int = setting(32, "prompts generated from at once on one rank", low=1)
-    max_new_tokens: int = setting(128, "longest generation", low=1)
+    # --- Evaluation and checkpoints ---
+    eval_batch_size: int = setting(32, "prompts of one generation batch on one rank", low=1)
+    max_new_tokens: int = setting(128, "maximum number of generated tokens", low=1)
     val_samples: int = setting(
-        0, "answers sampled to each validation question beside the greedy one, for pass@k and vote (0: none)", low=0
+        0, "sampled answers per validation question, beside the greedy one, for pass@k and vote (0: none)", low=0
     )
     temperature: float = key(
-        0.0, "of the tokens of sampled answers; 0 is greedy decoding", low=0, check=_check_temperature, later=True
+        0.0, "temperature of sampled answers (0: greedy)", low=0, check=_check_temperature, later=True
     )
     thought_noise: float | str = key(
         0.0,
-        "S | absolute:S: Gaussian noise in each thought z of a sampled answer; its standard deviation in each of the D "
-        "dimensions is S |z| / sqrt(D), or S",
+        "S | absolute:S: Gaussian noise on each thought z of a sampled answer, with standard deviation S |z| / sqrt(D) "
+        "or S in each of the D dimensions",
         check=split_noise,
         later=True,
     )
     thought_dropout: float = setting(
-        0.0, "of sampled answers in validation: dropout of the decoder blocks before the last latent", low=0, high=0.99
+        0.0, "dropout of the decoder blocks before the last latent, in sampled validation answers", low=0, high=0.99
     )
     answer_match: str = setting(
         "text",
-        "text | number: whether an answer has to be the gold answer's text without commas (reference), or the last "
-        "number in it to be less than 0.001 from the gold answer",
+        "text | number: an answer is right if it is the gold text without commas (reference), or if its last number is "
+        "within 0.001 of the gold number",
         choices=("text", "number"),
     )
-    save_only_improve: bool = setting(False, "save only when validation accuracy is the best of its stage so far")
-    save_every_steps: int | None = setting(None, "save within epochs too, every so many optimizer steps", low=1)
-    keep_checkpoints: int | None = setting(None, "keep the newest so many epochs, and the best (default: all)", low=1)
-    continue_changed: bool = setting(False, "continue a run although these keys would have led to other weights")
+    save_only_improve: bool = setting(False, "keep an epoch only if its accuracy is the best of its stage so far")
+    save_every_steps: int | None = setting(None, "also save within epochs, every so many optimizer steps", low=1)
+    keep_checkpoints: int | None = setting(None, "number of newest epochs to keep, with the best (default: all)", low=1)
+    continue_changed: bool = setting(False, "continue a run even if keys that decide its weights have changed")
     skip_nonfinite: bool = setting(False, "skip and count optimizer steps with a loss or gradient that is not finite")
 
     @classmethod
-    def from_file(
-        cls, path: str | Path, overrides: list[str] | tuple[str, ...] = (), needs_files: bool = True
-    ) -> Config:
-        """Reads a YAML file, the files that it extends, the row that is chosen of it, and `key=value` overrides.
-        Without needs_files, paths may be missing: for looking at a plan before there is data. Raises UserError that
-        lists everything that is wrong, after all of it has been looked for."""
+    def from_file(cls, path: str | Path, overrides: Sequence[str] = (), needs_files: bool = True) -> Config:
+        """Reads a YAML file, the files it extends, the chosen row and `key=value` overrides.
+
+        needs_files=False accepts missing files, to plan a run before its data exist. Raises UserError with the list of
+        all problems.
+        """
         problems: list[str] = []
-        layers = _layers_of(Path(path), problems)
-        readable = all(layer.values is not None for layer in layers)
-        layers = [layer for layer in layers if layer.values is not None] + _command_line(overrides, problems)
+        layers = [*_layers_of(Path(path)), _command_line(overrides, problems)]
         row = _choose_row(layers, problems)
         values: dict = {"name": "-".join([Path(path).stem, *row])}
-        beside: set[str] | None = None  # keys that are set where only_eval is, or after it
+        evaluates, beside = False, set()  # beside: the keys that are set in the same layer as only_eval or later
         for layer in layers:
-            if "only_eval" in layer.values:
-                on = BOOLEANS.get(str(layer.values["only_eval"]).lower())
-                beside = (beside or set()) if on else None
-            if beside is not None:
-                beside |= layer.values.keys()
+            evaluates = BOOLEANS.get(str(layer.values.get("only_eval", evaluates)).lower(), False)
+            beside = beside | layer.values.keys() if evaluates else set()
             _merge(values, layer, problems)
-        right = _checked(values, problems)
-        config = cls(**right)
+        valid = _checked(values, problems)
+        config = cls(**valid)
         if config.only_eval:
-            config._evaluate(beside or set(), problems)
-        if readable:  # of keys that nobody could read there is nothing to say
-            wrong = [name for name in values if name not in right]  # of which there is a complaint, and a default here
-            found = config.problems(launched_ranks()[1], needs_files)
-            problems += [text for text in found if not any(re.search(rf"\b{name}\b", text) for name in wrong)]
+            config._set_up_evaluation(beside, problems)
+        invalid = values.keys() - valid.keys()  # these have the default in config, and a problem of their own
+        found = config.problems(launched_ranks()[1], needs_files)
+        problems += [text for text in found if not any(re.search(rf"\b{name}\b", text) for name in invalid)]
         if problems:
             raise UserError(f"{path}: " + (problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems])))
         return config
 
     def __init__(self, **values):
-        """Keys that are not given have their defaults; see `methods.with_defaults`."""
+        """Takes the defaults of missing keys from the method (`methods.with_defaults`), else from the fields."""
         values = methods.with_defaults(values)
         fields = {field.name: field for field in dataclasses.fields(self)}
         if unknown := values.keys() - fields.keys():
@@ -298,23 +287,22 @@ class Config:
         if isinstance(self.reset_optimizer, bool):
             self.reset_optimizer = "epoch" if self.reset_optimizer else "never"
 
-    def _evaluate(self, beside: set[str], problems: list[str]) -> None:
-        """Makes val_path what an eval-only run evaluates on, and load_model_path what it evaluates; what is not set
-        `beside` only_eval is of the training."""
+    def _set_up_evaluation(self, beside: set[str], problems: list[str]) -> None:
+        """Chooses what an only_eval run evaluates, load_model_path, and the data, val_path. Keys that are not in
+        `beside` belong to the training."""
         if self.test_path is not None and ("test_path" in beside or "val_path" not in beside):
             self.val_path = self.test_path
         elif not beside & {"load_model_path", "val_path"}:
             problems.append(f"only_eval evaluates {self.run_dir}@best on test_path: set test_path")
         self.test_path = None
-        for name, of_none in (("load_model_path", None), ("resume", 0), ("from_scratch", False)):
-            if name not in beside:
-                setattr(self, name, of_none)
+        for name in {"load_model_path", "resume", "from_scratch"} - beside:
+            setattr(self, name, getattr(Config, name))  # the default
         if self.load_model_path is None:
             self.load_model_path = f"{self.run_dir}@best"
 
     @property
     def rules(self) -> type[methods.Method]:
-        """What the method is, without torch."""
+        """The method's class `Method`, which needs no torch."""
         return methods.rules_of(self.method)
 
     @property
@@ -322,8 +310,7 @@ class Config:
         return Path(self.save_path) / (f"{self.name}-debug" if self.debug else self.name)
 
     def by_set(self) -> dict[str, Config]:
-        """What is evaluated: the files of val_path by their names, each as the configuration that evaluates it alone; a
-        single path has the name ""."""
+        """Returns one configuration for each file of val_path, by the file's name; "" is the name of a single path."""
         paths = self.val_path if isinstance(self.val_path, dict) else {"": self.val_path}
         return {name: dataclasses.replace(self, val_path=path) for name, path in paths.items()}
 
@@ -334,19 +321,19 @@ class Config:
 
     @property
     def arithmetic(self) -> str:
-        """Of matrix products on a GPU: bf16 | tf32 | float32."""
+        """The arithmetic of matrix products on a GPU: bf16 | tf32 | float32."""
         return "bf16" if self.bf16 or self.bf16_weights else "tf32" if self.tf32 else "float32"
 
     @property
     def last_stage(self) -> int:
-        """The stage in which every written step is gone: one past max_latent_stage (paper, Section 4.1)."""
+        """The stage that drops all written steps, max_latent_stage + 1 (paper, Section 4.1)."""
         return self.max_latent_stage + 1
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
-        """(forward passes of a rank for one optimizer step, examples of a pass).
+        """Returns (micro-batches of one optimizer step on one rank, examples of a micro-batch).
 
-        The second is batch_size_training, or less where that would be more than the global batch on so many ranks.
-        Raises UserError where the global batch does not divide.
+        A micro-batch has batch_size_training examples, or fewer if a rank's share of the global batch is smaller.
+        Raises UserError if the global batch cannot be divided so.
         """
         batch, most = self.global_batch_size, self.batch_size_training
         if batch is None:
@@ -354,16 +341,17 @@ class Config:
         share, rest = divmod(batch, world_size)
         size = min(share, most)
         if rest or not size or share % size:
-            what = f"no multiple of {world_size} ranks x batch_size_training {most}"
-            raise UserError(f"global_batch_size {batch} is {what}")
+            raise UserError(
+                f"global_batch_size {batch} is no multiple of {world_size} ranks x batch_size_training {most}"
+            )
         return share // size, size
 
     def problems(self, world_size: int = 1, needs_files: bool = True) -> list[str]:
-        """What is impossible about this configuration on this machine, a sentence each."""
+        """Returns what makes this configuration impossible, one sentence per problem."""
         found = [*(self.missing_files() if needs_files else []), *self._of_names(), *self._of_combinations()]
         for rules in methods.all_rules().values():
             found += rules.problems(self)
-        if not self.only_eval:  # which has no optimizer steps
+        if not self.only_eval:  # an evaluation has no optimizer steps
             try:
                 self.micro_batches(world_size)
             except UserError as error:
@@ -371,49 +359,49 @@ class Config:
         return found
 
     def _of_names(self) -> Iterator[str]:
-        """The run's folder, and names of sets, which files bear."""
+        """Checks the run's folder and the names of evaluation files, which become file names."""
         if reason := why_unreadable(self.save_path):
             yield f"save_path {self.save_path!r} cannot be reached: {reason}"
         elif Path(self.save_path).is_file():
             yield f"save_path {self.save_path!r} is a file, not a folder"
-        if is_no_file_name(self.name):
-            yield f"name {self.name!r} must be a plain folder name, of at most {LONGEST_NAME} bytes"
+        if NO_FILE_NAME.search(self.name):
+            yield f"name {self.name!r} must be a plain folder name"
         if isinstance(self.val_path, dict) and not self.only_eval:
-            yield "val_path names several files, which is for eval-only runs: a training run takes one path"
+            yield "val_path names several files, which needs only_eval: a training run takes one path"
         for option in ("val_path", "test_path"):
             paths = getattr(self, option)
-            if paths == {}:
-                yield f"{option} is an empty mapping: set it to a path, or to {{name: path, other: path}}"
-            for name in filter(is_no_file_name, paths if isinstance(paths, dict) else ()):
-                yield f"{option}: the name {name!r} must be a plain one, of at most {LONGEST_NAME} bytes"
+            for name in filter(NO_FILE_NAME.search, paths if isinstance(paths, dict) else ()):
+                yield f"{option}: {name!r} must be a plain file name"
 
     def _of_combinations(self) -> list[str]:
-        """Keys that exclude or need each other."""
-        entries = len(self.epochs_per_stage) if isinstance(self.epochs_per_stage, list) else 0
-        ends, stages, loads = self.resume >= self.num_epochs, self.last_stage + 1, self.load_model_path is not None
-        thinks, forced = self.only_eval and self.has_latents, self.eval_latents is not None
-        disturbed, feeds = split_noise(self.thought_noise)[0] or self.thought_dropout, self.thought != "pause"
+        """Checks keys that exclude or need each other."""
+        n_entries = len(self.epochs_per_stage) if isinstance(self.epochs_per_stage, list) else 0
+        skips_all, n_stages = self.resume >= self.num_epochs and not self.only_eval, self.last_stage + 1
+        loads, forced = self.load_model_path is not None, self.eval_latents is not None
+        disturbed = split_noise(self.thought_noise)[0] or self.thought_dropout
+        feeds_back = self.has_latents and self.thought != "pause"
         wrong = [
-            (ends and not self.only_eval, f"resume {self.resume} leaves nothing of num_epochs {self.num_epochs}"),
-            (self.only_eval and not loads, "only_eval needs load_model_path: the checkpoint to evaluate"),
-            (forced and not thinks, "eval_latents is for eval-only runs of method coconut, or of another with latents"),
+            (skips_all, f"resume {self.resume} leaves no epoch of num_epochs {self.num_epochs}"),
+            (
+                forced and not (self.only_eval and self.has_latents),
+                "eval_latents needs only_eval and a method with latents",
+            ),
             (self.advance_after > 1 and self.advance_at is None, "advance_after needs advance_at"),
-            (entries > stages, f"epochs_per_stage has {entries} entries, but there are only {stages} stages, from 0"),
+            (n_entries > n_stages, f"epochs_per_stage has {n_entries} entries, but there are only {n_stages} stages"),
             (self.from_scratch and loads, "from_scratch and load_model_path exclude each other"),
-            (self.from_scratch and self.lora_rank, "lora_rank updates existing weights, and from_scratch has none"),
+            (self.from_scratch and self.lora_rank, "from_scratch and lora_rank exclude each other"),
             (self.bf16 and self.bf16_weights, "bf16 (mixed precision) and bf16_weights exclude each other"),
             (self.compile and self.gradient_checkpointing, "compile and gradient_checkpointing exclude each other"),
-            (
-                disturbed and not (feeds and self.has_latents),
-                "thought_noise and thought_dropout need thoughts that are fed back, and "
-                f"method {self.method} with thought {self.thought} has none",
-            ),
             (self.compile and self.thought_dropout, "compile and thought_dropout exclude each other"),
+            (
+                disturbed and not feeds_back,
+                "thought_noise and thought_dropout need latents and another thought than pause",
+            ),
         ]
         return [text for is_wrong, text in wrong if is_wrong]
 
     def missing_files(self, but_weights: bool = False) -> Iterator[str]:
-        """Files that are missing, and placeholders that are still there; `but_weights`: without load_model_path's."""
+        """Yields a sentence for each missing file and each placeholder; but_weights: except load_model_path's."""
         data = {f"val_path {name}".strip(): one.val_path for name, one in self.by_set().items()}
         for name, value in {**vars(self), **data}.items():
             if isinstance(value, str) and PLACEHOLDER.search(value):
@@ -425,27 +413,25 @@ class Config:
                 yield from _missing(name, value) or ([] if Path(value).is_file() else [f"{name} {value!r} is no file"])
         source, model = self.load_model_path, Path(self.model_id)
         continues = not self.only_eval and _holds(self.run_dir, "checkpoint_*/coconut.json")
-        # its own checkpoint wins; the hub is asked later
+        # a run that continues reads its own checkpoint; files on the hub are looked up later
         if source and not (continues or but_weights or is_on_hub(source)):
             yield from _missing("load_model_path", str(split_choice(source)[0]))
-        shapes = continues or (source and _holds(split_choice(source)[0], "config.json", "checkpoint_*/config.json"))
+        has_shape = continues or (source and _holds(split_choice(source)[0], "config.json", "checkpoint_*/config.json"))
         is_path = model.is_absolute() or self.model_id.startswith(".")
-        unknown = why_unreadable(self.model_id)
-        if unknown or (not shapes and (is_path or (len(model.parts) > 1 and model.parents[-2].is_dir()))):
+        is_path |= len(model.parts) > 1 and not why_unreadable(self.model_id) and model.parents[-2].is_dir()
+        if why_unreadable(self.model_id) or (is_path and not has_shape):
             yield from _missing("model_id", self.model_id)
 
     @classmethod
     def problems_of(cls, values: dict) -> list[str]:
-        """What is wrong with the values of a JSON file, a sentence each; unknown keys are ignored."""
+        """Returns what is wrong with values from a JSON file, one sentence per problem; ignores unknown keys."""
         problems: list[str] = []
-        right = _checked(values, problems).items()
-        return problems + [
-            f"{key} must be {value!r}, not {values[key]!r}" for key, value in right if value != values[key]
-        ]
+        valid = _checked(values, problems).items()
+        return problems + [f"{name} must be {v!r}, not {values[name]!r}" for name, v in valid if v != values[name]]
 
     @classmethod
     def describe(cls) -> str:
-        """Every key with its default and its meaning, for --help."""
+        """Returns the text of --help: every key with its default and meaning."""
         fields = dataclasses.fields(cls)
         lines = [f"  {field.name} = {json.dumps(field.default)}\n      {field.metadata['help']}" for field in fields]
         others = {name: rules.defaults for name, rules in methods.all_rules().items() if rules.defaults}
@@ -453,65 +439,55 @@ class Config:
         return "\n".join(lines)
 
 
-def is_no_file_name(name: str) -> bool:
-    return bool(NO_FILE_NAME.search(name)) or len(name.encode(errors="surrogatepass")) > LONGEST_NAME
-
-
 def _holds(folder: Path, *patterns: str) -> bool:
     return not why_unreadable(folder) and any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def _missing(name: str, value: str) -> list[str]:
-    """Why there is nothing at the path that a key has, if so."""
+    """Returns a sentence, in a list, if the path of a key does not exist; else []."""
     if reason := why_unreadable(value):
         return [f"{name} {value!r} cannot be reached: {reason}"]
-    there = Path(value).exists() or PLACEHOLDER.search(value)
-    return [] if there else [f"{name} {value!r} does not exist{_preparation_hint(value)}"]
+    exists = Path(value).exists() or PLACEHOLDER.search(value)
+    return [] if exists else [f"{name} {value!r} does not exist{_preparation_hint(value)}"]
 
 
-def _preparation_hint(path: str) -> str:
-    """The script that makes a file or model of args/."""
-    tiny, llama = "python preprocessing/tiny_model.py data/", "--tokenizer char --shape llama --width 64"
-    hints = {
-        "prosqa_mini": "python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100",
-        "prosqa_": "python preprocessing/prosqa.py",
-        "prontoqa_": "python preprocessing/prontoqa_generate.py",
-        **{name: f"python preprocessing/ood.py {name}" for name in ("gsm_hard", "svamp", "multiarith")},
-        "gsm_": "bash preprocessing/gsm_icot.bash",
-        "arithmetic": "python preprocessing/arithmetic.py",
-        "machine": "python preprocessing/machine.py --out data/machine",
-        "tiny_arithmetic": f"{tiny}arithmetic_train.json --out data/tiny_arithmetic {llama} --untied",
-        "tiny_prosqa": f"{tiny}prosqa_mini_train.json --out data/tiny_prosqa",
-    }
-    where, here = Path(path), Path(__file__).parent
-    how = next((how for word, how in hints.items() if where.name.startswith(word)), None)
-    if (here / "args" / (of_run := f"{where.name.replace('-', '_')}.yaml")).is_file():
-        how = f"python run.py args/{of_run}"
-    if where.as_posix().endswith("data/machine/model"):
-        how = f"{tiny}machine/machine_train.json --out data/machine/model {llama} --positions 64"
-    if (here / "experiments" / f"{where.parent.name}.yaml").is_file():  # with its model
-        how = f"python experiments/grid.py experiments/{where.parent.name}.yaml --dry-run"
-    return f" (make it with: {how})" if how else ""
+MADE_BY = {  # pattern of a path in args/ -> the command that makes it
+    "prosqa_mini_*": "python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100",
+    "prosqa_*": "python preprocessing/prosqa.py",
+    "prontoqa_*": "python preprocessing/prontoqa_generate.py",
+    **{f"{name}*": f"python preprocessing/ood.py {name}" for name in ("gsm_hard", "svamp", "multiarith")},
+    "gsm_*": "bash preprocessing/gsm_icot.bash",
+    "arithmetic_*": "python preprocessing/arithmetic.py",
+    "machine/*": "python experiments/grid.py experiments/table1_mini.yaml --dry-run",
+    "tiny_arithmetic": "python preprocessing/tiny_model.py data/arithmetic_train.json --out data/tiny_arithmetic "
+    "--tokenizer char --shape llama --width 64 --untied",
+    "tiny_prosqa": "python preprocessing/tiny_model.py data/prosqa_mini_train.json --out data/tiny_prosqa",
+}
 
 
-# ---- Where values are written ----
+def _preparation_hint(value: str) -> str:
+    """Returns " (make it with: COMMAND)" for a missing file, model or run that a script of this repository makes."""
+    path, root = Path(value), Path(__file__).parent
+    grid, run = f"experiments/{path.parent.name}.yaml", f"args/{path.name.replace('-', '_')}.yaml"
+    commands = [f"python experiments/grid.py {grid} --dry-run"] if (root / grid).is_file() else []
+    commands += [f"python run.py {run}"] if (root / run).is_file() else []
+    commands += [command for pattern, command in MADE_BY.items() if path.match(pattern)]
+    return f" (make it with: {commands[0]})" if commands else ""
+
+
+# --- Files and overrides ---
 
 
 class Layer(typing.NamedTuple):
-    """The values of one file, or of the command line, by key: texts, and lists and mappings of texts. None where the
-    file cannot be read."""
+    """The keys of one file, row or command line. Values are texts, or lists and mappings of texts."""
 
     origin: str
-    values: dict | None
-    rows: dict[str, dict] = {}  # noqa: RUF012
+    values: dict
+    rows: dict[str, dict]
 
 
 class _TextLoader(yaml.BaseLoader):
-    """Loads texts, and lists and mappings of texts, and notes the keys that a mapping has twice."""
-
-    def __init__(self, text: str):
-        super().__init__(text)
-        self.twice: list[str] = []
+    """Loads all scalars as text. Raises YAMLError for a key that a mapping has twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         values = super().construct_mapping(node, deep)
@@ -519,73 +495,63 @@ class _TextLoader(yaml.BaseLoader):
         for name, _ in node.value:
             line = name.start_mark.line + 1
             if name.value in lines:
-                self.twice.append(f"the key {name.value!r} twice, in lines {lines[name.value]} and {line}")
+                raise yaml.YAMLError(f"the key {name.value!r} is set twice, in lines {lines[name.value]} and {line}")
             lines[name.value] = line
         return values
 
 
-def read_yaml(text: str, where: str, problems: list[str]) -> dict:
-    """The keys of a YAML mapping. Every value is as it is written: text, or a list or a mapping of such. Raises
-    YAMLError, ValueError and RecursionError where it is no YAML."""
-    loader = _TextLoader(text)
-    values = loader.get_single_data()
-    problems += [f"{where} has {what}" for what in loader.twice]
-    if not isinstance(values, dict | None):
-        problems.append(f"{where} must hold `key: value` lines")
-    return values if isinstance(values, dict) else {}
-
-
-def _layers_of(path: Path, problems: list[str], seen: tuple[Path, ...] = ()) -> list[Layer]:
-    """The files that `path` extends, outermost first, then `path` itself. What is wrong with them goes to problems."""
+def read_yaml(path: Path) -> dict:
+    """Reads a YAML mapping whose values are texts, or lists and mappings of texts. Raises UserError."""
     try:
-        if path.resolve() in seen:
-            raise ValueError("it extends itself")
-        values = read_yaml(path.read_text(encoding="utf-8"), str(path), problems)
+        values = _TextLoader(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
-        problems.append(f"cannot read {path}: {error.strerror}")
-        return [Layer(str(path), None)]
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        problems.append(f"{path} is not valid YAML: {' '.join(str(error).split())}")
-        return [Layer(str(path), None)]
-    layers, parent = [], values.pop("extends", "")
-    if not isinstance(parent, str):
-        problems.append(f"extends in {path} must be the path of a file, not {shown(parent)}")
-    elif parent not in NOTHING:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path} must hold `key: value` lines")
+    return values or {}
+
+
+def _layers_of(path: Path, seen: tuple[Path, ...] = ()) -> list[Layer]:
+    """Returns the files that `path` extends, outermost first, then `path` itself. Raises UserError."""
+    if path.resolve() in seen:
+        raise UserError(f"{path} extends itself")
+    values, layers = read_yaml(path), []
+    if (parent := values.pop("extends", "")) not in NOTHING:
         try:
-            layers = _layers_of(path.parent / expanded(parent), problems, (*seen, path.resolve()))
+            parent_path = path.parent / expanded(converted(parent, str))
         except ValueError as error:
-            problems.append(f"extends in {path} {error}, not {shown(parent)}")
+            raise UserError(f"extends in {path} {error}, not {shown(parent)}") from None
+        layers = _layers_of(parent_path, (*seen, path.resolve()))
     for layer in layers:
-        (layer.values or {}).pop("name", None)  # two files must not share a run's folder by accident
+        layer.values.pop("name", None)  # two files must not share a run's folder by accident
     rows = values.pop("rows", {})
     if not isinstance(rows, dict) or not all(isinstance(keys, dict) for keys in rows.values()):
-        problems.append(f"rows in {path} must be a mapping of names to `key: value` lines")
-        rows = {}
+        raise UserError(f"rows in {path} must be a mapping of names to `key: value` lines")
     return [*layers, Layer(str(path), values, rows)]
 
 
-def _command_line(overrides, problems: list[str]) -> list[Layer]:
-    """The key=value arguments: as in a file, but that a text is as the shell gives it, which has taken the quotes that
-    a file needs around a name with ' #' or ': ' in it, or one that begins with @, * or %."""
-    values, given = {}, {}
+def _command_line(overrides: Sequence[str], problems: list[str]) -> Layer:
+    """Parses key=value arguments. Lists, mappings and quoted texts are YAML; any other value is taken literally."""
+    values: dict = {}
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:
             problems.append(f"{text!r} on the command line is not key=value")
             continue
-        if name in given:
-            problems.append(f"{name} is set twice on the command line: {given[name]!r} and {text!r}")
-        given[name], values[name] = text, value.strip()
-        with suppress(yaml.YAMLError, ValueError, KeyError, RecursionError):
-            found = read_yaml(f"value: {value}", f"{text!r} on the command line", problems)["value"]
-            if not isinstance(found, str) or value.strip().startswith(("'", '"')):
-                values[name] = found
-    return [Layer(COMMAND_LINE, values)] if values else []
+        if name in values:
+            problems.append(f"{name} is set twice on the command line")
+        values[name] = value.strip()
+        if values[name].startswith(("[", "{", "'", '"')):
+            with suppress(yaml.YAMLError):
+                values[name] = _TextLoader(value).get_single_data()
+    return Layer(COMMAND_LINE, values, {})
 
 
 def _choose_row(layers: list[Layer], problems: list[str]) -> list[str]:
-    """Puts the keys of the chosen row behind those of the file that has it. Returns what the name of the run gets from
-    that: nothing where a file that extends has chosen it, and has a name of its own."""
+    """Inserts the chosen row as a layer after the file that defines it. Returns what the row adds to the run's name:
+    nothing if another file that extends this one has chosen it, since that file has a name of its own."""
     rows = {name: keys for layer in layers for name, keys in layer.rows.items()}
     chosen, chooser = None, None
     for layer in layers:
@@ -599,22 +565,25 @@ def _choose_row(layers: list[Layer], problems: list[str]) -> list[str]:
             problems.append(f"row {shown(chosen)} in {chooser.origin}: there are no rows to choose from")
         return []
     keys = dict(rows[chosen])
-    before = list(rows)[: list(rows).index(chosen)]
-    while (parent := keys.pop("extends", None)) in before:
+    earlier = list(rows)[: list(rows).index(chosen)]
+    while (parent := keys.pop("extends", None)) in earlier:
         keys = {**rows[parent], **keys}
     if parent is not None:
-        problems.append(f"row {chosen} extends {shown(parent)}, which is no row before it")
+        problems.append(f"row {chosen} extends {shown(parent)}, which is no earlier row")
     number = next(number for number, layer in enumerate(layers) if chosen in layer.rows)
-    layers.insert(number + 1, Layer(f"{layers[number].origin}, row {chosen}", keys))
+    layers.insert(number + 1, Layer(f"{layers[number].origin}, row {chosen}", keys, {}))
     return [chosen.replace("_", "-")] if chooser.origin == COMMAND_LINE or chosen in chooser.rows else []
 
 
 def _merge(values: dict, layer: Layer, problems: list[str]) -> None:
-    """Lays one file, or the command line, over `values`; the four method booleans become `method` on the way."""
-    batch = "" if "global_batch_size" in layer.values else values.get("global_batch_size", "")
-    if "gradient_accumulation_steps" in layer.values and batch not in NOTHING:
-        why = f"it follows from global_batch_size {batch}: set that instead, or to null"
-        problems.append(f"gradient_accumulation_steps in {layer.origin} has no effect, since {why}")
+    """Overrides `values` with those of a layer, whose method booleans become `method`."""
+    batch = values.get("global_batch_size", "")
+    accumulates = "gradient_accumulation_steps" in layer.values and "global_batch_size" not in layer.values
+    if accumulates and batch not in NOTHING:
+        problems.append(
+            f"gradient_accumulation_steps in {layer.origin} has no effect, since global_batch_size {batch} determines "
+            "it: set that instead, or to null"
+        )
     known = {field.name for field in dataclasses.fields(Config)}
     booleans = {name: BOOLEANS.get(str(layer.values[name]).lower()) for name in METHOD_BOOLEANS if name in layer.values}
     for name, value in layer.values.items():
@@ -626,27 +595,27 @@ def _merge(values: dict, layer: Layer, problems: list[str]) -> None:
         else:
             close = difflib.get_close_matches(name, [*known, *METHOD_BOOLEANS, "extends", "row", "rows"], 1)
             hint = f": did you mean {close[0]!r}?" if close else " (run.py --help lists the keys)"
-            hint = ": it is for files alone" if name in ("extends", "rows") else hint
+            hint = ": it belongs into a file" if name in ("extends", "rows") else hint
             problems.append(f"unknown key {name!r} in {layer.origin}{hint}")
     chosen = {name for name, on in booleans.items() if on}
-    if {"coconut", "no_thoughts"} <= chosen:  # as in the reference, "without thoughts" is a switch on top of coconut
+    if {"coconut", "no_thoughts"} <= chosen:  # in the reference, no_thoughts is a switch of coconut
         chosen.remove("coconut")
     if "method" in layer.values:
         chosen.add(str(layer.values["method"]))
     if len(chosen) > 1:
         problems.append(f"two methods at once in {layer.origin}: {' and '.join(sorted(chosen))}")
-    elif chosen:  # as it is written, where it is no text
+    elif chosen:
         values["method"] = layer.values.get("method", *chosen)
     elif booleans and ("method" not in values or values["method"] in booleans):
         problems.append(f"no method in {layer.origin}: set method to one of {', '.join(METHODS)}")
 
 
-# ---- From what is written to a value of a type ----
+# --- Types and limits ---
 
 
 def converted(value, annotation, empty: bool = False):
-    """What a file has as the annotated type of a key; `empty` where "" is not nothing. Raises ValueError with what was
-    expected."""
+    """Converts a value of a file to the annotated type of its key. empty: whether "" is a text, not null. Raises
+    ValueError that names the expected type."""
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     if value is None or (isinstance(value, str) and value in NOTHING and not (empty and value == "")):
         if type(None) in options:
@@ -655,11 +624,11 @@ def converted(value, annotation, empty: bool = False):
     for option in options:
         with suppress(ValueError, KeyError):
             return _as(option, value)
-    raise ValueError("must be " + " or ".join(IN_WORDS[option] for option in options if option in IN_WORDS))
+    raise ValueError("must be " + " or ".join(TYPE_NAMES[option] for option in options if option in TYPE_NAMES))
 
 
 def _as(kind, value):
-    """Raises ValueError and KeyError where a value, a text most often, is not of this kind."""
+    """Converts a value to one type. Raises ValueError or KeyError."""
     if kind is bool:
         return BOOLEANS[str(value).lower()]
     if kind is int and type(value) in (int, str):
@@ -670,13 +639,13 @@ def _as(kind, value):
         return value
     if kind == list[int] and isinstance(value, list) and value:
         return [_as(int, item) for item in value]
-    if kind == dict[str, str] and isinstance(value, dict):
+    if kind == dict[str, str] and isinstance(value, dict) and value:
         return {name: _as(str, text) for name, text in value.items()}
     raise ValueError
 
 
 def expanded(path: str) -> str:
-    """A path with its ~, $NAME and ${NAME} replaced. Raises ValueError that names what is not set."""
+    """Replaces ~, $NAME and ${NAME} in a path. Raises ValueError for an unset variable or an unknown user."""
     if unset := [name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ]:
         raise ValueError(f"must be a path whose variables are set ({', '.join(unset)} is not)")
     found = os.path.expanduser(os.path.expandvars(path))
@@ -686,39 +655,43 @@ def expanded(path: str) -> str:
 
 
 def shown(value) -> str:
-    """A value in a message: a list as it was written."""
+    """Returns a value for a message: a list as in YAML, anything else as in Python."""
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else repr(value)
 
 
 def _check_limits(value, limits) -> None:
+    """Raises ValueError if a value is not within the limits of its `methods.key`."""
     if limits["choices"] and isinstance(value, str) and value not in limits["choices"]:
         raise ValueError("must be one of " + ", ".join(limits["choices"]))
     if limits["check"]:
         limits["check"](value)
-    numbers = [number for number in (value if isinstance(value, list) else [value]) if type(number) in (int, float)]
-    if not all(number >= limits["low"] for number in numbers):
-        raise ValueError(f"must be at least {limits['low']}")
-    if not all(number <= limits["high"] for number in numbers):
-        raise ValueError(f"must be at most {limits['high']}")
+    for number in value if isinstance(value, list) else [value]:
+        if type(number) in (int, float) and not number >= limits["low"]:  # also NaN
+            raise ValueError(f"must be at least {limits['low']}")
+        if type(number) in (int, float) and not number <= limits["high"]:
+            raise ValueError(f"must be at most {limits['high']}")
 
 
 def _checked(values: dict, problems: list[str]) -> dict:
-    """Converts each value to its key's type; what does not convert is reported and left out."""
-    annotations = typing.get_type_hints(Config)
-    result = {}
+    """Returns the valid values, converted to the types of their keys; appends a sentence to problems for each other."""
+    annotations, result = typing.get_type_hints(Config), {}
     for field in dataclasses.fields(Config):
         if field.name not in values:
             continue
         try:
             value = converted(values[field.name], annotations[field.name], field.metadata["empty"])
             _check_limits(value, field.metadata)
-            if field.name in PATHS and value is not None:
-                several = isinstance(value, dict)
-                value = {name: expanded(path) for name, path in value.items()} if several else expanded(value)
+            if field.name in PATHS and isinstance(value, dict):
+                value = {name: expanded(path) for name, path in value.items()}
+            elif field.name in PATHS and value is not None:
+                value = expanded(value)
             result[field.name] = value
         except ValueError as error:
             problems.append(f"{field.name} {error}, not {shown(values[field.name])}")
     return result
+
+
+# --- The command line of run.py ---
 
 
 def configure(
@@ -726,8 +699,8 @@ def configure(
     schedule: typing.Callable[[Config, int], str],
     plan: typing.Callable[[Config, int | None, float | None], str],
 ) -> Config:
-    """The configuration that the command line asks for. Ends the program where there is a mistake in it, and after
-    --help, --schedule or --plan, whose texts `schedule` and `plan` make."""
+    """Returns the configuration that the command line asks for. Exits after an error, and after --help, --schedule or
+    --plan, whose texts the functions `schedule` and `plan` make."""
     is_main = launched_ranks()[0] == 0
     parser = argparse.ArgumentParser(
         description=description,
@@ -740,21 +713,16 @@ def configure(
     parser.add_argument(
         "--plan", action="store_true", help="print what the run will need: memory, disk, tokens, hours; and stop"
     )
-    parser.add_argument("--gpus", type=int, help="with --plan: for so many GPUs (default: what this command would use)")
+    parser.add_argument("--gpus", type=int, help="with --plan: number of GPUs (default: what this command would use)")
     parser.add_argument(
-        "--gpu-memory", type=float, help="with --plan: GiB of each (default: 80 if there is no GPU here)"
+        "--gpu-memory", type=float, help="with --plan: GiB of each GPU (default: 80 if this machine has none)"
     )
-    if not is_main:  # one rank speaks
+    if not is_main:  # rank 0 prints
         parser.print_help = lambda *_: None
         parser.error = lambda message: sys.exit(print_error(UserError(message)))
     options, unknown = parser.parse_known_intermixed_args()
     if unknown:
-        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
-        known = name in {*METHOD_BOOLEANS, *(field.name for field in dataclasses.fields(Config))}
-        hint = f": a key is set without dashes, as in {name}=VALUE" if known else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    if min(options.gpus or 1, options.gpu_memory or 1) <= 0:
-        parser.error("--gpus and --gpu-memory must be more than 0")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} (keys are set without dashes, as in num_epochs=1)")
     try:
         config = Config.from_file(options.config, options.overrides, needs_files=not (options.schedule or options.plan))
         if options.schedule and is_main:
@@ -762,7 +730,7 @@ def configure(
         if options.plan and is_main:
             print_result(plan(config, options.gpus, options.gpu_memory))
     except UserError as error:
-        # a node's ranks read the same files: its first one prints, also where the others are late
+        # the ranks of a node read the same files, so its first rank prints for all of them
         error.is_shared |= int(os.environ.get("LOCAL_RANK", 0)) > 0
         sys.exit(print_error(error))
     if options.schedule or options.plan:

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType, UnionType
 
-import yaml
-
 from config import NOTHING, converted, expanded, read_yaml, shown
 from utils import UserError
 
@@ -72,12 +70,7 @@ def _spelled(value) -> str:
 def read_grid(path: Path) -> Grid:
     """Reads a grid. Raises UserError that lists what is wrong with it."""
     problems: list[str] = []
-    try:
-        values = read_yaml(path.read_text(encoding="utf-8"), str(path), problems)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(path)
     known = _known(Grid, values, str(path), problems)
     for name in ("title", "base", "save_path", "runs", "test_path"):
         if name not in values:

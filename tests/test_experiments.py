@@ -224,7 +224,7 @@ def test_what_is_wrong_with_a_grid_is_one_sentence(small, change, complaint, cap
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("seeds: [5]", "has the key 'seeds' twice, in lines"),
+        ("seeds: [5]", "the key 'seeds' is set twice, in lines"),
         ("title: [", "is not valid YAML: while parsing"),
     ],
 )

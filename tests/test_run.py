@@ -489,7 +489,7 @@ BAD = {
     "no thought": (["thought=first", "name=new"], "thought must be one of last, .*, layer:N, .*, not 'first'"),
     "a marker in the data": (["train_path={place}/marked.json", "name=new"], "record 1 .* has the text '<.latent.>'"),
     "no text": (["val_path={place}/half.json", "name=new"], "half.json: record 0 .* half a character"),
-    "a long name": (["name=" + "a" * 300], "must be a plain folder name, of at most 200 bytes"),
+    "a long name": (["name=" + "a" * 300], "cannot be written to: File name too long"),
     "weights that are not numbers": (
         ["only_eval=true", "load_model_path={place}/nan.bin", "name=new"],
         "the weights of .*nan.bin are not finite",

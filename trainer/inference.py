@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut, Edit
-from config import MOST_LATENTS, Config
+from config import Config
 from curriculum import prompt
 from dataset import collate_prompts, latent_columns
 from preprocessing.tokens import batched, question_ids
@@ -207,8 +207,8 @@ def config_for(model: Coconut, n_thoughts: int | None = None, mode: str | None =
         return config
     if not config.has_latents:
         raise UserError(f"a number of thoughts is for models with latents, and this one is of method {config.method}")
-    if n_thoughts >= (limit := model.max_positions or MOST_LATENTS):
-        raise UserError(f"{n_thoughts} thoughts do not fit into {limit} positions")
+    if model.max_positions is not None and n_thoughts >= model.max_positions:
+        raise UserError(f"{n_thoughts} thoughts do not fit into {model.max_positions} positions")
     return replace(config, eval_latents=n_thoughts)
 
 
