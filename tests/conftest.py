@@ -1,4 +1,4 @@
-"""Small real models, built in the tests: nothing is downloaded. Short runs, and programs that tests start."""
+"""Shared by the tests: tiny models, short runs, helpers that start programs. Nothing is downloaded."""
 
 import hashlib
 import importlib.util
@@ -25,14 +25,14 @@ from utils import UserError
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "preprocessing"))
 
-# in-process tests leave the two cores to the ranks that other tests start
+# other tests start two ranks on the same two cores
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# hypothesis takes an example that lasts 0.2 s for a mistake: it may have waited for a core
+# an example may wait for a core: hypothesis fails one that takes over 0.2 s
 settings.register_profile("shared cores", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared cores")
 
@@ -43,7 +43,7 @@ SMALL = ["--train", "40", "--valid", "5", "--test", "10"]  # options of the gene
 
 
 def refusal(main, arguments, capsys) -> str:
-    """The standard error of a command that ends with exit code 2."""
+    """Returns the standard error of a command that exits with code 2."""
     try:
         code = main(arguments.split() if isinstance(arguments, str) else list(map(str, arguments)))
     except SystemExit as end:
@@ -53,7 +53,7 @@ def refusal(main, arguments, capsys) -> str:
 
 
 def one_error(main, arguments, capsys) -> str:
-    """The same, which is one sentence."""
+    """Returns the standard error of a command that exits with code 2 and one error message."""
     capsys.readouterr()
     error = refusal(main, arguments, capsys)
     assert (error[:7], error.count("\n")) == ("error: ", 1), error
@@ -61,13 +61,13 @@ def one_error(main, arguments, capsys) -> str:
 
 
 def refuses(sentence: str, function, *arguments, **keys) -> None:
-    """A UserError of a call holds a sentence, which is a pattern."""
+    """Asserts that a call raises a UserError whose text matches a pattern."""
     with pytest.raises(UserError, match=sentence):
         function(*arguments, **keys)
 
 
 def raising(error: BaseException):
-    """A function that raises it, whatever it is given."""
+    """Returns a function that raises an error, whatever its arguments."""
 
     def fail(*_, **__):
         raise error
@@ -76,12 +76,12 @@ def raising(error: BaseException):
 
 
 def settled(*arguments) -> list[str]:
-    """Arguments of run.py, of each key the last one: run.py itself takes a key that is set twice for a mistake."""
+    """Returns the arguments of run.py, with the last value of each key: run.py rejects a key that is set twice."""
     return list({str(argument).partition("=")[0]: str(argument) for argument in arguments}.values())
 
 
 def load_script(path: Path):
-    """A script as a module, under a name of its own: generate.py and thoughts.py are in benchmarks/ too."""
+    """Imports a script under a unique name: generate.py and thoughts.py are in benchmarks/ too."""
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -90,7 +90,7 @@ def load_script(path: Path):
 
 
 def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2):
-    """A randomly initialised model without dropout."""
+    """Returns a randomly initialised model without dropout."""
     keys = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
     if family == "gpt2":
         keys |= {"n_embd": 32, "n_layer": layers, "n_head": 4, "n_positions": 64}
@@ -99,18 +99,18 @@ def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype 
         keys |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4}
         keys |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": tied}
     if family in ("gemma2", "mistral"):
-        keys["sliding_window"] = 6  # shorter than the sequences, so that it matters
+        keys["sliding_window"] = 6  # shorter than the sequences
     if family == "gemma2":
         keys |= {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0}
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **keys), dtype=dtype)
-    with torch.no_grad():  # the usual initialisation is so small that everything is nearly linear
+    with torch.no_grad():  # with the usual small initialisation the model is nearly linear
         for parameter in base.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(5.0)
     for name, module in list(base.named_modules()):
         if dtype == torch.float64 and type(module).__name__.endswith("RMSNorm"):
-            # transformers' own rounds to float32, whatever the model's dtype
+            # transformers' RMSNorm computes in float32 whatever the dtype
             parent, _, attribute = name.rpartition(".")
             norm = torch.nn.RMSNorm(
                 module.weight.shape, eps=getattr(module, "variance_epsilon", None) or module.eps, dtype=dtype
@@ -131,24 +131,24 @@ def world():
     cleanup_distributed()
 
 
-# ---- what is computed ----
+# --- Weights ---
 
 
 def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
-    """The largest difference between the numbers of two models, by name."""
+    """Returns the largest absolute difference between tensors of the same name."""
     return max((found[name] - value).abs().max().item() for name, value in wanted.items())
 
 
 def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """Whether two models are bitwise the same."""
+    """Returns whether two models are bitwise equal."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-# ---- programs ----
+# --- Programs ---
 
 
 def command(*arguments, ranks: int = 0) -> list[str]:
-    """A program in Python, under torchrun where there are ranks."""
+    """Returns the command line of a Python program, under torchrun if ranks > 0."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     return [sys.executable, *launcher, *map(str, arguments)]
 
@@ -156,7 +156,7 @@ def command(*arguments, ranks: int = 0) -> list[str]:
 def python(
     *arguments, ranks: int = 0, code: int | None = 0, environment: dict | None = None, **options
 ) -> subprocess.CompletedProcess:
-    """Runs a program in the repository. code: what it must exit with; None: anything else than 0."""
+    """Runs a program in the repository. code: its expected exit code; None: any but 0."""
     options = {"cwd": ROOT, "timeout": 300, "env": {**os.environ, **(environment or {})}, **options}
     done = subprocess.run(command(*arguments, ranks=ranks), capture_output=True, text=True, **options)
     assert done.returncode != 0 if code is None else done.returncode == code, done.stdout[-3000:] + done.stderr[-4000:]
@@ -164,7 +164,7 @@ def python(
 
 
 def start(*arguments, **options) -> subprocess.CompletedProcess:
-    """Runs run.py; options as of `python`."""
+    """Runs run.py. Options as in `python`."""
     return python(ROOT / "run.py", *settled(*arguments), **options)
 
 
@@ -177,7 +177,7 @@ def together(*arguments) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def here(capsys, monkeypatch):
-    """`start` in this process, for what needs none of its own: another takes seconds to import torch."""
+    """`start` in this process: a new one takes seconds to import torch."""
 
     def start_here(*arguments, code: int | None = 0) -> subprocess.CompletedProcess:
         monkeypatch.setattr(sys, "argv", ["run.py", *settled(*arguments)])
@@ -193,12 +193,12 @@ def here(capsys, monkeypatch):
     return start_here
 
 
-# ---- runs ----
+# --- Runs ---
 
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Path:
-    """Data, two tiny models and a short run's configuration; the runs of all files, each under a name of its own."""
+    """A folder with data, two tiny models, a short run's configuration run.yaml, and the runs of all tests, by name."""
     import arithmetic
     import tiny_model
 
@@ -226,7 +226,7 @@ def with_dropout(place: Path) -> Path:
 
 
 def main(place: Path, *overrides, code: int = 0) -> Path:
-    """run.py's main in this process; returns the run's folder."""
+    """Runs run.main in this process; returns the run's folder."""
     config = Config.from_file(place / "run.yaml", settled(*overrides))
     assert run.main(config) == code
     return config.run_dir
@@ -237,7 +237,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def lines_of(file: Path) -> list[dict]:
-    """JSON lines."""
+    """Reads JSON lines."""
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
@@ -246,7 +246,7 @@ def read_json(file: Path) -> dict:
 
 
 def steps(run_dir: Path, event: str = "step") -> list[dict]:
-    """The records of its steps in the log of a run, which may still be writing it."""
+    """Reads the records of an event from a run's log, which the run may still be writing."""
     return [record for record in read_log(run_dir / "metrics.jsonl") if record["event"] == event]
 
 
@@ -260,8 +260,8 @@ def digest(folder: Path) -> str:
 
 
 def check_ranks_and_restart(place: Path, name: str, keys, last: int = 3, tolerance: float = 1e-5, read=weights) -> Path:
-    """Two ranks, sharded or not, have the weights of one, but for the order of additions, and a restart before the last
-    epoch has them bitwise. Returns the run of one rank."""
+    """Asserts that two ranks, with DDP and FSDP, get the weights of one rank up to the order of additions, and that a
+    restart before the last epoch gets them bitwise. Returns the folder of the run on one rank."""
     alone = main(place, *keys, f"name={name}")
     wanted = read(alone / f"checkpoint_{last}")
     for strategy in ("ddp", "fsdp"):

@@ -1,6 +1,6 @@
-"""The methods by definition, written from their papers: sequences from the texts of an example, losses a row at a time,
-without a cache, everything computed anew for each thought. Nothing comes from methods/, curriculum.py or dataset.py,
-which are compared with it.
+"""Plain definitions of the methods, written from their papers: sequences from the texts of an example, losses one row
+at a time, without a cache, everything recomputed for each thought. Tests compare methods/, curriculum.py and dataset.py
+with them, so nothing here uses these.
 
 Legend: s stage, L max_latent_stage, c thoughts of a step, n steps of an example; rows are (input_ids, labels).
 """
@@ -16,7 +16,7 @@ Row = tuple[list[int], list[int]]
 
 
 def ids(text: str) -> list[int]:
-    """One token a character."""
+    """Tokenizes a text, one token per character."""
     return [4 + ord(letter) % (VOCABULARY - 4) for letter in text]
 
 
@@ -30,7 +30,7 @@ def make_examples(n_steps: list[int]) -> list[dict]:
     return [{"question": text(1, 9), "steps": [text(1, 5) for _ in range(n)], "answer": text(1, 3)} for n in n_steps]
 
 
-# ---- sequences ----
+# --- Sequences ---
 
 
 def row(given: list[int], predicted: list[int]) -> Row:
@@ -50,14 +50,14 @@ def steps(texts: list[str]) -> list[int]:
 
 
 def coconut_row(example: dict, stage: int, last: int, c: int, padded: bool = True) -> Row:
-    """Q start latent* end S_{s+1}..S_n A; at s > L no step, and L groups of thoughts, or not more than n."""
+    """Q start latent* end S_{s+1}..S_n A; at s > L no steps and L groups of thoughts, at most n unless padded."""
     groups = stage if stage <= last else last if padded else min(last, len(example["steps"]))
     left = example["steps"][stage:] if stage <= last else []
     return row([*question(example), START, *[LATENT] * (c * groups), END], steps(left) + answer(example))
 
 
 def multi_mode_rows(example: dict, stage: int, last: int, c: int) -> dict[str, Row]:
-    """Steps beyond L stay; the end marker is predicted but where the answer comes at once."""
+    """Steps beyond L stay written. The end marker is supervised except in the mode `direct`."""
     groups, start = min(stage, last), [*question(example), START]
     return {
         "direct": row([*question(example), END], answer(example)),
@@ -67,18 +67,18 @@ def multi_mode_rows(example: dict, stage: int, last: int, c: int) -> dict[str, R
 
 
 def teacher_row(example: dict) -> Row:
-    """CODI: Q, the steps but the last with blanks between them, A."""
+    """CODI: Q, all steps but the last, joined by spaces, A."""
     return row(question(example), ids(" ".join(example["steps"][:-1])) + answer(example))
 
 
 def before_answer(input_ids: list[int], example: dict) -> int:
-    """The position of the token before the first of the answer itself."""
+    """Returns the position before the answer's first token."""
     return len(input_ids) - 1 - len(ids(example["answer"])) - 1
 
 
 def step_texts(example: dict, stage: int, last: int, n_groups: int, surplus: bool = True) -> list[list[int] | None]:
-    """SIM-CoT: what each group of thoughts is explained as. The L-th at s > L has all further steps too; those beyond
-    the steps have the answer, or nothing."""
+    """SIM-CoT: the target text of each group of thoughts. At s > L the L-th group has all further steps too; the target
+    of a group without a step is the answer, or None."""
     found = []
     for k in range(n_groups):
         if k >= len(example["steps"]):
@@ -89,11 +89,11 @@ def step_texts(example: dict, stage: int, last: int, n_groups: int, surplus: boo
     return found
 
 
-# ---- passes ----
+# --- Passes ---
 
 
 def states(base, embeds: torch.Tensor) -> torch.Tensor:
-    """(1, T, D) last hidden states."""
+    """Returns the last hidden states (1, T, D)."""
     return base.get_decoder()(inputs_embeds=embeds).last_hidden_state
 
 
@@ -104,55 +104,58 @@ def filled(
     passes: int | None = None,
     group: int | None = None,
 ) -> torch.Tensor:
-    """(1, T, D) input embeddings with the thoughts: one after the other, x_p = think(h_{p-1}); PCCoT's, `passes` after
-    that over the learned embeddings, each from the states of the pass before; or LOTUS's, a pass for each `group` of so
-    many latents after that, x_p = e_p + h_p. think is None for `pause`."""
+    """Returns the input embeddings (1, T, D) with the thoughts filled in.
+
+    By default one after the other, x_p = think(h_{p-1}); think None: the learned embeddings (`pause`).
+    passes: PCCoT, all at once from the states of the pass before, in so many passes after the first.
+    group: LOTUS, x_p = e_p + h_p, in one pass per `group` latents after the first.
+    """
     learned = embeds = base.get_input_embeddings()(torch.tensor([input_ids]))
-    places = [place for place, token in enumerate(input_ids) if token == LATENT]
+    positions = [position for position, token in enumerate(input_ids) if token == LATENT]
 
     def put(fed: dict[int, torch.Tensor]) -> torch.Tensor:
-        return torch.stack([fed.get(place, embeds[:, place]) for place in range(len(input_ids))], dim=1)
+        return torch.stack([fed.get(position, embeds[:, position]) for position in range(len(input_ids))], dim=1)
 
     if group is not None:
-        for _ in range(len(places) // group):
+        for _ in range(len(positions) // group):
             hidden = states(base, embeds)
-            embeds = put({place: learned[:, place] + hidden[:, place] for place in places})
+            embeds = put({position: learned[:, position] + hidden[:, position] for position in positions})
     elif passes is not None:
         for _ in range(passes):
             hidden = states(base, embeds)
-            embeds = put({place: think(hidden[:, place - 1]) for place in places})
+            embeds = put({position: think(hidden[:, position - 1]) for position in positions})
     elif think is not None:
-        for place in places:
-            embeds = put({place: think(states(base, embeds[:, :place])[:, -1])})
+        for position in positions:
+            embeds = put({position: think(states(base, embeds[:, :position])[:, -1])})
     return embeds
 
 
 def summed(logits: torch.Tensor, labels: list[int]) -> tuple[torch.Tensor, int]:
-    """Sum of the cross-entropies of a row with (T, V) logits, and their number."""
+    """Returns the sum of the cross-entropies of a row with logits (T, V), and their number."""
     targets = torch.tensor(labels[1:])
     return F.cross_entropy(logits[:-1], targets, reduction="sum"), int((targets != -100).sum())
 
 
 def loss(base, rows: list[Row], **how) -> torch.Tensor:
-    """The mean over the tokens of all rows; `how` as in `filled`."""
+    """Returns the mean over the tokens of all rows; `how` as in `filled`."""
     found = [summed(base(inputs_embeds=filled(base, ids, **how)).logits[0], labels) for ids, labels in rows]
     return sum(total for total, _ in found) / sum(count for _, count in found)
 
 
-# ---- losses ----
+# --- Losses ---
 
 
 def codi_loss(base, examples, stage: int, last: int, c: int, weight: float, first: int = 0, **how):
-    """Student's and teacher's, and the distance of their states from layer `first` on."""
+    """Returns CODI's loss: student's, teacher's and the distance of their states from layer `first` on."""
 
     def seen(rows: list[Row]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The mean loss, and (B, 1, D) states of each layer before the answer."""
+        """Returns the mean loss and, for each layer, the states (B, 1, D) before the answer."""
         sums, at = [], []
         for (input_ids, labels), example in zip(rows, examples, strict=True):
             output = base(inputs_embeds=filled(base, input_ids, **how), output_hidden_states=True)
             sums.append(summed(output.logits[0], labels))
-            place = before_answer(input_ids, example)
-            at.append(torch.stack([state[0, place] for state in output.hidden_states]))
+            position = before_answer(input_ids, example)
+            at.append(torch.stack([state[0, position] for state in output.hidden_states]))
         layers = list(torch.stack(at, dim=1)[:, :, None])
         return sum(total for total, _ in sums) / sum(count for _, count in sums), layers
 
@@ -167,16 +170,16 @@ def codi_loss(base, examples, stage: int, last: int, c: int, weight: float, firs
 
 
 def sim_cot_loss(base, decoder, rows: list[Row], texts, c: int, mean: bool = False, **how):
-    """(sum over the groups, their number): each group by itself, embedded by the base; positions count from 1."""
+    """Returns (sum over the groups, their number): each group alone, embedded by the base, with positions from 1."""
     total, count = torch.zeros(()), 0
     for (input_ids, _), of_groups in zip(rows, texts, strict=True):
         embeds = filled(base, input_ids, **how)
-        places = [place for place, token in enumerate(input_ids) if token == LATENT]
+        positions = [position for position, token in enumerate(input_ids) if token == LATENT]
         for k, text in enumerate(of_groups):
             if text is None:
                 continue
             target = torch.tensor([*text, EOS])
-            thoughts = embeds[0, places[k * c : (k + 1) * c]]
+            thoughts = embeds[0, positions[k * c : (k + 1) * c]]
             given = torch.cat([thoughts, base.get_input_embeddings()(target)])[None]
             logits = decoder(inputs_embeds=given, position_ids=1 + torch.arange(given.shape[1])[None]).logits[0]
             losses = F.cross_entropy(logits[c - 1 : -1], target, reduction="none")
@@ -185,8 +188,8 @@ def sim_cot_loss(base, decoder, rows: list[Row], texts, c: int, mean: bool = Fal
 
 
 def lotus_labels(base, rows: list[Row], examples, c: int) -> tuple[torch.Tensor, int]:
-    """(sum, number): from the start marker, index 0, on, index k c + j predicts token j of step k; a step of more than
-    c tokens goes on in the next group, where there is one."""
+    """Returns (sum, number of terms). Counting from the start marker, position k c + j predicts token j of step k; a
+    step of more than c tokens continues in the next group, if there is one."""
     total, count = torch.zeros(()), 0
     for (input_ids, _), example in zip(rows, examples, strict=True):
         n_groups, start = input_ids.count(LATENT) // c, input_ids.index(START)

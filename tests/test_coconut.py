@@ -1,4 +1,4 @@
-"""The cached forward and generation against the plain definition."""
+"""Coconut's forward pass and generation, compared with the plain definition."""
 
 import pytest
 import torch
@@ -22,16 +22,16 @@ def make_model(
 
 
 def make_rows(n_latents: list[int], seed: int = 0, end: int = VOCABULARY) -> list[tuple[list[int], list[int]]]:
-    """One (input_ids, labels) pair for each number of latents, of different lengths, from words 4 to end - 1."""
+    """Returns one (input_ids, labels) pair per number of latents, of different lengths, with tokens 4 to end - 1."""
     generator = torch.Generator().manual_seed(seed)
 
     def words(count: int) -> list[int]:
         return torch.randint(4, end, (count,), generator=generator).tolist()
 
     rows = []
-    for place, count in enumerate(n_latents):
-        before = [*words(3 + 2 * place), START, *[LATENT] * count, END]
-        after = [*words(7 - place), EOS]
+    for number, count in enumerate(n_latents):
+        before = [*words(3 + 2 * number), START, *[LATENT] * count, END]
+        after = [*words(7 - number), EOS]
         rows.append((before + after, [-100] * len(before) + after))
     return rows
 
@@ -41,8 +41,8 @@ def batch_of(rows, collate=collate_for_device) -> dict:
 
 
 def plain_thought(model: Coconut, spelling: str, before: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-    """The definition of a thought, (1, 1, D), from the input embeddings of all positions before it, (1, t, D), and that
-    of the latent token, (1, 1, D)."""
+    """Defines a thought (1, 1, D) from the input embeddings of all positions before it (1, t, D) and of the latent
+    token (1, 1, D)."""
     base, taken = model.base_causallm, []
     decoder, embed = base.get_decoder(), base.get_input_embeddings()
     if spelling.startswith("token"):
@@ -56,7 +56,7 @@ def plain_thought(model: Coconut, spelling: str, before: torch.Tensor, latent: t
     handle.remove()
     states = [state[:, -1:] for state in output.hidden_states]  # transformers' own: the last is after the norm
     last, stream = states[-1], [*states[:-1], *taken]
-    # as the model gets them: some families scale them in the module
+    # including the scale that some families apply in the module
     inputs = embed(torch.arange(base.config.vocab_size)).detach()
     outputs = base.get_output_embeddings().weight.detach()
     if spelling.startswith("layer:"):
@@ -83,14 +83,14 @@ def plain_thought(model: Coconut, spelling: str, before: torch.Tensor, latent: t
 
 
 def plain_loss(model: Coconut, rows, thought: str = "last") -> torch.Tensor:
-    """The definition: each row by itself, without padding or cache, everything recomputed for each thought."""
+    """Defines the loss: one row at a time, without padding or cache, everything recomputed for each thought."""
     losses, count = [], 0
     for input_ids, labels in rows:
         embeds = model.base_causallm.get_input_embeddings()(torch.tensor([input_ids]))  # (1, T, D)
-        for place, token in enumerate(input_ids):
+        for position, token in enumerate(input_ids):
             if token == LATENT and thought != "pause":
-                fed = plain_thought(model, thought, embeds[:, :place], embeds[:, place : place + 1])
-                embeds = torch.cat([embeds[:, :place], fed, embeds[:, place + 1 :]], dim=1)
+                fed = plain_thought(model, thought, embeds[:, :position], embeds[:, position : position + 1])
+                embeds = torch.cat([embeds[:, :position], fed, embeds[:, position + 1 :]], dim=1)
         logits = model.base_causallm(inputs_embeds=embeds).logits[0]
         targets = torch.tensor(labels[1:])
         losses.append(F.cross_entropy(logits[:-1], targets, reduction="sum"))
@@ -99,7 +99,7 @@ def plain_loss(model: Coconut, rows, thought: str = "last") -> torch.Tensor:
 
 
 def assert_generated_as_alone(model: Coconut, rows: list[list[int]], together: torch.Tensor, **options) -> None:
-    """A batch is generated as its rows alone, then EOS."""
+    """Asserts that each row of a batch equals its generation alone, followed by EOS."""
     for row, found in zip(rows, together, strict=True):
         alone = model.generate(torch.tensor([row]), **options)[0]
         assert found[: len(alone)].tolist() == alone.tolist()
@@ -113,7 +113,7 @@ def gradients(model: Coconut, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def largest_difference(model: Coconut, rows, loss: torch.Tensor, thought: str = "last") -> tuple[float, float]:
-    """Between a loss, its gradients and the plain definition's."""
+    """Returns the largest difference of a loss, and of its gradients, from the plain definition."""
     found = gradients(model, loss)
     plain = plain_loss(model, rows, thought)
     return abs(loss - plain).item(), distance(found, gradients(model, plain))
@@ -135,7 +135,7 @@ VARIANTS = (
 
 
 def make_variant(family: str, spelling: str, dtype: torch.dtype = torch.float64) -> Coconut:
-    """A model of three layers; a projection is moved away from the identity."""
+    """Returns a model of three layers whose projection is not the identity."""
     model = make_model(family, tied=False, thought=spelling, layers=3, dtype=dtype)
     torch.manual_seed(7)
     with torch.no_grad():
@@ -150,12 +150,12 @@ def test_every_thought_is_its_plain_definition(family, spelling):
     loss = model(**batch_of(rows)).loss
     assert max(largest_difference(model, rows, loss, spelling)) < 1e-9
     other = plain_loss(model, rows, "last" if spelling != "layer:-1" else "layer:-2")
-    assert abs(loss - other) > 1e-6  # on these rows the thought does matter
+    assert abs(loss - other) > 1e-6  # the loss depends on the thought
 
 
 @pytest.mark.parametrize("spelling", ["normalised", "projected+normalised", "realigned"])
-def test_thoughts_know_the_embeddings_that_the_model_gets(spelling):
-    """Gemma's embedding module multiplies its weights by sqrt(D): their norm was taken for that of its embeddings."""
+def test_thoughts_use_the_scaled_embeddings(spelling):
+    """Gemma's embedding module multiplies its weights by sqrt(D)."""
     model, rows = make_variant("gemma2", spelling, torch.float32), make_rows([2, 0, 3])
     found = gradients(model, model(**batch_of(rows)).loss)
     wanted = gradients(model, plain_loss(model, rows, spelling))
@@ -163,8 +163,8 @@ def test_thoughts_know_the_embeddings_that_the_model_gets(spelling):
 
 
 @pytest.mark.parametrize("spelling", ["layer:-2", "projected+normalised", "realigned", "embedding+suppressed"])
-def test_every_thought_is_the_same_in_generation(family, spelling):
-    """What generation feeds is what the forward pass feeds, batched or not, whoever decodes."""
+def test_generation_agrees_with_the_forward_pass_for_every_thought(family, spelling):
+    """Batched, alone, and with Hugging Face's `generate`."""
     model, rows = make_variant(family, spelling), prompts([3, 0, 2])
     together = model.generate(**collate_prompts(rows, EOS), max_new_tokens=6)
     assert_generated_as_alone(model, rows, together, max_new_tokens=6, do_sample=False)
@@ -177,8 +177,8 @@ def test_every_thought_is_the_same_in_generation(family, spelling):
 
 
 @pytest.mark.parametrize("how", ["checkpointed", pytest.param("compiled", marks=pytest.mark.slow)])
-def test_the_layers_are_seen_through_blocks_that_are(how):
-    """Checkpointed blocks run again in the backward pass: nothing must be recorded then."""
+def test_layers_are_recorded_with_blocks_that_are(how):
+    """Checkpointed blocks run again in the backward pass, which must not be recorded."""
     model, plain = (make_variant("gpt2", "last+suppressed") for _ in range(2))
     rows, blocks = make_rows([2, 3]), decoder_blocks(model.base_causallm)
     if how == "checkpointed":
@@ -191,8 +191,8 @@ def test_the_layers_are_seen_through_blocks_that_are(how):
         assert distance(gradients(model, loss), gradients(plain, wanted)) < 1e-9
 
 
-def test_a_batch_without_latents_gives_a_learned_thought_a_gradient():
-    """Of zero: under DDP the ranks would wait for it for ever."""
+def test_a_batch_without_latents_gives_a_learned_thought_a_zero_gradient():
+    """Without one, DDP waits for ever."""
     model = make_variant("gpt2", "projected")
     model(**batch_of(make_rows([0, 0]))).loss.backward()
     assert torch.equal(model.thought.weight.grad, torch.zeros_like(model.thought.weight))
@@ -200,19 +200,19 @@ def test_a_batch_without_latents_gives_a_learned_thought_a_gradient():
 
 @pytest.mark.parametrize(
     ("other", "dtype", "tolerance"),
-    # Gemma 2 has eager attention only, which computes in float32 whatever the model's dtype
+    # Gemma 2's eager attention computes in float32 whatever the dtype
     [("phi", torch.float64, 1e-9), ("mistral", torch.float64, 1e-9), ("gemma2", torch.float32, 2e-4)],
 )
-def test_forward_is_the_plain_definition_for_other_families_too(other, dtype, tolerance):
-    """A head with bias; sliding windows; soft-capped logits and embeddings that the model scales."""
+def test_forward_is_the_plain_definition_for_other_families(other, dtype, tolerance):
+    """With a bias in the head; with sliding windows; with soft-capped logits and scaled embeddings."""
     model, rows = make_model(other, dtype=dtype), make_rows([2, 0, 4])
     assert max(largest_difference(model, rows, model(**batch_of(rows, collate)).loss)) < tolerance
     together = model.generate(**collate_prompts(prompts([3, 1]), EOS), max_new_tokens=8)
     assert_generated_as_alone(model, prompts([3, 1]), together, max_new_tokens=8)
 
 
-def test_a_window_of_padding_is_harmless():
-    """Padding on the right that is longer than the sliding window sees nothing at all."""
+def test_padding_longer_than_the_sliding_window_is_harmless():
+    """Its last positions attend to nothing."""
     model = make_model("mistral")
     model.base_causallm.config.sliding_window = 2
     rows = [([5, START, LATENT, *words, EOS], [-100] * 3 + [*words, EOS]) for words in ([8, 9], [])]
@@ -221,7 +221,7 @@ def test_a_window_of_padding_is_harmless():
 
 @pytest.mark.parametrize("broken", ["dropped", "detached"])
 def test_the_comparison_notices_a_missing_feedback(family, broken, monkeypatch):
-    """On random weights the loss hardly depends on the thoughts: it is the gradients that must be compared."""
+    """With random weights the loss hardly depends on the thoughts, so the gradients must be compared."""
     model, rows = make_model(family), make_rows([3, 3, 3])
     if broken == "dropped":
         monkeypatch.setattr(Last, "sequential", False)
@@ -230,15 +230,15 @@ def test_the_comparison_notices_a_missing_feedback(family, broken, monkeypatch):
     assert largest_difference(model, rows, model(**batch_of(rows, collate)).loss)[1] > 1e-4
 
 
-def test_a_graph_may_be_gone_through_twice(family):
-    """The cache gathers gradients in a buffer of its own, which must not remember an earlier backward."""
+def test_a_second_backward_gives_the_same_gradients(family):
+    """The cache accumulates gradients in its own buffer, which each backward must clear."""
     model = make_model(family)
     loss = model(**batch_of(make_rows([3, 3]), collate)).loss
     first, second = (torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_rows_need_not_be_aligned_nor_have_positions_or_labels(family):
+def test_unaligned_rows_and_batches_without_positions_or_labels(family):
     model, rows = make_model(family), make_rows([2, 3, 1])
     batch = collate(rows, pad_token_id=EOS, latent_token_id=None)  # padded on the right only
     assert batch["input_ids"].eq(LATENT).any(dim=0).sum() > 3
@@ -294,14 +294,14 @@ def prompts(n_latents: list[int]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("n_latents", [[0, 0, 0], [3, 3, 3], [6, 0, 2]])
-def test_batched_generation_is_one_by_one(family, n_latents):
+def test_batched_generation_equals_single_generation(family, n_latents):
     model, rows = make_model(family), prompts(n_latents)
     together = model.generate(**collate_prompts(rows, EOS), max_new_tokens=12)
     assert_generated_as_alone(model, rows, together, max_new_tokens=12)
 
 
-def test_generation_is_the_plain_definition_whatever_the_model_says(family):
-    """Greedy decoding by recomputing everything for each token."""
+def test_generation_is_the_plain_definition_whatever_the_generation_config(family):
+    """Greedy decoding that recomputes everything for each token."""
     model, row = make_model(family), prompts([3])[0]
     wanted: list[int] = []
     while len(wanted) < 8 and EOS not in wanted:
@@ -312,7 +312,7 @@ def test_generation_is_the_plain_definition_whatever_the_model_says(family):
 
 
 def test_generation_stops_at_eos_even_as_first_token(family):
-    """The reference tests for EOS only from the second token on."""
+    """The reference checks for EOS only from the second token on."""
     model, rows = make_model(family), prompts([2, 2])
     batch = collate_prompts(rows, EOS)
     model.eos_token_id = int(model.generate(**batch, max_new_tokens=6)[0, 0])
@@ -333,12 +333,12 @@ def test_hugging_face_options_continue_from_the_thoughts(family):
     assert sampled.tolist() != greedy.tolist()
 
 
-# ---- edited thoughts ----
+# --- Edited thoughts ---
 
 
 @pytest.mark.parametrize("spelling", ["last", "pause", "normalised", "last+suppressed"])
-def test_an_edit_that_changes_nothing_changes_nothing(family, spelling):
-    """Of `pause`, whose latents are then gone through one by one, as much as of the others."""
+def test_an_identity_edit_changes_nothing(family, spelling):
+    """Also for `pause`, whose latents are then processed one by one."""
     model, batch, seen = make_variant(family, spelling), batch_of(make_rows([3, 0, 2])), []
 
     def same(number, thought, made_of):
@@ -356,8 +356,8 @@ def test_an_edit_that_changes_nothing_changes_nothing(family, spelling):
 
 
 @pytest.mark.parametrize("spelling", ["last", "pause"])
-def test_an_edited_thought_is_what_the_model_is_fed(family, spelling):
-    """Against the base model on embeddings in which the thoughts stand, made one by one."""
+def test_an_edited_thought_is_fed_to_the_model(family, spelling):
+    """Compared with the base model on embeddings with the thoughts filled in one by one."""
     model, row = make_model(family, thought=spelling), prompts([3])[0]
     base, first, ids = model.base_causallm, row.index(LATENT), torch.tensor([row])
     torch.manual_seed(3)
@@ -381,7 +381,7 @@ def test_an_edited_thought_is_what_the_model_is_fed(family, spelling):
         assert (found[0, 0], found.shape) == (wanted[0, -1].argmax(), (1, 1))
 
 
-def test_thoughts_are_returned_where_they_are_asked_for(family):
+def test_return_thoughts(family):
     model, batch = make_model(family), batch_of(make_rows([2, 2]), collate)
     assert model(**batch).thoughts is None
     output = model(**batch, return_thoughts=True)

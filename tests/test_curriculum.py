@@ -1,4 +1,4 @@
-"""The sequences of every method and stage, written out; the stages of the epochs."""
+"""The token sequences of every method and stage, written out, and the stages of the epochs."""
 
 import numpy as np
 import pytest
@@ -43,15 +43,15 @@ LITERAL = [
     ("no_thoughts", {"c_thought": 2}, 1, [1, 2, 3], AFTER_1),
     ("no_thoughts", {}, 2, [1, 2, 3], AFTER_2),
     ("no_thoughts", {"max_latent_stage": 2}, 3, [1, 2, 3], REST),
-    # w/o curriculum, pause token and pause as thought differ from coconut in the schedule and the model, not here
+    # w/o curriculum, pause token and pause as thought have coconut's sequences: schedule and model differ
     ("coconut", {"curriculum": "none", "max_latent_stage": 3}, 4, [1, 2, 3, B, T, T, T, E], REST),
     ("coconut", {"curriculum": "none", "max_latent_stage": 3, "thought": "pause"}, 4, [1, 2, 3, B, T, T, T, E], REST),
     ("coconut", {"thought": "pause"}, 2, [1, 2, 3, B, T, T, E], AFTER_2),
-    # without markers, the position that predicted a step is the one whose hidden state becomes its thought
+    # without markers, the hidden state of the position that predicted a step becomes its thought
     ("coconut", {"latent_markers": "none"}, 0, [1, 2, 3], ALL),
     ("coconut", {"latent_markers": "none"}, 2, [1, 2, 3, T, T], AFTER_2),
     ("coconut", {"latent_markers": "none", "max_latent_stage": 2, "c_thought": 2}, 3, [1, 2, 3, *[T] * 4], REST),
-    # as many thoughts as steps, however many there are
+    # as many thoughts as steps, without an upper limit
     ("latents_by_steps", {}, 2, [1, 2, 3, B, T, T, E], AFTER_2),
     ("latents_by_steps", {}, 5, [1, 2, 3, B, T, T, T, E], REST),
     ("latents_by_steps", {"max_latent_stage": 1}, 1, [1, 2, 3, B, T, E], AFTER_1),
@@ -75,7 +75,7 @@ def test_sequences(method, keys, stage, before, after):
     assert prompt(Q, S, stage, config, M) == before
 
 
-def test_the_references_rule_for_evaluation_needs_a_switch():
+def test_eval_latents_from_steps():
     keys = {"max_latent_stage": 6, "pad_latent_to_max": False}
     assert prompt(Q, S, 5, Config(**keys), M).count(T) == 5
     assert prompt(Q, S, 5, Config(**keys, eval_latents_from_steps=True), M).count(T) == 3
@@ -84,10 +84,10 @@ def test_the_references_rule_for_evaluation_needs_a_switch():
 
 @pytest.mark.parametrize("n_latents", [0, 1, 7])
 @pytest.mark.parametrize("stage", [0, 2, 7])
-def test_an_evaluation_may_force_any_number_of_thoughts(stage, n_latents):
+def test_eval_latents_sets_the_number_of_thoughts(stage, n_latents):
     config = Config(only_eval=True, eval_latents=n_latents)
     assert prompt(Q, S, stage, config, M) == [*Q, M.start, *[T] * n_latents, M.end]
-    assert training_sequence(Q, S, A, stage, config, M) == sequence(stage)  # the loss is that of the stage
+    assert training_sequence(Q, S, A, stage, config, M) == sequence(stage)  # the loss keeps the stage
 
 
 @given(
@@ -99,7 +99,7 @@ def test_an_evaluation_may_force_any_number_of_thoughts(stage, n_latents):
     method=st.sampled_from(["coconut", "cot", "no_cot", "no_thoughts", "icot"]),
 )
 def test_training_and_evaluation_agree(n_steps, stage, c_thought, last, padded, method):
-    """What is generated from is what was trained on, up to the first supervised token."""
+    """The prompt is the training sequence up to the first supervised token."""
     config = Config(method=method, c_thought=c_thought, max_latent_stage=last, pad_latent_to_max=padded)
     steps = [[10 + number] for number in range(n_steps)]
     input_ids, labels = training_sequence(Q, steps, A, stage, config, M)
@@ -145,7 +145,7 @@ def test_icot_smoothing_removes_a_few_more_tokens():
 
 def test_the_schedule_of_gsm8k():
     lines = schedule(Config.from_file(ROOT / "args" / "gsm_coconut.yaml", needs_files=False), 4).splitlines()
-    assert len(lines) == 1 + 22  # epoch 0 to 2, the CoT model's, are skipped
+    assert len(lines) == 1 + 22  # epochs 0 to 2, those of the CoT model, are skipped
     assert lines[1].split() == ["3", "1", "2", "all", "but", "1", "steps", "new", "128"]
     assert lines[10].split() == ["12", "4", "6", "none", "new", "128"]
 
@@ -160,18 +160,18 @@ def test_mixing_depends_on_seed_epoch_and_example_only():
     assert {curriculum.stage_of_example(Config(), 9, 4, index, 3) for index in range(50)} == {9}
 
 
-def test_a_stage_that_has_been_learnt_ends_early():
+def test_advance_at_ends_a_stage_early():
     config = Config(epochs_per_stage=[3, 2, 2], max_latent_stage=1, num_epochs=9, advance_at=0.9)
     assert [curriculum.next_epoch(config, epoch, 0.89, 0)[0] for epoch in range(9)] == list(range(1, 10))
     assert [curriculum.next_epoch(config, epoch, 0.9, 0)[0] for epoch in range(9)] == [3, 3, 3, 5, 5, 9, 9, 9, 9]
     assert curriculum.next_epoch(Config(num_epochs=9), 0, 1.0, 0) == (1, 0)
 
 
-def test_a_stage_can_have_to_stay_learnt():
+def test_advance_after_needs_consecutive_epochs():
     config = Config(epochs_per_stage=[4, 2], max_latent_stage=1, num_epochs=9, advance_at=0.9, advance_after=2)
     assert curriculum.next_epoch(config, 0, 0.9, 0) == (1, 1)
     assert curriculum.next_epoch(config, 1, 0.8, 1) == (2, 0)
-    assert curriculum.next_epoch(config, 1, 0.9, 1) == (4, 0)  # the next stage begins to count anew
-    assert curriculum.next_epoch(config, 3, 0.9, 0) == (4, 0)  # its epochs are over
+    assert curriculum.next_epoch(config, 1, 0.9, 1) == (4, 0)  # the next stage counts from 0
+    assert curriculum.next_epoch(config, 3, 0.9, 0) == (4, 0)  # the stage's epochs are over
     assert curriculum.next_epoch(config, 5, 0.9, 1) == (9, 0)
     assert "a stage ends after" in schedule(config, 1).splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Batches, shares of the ranks, the token cache, data files."""
+"""Batches, the plan of an epoch, the token cache, data files."""
 
 import bz2
 import gzip
@@ -28,7 +28,7 @@ from utils import UserError
 M = Markers(start=90, latent=91, end=92, eos=99)
 
 
-def test_long_examples_can_be_left_out():
+def test_max_train_tokens_leaves_out_long_examples():
     tokens = make_tokens(30)
     lengths = [len(q) + sum(map(len, steps)) + len(a) + 1 for q, steps, a in (tokens[i] for i in range(30))]
     limit = sorted(lengths)[10]
@@ -38,14 +38,14 @@ def test_long_examples_can_be_left_out():
     assert 10 < len(kept) < 30
 
 
-# ---- batches ----
+# --- Batches ---
 
 
 def make_tokens(n: int = 30) -> Tokens:
     random = np.random.default_rng(0)
 
     class Words:
-        """A stand-in for a tokenizer: one token a character."""
+        """A fake tokenizer: one token per character."""
 
         def __call__(self, texts, **options):
             ids = [[ord(letter) % 80 for letter in text] for text in texts]
@@ -60,7 +60,7 @@ def make_tokens(n: int = 30) -> Tokens:
 
 @settings(max_examples=50, deadline=None)
 @given(stage=st.integers(0, 7), c_thought=st.integers(0, 2), mixed=st.booleans(), seed=st.integers(0, 5))
-def test_batches_align_their_first_latents_and_supervise_text_only(stage, c_thought, mixed, seed):
+def test_batches_align_the_first_latents_and_supervise_text_only(stage, c_thought, mixed, seed):
     config = Config(c_thought=c_thought, max_latent_stage=3, uniform_prob=0.5 if mixed else 0.0, seed=seed)
     dataset = StageDataset(make_tokens(8), config, M, epoch=0)
     rows = [dataset[index, stage] for index in range(8)]
@@ -81,7 +81,7 @@ def test_batches_align_their_first_latents_and_supervise_text_only(stage, c_thou
     assert not batch["labels"].eq(M.latent).any()
 
 
-def test_prompts_end_in_one_column():
+def test_prompts_are_padded_on_the_left():
     batch = collate_prompts([[1, 2, 3], [4]], pad_token_id=0)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [0, 0, 4]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
@@ -90,7 +90,7 @@ def test_prompts_end_in_one_column():
         assert {tensor.dtype for tensor in each.values()} == {torch.int64}
 
 
-# ---- shares ----
+# --- Plan ---
 
 
 def flat(plan):
@@ -99,7 +99,7 @@ def flat(plan):
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 4), (2, 2), (4, 1)])
 @pytest.mark.parametrize("n_examples", [1, 7, 32, 61, 64])
-def test_every_example_once_and_the_same_steps_for_every_world(world_size, accumulation, n_examples):
+def test_every_example_is_used_once_and_steps_do_not_depend_on_the_world_size(world_size, accumulation, n_examples):
     config = Config(batch_size_training=8, gradient_accumulation_steps=accumulation, seed=5)
     order = example_order(n_examples, config, 2)
     plans = [EpochPlan(order, config, rank, world_size) for rank in range(world_size)]
@@ -112,12 +112,12 @@ def test_every_example_once_and_the_same_steps_for_every_world(world_size, accum
         alone = sorted(tuple(micro.indices) for micro in step.micro_batches)
         assert alone == sorted(tuple(m.indices) for m in flat(steps) if m.weight)
         assert {other.n_examples for other in steps} == {sum(map(len, alone))}
-        assert len({len(other.micro_batches) for other in steps}) == 1  # as many passes on each rank
+        assert len({len(other.micro_batches) for other in steps}) == 1  # equal on all ranks
         assert sum(m.weight for m in flat(steps)) / world_size == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("world_after", [1, 2, 4])
-def test_the_rest_of_an_epoch_neither_repeats_nor_skips(world_after):
+def test_the_rest_of_an_epoch_repeats_and_skips_no_example(world_after):
     config = Config(batch_size_training=8, seed=5)
     order = example_order(61, config, 3)
     before = [list(EpochPlan(order, config, rank, 2))[:2] for rank in range(2)]
@@ -128,7 +128,7 @@ def test_the_rest_of_an_epoch_neither_repeats_nor_skips(world_after):
 
 
 class Recorded(StageDataset):
-    """A dataset that notes what is made of it, and when. Item i has i + 1 supervised tokens."""
+    """A dataset that records the collated items. Item i has i + 1 supervised tokens."""
 
     def __init__(self, fails_at: int | None = None):
         self.collated, self.fails_at = [], fails_at
@@ -146,7 +146,7 @@ class Recorded(StageDataset):
         return {"rows": rows}
 
 
-def test_batches_come_as_planned_one_ahead():
+def test_batches_follow_the_plan_with_one_prefetched():
     config = Config(batch_size_training=4, gradient_accumulation_steps=2)
     plan = EpochPlan(np.arange(11), config, 0, 1)
     assert [step.n_examples for step in plan] == [8, 3]
@@ -161,7 +161,7 @@ def test_batches_come_as_planned_one_ahead():
 
 @pytest.mark.parametrize("n_examples", [16, 24, 21, 3])
 def test_the_loss_of_a_step_does_not_depend_on_the_number_of_ranks(n_examples):
-    """Ranks whose share is smaller than batch_size_training made a mean of means over smaller passes."""
+    """Ranks with a share below batch_size_training computed a mean of means over smaller micro-batches."""
     losses = np.random.default_rng(0).normal(size=(n_examples, 40))  # of each token
     config = Config(global_batch_size=16, batch_size_training=8)
 
@@ -177,8 +177,8 @@ def test_the_loss_of_a_step_does_not_depend_on_the_number_of_ranks(n_examples):
         assert steps_on(world_size) == pytest.approx(steps_on(1), abs=1e-12)
 
 
-def test_what_fails_in_a_batch_ends_the_loop_and_leaves_no_thread():
-    """An exception in a loader process was waited for for ever."""
+def test_an_exception_in_the_dataset_ends_the_loop_and_its_thread():
+    """The loop once waited for ever."""
 
     def threads() -> list[threading.Thread]:
         return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
@@ -218,7 +218,7 @@ def test_grouping_by_length_keeps_similar_lengths_together():
 
     assert padding(order) < 0.05 < 0.4 < padding(example_order(1003, config, 0))
     means = [step.mean() for step in steps_of(order)]
-    assert means != sorted(means)  # short and long batches come in random order
+    assert means != sorted(means)  # the batches are shuffled
 
 
 @pytest.mark.parametrize("method", ["coconut", "cot", "no_cot", "no_thoughts", "icot"])
@@ -239,13 +239,13 @@ def test_lengths_are_those_of_the_sequences(cached, method, pad):
 
 
 def test_forced_thoughts_count_for_the_longest_sequence(cached):
-    """A prompt that does not fit was first found out in the middle of the evaluation."""
+    """A prompt that was too long was an error in the middle of the evaluation."""
     tokens = Tokens.open(cached())
     wanted = max(len(question) + 2 + 50 + len(answer) + 1 for question, _, answer in tokens)
     assert longest_sequence(tokens, Config(only_eval=True, eval_latents=50))[0] == wanted
 
 
-# ---- files ----
+# --- Files ---
 
 EXAMPLES = [
     {"question": "1+2", "steps": ["<<1+2=3>>"], "answer": "3", "extra": [1]},
@@ -267,7 +267,7 @@ def character_tokenizer():
 
 @pytest.fixture
 def cached(data_file, tmp_path):
-    """The folder of the file's tokens."""
+    """Returns a function that caches the file's tokens and returns their folder."""
 
     def cached(tokenizer=None, folder: str = "cache", **keys) -> Path:
         tokenizer = tokenizer or character_tokenizer()
@@ -276,7 +276,7 @@ def cached(data_file, tmp_path):
     return cached
 
 
-def test_tokens_are_the_texts_and_survive_the_disk(data_file, cached):
+def test_cached_tokens_decode_to_the_texts(data_file, cached):
     tokenizer = character_tokenizer()
     folder = cached(tokenizer)
     tokens = Tokens.open(folder)
@@ -302,8 +302,8 @@ def test_steps_of_one_token_need_no_separator(cached):
         assert steps == [step + newline for step in bare]
 
 
-def test_the_digest_does_not_depend_on_what_a_tokenizer_was_used_for(cached, tmp_path):
-    """With truncation or padding switched on, its first use changed it: a restart was "trained on other data"."""
+def test_the_cache_key_ignores_truncation_and_padding(cached, tmp_path):
+    """A tokenizer with either changed by its first use, and a restart was "trained on other data"."""
     tokenizer = character_tokenizer()
     plain = cached(tokenizer)
     tokenizer.backend_tokenizer.enable_truncation(3)
@@ -317,8 +317,8 @@ def test_the_digest_does_not_depend_on_what_a_tokenizer_was_used_for(cached, tmp
     assert cached(tokenizer) != plain
 
 
-def test_the_digest_of_tokens_is_that_of_their_ids(cached):
-    """A tokenizer that a later release loads, another flag or class, made a restart "trained on other data"."""
+def test_the_digest_of_tokens_depends_on_their_ids_only(cached):
+    """With a tokenizer that a later release saved differently, a restart was "trained on other data"."""
     first, later = character_tokenizer(), character_tokenizer()
     later.add_special_tokens({"additional_special_tokens": ["new"]})
     later.__class__ = type("LaterTokenizer", (type(later),), {})
@@ -336,7 +336,7 @@ def test_the_digest_of_tokens_is_that_of_their_ids(cached):
     [(2, "question", LATENT), (0, "answer", END), (1, "steps", START), (1100, "steps", LATENT)],
 )
 def test_a_marker_in_the_data_is_refused(data_file, cached, number, field, marker):
-    """It became a latent position: a thought in the middle of a question, or a traceback in the middle of an epoch."""
+    """It became a latent position in the question, or a traceback in the middle of an epoch."""
     records, text = [dict(example) for example in (EXAMPLES * 400)[: number + 3]], f"4{marker}1"
     records[number][field] = [*records[number]["steps"], text, ""] if field == "steps" else text
     data_file.write_text(json.dumps(records))
@@ -348,7 +348,7 @@ def test_a_marker_in_the_data_is_refused(data_file, cached, number, field, marke
         f"{data_file}: record {number} (counted from 0) has the text {marker!r} in its {field!r}, which marks the "
         f"latent positions"
     )
-    cached()  # to a tokenizer without markers it is a text like any other
+    cached()  # for a tokenizer without markers it is ordinary text
 
 
 def test_a_question_without_tokens_is_refused(data_file, cached):
@@ -360,7 +360,7 @@ def test_a_question_without_tokens_is_refused(data_file, cached):
 
 @pytest.mark.parametrize("damage", [lambda ids: b"", lambda ids: ids[:-4], lambda ids: ids[:60]])
 def test_damaged_tokens_are_named(cached, damage):
-    """A power cut left an empty file, of which numpy made an EOFError; of a shorter one nobody said anything."""
+    """A power cut left an empty file, which was an EOFError, or a short one, which was not noticed."""
     folder = cached()
     (folder / "ids.npy").write_bytes(damage((folder / "ids.npy").read_bytes()))
     refuses(f"{folder} cannot be read: .*; remove it, and it is made again", Tokens.open, folder)
@@ -369,8 +369,8 @@ def test_damaged_tokens_are_named(cached, damage):
 
 
 @pytest.mark.parametrize("template", ["{0} $A", "{0} $A {0}"])
-def test_special_tokens_of_the_tokenizer_stand_before_the_question_only(template):
-    """An EOS behind each text stood in front of the thoughts, in training and in evaluation."""
+def test_special_tokens_of_the_tokenizer_come_before_the_question_only(template):
+    """An EOS after each text ended up before the thoughts, in training and in evaluation."""
     tokenizer = character_tokenizer()
     eos, token = tokenizer.eos_token, tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -427,7 +427,7 @@ def test_bad_files_are_named(tmp_path, content, complaint):
 
 
 def test_lists_and_lines_are_read(tmp_path):
-    """JSON lines and a byte order mark were refused; a number as an answer is its text."""
+    """JSON lines and a byte order mark were refused. A number as an answer becomes text."""
     records = [{"question": "a\u2028é", "answer": answer, "steps": [], "n": 1} for answer in ("b", 3, 3.5)]
     lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     wanted = [{**record, "answer": answer} for record, answer in zip(records, ("b", "3", "3.5"), strict=True)]

@@ -1,11 +1,11 @@
-"""The layers of the program: which may import which, and what must not wait for torch."""
+"""The layers of the program, their import direction, and the modules that must not import torch."""
 
 import ast
 
 import pytest
 from conftest import ROOT, python
 
-# from the ground up: what stands in a line imports what stands in earlier lines, or beside it, and nothing else
+# a module imports only modules of its own line or of earlier lines
 LAYERS = [
     ["utils"],
     ["methods", "trainer.files", "trainer.logger", "trainer.run_folder"],  # methods: the protocol alone
@@ -30,7 +30,7 @@ MODULES = {module_of(path) for path in FILES}
 
 
 def layer_of(module: str) -> int | None:
-    """None for what is no module of the program."""
+    """Returns the number of a module's layer, None for other packages."""
     for name in (module, f"{module.partition('.')[0]}.*"):
         if found := [number for number, names in enumerate(LAYERS) if name in names]:
             return found[0]
@@ -38,7 +38,7 @@ def layer_of(module: str) -> int | None:
 
 
 def imported_by(path) -> set[str]:
-    """The modules of the program that a file imports, wherever in its code."""
+    """Returns the modules of the program that a file imports, at module level or inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -62,8 +62,7 @@ def test_imports_run_one_way(path):
     assert {(module, name) for name in above} <= LAZY
 
 
-def test_no_modules_import_each_other():
-    """Nor in a longer circle."""
+def test_imports_have_no_cycles():
     arrows = {module_of(path): imported_by(path) - {module_of(path)} for path in FILES}
     for module, name in LAZY:
         arrows[module].remove(name)
@@ -78,6 +77,6 @@ QUICK += ["tools.evaluate", "tools.report", "tools.generate", "tools.export", "t
 
 
 @pytest.mark.parametrize("module", QUICK)
-def test_what_reads_configurations_and_data_does_not_wait_for_torch(module):
+def test_modules_that_read_configurations_and_data_do_not_import_torch(module):
     code = f"import sys, {module}; print({{'torch', 'transformers', 'wandb', 'matplotlib'}} & set(sys.modules))"
     assert python("-c", code).stdout == "set()\n"

@@ -1,4 +1,4 @@
-"""What stands around the code: the two lists of packages, the editor's launch configurations, the docs' examples."""
+"""The package lists, the editor's launch configurations, and the files that docs/contributing.md shows."""
 
 import json
 import re
@@ -32,7 +32,7 @@ PACKAGES = ("methods", "model", "preprocessing", "tools", "trainer")
 def test_the_editor_can_launch(kind):
     launch = json.loads((ROOT / ".vscode" / "launch.json").read_text(encoding="utf-8"))
     (found,) = [entry for entry in launch["configurations"] if entry["name"].startswith(f"{kind}: ")]
-    assert "torchrun" not in json.dumps(found)  # one process, in which breakpoints work
+    assert "torchrun" not in json.dumps(found)  # breakpoints work in one process only
     if "module" in found:
         assert found["module"] == {"tests": "pytest", "generate": "tools.generate"}[kind]
         return
@@ -40,8 +40,8 @@ def test_the_editor_can_launch(kind):
     assert (ROOT / found["args"][0]).is_file()
 
 
-def added_as_written(section: str, place, tmp_path) -> list[str]:
-    """Writes the files that a section of docs/contributing.md shows into a copy of the program; returns their names."""
+def add_documented_file(section: str, place, tmp_path) -> list[str]:
+    """Writes the file in a section of docs/contributing.md into a copy of the program; returns the overrides for it."""
     page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
     text = page.partition(f"## {section}\n")[2].partition("\n## ")[0]
     (file,), (code,) = re.findall(r"`(methods/\w+\.py)`:\n", text), re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -57,9 +57,9 @@ def added_as_written(section: str, place, tmp_path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_new_thought_trains_and_is_exported_as_the_docs_have_it(place, tmp_path):
-    """One new file, and nothing else edited. The Python examples of the docs run with the model."""
-    overrides = added_as_written("Adding a thought", place, tmp_path)
+def test_the_documented_thought_trains_and_is_exported(place, tmp_path):
+    """With one new file and no other edit. The Python examples of the docs run with the model."""
+    overrides = add_documented_file("Adding a thought", place, tmp_path)
     python("run.py", "own.yaml", *overrides, cwd=tmp_path)
     gate = load_file(tmp_path / "checkpoints" / "own" / "checkpoint_2" / "thought.safetensors")["gate"]
     assert gate.shape == (32,)
@@ -76,9 +76,9 @@ def test_a_new_thought_trains_and_is_exported_as_the_docs_have_it(place, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_new_method_trains_and_continues_as_the_docs_have_it(place, tmp_path):
-    """One new file, and nothing else edited; its key is checked and changes the weights."""
-    overrides = added_as_written("Adding a method", place, tmp_path)
+def test_the_documented_method_trains_and_continues(place, tmp_path):
+    """With one new file and no other edit; its key changes the weights."""
+    overrides = add_documented_file("Adding a method", place, tmp_path)
     found = []
     for name, more in (("plain", ["method=coconut"]), ("own", overrides)):
         python("run.py", "own.yaml", f"name={name}", *more, cwd=tmp_path)
@@ -89,12 +89,12 @@ def test_a_new_method_trains_and_continues_as_the_docs_have_it(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_breakpoints_in_the_data_are_met(place, tmp_path):
-    """A thread would never stop at them."""
+def test_breakpoints_in_the_dataset_stop(place, tmp_path):
+    """In a thread they would not."""
     assert not under_debugger()
     commands = "import dataset\nbreak dataset.StageDataset.__getitem__\ncontinue\n"
     commands += "p 'stopped', type(self).__name__\nquit\n"
-    # `python -m pdb run.py`, but that the slow imports are not traced
+    # `python -m pdb run.py`, without tracing the slow imports
     debug = "import sys, torch, transformers, pdb; from torch.distributed import checkpoint; pdb.main()"
     arguments = (ROOT / "run.py", place / "run.yaml", f"save_path={tmp_path}", "num_workers=2")
     done = python("-c", debug, *arguments, input=commands)

@@ -1,4 +1,4 @@
-"""README.md and docs/: their length, the files, commands and links that they name, and what they repeat."""
+"""README.md and docs/: length, generated blocks, and whether the files, commands and links they name exist."""
 
 import ast
 import re
@@ -16,10 +16,10 @@ from utils import UserError
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md", ROOT / "results" / "README.md"]
 CORE = ["run.py", "curriculum.py", "dataset.py", "coconut.py", "utils.py"]
-MADE = ("checkpoints/", "data/", "exported/", "pages/", "tasks/", "save_path/", "results/mine")  # by commands
+MADE = ("checkpoints/", "data/", "exported/", "pages/", "tasks/", "save_path/", "results/mine")  # commands make them
 EXAMPLES = {"methods/gated.py", "methods/noisy.py"}  # files that docs/contributing.md shows
 EXAMPLE_KEYS = ("thought=gated", "method=noisy", "noise=")
-EXTERNAL = {"pdb", "pip", "pytest", "venv"}  # modules of `python -m` that are not ours
+EXTERNAL = {"pdb", "pip", "pytest", "venv"}  # modules of `python -m` from other packages
 
 
 def read(path: Path) -> str:
@@ -31,7 +31,7 @@ def name_of(path: Path) -> str:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Each command of code blocks and of inline code, as words; a backslash continues a line."""
+    """Returns the words of each command in code blocks and inline code; a backslash continues a line."""
     blocks = re.sub(r"\\\n\s*", "", text)
     lines = re.findall(r"^ {4}(?:\$ )?(\S.*)$", blocks, re.MULTILINE) + re.findall(r"`([^`\n]+)`", blocks)
     split = [part for line in lines for part in line.split(" && ")]
@@ -40,12 +40,12 @@ def commands(text: str) -> list[list[str]]:
 
 
 def problems_of(words: list[str]) -> list[str]:
-    """What in a command does not exist."""
+    """Returns the files, modules, make targets and keys of a command that do not exist."""
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", read(ROOT / "Makefile"), re.MULTILINE)
         return [f"make {word}" for word in words[1:] if word not in targets]
-    ours = r"[\w/]+\.(py|bash|sh)|slurm/\w+\.sbatch|(args|experiments)/[a-z]\w*\.yaml"  # NAME.yaml is any of them
-    missing = [word for word in words if re.fullmatch(ours, word) and not (ROOT / word).exists()]
+    files = r"[\w/]+\.(py|bash|sh)|slurm/\w+\.sbatch|(args|experiments)/[a-z]\w*\.yaml"  # NAME.yaml is any of them
+    missing = [word for word in words if re.fullmatch(files, word) and not (ROOT / word).exists()]
     if "-m" in words[:3]:
         module = words[words.index("-m") + 1]
         path = ROOT / module.replace(".", "/")
@@ -56,11 +56,11 @@ def problems_of(words: list[str]) -> list[str]:
         try:
             Config.from_file(ROOT / file, overrides, needs_files=False)
         except UserError as error:
-            missing += [] if "set row=NAME" in str(error) else [str(error)]  # without a row, it lists them
+            missing += [] if "set row=NAME" in str(error) else [str(error)]  # a documented file without its row
     return missing
 
 
-def test_readme_is_short_shows_a_training_first_and_names_the_core_and_all_pages():
+def test_readme_is_short_and_names_the_core_files_and_all_pages():
     assert set(re.findall(r"\]\(docs/(\w+\.md)\)", read(README))) == {
         path.name for path in (ROOT / "docs").glob("*.md")
     }
@@ -79,13 +79,13 @@ def test_counts_and_generated_blocks_are_up_to_date(path):
 
 
 def anchors(path: Path) -> list[str]:
-    """Of a page's headings, as GitHub makes them."""
+    """Returns the anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", read(path), re.MULTILINE)
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_commands_links_and_paths_name_what_exists(path):
+def test_commands_links_and_paths_exist(path):
     text = read(path)
     assert [problem for words in commands(text) for problem in problems_of(words)] == []
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -99,7 +99,7 @@ def test_commands_links_and_paths_name_what_exists(path):
 
 
 def test_functions_that_readme_and_docs_name_exist():
-    """README's 'where is ...', and the tests that docs/methods.md names."""
+    """In README's table 'where is ...', and the tests that pages name."""
     rows = re.findall(r"^\| [\w' ]+\? \| (.+?) \| (.+?) \|$", read(README), re.MULTILINE)
     rows = [(re.findall(r"`([\w/]+\.py)`", files), re.findall(r"`([\w.]+)`", names)) for files, names in rows]
     rows = [(files, [name for name in names if not name.endswith(".py")]) for files, names in rows if files]
@@ -113,7 +113,7 @@ def test_functions_that_readme_and_docs_name_exist():
 
 
 def defined(path: Path) -> set[str]:
-    """Names of a module's functions and classes; methods as Class.method."""
+    """Returns the names of a module's functions and classes, and of methods as Class.method."""
     names = set()
     for node in ast.parse(read(path)).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -124,7 +124,7 @@ def defined(path: Path) -> set[str]:
 
 
 def test_the_harness_recipe_fits_the_quickstarts_model():
-    """It asked for 128 new tokens of a model with 64 positions: lm-evaluation-harness refuses that."""
+    """lm-evaluation-harness rejects more new tokens than the model has positions."""
     (recipe,) = re.findall(r"```yaml\n(.*?)```", read(ROOT / "docs" / "export.md"), re.DOTALL)
     longest = yaml.safe_load(read(ROOT / "args" / "machine.yaml"))["max_new_tokens"]
     assert yaml.safe_load(recipe)["generation_kwargs"]["max_gen_toks"] == longest < 64

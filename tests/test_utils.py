@@ -1,4 +1,4 @@
-"""Messages, results and files: what full disks, closed pipes, other ranks and odd file systems make of them."""
+"""Messages, results and files on full disks, closed pipes, several ranks and unusual file systems."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from trainer.files import replaced, write_whole
 
 
 def program(text: str, shell: str = "{}", **environment) -> subprocess.CompletedProcess:
-    """Runs a program, in a line of the shell."""
+    """Runs a Python program in a shell command."""
     command = shell.format(f"'{sys.executable}' -c '{text}'")
     options = {"capture_output": True, "text": True, "cwd": ROOT, "env": {**os.environ, **environment}}
     return subprocess.run(["bash", "-o", "pipefail", "-c", command], **options)
@@ -30,8 +30,7 @@ except utils.UserError as error:
 """
 
 
-def test_results_that_nobody_reads_end_nothing():
-    """BrokenPipeError, or a traceback of the full disk, and exit code 1."""
+def test_a_closed_pipe_is_ignored_and_a_full_disk_reported():
     read = program(PRINTS, "{} | head -c 8")
     assert (read.returncode, read.stdout, read.stderr) == (0, "result 0", "")
     full = program(PRINTS, "{} > /dev/full")
@@ -45,7 +44,7 @@ def test_messages_are_printed_once(rank):
     assert done.stderr == ("warning: w\ni\n" if rank == "0" else "")
 
 
-def test_several_files_appear_together_or_not_at_all(tmp_path):
+def test_several_files_are_replaced_together(tmp_path):
     paths = [tmp_path / "new" / name for name in ("a", "b")]
 
     def write(*texts: str) -> None:
@@ -60,8 +59,7 @@ def test_several_files_appear_together_or_not_at_all(tmp_path):
     assert len(list(paths[0].parent.iterdir())) == 2
 
 
-def test_a_link_is_written_through(tmp_path):
-    """It names where somebody wants the file to be."""
+def test_writing_follows_a_symbolic_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     write_whole(tmp_path / "link", "text")
     assert (tmp_path / "link").is_symlink()
@@ -70,7 +68,7 @@ def test_a_link_is_written_through(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES, errno.EIO])
 def test_file_systems_that_do_not_sync_folders(tmp_path, monkeypatch, number):
-    """On virtiofs, CIFS and WSL the first save ended the run, after an epoch. A broken disk still does."""
+    """The first save failed on virtiofs, CIFS and WSL. An I/O error must still be raised."""
     sync, refused = os.fsync, []
 
     def refuse(handle: int, kind=stat.S_ISDIR) -> None:
