@@ -277,7 +277,7 @@ class Config:
         return config
 
     def __init__(self, **values):
-        """Takes the defaults of missing keys from the method (`methods.with_defaults`), else from the fields."""
+        """Gives missing keys the defaults of the method (`methods.with_defaults`), else of the fields."""
         values = methods.with_defaults(values)
         fields = {field.name: field for field in dataclasses.fields(self)}
         if unknown := values.keys() - fields.keys():
@@ -377,15 +377,12 @@ class Config:
         """Checks keys that exclude or need each other."""
         n_entries = len(self.epochs_per_stage) if isinstance(self.epochs_per_stage, list) else 0
         skips_all, n_stages = self.resume >= self.num_epochs and not self.only_eval, self.last_stage + 1
-        loads, forced = self.load_model_path is not None, self.eval_latents is not None
-        disturbed = split_noise(self.thought_noise)[0] or self.thought_dropout
-        feeds_back = self.has_latents and self.thought != "pause"
+        loads, thinks = self.load_model_path is not None, self.has_latents and self.thought != "pause"
+        forced = self.eval_latents is not None and not (self.only_eval and self.has_latents)
+        disturbed = (split_noise(self.thought_noise)[0] or self.thought_dropout) and not thinks
         wrong = [
             (skips_all, f"resume {self.resume} leaves no epoch of num_epochs {self.num_epochs}"),
-            (
-                forced and not (self.only_eval and self.has_latents),
-                "eval_latents needs only_eval and a method with latents",
-            ),
+            (forced, "eval_latents needs only_eval and a method with latents"),
             (self.advance_after > 1 and self.advance_at is None, "advance_after needs advance_at"),
             (n_entries > n_stages, f"epochs_per_stage has {n_entries} entries, but there are only {n_stages} stages"),
             (self.from_scratch and loads, "from_scratch and load_model_path exclude each other"),
@@ -393,10 +390,7 @@ class Config:
             (self.bf16 and self.bf16_weights, "bf16 (mixed precision) and bf16_weights exclude each other"),
             (self.compile and self.gradient_checkpointing, "compile and gradient_checkpointing exclude each other"),
             (self.compile and self.thought_dropout, "compile and thought_dropout exclude each other"),
-            (
-                disturbed and not feeds_back,
-                "thought_noise and thought_dropout need latents and another thought than pause",
-            ),
+            (disturbed, "thought_noise and thought_dropout need latents and a thought other than pause"),
         ]
         return [text for is_wrong, text in wrong if is_wrong]
 
