@@ -118,7 +118,7 @@ class Config:
 
     # --- The method ---
     method: str = key(
-        "coconut", " | ".join(METHODS) + "; or one of the reference's four booleans", choices=METHODS, shapes=True
+        "coconut", " | ".join(METHODS) + "; the reference's four booleans work too", choices=METHODS, shapes=True
     )
     thought: str = key(
         "last",
@@ -182,9 +182,9 @@ class Config:
         None, "the same, for validation; with only_eval also several files: {name: path, other: path}"
     )
     test_path: str | dict[str, str] | None = setting(None, "the same, for only_eval")
-    max_train_examples: int | None = key(None, "number of training examples, the first of the file", low=1)
-    max_train_tokens: int | None = key(None, "leave out longer training examples, counted with all steps", low=1)
-    max_eval_examples: int | None = setting(None, "number of validation examples, the first of the file", low=1)
+    max_train_examples: int | None = key(None, "use only the first N training examples", low=1)
+    max_train_tokens: int | None = key(None, "leave out training examples with more tokens, counting all steps", low=1)
+    max_eval_examples: int | None = setting(None, "use only the first N validation examples", low=1)
     group_by_length: bool = key(False, "batches of similar lengths in random order: less padding (paper: random)")
     num_workers: int = setting(1, "no effect, accepted for older files: a thread prepares the next batch", low=0)
 
@@ -702,7 +702,7 @@ def configure(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML file, such as those in args/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key of the file from here")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides a key of the file")
     parser.add_argument("--schedule", action="store_true", help="print what each epoch will do, and stop")
     parser.add_argument(
         "--plan", action="store_true", help="print what the run will need: memory, disk, tokens, hours; and stop"

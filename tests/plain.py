@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from conftest import VOCABULARY
-from test_coconut import END, EOS, LATENT, START
 
+EOS, START, LATENT, END = 0, 1, 2, 3
 Row = tuple[list[int], list[int]]
 
 
@@ -138,7 +138,12 @@ def summed(logits: torch.Tensor, labels: list[int]) -> tuple[torch.Tensor, int]:
 
 def loss(base, rows: list[Row], **how) -> torch.Tensor:
     """Returns the mean over the tokens of all rows; `how` as in `filled`."""
-    found = [summed(base(inputs_embeds=filled(base, ids, **how)).logits[0], labels) for ids, labels in rows]
+    return mean(base, [(filled(base, ids, **how), labels) for ids, labels in rows])
+
+
+def mean(base, rows: list[tuple[torch.Tensor, list[int]]]) -> torch.Tensor:
+    """Returns the mean over the supervised tokens of rows of (input embeddings (1, T, D), labels)."""
+    found = [summed(base(inputs_embeds=embeds).logits[0], labels) for embeds, labels in rows]
     return sum(total for total, _ in found) / sum(count for _, count in found)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import VOCABULARY, distance, tiny_base
+from plain import END, EOS, LATENT, START, mean
 
 from coconut import Coconut
 from dataset import collate, collate_for_device, collate_prompts
@@ -11,8 +12,6 @@ from model.backbone import Backbone, decoder_blocks
 from model.checkpointing import checkpoint_blocks
 from model.thought import Last
 from trainer.inference import thought_logits
-
-EOS, START, LATENT, END = 0, 1, 2, 3
 
 
 def make_model(
@@ -84,18 +83,15 @@ def plain_thought(model: Coconut, spelling: str, before: torch.Tensor, latent: t
 
 def plain_loss(model: Coconut, rows, thought: str = "last") -> torch.Tensor:
     """Defines the loss: one row at a time, without padding or cache, everything recomputed for each thought."""
-    losses, count = [], 0
+    filled = []
     for input_ids, labels in rows:
         embeds = model.base_causallm.get_input_embeddings()(torch.tensor([input_ids]))  # (1, T, D)
         for position, token in enumerate(input_ids):
             if token == LATENT and thought != "pause":
                 fed = plain_thought(model, thought, embeds[:, :position], embeds[:, position : position + 1])
                 embeds = torch.cat([embeds[:, :position], fed, embeds[:, position + 1 :]], dim=1)
-        logits = model.base_causallm(inputs_embeds=embeds).logits[0]
-        targets = torch.tensor(labels[1:])
-        losses.append(F.cross_entropy(logits[:-1], targets, reduction="sum"))
-        count += int((targets != -100).sum())
-    return sum(losses) / count
+        filled.append((embeds, labels))
+    return mean(model.base_causallm, filled)
 
 
 def assert_generated_as_alone(model: Coconut, rows: list[list[int]], together: torch.Tensor, **options) -> None:
