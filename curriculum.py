@@ -72,7 +72,7 @@ def stage_name(stage: int) -> str:
 
 @replaceable
 def stage_of_step(config: Config, epoch: int, step: int, steps_per_epoch: int) -> int:
-    """Returns the stage of one optimizer step, counted from 0 in its epoch."""
+    """Returns the stage of an optimizer step, counted from 0 in its epoch. iCoT changes it within an epoch."""
     return stage_of(config, epoch)
 
 
@@ -171,7 +171,7 @@ def training_sequence(
     return before + after, [IGNORE] * len(before) + after
 
 
-# --- Steps ---
+# --- Schedules ---
 
 
 def next_epoch(config: Config, epoch: int, accuracy: float, at_goal: int) -> tuple[int, int]:
@@ -246,6 +246,6 @@ def schedule(config: Config, world_size: int) -> str:
         lines.append(f"{epoch:>5} {stage_name(stage):>5} {latents:>8} {left:>20} {optimizer:>10} {batch:>6}")
     if config.advance_at is not None:
         lines.append(
-            f"a stage ends after {config.advance_after} epochs in a row with accuracy >= {config.advance_at:g}"
+            f"a stage ends early after {config.advance_after} epochs in a row with accuracy >= {config.advance_at:g}"
         )
     return "\n".join(lines)

@@ -52,7 +52,7 @@ class StageDataset:
         return stage if self.epoch is None else stage_of_example(self.config, stage, self.epoch, index, n_steps)
 
     def collate(self, rows: list[tuple]) -> dict:
-        """Makes the model's keyword arguments of items."""
+        """Returns the model's keyword arguments for a list of items."""
         return collate_for_device(rows, self.markers.eos, self.markers.latent)
 
     def micro_batch(self, micro: MicroBatch, stage: int) -> dict:

@@ -174,4 +174,4 @@ def test_advance_after_needs_consecutive_epochs():
     assert curriculum.next_epoch(config, 1, 0.9, 1) == (4, 0)  # the next stage counts from 0
     assert curriculum.next_epoch(config, 3, 0.9, 0) == (4, 0)  # the stage's epochs are over
     assert curriculum.next_epoch(config, 5, 0.9, 1) == (9, 0)
-    assert "a stage ends after" in schedule(config, 1).splitlines()[-1]
+    assert "a stage ends early after" in schedule(config, 1).splitlines()[-1]
