@@ -40,8 +40,6 @@ from trainer.step_log import log_steps
 from trainer.throughput import FlopCounter, Throughput, peak_flops
 from utils import UserError, log, print_error, print_result, progress_bar, seed_everything
 
-INTERRUPTED_FILE = "INTERRUPTED_FILE"  # environment variable: a file to create when a signal has stopped the run
-
 
 @record
 def main(config: Config, stop: StopSignal | None = None) -> int:
@@ -296,12 +294,12 @@ def save_checkpoint(run: Run, stage: int, files: dict[str, str] | None = None) -
 
 
 def announce_stop(run: Run) -> None:
-    """Logs how to continue a run that a signal has stopped, and notifies slurm/common.sh."""
+    """Logs how to continue a run that a signal has stopped, and creates the file that slurm/common.sh checks."""
     run.logger.interrupted = True
     run.wait_for_digests()
     if run.saved is not None:
         log.info(f"stopped by a signal; start the same command again to continue from {run.saved}")
-        if run.world.is_main and (file := os.environ.get(INTERRUPTED_FILE)):
+        if run.world.is_main and (file := os.environ.get("INTERRUPTED_FILE")):
             with suppress(OSError):
                 Path(file).touch()
 

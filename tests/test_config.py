@@ -568,10 +568,3 @@ def test_a_closed_or_full_output_is_no_traceback(write):
     assert (done[0].returncode, done[0].stderr) == (0, b"")
     assert done[1].returncode == 2
     assert done[1].stderr == b"error: standard output cannot be written: No space left on device\n"
-
-
-def test_help_and_docs_name_every_key():
-    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    for field in dataclasses.fields(Config):
-        assert f"  {field.name} = " in Config.describe()
-        assert f"| `{field.name}` |" in page, field.name
