@@ -203,12 +203,12 @@ def prosqa_statistics(example: dict) -> dict[str, float]:
 
 
 def different(left: list[dict], right: list[dict], statistics) -> set[str]:
-    """Returns the statistics whose means differ by more than four standard errors."""
+    """Returns the statistics whose means differ by more than 3.5 standard errors."""
     sides = [list(map(statistics, examples)) for examples in (left, right)]
     found = set()
     for name in sides[0][0]:
         a, b = (np.array([row[name] for row in side], dtype=float) for side in sides)
-        if abs(a.mean() - b.mean()) > 4 * (a.var() / len(a) + b.var() / len(b)) ** 0.5:
+        if abs(a.mean() - b.mean()) > 3.5 * (a.var() / len(a) + b.var() / len(b)) ** 0.5:
             found.add(name)
     return found
 
