@@ -178,7 +178,7 @@ def make_splits(
     for one in settings_by_split.values():
         check_mirror(one)
     rng = np.random.default_rng(seed)
-    too_few = f"{settings.description} with these words hardly ever have a new question of so many hops"
+    too_few = f"{settings.description} with these words hardly ever have a new question with these hops"
     return draw(sizes, lambda name: make_example(rng, settings_by_split[name]), progress, named_edges, too_few)
 
 
