@@ -88,7 +88,7 @@ class Config:
     """The configuration of a run. Every field is a key of the YAML files in args/ and of `run.py FILE key=value ...`.
 
     Keys of the reference keep its names and meanings; the defaults of the others reproduce it. A method's own keys are
-    in its file of methods/; they are checked whatever the method.
+    in its file of methods/ and are checked for every method.
     """
 
     # --- The run ---
@@ -244,7 +244,7 @@ class Config:
         choices=("text", "number"),
     )
     save_only_improve: bool = setting(False, "keep an epoch only if its accuracy is the best of its stage so far")
-    save_every_steps: int | None = setting(None, "also save within epochs, every so many optimizer steps", low=1)
+    save_every_steps: int | None = setting(None, "also save within epochs, every N optimizer steps", low=1)
     keep_checkpoints: int | None = setting(None, "number of newest epochs to keep, with the best (default: all)", low=1)
     continue_changed: bool = setting(False, "continue a run even if keys that decide its weights have changed")
     skip_nonfinite: bool = setting(False, "skip and count optimizer steps with a loss or gradient that is not finite")

@@ -198,7 +198,7 @@ class EpochPlan(Sequence):
     rank without a share runs one of these with weight 0, because every rank must join the collectives.
 
     Gradients are averaged over ranks and summed over a rank's micro-batches, so a micro-batch weighs
-    world_size x (its examples) / (the step's examples). On so many ranks that micro-batches are smaller than
+    world_size x (its examples) / (the step's examples). If many ranks make micro-batches smaller than
     batch_size_training, the loss is still one mean over the supervised tokens of batch_size_training examples: their
     `group`, by which `StageDataset.weight` corrects the weight.
     """

@@ -107,7 +107,7 @@ def filled(
     """Returns the input embeddings (1, T, D) with the thoughts filled in.
 
     By default one after the other, x_p = think(h_{p-1}); think None: the learned embeddings (`pause`).
-    passes: PCCoT, all at once from the states of the pass before, in so many passes after the first.
+    passes: PCCoT, all at once from the states of the pass before; the number of passes after the first.
     group: LOTUS, x_p = e_p + h_p, in one pass per `group` latents after the first.
     """
     learned = embeds = base.get_input_embeddings()(torch.tensor([input_ids]))
