@@ -1,10 +1,9 @@
-"""LOTUS (arXiv 2606.31779): latents that are made in parallel are told what they stand for.
+"""LOTUS (arXiv 2606.31779): latents computed in parallel, with the tokens of their steps as labels.
 
-Counted from the position before the first latent (the start marker), index 0, position k c + j has to predict token j
-of step k, through the base's own LM head: a step is read from the group of latents that stands for it, as if its tokens
-were written there. A step of more than c tokens is read on in the next group, whose first positions then have two
-targets. The labels' cross-entropy is a mean over all labels of an optimizer step, on whatever rank, that of the written
-part a mean over all of its tokens. The latents are made as methods/parallel_latents.py says, in one pass more than
+Index 0 is the position before the first latent (the start marker). Position k c + j predicts token j of step k through
+the base's LM head. A step of more than c tokens continues in the next group, whose first positions then have two
+targets. The labels' cross-entropy is a mean over all labels of an optimizer step on all ranks; the cross-entropy of the
+written part is a mean over all of its tokens. methods/parallel_latents.py computes the latents, in one pass more than
 there are groups.
 
 Legend: B rows, T columns of a batch, c latents of a group, S labels.
@@ -39,11 +38,11 @@ class Method(methods.Method):
     @staticmethod
     def problems(config) -> Iterator[str]:
         if config.latent_labels and config.method != "lotus":
-            yield f"latent_labels are for method lotus, not {config.method}"
+            yield f"latent_labels is for method lotus, not {config.method}"
 
     @staticmethod
     def stage_of(config, epoch: int) -> int:
-        """Steps beyond max_latent_stage stay written: no stage is without any."""
+        """Caps the stage at max_latent_stage: steps beyond it stay written in every epoch."""
         return min(curriculum.stage_of.paper(config, epoch), config.max_latent_stage)
 
     @staticmethod
@@ -52,13 +51,13 @@ class Method(methods.Method):
 
     @staticmethod
     def older(values: dict) -> None:
-        """Method coconut with labels."""
+        """Method coconut with latent_labels."""
         explained = values.get("step_decoder", "none") != "none"
         if values.get("method", "coconut") == "coconut" and values.get("latent_labels") and not explained:
             values["method"] = "lotus"
 
 
-# ---- With torch ----
+# --- With torch ---
 
 import torch
 
@@ -67,8 +66,8 @@ from dataset import StageDataset
 
 
 def latent_labels(steps: Sequence[Sequence[int]], n_latents: int, c_thought: int) -> list[tuple[int, int]]:
-    """(index, token) of each label of a row with so many latents; index 0 is the position before the first latent. The
-    last group's step is read in that group only: there is none after it."""
+    """Returns (index, token) of each label of a row with this number of latents; index 0 is the position before the
+    first latent. A step in the last group is cut to that group, since no group follows."""
     found = []
     for group, step in zip(range(n_latents // c_thought if c_thought else 0), steps, strict=False):
         begin = group * c_thought
@@ -78,7 +77,7 @@ def latent_labels(steps: Sequence[Sequence[int]], n_latents: int, c_thought: int
 
 
 class LabelledDataset(StageDataset):
-    """Items (input_ids, labels, latent labels): the last as `latent_labels` gives them."""
+    """Items (input_ids, labels, latent labels as `latent_labels` returns them)."""
 
     counts_loss_terms = True
 
@@ -95,12 +94,13 @@ class LabelledDataset(StageDataset):
         return [f"  {names[index]} predicts: {' and '.join(texts)}" for index, texts in sorted(at.items())]
 
     def collate(self, rows: list[tuple]) -> dict:
-        """`StageDataset.collate`, with the arguments of `Lotus.forward`, and the tokens of either loss."""
+        """Returns `StageDataset.collate` with the further arguments of `Lotus.forward`, and the token count of each
+        loss."""
         batch = super().collate([row[:2] for row in rows])
         width, first = batch["input_ids"].shape[1], next(iter(batch["latent_columns"]), 0)
         found = []
         for number, (input_ids, _, row_labels) in enumerate(rows):
-            for index, token in row_labels:  # padding may stand between the start marker and the first latent
+            for index, token in row_labels:  # padding may separate the start marker and the first latent
                 column = first - 1 + index if index else input_ids.index(self.markers.latent) - 1
                 found.append((number * width + column, token))
         batch["label_places"] = torch.tensor([place for place, _ in found], dtype=torch.int64)
@@ -110,7 +110,7 @@ class LabelledDataset(StageDataset):
 
 
 class Lotus(Coconut):
-    """Latents that have labels, in training; latent_labels: their loss's weight beside the answer's."""
+    """Coconut with labels for its latents in training; latent_labels is the weight of their loss."""
 
     def __init__(self, *args, latent_labels: float = 0.05, **kwargs):
         super().__init__(*args, **kwargs)
@@ -119,8 +119,8 @@ class Lotus(Coconut):
     def forward(
         self, *args, label_places: torch.Tensor | None = None, label_targets: torch.Tensor | None = None, **kwargs
     ) -> CoconutOutput:
-        """`Coconut.forward`; with targets, (S,) int64, at places in the flattened (B, T), the output's `auxiliary` is
-        their weighted cross-entropy, summed over the batch."""
+        """Runs `Coconut.forward`. With label_targets, (S,) int64, at label_places in the flattened (B, T), the output's
+        `auxiliary` is their weighted cross-entropy, summed over the batch."""
         if label_targets is None:
             return super().forward(*args, **kwargs)
         output = super().forward(*args, return_hidden=True, **kwargs)

@@ -1,7 +1,7 @@
-"""PCCoT (arXiv 2506.18582): CODI with all latents at once, in T passes after the first.
+"""PCCoT (arXiv 2506.18582): CODI with parallel latents, in T passes after the first.
 
-The authors have 24 latents in T = 3 passes, no projection, and compare the states of the decoder blocks alone, not the
-embeddings. With LoRA they train the markers' rows too, which is not done here.
+The authors use 24 latents, T = 3 passes and no projection, and compare the states of the decoder blocks only, not the
+embeddings. Their LoRA also trains the markers' embeddings; here it does not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Method(methods.Method):
     }
     distilled_layers: str = key(
         "all",
-        "pccot: all | blocks: whether the distance is over the embeddings too, or over what the decoder blocks return",
+        "pccot: all | blocks: compare the embeddings and the outputs of the decoder blocks, or only the latter",
         choices=("all", "blocks"),
         later=True,
     )
@@ -44,12 +44,12 @@ class Method(methods.Method):
 
     @staticmethod
     def older(values: dict) -> None:
-        """Method codi with passes."""
+        """Method codi with latent_passes."""
         if values.get("method") == "codi" and str(values.get("latent_passes", "sequential")) != "sequential":
             values["method"] = "pccot"
 
 
-# ---- With torch ----
+# --- With torch ---
 
 from methods.codi import Codi, TaughtDataset
 

@@ -197,10 +197,10 @@ def test_the_policy_has_no_dropout():
 
 def test_a_reward_must_be_a_number_for_each_answer():
     assert checked("match", [True, False], 2) == [1.0, 0.0]
-    with pytest.raises(UserError, match=r"reward 'own\.py' has returned 1 numbers for 2 answers"):
+    with pytest.raises(UserError, match=r"reward 'own\.py' returned 1 numbers for 2 answers"):
         checked("own.py", [1.0], 2)
     for value in (float("nan"), float("inf")):
-        with pytest.raises(UserError, match=r"reward 'own\.py' has returned (nan|inf)"):
+        with pytest.raises(UserError, match=r"reward 'own\.py' returned (nan|inf)"):
             checked("own.py", [0.0, value], 2)
 
 
@@ -222,7 +222,7 @@ def test_a_reward_of_ones_own(tmp_path):
         ({"reward": "absent.py"}, "'absent.py' is neither match nor a Python file"),
         ({"method": "coconut", "group_size": 4}, "group_size is for method grpo, not coconut"),
         ({"thought": "pause", "thought_noise": 0.1}, "thoughts that are fed back"),
-        ({"latent_passes": "2", "thought_noise": 0.1}, "thoughts one after the other"),
+        ({"latent_passes": "2", "thought_noise": 0.1}, "need sequential thoughts"),
     ],
 )
 def test_what_cannot_work_is_refused(keys, problem):
@@ -247,7 +247,7 @@ def test_a_hundred_steps_without_signal_are_worth_a_warning(caplog):
             assert len(caplog.records) == (step >= 150)
     finally:
         grpo.log.removeHandler(caplog.handler)
-    assert "for 100 steps (now 0 on average)" in caplog.text
+    assert "for 100 steps all answers to a question have had the same reward (now 0 on average)" in caplog.text
     assert noted["groups_without_signal"] == (2, 2)
     assert noted["entropy"] == (6.0, 4)
     grpo._measure(run, same, drawn, counts=False)

@@ -96,11 +96,11 @@ def plain_logits(model: Coconut, prompt: list[int], written: list[int]) -> torch
 
 
 def test_what_cannot_be_made_in_parallel_is_refused():
-    refuses("needs the layers", make_parallel, "gpt2", 2, thought="layer:-2")
+    refuses("do not record the layers", make_parallel, "gpt2", 2, thought="layer:-2")
     model = make_parallel("gpt2", 2)
-    with pytest.raises(ValueError, match="one block"):
+    with pytest.raises(ValueError, match="must form one block"):
         model(torch.tensor([[5, LATENT, 6, LATENT, 7]]))
-    with pytest.raises(ValueError, match="edited"):
+    with pytest.raises(ValueError, match="cannot be edited"):
         model(torch.tensor([[5, LATENT, 7]]), edit=lambda _, thought, __: thought)
     shape = MambaConfig(vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=2, eos_token_id=0)
     with pytest.raises(UserError, match="attention in every layer"):

@@ -296,13 +296,13 @@ def test_fewest_and_stops_by_brute_force():
     ("keys", "problem"),
     [
         ({"thought": "pause"}, "decides after each thought, and thought pause has none"),
-        ({"latent_passes": "3"}, "decides after each thought, and latent_passes 3 makes all at once"),
+        ({"latent_passes": "3"}, "decides after each thought, and latent_passes 3 runs all at once"),
         ({"method": "coconut", "stop_threshold": 0.5}, "stop_threshold is for method stopping, not coconut"),
         ({"method": "cot", "stop_threshold": 0.5}, "stop_threshold is for method stopping, not cot"),
-        ({"lora_rank": 2}, "trains its head alone, without lora_rank"),
-        ({"c_thought": 0}, "method stopping thinks max_latent_stage x c_thought thoughts"),
+        ({"lora_rank": 2}, "trains only its head: unset lora_rank"),
+        ({"c_thought": 0}, "method stopping has max_latent_stage x c_thought thoughts"),
         ({"pad_latent_to_max": False}, "and pad_latent_to_max"),
-        ({"uniform_prob": 0.1}, "method stopping has always the thoughts of the last one"),
+        ({"uniform_prob": 0.1}, "method stopping always has the thoughts of the last stage"),
     ],
 )
 def test_what_does_not_go_together_is_said(keys, problem):
