@@ -70,7 +70,7 @@ from dataset import StageDataset, collate_for_device
 from model.layout import column_of
 
 
-class TaughtDataset(StageDataset):
+class TeacherDataset(StageDataset):
     """Items (input_ids, labels, position, teacher's input_ids, labels, position). A position is the index of the token
     before the answer's first token."""
 
@@ -124,14 +124,14 @@ class Codi(Coconut):
         if teacher is None:
             return super().forward(*args, **kwargs)
         # the teacher runs first, so its backward comes last, as trainer.parallel.sync_gradients expects of a first pass
-        taught, wanted = self._states_at(**teacher)
-        output, found = self._states_at(columns, *args, **kwargs)
+        teacher_output, teacher_states = self._states_at(**teacher)
+        output, student_states = self._states_at(columns, *args, **kwargs)
         distances = [
-            F.smooth_l1_loss(own, target.detach()) / target.detach().std()
-            for own, target in list(zip(found, wanted, strict=True))[self.first_layer :]
+            F.smooth_l1_loss(student, target.detach()) / target.detach().std()
+            for student, target in zip(student_states, teacher_states, strict=True)
         ]
-        loss = output.loss + self.distillation * torch.stack(distances).mean() + taught.loss
-        return output._replace(loss=loss)
+        distance = torch.stack(distances[self.first_layer :]).mean()
+        return output._replace(loss=output.loss + self.distillation * distance + teacher_output.loss)
 
     def _states_at(self, columns: torch.Tensor, *args, **kwargs) -> tuple[CoconutOutput, list[torch.Tensor]]:
         """Returns Coconut's output and the L + 1 hidden states, (B, 1, D) each, at the columns (B,), in the order of
@@ -146,4 +146,4 @@ class Codi(Coconut):
         return output._replace(hidden=None), [*states[:-1], column_of(output.hidden, columns)]
 
 
-MODEL, DATASET = Codi, TaughtDataset
+MODEL, DATASET = Codi, TeacherDataset

@@ -23,9 +23,14 @@ class Method(methods.Method):
     variant_of = "coconut"
     needs = ("parallel_latents",)
     defaults = {
-        **{"thought": "looped", "latent_passes": "stage", "latent_labels": 0.05},
-        **{"c_thought": 13, "max_latent_stage": 6, "epochs_per_stage": 1},
-        **{"max_grad_norm": 1.0, "reset_optimizer": "never"},
+        "thought": "looped",
+        "latent_passes": "stage",
+        "latent_labels": 0.05,
+        "c_thought": 13,
+        "max_latent_stage": 6,
+        "epochs_per_stage": 1,
+        "max_grad_norm": 1.0,
+        "reset_optimizer": "never",
     }
     latent_labels: float = key(
         0.0,
@@ -52,8 +57,8 @@ class Method(methods.Method):
     @staticmethod
     def older(values: dict) -> None:
         """Method coconut with latent_labels."""
-        explained = values.get("step_decoder", "none") != "none"
-        if values.get("method", "coconut") == "coconut" and values.get("latent_labels") and not explained:
+        has_decoder = values.get("step_decoder", "none") != "none"
+        if values.get("method", "coconut") == "coconut" and values.get("latent_labels") and not has_decoder:
             values["method"] = "lotus"
 
 
@@ -68,12 +73,12 @@ from dataset import StageDataset
 def latent_labels(steps: Sequence[Sequence[int]], n_latents: int, c_thought: int) -> list[tuple[int, int]]:
     """Returns (index, token) of each label of a row with this number of latents; index 0 is the position before the
     first latent. A step in the last group is cut to that group, since no group follows."""
-    found = []
+    labels = []
     for group, step in zip(range(n_latents // c_thought if c_thought else 0), steps, strict=False):
         begin = group * c_thought
-        room = min(2 * c_thought, n_latents - begin)
-        found += [(begin + place, token) for place, token in enumerate(step[:room])]
-    return found
+        end = min(begin + 2 * c_thought, n_latents)
+        labels += zip(range(begin, end), step, strict=False)
+    return labels
 
 
 class LabelledDataset(StageDataset):
@@ -87,25 +92,26 @@ class LabelledDataset(StageDataset):
         return input_ids, labels, latent_labels(self.tokens[key[0]][1], n_latents, self.config.c_thought)
 
     def others(self, item: tuple, words) -> list:
-        at: dict[int, list[str]] = {}
+        targets: dict[int, list[str]] = {}
         for index, token in item[2]:
-            at.setdefault(index, []).append(words([token]))
-        names = {index: f"latent {index}" if index else "before latent 1" for index in at}
-        return [f"  {names[index]} predicts: {' and '.join(texts)}" for index, texts in sorted(at.items())]
+            targets.setdefault(index, []).append(words([token]))
+        names = {index: f"latent {index}" if index else "before latent 1" for index in targets}
+        return [f"  {names[index]} predicts: {' and '.join(texts)}" for index, texts in sorted(targets.items())]
 
     def collate(self, rows: list[tuple]) -> dict:
         """Returns `StageDataset.collate` with the further arguments of `Lotus.forward`, and the token count of each
         loss."""
         batch = super().collate([row[:2] for row in rows])
         width, first = batch["input_ids"].shape[1], next(iter(batch["latent_columns"]), 0)
-        found = []
+        positions, targets = [], []
         for number, (input_ids, _, row_labels) in enumerate(rows):
             for index, token in row_labels:  # padding may separate the start marker and the first latent
                 column = first - 1 + index if index else input_ids.index(self.markers.latent) - 1
-                found.append((number * width + column, token))
-        batch["label_places"] = torch.tensor([place for place, _ in found], dtype=torch.int64)
-        batch["label_targets"] = torch.tensor([token for _, token in found], dtype=torch.int64)
-        batch["loss_counts"] = {"loss": len(batch["supervised"]), "auxiliary": len(found)}
+                positions.append(number * width + column)
+                targets.append(token)
+        batch["label_positions"] = torch.tensor(positions, dtype=torch.int64)
+        batch["label_targets"] = torch.tensor(targets, dtype=torch.int64)
+        batch["loss_counts"] = {"loss": len(batch["supervised"]), "auxiliary": len(targets)}
         return batch
 
 
@@ -117,14 +123,14 @@ class Lotus(Coconut):
         self.latent_labels = latent_labels
 
     def forward(
-        self, *args, label_places: torch.Tensor | None = None, label_targets: torch.Tensor | None = None, **kwargs
+        self, *args, label_positions: torch.Tensor | None = None, label_targets: torch.Tensor | None = None, **kwargs
     ) -> CoconutOutput:
-        """Runs `Coconut.forward`. With label_targets, (S,) int64, at label_places in the flattened (B, T), the output's
-        `auxiliary` is their weighted cross-entropy, summed over the batch."""
+        """Runs `Coconut.forward`. With label_targets, (S,) int64, at label_positions in the flattened (B, T), the
+        output's `auxiliary` is their weighted cross-entropy, summed over the batch."""
         if label_targets is None:
             return super().forward(*args, **kwargs)
         output = super().forward(*args, return_hidden=True, **kwargs)
-        hidden = output.hidden.flatten(0, 1)[label_places]  # (S, D)
+        hidden = output.hidden.flatten(0, 1)[label_positions]  # (S, D)
         auxiliary = self.latent_labels * self.backbone.cross_entropy(hidden, label_targets, reduction="sum")
         return output._replace(hidden=None, auxiliary=auxiliary)
 

@@ -22,7 +22,7 @@ MODES = ("direct", "written", "latent")  # Q end A; Q start S_1..S_n end A; Q st
 
 class Method(methods.Method):
     has_latents = True
-    goes_on_at_once = False  # the model predicts the end marker first
+    predicts_end_marker = True
     mode: str = key(
         "latent",
         "multi_mode: latent | written | direct, what an eval-only run generates: the answer after thoughts, after "

@@ -9,7 +9,7 @@ run through all passes. The thought decides the input:
   passes as latents, the result is Coconut's.
 - LOTUS (arXiv 2606.31779), thought `looped`: the latent token's embedding plus the hidden state of the same position.
 
-Legend: B rows, H heads, T columns of a batch, K columns of the block, D hidden size, d head size.
+Legend: B rows, T columns of a batch, K columns of the block, D hidden size.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ class Method(methods.Method):
 # --- With torch ---
 
 import torch
-from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from coconut import Coconut, Edit
-from model.kv_cache import PLAIN_LAYERS, GrowingLayer
+from model.kv_cache import PLAIN_LAYERS
 from model.layout import Rows, column_of
 from model.thought import Seen
 from utils import UserError
@@ -98,14 +98,18 @@ class ParallelLatents(Coconut):
     layers.
     """
 
+    one_by_one = False
+
     def __init__(self, *args, latent_passes: int | str = "stage", c_thought: int = 1, **kwargs):
         super().__init__(*args, **kwargs)
         self.latent_passes, self.c_thought = latent_passes, c_thought
         if self.thought.needs_layers:
             raise UserError("parallel latents do not record the layers that this thought needs")
-        forked_cache(self.base_causallm.config, kept=0)
-
-    one_by_one = False
+        config = self.base_causallm.config
+        if not all(type(layer) in PLAIN_LAYERS for layer in DynamicCache(config=config).layers):
+            raise UserError(
+                f"parallel latents need attention in every layer, which the model family {config.model_type} lacks"
+            )
 
     @property
     def thinks(self) -> bool:
@@ -126,27 +130,25 @@ class ParallelLatents(Coconut):
         is_latent = rows.input_ids[:, begin:end] == self.latent_token_id  # (B, K)
         precomputed, n_updates = self._precompute(), self.latent_updates(end - begin)
         before, block, after = self.backbone.embed(rows.input_ids).split([begin, end - begin, width - end], dim=1)
-        cache = forked_cache(self.base_causallm.config, kept=begin)
+        # sliding windows are left to the mask
+        cache = Cache(layers=[DynamicLayer() for _ in DynamicCache(config=self.base_causallm.config).layers])
 
-        def run(span: torch.Tensor, first: int, pass_number: int) -> torch.Tensor:
-            if pass_number == n_updates:  # the last pass, which what is generated attends to
-                for layer in cache.layers:
-                    layer.kept = None
+        def run(span: torch.Tensor, first: int) -> torch.Tensor:
             return self.backbone.span(span, *rows.part(first, first + span.shape[1]), cache)
 
-        hidden = run(torch.cat([before, block, after][: 2 if n_updates else 3], dim=1), 0, 0)
+        hidden = run(torch.cat([before, block, after][: 2 if n_updates else 3], dim=1), 0)
         prefix, states, fed = hidden[:, :begin], hidden[:, begin:end], block  # (B, ., D)
         for number in range(1, n_updates + 1):
+            cache.crop(begin - end)  # back to the prefix
             shifted = torch.cat([column_of(prefix, rows.before), states[:, :-1]], dim=1)
             made_of = states if self.thought.in_place else shifted
             thought = self.thought(Seen(made_of, block, None, precomputed, self.backbone))
             changes = is_latent & self._takes_part(is_latent, number)
             fed = torch.where(changes[..., None], thought.to(block.dtype), fed)
             if number < n_updates:
-                states = run(fed, begin, number)
+                states = run(fed, begin)
             else:
-                hidden = torch.cat([prefix, run(torch.cat([fed, after], dim=1), begin, number)], dim=1)
-        cache = growing_cache(cache, width + new_columns) if new_columns else cache
+                hidden = torch.cat([prefix, run(torch.cat([fed, after], dim=1), begin)], dim=1)
         return hidden, torch.cat([before, fed, after], dim=1), cache
 
     def latent_updates(self, n_columns: int) -> int:
@@ -162,45 +164,6 @@ class ParallelLatents(Coconut):
         if self.latent_passes != "stage":
             return torch.ones_like(is_latent[:, :1])
         return number <= is_latent.sum(dim=1, keepdim=True) // self.c_thought
-
-
-class BlockLayer(DynamicLayer):
-    """The keys and values of one layer, (B, H, T, d) each: each pass over the block sees the first `kept` columns and
-    its own, and leaves the former; with None it leaves all."""
-
-    def __init__(self, kept: int):
-        super().__init__()
-        self.kept: int | None = kept
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the kept columns with (B, H, t, d) states behind them."""
-        if self.is_initialized:
-            key_states = torch.cat([self.keys, key_states], dim=-2)
-            value_states = torch.cat([self.values, value_states], dim=-2)
-        self.keys, self.values = key_states[..., : self.kept, :], value_states[..., : self.kept, :]
-        self.is_initialized = True
-        return key_states, value_states
-
-
-def forked_cache(config: PretrainedConfig, kept: int) -> Cache:
-    """A cache of BlockLayers. Raises UserError where a layer keeps a state that cannot be taken back."""
-    layers = DynamicCache(config=config).layers
-    if not all(type(layer) in PLAIN_LAYERS for layer in layers):
-        raise UserError(
-            f"parallel latents need attention in every layer, which the model family {config.model_type} lacks"
-        )
-    return Cache(layers=[BlockLayer(kept) for _ in layers])
-
-
-def growing_cache(cache: Cache, capacity: int) -> Cache:
-    """What the layers of a cache hold, in one that grows to `capacity` columns without copying."""
-    layers = []
-    for layer in cache.layers:
-        layers.append(GrowingLayer(capacity))
-        layers[-1].update(layer.keys, layer.values)
-    return Cache(layers=layers)
 
 
 MODEL = ParallelLatents

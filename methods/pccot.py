@@ -18,8 +18,13 @@ class Method(methods.Method):
     variant_of = "codi"
     needs = ("codi", "parallel_latents")
     defaults = {
-        **{"thought": "last", "latent_passes": "3", "c_thought": 1, "max_latent_stage": 24},
-        **{"distilled_layers": "blocks", "weight_decay": 0.01, "lora_dropout": 0.1},
+        "thought": "last",
+        "latent_passes": "3",
+        "c_thought": 1,
+        "max_latent_stage": 24,
+        "distilled_layers": "blocks",
+        "weight_decay": 0.01,
+        "lora_dropout": 0.1,
     }
     distilled_layers: str = key(
         "all",
@@ -39,8 +44,7 @@ class Method(methods.Method):
 
     @staticmethod
     def options(config) -> dict:
-        first = {"all": 0, "blocks": 1}[config.distilled_layers]
-        return {"distillation": config.distillation, "first_layer": first}
+        return {"distillation": config.distillation, "first_layer": {"all": 0, "blocks": 1}[config.distilled_layers]}
 
     @staticmethod
     def older(values: dict) -> None:
@@ -51,6 +55,6 @@ class Method(methods.Method):
 
 # --- With torch ---
 
-from methods.codi import Codi, TaughtDataset
+from methods.codi import Codi, TeacherDataset
 
-MODEL, DATASET = Codi, TaughtDataset
+MODEL, DATASET = Codi, TeacherDataset

@@ -30,7 +30,7 @@ def step_targets(steps: Sequence[str], max_latent_stage: int) -> list[str]:
     return [*steps[:max_latent_stage], *more]
 
 
-def explanations(
+def group_targets(
     texts: Sequence[Sequence[int]], answer: Sequence[int], n_latents: int, stage: int, config
 ) -> list[Sequence[int] | None]:
     """Returns the target tokens, without EOS, of each group of a row's latents at a stage, or None for no target;
@@ -108,7 +108,7 @@ from dataset import StageDataset, collate_prompts
 from model import lora
 
 
-class ExplainedDataset(StageDataset):
+class StepTargetDataset(StageDataset):
     """Items (input_ids, labels, targets): for each group of the row's thoughts its target tokens, or None for no
     target."""
 
@@ -119,7 +119,7 @@ class ExplainedDataset(StageDataset):
         _, texts, answer = self.tokens.auxiliary[key[0]]
         n_latents = input_ids.count(self.markers.latent)
         stage = self.stage_of(key, n_steps=len(self.tokens[key[0]][1]))
-        return input_ids, labels, explanations(texts, answer, n_latents, stage, self.config)
+        return input_ids, labels, group_targets(texts, answer, n_latents, stage, self.config)
 
     def others(self, item: tuple, words) -> list:
         size, targets = self.config.c_thought, ["nothing" if text is None else words(text) for text in item[2]]
@@ -150,7 +150,7 @@ class ExplainedDataset(StageDataset):
             "rows": torch.tensor(of_rows),
             "columns": torch.tensor(columns)[:, None] + torch.arange(size),
             "ids": collate_prompts([text[:-1] for text in texts], eos, on_the_left=False)["input_ids"],
-            "places": torch.cat([begin + torch.arange(n) for begin, n in zip(begins, lengths, strict=True)]),
+            "indices": torch.cat([begin + torch.arange(n) for begin, n in zip(begins, lengths, strict=True)]),
             "targets": torch.tensor([*chain(*texts)]),
             "divisors": torch.tensor(divisors).repeat_interleave(lengths),
         }
@@ -172,14 +172,14 @@ class StepDecoder(Coconut):
     def train(self, mode: bool = True) -> StepDecoder:
         return super().train(False)
 
-    def forward(self, embeds: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Returns the (S,) cross-entropies of the targets, (S,), at places in the flattened (P, c + m) of embeds, (P, c
-        + m, D). Positions count from 1, which matters for absolute position embeddings."""
+    def forward(self, embeds: torch.Tensor, indices: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Returns the (S,) cross-entropies of the targets, (S,), at indices in the flattened (P, c + m) of embeds,
+        (P, c + m, D). Positions count from 1, which matters for absolute position embeddings."""
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
         positions = mask.cumsum(dim=1)
         cache = self.backbone.make_cache(embeds.shape[1], keeps=False)
         hidden = self.backbone.span(embeds, mask, positions, masked=False, cache=cache)
-        return self.backbone.cross_entropy(hidden.flatten(0, 1)[places], targets, reduction="none")
+        return self.backbone.cross_entropy(hidden.flatten(0, 1)[indices], targets, reduction="none")
 
 
 class SimCot(Coconut):
@@ -210,10 +210,10 @@ class SimCot(Coconut):
         """Runs `Coconut.forward`. With `steps`, the output's `auxiliary` is the decoder's loss, summed over the groups
         of the batch.
 
-        steps, int64 as `ExplainedDataset.collate` returns them:
+        steps, int64 as `StepTargetDataset.collate` returns them:
             rows, columns: (P,) and (P, c), where the thoughts of each group are in (B, T).
             ids: (P, m) the tokens of its text, padded.
-            places, targets: (S,), see StepDecoder.forward.
+            indices, targets: (S,), see StepDecoder.forward.
             divisors: (S,) divisor of each token's loss: 1 for a sum over a group's tokens, their number for a mean;
                 infinity, float32, in a batch without groups.
         """
@@ -222,8 +222,8 @@ class SimCot(Coconut):
             return output
         thoughts = output.inputs_embeds[steps["rows"][:, None], steps["columns"]]  # (P, c, D)
         embeds = torch.cat([thoughts, self.backbone.embed(steps["ids"]).to(thoughts.dtype)], dim=1)
-        losses = self.step_decoder(embeds, steps["places"], steps["targets"]) / steps["divisors"]
+        losses = self.step_decoder(embeds, steps["indices"], steps["targets"]) / steps["divisors"]
         return output._replace(auxiliary=self.step_decoder_weight * losses.sum())
 
 
-MODEL, DATASET = SimCot, ExplainedDataset
+MODEL, DATASET = SimCot, StepTargetDataset

@@ -69,7 +69,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from coconut import Coconut, CoconutOutput
+from coconut import Coconut, CoconutOutput, Edit
 from curriculum import prefix, prompt
 from dataset import MicroBatch, StageDataset, collate_prompts, latent_columns
 from model.layout import Rows, take
@@ -225,7 +225,10 @@ class Stopping(Coconut):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         max_new_tokens: int = 16,
-        **options,
+        position_ids: torch.Tensor | None = None,
+        edit: Edit | None = None,
+        return_thoughts: bool = False,
+        **sampling,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Same as `Coconut.generate`, but each row leaves out its latents after it stops. Thoughts are computed until
         the last row stops; then one pass runs all prompts, each with its own number of thoughts.
@@ -233,14 +236,15 @@ class Stopping(Coconut):
         With `edit` or `return_thoughts`, which refer to thoughts by number, no row stops. position_ids are ignored:
         positions count from 0.
         """
-        if self.stop_threshold == 1 or options.get("edit") or options.get("return_thoughts"):
-            return super().generate(input_ids, attention_mask, max_new_tokens, **options)
+        if self.stop_threshold == 1 or edit is not None or return_thoughts:
+            return super().generate(
+                input_ids, attention_mask, max_new_tokens, position_ids, edit, return_thoughts, **sampling
+            )
         embeds, takes_part = self.think(input_ids, attention_mask)
         # move padding and omitted latents to the left, and cut to the longest row
         order = takes_part.int().argsort(dim=1, stable=True)[:, -int(takes_part.sum(dim=1).max()) :]
         mask = take(takes_part, order).long()
         ids = take(input_ids, order).masked_fill(mask == 0, self.eos_token_id)
-        sampling = {name: value for name, value in options.items() if name not in SETTINGS}
         if sampling:
             return super().generate(ids, mask, max_new_tokens, **sampling)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -248,9 +252,6 @@ class Stopping(Coconut):
         cache = self.backbone.make_cache(ids.shape[1] + max_new_tokens, keeps=True)
         hidden = self.backbone.span(take(embeds, order), *rows.part(0, ids.shape[1]), cache)
         return self._decode(hidden, rows, cache, max_new_tokens)
-
-
-SETTINGS = ("position_ids", "edit", "return_thoughts")  # options of `Coconut.generate` that do not concern sampling
 
 
 def _before(eos: int, ids: list[int]) -> list[int]:

@@ -121,7 +121,7 @@ class Backbone(Vocabulary):
 
     def cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         """Returns the cross-entropy, in nats, of the tokens (S,) predicted from the hidden states (S, D)."""
-        if hasattr(F, "linear_cross_entropy") and self._cap is None and self._head_is_a_matrix:
+        if self._cap is None and self._head_is_a_matrix:
             head = self.base.get_output_embeddings()
             hidden, options = self._scaled(hidden), {"linear_bias": head.bias, "reduction": reduction}
             return F.linear_cross_entropy(hidden, head.weight, targets, **options)

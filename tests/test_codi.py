@@ -10,7 +10,7 @@ from test_latent_block import largest
 from test_methods import MARKERS, make_dataset
 
 from config import Config
-from methods.codi import Codi, TaughtDataset
+from methods.codi import Codi, TeacherDataset
 from methods.parallel_latents import ParallelLatents
 from preprocessing.tokens import tokenize
 from trainer.pretrained import load_model, make_model
@@ -66,7 +66,7 @@ def test_the_place_is_found_where_a_blank_belongs_to_the_answer():
 
     tokens = tokenize([{"question": "q", "steps": ["s"], "answer": "42"}], joined)
     tokens.auxiliary, tokens.answer_prefix = tokens, words["### "]
-    student, _, at, teacher, _, teacher_at = TaughtDataset(tokens, config, MARKERS)[0, 2]
+    student, _, at, teacher, _, teacher_at = TeacherDataset(tokens, config, MARKERS)[0, 2]
     assert student[at : at + 2] == teacher[teacher_at : teacher_at + 2] == [30, 32]
 
 

@@ -49,7 +49,7 @@ def test_sequential_latents_can_be_labelled_too(family, thought):
     batch = dataset.collate([dataset[index, 3] for index in range(4)])
     del batch["loss_counts"]
     output = make_lotus(config, family)(**batch)
-    del batch["label_places"], batch["label_targets"]
+    del batch["label_positions"], batch["label_targets"]
     assert output.loss == make_model(Config(thought=thought), tiny_base(family), MARKERS)(**batch).loss
     assert output.auxiliary > 0
 

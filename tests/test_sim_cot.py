@@ -14,7 +14,7 @@ import run
 from config import Config
 from curriculum import stage_of_example
 from dataset import EpochPlan, MicroBatch, PlannedStep
-from methods.sim_cot import SimCot, StepDecoder, explanations, step_targets
+from methods.sim_cot import SimCot, StepDecoder, group_targets, step_targets
 from trainer.pretrained import load_model, make_model
 
 
@@ -78,15 +78,15 @@ def test_what_thoughts_stand_for():
     assert step_targets(["a", "b"], 1) == ["a", "a\nb"]
     assert step_targets(["a", "b"], 0) == []
     three, config = [[5], [6], [6, 10, 7]], Config(max_latent_stage=2)  # steps 5, 6, 7
-    assert explanations(three, [8], 1, 1, config) == [[5]]
-    assert explanations(three, [8], 2, 2, config) == [[5], [6]]
-    assert explanations(three, [8], 2, 3, config) == [[5], [6, 10, 7]]
+    assert group_targets(three, [8], 1, 1, config) == [[5]]
+    assert group_targets(three, [8], 2, 2, config) == [[5], [6]]
+    assert group_targets(three, [8], 2, 3, config) == [[5], [6, 10, 7]]
     texts, answer = [[5], [6, 7]], [8, 9]
     config = Config(c_thought=2, step_decoder_surplus="answer")
-    assert explanations(texts, answer, 2, 1, config) == [[5]]
-    assert explanations(texts, answer, 8, 4, config) == [[5], [6, 7], [8, 9], [8, 9]]
-    assert explanations(texts, answer, 6, 3, Config(c_thought=2, step_decoder_surplus="none")) == [[5], [6, 7], None]
-    assert explanations(texts, answer, 0, 0, config) == []
+    assert group_targets(texts, answer, 2, 1, config) == [[5]]
+    assert group_targets(texts, answer, 8, 4, config) == [[5], [6, 7], [8, 9], [8, 9]]
+    assert group_targets(texts, answer, 6, 3, Config(c_thought=2, step_decoder_surplus="none")) == [[5], [6, 7], None]
+    assert group_targets(texts, answer, 0, 0, config) == []
     # a step is said without its newline, and all further ones by the last thoughts
     config = Config(method="sim_cot", step_decoder="copy", max_latent_stage=2, c_thought=1)
     dataset, (example,) = make_dataset(config, [4])
