@@ -83,6 +83,7 @@ from config import split_noise
 from curriculum import IGNORE, prompt
 from dataset import MicroBatch, StageDataset, collate_for_device, collate_prompts
 from model.thought import Seen
+from preprocessing.tokens import batched
 from trainer import evaluate, parallel, samples
 from utils import UserError, log
 
@@ -170,47 +171,43 @@ def on_device(run, batch: dict) -> dict:
     policy, size = samples.Policy(config.temperature, config.thought_noise), config.group_size
     with evaluate.autocast(config, run.world):
         drawn = samples.generate(model, batch["prompts"], batch["keys"], size, policy, config.max_new_tokens)
-    outputs, reward, rewards = evaluate.texts_of(drawn.tokens, config.method, run.pretrained), reward_of(config), []
-    for place, pair in enumerate(zip(batch["questions"], batch["answers"], strict=True)):
-        question, answer = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in pair)
-        group = outputs[place * size : (place + 1) * size]
+    outputs = evaluate.texts_of(drawn.tokens, config.method, run.pretrained)
+    reward = reward_function(config.reward, config.answer_match)
+    rewards = []
+    for question, answer, group in zip(batch["questions"], batch["answers"], batched(outputs, size), strict=True):
+        question, answer = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (question, answer))
         rewards.append(checked(config.reward, reward(question, evaluate.extract_answer(answer), group), size))
     rewards = torch.tensor(rewards, dtype=torch.float64)  # (B, G)
     _measure(run, rewards, drawn, counts=batch["weight"] > 0)
     prompts = [ids for ids in batch["prompts"] for _ in range(size)]
     rows = [(ids + new, [IGNORE] * len(ids) + new) for ids, new in zip(prompts, drawn.tokens, strict=True)]
-    made = collate_for_device(rows, markers.eos, markers.latent)
-    run.throughput.add([len(ids) for ids, _ in rows], len(made["supervised"]))
-    made = dataset.on_device(made, run.world.device)
-    made |= {"advantages": advantages(rewards, config.advantage).flatten().tolist(), "weight": batch["weight"]}
+    update = collate_for_device(rows, markers.eos, markers.latent)
+    run.throughput.add([len(ids) for ids, _ in rows], len(update["supervised"]))
+    update = dataset.on_device(update, run.world.device)
+    update |= {"advantages": advantages(rewards, config.advantage).flatten().tolist(), "weight": batch["weight"]}
     if split_noise(config.thought_noise)[0]:
-        is_latent = made["input_ids"][:, made["latent_columns"]] == markers.latent  # (R, C)
-        made["edit"] = Replay(config.thought_noise, drawn.eps, is_latent)
+        is_latent = update["input_ids"][:, update["latent_columns"]] == markers.latent  # (R, C)
+        update["edit"] = Replay(config.thought_noise, drawn.eps, is_latent)
     run.throughput.count("rollout_share", time.perf_counter() - begin)
-    return made
+    return update
 
 
 def advantages(rewards: torch.Tensor, kind: str) -> torch.Tensor:
     """Returns (B, G) rewards minus their group's mean. kind "std" divides by the group's population standard deviation
     (over G, not G - 1) + 1e-8."""
-    less = rewards - rewards.mean(dim=1, keepdim=True)
-    return less if kind == "mean" else less / (rewards.std(dim=1, correction=0, keepdim=True) + 1e-8)
-
-
-def reward_of(config) -> Reward:
-    """Returns the reward function that the configuration names."""
-    if config.reward != "match":
-        return _reward_in(config.reward)
-    return lambda _, gold, outputs: [evaluate.is_right(text, gold, config.answer_match) for text in outputs]
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    return centred if kind == "mean" else centred / (rewards.std(dim=1, correction=0, keepdim=True) + 1e-8)
 
 
 @cache
-def _reward_in(file: str) -> Reward:
-    """Loads the function `reward` of a Python file. Raises UserError if there is none."""
-    found = runpy.run_path(file).get("reward")
-    if not callable(found):
-        raise UserError(f"reward {file!r} has no function reward(question, gold, outputs)")
-    return found
+def reward_function(name: str, answer_match: str) -> Reward:
+    """Returns the function that the key `reward` names. Raises UserError if its file does not define one."""
+    if name == "match":
+        return lambda _, gold, outputs: [evaluate.is_right(text, gold, answer_match) for text in outputs]
+    function = runpy.run_path(name).get("reward")
+    if not callable(function):
+        raise UserError(f"reward {name!r} has no function reward(question, gold, outputs)")
+    return function
 
 
 def checked(name: str, rewards: Sequence[float], size: int) -> list[float]:
@@ -226,11 +223,11 @@ def checked(name: str, rewards: Sequence[float], size: int) -> list[float]:
 def _measure(run, rewards: torch.Tensor, drawn: samples.Samples, counts: bool) -> None:
     """Adds to the log's means, unless the rank is idle. Warns after SILENT_STEPS steps in which no group on rank 0 had
     rewards that differ."""
-    spread = rewards.std(dim=1, correction=0)  # (B,)
-    silent = rewards.amax(dim=1) == rewards.amin(dim=1)
-    found = {"reward": rewards, "reward_std": spread, "groups_without_signal": silent.double()}
-    means = {name: (values.sum().item(), values.numel()) for name, values in found.items()}
-    for name, (total, number) in {**means, "entropy": drawn.entropy, "thought_norm": drawn.norms}.items():
+    silent = rewards.amax(dim=1) == rewards.amin(dim=1)  # (B,)
+    spread = rewards.std(dim=1, correction=0)
+    measures = {"reward": rewards, "reward_std": spread, "groups_without_signal": silent.double()}
+    sums = {name: (values.sum().item(), values.numel()) for name, values in measures.items()}
+    for name, (total, number) in {**sums, "entropy": drawn.entropy, "thought_norm": drawn.norms}.items():
         run.measure(name, total * counts, number * counts)
     model, step = run.model, run.progress.step
     if model.signal_at is None or not silent.all():

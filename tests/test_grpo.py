@@ -205,14 +205,13 @@ def test_a_reward_must_be_a_number_for_each_answer():
 
 
 def test_a_reward_of_ones_own(tmp_path):
-    own = grpo.reward_of(Config(method="grpo", reward=str(ROOT / "tests" / "own_reward.py")))
+    own = grpo.reward_function(str(ROOT / "tests" / "own_reward.py"), "text")
     assert own("1+2", "3", ["### 3", "3.0 as it is", "4"]) == pytest.approx([0.95, 0.88, -0.01])
-    plain = grpo.reward_of(Config(method="grpo"))
-    assert plain("1+2", "3", ["### 3", "### 3.0"]) == [True, False]
-    assert grpo.reward_of(Config(method="grpo", answer_match="number"))("1+2", "3", ["### 3.0"]) == [True]
+    assert grpo.reward_function("match", "text")("1+2", "3", ["### 3", "### 3.0"]) == [True, False]
+    assert grpo.reward_function("match", "number")("1+2", "3", ["### 3.0"]) == [True]
     (tmp_path / "none.py").write_text("score = 1\n")
     with pytest.raises(UserError, match="has no function reward"):
-        grpo.reward_of(Config(method="grpo", reward=str(tmp_path / "none.py")))
+        grpo.reward_function(str(tmp_path / "none.py"), "text")
 
 
 @pytest.mark.parametrize(
