@@ -162,10 +162,10 @@ def test_everything_with_a_gradient_is_trained(place, method, monkeypatch):
     weights = []
 
     def recording(function):
-        def called(run, *arguments):
-            parameters = run.model.named_parameters()
+        def called(this_run, *arguments):
+            parameters = this_run.model.named_parameters()
             weights.append({name: value.detach().clone() for name, value in parameters if value.requires_grad})
-            return function(run, *arguments)
+            return function(this_run, *arguments)
 
         return called
 
