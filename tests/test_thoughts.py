@@ -1,4 +1,4 @@
-"""The thoughts by themselves. What each does to a model is tested in test_coconut.py, against the plain definition."""
+"""The thoughts alone; test_coconut.py compares models that use them with the plain definition."""
 
 import importlib
 
@@ -22,7 +22,7 @@ SPELLINGS = [
 
 
 def seen(layers: int = 4, width: int = 32, **parts) -> Seen:
-    """Random states of two rows, which want gradients."""
+    """Random states of two rows that require gradients."""
     generator = torch.Generator().manual_seed(0)
 
     def states(*shape: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def seen(layers: int = 4, width: int = 32, **parts) -> Seen:
 
 
 def gradients(thought, given: Seen) -> list[torch.Tensor | None]:
-    """Of the thought's sum with weights 1, 2, ..: for hidden, embedding and stream."""
+    """Gradients of the thought's sum with weights 1, 2, .., for hidden, embedding and stream."""
     made = thought(given)
     weights = torch.arange(1.0, 1 + made.numel(), dtype=made.dtype).reshape(made.shape)
     return list(torch.autograd.grad((made * weights).sum(), given[:3], allow_unused=True))
@@ -74,7 +74,7 @@ NOT_THERE = "must be between .* the model has 4 blocks"
         *((one, f"thought '{one}' {NOT_THERE}") for one in ("layer:5", "layer:-6", "layer:1.5")),
     ],
 )
-def test_an_unknown_thought_lists_what_there_is(spelling, complaint):
+def test_an_unknown_thought_raises_an_error_that_lists_all(spelling, complaint):
     refuses(complaint, make_thought, spelling, tiny_base("llama", layers=4))
 
 
@@ -82,7 +82,7 @@ def test_an_unknown_thought_lists_what_there_is(spelling, complaint):
     ("spelling", "index"),
     [("layer:0", 0), ("layer:3", 3), ("layer:-2", 3), ("layer:-5", 0), ("layer:0.5", 2), ("layer:.0", 0)],
 )
-def test_layers_are_counted_from_either_end_or_as_a_share(spelling, index):
+def test_a_layer_is_a_number_from_either_end_or_a_share(spelling, index):
     given = seen(layers=4)
     thought = make_thought(spelling, tiny_base("gpt2", layers=4))
     assert torch.equal(thought(given), given.stream[index])
@@ -92,7 +92,7 @@ def test_layers_are_counted_from_either_end_or_as_a_share(spelling, index):
 
 
 @pytest.mark.parametrize("spelling", ["layer:-1", "layer:4", "layer:1.0", "last"])
-def test_the_last_layer_is_the_last_hidden_state_as_it_is(spelling):
+def test_the_last_layer_is_the_unchanged_last_hidden_state(spelling):
     given, thought = seen(stream=None), make_thought(spelling, tiny_base("gpt2", layers=4))
     assert thought(given) is given.hidden
     assert not thought.needs_layers
@@ -118,7 +118,7 @@ def test_a_normalised_thought_has_the_mean_norm_and_no_gradient_along_itself():
 
 
 def test_realigning_turns_output_rows_into_input_rows():
-    """With more dimensions than words it is exact, but for the ridge; between tied embeddings the identity."""
+    """With more dimensions than tokens it is exact up to the ridge; with tied embeddings it is the identity."""
     thought = make_thought("realigned", tiny_base("gpt2"))
     inputs, outputs = torch.randn(2, 12, 32, dtype=torch.float64)
     matrix = thought.precompute(inputs, outputs)
@@ -129,10 +129,10 @@ def test_realigning_turns_output_rows_into_input_rows():
     assert thought.precompute(tied.bfloat16(), tied.bfloat16()).dtype == torch.float32
 
 
-def test_suppressed_is_what_falls_in_the_later_half():
-    # two blocks of four are the later half: r_2 -> r_3 and r_3 -> r_4
+def test_suppressed_keeps_what_falls_in_the_later_half():
+    # the later half are two of four blocks: r_2 -> r_3 and r_3 -> r_4
     stream = torch.zeros(5, 1, 1, 3, dtype=torch.float64)
-    stream[0] = 9.0  # the fall after it is not in the later half
+    stream[0] = 9.0  # falls in the first half
     stream[2], stream[3], stream[4] = (torch.tensor(row) for row in ([1.0, -3.0, 2.0], [1.5, -2.0, 1.9], [0.5, 2.0, 0]))
     stream.requires_grad_()
     given = seen(stream=stream, width=3, hidden=torch.ones(1, 1, 3), embedding=2 * torch.ones(1, 1, 3))
@@ -150,7 +150,7 @@ def test_suppressed_is_what_falls_in_the_later_half():
     assert gradient.flatten(1).tolist() == [[0, 0, 0], [0, 0, 0], [0, 1, 0], [1, 0, 1], [0, 0, 0]]
 
 
-def test_the_last_column_is_recorded_and_only_on_request(family):
+def test_only_the_last_column_is_recorded_and_only_on_request(family):
     base = tiny_base(family, layers=3)
     backbone = Backbone(base)
     backbone.record_layers()
@@ -161,11 +161,11 @@ def test_the_last_column_is_recorded_and_only_on_request(family):
     assert [state.shape for state in states] == [(2, 1, 32)] * 4
     for ours, theirs in zip(states[:-1], output.hidden_states[:-1], strict=True):
         assert torch.equal(ours, theirs[:, -1:])
-    assert not torch.equal(states[-1], output.hidden_states[-1][:, -1:])  # theirs is after the final norm
+    assert not torch.equal(states[-1], output.hidden_states[-1][:, -1:])  # theirs has the final norm
 
 
-def test_a_recording_within_another_ends_with_its_own():
-    """CODI with a thought of the layers recorded nothing after the last thought."""
+def test_an_outer_recording_continues_after_a_nested_one():
+    """CODI with a thought from the layers recorded nothing after the last thought."""
     backbone = Backbone(tiny_base("llama", layers=3))
     backbone.record_layers()
     with backbone.recording(lambda state: state[:, :1]) as outer:
@@ -181,12 +181,12 @@ def test_a_recording_within_another_ends_with_its_own():
 def test_a_model_without_blocks_has_no_thoughts_from_layers(monkeypatch):
     base = tiny_base("gpt2")
     base._no_split_modules = None
-    assert len(decoder_blocks(base)) == 2  # those that transformers could checkpoint
+    assert len(decoder_blocks(base)) == 2  # those that transformers can checkpoint
     monkeypatch.setattr("model.backbone.GradientCheckpointingLayer", type("Nothing", (), {}))
     refuses("names its decoder blocks", Coconut, base, 2, 1, 3, 0, thought="suppressed")
 
 
-# ---- the thought `token` against its definition, from transformers' own forward pass ----
+# --- The thought `token` equals its definition, computed with transformers' own forward pass ---
 
 
 @pytest.mark.parametrize("spelling", ["token", "token:st"])
