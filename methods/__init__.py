@@ -119,15 +119,15 @@ def _is_slow(node: ast.stmt) -> bool:
 def all_rules() -> dict[str, type[Method]]:
     """Returns name -> class Method for every method, the core's first. Methods that need an absent file are left
     out."""
-    found = dict(CORE)
+    rules_by_name = dict(CORE)
     for name, (path, tree) in _trees().items():
         end = next((number for number, node in enumerate(tree.body) if _is_slow(node)), len(tree.body))
         upper = tree.body[:end]
         if any(isinstance(node, ast.ClassDef) and node.name == "Method" for node in upper):
             module = types.ModuleType(f"methods.{name}")
             exec(compile(ast.Module(upper, []), str(path), "exec"), vars(module))
-            found[name] = module.Method
-    return {name: rules for name, rules in found.items() if found.keys() >= {*rules.needs}}
+            rules_by_name[name] = module.Method
+    return {name: rules for name, rules in rules_by_name.items() if rules_by_name.keys() >= {*rules.needs}}
 
 
 def names() -> tuple[str, ...]:

@@ -85,9 +85,8 @@ from dataset import MicroBatch, StageDataset, collate_for_device, collate_prompt
 from model.thought import Seen
 from preprocessing.tokens import batched
 from trainer import evaluate, parallel, samples
-from utils import UserError, log
+from utils import UserError
 
-SILENT_STEPS = 100  # steps in a row in which no group's rewards differ, until a warning
 Reward = Callable[[str, str, list[str]], Sequence[float]]  # (question, gold answer, outputs) -> one number per output
 
 
@@ -136,7 +135,6 @@ class Grpo(Coconut):
     def __init__(self, *args, temperature: float = 1.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.temperature = temperature
-        self.signal_at: int | None = None  # the last step in this process in which a group's rewards differed
 
     def train(self, mode: bool = True) -> Grpo:
         """Keeps dropout off: the updated policy is the one that sampled the answers."""
@@ -221,24 +219,13 @@ def checked(name: str, rewards: Sequence[float], size: int) -> list[float]:
 
 
 def _measure(run, rewards: torch.Tensor, drawn: samples.Samples, counts: bool) -> None:
-    """Adds to the log's means, unless the rank is idle. Warns after SILENT_STEPS steps in which no group on rank 0 had
-    rewards that differ."""
+    """Adds to the log's means, unless the rank is idle."""
     silent = rewards.amax(dim=1) == rewards.amin(dim=1)  # (B,)
     spread = rewards.std(dim=1, correction=0)
     measures = {"reward": rewards, "reward_std": spread, "groups_without_signal": silent.double()}
     sums = {name: (values.sum().item(), values.numel()) for name, values in measures.items()}
     for name, (total, number) in {**sums, "entropy": drawn.entropy, "thought_norm": drawn.norms}.items():
         run.measure(name, total * counts, number * counts)
-    model, step = run.model, run.progress.step
-    if model.signal_at is None or not silent.all():
-        model.signal_at = step
-    elif step - model.signal_at >= SILENT_STEPS:
-        model.signal_at = step
-        log.warning(
-            f"for {SILENT_STEPS} steps all answers to a question have had the same reward (now {rewards.mean():.3g} on "
-            f"average), so there is no gradient: if all are wrong, start from a better checkpoint or easier "
-            f"questions; if all are alike, raise temperature, thought_noise or group_size; if all are right, stop"
-        )
 
 
 MODEL, DATASET = Grpo, QuestionDataset

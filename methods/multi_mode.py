@@ -96,8 +96,10 @@ class ModesDataset(StageDataset):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        variants = Method.variants(self.config)
-        self.modes = {one.mode: StageDataset(self.tokens, one, self.markers, self.epoch) for one in variants}
+        self.modes = {
+            variant.mode: StageDataset(self.tokens, variant, self.markers, self.epoch)
+            for variant in Method.variants(self.config)
+        }
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, tuple[list[int], list[int]]]:
         return {mode: dataset[key] for mode, dataset in self.modes.items()}
@@ -148,16 +150,16 @@ def validate(pretrained, data, stage: int, config, world, title: str = "validati
     accuracy_direct, accuracy_written and accuracy_latent. cot_match_MODE and generated_tokens_MODE are added. Each
     prediction holds "output", "answer" and "correct" of the other modes under the mode's name.
     """
-    found = {
-        one.mode: evaluate(pretrained, data, stage, one, world, f"{title}, {one.mode}")
-        for one in Method.variants(config)
+    by_mode = {
+        variant.mode: evaluate(pretrained, data, stage, variant, world, f"{title}, {variant.mode}")
+        for variant in Method.variants(config)
     }
-    metrics, predictions = found["latent"]
+    metrics, predictions = by_mode["latent"]
     for name in ("accuracy", "cot_match", "generated_tokens"):
-        metrics = metrics | {f"{name}_{mode}": of_mode[name] for mode, (of_mode, _) in found.items()}
-    metrics["accuracy"] = statistics.harmonic_mean([of_mode["accuracy"] for of_mode, _ in found.values()])
-    metrics |= {name: sum(of_mode[name] for of_mode, _ in found.values()) for name in ("loss", "seconds")}
+        metrics = metrics | {f"{name}_{mode}": own_metrics[name] for mode, (own_metrics, _) in by_mode.items()}
+    metrics["accuracy"] = statistics.harmonic_mean([metrics[f"accuracy_{mode}"] for mode in MODES])
+    metrics |= {name: sum(own_metrics[name] for own_metrics, _ in by_mode.values()) for name in ("loss", "seconds")}
     for mode in OTHERS:
-        for prediction, other in zip(predictions, found[mode][1], strict=True):
+        for prediction, other in zip(predictions, by_mode[mode][1], strict=True):
             prediction[mode] = {name: other[name] for name in ("output", "answer", "correct")}
     return metrics, predictions

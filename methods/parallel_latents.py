@@ -129,6 +129,9 @@ class ParallelLatents(Coconut):
             raise ValueError("parallel latents cannot be edited one by one")
         is_latent = rows.input_ids[:, begin:end] == self.latent_token_id  # (B, K)
         precomputed, n_updates = self._precompute(), self.latent_updates(end - begin)
+        row_updates: int | torch.Tensor = n_updates
+        if self.latent_passes == "stage":  # each row has one update per group of its own latents
+            row_updates = is_latent.sum(dim=1, keepdim=True) // self.c_thought  # (B, 1)
         before, block, after = self.backbone.embed(rows.input_ids).split([begin, end - begin, width - end], dim=1)
         # sliding windows are left to the mask
         cache = Cache(layers=[DynamicLayer() for _ in DynamicCache(config=self.base_causallm.config).layers])
@@ -143,7 +146,7 @@ class ParallelLatents(Coconut):
             shifted = torch.cat([column_of(prefix, rows.before), states[:, :-1]], dim=1)
             made_of = states if self.thought.in_place else shifted
             thought = self.thought(Seen(made_of, block, None, precomputed, self.backbone))
-            changes = is_latent & self._takes_part(is_latent, number)
+            changes = is_latent & (number <= row_updates)
             fed = torch.where(changes[..., None], thought.to(block.dtype), fed)
             if number < n_updates:
                 states = run(fed, begin)
@@ -157,13 +160,6 @@ class ParallelLatents(Coconut):
         if self.latent_passes == "stage":
             return n_columns // self.c_thought
         return self.latent_passes if self.thought.in_place else min(self.latent_passes, n_columns)
-
-    def _takes_part(self, is_latent: torch.Tensor, number: int) -> torch.Tensor:
-        """Returns (B, 1): whether each row of (B, K) latents takes part in this update, counted from 1. With "stage" a
-        row has one update per group of its own latents."""
-        if self.latent_passes != "stage":
-            return torch.ones_like(is_latent[:, :1])
-        return number <= is_latent.sum(dim=1, keepdim=True) // self.c_thought
 
 
 MODEL = ParallelLatents

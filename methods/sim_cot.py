@@ -37,10 +37,10 @@ def group_targets(
     `texts` are the tokens of `step_targets`."""
     last = config.max_latent_stage
     surplus = answer if config.step_decoder_surplus == "answer" else None
-    own = list(texts[:last])
+    targets = list(texts[:last])
     if stage > last and len(texts) > last:
-        own[-1] = texts[last]
-    return [own[group] if group < len(own) else surplus for group in range(n_latents // config.c_thought)]
+        targets[-1] = texts[last]
+    return [targets[group] if group < len(targets) else surplus for group in range(n_latents // config.c_thought)]
 
 
 class Method(methods.Method):
@@ -122,8 +122,8 @@ class StepTargetDataset(StageDataset):
         return input_ids, labels, group_targets(texts, answer, n_latents, stage, self.config)
 
     def others(self, item: tuple, words) -> list:
-        size, targets = self.config.c_thought, ["nothing" if text is None else words(text) for text in item[2]]
-        return [f"  latents {k * size + 1} to {k * size + size} predict: {text}" for k, text in enumerate(targets)]
+        size, texts = self.config.c_thought, ["nothing" if target is None else words(target) for target in item[2]]
+        return [f"  latents {k * size + 1} to {k * size + size} predict: {text}" for k, text in enumerate(texts)]
 
     def collate(self, rows: list[tuple]) -> dict:
         """Returns `StageDataset.collate` with the further arguments of `SimCot.forward`; `loss_counts` is the number of
@@ -131,27 +131,27 @@ class StepTargetDataset(StageDataset):
         weights."""
         batch = super().collate([row[:2] for row in rows])
         size, eos = self.config.c_thought, self.markers.eos
-        begin = next(iter(batch["latent_columns"]), 0)  # first latent column of each row that has latents
+        first = next(iter(batch["latent_columns"]), 0)  # first latent column of each row that has latents
         groups = [
-            (row, begin + number * size, [*text, eos])
-            for row, (_, _, texts) in enumerate(rows)
-            for number, text in enumerate(texts)
-            if text is not None
+            (row, first + number * size, [*target, eos])
+            for row, (_, _, targets) in enumerate(rows)
+            for number, target in enumerate(targets)
+            if target is not None
         ]
         batch["loss_counts"] = {"auxiliary": len(groups)}
         is_mean = self.config.step_decoder_reduction == "mean"
-        divisors = [len(text) if is_mean else 1 for _, _, text in groups]
+        divisors = [len(target) if is_mean else 1 for _, _, target in groups]
         if not groups:
             groups, divisors = [(0, 0, [eos])], [math.inf]
-        of_rows, columns, texts = zip(*groups, strict=True)
-        lengths = torch.tensor([len(text) for text in texts])
-        begins = torch.arange(len(texts)) * (size - 1 + lengths.max()) + size - 1
+        row_numbers, columns, targets = zip(*groups, strict=True)
+        lengths = torch.tensor([len(target) for target in targets])
+        begins = torch.arange(len(targets)) * (size - 1 + lengths.max()) + size - 1
         batch["steps"] = {
-            "rows": torch.tensor(of_rows),
+            "rows": torch.tensor(row_numbers),
             "columns": torch.tensor(columns)[:, None] + torch.arange(size),
-            "ids": collate_prompts([text[:-1] for text in texts], eos, on_the_left=False)["input_ids"],
+            "ids": collate_prompts([target[:-1] for target in targets], eos, on_the_left=False)["input_ids"],
             "indices": torch.cat([begin + torch.arange(n) for begin, n in zip(begins, lengths, strict=True)]),
-            "targets": torch.tensor([*chain(*texts)]),
+            "targets": torch.tensor([*chain(*targets)]),
             "divisors": torch.tensor(divisors).repeat_interleave(lengths),
         }
         return batch

@@ -15,6 +15,8 @@ Legend: B rows, T columns of a batch, K latents, D hidden size, N new tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import methods
 from methods import key
 
@@ -34,19 +36,17 @@ class Method(methods.Method):
     )
 
     @staticmethod
-    def problems(config) -> list[str]:
+    def problems(config) -> Iterator[str]:
         if config.method != "stopping":
-            wrong = config.stop_threshold != 1
-            return [f"stop_threshold is for method stopping, not {config.method}"] if wrong else []
-        found, passes = [], getattr(config, "latent_passes", "sequential")
+            if config.stop_threshold != 1:
+                yield f"stop_threshold is for method stopping, not {config.method}"
+            return
+        passes = getattr(config, "latent_passes", "sequential")
         if config.thought == "pause" or passes != "sequential":
             how = "thought pause has none" if config.thought == "pause" else f"latent_passes {passes} runs all at once"
-            found.append(f"method stopping decides after each thought, and {how}")
+            yield f"method stopping decides after each thought, and {how}"
         if config.lora_rank is not None:
-            found.append(
-                "method stopping trains only its head: unset lora_rank; LoRA updates of a checkpoint are merged"
-            )
-        return found
+            yield "method stopping trains only its head: unset lora_rank; LoRA updates of a checkpoint are merged"
 
     @staticmethod
     def options(config) -> dict:
@@ -74,6 +74,7 @@ from curriculum import prefix, prompt
 from dataset import MicroBatch, StageDataset, collate_prompts, latent_columns
 from model.layout import Rows, take
 from model.thought import Seen
+from preprocessing.tokens import batched
 from trainer.evaluate import autocast, evaluate
 from trainer.files import read_weights
 from trainer.pretrained import read_description
@@ -170,11 +171,14 @@ class Stopping(Coconut):
     def right(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, answers: list[list[int]]) -> torch.Tensor:
         """Returns (B, K + 1) bool: whether greedy decoding after 0..K thoughts ends with the answer. Arguments as in
         `forward`."""
-        left = min(self.max_new_tokens, (self.max_positions or math.inf) - input_ids.shape[1])
-        each, rows = len(input_ids) // len(answers), super().generate(input_ids, attention_mask, left).tolist()
-        written = [_before(self.eos_token_id, row) for row in rows]
-        found = [ids[-len(answers[i // each]) :] == answers[i // each] for i, ids in enumerate(written)]
-        return torch.tensor(found, device=input_ids.device).view(-1, each)
+        n_new = min(self.max_new_tokens, (self.max_positions or math.inf) - input_ids.shape[1])
+        rows = super().generate(input_ids, attention_mask, n_new).tolist()
+        each = len(rows) // len(answers)  # K + 1
+        gold = [answer for answer in answers for _ in range(each)]
+        right = [
+            _before(self.eos_token_id, row)[-len(answer) :] == answer for row, answer in zip(rows, gold, strict=True)
+        ]
+        return torch.tensor(right, device=input_ids.device).view(-1, each)
 
     @torch.no_grad()
     def probabilities(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -266,15 +270,15 @@ def validate(pretrained, data, stage: int, config, world, title: str = "validati
     mean. Collective: every rank must call it."""
     metrics, predictions = evaluate(pretrained, data, stage, config, world, title)
     model, _, markers = pretrained
-    for begin in range(0, len(predictions), config.eval_batch_size):
-        part = predictions[begin : begin + config.eval_batch_size]
-        prompts = [prompt(*data.val[one["index"]][:2], stage, config, markers) for one in part]
+    for part in batched(predictions, config.eval_batch_size):
+        prompts = [prompt(*data.val[prediction["index"]][:2], stage, config, markers) for prediction in part]
         batch = {name: value.to(world.device) for name, value in collate_prompts(prompts, markers.eos).items()}
         with autocast(config, world):
             _, takes_part = model.think(batch["input_ids"], batch["attention_mask"])
         is_latent = batch["input_ids"] == markers.latent
-        made, left_out = ((is_latent & which).sum(dim=1).tolist() for which in (takes_part, ~takes_part))
-        for one, thoughts, fewer in zip(part, made, left_out, strict=True):
-            one["thoughts"], one["generated_tokens"] = thoughts, one["generated_tokens"] - fewer
-    means = {name: float(np.mean([one[name] for one in predictions])) for name in ("thoughts", "generated_tokens")}
+        kept, left_out = ((is_latent & columns).sum(dim=1).tolist() for columns in (takes_part, ~takes_part))
+        for prediction, n_kept, n_left_out in zip(part, kept, left_out, strict=True):
+            prediction["thoughts"] = n_kept
+            prediction["generated_tokens"] -= n_left_out
+    means = {name: float(np.mean([each[name] for each in predictions])) for name in ("thoughts", "generated_tokens")}
     return metrics | means, predictions

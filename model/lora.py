@@ -36,8 +36,9 @@ def _peft():
 
 
 def _settings(rank: int, alpha: int, layers: list[str], dropout: float = 0.0):
-    what = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
-    return _peft().LoraConfig(**what, target_modules=sorted(layers), task_type="CAUSAL_LM")
+    return _peft().LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(layers), task_type="CAUSAL_LM"
+    )
 
 
 def targets_of(base: PreTrainedModel) -> list[str]:
