@@ -247,12 +247,12 @@ RUN = keys("""
 """)
 
 
-def measured(folder) -> list[dict[str, float]]:
+def logged_means(folder) -> list[dict[str, float]]:
     names = {"reward", "reward_std", "groups_without_signal", "entropy", "thought_norm"}
     return [{name: record[name] for name in names & record.keys()} for record in steps(folder)]
 
 
-def apart(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
     """The largest difference of weights, without the biases of keys: their gradient is 0, and AdamW amplifies its
     rounding errors."""
     differences = {name: (first[name] - second[name]).abs() for name in first}
@@ -267,9 +267,9 @@ def test_a_restart_is_bitwise_an_undisturbed_run_and_micro_batches_of_any_size_t
     first = weights(whole / "checkpoint_3")
     assert equal(first, weights(parts / "checkpoint_3"))
     cut = main(place, *RUN, "name=grpo-cut", "batch_size_training=4")
-    assert apart(first, weights(cut / "checkpoint_3")) < 1e-5
-    assert measured(cut) == [pytest.approx(of_step, rel=1e-4) for of_step in measured(whole)]
-    assert {len(of_step) for of_step in measured(whole)} == {5}
+    assert difference(first, weights(cut / "checkpoint_3")) < 1e-5
+    assert logged_means(cut) == [pytest.approx(means, rel=1e-4) for means in logged_means(whole)]
+    assert {len(means) for means in logged_means(whole)} == {5}
     assert any(record["groups_without_signal"] < 1 for record in steps(whole))
     for record, other in zip(steps(whole), steps(cut), strict=True):
         assert 0 < record["rollout_share"] < 1
@@ -291,8 +291,8 @@ def test_two_ranks_and_shards_train_the_same(place):
         together(place / "run.yaml", *cut, f"name=grpo-{strategy}", f"strategy={strategy}")
     for name in ("alone-fsdp", "ddp", "fsdp"):
         folder = place / "runs" / f"grpo-{name}"
-        assert apart(weights(folder / "checkpoint_3"), wanted) < 1e-5
-        assert measured(folder) == [pytest.approx(of_step, rel=1e-4) for of_step in measured(whole)]
+        assert difference(weights(folder / "checkpoint_3"), wanted) < 1e-5
+        assert logged_means(folder) == [pytest.approx(means, rel=1e-4) for means in logged_means(whole)]
 
 
 def test_the_parts_of_the_method():

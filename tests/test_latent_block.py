@@ -32,7 +32,7 @@ def largest(model: Coconut, loss: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("n_latents", ROWS)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("more", [0, 2])
-def test_with_as_many_passes_as_latents_it_is_coconut(family, tied, n_latents, more):
+def test_with_as_many_passes_as_latents_it_equals_coconut(family, tied, n_latents, more):
     rows = make_rows(n_latents)
     model = make_parallel(family, max(n_latents) + more, tied)
     loss = model(**batch_of(rows)).loss

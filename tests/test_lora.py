@@ -89,7 +89,7 @@ def test_a_checkpoint_has_the_base_unchanged_and_the_updates_in_pefts_format(pla
     # a copy as step decoder has the updates too
     model = loaded(place, folder, step_decoder="copy")
     assert equal(model.base_causallm.state_dict(), model.step_decoder.base_causallm.state_dict())
-    # other updates begin on top of those of a checkpoint
+    # updates of another rank start on top of the checkpoint's
     model = loaded(place, folder, lora_rank=2).eval()
     assert {layer.r["default"] for layer in lora.layers_of(model.base_causallm).values()} == {2}
     assert (found - model(TOKENS).logits).abs().max() < 1e-5

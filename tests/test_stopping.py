@@ -102,9 +102,8 @@ def test_labels_and_loss_equal_a_loop_over_k(family, markers):
     assert batch["answers"] == [plain.answer(one)[:-1] for one in examples]
 
     written = [[token for token in plain_tokens(model, ids) if token != EOS] for ids in asked]
-    answers = [
-        written[4 * index + k][-3:] for index, k in enumerate((0, 2, 3))
-    ]  # answers that are right after 0, 2 and 3 thoughts
+    # answers that are right after 0, 2 and 3 thoughts
+    answers = [written[4 * index + k][-3:] for index, k in enumerate((0, 2, 3))]
     right = torch.tensor([written[i][-len(answers[i // 4]) :] == answers[i // 4] for i in range(12)]).view(3, 4)
     assert right.any(dim=1).all()
     assert not right.all()

@@ -98,7 +98,7 @@ def test_the_last_layer_is_the_unchanged_last_hidden_state(spelling):
     assert not thought.needs_layers
 
 
-def test_a_projection_begins_as_the_identity_and_learns():
+def test_a_projection_is_the_identity_at_first_and_learns():
     given, thought = seen(), make_thought("projected", tiny_base("gpt2"))
     assert torch.equal(thought(given), given.hidden)
     thought(given).sum().backward()
@@ -193,7 +193,7 @@ def test_a_model_without_blocks_has_no_thoughts_from_layers(monkeypatch):
 @pytest.mark.parametrize(
     ("family", "tied"), [("gpt2", True), ("llama", True), ("llama", False), ("phi", False), ("gemma2", True)]
 )
-def test_it_is_the_embedding_of_the_likeliest_token(family, tied, spelling):
+def test_it_equals_the_embedding_of_the_likeliest_token(family, tied, spelling):
     """Phi's LM head has a bias; Gemma's embedding module multiplies by sqrt(D), and tanh caps its logits."""
     exact = family != "gemma2"
     dtype, layers = (torch.float64, 3) if exact else (torch.float32, 2)
@@ -206,7 +206,7 @@ def test_it_is_the_embedding_of_the_likeliest_token(family, tied, spelling):
 
 
 def test_only_straight_through_has_a_gradient():
-    """The loss after the thoughts moves the weights that make them; detached, only those that read them."""
+    """With it the loss after the thoughts reaches the weights that compute them."""
     losses, of_head = [], []
     for spelling in ("token", "token:st"):
         model = make_model("llama", tied=False, thought=spelling)
