@@ -72,14 +72,14 @@ from model.layout import column_of
 
 class TeacherDataset(StageDataset):
     """Items (input_ids, labels, position, teacher's input_ids, labels, position). A position is the index of the token
-    before the answer's first token."""
+    before the first token of the answer's text, which follows "### "."""
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
         input_ids, labels = super().__getitem__(key)
         question, steps, answer = self.tokens.auxiliary[key[0]]
         written = [*(token for step in steps for token in step), *answer, self.markers.eos]
         teacher = question + written
-        prefix = self.tokens.answer_prefix
+        prefix = self.tokens.answer_prefix  # of "### "; a tokenizer may join its blank to the answer's text
         shared = len([*takewhile(lambda pair: pair[0] == pair[1], zip(prefix, answer, strict=False))])
         student_position, position = (len(ids) - 1 - len(answer) + shared - 1 for ids in (input_ids, teacher))
         return input_ids, labels, student_position, teacher, [IGNORE] * len(question) + written, position

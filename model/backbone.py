@@ -128,8 +128,8 @@ class Backbone(Vocabulary):
         return F.cross_entropy(self.head(hidden), targets, reduction=reduction)
 
     def make_cache(self, capacity: int, keeps: bool) -> Cache | None:
-        """Returns a cache of up to `capacity` columns; keeps: whether a later pass reads it. None if the family
-        recomputes."""
+        """Returns a cache for up to `capacity` columns, or None if the passes need none. keeps: whether a later pass
+        reads it."""
         return None if self.recomputes else make_cache(self.base.config, capacity, keeps)
 
     def span(

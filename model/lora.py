@@ -67,8 +67,9 @@ def add(base: PreTrainedModel, rank: int, alpha: int, dropout: float = 0.0) -> N
 
 
 def _want_gradient(_, __, embeds: torch.Tensor) -> torch.Tensor:
-    """Makes the embeddings require gradients. FSDP reduces a block's gradients when its input has one. Behind frozen
-    embeddings only ranks with thoughts would have one, and the ranks would wait for different blocks."""
+    """Makes the embeddings require gradients. FSDP reduces a block's gradients once the gradient of the block's input
+    is there. With frozen embeddings only ranks with thoughts would have such gradients, and the ranks would wait for
+    each other at different blocks."""
     return embeds.requires_grad_() if torch.is_grad_enabled() else embeds
 
 
