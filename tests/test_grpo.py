@@ -5,6 +5,7 @@ from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
+import plain
 import pytest
 import torch
 from conftest import ROOT, VOCABULARY, distance, equal, keys, main, steps, tiny_base, together, weights
@@ -29,17 +30,6 @@ def reward(answer: list[int]) -> float:
     return float(np.sin(sum(7 * index + token for index, token in enumerate(answer))))
 
 
-def with_thoughts(base, prompt: list[int], noise=lambda number, thought: thought) -> torch.Tensor:
-    """Returns (1, T, D) input embeddings, recomputing everything for each thought. noise(number, thought (1, D))
-    returns the thought as it is fed."""
-    embeds = base.get_input_embeddings()(torch.tensor([prompt]))
-    latents = [column for column, token in enumerate(prompt) if token == LATENT]
-    for number, column in enumerate(latents):
-        thought = noise(number, base.get_decoder()(inputs_embeds=embeds[:, :column]).last_hidden_state[:, -1])
-        embeds = torch.cat([embeds[:, :column], thought[:, None], embeds[:, column + 1 :]], dim=1)
-    return embeds
-
-
 def batch_of(answers: list[list[int]], prompt: list[int] = PROMPT) -> dict:
     rows = [(prompt + answer, [-100] * len(prompt) + answer) for answer in answers]
     return collate_for_device(rows, EOS, LATENT)
@@ -60,7 +50,7 @@ def test_over_all_answers_the_gradient_is_that_of_the_expected_reward(family, te
         """(..., V - 1) probabilities of the next token."""
         return (base(inputs_embeds=embeds).logits[:, -1, [EOS, *others]] / temperature).softmax(-1)
 
-    embeds = with_thoughts(base, PROMPT)
+    embeds = plain.filled(base, PROMPT)
     first = distribution(embeds)[0]
     added = base.get_input_embeddings()(torch.tensor(others))[:, None]  # (V - 2, 1, D)
     second = first[1:, None] * distribution(torch.cat([embeds.expand(len(added), -1, -1), added], dim=1))
@@ -79,7 +69,7 @@ def test_the_groups_own_mean_as_baseline_shrinks_the_gradient_by_one_over_the_si
     """Over all groups of one-token answers out of eight tokens; the other tokens have the remaining probability."""
     model = make_grpo("llama")
     answers = [[token] for token in range(8)]
-    p = model.base_causallm(inputs_embeds=with_thoughts(model.base_causallm, PROMPT)).logits[0, -1, :8].softmax(-1)
+    p = model.base_causallm(inputs_embeds=plain.filled(model.base_causallm, PROMPT)).logits[0, -1, :8].softmax(-1)
     rewards = torch.tensor([reward(answer) for answer in answers], dtype=torch.float64)
     wanted = torch.autograd.grad((p * rewards).sum(), p)[0]
     wanted = p.detach() * (wanted - (wanted * p.detach()).sum())  # with respect to the logits
@@ -111,14 +101,14 @@ def test_noise_is_an_action_with_its_own_log_density(family, spelling):
     for row, answer in enumerate(answers):
         density = []
 
-        def act(number, thought, row=row, density=density):
+        def act(thought, row=row, density=density):
             relative = 0.4 * thought.norm() / 32**0.5
             scale = relative if spelling == 0.4 else torch.tensor(0.9, dtype=torch.float64)
-            action = (thought + scale * eps[row, number]).detach()
+            action = (thought + scale * eps[row, len(density)]).detach()
             density.append(torch.distributions.Normal(thought, scale).log_prob(action).sum())
             return action
 
-        embeds = with_thoughts(base, PROMPT, act)
+        embeds = plain.filled(base, PROMPT, act)
         embeds = torch.cat([embeds, base.get_input_embeddings()(torch.tensor([answer]))], dim=1)
         logits = base(inputs_embeds=embeds).logits[0]
         logits[:, LATENT] = -torch.inf  # never sampled

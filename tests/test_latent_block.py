@@ -72,6 +72,7 @@ def test_other_thoughts_are_computed_in_parallel_too(family):
 @pytest.mark.parametrize("passes", [1, 2, "stage"])
 def test_generation_equals_the_definition_batched_and_alone(family, passes, markers):
     model = make_parallel(family, passes, thought="looped" if passes == "stage" else "last")
+    base = model.base_causallm
     generator = torch.Generator().manual_seed(3)
     prompts = []
     for n_words, n_latents in ((3, 2), (6, 2), (4, 3)):
@@ -80,19 +81,12 @@ def test_generation_equals_the_definition_batched_and_alone(family, passes, mark
     for rows in (prompts[:2], prompts[2:]):
         tokens = model.generate(**collate_prompts(rows, EOS), max_new_tokens=5).tolist()
         for row, found in zip(rows, tokens, strict=True):
-            written: list[int] = []
-            while len(written) < 5 and EOS not in written:
-                written.append(int(plain_logits(model, row, written).argmax()))
-            assert (model(torch.tensor([row])).logits[0, -1] - plain_logits(model, row, [])).abs().max() < 1e-9
+            embeds = plain.filled(base, row, **({"group": 1} if passes == "stage" else {"passes": passes}))
+            logits, written = plain.logits_after(base, embeds), []
+            assert (model(torch.tensor([row])).logits[0, -1] - logits).abs().max() < 1e-9
+            while len(written) < 5 and EOS not in written:  # a generated latent token is an ordinary token
+                written.append(int(plain.logits_after(base, embeds, written).argmax()))
             assert found == written + [EOS] * (len(found) - len(written))
-
-
-def plain_logits(model: Coconut, prompt: list[int], written: list[int]) -> torch.Tensor:
-    """Logits of the last position. A generated latent token is an ordinary token."""
-    base, passes = model.base_causallm, model.latent_passes
-    embeds = plain.filled(base, prompt, **({"group": 1} if passes == "stage" else {"passes": passes}))
-    following = base.get_input_embeddings()(torch.tensor([written], dtype=torch.int64))
-    return base(inputs_embeds=torch.cat([embeds, following], dim=1)).logits[0, -1]
 
 
 def test_what_cannot_run_in_parallel_raises_an_error():

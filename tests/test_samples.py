@@ -6,6 +6,7 @@ from itertools import combinations
 from math import comb
 
 import numpy as np
+import plain
 import pytest
 import torch
 from conftest import keys, main, read_json, refusal, tiny_base, together
@@ -88,26 +89,22 @@ def random(key: tuple, stream: int) -> np.random.Generator:
 def plainly(model, prompt: list[int], key: tuple, policy: Policy, n_new: int) -> list[int]:
     """The definition: one row alone, without padding or cache, recomputing everything for each token."""
     base, width = model.base_causallm, model.base_causallm.config.hidden_size
-    embeds = base.get_input_embeddings()(torch.tensor([prompt]))
-    latents = [column for column, token in enumerate(prompt) if token == LATENT]
-    eps = torch.from_numpy(random(key, 1).standard_normal((len(latents), width)))
-    for number, column in enumerate(latents):
-        thought = base.get_decoder()(inputs_embeds=embeds[:, :column]).last_hidden_state[:, -1]
+    eps = iter(torch.from_numpy(random(key, 1).standard_normal((prompt.count(LATENT), width))))
+
+    def disturbed(thought: torch.Tensor) -> torch.Tensor:
         if str(policy.noise).startswith("absolute:"):
-            thought = thought + float(str(policy.noise)[9:]) * eps[number]
-        else:
-            thought = thought + policy.noise * thought.norm() / width**0.5 * eps[number]
-        embeds = torch.cat([embeds[:, :column], thought[None], embeds[:, column + 1 :]], dim=1)
-    uniform, new = random(key, 2).random(n_new), []
+            return thought + float(policy.noise[9:]) * next(eps)
+        return thought + policy.noise * thought.norm() / width**0.5 * next(eps)
+
+    embeds, uniform, new = plain.filled(base, prompt, disturbed), random(key, 2).random(n_new), []
     while len(new) < min(n_new, 64 - len(prompt)) and EOS not in new:
-        logits = base(inputs_embeds=embeds).logits[0, -1]
+        logits = plain.logits_after(base, embeds, new)
         if policy.temperature:
             logits[LATENT] = -torch.inf
             edges = (logits / policy.temperature).softmax(-1).cumsum(-1)
             new.append(int((edges < uniform[len(new)]).sum()))
         else:
             new.append(int(logits.argmax()))
-        embeds = torch.cat([embeds, base.get_input_embeddings()(torch.tensor([[new[-1]]]))], dim=1)
     return new
 
 

@@ -65,8 +65,7 @@ def plain_tokens(model: Stopping, prompt: list[int]) -> list[int]:
     base, written = model.base_causallm, []
     embeds = plain.filled(base, prompt)
     while len(written) < N_NEW and EOS not in written:
-        after = base.get_input_embeddings()(torch.tensor([written], dtype=torch.int64))
-        written.append(int(base(inputs_embeds=torch.cat([embeds, after], dim=1)).logits[0, -1].argmax()))
+        written.append(int(plain.logits_after(base, embeds, written).argmax()))
     return written
 
 
