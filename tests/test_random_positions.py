@@ -65,18 +65,6 @@ def test_the_loss_equals_the_definition_at_these_positions(family, positions):
     assert largest(model, loss, wanted) < 1e-9
 
 
-def test_only_absolute_positions_depend_on_a_common_offset():
-    """transformers computes rotary positions in float32. Spaced positions change both families."""
-    plainly, offset, spaced = (micro_batch(positions=positions) for positions in ("plain", "offset", "spaced"))
-    found = {}
-    for family in ("gpt2", "llama"):
-        model = make_model(Config(), tiny_base(family), MARKERS)
-        losses = [model(**batch).loss.item() for batch in (plainly, offset, spaced)]
-        found[family] = [abs(loss - losses[0]) for loss in losses[1:]]
-    assert found["llama"][0] < 1e-5
-    assert min(found["llama"][1], *found["gpt2"]) > 1e-3
-
-
 def test_positions_are_drawn_as_defined():
     random = np.random.default_rng(0)
     n_draws = 6000
