@@ -85,8 +85,9 @@ from dataset import MicroBatch, StageDataset, collate_for_device, collate_prompt
 from model.thought import Seen
 from preprocessing.tokens import batched
 from trainer import evaluate, parallel, samples
-from utils import UserError
+from utils import UserError, log
 
+SILENT_STEPS = 100  # without a group whose rewards differ, until the next warning
 Reward = Callable[[str, str, list[str]], Sequence[float]]  # (question, gold answer, outputs) -> one number per output
 
 
@@ -135,6 +136,7 @@ class Grpo(Coconut):
     def __init__(self, *args, temperature: float = 1.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.temperature = temperature
+        self.signal_at: int | None = None  # this process's last step with a group whose rewards differ
 
     def train(self, mode: bool = True) -> Grpo:
         """Keeps dropout off: the updated policy is the one that sampled the answers."""
@@ -219,13 +221,23 @@ def checked(name: str, rewards: Sequence[float], size: int) -> list[float]:
 
 
 def _measure(run, rewards: torch.Tensor, drawn: samples.Samples, counts: bool) -> None:
-    """Adds to the log's means, unless the rank is idle."""
+    """Adds to the log's means, unless the rank is idle. Warns, on rank 0, after SILENT_STEPS steps without signal."""
     silent = rewards.amax(dim=1) == rewards.amin(dim=1)  # (B,)
     spread = rewards.std(dim=1, correction=0)
     measures = {"reward": rewards, "reward_std": spread, "groups_without_signal": silent.double()}
     sums = {name: (values.sum().item(), values.numel()) for name, values in measures.items()}
     for name, (total, number) in {**sums, "entropy": drawn.entropy, "thought_norm": drawn.norms}.items():
         run.measure(name, total * counts, number * counts)
+    model, step = run.model, run.progress.step
+    if model.signal_at is None or not silent.all():
+        model.signal_at = step
+    elif step - model.signal_at >= SILENT_STEPS:
+        model.signal_at = step
+        log.warning(
+            f"for {SILENT_STEPS} steps all answers to a question had the same reward (now {rewards.mean():.3g} on "
+            "average), so nothing was learnt: if they are wrong, start from a better checkpoint or easier questions; if "
+            "they are alike, raise temperature, thought_noise or group_size; if all are right, stop"
+        )
 
 
 MODEL, DATASET = Grpo, QuestionDataset

@@ -217,15 +217,31 @@ def test_invalid_combinations_are_rejected(keys, problem):
     assert problem in " ".join(Config(**{"method": "grpo"} | keys).problems(needs_files=False))
 
 
-def test_measures_are_sums_and_counts_and_an_idle_rank_adds_nothing():
-    logged = {}
-    run = SimpleNamespace(measure=lambda name, total, number: logged.update({name: (total, number)}))
-    drawn, rewards = Samples([], None, (6.0, 4), (8.0, 2)), torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]])
-    grpo._measure(run, rewards, drawn, counts=True)
-    assert logged["groups_without_signal"] == (1, 2)
-    assert logged["reward"] == (1, 8)
+def test_measures_are_sums_and_100_steps_without_signal_are_a_warning(caplog):
+    model, logged = make_grpo("gpt2"), {}
+
+    def measure(name, total, number):
+        logged[name] = (total, number)
+
+    run = SimpleNamespace(model=model, progress=SimpleNamespace(step=0), measure=measure)
+    drawn, same = Samples([], None, (6.0, 4), (8.0, 2)), torch.zeros(2, 4, dtype=torch.float64)
+    grpo.log.addHandler(caplog.handler)
+    try:
+        for step in range(205):
+            run.progress.step = step
+            rewards = same.clone()
+            rewards[0, 0] = step == 50
+            grpo._measure(run, rewards, drawn, counts=True)
+            assert len(caplog.records) == (step >= 150)
+            if step == 50:
+                assert logged["groups_without_signal"] == (1, 2)
+                assert logged["reward"] == (1, 8)
+    finally:
+        grpo.log.removeHandler(caplog.handler)
+    assert "for 100 steps all answers to a question had the same reward (now 0 on average)" in caplog.text
+    assert logged["groups_without_signal"] == (2, 2)
     assert logged["entropy"] == (6.0, 4)
-    grpo._measure(run, rewards, drawn, counts=False)
+    grpo._measure(run, same, drawn, counts=False)
     assert set(logged.values()) == {(0, 0)}
 
 
