@@ -235,8 +235,8 @@ def _measure(run, rewards: torch.Tensor, drawn: samples.Samples, counts: bool) -
         model.signal_at = step
         log.warning(
             f"for {SILENT_STEPS} steps all answers to a question had the same reward (now {rewards.mean():.3g} on "
-            "average), so nothing was learnt: if they are wrong, start from a better checkpoint or easier questions; if "
-            "they are alike, raise temperature, thought_noise or group_size; if all are right, stop"
+            "average), so nothing was learnt: if they are wrong, start from a better checkpoint or easier questions; "
+            "if they are alike, raise temperature, thought_noise or group_size; if all are right, stop"
         )
 
 
