@@ -1,4 +1,4 @@
-"""The page of an analysis, from the numbers of `python -m analysis`: the same numbers, the same bytes."""
+"""Makes the page of an analysis from the numbers of `python -m analysis`. The same numbers give the same bytes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from analysis.page import Example, Figure, Section, page
 from preprocessing.examples import read_json
 from trainer.files import replaced, write_whole
 
-Found = dict  # of a part: subject -> its numbers
-NO_SHARES = ("auc", "norm", "cosine", "cosine with the one before")  # columns of tables that are not in per cent
+Found = dict  # of one part: subject -> its numbers
+NO_SHARES = ("auc", "norm", "cosine with the one before")  # columns of tables that are not percentages
 
 
 def write_page(folder: Path) -> Path:
-    """Writes FOLDER/index.html, and of state tracking transplants.png; returns the page's path. Raises UserError where
-    there are no numbers."""
+    """Writes FOLDER/index.html, and transplants.png for state tracking; returns the page's path. Raises UserError if
+    FOLDER lacks the numbers."""
     about = read_json(folder / "about.json")
     parts = {part: read_json(folder / f"{part}.json") for part in SECTIONS}
     sections = [SECTIONS[part](found, about) for part, found in parts.items() if any(found.values())]
@@ -38,7 +38,7 @@ def write_page(folder: Path) -> Path:
 
 
 def summary(parts: dict[str, Found], about: dict) -> list[tuple[str, str]]:
-    """The first lines of the page: a sceptic's questions, with numbers for each subject."""
+    """Returns the first rows of the page: a sceptic's questions, answered by numbers for each subject."""
 
     def emptied(of: dict) -> str:
         return " / ".join(percent(row_of(of, what, "all")["accuracy"]) for what in ("itself", "noise", "mean"))
@@ -63,10 +63,7 @@ def summary(parts: dict[str, Found], about: dict) -> list[tuple[str, str]]:
     else:
         asked = {
             "Do thoughts hold a frontier? Area under the curve (0.5 is nothing)": ("search", areas),
-            "Does the answer follow thoughts of the graph asked about the other root?": (
-                "interventions",
-                twinned,
-            ),
+            "Does the answer follow thoughts of the graph asked about the other root?": ("interventions", twinned),
         }
     asked["Are they needed? Accuracy as they are / with noise / with the mean"] = ("interventions", emptied)
     return [
@@ -76,7 +73,7 @@ def summary(parts: dict[str, Found], about: dict) -> list[tuple[str, str]]:
 
 
 def row_of(found: dict, name: str, place: str) -> dict:
-    """Empty where there is no such place: a control may have fewer thoughts."""
+    """Returns the row of an intervention on a set of thoughts; {} without one: a control may have fewer thoughts."""
     return next((row for row in found["rows"] if (row["name"], row["place"]) == (name, place)), {})
 
 
@@ -89,13 +86,13 @@ def line_of(rows: list[dict], x: str, y: str, factor: float = 100) -> list[tuple
 
 
 def table_of(rows_by_subject: dict[str, list[dict]], head: list[str]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table whose first column is the subject."""
+    """Returns head and rows of a table whose first column is the subject."""
     rows = [[name, *(cell(key, row.get(key)) for key in head)] for name, of in rows_by_subject.items() for row in of]
     return ["", *head], rows
 
 
 def cell(key: str, value) -> str:
-    """A number of a table: shares in per cent, as in the figures."""
+    """Formats a number of a table: shares as percentages, as in the figures."""
     if not isinstance(value, float):
         return "" if value is None else str(value)
     return f"{value:.3f}" if key in NO_SHARES else percent(value)
@@ -273,7 +270,7 @@ def search_section(found: Found, about: dict) -> Section:
 
 
 def trees_of(found: Found, number: int) -> str:
-    """A question's graph with its values, for each subject after each number of thoughts, as HTML."""
+    """Returns one question's graph with its values, for each subject after each number of thoughts, as HTML."""
     parts = []
     for name, of in found.items():
         for row, numbers in zip(of["frontier"], of["trees"][number], strict=True):

@@ -1,4 +1,4 @@
-"""`python -m tools.show_data FILE`: what it shows of a file."""
+"""tools/show_data.py: tokens, lengths, errors."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def looked(folder, capsys, *arguments: str) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_a_stage_is_shown_token_by_token(folder, capsys):
+def test_the_tokens_of_a_stage(folder, capsys):
     lines = looked(folder, capsys, "--stage", "1")
     assert lines[0].endswith(f"2 examples; method coconut, stage 1, model {folder / 'model'}")
     assert lines[2:7] == [
@@ -44,7 +44,7 @@ def test_a_stage_is_shown_token_by_token(folder, capsys):
     ]
 
 
-def test_the_configuration_says_what_a_stage_is(folder, capsys):
+def test_the_configuration_sets_method_and_stage(folder, capsys):
     lines = looked(folder, capsys, "--config", str(ROOT / "args" / "gsm_coconut.yaml"), "--examples", "1")
     assert "method coconut, stage 1" in lines[0]  # the run begins with epoch 3
     assert "    latent    2  <|latent|> x 2" in lines
@@ -56,7 +56,7 @@ def test_the_configuration_says_what_a_stage_is(folder, capsys):
     ]
 
 
-def test_lengths_are_those_of_the_file(folder, capsys):
+def test_the_table_of_lengths(folder, capsys):
     lines = looked(folder, capsys, "--stage", "7", "--examples", "0")
     table = {line[:24].strip(): line[24:].split() for line in lines[-6:]}
     assert table == {
@@ -69,7 +69,7 @@ def test_lengths_are_those_of_the_file(folder, capsys):
     }
 
 
-def test_a_terminal_gets_colours(folder, capsys, monkeypatch):
+def test_colours_on_a_terminal(folder, capsys, monkeypatch):
     tokenizer = load_tokenizer(Config(model_id=str(folder / "model")))
     markers = mark(tokenizer, "coconut")
     ids, labels = [markers.start, markers.latent, markers.end, 5], [IGNORE, IGNORE, IGNORE, 5]
@@ -98,13 +98,13 @@ def test_a_terminal_gets_colours(folder, capsys, monkeypatch):
         (["data.json", "--config", "absent.yaml"], "cannot read absent.yaml"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(folder, arguments, complaint, capsys, monkeypatch):
+def test_errors_are_one_sentence(folder, arguments, complaint, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     assert re.search(complaint, one_error(show_data.main, arguments, capsys))
 
 
-def test_what_a_method_tells_its_model_is_shown(folder, capsys, tmp_path):
-    """A trainer whose batches lacked the steps would never compute the loss that it is named for, in silence."""
+def test_further_inputs_of_methods(folder, capsys, tmp_path):
+    """A method whose batches lack these trains without its own loss, and no error says so."""
 
     def shown(**keys) -> list[str]:
         path = tmp_path / "method.yaml"

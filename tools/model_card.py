@@ -1,4 +1,4 @@
-"""The model card of an exported checkpoint, made from its folder, its run's folder and the exported files."""
+"""Makes the model card of an exported checkpoint from the checkpoint, its run's folder and the exported files."""
 
 from __future__ import annotations
 
@@ -39,27 +39,33 @@ whole code. SHA-256 of the weights, for `sha256sum -c`:
 
 {digests}
 """
-METHODS = {  # of the paper; the others' are the first lines of their files
+METHODS = {  # the paper's; another method is described by the first line of its file
     "coconut": "Coconut (chain of continuous thought, [arXiv 2412.06769](https://arxiv.org/abs/2412.06769))",
     "cot": "chain of thought in words",
     "no_cot": "answers without reasoning",
     "no_thoughts": "Coconut's curriculum without latent thoughts",
 }
-RULES = ("text", "number")  # accuracy_RULE is of the same generations, accuracy_MODE of others
+RULES = ("text", "number")  # accuracy_RULE scores the same outputs by another rule; accuracy_MODE scores other outputs
 
 
 def card(
     checkpoint: Path, name: str, exported: Path, whole: PreTrainedModel, license: str | None = None, language="en"
 ) -> ModelCard:
-    """The card for a checkpoint's folder, in its run's folder or alone, as part of a folder of that name. `exported`
-    holds the weights of the model `whole`. Without a license of the weights the base model's card is asked; language is
-    that of the data. Raises UserError where a file is damaged."""
+    """Returns the model card of a checkpoint. Raises UserError for a damaged file.
+
+    Args:
+        checkpoint: folder, inside its run's folder or alone.
+        name: of the exported folder.
+        exported: folder with the weights of the model `whole`.
+        license: of the weights; default: the one in the base model's card.
+        language: of the data.
+    """
     try:
         return _card(checkpoint, name, exported, whole, license, language)
     except UserError:
         raise
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"the model card cannot be made, a file of {checkpoint.parent} is damaged: {error!r}") from None
+        raise UserError(f"no model card: a file in {checkpoint.parent} is damaged: {error!r}") from None
 
 
 def _card(checkpoint: Path, name: str, exported: Path, whole, license: str | None, language: str) -> ModelCard:
@@ -67,7 +73,7 @@ def _card(checkpoint: Path, name: str, exported: Path, whole, license: str | Non
     method, settings = description["method"], whole.config
     appended, n_latents = "a newline", settings.appended.count(settings.latent_token_id)
     if n_latents:
-        most = "" if settings.stop_threshold is None else "at most "  # a head stops them
+        most = "" if settings.stop_threshold is None else "at most "
         appended += f", then {most}{n_latents} latent positions (thought `{description.get('thought', 'last')}`)"
         n_markers = len(settings.appended) - n_latents
         appended += {0: "", 1: " after a start marker", 2: " between a start and an end marker"}[n_markers]
@@ -106,7 +112,7 @@ def _about(method: str) -> str:
 
 
 def _license_of(model_id: str) -> str | None:
-    """As the base model's card has it, in its folder or among the hub's downloads."""
+    """Returns the license in the base model's card, from its folder or the hub's cache."""
     local = Path(model_id) / "README.md"
     path = local if Path(model_id).is_dir() else try_to_load_from_cache(model_id, "README.md")
     return ModelCard.load(path).data.license if path and Path(path).is_file() else None
@@ -132,17 +138,16 @@ def _training(checkpoint: Path, config: dict, notes: dict[str, str]) -> str:
 
 
 def _hours(run_dir: Path, trained: range) -> str:
-    """Of these epochs, from 0, with their validations."""
-    # a restarted run repeats epochs: the last record counts
+    """Returns the hours of training and validation in these epochs, counted from 0, as text."""
+    # a restart repeats epochs, and the last record counts; advance_at skips epochs
     epochs = {r["epoch"]: r for r in read_log(run_dir / "metrics.jsonl") if r["event"] == "epoch"}
     seconds = [r["train_seconds"] + r["seconds"] for epoch, r in epochs.items() if epoch in trained]
-    # advance_at skips epochs
     return f"{sum(seconds) / 3600:.2f}, of {len(seconds)} epochs with their validations" if seconds else "unknown"
 
 
 def _results(checkpoint: Path, config: dict) -> Iterator[tuple[dict, str, str, str, str]]:
-    """(metrics, data file, split, rule, mode) of the validation after the checkpoint's epoch, and of the evaluations of
-    this checkpoint in its run's folder, by `only_eval` under the run's name and by `python -m tools.evaluate --all`."""
+    """Yields (metrics, data file, split, rule, mode) of the validation at the checkpoint, and of each evaluation of it
+    in the run's folder, by `only_eval` or by `python -m tools.evaluate --all`."""
     evaluations = []
     if (checkpoint / "metrics.json").is_file():
         found = read_object(checkpoint / "metrics.json")
@@ -154,7 +159,8 @@ def _results(checkpoint: Path, config: dict) -> Iterator[tuple[dict, str, str, s
             evaluations.append((found, found["file"], "test", how.get("answer_match")))
     for found, file, split, rule in evaluations:
         modes = [key.removeprefix("accuracy") for key in found if re.fullmatch(r"accuracy_[a-z]+", key)]
-        # `accuracy` of several modes is their mean: a row for each; older validations have other metrics of latent only
+        # with several modes `accuracy` is their mean, so each mode has a row; older runs have the other metrics only of
+        # the latent mode
         for suffix in [mode for mode in modes if mode[1:] not in RULES] or [""]:
             metrics = {key: found.get(key + suffix) for key in ("accuracy", "cot_match", "generated_tokens")}
             yield {**metrics, "examples": found["examples"]}, file, split, rule or "text", suffix[1:]
