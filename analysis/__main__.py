@@ -83,7 +83,7 @@ def measure_interventions(subject: Subject, task: Task, options: argparse.Namesp
     rows = []
     tried = interventions.interventions(subject, task, options.seed)
     for intervention in tqdm(tried, desc="interventions", unit="intervention"):
-        for place, numbers in interventions.places(subject.n_thoughts).items():
+        for place, numbers in interventions.thought_sets(subject.n_thoughts).items():
             found = interventions.measure(subject, task, intervention, numbers)
             rows.append({"kind": intervention.kind, "name": intervention.name, "place": place, **found})
     found = {"rows": rows, "another question": interventions.with_another_question(subject, task, options.seed)}

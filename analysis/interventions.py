@@ -89,7 +89,7 @@ def _thoughts_of(donors: list[int | None], thoughts: torch.Tensor) -> torch.Tens
     return thoughts[[mine if donor is None else donor for mine, donor in enumerate(donors)]]
 
 
-def places(n_thoughts: int) -> dict[str, frozenset[int]]:
+def thought_sets(n_thoughts: int) -> dict[str, frozenset[int]]:
     """Returns the sets of thoughts to change: name -> their numbers, from 0."""
     every = range(n_thoughts)
     found = {"all": frozenset(every)}
@@ -111,7 +111,7 @@ def measure(
     T: gold / (gold + other), and escape: 1 - gold - other, for questions with another candidate
     """
     donors = intervention.donors
-    asked = [
+    scored = [
         index
         for index, example in enumerate(task.examples)
         if len(example["steps"]) > min(numbers) and (donors is None or donors[index] is not None)
@@ -122,13 +122,13 @@ def measure(
         change = Change(intervention.content, numbers)
         given = subject.answers(change=change)
     answers, others = [example["answer"] for example in task.examples], task.others()
-    found: dict = {"questions": len(asked), "accuracy": _share(given[index] == answers[index] for index in asked)}
+    found: dict = {"questions": len(scored), "accuracy": _share(given[index] == answers[index] for index in scored)}
     found |= dict.fromkeys(("donor", "gold", "T", "escape"))
     if donors is not None:
-        found["donor"] = _share(given[index] == donors[index] for index in asked if donors[index] != answers[index])
-    if change is not None and asked:
+        found["donor"] = _share(given[index] == donors[index] for index in scored if donors[index] != answers[index])
+    if change is not None and scored:
         names = [[answer] if other is None else [answer, other] for answer, other in zip(answers, others, strict=True)]
-        shares = subject.values(names, "### ", change=change).numpy()[asked]
+        shares = subject.values(names, "### ", change=change).numpy()[scored]
         found["gold"] = float(shares[:, 0].mean())
         if others[0] is not None:
             both = shares.sum(1)
@@ -168,12 +168,12 @@ def transplants(subject: Subject, task: Machine, seed: int = 0) -> list[dict]:
         long = [len(example["steps"]) >= k for example in task.examples]
         donors = _donors(len(long), lambda mine, other: long[mine] and long[other], random)  # noqa: B023
         given = subject.answers(change=Change(_thoughts_of(donors, thoughts), frozenset([k - 1])))
-        asked = []
+        outcomes = []
         for index, donor in enumerate(donors):
             if donor is not None:
                 wanted = task.after_transplant(index, donor, k)
                 if wanted != task.examples[index]["answer"]:
-                    asked.append((given[index] == wanted, given[index] == task.examples[index]["answer"]))
-        shares = {"where it leads": _share(new for new, _ in asked), "where it was": _share(old for _, old in asked)}
-        found.append({"thought": k, "questions": len(asked), **shares})
+                    outcomes.append((given[index] == wanted, given[index] == task.examples[index]["answer"]))
+        row = {"thought": k, "questions": len(outcomes), "where it leads": _share(new for new, _ in outcomes)}
+        found.append({**row, "where it was": _share(old for _, old in outcomes)})
     return found

@@ -37,16 +37,16 @@ def next_step(task: Task, of_names: np.ndarray) -> list[dict]:
         following = [(index, name) for index in range(len(names)) if (name := task.next_name(index, k)) is not None]
         if not following:
             continue
-        asked = [index for index, _ in following]
-        right = shares[asked, gold := [names[index].index(name) for index, name in following]]
+        chosen = [index for index, _ in following]
+        right = shares[chosen, gold := [names[index].index(name) for index, name in following]]
         found.append(
             {
                 "thoughts": k,
-                "questions": len(asked),
+                "questions": len(chosen),
                 "value": float(right.mean()),
-                "renormalised": float((right / np.maximum(shares[asked].sum(1), 1e-12)).mean()),
-                "first": float((shares[asked].argmax(1) == gold).mean()),
-                "elsewhere": float(1 - shares[asked].sum(1).mean()),
+                "renormalised": float((right / np.maximum(shares[chosen].sum(1), 1e-12)).mean()),
+                "first": float((shares[chosen].argmax(1) == gold).mean()),
+                "elsewhere": float(1 - shares[chosen].sum(1).mean()),
             }
         )
     return found
@@ -64,19 +64,19 @@ def decoded(subject: Subject, task: Machine) -> list[dict]:
     ids = [subject.tokenizer(state, add_special_tokens=False)["input_ids"][-1] for state in task.states]
     found = []
     for k in range(subject.n_thoughts):
-        asked = [index for index, example in enumerate(task.examples) if len(example["steps"]) > k]
-        if not asked:
+        chosen = [index for index, example in enumerate(task.examples) if len(example["steps"]) > k]
+        if not chosen:
             break
-        gold = np.array([task.states.index(task.examples[index]["steps"][k]) for index in asked])
-        states = readings[asked, k]
+        gold = np.array([task.states.index(task.examples[index]["steps"][k]) for index in chosen])
+        states = readings[chosen, k]
         with torch.no_grad():
             words = subject.model.head(states.to(head))[:, ids].argmax(1).cpu().numpy()
         found.append(
             {
                 "thought": k + 1,
-                "questions": len(asked),
+                "questions": len(chosen),
                 "head": float((words == gold).mean()),
-                "probe": probe_accuracy(states.numpy(), gold, len(task.states)) if len(asked) >= FOLDS else None,
+                "probe": probe_accuracy(states.numpy(), gold, len(task.states)) if len(chosen) >= FOLDS else None,
             }
         )
     return found

@@ -30,11 +30,10 @@ def frontier(task: Graphs, values: np.ndarray, k: int) -> dict:
     depth: the mean area under the ROC curve within a question, and both mean values, renormalised over the names."""
     areas, of_frontier, of_others = [], [], []
     distance = task.distance(k)
-    for graph, example, row in zip(task.graphs, task.examples, values, strict=True):
-        place = {name: number for number, name in enumerate(example["idx_to_symbol"])}
-        row = row / max(row.sum(), 1e-12)
-        inside = row[[place[name] for name in sorted(paths.frontier(graph, distance))]]
-        outside = row[[place[name] for name in sorted(paths.same_depth_unreachable(graph, distance))]]
+    for graph, row in zip(task.graphs, values, strict=True):
+        value = dict(zip(graph.names, row / max(row.sum(), 1e-12), strict=False))
+        inside = np.array([value[name] for name in sorted(paths.frontier(graph, distance))])
+        outside = np.array([value[name] for name in sorted(paths.same_depth_unreachable(graph, distance))])
         if len(inside) and len(outside):
             areas.append(((inside[:, None] > outside).mean() + (inside[:, None] >= outside).mean()) / 2)
             of_frontier.extend(inside)
@@ -51,12 +50,11 @@ def by_height(task: Graphs, values: np.ndarray, k: int) -> list[dict]:
     (distance to a leaf) and by whether a node is right, that is on a shortest path to the target."""
     found: dict[tuple[int, bool], list[float]] = {}
     distance = task.distance(k)
-    for graph, example, row in zip(task.graphs, task.examples, values, strict=True):
-        place = {name: number for number, name in enumerate(example["idx_to_symbol"])}
-        nodes = sorted(paths.frontier(graph, distance))
+    for graph, row in zip(task.graphs, values, strict=True):
+        value, nodes = dict(zip(graph.names, row, strict=False)), sorted(paths.frontier(graph, distance))
         if len(nodes) < 2:
             continue  # renormalised, the only node has value 1
-        shares = row[[place[name] for name in nodes]]
+        shares = np.array([value[name] for name in nodes])
         shares = shares / max(shares.sum(), 1e-12)
         heights, left = paths.height(graph), paths.depths(graph)[graph.target] - distance
         for name, share in zip(nodes, shares, strict=True):
@@ -70,8 +68,8 @@ def by_height(task: Graphs, values: np.ndarray, k: int) -> list[dict]:
 
 def tree(task: Graphs, index: int, values: np.ndarray) -> dict:
     """Returns the arguments of `figures.tree` for one question, with values, (N, C), renormalised over its names."""
-    graph, example = task.graphs[index], task.examples[index]
-    row = values[index, : len(example["idx_to_symbol"])]
+    graph = task.graphs[index]
+    row = values[index, : len(graph.names)]
     row = row / max(row.sum(), 1e-12)
     layers = paths.depths(graph)
     for source in sorted(graph.sources - {graph.root}):
@@ -80,6 +78,6 @@ def tree(task: Graphs, index: int, values: np.ndarray) -> dict:
     return {
         "nodes": layers,
         "edges": sorted(graph.edges),
-        "values": dict(zip(example["idx_to_symbol"], map(float, row), strict=True)),
+        "values": dict(zip(graph.names, map(float, row), strict=True)),
         "marked": {graph.root: "root", graph.target: "target", graph.other: "other"},
     }

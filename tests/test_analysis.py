@@ -201,12 +201,11 @@ def test_answers_follow_a_transplanted_state(tracking):
 def test_interventions_have_known_results(tracking):
     subject, task = tracking
     tried = {one.name: one for one in interventions.interventions(subject, task)}
-    places = interventions.places(subject.n_thoughts)
-    assert places["all but the last"] == {0, 1, 2}
-    assert places["the last"] == {3}
+    sets = interventions.thought_sets(subject.n_thoughts)
+    assert (sets["all but the last"], sets["the last"]) == ({0, 1, 2}, {3})
 
-    def found(name, place):
-        return interventions.measure(subject, task, tried[name], places[place])
+    def found(name, which):
+        return interventions.measure(subject, task, tried[name], sets[which])
 
     itself = found("itself", "all")
     assert (itself["accuracy"], itself["questions"], itself["donor"]) == (1, 40, None)

@@ -8,7 +8,6 @@ import numpy as np
 import prosqa
 import pytest
 from conftest import python, refuses
-from graphs import shortest_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -182,12 +181,6 @@ def steps_of(graph: Graph, path: list[str]) -> list[str]:
     return text["steps"]
 
 
-def path_to(rng: np.random.Generator, example: dict, root: int, target: int) -> list[str]:
-    """The names on a randomly drawn shortest path."""
-    nodes = shortest_path(rng, [tuple(edge) for edge in example["edges"]], root, target)
-    return [example["idx_to_symbol"][node] for node in nodes]
-
-
 def all_paths(graph: Graph) -> list[tuple[str, ...]]:
     """Every path from a source with one or more edges, by exhaustive search."""
     heads = {child for _, child in graph.edges}
@@ -223,38 +216,6 @@ def test_gold_steps_are_a_correct_path(of_example, k):
             assert classify(graph, written, example["answer"], k) == "correct path"
     assert classify(graph, "", example["answer"], k) == "correct label"
     assert classify(graph, "", example["answer"].replace(graph.target, graph.other), k) == "incorrect label"
-
-
-@given(drawn())
-def test_every_other_shortest_path_is_correct(of_example):
-    example, graph, rng = of_example
-    path = path_to(rng, example, example["root"], example["target"])
-    steps = steps_of(graph, path)
-    for k in range(len(steps)):
-        assert classify(graph, "\n".join(steps[k:]), example["answer"], k) == "correct path"
-
-
-@given(drawn())
-def test_the_other_component_is_a_wrong_target(of_example):
-    example, graph, rng = of_example
-    steps = steps_of(graph, path_to(rng, example, 1 - example["root"], example["neg_target"]))
-    for k in range(len(steps)):
-        assert classify(graph, "\n".join(steps[k:]), example["answer"], k) == "wrong target"
-
-
-@given(drawn(), st.data())
-def test_a_missing_step_and_exchanged_steps(of_example, data):
-    """Without the last step the path ends too early; without another one it is not connected."""
-    example, graph, _ = of_example
-    steps, answer = example["steps"], example["answer"]
-    place = data.draw(st.integers(0, len(steps) - 1))
-    less = "\n".join(steps[:place] + steps[place + 1 :])
-    if place < len(steps) - 1:
-        assert classify(graph, less, answer) == "hallucination"
-        exchanged = [*steps[:place], steps[place + 1], steps[place], *steps[place + 2 :]]
-        assert {classify(graph, "\n".join(exchanged), answer, k) for k in (0, 1, 6)} == {"hallucination"}
-    else:
-        assert classify(graph, less, answer) == ("wrong target" if place else "correct label")
 
 
 @settings(max_examples=200)

@@ -56,7 +56,7 @@ def export(
 
     from coconut import Coconut
     from curriculum import END
-    from tools.model_card import card
+    from tools.model_card import make_card
     from trainer.checkpoint import damage
     from trainer.pretrained import read_tokenizer
 
@@ -68,22 +68,22 @@ def export(
         if (folder / "trainer").is_dir() and (problem := damage(folder)):
             raise UserError(f"{folder} is damaged: {problem}")
         write_code(Path(code), type(model.thought))
-        whole = exported(model, imported(Path(code)))
-        warnings = differing_prompts(model, whole, folder)
-        whole.save_pretrained(aside)  # copies the code too
+        exported = build_exported(model, import_code(Path(code)))
+        warnings = differing_prompts(model, exported, folder)
+        exported.save_pretrained(aside)  # copies the code too
         options = {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
         tokenizer = read_tokenizer(folder, **options)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         if model.config.has_latents and not model.config.rules.output([model.markers.end], model.markers):
             tokenizer.add_special_tokens({"additional_special_tokens": [END]})
         tokenizer.save_pretrained(aside)
-        card(folder, out.resolve().name, aside, whole, license, language).save(aside / "README.md")
+        make_card(folder, out.resolve().name, aside, exported, license, language).save(aside / "README.md")
         if (folder.parent / "config.yaml").is_file():
             shutil.copy(folder.parent / "config.yaml", aside)
     return warnings
 
 
-def imported(code: Path) -> ModuleType:
+def import_code(code: Path) -> ModuleType:
     """Imports the written modeling_coconut.py, so that the comparison and `save_pretrained` use the exported code."""
     for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
         del sys.modules[name]
@@ -92,7 +92,7 @@ def imported(code: Path) -> ModuleType:
     return importlib.import_module(f"{PACKAGE}.{Path(MODELLING).stem}")
 
 
-def exported(model: Coconut, code: ModuleType) -> PreTrainedModel:
+def build_exported(model: Coconut, code: ModuleType) -> PreTrainedModel:
     """Returns the model in the exported class, with shared weights. Raises UserError if its logits differ."""
     import torch
     from transformers import GenerationConfig
@@ -127,16 +127,16 @@ def exported(model: Coconut, code: ModuleType) -> PreTrainedModel:
         dtype=base.dtype,
     )
     with torch.device("meta"):
-        whole = code.CoconutForCausalLM(settings)
-    whole.base_causallm, whole.thought = base, type(whole.thought)(base, number)
-    whole.thought.load_state_dict(model.thought.state_dict())
+        exported = code.CoconutForCausalLM(settings)
+    exported.base_causallm, exported.thought = base, type(exported.thought)(base, number)
+    exported.thought.load_state_dict(model.thought.state_dict())
     if settings.stop_threshold is not None:
-        whole.stop_head = model.stop_head
+        exported.stop_head = model.stop_head
     # greedy as Coconut.generate, in place of the base model's settings
     end = {"eos_token_id": model.markers.eos, "pad_token_id": model.markers.eos}
-    whole.generation_config = GenerationConfig(do_sample=False, max_new_tokens=128, **end)
-    check_same_logits(model, whole.eval())
-    return whole
+    exported.generation_config = GenerationConfig(do_sample=False, max_new_tokens=128, **end)
+    check_same_logits(model, exported.eval())
+    return exported
 
 
 def with_newline(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[int, list[int]]]:
@@ -156,7 +156,7 @@ def with_newline(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[in
     return newline, {token: ids for token, ids in joined.items() if ids != [token, *newline]}
 
 
-def check_same_logits(model: Coconut, whole: PreTrainedModel) -> None:
+def check_same_logits(model: Coconut, exported: PreTrainedModel) -> None:
     """Raises UserError if the two models' logits differ after two questions, one of them padded."""
     import torch
 
@@ -165,12 +165,12 @@ def check_same_logits(model: Coconut, whole: PreTrainedModel) -> None:
     n_tokens = min(len(model.base_causallm.get_input_embeddings().weight), len(model.tokenizer))
     questions = torch.randint(n_tokens, (2, N_TRIED), generator=torch.Generator().manual_seed(0))
     attended = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
-    ids, mask = whole.prompts(questions.masked_fill(questions == (model.latent_token_id or -1), 0), attended)
+    ids, mask = exported.prompts(questions.masked_fill(questions == (model.latent_token_id or -1), 0), attended)
     with torch.no_grad():
         wanted = model.head(model.states(ids, mask)[0][:, -1])  # (B, V)
         tolerance = (COARSE if wanted.dtype.itemsize == 2 else ORDINARY).logits
         try:
-            found = whole(input_ids=ids, attention_mask=mask).logits[:, -1]
+            found = exported(input_ids=ids, attention_mask=mask).logits[:, -1]
             problem = None if (found - wanted).norm() <= tolerance * wanted.norm() else "its logits differ"
         except Exception as error:  # an unknown family may raise anything
             problem = f"it raises {type(error).__name__}"
@@ -179,7 +179,7 @@ def check_same_logits(model: Coconut, whole: PreTrainedModel) -> None:
         raise UserError(f"a {family} cannot be exported: with transformers' cache {problem}")
 
 
-def differing_prompts(model: Coconut, whole: PreTrainedModel, folder: Path) -> list[str]:
+def differing_prompts(model: Coconut, exported: PreTrainedModel, folder: Path) -> list[str]:
     """Returns a warning if the exported model's prompts of validation questions differ from those of training."""
     import torch
 
@@ -195,7 +195,7 @@ def differing_prompts(model: Coconut, whole: PreTrainedModel, folder: Path) -> l
         raise UserError(f"{path} is damaged: {error!r}") from None
     n_differ = 0
     for question, wanted in zip(questions, prompts(model, questions), strict=True):
-        ids, _ = whole.prompts(torch.tensor([model.tokenizer(question)["input_ids"]], dtype=torch.long))
+        ids, _ = exported.prompts(torch.tensor([model.tokenizer(question)["input_ids"]], dtype=torch.long))
         n_differ += ids[0].tolist() != wanted
     what = f"{n_differ} of {len(questions)} validation questions get other tokens than in training"
     return [f"{what}, because the exported model appends the newline after tokenization"] if n_differ else []

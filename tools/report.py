@@ -123,10 +123,10 @@ def report_page(runs: list[Run]) -> str:
         raise UserError("the figures need matplotlib: pip install -r requirements-dev.txt")
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     sections = [training(runs), validation(runs), *evaluations(runs), configurations(runs)]
-    return page(title, "", sections, [(run.name, in_short(run)) for run in runs])
+    return page(title, "", sections, [(run.name, run_summary(run)) for run in runs])
 
 
-def in_short(run: Run) -> str:
+def run_summary(run: Run) -> str:
     """Returns a run's progress, its last accuracy, and the keys that describe it."""
     planned = f" of {run.config['num_epochs']}" if "num_epochs" in run.config else ""
     parts = [f"{len(run.epochs)}{planned} epochs, {max(run.steps, default=0):,} steps"]
@@ -169,7 +169,7 @@ def over_steps(runs: list[Run], key: str, ylabel: str, form: str) -> Figure:
         for number, first in enumerate(range(0, last, wide))
     ]
     caption = f"{ylabel} by optimizer step" + (f", means of {width} steps each" if width > 1 else "")
-    return drawn(runs, "steps", series, ylabel, caption, rows)
+    return line_figure(runs, "steps", series, ylabel, caption, rows)
 
 
 def validation(runs: list[Run]) -> Section:
@@ -188,10 +188,10 @@ def over_epochs(runs: list[Run], name: str) -> Figure:
     series = {run: [(epoch, factor * value) for epoch, value in of_run.items()] for run, of_run in values.items()}
     epochs = sorted({epoch for of_run in values.values() for epoch in of_run})
     rows = [[str(epoch), *(cell(form, of_run.get(epoch)) for of_run in values.values())] for epoch in epochs]
-    return drawn(runs, "epochs", series, ylabel, f"{name} after each epoch", rows)
+    return line_figure(runs, "epochs", series, ylabel, f"{name} after each epoch", rows)
 
 
-def drawn(runs: list[Run], over: str, series: dict, ylabel: str, caption: str, rows: list[list[str]]) -> Figure:
+def line_figure(runs: list[Run], over: str, series: dict, ylabel: str, caption: str, rows: list[list[str]]) -> Figure:
     """Draws `series`, run -> [(x, y)], over steps or epochs; marks the stages of the run with the most stages."""
     from analysis import figures
 
@@ -237,7 +237,7 @@ def configurations(runs: list[Run]) -> Section:
     known = [run for run in runs if run.config]
     text = " ".join(f"{run.name} has no config.yaml." for run in runs if not run.config)
     keys = dict.fromkeys(key for run in known for key in run.config if key != "name")
-    table = [[key, *(spelled(run.config.get(key)) for run in known)] for key in keys]
+    table = [[key, *(as_yaml(run.config.get(key)) for run in known)] for key in keys]
     rows = [row for row in table if len(runs) == 1 or len(set(row[1:])) > 1]
     if len(known) > 1 and not rows:
         text += " All keys but their names are the same."
@@ -246,7 +246,7 @@ def configurations(runs: list[Run]) -> Section:
     return Section("Configurations", text, [figure] if rows else [])
 
 
-def spelled(value) -> str:
+def as_yaml(value) -> str:
     """Returns a value as a YAML file spells it."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
