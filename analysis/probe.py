@@ -24,7 +24,7 @@ def values(subject: Subject, task: Task, n_thoughts: int) -> np.ndarray:
     return np.stack([subject.values(names, task.step_prefix, k).numpy() for k in range(n_thoughts + 1)])
 
 
-def next_step(task: Task, of_names: np.ndarray) -> list[dict]:
+def next_step(task: Task, name_values: np.ndarray) -> list[dict]:
     """Returns, for each number k of thoughts, means over the questions that have a step k + 1.
 
     value: probability of the name that begins this step
@@ -33,7 +33,7 @@ def next_step(task: Task, of_names: np.ndarray) -> list[dict]:
     elsewhere: probability outside all names
     """
     found, names = [], task.names()
-    for k, shares in enumerate(of_names):
+    for k, shares in enumerate(name_values):
         following = [(index, name) for index in range(len(names)) if (name := task.next_name(index, k)) is not None]
         if not following:
             continue

@@ -7,11 +7,7 @@ import pytest
 import tiny_model
 from conftest import ROOT, one_error
 
-from config import Config
-from curriculum import IGNORE
 from tools import show_data
-from tools.show_data import show_sequence
-from trainer.pretrained import load_tokenizer, mark
 
 EXAMPLES = [
     {"question": "1+2*3?", "steps": ["<<1+2=3>>", "<<3*3=9>>"], "answer": "9"},
@@ -42,6 +38,7 @@ def test_the_tokens_of_a_stage(folder, capsys):
         "     given    1  <|end-latent|>",
         "supervised   12  <<|3|*|3|=|9|>>|⏎|###| |9|<|endoftext|>",
     ]
+    assert lines[8].startswith("example 1: ")
 
 
 def test_the_configuration_sets_method_and_stage(folder, capsys):
@@ -67,23 +64,6 @@ def test_the_table_of_lengths(folder, capsys):
         "sequence at stage 7": ["17.0", "15", "15", "19", "19", "0"],
         "of it supervised": ["4.0", "4", "4", "4", "4", "0"],
     }
-
-
-def test_colours_on_a_terminal(folder, capsys, monkeypatch):
-    tokenizer = load_tokenizer(Config(model_id=str(folder / "model")))
-    markers = mark(tokenizer, "coconut")
-    ids, labels = [markers.start, markers.latent, markers.end, 5], [IGNORE, IGNORE, IGNORE, 5]
-    plain = show_sequence(ids, labels, markers, tokenizer)
-    coloured = show_sequence(ids, labels, markers, tokenizer, coloured=True)
-    assert [re.sub(r"\033\[[\d;]+m", "", line) for line in coloured] == plain
-    assert len({line[:5] for line in coloured if "given" not in line}) == 2
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    assert "\033[" in "\n".join(looked(folder, capsys))
-    monkeypatch.setenv("NO_COLOR", "1")
-    lines = looked(folder, capsys)
-    assert "\033[" not in "\n".join(lines)
-    assert "example 1: 9 tokens" in lines
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,10 @@ def updated(path: Path) -> str:
 
 def keys() -> str:
     """Returns a table of all keys of Config."""
-    rows = [
-        f"| `{field.name}` | `{json.dumps(field.default)}` | {_cell(field.metadata['help'])} |"
-        for field in dataclasses.fields(Config)
-    ]
+    rows = []
+    for field in dataclasses.fields(Config):
+        text = field.metadata["help"].replace(" | ", " / ").replace("|", "\\|")
+        rows.append(f"| `{field.name}` | `{json.dumps(field.default)}` | {text} |")
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows, ""])
 
 
@@ -54,10 +54,6 @@ def quickstart() -> str:
     """Returns the table of results/quickstart.md."""
     text = (ROOT / "results" / "quickstart.md").read_text(encoding="utf-8")
     return "".join(line + "\n" for line in text.splitlines() if line.startswith("|"))
-
-
-def _cell(text: str) -> str:
-    return text.replace(" | ", " / ").replace("|", "\\|")
 
 
 BLOCKS = {"keys": keys, "defaults": defaults, "quickstart": quickstart}

@@ -40,9 +40,7 @@ EXPORTED = (
 )
 
 
-def export(
-    checkpoint: str, out: Path, force: bool = False, license: str | None = None, language: str = "en"
-) -> list[str]:
+def export(checkpoint: str, out: Path, force: bool = False, license: str | None = None) -> list[str]:
     """Writes the folder and returns warnings.
 
     Raises UserError if the checkpoint cannot be exported, or if `out` exists: `force` replaces an exported model only.
@@ -77,7 +75,7 @@ def export(
         if model.config.has_latents and not model.config.rules.output([model.markers.end], model.markers):
             tokenizer.add_special_tokens({"additional_special_tokens": [END]})
         tokenizer.save_pretrained(aside)
-        make_card(folder, out.resolve().name, aside, exported, license, language).save(aside / "README.md")
+        make_card(folder, out.resolve().name, aside, exported, license).save(aside / "README.md")
         if (folder.parent / "config.yaml").is_file():
             shutil.copy(folder.parent / "config.yaml", aside)
     return warnings
@@ -207,11 +205,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace an exported model")
     parser.add_argument("--license", help="license of the weights in the model card (default: the base model's)")
-    parser.add_argument("--language", default="en", help="language in the model card (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         check_checkpoint(options.checkpoint)
-        for text in export(options.checkpoint, options.out, options.force, options.license, options.language):
+        for text in export(options.checkpoint, options.out, options.force, options.license):
             print(f"warning: {text}", file=sys.stderr)
         call = f"AutoModelForCausalLM.from_pretrained({str(options.out)!r}, trust_remote_code=True)"
         print_result(f"{options.out}: {call} reads it")

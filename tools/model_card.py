@@ -49,7 +49,7 @@ RULES = ("text", "number")  # accuracy_RULE scores the same outputs by another r
 
 
 def make_card(
-    checkpoint: Path, name: str, folder: Path, exported: PreTrainedModel, license: str | None = None, language="en"
+    checkpoint: Path, name: str, folder: Path, exported: PreTrainedModel, license: str | None = None
 ) -> ModelCard:
     """Returns the model card of a checkpoint. Raises UserError for a damaged file.
 
@@ -58,17 +58,16 @@ def make_card(
         name: of the exported folder.
         folder: with the weights of the model `exported`.
         license: of the weights; default: the one in the base model's card.
-        language: of the data.
     """
     try:
-        return _card(checkpoint, name, folder, exported, license, language)
+        return _card(checkpoint, name, folder, exported, license)
     except UserError:
         raise
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"no model card: a file in {checkpoint.parent} is damaged: {error!r}") from None
 
 
-def _card(checkpoint: Path, name: str, folder: Path, exported, license: str | None, language: str) -> ModelCard:
+def _card(checkpoint: Path, name: str, folder: Path, exported: PreTrainedModel, license: str | None) -> ModelCard:
     description = read_object(checkpoint / "coconut.json")
     method, settings = description["method"], exported.config
     appended, n_latents = "a newline", settings.appended.count(settings.latent_token_id)
@@ -83,7 +82,7 @@ def _card(checkpoint: Path, name: str, folder: Path, exported, license: str | No
     parts = [CARD.format(name=name, what=what, appended=appended, digests=digests)]
     tags = ["coconut", "latent-reasoning", method.replace("_", "-")]
     data = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=tags, language=language, license=license
+        library_name="transformers", pipeline_tag="text-generation", tags=tags, language="en", license=license
     )
     run_dir = checkpoint.parent
     config_file = run_dir / "config.yaml"

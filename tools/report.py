@@ -43,7 +43,7 @@ EPOCH_COLUMNS = {  # name -> key of an epoch's record, format
     "CoT match": ("cot_match", "{:.1%}"),
     "tokens": ("generated_tokens", "{:.1f}"),
     "seconds": ("train_seconds", "{:.0f}"),
-    "steps left out": ("skipped", "{}"),
+    "skipped steps": ("skipped", "{}"),
 }
 
 # --- Reading runs ---
@@ -216,7 +216,7 @@ def epoch_table(run: Run) -> Figure:
         + [cell(EPOCH_COLUMNS[name][1], columns[name].get(epoch)) for name in filled]
         for epoch, record in run.epochs.items()
     ]
-    caption = f"{run.name}: tokens are those generated, with thoughts; seconds of training"
+    caption = f"{run.name}: tokens: generated, thoughts included; seconds: of training"
     return Figure("", caption, ["epoch", "stage", *filled], rows)
 
 

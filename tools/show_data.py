@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -20,12 +20,13 @@ from preprocessing.examples import load_examples
 from preprocessing.tokens import ANSWER_PREFIX, Tokens, markers_of, tokenize
 from utils import UserError, print_error, print_result
 
-COLOURS = {"given": "0", "latent": "1;35", "supervised": "32"}  # ANSI codes
+
+def words(input_ids: list[int], tokenizer) -> str:
+    """Returns the tokens' texts, with bars between them, since a text may begin with a space."""
+    return "|".join(tokenizer.decode([token]) for token in input_ids).replace("\n", "⏎")
 
 
-def show_sequence(
-    input_ids: list[int], labels: list[int], markers: Markers, tokenizer, coloured: bool = False
-) -> list[str]:
+def show_sequence(input_ids: list[int], labels: list[int], markers: Markers, tokenizer) -> list[str]:
     """Returns a line for each run of tokens of one kind (given, latent or supervised) in a training sequence."""
 
     def kind(pair: tuple[int, int]) -> str:
@@ -33,10 +34,9 @@ def show_sequence(
 
     lines = []
     for name, run in groupby(zip(input_ids, labels, strict=True), key=kind):
-        texts = [tokenizer.decode([token]).replace("\n", "⏎") for token, _ in run]
-        # bars separate the tokens, since a token may begin with a space
-        line = f"{name:>10} {len(texts):>4}  {f'{LATENT} x {len(texts)}' if name == 'latent' else '|'.join(texts)}"
-        lines.append(f"\033[{COLOURS[name]}m{line}\033[0m" if coloured else line)
+        ids = [token for token, _ in run]
+        text = f"{LATENT} x {len(ids)}" if name == "latent" else words(ids, tokenizer)
+        lines.append(f"{name:>10} {len(ids):>4}  {text}")
     return lines
 
 
@@ -59,7 +59,7 @@ def length_table(tokens: Tokens, stage: int, config: Config, markers: Markers) -
     return lines
 
 
-def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool) -> str:
+def look(path: str, config: Config, stage: int, n_examples: int) -> str:
     """Returns the output of the command. Raises UserError."""
     if (config.has_latents or config.method == "no_thoughts") and stage > config.last_stage:
         raise UserError(f"there is no stage {stage}: the last one of this configuration is {config.last_stage}")
@@ -81,20 +81,17 @@ def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool)
         tokens.answer_prefix = tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
     dataset = parts_of(config).dataset(tokens, config, markers)
 
-    def words(ids: list[int]) -> str:
-        return "|".join(tokenizer.decode([token]) for token in ids).replace("\n", "⏎")
-
     for number in range(min(n_examples, len(examples))):
         item = dataset[number, stage]
         ids, labels = dataset.sequence(item)
         lines += ["", f"example {number}: {len(ids)} tokens"]
-        lines += show_sequence(ids, labels, markers, tokenizer, coloured)
-        for other in dataset.others(item, words):
+        lines += show_sequence(ids, labels, markers, tokenizer)
+        for other in dataset.others(item, partial(words, tokenizer=tokenizer)):
             if isinstance(other, str):
                 lines.append(other)
             else:
                 title, ids, labels = other
-                lines += [f"  {title}:", *show_sequence(ids, labels, markers, tokenizer, coloured)]
+                lines += [f"  {title}:", *show_sequence(ids, labels, markers, tokenizer)]
     return "\n".join([*lines, "", *length_table(tokens, stage, config, markers)])
 
 
@@ -115,8 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = Config.from_file(options.config, options.keys, needs_files=False) if options.config else Config()
         config.model_id = options.model or config.model_id
         stage = stage_of(config, config.resume) if options.stage is None else options.stage
-        coloured = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print_result(look(options.file, config, stage, options.examples, coloured))
+        print_result(look(options.file, config, stage, options.examples))
     except UserError as error:
         return print_error(error)
     return 0
