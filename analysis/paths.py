@@ -38,14 +38,7 @@ from itertools import pairwise
 from preprocessing.graphs import fewest_edges
 from utils import UserError
 
-CORRECT_PATH = "correct path"
-LONGER_PATH = "longer path"
-HALLUCINATION = "hallucination"
-WRONG_TARGET = "wrong target"
-CORRECT_LABEL = "correct label"
-INCORRECT_LABEL = "incorrect label"
-OTHER = "other"
-CLASSES = (CORRECT_PATH, LONGER_PATH, HALLUCINATION, WRONG_TARGET, CORRECT_LABEL, INCORRECT_LABEL, OTHER)
+CLASSES = ("correct path", "longer path", "hallucination", "wrong target", "correct label", "incorrect label", "other")
 
 SENTENCE = re.compile(r"[^.]+ is a [^.]+\.")  # a step or an answer, with any names
 NAME = re.compile(r"[^.,#]+")  # a name that can be parsed from a sentence and from an answer
@@ -167,13 +160,13 @@ def classify(graph: Graph, reasoning: str, answer: str, k: int = 0) -> str:
     reasoning = " ".join(reasoning.split())
     has_answer = form.fullmatch(" ".join(answer.split()))
     if not reasoning and has_answer:
-        return CORRECT_LABEL if answer.strip() == graph.answer else INCORRECT_LABEL
+        return "correct label" if answer.strip() == graph.answer else "incorrect label"
     steps = [*reasoning.replace(" ", "")] if graph.compact else _split_sentences(reasoning)
     if not has_answer and not any(form.fullmatch(step) for step in steps):
-        return OTHER
+        return "other"
     path = _compact_path(graph, steps, k) if graph.compact else _path(graph, steps, k)
     if path is None:
-        return HALLUCINATION
+        return "hallucination"
     return _class_of_path(graph, path, k)
 
 
@@ -203,10 +196,10 @@ def _compact_path(graph: Graph, names: list[str], k: int) -> list[str] | None:
 def _class_of_path(graph: Graph, path: list[str], k: int) -> str:
     """Returns the class of a path of the graph, whose beginning may be missing."""
     if path[-1] != graph.target:
-        return WRONG_TARGET
+        return "wrong target"
     from_root = depths(graph)
     beginning = from_root.get(path[0])  # edges of the shortest one
     if beginning is None or (k == 0 and beginning > 1):  # the path begins at another source
-        return HALLUCINATION
+        return "hallucination"
     shortest = beginning + len(path) - 1 == from_root[graph.target]
-    return CORRECT_PATH if shortest else LONGER_PATH
+    return "correct path" if shortest else "longer path"
