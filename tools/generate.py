@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("question", nargs="?")
     parser.add_argument("--file", type=Path, help="questions: a JSON list as in data/, or one on each line")
     parser.add_argument("--thoughts", type=int, metavar="K", help="latent thoughts (default: as in training)")
-    parser.add_argument("--mode", help="of a multi_mode model: latent, direct or written (default: latent)")
+    parser.add_argument("--mode", help="the key mode, of a multi_mode model (default: latent)")
     parser.add_argument("--show-thoughts", action="store_true", help="print the likeliest tokens at each thought")
     parser.add_argument("--sample", action="store_true", help="sample instead of greedy decoding")
     parser.add_argument("--samples", type=int, metavar="N", help="sample N answers and print each with its count")
@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--temperature", type=float, default=1.0, help="with --sample or --samples (default: %(default)s)"
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="with --sample, from the K likeliest (default: all)")
-    parser.add_argument("--top-p", type=float, metavar="P", help="with --sample, from the likeliest tokens with sum P")
+    parser.add_argument("--top-p", type=float, metavar="P", help="with --sample, from the likeliest that sum to P")
     parser.add_argument("--seed", type=int, default=0, help="with --sample or --samples (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="with --file (default: %(default)s)")
