@@ -108,9 +108,9 @@ def probe_section(found: Found, about: dict) -> Section:
     drawings = [
         svg_figure(
             figures.lines(lines, "thoughts, then language", "value of the right step, %"),
-            "When language is forced after k thoughts: the probability of the name with which the right next step "
-            "begins, over the questions that have one. Renormalised: over the names; first: how often it is the "
-            "likeliest name; elsewhere: the probability that is on no name.",
+            "The probability, if language begins after k thoughts, of the name that begins the right next step, over "
+            "the questions that have one. Renormalised: over the names; first: how often it is the likeliest name; "
+            "elsewhere: the probability of all else.",
             *table_of(next_steps, ["thoughts", "questions", "value", "renormalised", "first", "elsewhere"]),
         )
     ]
@@ -124,8 +124,8 @@ def probe_section(found: Found, about: dict) -> Section:
         drawings.append(
             svg_figure(
                 figures.lines(lines, "thought", "state read rightly, %"),
-                "How often the state after k steps is read where the k-th thought is made: by the LM head, and by a "
-                f"linear probe fitted to other questions. Chance is {percent(1 / about['states'])}.",
+                "How often the LM head, and a linear probe fitted to other questions, decode the state after k steps "
+                f"from the hidden state that makes the k-th thought. Chance is {percent(1 / about['states'])}.",
                 *table_of(decoded, ["thought", "questions", "head", "probe"]),
             )
         )
@@ -134,8 +134,8 @@ def probe_section(found: Found, about: dict) -> Section:
     drawings.append(Figure("", "Norms of the thoughts, and the cosine of each with the one before.", *table))
     return Section(
         "What thoughts hold",
-        "A value is the probability of a name when the model has to go on with language (paper, Section 5.2). That "
-        "something can be read does not show that it is used: for that thoughts must be changed.",
+        "A value is the probability of a name if the model has to continue with language (paper, Section 5.2). That "
+        "something can be decoded does not show that the model uses it: interventions do.",
         drawings,
     )
 
@@ -154,9 +154,9 @@ def sweep_section(found: Found, about: dict) -> Section:
         )
     return Section(
         "With another number of thoughts",
-        "A switch to language is forced after so many thoughts (paper, Section 5.1). After many thoughts outputs are "
-        "short, and hold few mistakes: bars of different numbers are not directly comparable. In mirrored graphs a "
-        "wrong target is the other component, or another leaf of the right one.",
+        "The model has to begin with language after this number of thoughts (paper, Section 5.1). After many thoughts "
+        "outputs are short and leave little room for mistakes, so bars of different numbers are not directly "
+        "comparable. In mirrored graphs a wrong target is the other component, or another leaf of the right one.",
         drawings,
     )
 
@@ -175,20 +175,21 @@ def interventions_section(found: Found, about: dict) -> Section:
     drawings.append(
         svg_figure(
             figures.bars(names, of_all, "accuracy, %"),
-            "Accuracy when all thoughts are replaced, by what they are replaced with. The table has every place, and "
-            "counts the questions that have the first of the replaced thoughts. Donor: the answer is the donor's, "
-            "where that is another; gold: probability of the right answer; T: gold / (gold + other candidate); escape: "
-            "the probability of neither.",
+            "Accuracy when all thoughts are replaced, by the replacement. The table shows every set of replaced "
+            "thoughts, over the questions with a step for the first of them. Donor: share of answers that are the "
+            "donor's, over donors with another answer; gold: probability of the right answer; T: gold / (gold + other "
+            "candidate); escape: probability of neither.",
             *table_of({name: of["rows"] for name, of in found.items()}, head),
         )
     )
     for subject in found:
         contents = ("itself", "mean", "noise", "any other question", "the twin")
         shares = {name: accuracies(subject, [(name, place) for place in places]) for name in contents}
-        caption = f"{subject}: accuracy by which thoughts are replaced, and with what (numbers above)."
+        caption = f"{subject}: accuracy by the replaced thoughts and by the replacement (numbers above)."
         drawings.append(svg_figure(figures.bars(places, shares, "accuracy, %"), caption))
     others = {name: [of["another question"]] for name, of in found.items()}
-    caption = "The thoughts unchanged, the question changed: how often the answer is the old one's, and the new one's."
+    caption = "A control that replaces no thought, but puts the parts of each question in another order: how often the "
+    caption += "answer is the old question's, and the new one's."
     drawings.append(Figure("", caption, *table_of(others, ["what", "questions", "accuracy", "of the new question"])))
     return Section(
         "Are thoughts used?",
