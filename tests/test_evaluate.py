@@ -217,12 +217,12 @@ def test_answers_that_cannot_come_out_right_are_named(answer):
     )
     config = Config(val_path="valid.json")
     (text,) = warn_unscorable_answers(tokenizer, Data(examples, tokenize(examples, tokenizer)), config)
-    assert text.startswith("valid.json: 2 of 4 answers cannot come out right")
-    assert f"record 2 (counted from 0), whose answer {answer!r} is read back as" in text
+    assert text.startswith("valid.json: 2 of 4 answers cannot be right")
+    assert f"record 2 (counted from 0), whose answer {answer!r} is decoded from its tokens as" in text
     right = Data(examples[:2], tokenize(examples[:2], tokenizer))
     assert warn_unscorable_answers(tokenizer, right, config) == []
     config.max_new_tokens = 3  # enough for ### and one digit
-    assert "1 of 2 answers cannot come out right" in warn_unscorable_answers(tokenizer, right, config)[0]
+    assert "1 of 2 answers cannot be right" in warn_unscorable_answers(tokenizer, right, config)[0]
 
 
 def test_steps_that_hide_the_answer_are_named():
@@ -237,13 +237,13 @@ def test_steps_that_hide_the_answer_are_named():
     assert warn_unscorable_answers(tokenizer, data, replace(config, method="coconut"), [9]) == []  # no steps
     assert warn_unscorable_answers(tokenizer, data, replace(config, method="no_cot"), [0]) == []
     wrong, unmatched = warn_unscorable_answers(tokenizer, data, config, [0, 0])
-    assert wrong.startswith("valid.json: 1 of 4 answers cannot come out right at stage 0")
+    assert wrong.startswith("valid.json: 1 of 4 answers cannot be right at stage 0")
     assert "record 3 (counted from 0), whose steps and answer" in wrong
     assert unmatched.startswith("valid.json: 1 of 4 examples cannot have a cot_match at stage 0")
-    assert "record 2 (counted from 0), whose steps '2#' are read back as '2'" in unmatched
+    assert "record 2 (counted from 0), whose steps '2#' are decoded as '2'" in unmatched
     wrong, _ = warn_unscorable_answers(tokenizer, data, replace(config, max_new_tokens=8), [0])
-    assert "2 of 4 answers cannot come out right at stage 0" in wrong
-    assert "11 tokens where max_new_tokens is 8, are read back as '1+2" in wrong
+    assert "2 of 4 answers cannot be right at stage 0" in wrong
+    assert "11 tokens with max_new_tokens 8, are decoded as '1+2" in wrong
 
 
 @pytest.mark.parametrize(
