@@ -123,7 +123,7 @@ EXTRA: dict[str, dict] = {
     "inkling_text": {"logits_mup_width_multiplier": 3.0},
 }
 HEAD = "its logits are not those of its LM head"
-PADDING = "padding before a row changes what it computes"
+PADDING = "padding before a row changes its logits"
 NO_EMBEDDINGS = "its forward pass from embeddings fails"
 BY_ANY_METHOD = "cannot be trained here, by any method: "
 WITH_LATENTS = "cannot be trained with latent thoughts here: "
@@ -134,8 +134,8 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta"), HEAD),
     **dict.fromkeys(("xlm-roberta-xl", "modernbert-decoder"), HEAD),
     **dict.fromkeys(("blt", "cpmant", "deepseek_v4", "prophetnet", "reformer", "xlm", "xmod"), NO_EMBEDDINGS),
-    "gemma3n_text": "it makes more of its tokens than their embeddings",
-    "xlnet": "what it computes for a token depends on those after it",
+    "gemma3n_text": "its forward uses more of a token than its embedding",
+    "xlnet": "its logits at a token depend on later tokens",
 }
 
 # The same for the latents alone: without them these are right.

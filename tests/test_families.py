@@ -141,7 +141,7 @@ def test_a_head_module_that_does_more_is_run():
     ("breaks", "sentence"),
     [
         ("gradients", f"{WITH_LATENTS}over a cache its gradients"),
-        ("states", f"{WITH_LATENTS}what it computes over a cache"),
+        ("states", f"{WITH_LATENTS}its logits over a cache"),
         ("padding", f"{WITH_LATENTS}{table.PADDING}"),
         ("raises", f"{table.BY_ANY_METHOD}{table.NO_EMBEDDINGS} .RuntimeError: strange.$"),
     ],
@@ -198,7 +198,7 @@ def test_what_hardly_shows_is_noticed_too():
     """The loss of a model that looks ahead is that of words which it has seen. As they come from the configuration
     Mamba's states hardly matter: without them the loss is the same to 1e-5."""
     model = make_model(tiny_model("bert-generation", is_decoder=False), None)
-    refuses(f"{table.BY_ANY_METHOD}what it computes for a token depends on those after it", check_family, model)
+    refuses(f"{table.BY_ANY_METHOD}its logits at a token depend on later tokens", check_family, model)
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(table.configure("mamba"))
     refuses(WITH_LATENTS, check_family, make_model(base))
