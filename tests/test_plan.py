@@ -48,7 +48,7 @@ def data(tmp_path_factory) -> Path:
 def write_config(
     data: Path, folder: Path, family: str, width: int = 64, layers: int = 2, dropout: float = 0.0, **keys
 ) -> Config:
-    """A configuration with a model; two query heads share a key-value head, where there are such."""
+    """Writes a model and a configuration. Llama and Qwen2 share a key-value head between two query heads."""
     model = data / f"{family}-{width}-{layers}-{dropout}"
     if not model.is_dir():
         kv_heads = None if family == "gpt2" else 2
@@ -113,8 +113,8 @@ def test_the_counted_peak_is_the_measured_one_in_all_families(data, tmp_path, fa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_attention_of_a_gpu_keeps_what_a_cpus_does_without_dropout(data, tmp_path, family):
-    """A CPU's flash attention is the same algorithm."""
+def test_gpu_attention_needs_as_much_memory_as_the_cpus_without_dropout(data, tmp_path, family):
+    """Without dropout the CPU's kernel is flash attention too."""
     config = write_config(data, tmp_path, family, curriculum="none")
     source = read_source(config)
     cpu, gpu = (estimate(config, Machine(1, name), "ddp", source).training.total for name in (None, "H100"))
@@ -144,7 +144,7 @@ def test_every_method_can_be_planned(data, tmp_path, keys):
 
 
 @pytest.mark.parametrize("limit", [0, 102, 103, 200, 249, 255, 258, 10_000])
-def test_the_largest_size_that_fits(limit):
+def test_largest_that_fits_finds_the_largest_size(limit):
     calls = []
 
     def needed(size: int) -> int:
@@ -159,8 +159,8 @@ def test_the_largest_size_that_fits(limit):
     assert largest_that_fits(needed, limit, [4, 16]) in (0, 4, 16)
 
 
-def test_a_plan_in_words(data, tmp_path):
-    """Before the run that load_model_path names; on a GPU that holds just that, or a little less."""
+def test_the_text_of_a_plan(data, tmp_path):
+    """load_model_path need not exist yet. A GPU with the needed memory fits the batch, a smaller one half of it."""
     keys = {"global_batch_size": 32, "keep_checkpoints": 2, "bf16": True, "curriculum": "none"}
     config = write_config(data, tmp_path, "llama", **keys)
     config = replace(config, load_model_path="runs/to_come")
@@ -203,7 +203,7 @@ def test_shards_take_less(data, tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["train_path", "val_path", "model_id"])
-def test_what_is_missing_is_named(data, tmp_path, capsys, monkeypatch, missing):
+def test_a_missing_file_is_named(data, tmp_path, capsys, monkeypatch, missing):
     config = write_config(data, tmp_path, "llama")
     monkeypatch.setattr(
         sys, "argv", ["run.py", str(tmp_path / f"{config.name}.yaml"), f"{missing}=absent/x.json", "--plan"]
@@ -216,12 +216,12 @@ def test_what_is_missing_is_named(data, tmp_path, capsys, monkeypatch, missing):
     assert "absent/x.json" in line
 
 
-# ---- out of memory ----
+# --- out of memory ---
 
 OF_TORCH = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB\nmore"
 
 
-def test_what_would_fit(data, tmp_path):
+def test_what_would_fit_names_settings(data, tmp_path):
     config = write_config(data, tmp_path, "gpt2", global_batch_size=16, curriculum="none")
     needed = estimate(config, Machine(1, "H100"), "ddp", read_source(config)).training.total
     text = what_would_fit(config, Machine(1, "H100", int(0.9 * needed / SHARE_OF_GPU)))
@@ -232,7 +232,7 @@ def test_what_would_fit(data, tmp_path):
 
 
 @pytest.fixture
-def card(monkeypatch):
+def small_gpu(monkeypatch):
     """A GPU of 1 GiB."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**30))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
@@ -248,13 +248,13 @@ def out_of_memory(config: Config, world) -> str:
 
 
 @pytest.mark.slow
-def test_out_of_memory_ends_with_one_sentence(data, tmp_path, world, card):
-    """It was torch's traceback. What would fit is found in another process, whatever group of ranks this one is in."""
+def test_out_of_memory_is_one_sentence(data, tmp_path, world, small_gpu):
+    """Regression: it was torch's traceback. The advice comes from a process without a process group."""
     config = write_config(data, tmp_path, "gpt2")
     assert out_of_memory(config, world).startswith("batch_size_training 16 should have fitted, with 0.0")
 
 
-def test_out_of_memory_is_explained_where_nothing_can_be_counted(data, tmp_path, world, card, monkeypatch):
+def test_out_of_memory_is_one_sentence_without_a_count(data, tmp_path, world, small_gpu, monkeypatch):
     config = write_config(data, tmp_path, "gpt2")
     monkeypatch.setattr("trainer.plan.ProcessPoolExecutor", lambda *_: (_ for _ in ()).throw(RuntimeError))
     assert out_of_memory(config, world).startswith("try a smaller batch_size_training")
