@@ -271,19 +271,17 @@ def generate_tokens(
     device: torch.device,
     **sampling,
 ) -> list[list[int]]:
-    """Generates up to max_new_tokens tokens, without EOS, after each prompt, in one batch. A prompt that leaves fewer
-    of the model's positions gets a batch of its own, since its generation ends earlier."""
+    """Generates up to max_new_tokens tokens, without EOS, after each prompt. One batch holds all prompts; those that
+    leave fewer of the model's positions are in further batches, since their generations end earlier."""
     model, _, markers = pretrained
-    limit = model.max_positions or math.inf
-    fits = [len(row) + max_new_tokens <= limit for row in prompts]
-    alone = [[index] for index, fit in enumerate(fits) if not fit]
-    together = [index for index, fit in enumerate(fits) if fit]
+    batches: dict[int, list[int]] = {}  # number of new tokens -> indices of prompts
+    for index, ids in enumerate(prompts):
+        batches.setdefault(min(max_new_tokens, (model.max_positions or math.inf) - len(ids)), []).append(index)
     found: dict[int, list[int]] = {}
-    for indices in [together, *alone] if together else alone:
+    for n_new, indices in batches.items():
         batch = collate_prompts([prompts[index] for index in indices], markers.eos)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        left = min(max_new_tokens, limit - batch["input_ids"].shape[1])
-        rows = model.generate(**batch, max_new_tokens=left, **sampling).tolist()
+        rows = model.generate(**batch, max_new_tokens=n_new, **sampling).tolist()
         for index, row in zip(indices, rows, strict=True):
             found[index] = rules_of(method).output(_before(markers.eos, row), markers)
     return [found[index] for index in range(len(prompts))]

@@ -165,8 +165,6 @@ class Estimate(NamedTuple):
     columns: int  # of its batch
     validation: Need
     largest: int | None  # largest batch_size_training that fits; None: the memory is unknown
-    saved: int  # bytes of a checkpoint's weights
-    saved_whole: int  # bytes with AdamW's averages
 
 
 class Source(NamedTuple):
@@ -219,9 +217,7 @@ def estimate(config: Config, machine: Machine, strategy: str, source: Source) ->
         columns = batches.training(stage, size)["input_ids"].shape[1]
     n_parameters = sum(parameter.numel() for parameter in parameters)
     n_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    saved = n_parameters * source.shape.dtype.itemsize
-    whole = saved + 2 * n_trained * source.shape.dtype.itemsize
-    return Estimate(n_parameters, n_trained, needs[stage], stage, columns, validation, largest, saved, whole)
+    return Estimate(n_parameters, n_trained, needs[stage], stage, columns, validation, largest)
 
 
 def sizes_of_a_pass(config: Config, n_ranks: int) -> list[int]:
@@ -324,8 +320,10 @@ def _disk(config: Config, found: Estimate, cost: Cost) -> str:
     kept = f"the newest {n_kept} and the best are kept" if n_kept else "all are kept: see keep_checkpoints"
     folder = Path(config.save_path).absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    gb = (2 if config.bf16_weights else 4) / 1e9  # a parameter
     return (
-        f"a checkpoint {found.saved / 1e9:.3g} GB, with its optimizer {found.saved_whole / 1e9:.3g} GB; the run "
+        f"a checkpoint {gb * found.parameters:.3g} GB, with its optimizer "
+        f"{gb * (found.parameters + 2 * found.trained):.3g} GB; the run "
         f"{cost.disk / 1e9:.3g} GB at most ({kept}), {free / 1e9:.3g} GB are free"
     )
 
