@@ -46,7 +46,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def write_config(
-    data: Path, folder: Path, family: str, width: int = 64, layers: int = 2, dropout: float = 0.0, **keys
+    data: Path, folder: Path, family: str, width: int = 64, layers: int = 1, dropout: float = 0.0, **keys
 ) -> Config:
     """Writes a model and a configuration. Llama and Qwen2 share a key-value head between two query heads."""
     model = data / f"{family}-{width}-{layers}-{dropout}"
@@ -55,7 +55,7 @@ def write_config(
         tiny_model.write_model([data / "train.json"], model, "char", family, width, layers, 4, 128, kv_heads=kv_heads)
         shape = json.loads((model / "config.json").read_text())
         (model / "config.json").write_text(json.dumps(shape | dict.fromkeys(DROPOUTS, dropout)))
-    config = {"save_path": str(data / "runs"), "model_id": str(model), "max_latent_stage": 3, "epochs_per_stage": 1}
+    config = {"save_path": str(data / "runs"), "model_id": str(model), "max_latent_stage": 1, "epochs_per_stage": 1}
     config |= {"train_path": str(data / "train.json"), "val_path": str(data / "valid.json"), "num_epochs": 4}
     config |= {"batch_size_training": 16, "max_new_tokens": 20, **keys}
     name = "-".join([model.name, *(f"{key}={value}" for key, value in keys.items())])
@@ -91,7 +91,7 @@ def check_peaks(folder: Path, configs: list[Config]) -> None:
 
 
 def measurable(data: Path, folder: Path, family: str, strategy: str, **keys) -> Config:
-    return write_config(data, folder, family, 128, curriculum="none", strategy=strategy, max_latent_stage=2, **keys)
+    return write_config(data, folder, family, 128, 2, curriculum="none", strategy=strategy, max_latent_stage=2, **keys)
 
 
 def test_the_counted_peak_is_the_measured_one(data, tmp_path):
@@ -138,8 +138,7 @@ def test_gpu_attention_needs_as_much_memory_as_the_cpus_without_dropout(data, tm
     ids=lambda keys: "-".join(map(str, keys.values())),
 )
 def test_every_method_can_be_planned(data, tmp_path, keys):
-    keys = {"uniform_prob": 0.0, "max_latent_stage": 1, "num_epochs": 2, **keys}
-    config = write_config(data, tmp_path, "llama", **keys)
+    config = write_config(data, tmp_path, "llama", layers=2, **{"uniform_prob": 0.0, "num_epochs": 2, **keys})
     assert "a rank at the peak" in plan(config, gpus=2)
 
 
@@ -222,7 +221,7 @@ OF_TORCH = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ca
 
 
 def test_what_would_fit_names_settings(data, tmp_path):
-    config = write_config(data, tmp_path, "gpt2", global_batch_size=16, curriculum="none")
+    config = write_config(data, tmp_path, "gpt2", layers=2, global_batch_size=16, curriculum="none")
     needed = estimate(config, Machine(1, "H100"), "ddp", read_source(config)).training.total
     text = what_would_fit(config, Machine(1, "H100", int(0.9 * needed / SHARE_OF_GPU)))
     options = "batch_size_training=8 or gradient_checkpointing=true with batch_size_training=16 would fit"

@@ -202,6 +202,7 @@ def estimate(config: Config, machine: Machine, strategy: str, source: Source) ->
     with fake_rank(config, n_ranks, strategy, is_on_gpu, shapes, source.markers) as rank:
         check_lengths(config, rank.model.max_positions, batches.data)
 
+        @cache
         def train(stage: int, size: int) -> Need:
             accumulation, _ = replace(config, batch_size_training=size).passes(n_ranks)
             return rank.train(batches.training(stage, size), accumulation)
