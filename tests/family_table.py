@@ -1,4 +1,4 @@
-"""Every family of causal language models that transformers knows, built tiny, and what becomes of it here."""
+"""Tiny models of every causal language model family in transformers, and the expected result of check_family."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-# what makes any of them small: given to each configuration that has an attribute of the name
+# values that make a model small, for every attribute of a configuration with one of these names
 SIZES = {
     "40": "vocab_size unpadded_vocab_size vocab_size_per_layer_input audio_vocab_size",
     "64": """intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim dff dim_ff n_inner ffn_hidden_size
@@ -46,7 +46,7 @@ def fields(config: type[PreTrainedConfig]) -> set[str]:
 
 
 def configure(family: str, **changes) -> PreTrainedConfig:
-    """The family's own configuration, with all that it is made of, small."""
+    """Returns a family's configuration, including its sub-configurations, with small values."""
     return _tiny(CONFIG_MAPPING[family], EXTRA.get(family, {}) | changes)
 
 
@@ -77,7 +77,7 @@ DECODER = {"is_decoder": True, "pad_token_id": 0}
 QSA = {f"indexer_{name}": value for name, value in (("n_heads", 2), ("kv_heads", 1), ("head_dim", 8), ("budget", 64))}
 QSA |= {"indexer_compress_ratio": 1}
 
-# what each needs besides, or to show what is its own
+# further values that a family needs, or that enable its special features
 EXTRA: dict[str, dict] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text"), ALL_HEADS),
     **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "sarvam_mla", "youtu"), ALL_HEADS),
@@ -123,22 +123,22 @@ EXTRA: dict[str, dict] = {
     "inkling_text": {"logits_mup_width_multiplier": 3.0},
 }
 HEAD = "its logits are not those of its LM head"
-PADDING = "padding before a row changes what it computes"
+PADDING = "padding before a row changes its logits"
 NO_EMBEDDINGS = "its forward pass from embeddings fails"
 BY_ANY_METHOD = "cannot be trained here, by any method: "
 WITH_LATENTS = "cannot be trained with latent thoughts here: "
 
-# Part of the sentence with which each is refused. All others are right.
+# Part of the reason why a family cannot be trained by any method; all others can.
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"), HEAD),
     **dict.fromkeys(("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta"), HEAD),
     **dict.fromkeys(("xlm-roberta-xl", "modernbert-decoder"), HEAD),
     **dict.fromkeys(("blt", "cpmant", "deepseek_v4", "prophetnet", "reformer", "xlm", "xmod"), NO_EMBEDDINGS),
-    "gemma3n_text": "it makes more of its tokens than their embeddings",
-    "xlnet": "what it computes for a token depends on those after it",
+    "gemma3n_text": "its forward uses more of a token than its embedding",
+    "xlnet": "its logits at a token depend on later tokens",
 }
 
-# The same for the latents alone: without them these are right.
+# Part of the reason why a family can be trained only without latents.
 REFUSED_WITH_LATENTS: dict[str, str] = {
     **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "git", "marian", "mbart"), PADDING),
     **dict.fromkeys(("mvp", "pegasus", "plbart", "recurrent_gemma", "trocr"), PADDING),
@@ -148,15 +148,15 @@ REFUSED_WITH_LATENTS: dict[str, str] = {
     "zamba": "modified by an inplace operation",
 }
 
-# Models of sound, and halves of models; gemma3n needs the package timm, and its text model is tested.
+# Audio models and parts of models; gemma3n needs the package timm, and gemma3n_text is tested.
 NOT_BUILT = {"musicgen", "musicgen_melody", "gemma3n", "gemma4_assistant", "gemma4_unified_assistant", "dots3_note"}
 
-# float64 is beyond their masks, which are made in float32
+# Families that fail in float64, because their masks are float32 or their modules fix a dtype
 FLOAT32 = {"bloom", "gemma2", "granite_swa", "granitemoe_swa", "mpt", "vaultgemma", "xglm"}
-FLOAT32 |= {"hy_v4", "inkling2_text", "inkling2_loop_text", "zamba"}  # or have types of their own
+FLOAT32 |= {"hy_v4", "inkling2_text", "inkling2_loop_text", "zamba"}
 FAMILIES = [family for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family not in NOT_BUILT]
 
-# of every kind one
+# one family of each kind
 QUICK = [
     *("gpt2", "llama", "qwen3", "mixtral", "deepseek_v3", "deepseek_v32", "gpt_neo", "bloom", "falcon", "biogpt"),
     *("hyperclovax", "cohere2", "granite", "gemma2", "gemma3", "gemma4", "inkling_text", "dory", "xglm", "llama4_text"),
@@ -170,7 +170,7 @@ def dtype_of(family: str) -> torch.dtype:
 
 
 def tiny_model(family: str, dtype: torch.dtype | None = None, seed: int = 0, **changes) -> PreTrainedModel:
-    """Randomly initialised, with weights so large that nothing is nearly linear."""
+    """Returns a random model with weights so large that no layer is nearly linear."""
     torch.manual_seed(seed)
     config = configure(family, **changes)
     base = AutoModelForCausalLM.from_config(config, dtype=dtype or dtype_of(family), experts_implementation="eager")

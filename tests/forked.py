@@ -1,5 +1,5 @@
-"""Ranks that are forked from a process with torch in it: torchrun's, but for the seconds in which it and each of them
-import. For tests of what ranks compute together; how they are launched and how they die is torchrun's to show."""
+"""Starts ranks like torchrun, but forks them from a process that has imported torch, which saves seconds each time. For
+tests of what ranks compute together; tests of launching and of dying ranks use torchrun."""
 
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# nothing of the program itself, which is imported in each rank as it is there: it looks at its process
+# not the program itself: its modules look at their process when they are imported
 CONTEXT.set_forkserver_preload(
     [
         *("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.nn.parallel", "wandb"),
@@ -22,7 +22,7 @@ CONTEXT.set_forkserver_preload(
 
 
 def run(n_ranks: int, script: Path, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess:
-    """`torchrun --nproc_per_node N SCRIPT ARGUMENT...`."""
+    """Runs `torchrun --nproc_per_node N SCRIPT ARGUMENT...`."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a free port
@@ -44,7 +44,7 @@ def run(n_ranks: int, script: Path, *arguments: str, timeout: float = 240) -> su
             if time.monotonic() > end:
                 break
             time.sleep(0.02)
-        for rank in ranks:  # the others would wait for one that has failed
+        for rank in ranks:  # after a failure the others would wait forever
             rank.kill()
             rank.join()
         texts = [path.read_text() for path in printed]
@@ -59,5 +59,5 @@ def _rank(environment: dict[str, str], command: list[str], printed: list[Path]) 
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
-    multiprocessing.set_start_method(None, force=True)  # back to the default, which loader processes are started with
+    multiprocessing.set_start_method(None, force=True)  # the default again, for the data loader's processes
     runpy.run_path(command[0], run_name="__main__")

@@ -1,16 +1,18 @@
-"""The most memory that tensors take in a training step and a validation of run.py, as torch's profiler records it.
+"""Measures the peak memory of tensors in training steps and validations of run.py with torch's profiler.
 
-    forked.run(2, peak.py, FOLDER/NAME.yaml)        # a configuration, with NAME.stage beside it; writes NAME-RANK.json
+    forked.run(2, peak.py, FOLDER/NAME.yaml, ...)    # configurations, NAME.stage beside each; writes NAME-RANK.json
 
-The profiler hears of every allocation from the allocator itself, whatever asks for it. A process measures one
-configuration: what another had left would be counted where it is freed.
+The profiler gets every allocation and free from the allocator itself. Threads that load weights, and gloo's, may drop a
+tensor a little after its last use: loading is without threads here, and of several steps the least counts.
 """
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -20,14 +22,16 @@ from dataset import MicroBatch, PlannedStep
 from trainer import evaluate, parallel
 from trainer.checkpoint import Progress
 from trainer.data import load_data
-from trainer.distributed import cleanup_distributed, exit_process, setup_distributed
+from trainer.distributed import barrier, cleanup_distributed, exit_process, setup_distributed
 from trainer.plan import Batches
 from trainer.setup import Run
 from trainer.throughput import FlopCounter, Throughput
 
+STEPS, VALIDATIONS = 8, 4
+
 
 def measure(config: Config, stage: int, world) -> dict[str, int]:
-    """Bytes at the peak of a step, and of a validation."""
+    """Returns the bytes at the peak of a training step, and of a validation."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         pretrained = parallel.load(config, world, None)
         gc.collect()  # under FSDP, rank 0's whole model
@@ -42,45 +46,45 @@ def measure(config: Config, stage: int, world) -> dict[str, int]:
             batch["loss_counts"] = {"auxiliary": size}
         planned = PlannedStep([MicroBatch([0], 1.0)] * accumulation, size)
         run.wrapped.train()
-        for step in range(5):
-            batches = (dict(batch) for _ in range(accumulation))
-            with record_function(f"train {step}"):
-                program.train_step(run, planned, batches, config.lr)
+        for step in range(STEPS):
+            barrier(world)
+            with record_function(f"training {step}"):
+                program.train_step(run, planned, (dict(batch) for _ in range(accumulation)), config.lr)
         parallel.gather_weights(run.model)
-        for time in range(3):
-            with record_function(f"validate {time}"):
+        for number in range(VALIDATIONS):
+            barrier(world)
+            with record_function(f"validation {number}"):
                 evaluate.evaluate(pretrained, data, stage, config, world)
-        with record_function("end"):
-            pass
     return peaks(profiler.profiler.kineto_results.events())
 
 
 def peaks(events: list) -> dict[str, int]:
-    """The most bytes that are alive in a step after the first, and in a validation, of several the least."""
-    marks = sorted(
-        (e.start_ns(), e.name()) for e in events if e.name().partition(" ")[0] in ("train", "validate", "end")
-    )
+    """Returns the least of the peaks of all training steps after the first, which makes AdamW's state, and of all
+    validations."""
     records = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    found, now, place = {name: 0 for _, name in marks}, 0, -1
-    for time, n_bytes in records:
-        while place + 1 < len(marks) and marks[place + 1][0] <= time:
-            place += 1
-        before, now = now, now + n_bytes
-        if place >= 0:
-            found[marks[place][1]] = max(found[marks[place][1]], before, now)
-    training, validation = (range(1, 5), "train"), (range(3), "validate")
-    least = (min(found[f"{name} {number}"] for number in numbers) for numbers, name in (training, validation))
-    return dict(zip(("training", "validation"), least, strict=True))
+    times, sizes = np.array(records).T
+    live = np.concatenate([[0], sizes.cumsum()])  # (records + 1,) bytes before the first record and after each
+    found = {"training": [], "validation": []}
+    for event in events:
+        kind, _, number = event.name().partition(" ")
+        if kind in found and (kind, number) != ("training", "0"):
+            first, last = np.searchsorted(times, (event.start_ns(), event.end_ns()))
+            found[kind].append(int(live[first : last + 1].max()))
+    return {kind: min(values) for kind, values in found.items()}
 
 
-def main(path: Path) -> int:
+def main(paths: list[Path]) -> int:
     world = setup_distributed()
-    found = measure(Config.from_file(path), json.loads(path.with_suffix(".stage").read_text()), world)
-    path.with_name(f"{path.stem}-{world.rank}.json").write_text(json.dumps(found))
+    for path in paths:
+        found = measure(Config.from_file(path), json.loads(path.with_suffix(".stage").read_text()), world)
+        path.with_name(f"{path.stem}-{world.rank}.json").write_text(json.dumps(found))
+        gc.collect()  # a later free of these tensors would be counted in the next profile
+        barrier(world)
     cleanup_distributed()
     return 0
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    exit_process(main(Path(sys.argv[1])))
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    exit_process(main([*map(Path, sys.argv[1:])]))

@@ -1,4 +1,4 @@
-"""Scores: what is taken for the answer, what is counted, and the summary of a run."""
+"""Scoring rules, metrics, warnings about answers that cannot be scored, and the table of a run."""
 
 import json
 from dataclasses import replace
@@ -40,12 +40,12 @@ def test_extraction(text, answer, steps):
 
 NUMBERS = {
     **{"#### 1,000.0": 1000, "-3": -3, "### -1,234.50": -1234.5, "3.50 dollars": 3.5, "no number": None, "": None},
-    "5 ### none": None,  # what stands before the last mark does not count
+    "5 ### none": None,  # text before the last mark does not count
     **{"### 1 ### 2 and 3.": 3, "### 1.5e3": 1500, "### 2E-2": 0.02, "### .5": 0.5, "### $-4 a day": -4},
     **{"### \N{MINUS SIGN}3": -3, "### (7)-2": 2, "### 50%": 50, "### 3e": 3},
-    "### 12-3": 3,  # a difference, no negative number
-    "### 1/2": 2,  # fractions are not read
-    "### 1 000": 0,  # a blank ends a number
+    "### 12-3": 3,  # a difference, not a negative number
+    "### 1/2": 2,  # fractions are not parsed
+    "### 1 000": 0,  # a space ends a number
 }
 
 
@@ -68,15 +68,15 @@ def test_the_number_of_an_answer(text):
         ("### 1e999", "7", False, False),
         ("### none", "7", False, False),
         ("### Tom", "Tom", True, False),
-        ("### 7", "7 apples", False, False),  # a gold answer is a number, and nothing beside it, or it is none
+        ("### 7", "7 apples", False, False),  # a gold answer with a unit is not a number
     ],
 )
-def test_the_two_rules(text, gold, by_text, by_number):
+def test_answer_match(text, gold, by_text, by_number):
     assert is_right(text, gold, "text") == by_text
     assert is_right(text, gold, "number") == by_number
 
 
-def test_what_counts_as_a_gold_number():
+def test_gold_answers_that_are_numbers():
     numbers = {"-9867630": -9867630, "0.0000020107": 2.0107e-6, "5.": 5, "1e3": 1000}
     numbers |= dict.fromkeys(("", "Tom", "7 apples", "50%", "1/2", "$3", "nan", "inf"))
     assert {text: scores.number_of(text) for text in numbers} == numbers
@@ -91,7 +91,7 @@ EXAMPLES = [
 
 
 class Scripted(Coconut):
-    """Generates a given text for each question."""
+    """Generates the scripted text for each question."""
 
     def generate(self, input_ids, attention_mask, **options):
         rows = []
@@ -117,7 +117,7 @@ def scripted(script: dict[str, str]) -> Pretrained:
 SCRIPT = {"1+2": "### 3", "2*3+1": "<<6+1=7>>\n### 1007", "5": "### 6", "5-1-1-1": "<<4-1=3>>\n### 2"}
 
 
-def test_scores(world):
+def test_metrics_and_predictions(world):
     loaded = scripted(SCRIPT)
     model, tokenizer, markers = loaded
     config = Config(eval_batch_size=2, batch_size_training=3)
@@ -138,7 +138,7 @@ def test_scores(world):
 
 
 @pytest.mark.parametrize(("answer_match", "accuracy"), [("text", 0.25), ("number", 0.75)])
-def test_correct_follows_the_rule_and_both_are_there(world, answer_match, accuracy):
+def test_accuracy_follows_answer_match_beside_both_rules(world, answer_match, accuracy):
     loaded = scripted({**SCRIPT, "2*3+1": "### 1,007.0", "5-1-1-1": "### 2.0004 in all"})
     config = Config(answer_match=answer_match)
     data = Data(EXAMPLES, tokenize(EXAMPLES, loaded.tokenizer))
@@ -150,7 +150,7 @@ def test_correct_follows_the_rule_and_both_are_there(world, answer_match, accura
     assert warn_unscorable_answers(loaded.tokenizer, data, config) == []
 
 
-def test_where_an_answer_is_no_number_there_is_one_score(world):
+def test_with_other_answers_than_numbers_there_is_only_accuracy(world):
     examples = [*EXAMPLES[:3], {**EXAMPLES[3], "answer": "2 or 3"}]
     loaded = scripted({**SCRIPT, "or": ""})
     data = Data(examples, tokenize(examples, loaded.tokenizer))
@@ -161,14 +161,14 @@ def test_where_an_answer_is_no_number_there_is_one_score(world):
         warn_unscorable_answers(loaded.tokenizer, data, Config(answer_match="number", val_path="some.json"))
 
 
-def test_the_interval_of_a_share():
-    """As R's prop.test(x, n, correct = FALSE) gives it."""
+def test_wilson_intervals():
+    """The values of R's prop.test(x, n, correct = FALSE)."""
     assert wilson(8 / 10, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
     assert wilson(1, 20) == pytest.approx((0.8389, 1), abs=1e-4)
 
 
-def test_several_sets_are_one_table_and_a_file_each(tmp_path):
+def test_several_sets_give_one_table_and_a_file_each(tmp_path):
     found = {"loss": 1.5, "generated_tokens": 8.25, "seconds": 61.0, "stage": 4, "file": "data/svamp.json"}
     results = {
         "svamp": ({**found, "accuracy": 0.5, "examples": 1000}, [{"index": 0}, {"index": 1}]),
@@ -191,7 +191,7 @@ def test_several_sets_are_one_table_and_a_file_each(tmp_path):
     assert scores.of_sets({"": only}) == (only[0], as_files(*only))
 
 
-def test_the_summary_takes_what_was_written_last(tmp_path, capsys):
+def test_the_last_record_of_a_repeated_epoch_counts(tmp_path, capsys):
     common = {"event": "epoch", "train_seconds": 5.0, "seconds": 1.0, "generated_tokens": 9.0, "loss": 1.0}
     records = [
         {**common, "epoch": epoch, "stage": stage, "accuracy": accuracy}
@@ -207,8 +207,8 @@ def test_the_summary_takes_what_was_written_last(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("answer", ["so it is #### 7", "lower Case", "e\u0301", "a  b"])
-def test_answers_that_cannot_come_out_right_are_named(answer):
-    """0 % for a perfect model, after a whole training."""
+def test_answers_that_cannot_be_right_are_named(answer):
+    """Regression: a perfect model had 0 %, which showed only after a whole training."""
     examples = [{"question": "1+2", "steps": [], "answer": text} for text in ("3", "1,234", answer, "x#y")]
     tokenizer = tiny_model.make_tokenizer([json.dumps(examples, ensure_ascii=False), "### ", "\n"], "char")
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -217,16 +217,16 @@ def test_answers_that_cannot_come_out_right_are_named(answer):
     )
     config = Config(val_path="valid.json")
     (text,) = warn_unscorable_answers(tokenizer, Data(examples, tokenize(examples, tokenizer)), config)
-    assert text.startswith("valid.json: 2 of 4 answers cannot come out right")
-    assert f"record 2 (counted from 0), whose answer {answer!r} is read back as" in text
+    assert text.startswith("valid.json: 2 of 4 answers cannot be right")
+    assert f"record 2 (counted from 0), whose answer {answer!r} is decoded from its tokens as" in text
     right = Data(examples[:2], tokenize(examples[:2], tokenizer))
     assert warn_unscorable_answers(tokenizer, right, config) == []
     config.max_new_tokens = 3  # enough for ### and one digit
-    assert "1 of 2 answers cannot come out right" in warn_unscorable_answers(tokenizer, right, config)[0]
+    assert "1 of 2 answers cannot be right" in warn_unscorable_answers(tokenizer, right, config)[0]
 
 
 def test_steps_that_hide_the_answer_are_named():
-    """With too few new tokens for the steps a perfect model had 0 %, and so with an EOS in them."""
+    """Regression: a perfect model had 0 % where max_new_tokens was too small for the steps or they held an EOS."""
     examples = [
         {"question": "1+2", "steps": steps, "answer": "3"} for steps in (["1"], ["1+2", "2+1"], ["2#"], ["1", "<eos>"])
     ]
@@ -237,13 +237,13 @@ def test_steps_that_hide_the_answer_are_named():
     assert warn_unscorable_answers(tokenizer, data, replace(config, method="coconut"), [9]) == []  # no steps
     assert warn_unscorable_answers(tokenizer, data, replace(config, method="no_cot"), [0]) == []
     wrong, unmatched = warn_unscorable_answers(tokenizer, data, config, [0, 0])
-    assert wrong.startswith("valid.json: 1 of 4 answers cannot come out right at stage 0")
+    assert wrong.startswith("valid.json: 1 of 4 answers cannot be right at stage 0")
     assert "record 3 (counted from 0), whose steps and answer" in wrong
     assert unmatched.startswith("valid.json: 1 of 4 examples cannot have a cot_match at stage 0")
-    assert "record 2 (counted from 0), whose steps '2#' are read back as '2'" in unmatched
+    assert "record 2 (counted from 0), whose steps '2#' are decoded as '2'" in unmatched
     wrong, _ = warn_unscorable_answers(tokenizer, data, replace(config, max_new_tokens=8), [0])
-    assert "2 of 4 answers cannot come out right at stage 0" in wrong
-    assert "11 tokens where max_new_tokens is 8, are read back as '1+2" in wrong
+    assert "2 of 4 answers cannot be right at stage 0" in wrong
+    assert "11 tokens with max_new_tokens 8, are decoded as '1+2" in wrong
 
 
 @pytest.mark.parametrize(
@@ -257,8 +257,8 @@ def test_steps_that_hide_the_answer_are_named():
         ({"num_epochs": 8}, {}, 2, "the last one of this configuration, 2"),
     ],
 )
-def test_the_stage_of_what_says_nothing_of_one_is_the_last(keys, description, stage, warning):
-    """A file of the reference was evaluated at stage 0, without a thought: 0.0 % and one quiet line."""
+def test_a_checkpoint_without_a_stage_is_evaluated_at_the_last(keys, description, stage, warning):
+    """Regression: a file of the reference was evaluated at stage 0, without thoughts, and had 0.0 %."""
     keys = {"epochs_per_stage": 3, "max_latent_stage": 3, "num_epochs": 25} | keys
     found, warnings = stage_to_evaluate(Config(load_model_path="file", **keys), description)
     assert found == stage

@@ -1,4 +1,4 @@
-"""Families of models: each is right, by the plain definition, or refused with a sentence when it is wrapped."""
+"""Model families: each equals the plain definition, or check_family raises an error with the reason."""
 
 import copy
 from contextlib import nullcontext
@@ -36,22 +36,22 @@ make_rows = partial(rows_of, end=30)
 
 
 def plain_logits(model: Coconut, prompt: list[int], generated: list[int]) -> torch.Tensor:
-    """(T, V) by definition; generated tokens are no latents, whichever they are."""
+    """Returns logits (T, V) by definition. A generated latent token is fed as a token, not as a thought."""
     base = model.base_causallm
     embeds = definition.filled_embeddings(base, prompt, model.latent_token_id)
-    written = base.get_input_embeddings()(torch.tensor([generated], dtype=torch.int64))
-    return base(inputs_embeds=torch.cat([embeds, written], dim=1), use_cache=False).logits[0]
+    new = base.get_input_embeddings()(torch.tensor([generated], dtype=torch.int64))
+    return base(inputs_embeds=torch.cat([embeds, new], dim=1), use_cache=False).logits[0]
 
 
 def gradients(model: Coconut, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Those that there are."""
+    """Returns the gradients of all parameters that the loss depends on."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
 
 
 def check_training(model: Coconut, n_latents: list[int], tolerance: float) -> None:
-    """The loss and every gradient are those of the plain definition."""
+    """Compares the loss and every gradient with the plain definition."""
     rows = make_rows(n_latents)
     loss = model(**batch_of(rows)).loss
     wanted_loss = definition.loss(model.base_causallm, rows, model.latent_token_id)
@@ -65,7 +65,7 @@ def check_training(model: Coconut, n_latents: list[int], tolerance: float) -> No
 
 @torch.no_grad()
 def check_generation(model: Coconut, n_latents: list[int], new: int = 4) -> None:
-    """A batch is decoded as its rows alone, and these as by recomputing everything for each token."""
+    """Compares a generated batch with rows that are generated alone and recomputed for each token."""
     prompts = [row[: row.index(END) + 1] for row, _ in make_rows(n_latents)]
     together = model.generate(**collate_prompts(prompts, EOS), max_new_tokens=new)
     for prompt, found in zip(prompts, together.tolist(), strict=True):
@@ -79,7 +79,7 @@ def check_generation(model: Coconut, n_latents: list[int], new: int = 4) -> None
     "family",
     [family if family in QUICK else pytest.param(family, marks=pytest.mark.families) for family in table.FAMILIES],
 )
-def test_a_family_is_right_or_refused(family):
+def test_a_family_equals_the_definition_or_raises_an_error(family):
     base = tiny_model(family)
     if family in REFUSED:
         for latent in (None, LATENT):
@@ -99,22 +99,22 @@ def test_a_family_is_right_or_refused(family):
     tolerance = 1e-5 if table.dtype_of(family) == torch.float64 else 1e-4
     check_training(model, n_latents, tolerance)
     check_generation(model, n_latents)
-    wrap_blocks(model, Config())  # gradients of weights once a step
+    wrap_blocks(model, Config())  # deferred weight gradients
     check_training(model, n_latents, tolerance)
 
 
-# ---- the check itself ----
+# --- check_family ---
 
 
 @pytest.fixture(params=[False, True], ids=["small", "full size"])
 def full_size(request, monkeypatch) -> None:
-    """The check is made on a small twin, or on the model itself."""
+    """check_family compares with larger weights, as of a small model, or with the model's own."""
     if request.param:
         monkeypatch.setattr(families, "SMALL", 0)
 
 
-def test_a_head_that_does_more_is_refused_whatever_the_method():
-    """Another objective trains without a sign: generation is right, where only the order of the logits counts."""
+def test_a_head_that_changes_the_logits_is_refused_for_any_method():
+    """Otherwise training would minimise another loss unnoticed: generation only needs the order of the logits."""
     for change in (lambda logits: 1.01 * logits, lambda logits: 30 * torch.tanh(logits / 30)):
         base = tiny_model("llama", torch.float32)
         forward = base.forward
@@ -128,8 +128,8 @@ def test_a_head_that_does_more_is_refused_whatever_the_method():
         refuses(f"{table.BY_ANY_METHOD}{table.HEAD}", check_family, make_model(base, latent=None))
 
 
-def test_a_head_module_that_does_more_is_run():
-    """Dory's LM head is a matrix and a scale for each word: the loss must not take the matrix alone."""
+def test_the_whole_head_module_runs():
+    """Dory's LM head is a matrix and a scale for each token: the loss must not use the matrix alone."""
     model = make_model(tiny_model("dory"))
     with torch.no_grad():
         model.base_causallm.lm_head.logit_scale.mul_(torch.linspace(0.5, 2, 40))
@@ -141,12 +141,12 @@ def test_a_head_module_that_does_more_is_run():
     ("breaks", "sentence"),
     [
         ("gradients", f"{WITH_LATENTS}over a cache its gradients"),
-        ("states", f"{WITH_LATENTS}what it computes over a cache"),
+        ("states", f"{WITH_LATENTS}its logits over a cache"),
         ("padding", f"{WITH_LATENTS}{table.PADDING}"),
         ("raises", f"{table.BY_ANY_METHOD}{table.NO_EMBEDDINGS} .RuntimeError: strange.$"),
     ],
 )
-def test_what_is_wrong_is_noticed(breaks, sentence, monkeypatch):
+def test_each_error_is_detected(breaks, sentence, monkeypatch):
     base = tiny_model("llama", torch.float32)
     update, mask = kv_cache.GrowingLayer.update, backbone.causal_mask
     cut = lambda self, keys, values, *_, **__: update(self, keys.detach(), values.detach())  # noqa: E731
@@ -164,12 +164,12 @@ def test_what_is_wrong_is_noticed(breaks, sentence, monkeypatch):
 @pytest.mark.usefixtures("full_size")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "mixtral", "gemma3_text", "qwen3_5"])
-def test_a_right_model_is_right_in_every_size_and_dtype(family, dtype):
+def test_a_right_model_passes_in_every_size_and_dtype(family, dtype):
     check_family(make_model(tiny_model(family, dtype)))
 
 
 @pytest.mark.usefixtures("full_size")
-def test_the_model_stays_as_it_was():
+def test_check_family_does_not_change_the_model():
     model = Coconut(tiny_model("gpt2"), LATENT, START, END, EOS, thought="projected").train()
     model.base_causallm.transformer.wpe.weight.requires_grad_(False)
     model.base_causallm.transformer.h[1].eval()
@@ -185,8 +185,8 @@ def test_the_model_stays_as_it_was():
     assert equal(model.state_dict(), weights)
 
 
-def test_weights_that_are_no_numbers_are_not_the_fault_of_a_family():
-    """The run names the step where they appear."""
+def test_weights_that_are_not_finite_do_not_fail_the_family():
+    """The training names the step where they appear."""
     base = tiny_model("gpt2")
     with torch.no_grad():
         base.transformer.wte.weight[7] = float("nan")
@@ -194,17 +194,17 @@ def test_weights_that_are_no_numbers_are_not_the_fault_of_a_family():
     assert base.transformer.wte.weight[7].isnan().all()
 
 
-def test_what_hardly_shows_is_noticed_too():
-    """The loss of a model that looks ahead is that of words which it has seen. As they come from the configuration
-    Mamba's states hardly matter: without them the loss is the same to 1e-5."""
+def test_small_errors_are_detected():
+    """A bidirectional model has a loss too, of tokens that it has seen. At initialisation Mamba's states hardly matter:
+    without them the loss differs by 1e-5."""
     model = make_model(tiny_model("bert-generation", is_decoder=False), None)
-    refuses(f"{table.BY_ANY_METHOD}what it computes for a token depends on those after it", check_family, model)
+    refuses(f"{table.BY_ANY_METHOD}its logits at a token depend on later tokens", check_family, model)
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(table.configure("mamba"))
     refuses(WITH_LATENTS, check_family, make_model(base))
 
 
-def test_generation_without_a_cache_is_as_long_as_it_says(monkeypatch):
+def test_generation_without_a_cache_equals_generation_with_one(monkeypatch):
     model = make_model(tiny_model("llama"))
     batch = collate_prompts([[5, 6, 7, START, END], [8, END]], EOS)
     wanted = model.generate(**batch, max_new_tokens=6)
@@ -242,12 +242,12 @@ def test_loading_checks_the_family(tmp_path):
     refuses(table.BY_ANY_METHOD, load_model, Config(model_id=folder, method="cot"), None)
 
 
-# ---- what families need beyond the check ----
+# --- peculiarities of families ---
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mllama"])
 def test_parameters_without_gradients_do_not_stop_ddp(family, world):
-    """A vision tower, or layers that only images need: DDP would wait for their gradients in its second step."""
+    """In its second step DDP would wait for the gradients of a vision tower or of layers that only images use."""
     model = make_model(tiny_model(family))
     check_family(model)
     assert model.backbone.leaves_parameters_out == (family == "mllama")
@@ -263,24 +263,24 @@ NAMES = ("n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_leng
 
 
 @pytest.mark.parametrize("values", [*({name: 64} for name in NAMES), {"attn_config": {"max_seq_len": 64}}])
-def test_the_longest_sequence_has_many_names(values):
-    """What was too long for MPT ended in a RuntimeError of sizes, in training or in generation."""
+def test_max_positions_reads_every_familys_key(values):
+    """Regression: a sequence too long for MPT ended in a RuntimeError about sizes, in training or generation."""
     assert backbone._max_positions(PreTrainedConfig(**values)) == 64
     assert backbone._max_positions(PreTrainedConfig(**values, max_position_embeddings=32)) == 32
-    assert backbone._max_positions(PreTrainedConfig(max_position_embeddings=-1)) is None  # as XLNet says it
+    assert backbone._max_positions(PreTrainedConfig(max_position_embeddings=-1)) is None  # XLNet's value for "no limit"
 
 
 @pytest.mark.parametrize(
     ("family", "longest"), [("mpt", 64), ("codegen", 64), ("bloom", None), ("mamba2", None), ("gemma3", 64)]
 )
-def test_a_sequence_may_be_as_long_as_a_model_takes(family, longest):
+def test_a_sequence_may_have_max_positions_tokens(family, longest):
     model = make_model(tiny_model(family), latent=None)
     assert model.max_positions == longest
     model.states(torch.full((1, longest or 200), 7), torch.ones(1, longest or 200, dtype=torch.long))
 
 
 @pytest.mark.parametrize("family", sorted({*REFUSED, *table.REFUSED_WITH_LATENTS, "mamba2", "qwen3_5"} & {*QUICK}))
-def test_flops_are_counted_of_refused_families_too_and_recurrent_layers_have_no_pairs(family):
+def test_flops_are_counted_for_every_family_and_recurrent_layers_have_no_pairs(family):
     counter = FlopCounter.of(make_model(tiny_model(family)))
     assert counter.training([10, 5], 4) > 0
     # one layer of two has attention, in which 4 heads of 8 numbers each are multiplied twice
@@ -289,7 +289,7 @@ def test_flops_are_counted_of_refused_families_too_and_recurrent_layers_have_no_
 
 
 @pytest.mark.parametrize("key", ["gradient_checkpointing", "compile"])
-def test_blocks_are_found_or_missed_with_a_sentence(monkeypatch, key):
+def test_blocks_are_found_or_an_error_names_the_key(monkeypatch, key):
     model, config = make_model(tiny_model("biogpt")), Config(**{key: True})  # does not name its blocks
     if key == "gradient_checkpointing":
         wrap_blocks(model, config)
@@ -301,8 +301,8 @@ def test_blocks_are_found_or_missed_with_a_sentence(monkeypatch, key):
 @pytest.mark.parametrize(
     "family", ["qwen3_5", "falcon_h1", "kimi_linear", "zamba2", "longcat_flash", "dory", "hrm_text"]
 )
-def test_checkpointed_blocks_replay_whatever_a_layer_keeps(family):
-    """Dory's and hrm_text's blocks run several times in a pass, over other layers of the cache each time."""
+def test_checkpointed_blocks_replay_every_kind_of_cache_layer(family):
+    """Dory's and hrm_text's blocks run several times in a pass, each time over another layer of the cache."""
     plain, model = (make_model(tiny_model(family)) for _ in range(2))
     wrap_blocks(model, Config(gradient_checkpointing=True))
     batch = batch_of(make_rows([2, 0, 3]))
@@ -310,7 +310,7 @@ def test_checkpointed_blocks_replay_whatever_a_layer_keeps(family):
 
 
 def test_a_family_that_cannot_be_checkpointed_is_refused(tmp_path, monkeypatch):
-    """A ValueError of the cache in the first step."""
+    """Regression: the cache raised a ValueError in the first step."""
     model = make_model(tiny_model("llama"))
     check_family(model, gradient_checkpointing=True)
     assert not any("forward" in vars(block) for block in model.backbone.blocks)
@@ -319,7 +319,7 @@ def test_a_family_that_cannot_be_checkpointed_is_refused(tmp_path, monkeypatch):
         check_family(model)
         with pytest.raises(UserError, match=r"llama .* cannot be trained with gradient_checkpointing here: .*ValueErr"):
             check_family(model, gradient_checkpointing=True)
-    # loading checks it, but for an evaluation
+    # loading checks it unless the run only evaluates
     config = Config(model_id=write_tiny(tmp_path / "tiny"), method="cot", gradient_checkpointing=True)
     load_model(config, None)
     monkeypatch.setattr(families, "checkpoint_blocks", lambda blocks: 1 / 0)

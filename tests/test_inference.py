@@ -19,7 +19,7 @@ KEYS = {"method": "coconut", "thought": "projected", "c_thought": 2, "max_latent
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run's folder with two checkpoints, of stages 1 and 2."""
+    """Makes a run's folder with two checkpoints, of stages 1 and 2."""
     place = tmp_path_factory.mktemp("trained")
     examples = [{"question": "<<3+4*5-6=7>>", "answer": "12", "steps": ["0 8 9"]}]
     (place / "data.json").write_text(json.dumps(examples))
@@ -38,8 +38,8 @@ def run(tmp_path_factory) -> Path:
     return place / "run"
 
 
-def test_a_question_in_three_lines(run):
-    """A list was a bare TypeError of str and list."""
+def test_ask_and_answers_generate_like_generate(run):
+    """Regression: a list as a question raised a bare TypeError of str and list."""
     assert Coconut.from_pretrained(run / "checkpoint_1").stage == 1
     model = Coconut.from_pretrained(str(run))
     assert (model.stage, model.config.c_thought, model.training) == (2, 2, False)
@@ -58,7 +58,7 @@ def test_a_question_in_three_lines(run):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_saved_is_what_is_read(run, tmp_path, dtype):
+def test_a_saved_model_loads_unchanged(run, tmp_path, dtype):
     model = Coconut.from_pretrained(run).to(dtype)
     model.save_pretrained(tmp_path / "saved")
     again = Coconut.from_pretrained(tmp_path / "saved")
@@ -69,7 +69,7 @@ def test_what_is_saved_is_what_is_read(run, tmp_path, dtype):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-def test_the_hub(run, tmp_path, monkeypatch):
+def test_push_to_hub_uploads_what_from_pretrained_downloads(run, tmp_path, monkeypatch):
     uploaded, made = {}, []
 
     class Api:
@@ -114,7 +114,7 @@ def test_the_hub(run, tmp_path, monkeypatch):
         ("{exported}", "is what tools/export.py writes"),
     ],
 )
-def test_what_is_no_checkpoint(run, tmp_path, monkeypatch, source, sentence):
+def test_other_sources_raise_an_error(run, tmp_path, monkeypatch, source, sentence):
     monkeypatch.setattr("trainer.pretrained.hub_problem", lambda: None)
     for name in ("config.json", "modeling_coconut.py"):
         (tmp_path / name).write_text("{}")
@@ -122,7 +122,7 @@ def test_what_is_no_checkpoint(run, tmp_path, monkeypatch, source, sentence):
         Coconut.from_pretrained(source.format(tiny=run.parent / "tiny", exported=tmp_path))
 
 
-def test_thoughts_are_counted_where_there_are_some(run, tmp_path):
+def test_a_model_without_latents_takes_no_number_of_thoughts(run, tmp_path):
     model = Coconut.from_pretrained(run)
     model.config.method = "cot"
     model.save_pretrained(tmp_path / "cot")

@@ -1,4 +1,4 @@
-"""What is loaded, from the reference's files too, and what is refused."""
+"""Loading models, tokenizers and the reference's files; errors about what cannot be loaded."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def coconut_config(model_id: str, **keys) -> Config:
 
 @pytest.mark.parametrize(("shape", "tied"), [("gpt2", True), ("llama", False), ("llama", True), ("qwen2", False)])
 @pytest.mark.parametrize("has_brackets", [True, False])
-def test_new_rows_start_as_brackets_or_as_the_mean(tmp_path, shape, tied, has_brackets):
+def test_new_rows_start_as_the_row_of_brackets_or_as_the_mean(tmp_path, shape, tied, has_brackets):
     texts = TEXTS if has_brackets else ["3+4"]
     model_id = write_tiny(tmp_path / "tiny", shape, tied, texts)
     plain = AutoModelForCausalLM.from_pretrained(model_id)
@@ -57,24 +57,25 @@ def test_new_rows_start_as_brackets_or_as_the_mean(tmp_path, shape, tied, has_br
     assert (head.weight is embedding.weight) == (tied or shape == "gpt2")
 
 
-@pytest.mark.parametrize(("hole", "fits"), [(1, False), (3, False), (50, True)])
-def test_markers_take_no_other_tokens_ids(tiny, hole, fits):
-    """New ids follow the number of tokens: of ids 0 to 9 and 15 to 20 the markers got those of '3', '4' and '<<'."""
+@pytest.mark.parametrize(("gap", "fits"), [(1, False), (3, False), (50, True)])
+def test_markers_do_not_take_ids_of_other_tokens(tiny, gap, fits):
+    """Regression: with ids 0 to 9 and 15 to 20 the markers got those of '3', '4' and '<<', since new ids begin at the
+    number of tokens."""
     file = Path(tiny) / "tokenizer.json"
     state = read_json(file)
     vocabulary = state["model"]["vocab"]
-    state["model"]["vocab"] = {token: id + hole * (id > 8) for token, id in vocabulary.items()}
+    state["model"]["vocab"] = {token: id + gap * (id > 8) for token, id in vocabulary.items()}
     file.write_text(json.dumps(state))
     tokenizer = pretrained.load_tokenizer(coconut_config(tiny))
     before = set(tokenizer.get_vocab().values())
     if fits:
         assert before.isdisjoint(pretrained.mark(tokenizer, "coconut")[:3])
         return
-    sentence = "its ids have holes, and one of the markers would get the id .* of its token"
+    sentence = "its ids have gaps, and a marker would get the id .* of the token"
     refuses(sentence, pretrained.mark, tokenizer, "coconut")
 
 
-def test_methods_without_latents_leave_the_vocabulary_alone(tiny):
+def test_methods_without_latents_do_not_change_the_vocabulary(tiny):
     model, tokenizer, markers = load_model(coconut_config(tiny, method="cot"), None)
     assert markers[:3] == (None, None, None)
     assert model.base_causallm.config.vocab_size == len(tokenizer)
@@ -82,8 +83,8 @@ def test_methods_without_latents_leave_the_vocabulary_alone(tiny):
 
 
 def reference_state(base, wrapped: bool) -> dict:
-    """The state dict as the reference's code has it: of the model itself or of its wrapper, which repeats the
-    embedding; with GPT-2's mask buffers of older transformers."""
+    """Returns a state dict of the reference: of the bare model with GPT-2's mask buffers of older transformers, or of
+    its wrapper, which holds the embedding twice."""
     state = {name: value.clone() for name, value in base.state_dict().items()}
     if not wrapped:
         return {**state, "transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4)}
@@ -95,7 +96,7 @@ def reference_state(base, wrapped: bool) -> dict:
 @pytest.mark.parametrize(("wrapped", "resized"), [(True, True), (False, True), (False, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_files_of_the_reference_are_read(tiny, tmp_path, wrapped, resized, dtype, legacy):
+def test_files_of_the_reference_load(tiny, tmp_path, wrapped, resized, dtype, legacy):
     torch.manual_seed(5)
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
     old = base.config.vocab_size
@@ -119,27 +120,27 @@ def test_files_of_the_reference_are_read(tiny, tmp_path, wrapped, resized, dtype
 
 
 @pytest.fixture
-def ours(tiny, tmp_path) -> tuple[Pretrained, Path]:
-    """A model with markers, one of which has a row of its own, and its folder."""
+def saved(tiny, tmp_path) -> tuple[Pretrained, Path]:
+    """A model whose latent marker has a row of its own, and its folder."""
     loaded = load_model(coconut_config(tiny), None)
     with torch.no_grad():
         loaded.model.base_causallm.get_input_embeddings().weight[loaded.markers.latent] = 7.0
-    loaded.model.base_causallm.save_pretrained(tmp_path / "ours")
-    return loaded, tmp_path / "ours"
+    loaded.model.base_causallm.save_pretrained(tmp_path / "saved")
+    return loaded, tmp_path / "saved"
 
 
-def test_our_checkpoint_becomes_a_file_of_the_reference(tiny, ours, tmp_path):
-    """The two lines of the README."""
-    loaded, folder = ours
+def test_a_checkpoint_converts_to_a_file_of_the_reference(tiny, saved, tmp_path):
+    """The two lines of docs/from_reference.md."""
+    loaded, folder = saved
     model = AutoModelForCausalLM.from_pretrained(folder)
-    torch.save({f"base_causallm.{name}": value for name, value in model.state_dict().items()}, tmp_path / "theirs")
-    second = load_model(coconut_config(tiny), tmp_path / "theirs").model
+    torch.save({f"base_causallm.{name}": value for name, value in model.state_dict().items()}, tmp_path / "file")
+    second = load_model(coconut_config(tiny), tmp_path / "file").model
     assert equal(loaded.model.state_dict(), second.state_dict())
 
 
-@pytest.mark.parametrize("from_scratch", [False, True])  # which is for the beginning of a run
-def test_markers_and_weights_of_a_checkpoint_are_kept(tiny, ours, from_scratch):
-    loaded, folder = ours
+@pytest.mark.parametrize("from_scratch", [False, True])  # from_scratch has no effect on a checkpoint
+def test_a_checkpoint_keeps_its_markers_and_weights(tiny, saved, from_scratch):
+    loaded, folder = saved
     loaded.tokenizer.save_pretrained(folder)
     again = load_model(coconut_config(tiny, from_scratch=from_scratch), folder)
     assert again.markers == loaded.markers
@@ -157,19 +158,19 @@ def test_markers_and_weights_of_a_checkpoint_are_kept(tiny, ours, from_scratch):
             lambda s: s.update({"transformer.ln_f.weight": torch.ones(7)}),
             r"another shape: transformer.ln_f.weight \[7\]",
         ),
-        (lambda s: s.update(epoch=3), "must map names to tensors"),
-        (lambda s: s.update({1: torch.ones(1)}), "must map names to tensors"),
-        (lambda s: s.update({"transformer.ln_f.weight": torch.ones(32).to_sparse()}), "and to dense ones"),
+        (lambda s: s.update(epoch=3), "must map names to dense tensors"),
+        (lambda s: s.update({1: torch.ones(1)}), "must map names to dense tensors"),
+        (lambda s: s.update({"transformer.ln_f.weight": torch.ones(32).to_sparse()}), "names to dense tensors"),
     ],
 )
-def test_files_that_do_not_fit_are_refused(tiny, tmp_path, change, complaint):
+def test_files_that_do_not_fit_raise_an_error(tiny, tmp_path, change, complaint):
     state = reference_state(AutoModelForCausalLM.from_pretrained(tiny), wrapped=False)
     change(state)
     torch.save(state, tmp_path / "file")
     refuses(complaint, load_model, coconut_config(tiny), tmp_path / "file")
 
 
-def test_a_folder_that_lacks_weights_or_the_end_of_them_is_refused(tiny):
+def test_a_folder_with_missing_or_truncated_weights_raises_an_error(tiny):
     path = Path(tiny) / "model.safetensors"
     state = load_file(path)
     state.pop("transformer.h.1.ln_1.weight")
@@ -188,7 +189,7 @@ DAMAGES = {
 }
 
 
-def test_a_pickle_that_runs_code_is_refused(tiny, tmp_path):
+def test_a_pickle_that_runs_code_is_not_loaded(tiny, tmp_path):
     class Evil:
         def __reduce__(self):
             return (print, ("ran",))
@@ -200,7 +201,7 @@ def test_a_pickle_that_runs_code_is_refused(tiny, tmp_path):
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_of_weights_is_named(tiny, tmp_path, damage, legacy):
-    """torch raises EOFError, RuntimeError, UnpicklingError, KeyError or IndexError, whatever its unpickler meets."""
+    """torch raises EOFError, RuntimeError, UnpicklingError, KeyError or IndexError, depending on the damage."""
     path = tmp_path / "file"
     state = reference_state(AutoModelForCausalLM.from_pretrained(tiny), wrapped=False)
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
@@ -208,13 +209,12 @@ def test_a_damaged_file_of_weights_is_named(tiny, tmp_path, damage, legacy):
     refuses(f"{path} is no file of weights", load_model, coconut_config(tiny), path)
 
 
-def changed(tiny: str, **keys) -> None:
-    """Its configuration."""
+def change_config(tiny: str, **keys) -> None:
     file = Path(tiny) / "config.json"
     file.write_text(json.dumps(read_json(file) | keys))
 
 
-def test_from_scratch_takes_the_shape_only(tiny):
+def test_from_scratch_takes_only_the_shape(tiny):
     torch.manual_seed(1)
     model, _, _ = load_model(coconut_config(tiny, from_scratch=True), None)
     saved = AutoModelForCausalLM.from_pretrained(tiny)
@@ -223,15 +223,15 @@ def test_from_scratch_takes_the_shape_only(tiny):
 
 @pytest.mark.parametrize(("known", "stops"), [(None, 0), (0, 0), (5, [0, 5]), ([5, 6], [0, 5, 6]), ([5, 0], [5, 0])])
 def test_the_trained_eos_is_among_the_stop_tokens(tiny, known, stops):
-    """Hugging Face's `generate` went on past the EOS that had been trained, which is the tokenizer's."""
+    """Regression: Hugging Face's `generate` did not stop at the trained EOS, which is the tokenizer's."""
     file = Path(tiny) / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": known}))
     loaded = load_model(coconut_config(tiny), None)
     assert (loaded.markers.eos, loaded.model.base_causallm.generation_config.eos_token_id) == (0, stops)
 
 
-def test_the_hubs_answer_is_in_the_sentence(monkeypatch):
-    """Too many requests read as "couldn't connect"."""
+def test_the_hubs_http_status_is_named(monkeypatch):
+    """Regression: too many requests were reported as "couldn't connect"."""
     answer, between = ConnectionError("429 Client Error"), RuntimeError("no entry in the cache")
     answer.response, between.__cause__ = SimpleNamespace(status_code=429), answer
     error = OSError("We couldn't connect to the hub")
@@ -250,18 +250,18 @@ def test_the_hubs_answer_is_in_the_sentence(monkeypatch):
         ({"quant_method": "awq", "bits": 4}, "gptqmodel"),
     ],
 )
-def test_a_quantization_without_its_package_is_the_reason(tiny, quantization, reason):
-    changed(tiny, quantization_config=quantization)
+def test_a_missing_quantization_package_is_named(tiny, quantization, reason):
+    change_config(tiny, quantization_config=quantization)
     with pytest.raises(UserError, match=f"cannot be loaded: it needs a package that is not installed: .*{reason}"):
         load_model(coconut_config(tiny), None)
 
 
 @pytest.mark.parametrize("keys", [{}, {"from_scratch": True}])
-def test_code_of_a_model_runs_only_where_the_configuration_trusts_it(tiny, tmp_path, monkeypatch, keys):
-    """transformers asked on standard input, and a pipe that said y ran it."""
+def test_a_models_code_runs_only_with_trust_remote_code(tiny, tmp_path, monkeypatch, keys):
+    """Regression: transformers asked on standard input, so that a pipe with "y" ran the code."""
     monkeypatch.setattr("builtins.input", lambda _: "y")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    changed(tiny, model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"})
+    change_config(tiny, model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"})
     text = "from transformers import GPT2Config, GPT2LMHeadModel\nfrom pathlib import Path\n"
     text += f"Path({str(tmp_path / 'ran')!r}).touch()\nclass Own(GPT2Config):\n    model_type = 'own'\n"
     text += "class OwnModel(GPT2LMHeadModel):\n    config_class = Own\n"
@@ -274,8 +274,8 @@ def test_code_of_a_model_runs_only_where_the_configuration_trusts_it(tiny, tmp_p
 
 
 @pytest.mark.slow
-def test_a_hub_that_does_not_answer_is_one_sentence_soon():
-    """Forty lines of retries in 80 s."""
+def test_a_hub_that_does_not_answer_is_reported_at_once():
+    """Regression: forty lines of retries took 80 s."""
     code = "from test_pretrained import coconut_config, load_model; load_model(coconut_config('some/model'), None)"
     code = f"import time; begin = time.time()\ntry: {code}\nfinally: print(time.time() - begin)"
     hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "PYTHONPATH": "tests:.:preprocessing"}

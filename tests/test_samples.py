@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 from itertools import combinations
 from math import comb
 
@@ -16,6 +17,7 @@ from test_generate import folders as folders  # a fixture
 from test_methods import MARKERS
 
 from config import Config
+from curriculum import prompt
 from model.backbone import Backbone
 from preprocessing.tokens import tokenize
 from tools import generate as generate_tool
@@ -247,12 +249,13 @@ def test_verdicts_and_measures_follow_from_the_samples(world):
 def test_a_sample_does_not_depend_on_batch_or_rank(world):
     loaded, data, config = sampled(world, val_samples=3, temperature=1.0, thought_noise="absolute:0.4")
     loaded.model.double().eval()
-    shares = []
+    rows = [prompt(*data.val[index][:2], 2, config, loaded.markers) for index in range(8)]
+    draw, shares = partial(evaluate_module.draw_samples, loaded, config), []
     for size, eval_batch_size in ((1, 32), (1, 1), (2, 6), (3, 32)):
         config.eval_batch_size, found = eval_batch_size, {}
         for rank in range(size):
             one = World(rank, 0, size, torch.device("cpu"))
-            found |= evaluate_module._sample_share(loaded, data.val, 2, config, one, "")
+            found |= evaluate_module._share_of_rank(draw, rows, max(eval_batch_size // 3, 1), config, one, "")
         shares.append(found)
     assert len(shares[0]) == 8
     assert all(share == shares[0] for share in shares)
@@ -261,9 +264,9 @@ def test_a_sample_does_not_depend_on_batch_or_rank(world):
 def test_the_vote_counts_numbers_if_answers_are_numbers(world, monkeypatch):
     loaded, data, config = sampled(world, val_samples=3, answer_match="number")
     data.val_examples[:] = data.val_examples[:1]
-    monkeypatch.setattr(evaluate_module, "_sample_share", lambda *_: {0: ["### 7", "### 1.0", "### 1"]})
+    monkeypatch.setattr(evaluate_module, "draw_samples", lambda *_: [["### 7", "### 1.0", "### 1"]])
     predictions = [{"index": 0, "gold": "1"}]
-    found = evaluate_module._evaluate_samples(loaded, data, 2, config, world, "", predictions)
+    found = evaluate_module._add_samples(predictions, [[5]], loaded, config, world, "")
     assert found["vote@3"] == 1
     assert predictions[0]["sample_correct"] == [False, True, True]
 

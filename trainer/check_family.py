@@ -1,7 +1,8 @@
-"""Can this family of models be trained here? transformers has about two hundred, and every year adds some.
+"""Checks whether a model's family can be trained here.
 
-Not a list decides but a comparison, when a model is loaded: a few random columns through Coconut, and through the
-model's own forward, recomputed for each thought without a cache. What differs is refused with a sentence.
+transformers has about two hundred families and adds more every year, so no list is kept. Instead, `check_family`
+compares Coconut's forward on a few random tokens with the plain definition: the model's own forward, recomputed for
+each thought without a cache. Unsupported families raise an error with the reason.
 
 Legend: B rows, T columns, D hidden size, V vocabulary.
 """
@@ -27,64 +28,67 @@ from model.layout import column_of, lay_out, lay_out_prompts
 from trainer.files import reason_of
 from utils import UserError
 
-TRIES = 3  # of which one has to agree: near a tie rounding sends a token to another expert
-HIGHEST = 50.0  # the logit up to which the head is compared: soft caps are not seen near 0
-SMALL = 5_000_000  # parameters of a model that is given other weights while it is compared
-GAIN = 0.5  # of its matrices at least, as std * sqrt(columns)
+TRIES = 3  # one must agree: near a tie, rounding can send a token to another expert of a mixture
+HIGHEST = 50.0  # largest logit for which the head is compared: a soft cap does not show near 0
+SMALL = 5_000_000  # a model with at most this many parameters gets larger weights during the comparison
+GAIN = 0.5  # the least std * sqrt(columns) of its matrices
 Row = tuple[list[int], list[int]]  # (input_ids, labels)
 
 
 class Tolerance(NamedTuple):
-    """What may differ, as a share of the norm."""
+    """Largest differences, as shares of the norm."""
 
-    head: float  # the logits of given hidden states, and the loss
+    head: float  # of the logits of given hidden states, and of the loss
     logits: float
     gradients: float
 
 
-EXACT = Tolerance(2e-5, 1e-4, 2e-4)  # of small models, in float32: a few times what rounding does
-ORDINARY = Tolerance(1e-4, 1e-3, 1e-2)  # of float32
-COARSE = Tolerance(0.03, 0.1, 0.2)  # of bfloat16 and float16
+EXACT = Tolerance(2e-5, 1e-4, 2e-4)  # small models in float32: a few times the rounding error
+ORDINARY = Tolerance(1e-4, 1e-3, 1e-2)  # float32
+COARSE = Tolerance(0.03, 0.1, 0.2)  # bfloat16 and float16
 
 
 def check_family(model: Coconut, gradient_checkpointing: bool = False) -> None:
-    """Raises UserError, one sentence, where this model would not be trained right, or not with gradient checkpointing.
-    Compared are logits, loss and the gradients of the input embeddings, on two rows of which one is padded. The model
-    stays as it was, the random state too, but for two notes: whether all of its parameters take part, and whether
-    generation has to do without a cache. It takes some twenty passes over eight columns, on any device but meta: there
-    the verdict on the same model elsewhere counts."""
+    """Raises UserError if Coconut's forward, with gradient checkpointing if asked for, differs from the definition.
+
+    Compares logits, loss and gradients of the input embeddings on two rows, one of them padded: about twenty passes
+    over eight columns, on any device except meta. Leaves the model and the random state unchanged and sets
+    `backbone.leaves_parameters_out` (some parameters get no gradient) and `backbone.recomputes` (generation cannot use
+    a cache).
+    """
     base = model.base_causallm
     name = f"the model family {base.config.model_type} ({type(base).__name__})"
     small = sum(parameter.numel() for parameter in base.parameters()) <= SMALL
     tolerance = EXACT if small else COARSE if base.dtype.itemsize == 2 else ORDINARY
     sequential = model.latent_token_id is not None and model.thought.sequential
-    with _undisturbed(model), _with_weights_that_matter(model) if small else nullcontext():
+    with _restored_after(model), _with_larger_weights(model) if small else nullcontext():
         latent_problem = _tried(_problem_of_decoding, model, tolerance)
         model.backbone.recomputes = latent_problem is not None
         problem = _tried(_problem_without_latents, model, tolerance)
         if sequential and problem is None and latent_problem is None:
             latent_problem = _tried(_problem_with_latents, model, tolerance)
     if problem is None and not (sequential and latent_problem):
-        with _undisturbed(model, training=True):
-            problem = _tried(_note_what_is_left_out, model, tolerance)
+        with _restored_after(model, training=True):
+            problem = _tried(_note_unused_parameters, model, tolerance)
     if problem is not None:
         raise UserError(f"{name} cannot be trained here, by any method: {problem}")
     if sequential and latent_problem is not None:
         *others, last = [method for method, rules in all_rules().items() if not rules.has_latents]
         raise UserError(
             f"{name} cannot be trained with latent thoughts here: {latent_problem}. The methods "
-            f"{', '.join(others)} and {last} need no cache, and work with it"
+            f"{', '.join(others)} and {last} need no cache and work with it"
         )
     if gradient_checkpointing:
-        with _undisturbed(model), _with_weights_that_matter(model) if small else nullcontext(), _checkpointed(base):
+        with _restored_after(model), _with_larger_weights(model) if small else nullcontext(), _checkpointed(base):
             problem = _tried(_problem_with_latents if sequential else _problem_without_latents, model, tolerance)
         if problem is not None:
             raise UserError(f"{name} cannot be trained with gradient_checkpointing here: {problem}")
 
 
 @contextmanager
-def _with_weights_that_matter(model: Coconut) -> Iterator[None]:
-    """In at least float32, and with noise: at initialisation many weights are small, and some scales are 0."""
+def _with_larger_weights(model: Coconut) -> Iterator[None]:
+    """Adds noise to the weights, in at least float32, inside the context: at initialisation many are so small, or 0,
+    that an error in a layer would not show."""
     parameters = [(parameter, parameter.data) for parameter in model.parameters()]
     buffers = [(part._buffers, dict(part._buffers)) for part in model.modules()]
     try:
@@ -103,14 +107,17 @@ def _with_weights_that_matter(model: Coconut) -> Iterator[None]:
 
 
 def _tried(problem_of: Callable[..., str | None], model: Coconut, tolerance: Tolerance) -> str | None:
-    """The problem of the last try, if all have one; problem_of takes the model, the tolerance and a seed."""
+    """Returns the last problem if each of TRIES seeds has one, else None.
+
+    problem_of: (model, tolerance, seed) -> the problem as a clause, or None.
+    """
     problem = None
     for seed in range(TRIES):
         try:
             problem = problem_of(model, tolerance, seed)
-        except (MemoryError, torch.OutOfMemoryError):  # which says nothing of a family
+        except (MemoryError, torch.OutOfMemoryError):  # not the family's fault
             raise
-        except Exception as error:  # whatever an unknown family may raise
+        except Exception as error:  # an unknown family may raise anything
             return f"its forward pass from embeddings fails ({type(error).__name__}: {reason_of(error)})"
         if problem is None:
             return None
@@ -125,12 +132,13 @@ def _checkpointed(base: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         for block in blocks:
-            del block.forward  # the class has its own
+            del block.forward  # uncovers the class's own
 
 
 @contextmanager
-def _undisturbed(model: Coconut, training: bool = False) -> Iterator[None]:
-    """In evaluation, without gradients of weights, or in training with them; and everything as it was afterwards."""
+def _restored_after(model: Coconut, training: bool = False) -> Iterator[None]:
+    """Sets evaluation mode without gradients of weights, or training mode with them; afterwards restores the modes,
+    requires_grad and the random state."""
     modes = [(module, module.training) for module in model.modules()]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = model.base_causallm.device
@@ -147,18 +155,18 @@ def _undisturbed(model: Coconut, training: bool = False) -> Iterator[None]:
                 module.training = mode
 
 
-# ---- Without latents ----
+# --- Without latents ---
 
 
 class _Probe(Coconut):
-    """The model with the paper's thought, and with input embeddings that want gradients."""
+    """The model with the paper's thought, whose input embeddings are leaves that require gradients."""
 
     def __init__(self, model: Coconut):
         super().__init__(
             model.base_causallm, model.latent_token_id, model.start_latent_id, model.end_latent_id, model.eos_token_id
         )
         self.backbone.recomputes = model.backbone.recomputes
-        self.embeds: torch.Tensor | None = None  # (B, T, D) of the last batch
+        self.embeds: torch.Tensor | None = None  # (B, T, D) the last batch's
         self.plain_embed, self.backbone.embed = self.backbone.embed, self._embed
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -167,7 +175,8 @@ class _Probe(Coconut):
 
 
 def _rows(model: Coconut, seed: int, shapes: list[tuple[int, int, int]]) -> list[Row]:
-    """Random rows, each of so many tokens, latents and tokens again; of these all but the first are supervised."""
+    """Returns random rows. shapes: for each row the numbers of tokens before the latents, of latents, and of tokens
+    after them; the latter are supervised except for the first."""
     base = model.base_causallm
     n_words = min(len(base.get_input_embeddings().weight), len(base.get_output_embeddings().weight))
     marked = {model.latent_token_id, model.start_latent_id, model.end_latent_id, model.eos_token_id}
@@ -190,23 +199,24 @@ def _problem_without_latents(model: Coconut, tolerance: Tolerance, seed: int) ->
     rows = _rows(model, seed, [(1, 0, 7), (1, 0, 5)])
     with torch.no_grad():
         words = [_tensor(base, ids) for ids, _ in rows]
-        wanted = [_exact(base(input_ids=ids, use_cache=False).logits) for ids in words]
+        wanted = [_upcast(base(input_ids=ids, use_cache=False).logits) for ids in words]
         if not all(logits.isfinite().all() for logits in wanted):
-            return None  # not for its family
+            return None  # weights that are not finite: the training reports them
         for ids, logits in zip(words, wanted, strict=True):
             embedded = base(inputs_embeds=probe.plain_embed(ids), use_cache=False).logits
-            if _differs(_exact(embedded), logits, tolerance.logits):
-                return "it makes more of its tokens than their embeddings, and a thought is an embedding"
-            earlier = _exact(base(input_ids=ids[:, :-1], use_cache=False).logits)
+            if _differs(_upcast(embedded), logits, tolerance.logits):
+                return "its forward uses more of a token than its embedding, and a thought has no token"
+            earlier = _upcast(base(input_ids=ids[:, :-1], use_cache=False).logits)
             if _differs(earlier, logits[:, :-1], tolerance.logits):
-                return "what it computes for a token depends on those after it"
+                return "its logits at a token depend on later tokens"
         if not _is_head_known(probe, seed, tolerance.head):
             return "its logits are not those of its LM head, scaled and capped as its configuration says"
     return _problem_of_steps(probe, rows, tolerance, "without latents")
 
 
 def _is_head_known(probe: Coconut, seed: int, tolerance: float) -> bool:
-    """Whether the model makes the same logits of given hidden states, of a size at which caps are seen."""
+    """Whether the model's forward and `Coconut.head` agree on the logits of random hidden states that are large enough
+    to show a soft cap."""
     base, given = probe.base_causallm, []
 
     def replace(_, __, output):
@@ -228,12 +238,12 @@ def _is_head_known(probe: Coconut, seed: int, tolerance: float) -> bool:
     if not given:
         raise RuntimeError("its decoder is not found")
     ours = probe.head(given[-1])
-    return ours.shape == theirs.shape and not _differs(_exact(ours), _exact(theirs), tolerance)
+    return ours.shape == theirs.shape and not _differs(_upcast(ours), _upcast(theirs), tolerance)
 
 
 @torch.no_grad()
 def _problem_of_decoding(model: Coconut, tolerance: Tolerance, seed: int) -> str | None:
-    """Two tokens, decoded over a cache that holds those before them, as `Coconut.generate` does it."""
+    """Compares the logits of two tokens that are decoded over a cache, as in `Coconut.generate`."""
     probe, rows = _Probe(model), _rows(model, seed, [(1, 0, 7), (1, 0, 5)])
     wanted = [_plain_logits(probe, ids)[0] for ids, _ in rows]
     if not all(logits.isfinite().all() for logits in wanted):
@@ -249,16 +259,16 @@ def _problem_of_decoding(model: Coconut, tolerance: Tolerance, seed: int) -> str
         position, mask = position + 1, torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         token = torch.cat([_tensor(probe.base_causallm, [ids[column]]) for ids, _ in rows])
         hidden.append(probe.backbone.span(probe.backbone.embed(token), mask, position, True, cache))
-    logits = _exact(probe.head(torch.cat(hidden, dim=1)))  # (B, 3, V)
+    logits = _upcast(probe.head(torch.cat(hidden, dim=1)))  # (B, 3, V)
     whole, padded = (
         _differs(ours, theirs[0, -3:], tolerance.logits) for ours, theirs in zip(logits, wanted, strict=True)
     )
     if whole:
-        return "what it computes over a cache, token by token, is not what it computes at once"
-    return "padding before a row changes what it computes" if padded else None
+        return "its logits over a cache, token by token, differ from those of one pass"
+    return "padding before a row changes its logits" if padded else None
 
 
-# ---- With latents ----
+# --- With latents ---
 
 
 def _problem_with_latents(model: Coconut, tolerance: Tolerance, seed: int) -> str | None:
@@ -279,13 +289,13 @@ def _problem_of_steps(probe: _Probe, rows: list[Row], tolerance: Tolerance, how:
     if not loss.isfinite():
         return None
     if _differs(found, loss, tolerance.head):
-        return f"{how} its loss is {found:.5g}, and by definition {loss:.5g}"
+        return f"{how} its loss is {found:.5g} instead of the definition's {loss:.5g}"
     differ = [_differs(ours, theirs, tolerance.gradients) for ours, theirs in zip(gradients, plain, strict=True)]
-    return f"{how} its gradients are not those of the definition" if any(differ) else None
+    return f"{how} its gradients differ from the definition's" if any(differ) else None
 
 
 def _step(probe: Coconut, rows: list[Row]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(loss, the gradients of each row's embeddings, (T, D)) as a training step has them."""
+    """Returns a training step's loss and the gradients of each row's embeddings, (T, D)."""
     batch = collate_for_device(rows, pad_token_id=rows[0][0][0], latent_token_id=probe.latent_token_id)
     device = probe.base_causallm.device
     batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
@@ -295,29 +305,29 @@ def _step(probe: Coconut, rows: list[Row]) -> tuple[torch.Tensor, list[torch.Ten
     (gradient,) = torch.autograd.grad(loss, [probe.embeds])
     layout = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
     attended = lay_out(**layout, **probe.family, latent_columns=batch["latent_columns"]).attention_mask.bool()
-    return _exact(loss.detach()), [_exact(one[seen]) for one, seen in zip(gradient, attended, strict=True)]
+    return _upcast(loss.detach()), [_upcast(one[seen]) for one, seen in zip(gradient, attended, strict=True)]
 
 
 def _plain_step(probe: Coconut, rows: list[Row]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """As `_step`, by definition: each row alone, without padding or cache, recomputed for each thought."""
+    """Returns the same by definition: each row alone, without padding or cache, recomputed for each thought."""
     logits, leaves = zip(*(_plain_logits(probe, ids) for ids, _ in rows), strict=True)
     targets = torch.tensor([label for _, labels in rows for label in labels[1:]], device=logits[0].device)
     loss = F.cross_entropy(torch.cat([one[0, :-1] for one in logits]), targets, ignore_index=IGNORE)
     gradients = torch.autograd.grad(loss, leaves)
-    return loss.detach(), [_exact(gradient[0]) for gradient in gradients]
+    return loss.detach(), [_upcast(gradient[0]) for gradient in gradients]
 
 
 def _plain_logits(probe: _Probe, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (1, T, V) by definition, and the input embeddings (1, T, D) that they come from."""
+    """Returns the logits (1, T, V) by definition, and the leaf of the input embeddings (1, T, D)."""
     base = probe.base_causallm
     embeds = probe.backbone.embed(_tensor(base, ids))  # (1, T, D)
     leaf = probe.embeds
     embeds = filled_embeddings(base, ids, probe.latent_token_id, embeds)
-    return _exact(base(inputs_embeds=embeds, use_cache=False).logits), leaf
+    return _upcast(base(inputs_embeds=embeds, use_cache=False).logits), leaf
 
 
-def _note_what_is_left_out(model: Coconut, tolerance: Tolerance, seed: int) -> None:
-    """Whether the graph of a loss does not come to each parameter that wants a gradient."""
+def _note_unused_parameters(model: Coconut, tolerance: Tolerance, seed: int) -> None:
+    """Sets `leaves_parameters_out`: whether the loss's graph lacks a parameter that requires a gradient."""
     loss, _ = _step(model, _rows(model, seed, [(1, 0, 7)]))
     reached, seen, waiting = set(), set(), [loss.grad_fn]
     while waiting:
@@ -334,10 +344,11 @@ def _tensor(base: PreTrainedModel, input_ids: list[int]) -> torch.Tensor:
     return torch.tensor([input_ids], device=base.device)
 
 
-def _exact(values: torch.Tensor) -> torch.Tensor:
+def _upcast(values: torch.Tensor) -> torch.Tensor:
+    """Converts to at least float32."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _differs(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
-    """Whether the norm of the difference is more than a share of the norm; also where either is no number."""
+    """Whether the difference's norm exceeds `tolerance` of the norm of `theirs`, or either is not finite."""
     return not bool((ours - theirs).norm() <= tolerance * theirs.norm())

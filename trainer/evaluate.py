@@ -1,6 +1,6 @@
-"""How good a model is: validation loss, accuracy, CoT match, token counts; predictions on disk; the table of a run.
+"""Evaluates a model: validation loss, accuracy, CoT match, token counts; writes predictions; prints a run's table.
 
-torch is imported where it is needed: the table of a run is printed without it.
+torch is imported inside functions, so that a run's table is printed without it.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from config import Config
-from curriculum import IGNORE, Markers, kept_reasoning, prompt, stage_name
+from curriculum import IGNORE, kept_reasoning, prompt, stage_name
 from dataset import StageDataset, collate, collate_prompts
 from methods import rules_of
-from preprocessing.tokens import Tokens
+from preprocessing.tokens import Tokens, batched
 from trainer.data import Data
 from trainer.distributed import World, barrier
 from trainer.files import replaced
@@ -34,31 +35,30 @@ if TYPE_CHECKING:
 
     from trainer.pretrained import Pretrained
 
-# a sign counts where no word, number or bracket precedes it: 12-3 holds 12 and 3; a point after the digits belongs to
-# the number and may end a sentence
+# a sign counts only without a word, number or bracket before it: 12-3 holds 12 and 3; a point after the digits belongs
+# to the number and may end a sentence
 NUMBER = re.compile(r"(?:(?<![\w.)\]])[-+])?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
-TOLERANCE = 1e-3  # numbers that differ by less are the same
+TOLERANCE = 1e-3  # numbers that differ by less are equal
 
 
 def extract_answer(text: str) -> str:
-    """The answer in a generated text: what follows its last '#', without commas (the reference's rule)."""
+    """Returns the answer in a generated text: the part after its last '#', without commas (the reference's rule)."""
     return text.split("#")[-1].replace(",", "").strip()
 
 
 def extract_number(text: str) -> float | None:
-    """The number that a generated text answers with: the last one after its last '#', or in all of it where there is
-    no '#', commas taken out; None where there is none."""
+    """Returns the last number of `extract_answer`; None if it holds no number."""
     numbers = NUMBER.findall(extract_answer(text).replace("\N{MINUS SIGN}", "-"))
     return float(numbers[-1]) if numbers else None
 
 
 def number_of(gold: str) -> float | None:
-    """The number that a gold answer without commas is, and nothing beside it; None where it is none."""
+    """Returns a gold answer without commas as a number; None if it holds anything else."""
     return float(gold) if NUMBER.fullmatch(gold) else None
 
 
 def is_right(text: str, gold: str, answer_match: str) -> bool:
-    """Whether a generated text has the gold answer (without commas), by the rule that `answer_match` names."""
+    """Whether a generated text has the gold answer (without commas), by the rule `answer_match`: text or number."""
     if answer_match == "text":
         return extract_answer(text) == gold
     answer, number = extract_number(text), number_of(gold)
@@ -66,7 +66,7 @@ def is_right(text: str, gold: str, answer_match: str) -> bool:
 
 
 def extract_steps(text: str) -> str:
-    """The written reasoning in a generated text: what precedes its first '#'."""
+    """Returns the reasoning in a generated text: the part before its first '#'."""
     return text.split("#")[0].strip()
 
 
@@ -75,31 +75,43 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """Scores every validation example exactly once, whatever the world size. Collective: every rank must call it.
 
-    Returns, on every rank, the metrics and, in the order of the data, the predictions:
-        loss: mean cross-entropy of the supervised tokens of the stage, over all tokens of the set
-        accuracy: share of answers that are right by the rule of config.answer_match
-        accuracy_text, accuracy_number: by either rule, where all gold answers are numbers
-        cot_match: share of generations whose written reasoning is exactly what the stage leaves of it
+    Returns, on every rank, the metrics and the predictions, the latter in the order of the data. The metrics are
+        loss: mean cross-entropy of the stage's supervised tokens, over all tokens of the set
+        accuracy: share of right answers by the rule config.answer_match
+        accuracy_text, accuracy_number: by either rule, if all gold answers are numbers
+        cot_match: share of outputs whose reasoning steps equal those that the stage leaves
         generated_tokens: mean number of new tokens without EOS, plus latent thoughts, as Table 1 counts them; pause
-            tokens are not counted, since nothing is generated for them
-        seconds, seconds_per_example: of generation, by the clock of the slowest rank
-        with config.val_samples also those of `_evaluate_samples`
+            tokens do not count, since the model generates nothing for them
+        seconds, seconds_per_example: of generation, until the slowest rank is done
+        those of `_add_samples`, if config.val_samples is set
     """
     import torch
     import torch.distributed as dist
 
-    pretrained.model.eval()
-    loss = validation_loss(pretrained, data.val, stage, config, world)
+    model, tokenizer, markers = pretrained
+    model.eval()
+    loss = validation_loss(pretrained, data.val, stage, config, world)  # all ranks
+
+    def generate(_, prompts: list[list[int]]) -> list[tuple[str, int]]:
+        rows = generate_tokens(pretrained, config.method, prompts, config.max_new_tokens, world.device)
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        n_latents = [ids.count(markers.latent) if model.thinks else 0 for ids in prompts]
+        return [(text, len(row) + n) for text, row, n in zip(texts, rows, n_latents, strict=True)]
+
+    prompts = [prompt(*data.val[index][:2], stage, config, markers) for index in range(len(data.val))]
     begin = time.perf_counter()
-    mine = _generate_share(pretrained, data.val, stage, config, world, title)
+    share = _share_of_rank(generate, prompts, config.eval_batch_size, config, world, title)
     seconds = torch.tensor(time.perf_counter() - begin)
-    barrier(world)  # all ranks, however much longer some have generated
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)  # all ranks: the slowest one decides
-    outputs = _gathered(mine, world)  # all ranks
+    outputs = _gathered(share, world)  # all ranks
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)  # all ranks: the slowest one counts
     predictions = []
     for index, example in enumerate(data.val_examples):
-        kept = pretrained.tokenizer.decode(kept_reasoning(data.val[index][1], stage, config)).strip()
-        predictions.append({"index": index, **_scored(example, kept, config.answer_match, *outputs[index])})
+        (text, n_tokens), gold = outputs[index], gold_answer(example)
+        kept = tokenizer.decode(kept_reasoning(data.val[index][1], stage, config)).strip()
+        prediction = {"index": index, "question": example["question"], "gold": gold, "output": text}
+        prediction |= {"answer": extract_answer(text), "correct": is_right(text, gold, config.answer_match)}
+        prediction |= {"cot_correct": extract_steps(text) == kept, "generated_tokens": n_tokens}
+        predictions.append(prediction)
     means = {"accuracy": "correct", "cot_match": "cot_correct", "generated_tokens": "generated_tokens"}
     if all(number_of(prediction["gold"]) is not None for prediction in predictions):
         for rule in ("text", "number"):
@@ -114,176 +126,138 @@ def evaluate(
         "seconds_per_example": seconds.item() / len(predictions),
     }
     if config.val_samples:
-        metrics |= _evaluate_samples(pretrained, data, stage, config, world, title, predictions)  # all ranks
+        metrics |= _add_samples(predictions, prompts, pretrained, config, world, title)  # all ranks
     return metrics, predictions
 
 
-def _evaluate_samples(
-    pretrained: Pretrained,
-    data: Data,
-    stage: int,
-    config: Config,
-    world: World,
-    title: str,
-    predictions: list[dict],
+def _add_samples(
+    predictions: list[dict], prompts: list[list[int]], pretrained: Pretrained, config: Config, world: World, title: str
 ) -> dict:
-    """Samples config.val_samples answers to each question; adds to its prediction `sample_answers` and
-    `sample_correct`. Returns vote@N and pass@k (see `samples.measures`) with their 95 % intervals over the questions:
-    Wilson's, which is too wide for pass@k with 1 <= k < N, whose values lie between 0 and 1. Collective."""
+    """Samples config.val_samples answers to each question and adds `sample_answers` and `sample_correct` to its
+    prediction. Collective: every rank must call it.
+
+    Returns vote@N and pass@k (see `samples.measures`) with their 95 % intervals over the questions: Wilson's, which is
+    too wide for pass@k with 1 <= k < N, whose values lie between 0 and 1.
+    """
     from trainer import samples
 
-    mine = _sample_share(pretrained, data.val, stage, config, world, f"{title}, {config.val_samples} samples")
-    barrier(world)  # all ranks, however much longer some have generated
-    texts, right = _gathered(mine, world), []  # all ranks
-    for prediction in predictions:
-        outputs = texts[prediction["index"]]
-        prediction["sample_answers"] = [extract_answer(text) for text in outputs]
-        prediction["sample_correct"] = [is_right(text, prediction["gold"], config.answer_match) for text in outputs]
-        alike = [extract_number(text) for text in outputs] if config.answer_match == "number" else None
-        right.append(prediction["sample_correct"][samples.vote(alike or prediction["sample_answers"])])
-    found = samples.measures([prediction["sample_correct"] for prediction in predictions], right)
+    size = max(config.eval_batch_size // config.val_samples, 1)  # questions; eval_batch_size counts rows
+    draw, title = partial(draw_samples, pretrained, config), f"{title}, {config.val_samples} samples"
+    texts, votes = _gathered(_share_of_rank(draw, prompts, size, config, world, title), world), []  # all ranks
+    for index, prediction in enumerate(predictions):
+        prediction["sample_answers"] = [extract_answer(text) for text in texts[index]]
+        right = [is_right(text, prediction["gold"], config.answer_match) for text in texts[index]]
+        numbers = [extract_number(text) for text in texts[index]] if config.answer_match == "number" else None
+        votes.append(right[samples.vote(numbers or prediction["sample_answers"])])
+        prediction["sample_correct"] = right
+    found = samples.measures([prediction["sample_correct"] for prediction in predictions], votes)
     return found | {f"{name}_95": wilson(value, len(predictions)) for name, value in found.items()}
 
 
-def _gathered(mine: dict, world: World) -> dict:
-    """What all ranks have found for their examples, by index. Collective."""
+def draw_samples(
+    pretrained: Pretrained, config: Config, indices: list[int], prompts: list[list[int]]
+) -> list[list[str]]:
+    """Samples config.val_samples texts for each prompt. The random numbers are a function of (seed, index, sample)."""
+    from trainer import samples
+
+    keys, policy = [(config.seed, index) for index in indices], samples.Policy.of(config)
+    drawn = samples.generate(pretrained.model, prompts, keys, config.val_samples, policy, config.max_new_tokens)
+    return list(batched(texts_of(drawn.tokens, config.method, pretrained), config.val_samples))
+
+
+def _share_of_rank(
+    generate: Callable, prompts: list[list[int]], size: int, config: Config, world: World, title: str
+) -> dict[int, Any]:
+    """Returns what `generate`, called with (indices, their prompts), makes of each prompt of this rank, by index. The
+    ranks share the batches, of at most `size` prompts."""
+    size = min(size, -(-len(prompts) // world.size))  # small enough that every rank has a batch
+    found, batches = {}, _batches_of_rank([len(ids) for ids in prompts], size, world)
+    for indices in progress_bar(batches, title, "batch", shown=world.is_main):
+        with autocast(config, world):
+            results = generate(indices, [prompts[index] for index in indices])
+        found |= zip(indices, results, strict=True)
+    return found
+
+
+def _gathered(share: dict, world: World) -> dict:
+    """Merges the results of all ranks, by index. Collective: every rank must call it."""
     import torch.distributed as dist
 
+    barrier(world)  # all ranks: some may generate for longer than a collective's timeout
     shares: list = [None] * world.size
-    dist.all_gather_object(shares, mine)  # all ranks
-    return {index: found for share in shares for index, found in share.items()}
-
-
-def _scored(example: dict, kept_reasoning: str, answer_match: str, text: str, n_tokens: int, n_latents: int) -> dict:
-    gold = _gold(example)
-    return {
-        "question": example["question"],
-        "gold": gold,
-        "output": text,
-        "answer": extract_answer(text),
-        "correct": is_right(text, gold, answer_match),
-        "cot_correct": extract_steps(text) == kept_reasoning,
-        "generated_tokens": n_tokens + n_latents,
-    }
+    dist.all_gather_object(shares, share)  # all ranks
+    return {index: result for share in shares for index, result in share.items()}
 
 
 def warn_unscorable_answers(tokenizer, data: Data, config: Config, stages: Iterable[int] = ()) -> list[str]:
-    """What to warn of where even a perfect model would be marked wrong: gold answers that are not what is read back
-    from their own tokens, because the tokenizer changes them, they hold a '#' themselves or are longer than
-    max_new_tokens; and at these stages steps that leave no tokens for the answer, hold an EOS before it, or a '#', at
-    which the reasoning ends that cot_match compares.
+    """Returns warnings about examples on which even a perfect model would be scored as wrong.
 
-    Raises UserError where answers are to be compared as numbers, and one is none.
+    Checked are the gold answers, decoded again from their tokens: the tokenizer may change them, they may hold a '#'
+    or be longer than max_new_tokens. At each of `stages` the kept steps are checked too: they may leave no tokens for
+    the answer or hold an EOS, and a '#' in them ends the reasoning that cot_match compares.
+
+    Raises UserError if answer_match is number and a gold answer is none.
     """
-    gold = [_gold(example) for example in data.val_examples]
-    if config.answer_match == "number" and (none := [i for i, text in enumerate(gold) if number_of(text) is None]):
+    gold = [gold_answer(example) for example in data.val_examples]
+    if config.answer_match == "number" and (others := [i for i, text in enumerate(gold) if number_of(text) is None]):
         raise UserError(
-            f"answer_match number needs numbers, but the answer of record {none[0]} (counted from 0) of "
-            f"{config.val_path} is {gold[none[0]]!r}"
+            f"answer_match number needs numbers, but the answer of record {others[0]} (counted from 0) of "
+            f"{config.val_path} is {gold[others[0]]!r}"
         )
+    warnings: list[str] = []
 
-    def read_back(index: int, kept: Sequence[int] = ()) -> str:
+    def decode(index: int, kept: Sequence[int] = ()) -> str:
         ids = [*kept, *data.val[index][2]][: config.max_new_tokens]
         return tokenizer.decode(_before(tokenizer.eos_token_id, ids), skip_special_tokens=True)
 
-    def warning(found: dict[int, str], what: str) -> list[str]:
-        """found: number of a record -> what is the matter with it."""
-        return [
-            f"{config.val_path}: {len(found)} of {len(gold)} {what}; the first is record {index} (counted from 0), "
-            f"{text}"
-            for index, text in list(found.items())[:1]
-        ]
+    def warn(problem: str, found: dict[int, str]) -> None:  # found: index of a record -> its problem
+        if found:
+            index, text = next(iter(found.items()))
+            counts = f"{config.val_path}: {len(found)} of {len(gold)}"
+            warnings.append(f"{counts} {problem}; the first is record {index} (counted from 0), {text}")
 
     alone = {}
     for index, wanted in enumerate(gold):
-        if not is_right(text := read_back(index), wanted, config.answer_match):
-            alone[index] = f"whose answer {wanted!r} is read back as {extract_answer(text)!r}"
-    warnings = warning(alone, "answers cannot come out right, whatever the model generates")
+        if not is_right(text := decode(index), wanted, config.answer_match):
+            alone[index] = f"whose answer {wanted!r} is decoded from its tokens as {extract_answer(text)!r}"
+    warn("answers cannot be right, whatever the model generates", alone)
     variants = [config] if config.only_eval else config.rules.variants(config)
     for stage, variant in product(dict.fromkeys(stages), variants):
         wrong, unmatched = {}, {}
         for index in [index for index in range(len(gold)) if index not in alone]:
             _, steps, answer = data.val[index]
             kept = kept_reasoning(steps, stage, variant)
-            text, reasoning = read_back(index, kept), tokenizer.decode(kept).strip()
+            text, reasoning = decode(index, kept), tokenizer.decode(kept).strip()
             if not is_right(text, gold[index], config.answer_match):
                 wrong[index] = (
-                    f"whose steps and answer, {len(kept) + len(answer)} tokens where max_new_tokens is "
-                    f"{config.max_new_tokens}, are read back as {extract_answer(text)[-60:]!r}"
+                    f"whose steps and answer, {len(kept) + len(answer)} tokens with max_new_tokens "
+                    f"{config.max_new_tokens}, are decoded as {extract_answer(text)[-60:]!r}"
                 )
             elif extract_steps(text) != reasoning:
-                unmatched[index] = f"whose steps {reasoning[-60:]!r} are read back as {extract_steps(text)[-60:]!r}"
-        at_stage = f"at stage {stage_name(stage)}"
-        warnings += warning(wrong, f"answers cannot come out right {at_stage}, whatever the model generates")
-        warnings += warning(unmatched, f"examples cannot have a cot_match {at_stage}")
+                unmatched[index] = f"whose steps {reasoning[-60:]!r} are decoded as {extract_steps(text)[-60:]!r}"
+        warn(f"answers cannot be right at stage {stage_name(stage)}, whatever the model generates", wrong)
+        warn(f"examples cannot have a cot_match at stage {stage_name(stage)}", unmatched)
     return warnings
 
 
 def _before(eos: int, ids: list[int]) -> list[int]:
-    """What of generated tokens precedes the EOS."""
+    """Returns the ids before the first EOS."""
     return ids[: ids.index(eos)] if eos in ids else ids
 
 
-def _gold(example: dict) -> str:
+def gold_answer(example: dict) -> str:
+    """Returns the answer of a data file's record without commas."""
     return example["answer"].replace(",", "").strip()
 
 
 def _batches_of_rank(lengths: list[int], size: int, world: World) -> list[list[int]]:
-    """This rank's batches of example indices: similar lengths together, so that little is padded."""
+    """Returns this rank's batches of example indices. A batch holds similar lengths, for little padding."""
     order = np.argsort(lengths, kind="stable").tolist()
-    batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
-    return batches[world.rank :: world.size]
-
-
-def _generate_share(
-    pretrained: Pretrained, tokens: Tokens, stage: int, config: Config, world: World, title: str
-) -> dict[int, tuple[str, int, int]]:
-    """This rank's generations: index -> (text, new tokens without EOS, latent thoughts)."""
-    model, tokenizer, markers = pretrained
-    prompts = _prompts(tokens, stage, config, markers)
-    # as many batches for every rank as there is work for, however few examples there are
-    size = min(config.eval_batch_size, -(-len(prompts) // world.size))
-    outputs = {}
-    batches = _batches_of_rank([len(ids) for ids in prompts], size, world)
-    for indices in progress_bar(batches, title, "batch", shown=world.is_main):
-        batch = [prompts[index] for index in indices]
-        with autocast(config, world):
-            rows = generate_tokens(pretrained, config.method, batch, config.max_new_tokens, world.device)
-        for index, new in zip(indices, rows, strict=True):
-            n_latents = prompts[index].count(markers.latent) if model.thinks else 0
-            outputs[index] = (tokenizer.decode(new, skip_special_tokens=True), len(new), n_latents)
-    return outputs
-
-
-def _prompts(tokens: Tokens, stage: int, config: Config, markers: Markers) -> list[list[int]]:
-    examples = (tokens[index] for index in range(len(tokens)))
-    return [prompt(question, steps, stage, config, markers) for question, steps, _ in examples]
-
-
-def _sample_share(
-    pretrained: Pretrained, tokens: Tokens, stage: int, config: Config, world: World, title: str
-) -> dict[int, list[str]]:
-    """This rank's samples: index -> N texts. Their random numbers are a function of (seed, index, sample)."""
-    from trainer import samples
-
-    model, _, markers = pretrained
-    prompts, policy, found = _prompts(tokens, stage, config, markers), samples.Policy.of(config), {}
-    most = max(config.eval_batch_size // config.val_samples, 1)  # questions; eval_batch_size counts rows
-    batches = _batches_of_rank([len(ids) for ids in prompts], min(most, -(-len(prompts) // world.size)), world)
-    for indices in progress_bar(batches, title, "batch", shown=world.is_main):
-        keys = [(config.seed, index) for index in indices]
-        with autocast(config, world):
-            drawn = samples.generate(
-                model, [prompts[i] for i in indices], keys, config.val_samples, policy, config.max_new_tokens
-            )
-        texts = texts_of(drawn.tokens, config.method, pretrained)
-        for place, index in enumerate(indices):
-            found[index] = texts[place * config.val_samples : (place + 1) * config.val_samples]
-    return found
+    return list(batched(order, size))[world.rank :: world.size]
 
 
 def texts_of(rows: list[list[int]], method: str, pretrained: Pretrained) -> list[str]:
-    """The outputs in generated tokens, each row up to its EOS."""
+    """Decodes generated tokens, each row up to its EOS."""
     _, tokenizer, markers = pretrained
     outputs = [rules_of(method).output(_before(markers.eos, row), markers) for row in rows]
     return [tokenizer.decode(output, skip_special_tokens=True) for output in outputs]
@@ -297,27 +271,24 @@ def generate_tokens(
     device: torch.device,
     **sampling,
 ) -> list[list[int]]:
-    """The generated tokens after each prompt, up to EOS, all in one batch. A prompt that leaves fewer of the model's
-    positions than max_new_tokens has a batch of its own, since it ends earlier than the others."""
+    """Generates up to max_new_tokens tokens, without EOS, after each prompt. One batch holds all prompts; those that
+    leave fewer of the model's positions are in further batches, since their generations end earlier."""
     model, _, markers = pretrained
-    limit = model.max_positions or math.inf
-    fits = [len(row) + max_new_tokens <= limit for row in prompts]
-    alone = [[index] for index, fit in enumerate(fits) if not fit]
-    together = [index for index, fit in enumerate(fits) if fit]
+    batches: dict[int, list[int]] = {}  # number of new tokens -> indices of prompts
+    for index, ids in enumerate(prompts):
+        batches.setdefault(min(max_new_tokens, (model.max_positions or math.inf) - len(ids)), []).append(index)
     found: dict[int, list[int]] = {}
-    for indices in [together, *alone] if together else alone:
+    for n_new, indices in batches.items():
         batch = collate_prompts([prompts[index] for index in indices], markers.eos)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        left = min(max_new_tokens, limit - batch["input_ids"].shape[1])
-        rows = model.generate(**batch, max_new_tokens=left, **sampling).tolist()
+        rows = model.generate(**batch, max_new_tokens=n_new, **sampling).tolist()
         for index, row in zip(indices, rows, strict=True):
-            new = _before(markers.eos, row)
-            found[index] = rules_of(method).output(new, markers)
+            found[index] = rules_of(method).output(_before(markers.eos, row), markers)
     return [found[index] for index in range(len(prompts))]
 
 
 def validation_loss(pretrained: Pretrained, tokens: Tokens, stage: int, config: Config, world: World) -> float:
-    """Mean cross-entropy over all supervised tokens of the set. Collective: every rank must call it."""
+    """Returns the mean cross-entropy of all supervised tokens of the set. Collective: every rank must call it."""
     import torch
     import torch.distributed as dist
 
@@ -332,38 +303,37 @@ def validation_loss(pretrained: Pretrained, tokens: Tokens, stage: int, config: 
         batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
         with torch.no_grad(), autocast(config, world):
             total += torch.tensor([model(**batch).loss.item() * count, count], dtype=torch.float64)
-    barrier(world)  # all ranks, however much slower some are
+    barrier(world)  # all ranks: some may take longer than a collective's timeout
     dist.all_reduce(total)  # all ranks
     return (total[0] / total[1]).item()
 
 
 def autocast(config: Config, world: World) -> torch.autocast:
-    """bf16 arithmetic with float32 weights, where the configuration asks for it."""
+    """Returns the context of bf16 arithmetic with float32 weights, enabled by the key bf16."""
     import torch
 
     return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=config.bf16)
 
 
 def as_files(metrics: dict, predictions: list[dict]) -> dict[str, str]:
-    """The contents of metrics.json and predictions.jsonl, name -> text."""
+    """Returns the contents of metrics.json and predictions.jsonl by file name."""
     return {"metrics.json": as_json(metrics), "predictions.jsonl": _lines(predictions)}
 
 
 def of_sets(results: dict[str, tuple[dict, list[dict]]]) -> tuple[dict, dict[str, str]]:
-    """What `evaluate` has returned for each set of a run, by the sets' names -> (metrics, the run's files).
+    """Combines the results of `evaluate`, by set name, into (metrics, files).
 
-    A single path has the name "": its metrics and files are as they are. Of several sets the metrics are {"sets":
-    {name: metrics}}, with the accuracy's 95 % interval, and the files are metrics.json and predictions_NAME.jsonl each.
+    The only set of a run has the name "": its metrics and files stay unchanged. For several sets the metrics are
+    {"sets": {name: metrics}}, with the accuracy's 95 % interval, and each set has a file predictions_NAME.jsonl.
     """
     if "" in results:
         return results[""][0], as_files(*results[""])
-    sets, files = {}, {}
-    for name, (metrics, predictions) in results.items():
-        interval = wilson(metrics["accuracy"], metrics["examples"])
-        sets[name] = {**metrics, "accuracy_95": interval}
-        files[f"predictions_{name}.jsonl"] = _lines(predictions)
-    metrics = {"sets": sets}
-    return metrics, {"metrics.json": as_json(metrics), **files}
+    sets = {
+        name: {**metrics, "accuracy_95": wilson(metrics["accuracy"], metrics["examples"])}
+        for name, (metrics, _) in results.items()
+    }
+    files = {f"predictions_{name}.jsonl": _lines(predictions) for name, (_, predictions) in results.items()}
+    return {"sets": sets}, {"metrics.json": as_json({"sets": sets}), **files}
 
 
 def _lines(predictions: list[dict]) -> str:
@@ -371,26 +341,24 @@ def _lines(predictions: list[dict]) -> str:
 
 
 def write_results(folder: Path, files: dict[str, str]) -> None:
-    """Writes the files of `of_sets`, none of them before all are whole, and removes predictions for other sets. Raises
+    """Writes the files of `of_sets`, all of them or none, and removes the predictions of other sets. Raises
     UserError."""
     with ExitStack() as together:
         for name, text in files.items():
             together.enter_context(replaced(folder / name)).write_text(text, encoding="utf-8")
     for path in folder.glob("predictions*.jsonl"):
         if path.name not in files:
-            path.unlink()  # their metrics are no longer beside them
+            path.unlink()  # metrics.json no longer holds their set
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The table of a run
-# ---------------------------------------------------------------------------------------------------------------
+# --- The table of a run ---
 
 
 def summary(run_dir: Path, evaluation: dict | None = None) -> str:
-    """The table of a run: each stage after its last epoch, then the results of an evaluation where there are any, those
-    that are given or those in the run's folder; of several sets in a table of their own.
+    """Returns a run's table: each stage after its last epoch, then an evaluation, by default the one in the run's
+    folder; several sets have a table of their own.
 
-    Raises UserError where the folder holds no finished epoch and no evaluation, or something damaged.
+    Raises UserError if the folder holds no finished epoch and no evaluation, or a damaged file.
     """
     try:
         return _summary(run_dir, evaluation)
@@ -401,20 +369,18 @@ def summary(run_dir: Path, evaluation: dict | None = None) -> str:
 
 
 def _summary(run_dir: Path, evaluation: dict | None) -> str:
-    rows, stages, last_of_stage = [], {}, {}
-    evaluation_file = run_dir / "eval" / "metrics.json"
-    # a restarted run repeats the epochs that it had lost: what was written last counts
+    by_stage: dict[int, list[dict]] = {}
+    # a restarted run repeats the epochs that it lost: the last record of an epoch counts
     epochs = {record["epoch"]: record for record in read_log(run_dir / "metrics.jsonl") if record["event"] == "epoch"}
     for _, record in sorted(epochs.items()):
-        n_epochs, seconds = stages.get(record["stage"], (0, 0.0))
-        stages[record["stage"]] = (n_epochs + 1, seconds + record["train_seconds"] + record["seconds"])
-        last_of_stage[record["stage"]] = record
-    for stage, record in last_of_stage.items():
-        n_epochs, seconds = stages[stage]
-        rows.append((f"validation, stage {stage_name(stage)}", n_epochs, record, f"{seconds:.0f}"))
-    if evaluation is None and evaluation_file.exists():
-        evaluation = read_object(evaluation_file)
-    sets = (evaluation or {}).get("sets")
+        by_stage.setdefault(record["stage"], []).append(record)
+    rows = []
+    for stage, records in by_stage.items():
+        seconds = sum(record["train_seconds"] + record["seconds"] for record in records)
+        rows.append((f"validation, stage {stage_name(stage)}", len(records), records[-1], f"{seconds:.0f}"))
+    if evaluation is None and (file := run_dir / "eval" / "metrics.json").exists():
+        evaluation = read_object(file)
+    sets = (evaluation or {}).get("sets", {})
     if evaluation is not None and not sets:
         title = f"{Path(evaluation['file']).stem}, stage {stage_name(evaluation['stage'])}"
         rows.append((title, "", evaluation, f"{evaluation['seconds']:.1f}"))
@@ -422,10 +388,10 @@ def _summary(run_dir: Path, evaluation: dict | None) -> str:
         raise UserError(f"{run_dir} holds neither a finished epoch nor an evaluation")
     tables = [[HEADER, *(row_of(*row) for row in rows)]] if rows else []
     if sets:
-        tables.append([SETS_HEADER, *(row_of_set(*found) for found in sets.items())])
-    for title, record in [*((row[0], row[2]) for row in rows), *(sets or {}).items()]:
+        tables.append([SETS_HEADER, *(_row_of_set(*item) for item in sets.items())])
+    for title, record in [*((title, record) for title, _, record, _ in rows), *sets.items()]:
         if any("@" in key for key in record):
-            tables.append(samples_table(title, record))
+            tables.append(_samples_table(title, record))
     return "\n\n".join("\n".join(lines) for lines in tables)
 
 
@@ -433,7 +399,7 @@ HEADER = f"{'':32}{'epochs':>7}{'accuracy':>10}{'tokens':>8}{'loss':>8}{'seconds
 
 
 def row_of(title: str, n_epochs: int | str, record: dict, seconds: str) -> str:
-    """A line of the table: `record` holds the metrics of an evaluation."""
+    """Formats a line below HEADER. record: the metrics of an evaluation."""
     return (
         f"{title:32}{n_epochs:>7}{record['accuracy']:>10.1%}{record['generated_tokens']:>8.1f}"
         f"{record['loss']:>8.3f}{seconds:>9}"
@@ -443,8 +409,8 @@ def row_of(title: str, n_epochs: int | str, record: dict, seconds: str) -> str:
 SETS_HEADER = f"{'':32}{'n':>7}{'accuracy':>10}{'95 %':>16}{'tokens':>8}{'loss':>8}{'seconds':>9}"
 
 
-def row_of_set(name: str, record: dict) -> str:
-    """A line of the table of an evaluation on several sets: `record` holds the metrics of one."""
+def _row_of_set(name: str, record: dict) -> str:
+    """Formats a line below SETS_HEADER. record: the metrics of one set."""
     title = f"{name}, stage {stage_name(record['stage'])}"
     low, high = record["accuracy_95"]
     return (
@@ -453,18 +419,17 @@ def row_of_set(name: str, record: dict) -> str:
     )
 
 
-def samples_table(title: str, record: dict) -> list[str]:
-    """The lines of a table: accuracy, vote@N and pass@k of an evaluation, with 95 % intervals over its questions."""
-    names = ["accuracy", *(key for key in record if "@" in key and not key.endswith("_95"))]
+def _samples_table(title: str, record: dict) -> list[str]:
+    """Formats accuracy, vote@N and pass@k of an evaluation, with 95 % intervals over its questions."""
     lines = [f"{title:32}{record['examples']:>7,}{'95 %':>26}"]
-    for name in names:
+    for name in ("accuracy", *(key for key in record if "@" in key and not key.endswith("_95"))):
         low, high = wilson(record[name], record["examples"])
         lines.append(f"  {name:37}{record[name]:>10.1%}{f'{low:.1%} to {high:.1%}':>16}")
     return lines
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share of n questions (Wilson's score interval), also of 0 and 100 %."""
+    """Returns Wilson's 95 % score interval of a share of n questions; it also holds for shares of 0 and 1."""
     z = 1.959964  # the normal distribution's 97.5 % point
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -473,11 +438,9 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def named_best(run_dir: Path) -> str | None:
-    """A line on the checkpoint that RUN@best stands for; None where there is none."""
-    found = best(run_dir)
-    if found is None:
+    """Returns a line about the checkpoint RUN@best; None if the run has none."""
+    if (found := best(run_dir)) is None:
         return None
     stage, accuracy = rating(found)
-    return (
-        f"best in validation: {found.name}, stage {stage_name(stage)}, {accuracy:.1%} (load_model_path={run_dir}@best)"
-    )
+    name = f"{found.name}, stage {stage_name(stage)}, {accuracy:.1%}"
+    return f"best in validation: {name} (load_model_path={run_dir}@best)"

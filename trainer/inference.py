@@ -1,9 +1,9 @@
-"""Asking a trained model: from a folder or the hub, and into one. These are Coconut's methods that need files.
+"""Loads, asks, saves and uploads a trained model: the methods of Coconut that need files and a tokenizer.
 
-A model that `load` returns has, beside coconut.Coconut's attributes: `tokenizer` (with the markers), `markers` (their
-ids), `config` (the keys that shape its sequences, `checkpoint.DESCRIBED`; the others have their defaults) and `stage`.
+`load` adds attributes to coconut.Coconut: `tokenizer` (with the markers), `markers` (their ids), `config` (the keys
+that shape the sequences, `checkpoint.DESCRIBED`, and the defaults of all others) and `stage`.
 
-Legend: B rows, K latents.
+Legend: B rows, K latents, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trainer.samples import Policy
 from trainer.samples import generate as generate_samples
 from utils import UserError, log
 
-TOP = 5  # tokens shown for each thought
+TOP = 5  # number of tokens that decoded_thoughts returns for each thought
 CARD = """\
 # {name}
 
@@ -46,11 +46,11 @@ saved it:
 """
 
 
-# ---- Loading and saving ----
+# --- Loading and saving ---
 
 
 def load(source: str | Path, trust_remote_code: bool = False, **hub_options) -> Coconut:
-    """The model of a checkpoint, a run's folder or a hub id: see Coconut.from_pretrained."""
+    """Loads a checkpoint, a run's newest checkpoint or a hub id: see Coconut.from_pretrained."""
     folder = _local_folder(source, hub_options)
     description = read_description(folder)
     if description is None:
@@ -68,8 +68,8 @@ def load(source: str | Path, trust_remote_code: bool = False, **hub_options) -> 
 def save(
     model: Coconut, folder: str | Path, push_to_hub: bool = False, repo_id: str | None = None, **hub_options
 ) -> None:
-    """Writes what `load` reads, into a new folder that appears when it is whole, and uploads it if `push_to_hub`; the
-    default of repo_id is the folder's name. Raises UserError."""
+    """Writes a new folder for `load`, atomically, and uploads it if push_to_hub is set; repo_id defaults to the
+    folder's name. Raises UserError."""
     if not push_to_hub and (hub_options or repo_id):
         raise TypeError(f"{', '.join(['repo_id', *hub_options])} are options of push_to_hub=True")
     with replaced(Path(folder), ()) as aside:
@@ -79,7 +79,7 @@ def save(
 
 
 def push(model: Coconut, repo_id: str, private: bool | None = None, token: str | None = None, **upload_options) -> str:
-    """Uploads what `load` reads with a short model card; returns the commit's address. Errors are the hub's."""
+    """Uploads a folder for `load` with a short model card; returns the commit's URL. Raises the hub's exceptions."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     data = ModelCardData(library_name="coconut", pipeline_tag="text-generation", tags=["coconut", "latent-reasoning"])
@@ -96,7 +96,7 @@ def _pretrained(model: Coconut) -> Pretrained:
 
 
 def _local_folder(source: str | Path, hub_options: dict) -> Path:
-    """The folder of a local checkpoint, or of the hub's downloaded files. Raises UserError."""
+    """Returns the folder of a local checkpoint or, for a hub id, of the downloaded files. Raises UserError."""
     if os.path.exists(source) or not HUB_ID.fullmatch(str(source)):
         return resolve(str(source))
     with loading("checkpoint", source):
@@ -105,7 +105,7 @@ def _local_folder(source: str | Path, hub_options: dict) -> Path:
     return resolve(str(folder))
 
 
-# ---- Asking ----
+# --- Asking ---
 
 
 def answers(
@@ -117,7 +117,7 @@ def answers(
     show_thoughts: bool = False,
     **sampling,
 ) -> list[dict]:
-    """The model's answers to questions: see Coconut.answers."""
+    """Answers questions as one batch: see Coconut.answers."""
     if not questions:
         return []
     rows = _answerable(model, questions, n_thoughts, mode)
@@ -143,18 +143,18 @@ def samples(
     n_thoughts: int | None = None,
     mode: str | None = None,
 ) -> list[dict[str, int]]:
-    """The answers that `samples.generate` draws for each question, the most frequent first, with their counts. keys: of
-    the questions. Raises UserError."""
+    """Samples n_samples answers to each question; returns {answer: count} for each, the most frequent answer first.
+    keys: one a question, see `samples.generate`. Raises UserError."""
     rows = _answerable(model, questions, n_thoughts, mode)
     drawn = generate_samples(model, rows, keys, n_samples, policy, max_new_tokens)
     found = map(extract_answer, texts_of(drawn.tokens, model.config.method, _pretrained(model)))
-    return [dict(Counter(of_one).most_common()) for of_one in batched(found, n_samples)]
+    return [dict(Counter(group).most_common()) for group in batched(found, n_samples)]
 
 
 def prompts(
     model: Coconut, questions: list[str], n_thoughts: int | None = None, mode: str | None = None
 ) -> list[list[int]]:
-    """Token ids of each question, its newline, markers and latents: what an answer follows. Raises UserError."""
+    """Returns each question's prompt as token ids: question, newline, markers and latents. Raises UserError."""
     config = config_for(model, n_thoughts, mode)
     for question in questions:
         if not isinstance(question, str):
@@ -173,7 +173,8 @@ def prompts(
 def _answerable(
     model: Coconut, questions: list[str], n_thoughts: int | None = None, mode: str | None = None
 ) -> list[list[int]]:
-    """`prompts`, each with a question and a position left for an answer. Raises UserError."""
+    """Returns `prompts` after checking that each holds a question and leaves a position for the answer. Raises
+    UserError."""
     rows, limit = prompts(model, questions, n_thoughts, mode), model.max_positions or math.inf
     for question, row in zip(questions, rows, strict=True):
         if not row or row[0] == model.markers.latent:
@@ -184,7 +185,8 @@ def _answerable(
 
 
 def unknown_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The characters of a text, each once, that become the unknown token or are in no token; blanks may be in none."""
+    """Returns the characters of a text, each once, that the tokenizer maps to the unknown token or drops; dropped
+    whitespace does not count."""
     if not tokenizer.is_fast:
         return ""
     found = tokenizer(text, return_offsets_mapping=True)
@@ -196,7 +198,7 @@ def unknown_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def config_for(model: Coconut, n_thoughts: int | None = None, mode: str | None = None) -> Config:
-    """The model's configuration with another number of latents or another mode. Raises UserError."""
+    """Returns the model's configuration with another number of latents or another mode. Raises UserError."""
     config = model.config
     if mode is not None:
         problems, config = Config.problems_of({"mode": mode}), replace(config, mode=mode)
@@ -216,8 +218,8 @@ def config_for(model: Coconut, n_thoughts: int | None = None, mode: str | None =
 def thought_logits(
     model: Coconut, input_ids: torch.Tensor, edit: Edit | None = None, **batch
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the LM head makes of the positions before the latents, those that thoughts are made from, (B, K, V), and the
-    thoughts, (B, K, D), for rows as in Coconut.states whose K latents stand in the same columns."""
+    """Returns the logits (B, K, V) at the positions before the latents, whose hidden states become the thoughts, and
+    the thoughts (B, K, D). The batch is that of Coconut.states; all rows have their K latents in the same columns."""
     hidden, embeds = model.states(input_ids, edit=edit, **batch)
     columns = latent_columns(input_ids, model.latent_token_id)
     return model.head(hidden[:, [column - 1 for column in columns]]), embeds[:, columns]
@@ -226,7 +228,7 @@ def thought_logits(
 def decoded_thoughts(
     model: Coconut, tokenizer: PreTrainedTokenizerBase, batch: dict[str, torch.Tensor]
 ) -> list[list[list[tuple[str, float]]]]:
-    """For each row, for each latent: the TOP likeliest (token, probability) pairs at the position before it."""
+    """Returns, for each row and each latent, the TOP likeliest (token, probability) pairs at the position before it."""
     top = thought_logits(model, **batch)[0].float().softmax(dim=-1).topk(TOP)  # (B, K, TOP) each
 
     def pairs(ids: list[int], shares: list[float]) -> list[tuple[str, float]]:

@@ -1,12 +1,12 @@
-"""The memory that a rank needs at most, in training and validation: counted on fake tensors, without a GPU.
+"""Counts a rank's peak memory in training and validation on fake tensors, without a GPU.
 
-torch's FakeTensorMode computes the shapes of all tensors and none of their values; a dispatch mode adds up the bytes of
-the storages that are alive. What runs is the model itself, forward, backward and AdamW, with FSDP on a fake process
-group. Two things are modelled: DDP's buckets, because its C++ code needs values, and for GPUs the attention, because a
-CPU's kernels keep other tensors for the backward pass.
+torch's FakeTensorMode computes the shapes of all tensors but no values, and a dispatch mode adds up the bytes of the
+live storages. Forward, backward and AdamW of the model itself run, under FSDP on a fake process group. Only two things
+are modelled: DDP's buckets, because its C++ code needs values, and the attention on GPUs, because CPU kernels save
+other tensors for the backward pass.
 
-What kernels allocate inside does not count, nor do CUDA's context, NCCL's buffers and the gaps of CUDA's allocator:
-SHARE_OF_GPU leaves room for these. Blocks are counted as if they were not compiled.
+Not counted are temporary buffers inside kernels, CUDA's context, NCCL's buffers and fragmentation of CUDA's allocator:
+SHARE_OF_GPU leaves room for them. Blocks are counted as if they were not compiled.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ from model.layout import lay_out, lay_out_prompts
 from trainer import evaluate, parallel
 from trainer.distributed import World
 
-SHARE_OF_GPU = 0.92  # of a GPU's memory that tensors may take
+SHARE_OF_GPU = 0.92  # share of a GPU's memory for tensors
 
 
 class Need(NamedTuple):
     """Bytes of a rank at the peak of a step."""
 
-    weights: int  # of the rank's share under FSDP
+    weights: int  # under FSDP those of the rank's shard
     gradients: int
     optimizer: int
-    gathered: int  # the whole weights that FSDP gathers
+    gathered: int  # the unsharded weights under FSDP
     total: int
 
     @property
     def rest(self) -> int:
-        """Activations and what the kernels return for a moment."""
+        """Activations and temporary tensors."""
         return max(self.total - self.weights - self.gradients - self.optimizer - self.gathered, 0)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations on fake tensors return, as long as these are alive.
+    """Counts the bytes of all live storages that operations on fake tensors have returned.
 
-    As torch.distributed._tools.mem_tracker, without its hooks in modules, which a latent pass would call again.
+    Like torch.distributed._tools.mem_tracker but without its module hooks, which every latent pass would call again.
     """
 
     def __init__(self, fake: FakeTensorMode):
@@ -72,14 +72,14 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if DTensor in types:
-            return NotImplemented  # until it has become an operation on its local tensors
+            return NotImplemented  # DTensor then dispatches the operation on its local tensors
         if function is torch.ops.aten._local_scalar_dense.default:
-            return 1  # a fake tensor has no value: "all rows are finished"
+            return 1  # a fake tensor has no value; true lets generation stop after a token
         self.peak = max(self.peak, self.now)
         result = function(*args, **(kwargs or {}))
-        if active_fake_mode() is self.fake:  # DTensor computes shapes under one of its own
+        if active_fake_mode() is self.fake:  # DTensor computes shapes under another one
             tree_map_only(torch.Tensor, self._count, result)
-            # autograd adds to a gradient in place, but to a fake one not: that is gone before the next operation
+            # autograd accumulates gradients in place, but fake ones out of place: that copy must not count
             if function is not torch.ops.aten.add.Tensor or torch._C._current_graph_task_id() == -1:
                 self.peak = max(self.peak, self.now)
         return result
@@ -98,7 +98,7 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def resizes(self) -> Iterator[None]:
-        """Counts storages that change their size, as FSDP's gathered weights do."""
+        """Counts storages that are resized, such as FSDP's gathered weights."""
         original = torch.UntypedStorage.resize_
 
         def resize_(storage: torch.UntypedStorage, n_bytes: int):
@@ -111,15 +111,15 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _gpu_attention(query, key, value, attn_mask=None, *_, **__) -> torch.Tensor:
-    """scaled_dot_product_attention as a GPU's fused kernels have it, with dropout and masks too: no (T, L) weights."""
+    """scaled_dot_product_attention on a GPU: fused kernels store no (T, L) weights, even with dropout or a mask."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
     return _FusedAttention.apply(query, key, value, attn_mask)
 
 
 class _FusedAttention(torch.autograd.Function):
-    """The tensors of flash attention (Dao 2023, arXiv 2307.08691): output and log-sum-exp for the backward pass, which
-    adds up the query's gradient in float32."""
+    """Allocates what flash attention does (Dao 2023, arXiv 2307.08691): output and log-sum-exp are saved for the
+    backward pass, which accumulates the query's gradient in float32."""
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
@@ -139,7 +139,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class FakeRank:
-    """A rank on fake tensors; made by `fake_rank`. `train` and `validate` return what it needs at most."""
+    """A rank on fake tensors, made by `fake_rank`; `train` and `validate` return its peak memory."""
 
     def __init__(self, config: Config, world: World, on_gpu: bool, model: Coconut):
         """model: on the meta device, wrapped and sharded."""
@@ -169,12 +169,12 @@ class FakeRank:
             yield
 
     def _average(self, parameter: nn.Parameter, bucket: torch.Tensor) -> None:
-        """DDP with gradient_as_bucket_view: the gradient of a backward that synchronises becomes a view of a bucket."""
+        """Models DDP with gradient_as_bucket_view: a synchronising backward turns gradients into views of buckets."""
         if self._syncs:
             parameter.grad = bucket.copy_(parameter.grad)
 
     def train(self, batch: dict, accumulation: int = 1) -> Need:
-        """An optimizer step as run.py's `train_step` makes it, of so many micro-batches like this one."""
+        """Counts an optimizer step of run.py's `train_step` over `accumulation` micro-batches like this one."""
         batch = self._faked(batch)
         if not self.optimizer.state:
             before = self.live.now
@@ -182,11 +182,11 @@ class FakeRank:
             self.states = self.live.now - before
         return self._need(lambda: self._step(batch, min(accumulation, 2)), self.gradients)
 
-    def _step(self, batch: dict, n_passes: int) -> None:
+    def _step(self, batch: dict, n_micro_batches: int) -> None:
         with self._counting():
             self.model.train()
-            for number in range(n_passes):
-                self._syncs = number + 1 == n_passes
+            for number in range(n_micro_batches):
+                self._syncs = number + 1 == n_micro_batches
                 with parallel.sync_gradients(self.model, now=self._syncs):
                     with evaluate.autocast(self.config, self.world):
                         output = self.model(**batch)
@@ -195,13 +195,13 @@ class FakeRank:
             self.optimizer.zero_grad(set_to_none=True)
 
     def validate(self, rows: Sequence[tuple], prompts: Sequence[Sequence[int]]) -> Need:
-        """The loss of (input_ids, labels) pairs, and a generation from prompts, as in an epoch's validation. After a
-        `train`."""
+        """Counts a validation: the loss of (input_ids, labels) pairs and a generation from prompts. Needs a `train`
+        before."""
         eos, family = self.model.eos_token_id, self.model.family
         batch = collate_for_device(list(rows), eos, self.model.latent_token_id)
         batch = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "labels", "supervised")}
         given = collate_prompts(list(prompts), eos)
-        # where latents and padding are depends on values
+        # laid out with real values: the positions of latents and padding depend on them
         layouts = {
             "lay_out": lay_out(*(batch[name] for name in given), **family),
             "lay_out_prompts": lay_out_prompts(**given, **family),
@@ -237,7 +237,7 @@ class FakeRank:
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's share of a parameter."""
+    """Returns this rank's shard of a parameter."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
@@ -245,8 +245,8 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 def fake_rank(
     config: Config, n_ranks: int, strategy: str, on_gpu: bool, shapes: Sequence, markers: Markers
 ) -> Iterator[FakeRank]:
-    """A rank of `n_ranks` that share a model by `strategy` (ddp or fsdp). shapes: transformers' configurations of the
-    model and of those that are trained beside it. There must be no process group."""
+    """Yields a rank of `n_ranks` under `strategy` (ddp or fsdp). shapes: transformers' configurations of the model and
+    of its companions. Needs a process without a process group."""
     model = parallel.model_on_meta(config, *shapes, markers=markers)
     dist.init_process_group("fake", rank=0, world_size=n_ranks)
     try:
@@ -259,9 +259,9 @@ def fake_rank(
 
 
 def largest_that_fits(needed: Callable[[int], int], limit: int, sizes: Sequence[int]) -> int:
-    """The largest of some ascending sizes for which `needed`, which grows about in proportion, is within a limit; 0 if
-    there is none. Interpolates: each call of `needed` is a step."""
-    low, high = -1, len(sizes)  # of sizes; the first fits, the second does not
+    """Returns the largest of ascending sizes whose `needed(size)`, about linear in size, is within a limit; 0 if none
+    is. Searches by interpolation, since each call of `needed` runs a step."""
+    low, high = -1, len(sizes)  # indices: sizes[low] fits, sizes[high] does not
     known: dict[int, int] = {}
     guess = 0
     while high - low > 1:

@@ -1,10 +1,9 @@
-"""How the ranks share one model: replicated (DDP) or sharded (FSDP2); compiled and checkpointed blocks.
+"""Replicates the model over the ranks (DDP) or shards it (FSDP2); compiles or checkpoints its decoder blocks.
 
-Under FSDP a rank owns a share of the weights, their gradients and the optimizer's state in float32, and gathers the
-whole weights, in the dtype of the arithmetic, for the passes of a step. They are gathered once a step, not once a
-latent pass, and the gradients of all passes are reduced once: a step sends what plain data parallelism sends, and ranks
-whose rows have different numbers of latents, or whose generations end at different steps, never wait for each other in
-between. What that costs is room for the whole weights and for one whole gradient.
+Under FSDP a rank owns a shard of the weights, gradients and optimizer state in float32, and gathers the whole weights,
+in the dtype of the arithmetic, once a step instead of once a latent pass. The gradients of all passes are reduced once
+too. So a step sends as much as plain data parallelism, and ranks with different numbers of latents or generated tokens
+do not wait for each other within a step. The price is memory for the whole weights and one whole gradient.
 """
 
 from __future__ import annotations
@@ -34,21 +33,21 @@ from trainer.distributed import World, all_reduce, on_every_rank, on_main_rank
 from trainer.pretrained import Pretrained, load_model, make_model, shape_of
 from utils import UserError
 
-BYTES_PER_PARAMETER = 16  # float32 weights, gradients, and AdamW's two averages
-SHARE_OF_MEMORY = 0.6  # of a GPU that these may take under DDP; activations need the rest
+BYTES_PER_PARAMETER = 16  # float32 weights, gradients and AdamW's two averages
+SHARE_OF_MEMORY = 0.6  # share of a GPU's memory for these under DDP; activations need the rest
 
 
 def load(config: Config, world: World, source: Path | None) -> Pretrained:
-    """The model of this rank, on its device, whole, or sharded where the strategy is fsdp; tokenizer and markers.
+    """Loads the model onto this rank's device, whole or, under fsdp, sharded, with tokenizer and markers.
 
-    Collective: every rank must call it. Raises UserError as `pretrained.load_model` does.
+    Collective: every rank must call it. Raises the UserErrors of `pretrained.load_model`.
     """
     if choose_strategy(config, world, source) != "fsdp":
         loaded = in_turn(world, lambda cached: load_model(config, source, cached))
         wrap_blocks(loaded.model, config)
         loaded.model.to(world.device)
         return loaded
-    # rank 0 reads the model, into its CPU's memory; the others learn what it looks like
+    # only rank 0 reads the weights, into CPU memory; the others get what they need to build the model
     whole: list = []
     base_config, others, generation_config, tokenizer, markers, recomputes = on_main_rank(
         world, lambda: whole.append(load_model(config, source)) or _shape(*whole[0])
@@ -65,7 +64,7 @@ def load(config: Config, world: World, source: Path | None) -> Pretrained:
 def model_on_meta(
     config: Config, base_config: PreTrainedConfig, *others: PreTrainedConfig, markers: Markers
 ) -> Coconut:
-    """A model of these shapes, with the `others` beside it in training, without weights: on the meta device."""
+    """Builds the model, with `others` as its companions in training, on the meta device: without weights."""
     trust = config.trust_remote_code
     with torch.device("meta"):
         base, *companions = (
@@ -81,30 +80,29 @@ def model_on_meta(
 
 
 def in_turn(world: World, action: Callable[[bool], Any]) -> Any:
-    """The result of an action that may ask the hub, on every rank: the first rank of each node makes it first, and then
-    the others, which are told that what it needs is in the cache by now. Collective."""
+    """Runs an action that may download from the hub on the first rank of each node, then on the others; returns its
+    result. action: cached -> result, where `cached` says that the files are in the hub's cache. Collective."""
     found: list = []
     is_first = world.local_rank == 0
-    on_every_rank(world, lambda: found.append(action(False)) if is_first else None)  # all ranks: one a node asks
-    on_every_rank(world, lambda: None if is_first else found.append(action(True)))  # all ranks: the others do not
+    on_every_rank(world, lambda: found.append(action(False)) if is_first else None)  # all ranks: one a node downloads
+    on_every_rank(world, lambda: None if is_first else found.append(action(True)))  # all ranks: others use its files
     return found[0]
 
 
 def choose_strategy(config: Config, world: World, source: Path | None) -> str:
-    """ddp or fsdp, also for a world of one. auto is ddp unless the model is too large for it. Collective."""
+    """Returns ddp or fsdp, also for a world of one; auto is ddp unless the model is too large. Collective."""
     if config.strategy != "auto":
         return config.strategy
     if world.size == 1 or world.device.type != "cuda":
         return "ddp"
-
     shape = in_turn(world, lambda cached: shape_of(config, source, cached))
-    # of the smallest GPU: all ranks have to choose alike
+    # the smallest GPU counts: all ranks must choose the same
     memory = on_every_rank(world, lambda: torch.cuda.get_device_properties(world.device).total_memory)
     return "fsdp" if bytes_under_ddp(config, shape) > SHARE_OF_MEMORY * min(memory) else "ddp"
 
 
 def bytes_under_ddp(config: Config, shape: PreTrainedConfig) -> int:
-    """What weights, gradients and AdamW's averages take on each rank that has the whole model."""
+    """Returns the bytes of weights, gradients and AdamW's averages on a rank that has the whole model."""
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
     n_models = 1 if config.only_eval else 1 + config.rules.n_companions
@@ -112,8 +110,8 @@ def bytes_under_ddp(config: Config, shape: PreTrainedConfig) -> int:
 
 
 def blocks_of(model: Coconut, purpose: str) -> list[nn.Module]:
-    """The decoder blocks, its companions' too. Raises UserError where the purpose, a key of the configuration, would
-    find none."""
+    """Returns the decoder blocks of the model and its companions. Raises UserError if there are none; its message
+    names the purpose, a key of the configuration."""
     blocks = [block for part in with_companions(model) for block in decoder_blocks(part.base_causallm)]
     if not blocks:
         family = model.base_causallm.config.model_type
@@ -122,28 +120,26 @@ def blocks_of(model: Coconut, purpose: str) -> list[nn.Module]:
 
 
 def with_companions(model: Coconut) -> list[Coconut]:
-    """The model, and those that are trained beside it."""
+    """Returns the model and those that are trained beside it."""
     return [model, *model.companions.values()]
 
 
 def wrap_blocks(model: Coconut, config: Config) -> None:
-    """Compiles the decoder blocks, or lets them compute again what they do not keep, as the configuration says; else
-    the gradients of their weights from latent passes are made once a step."""
+    """Compiles or checkpoints the decoder blocks, as the configuration says; otherwise defers the weight gradients of
+    the latent passes, so that one matrix product a step computes them."""
     if config.gradient_checkpointing:
         checkpoint_blocks(blocks_of(model, "gradient_checkpointing"))
     elif not config.compile:
         defer_weight_gradients(model.backbone.decoder, model.backbone.blocks)
     if config.compile:
-        # a graph for each of: with and without gradients, with and without a mask, one column or several, one row or
-        # several; never one for a length
+        # one graph for each combination of gradients or none, mask or none, one column or several, one row or several;
+        # lengths are dynamic
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in blocks_of(model, "compile"):
             block.compile(dynamic=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Sharding
-# ---------------------------------------------------------------------------------------------------------------
+# --- Sharding ---
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -151,24 +147,19 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def _shape(model: Coconut, tokenizer, markers) -> tuple:
-    """What another rank needs to make the same model without its weights."""
+    """Returns what another rank needs to build the same model without its weights."""
     for part in with_companions(model):
         part.base_causallm.config.dtype = part.base_causallm.dtype
     base_config, *others = (part.base_causallm.config for part in with_companions(model))
-    return (
-        *(base_config, others, model.base_causallm.generation_config),
-        *(tokenizer, markers, model.backbone.recomputes),
-    )
+    generation_config = model.base_causallm.generation_config
+    return base_config, others, generation_config, tokenizer, markers, model.backbone.recomputes
 
 
 def shard(model: Coconut, config: Config, mesh: DeviceMesh | None = None) -> None:
-    """Shards a model on the meta device over the ranks of a mesh, by default all."""
+    """Shards a model on the meta device over a mesh, by default all ranks."""
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    options = {
-        "mesh": mesh,
-        "reshard_after_forward": False,
-        "mp_policy": bf16 if config.bf16 else MixedPrecisionPolicy(),
-    }
+    policy = bf16 if config.bf16 else MixedPrecisionPolicy()
+    options = {"mesh": mesh, "reshard_after_forward": False, "mp_policy": policy}
     for block in blocks_of(model, "strategy: fsdp"):
         fully_shard(block, **options)
     for part in reversed(with_companions(model)):
@@ -177,63 +168,62 @@ def shard(model: Coconut, config: Config, mesh: DeviceMesh | None = None) -> Non
 
 
 def _fill(model: Coconut, whole: Coconut | None, world: World) -> None:
-    """Materialises a model that was made on the meta device with the weights that rank 0 has. All ranks."""
+    """Materialises a model on the meta device with rank 0's weights. Collective: every rank must call it."""
     model.to_empty(device=world.device)
     tie_weights(model)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, whole.state_dict() if whole is not None else {}, options=options)
-    theirs = dict(whole.named_buffers()) if whole is not None else {}
+    buffers = dict(whole.named_buffers()) if whole is not None else {}
     for name, buffer in model.named_buffers():  # such as rotary frequencies, which no state dict holds
         if world.is_main:
-            buffer.copy_(theirs[name])
-        dist.broadcast(buffer, src=0)
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, src=0)  # all ranks
 
 
 def tie_weights(model: Coconut) -> None:
-    """Ties the weights that `to_empty` has made two of."""
+    """Ties the weights that `to_empty` has untied."""
     for part in with_companions(model):
         part.base_causallm.tie_weights()
 
 
 def whole_weights(model: Coconut) -> dict[str, torch.Tensor]:
-    """The state dict of the whole model, on the CPU; empty on other ranks than 0 where it is sharded. Collective."""
+    """Returns the whole model's state dict; a sharded model's is on the CPU of rank 0 and empty elsewhere.
+    Collective."""
     if not is_sharded(model):
         return model.state_dict()
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # tied weights under one name
-    return {name: value for name, value in weights.items() if name in once}
+    unique = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # tied weights have one name
+    return {name: value for name, value in weights.items() if name in unique}
 
 
 def gather_weights(model: Coconut) -> None:
-    """Gathers sharded weights for passes that not all ranks make: until the next training step, none of them
-    communicates. Collective: every rank must call it."""
+    """Gathers sharded weights, so that passes until the next training step need no communication and ranks may make
+    different numbers of them. Collective: every rank must call it."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.unshard()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------
+# --- Training ---
 
 
 def wrap(model: Coconut, world: World) -> nn.Module:
-    """The model as training calls it: under DDP where it is replicated over several ranks."""
+    """Wraps a model that is replicated over several ranks in DDP; returns others as they are."""
     if is_sharded(model) or world.size == 1:
         return model
     return DistributedDataParallel(
         model,
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
-        forward_sync_buffers=False,  # no model has buffers that training changes
-        find_unused_parameters=model.backbone.leaves_parameters_out,  # it would wait for their gradients
+        forward_sync_buffers=False,  # training changes no buffers
+        find_unused_parameters=model.backbone.leaves_parameters_out,  # else DDP waits for their gradients
         gradient_as_bucket_view=True,
     )
 
 
 @contextmanager
 def sync_gradients(wrapped: nn.Module, now: bool) -> Iterator[None]:
-    """Around the forward and backward of a micro-batch: whether the ranks average their gradients in its backward.
-    Inside accumulation they do not, and nothing is sent."""
+    """Averages the gradients across ranks in the micro-batch's backward inside the context if `now` is true; else, in
+    accumulation, nothing is sent."""
     if isinstance(wrapped, DistributedDataParallel) and not now:
         with wrapped.no_sync():
             yield
@@ -241,8 +231,8 @@ def sync_gradients(wrapped: nn.Module, now: bool) -> Iterator[None]:
         wrapped.set_is_last_backward(now)
         is_frozen = not any(weight.requires_grad for weight in wrapped.backbone.decoder.parameters())
         for part in with_companions(wrapped):
-            # a companion runs once, and all of its backward comes before the latents'; each pass over a block of
-            # the model ends with its gradients, which wait until the backward has come to the first pass, if to any
+            # a companion runs once, and its backward precedes that of the latents. The model runs once a latent: its
+            # blocks synchronise only in the backward of the first pass, the last one to add to their gradients
             _sync_blocks(part, now and (is_frozen or part is not wrapped))
         with _after_first_pass(wrapped, lambda: _sync_blocks(wrapped, True)) if now else nullcontext():
             yield
@@ -257,12 +247,12 @@ def _sync_blocks(part: Coconut, now: bool) -> None:
 
 @contextmanager
 def _after_first_pass(model: Coconut, action: Callable[[], None]) -> Iterator[None]:
-    """Calls `action` when the backward inside has come to the first call of the decoder inside that has gradients, and
-    so to the last gradients of its blocks."""
+    """Calls `action` when the backward inside the context reaches the first decoder call that required gradients, just
+    before it computes the last gradients of the blocks."""
 
     def hook(_, __, output) -> None:
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        if hidden.requires_grad:  # generation without gradients may come before it
+        if hidden.requires_grad:  # not in a generation before it
             handle.remove()
             hidden.register_hook(lambda _: action())
 
@@ -274,7 +264,7 @@ def _after_first_pass(model: Coconut, action: Callable[[], None]) -> Iterator[No
 
 
 def weights_are_finite(model: nn.Module) -> bool:
-    """Whether all ranks' weights are. A loss tells of the weights before its step only. Collective."""
+    """Whether the weights of all ranks are finite; the loss only tells about those before its step. Collective."""
     shares = [getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters()]
     finite = torch.stack([share.isfinite().all() for share in shares]).all().int()
     all_reduce(finite, op=dist.ReduceOp.MIN)  # all ranks
@@ -282,8 +272,8 @@ def weights_are_finite(model: nn.Module) -> bool:
 
 
 def step_is_finite(norm: torch.Tensor, loss: torch.Tensor) -> bool:
-    """Whether a gradient's norm and all ranks' losses are. Collective, and it waits for the device."""
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # all ranks, where it is sharded
+    """Whether the gradient's norm and the losses of all ranks are finite. Collective; waits for the device."""
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # all ranks, if it is sharded
     both = loss + norm
     all_reduce(both)  # all ranks
     return bool(both.isfinite())

@@ -1,6 +1,6 @@
-"""What a run will need, before anything is loaded: memory, disk, tokens, FLOPs, hours. `run.py FILE --plan` prints it.
+"""Predicts a run's memory, disk, tokens, FLOPs and hours without loading weights; `run.py FILE --plan` prints them.
 
-torch is imported where it is needed: run.py imports this before it answers --help.
+torch is imported inside functions, because run.py imports this module before it answers --help.
 """
 
 from __future__ import annotations
@@ -30,21 +30,19 @@ if TYPE_CHECKING:
     from trainer.memory import Need
 
 GIB = 2**30
-SAMPLE = 200  # examples whose sequences are counted for `cost_of`; the others are taken to be like them
-UTILISATION = 0.3  # of a GPU's peak
-GPU, GPU_GIB = "H100", 80  # where --gpus is given and there is none here
+SAMPLE = 200  # number of examples from which `cost_of` extrapolates
+UTILISATION = 0.3  # share of a GPU's peak FLOP/s
+GPU, GPU_GIB = "H100", 80  # for --gpus on a machine without GPUs
 LARGEST_BATCH = 4096
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Tokens, FLOPs, disk
-# ---------------------------------------------------------------------------------------------------------------
+# --- Tokens, FLOPs, disk ---
 
 
 class Cost(NamedTuple):
     epochs: int
-    tokens: float  # trained on
-    flops: float  # of training and evaluation
+    tokens: float  # in training
+    flops: float  # in training and evaluation
     disk: int  # bytes of checkpoints
 
 
@@ -63,10 +61,10 @@ def _data(path: str, model: _Model, separator: str) -> tuple[int, object, object
 
 
 def cost_of(config: Config, epochs: Sequence[int] | None = None, test_path: str | None = None) -> Cost:
-    """What a run costs in these epochs, by default in all from its beginning, with their validations and the test, and
-    without what a method adds to Coconut.
+    """Returns the cost of a run's epochs, by default of all, with their validations and the test, but without what a
+    method adds to Coconut.
 
-    An evaluation has a forward pass for the loss, and another's FLOPs for a generation as long as the gold answer.
+    An evaluation counts as two forward passes: the loss, and a generation as long as the gold answer.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -83,14 +81,14 @@ def cost_of(config: Config, epochs: Sequence[int] | None = None, test_path: str 
     markers = mark(_data(config.train_path, model, config.step_separator)[1], config.method)
     counter = FlopCounter.of(Coconut(base, markers.latent, markers.start, markers.end, markers.eos, config.thought))
 
-    def count(path: str, most: int | None, config: Config, epoch: int) -> tuple[float, float]:
-        """(tokens, FLOPs) of training once on a file as in this epoch."""
+    def count(path: str, limit: int | None, config: Config, epoch: int) -> tuple[float, float]:
+        """Returns (tokens, FLOPs) of training on a file once, at this epoch's stage."""
         n_examples, _, tokens = _data(path, model, config.step_separator)
-        rows, share = StageDataset(tokens, config, markers, epoch), min(n_examples, most or n_examples) / len(tokens)
+        rows, scale = StageDataset(tokens, config, markers, epoch), min(n_examples, limit or n_examples) / len(tokens)
         pairs = [rows[index, stage_of(config, epoch)] for index in range(len(tokens))]
         lengths = [len(ids) for ids, _ in pairs]
         supervised = sum(label != IGNORE for _, labels in pairs for label in labels)
-        return share * sum(lengths), share * counter.training(lengths, supervised)
+        return scale * sum(lengths), scale * counter.training(lengths, supervised)
 
     trained = [count(config.train_path, config.max_train_examples, config, epoch) for epoch in epochs]
     at_stage = replace(config, uniform_prob=0.0)
@@ -104,25 +102,23 @@ def cost_of(config: Config, epochs: Sequence[int] | None = None, test_path: str 
 
 
 def is_counted_in_part(config: Config) -> bool:
-    """Whether the method does more than `cost_of` counts."""
+    """Whether the method does more work than `cost_of` counts."""
     return config.has_latents and config.method != "coconut"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Memory
-# ---------------------------------------------------------------------------------------------------------------
+# --- Memory ---
 
 
 class Machine(NamedTuple):
-    """What a run is planned for."""
+    """The hardware of a planned run."""
 
     ranks: int
-    gpu: str | None  # its name; None: CPUs
+    gpu: str | None  # the GPU's name; None: CPUs
     memory: int | None = None  # bytes of a GPU
 
 
 class Batches:
-    """The batches of a run that need the most memory: those of the longest sequences."""
+    """Makes the run's batches with the longest sequences, which need the most memory."""
 
     def __init__(self, config: Config, data: Data, markers: Markers):
         from trainer.pretrained import parts_of
@@ -130,12 +126,12 @@ class Batches:
         self.config, self.data, self.markers = config, data, markers
         self.dataset = parts_of(config).dataset(data.train, config, markers)
         stages = list(dict.fromkeys(stage_of(config, epoch) for epoch in range(config.resume, config.num_epochs)))
-        # the longest reasoning; the most latents beside the longest that is left then, and the last stage, without any
+        # the first stage has the longest reasoning; the last two have the most latents, with and without steps
         self.stages = list(dict.fromkeys([stages[0], *stages[-2:]]))
 
     def training(self, stage: int, size: int) -> dict:
-        """As many of the longest training sequences as a pass has examples; with uniform_prob, the first is the longest
-        of all that any stage before has."""
+        """Returns a micro-batch of the `size` longest sequences of a stage. With uniform_prob it includes stage 0's
+        longest sequence, which any example may draw."""
         indices = self._longest(self.data.train, stage, size)
         items = [self.dataset[index, stage] for index in indices]
         if self.config.uniform_prob:
@@ -145,7 +141,7 @@ class Batches:
         return batch
 
     def validation(self, stage: int, n_ranks: int) -> tuple[list[tuple], list[list[int]]]:
-        """(rows of a pass for the loss, prompts of a generation)."""
+        """Returns the longest (rows of a batch for the loss, prompts of a batch for generation)."""
         rows = StageDataset(self.data.val, self.config, self.markers)
         size, n_examples = self.config.batch_size_training, len(self.data.val)
         pairs = [rows[index, stage] for index in self._longest(self.data.val, stage, min(size, n_examples))]
@@ -160,21 +156,19 @@ class Batches:
 
 
 class Estimate(NamedTuple):
-    """Of one rank."""
+    """Memory of one rank, and sizes."""
 
     parameters: int
     trained: int
     training: Need
-    stage: int  # whose step needs the most
+    stage: int  # the stage whose step needs the most memory
     columns: int  # of its batch
     validation: Need
-    largest: int | None  # batch_size_training that fits; None: no limit is known
-    saved: int  # bytes of a checkpoint
-    saved_whole: int  # with AdamW's averages
+    largest: int | None  # largest batch_size_training that fits; None: the memory is unknown
 
 
 class Source(NamedTuple):
-    """What a run is made of, without weights."""
+    """A run's inputs without weights."""
 
     shape: object  # transformers' configuration
     markers: Markers
@@ -182,7 +176,7 @@ class Source(NamedTuple):
 
 
 def read_source(config: Config) -> Source:
-    """Tokenizes the data, or finds their tokens. Raises UserError where data or model are absent."""
+    """Reads the model's configuration and tokenizer and the data's tokens. Raises UserError if any is missing."""
     import torch
     from transformers.utils import logging
 
@@ -199,7 +193,7 @@ def read_source(config: Config) -> Source:
 
 
 def estimate(config: Config, machine: Machine, strategy: str, source: Source) -> Estimate:
-    """Counts the memory of a rank: see trainer/memory.py."""
+    """Counts a rank's memory: see trainer/memory.py."""
     from trainer.memory import SHARE_OF_GPU, fake_rank, largest_that_fits
 
     shapes = [source.shape] * (1 + config.rules.n_companions)
@@ -208,6 +202,7 @@ def estimate(config: Config, machine: Machine, strategy: str, source: Source) ->
     with fake_rank(config, n_ranks, strategy, is_on_gpu, shapes, source.markers) as rank:
         check_lengths(config, rank.model.max_positions, batches.data)
 
+        @cache
         def train(stage: int, size: int) -> Need:
             accumulation, _ = replace(config, batch_size_training=size).micro_batches(n_ranks)
             return rank.train(batches.training(stage, size), accumulation)
@@ -223,13 +218,11 @@ def estimate(config: Config, machine: Machine, strategy: str, source: Source) ->
         columns = batches.training(stage, size)["input_ids"].shape[1]
     n_parameters = sum(parameter.numel() for parameter in parameters)
     n_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    saved = n_parameters * source.shape.dtype.itemsize
-    whole = saved + 2 * n_trained * source.shape.dtype.itemsize
-    return Estimate(n_parameters, n_trained, needs[stage], stage, columns, validation, largest, saved, whole)
+    return Estimate(n_parameters, n_trained, needs[stage], stage, columns, validation, largest)
 
 
 def sizes_of_a_pass(config: Config, n_ranks: int) -> list[int]:
-    """The values of batch_size_training that a global batch can be cut into."""
+    """Returns the values of batch_size_training that divide a rank's share of the global batch."""
     if config.global_batch_size is None:
         return list(range(1, LARGEST_BATCH + 1))
     share = config.global_batch_size // n_ranks
@@ -237,7 +230,7 @@ def sizes_of_a_pass(config: Config, n_ranks: int) -> list[int]:
 
 
 def choose_strategy(config: Config, machine: Machine, shape) -> tuple[str, str]:
-    """(ddp or fsdp, why), as `parallel.choose_strategy` chooses."""
+    """Returns (ddp or fsdp, the reason), by the rule of `parallel.choose_strategy`."""
     from trainer.parallel import SHARE_OF_MEMORY, bytes_under_ddp
 
     if config.strategy != "auto":
@@ -254,19 +247,17 @@ def choose_strategy(config: Config, machine: Machine, shape) -> tuple[str, str]:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# In words
-# ---------------------------------------------------------------------------------------------------------------
+# --- Text ---
 
 
 def plan(config: Config, gpus: int | None = None, gpu_memory: float | None = None) -> str:
-    """What `run.py FILE --plan` prints, for so many GPUs with so many GiB; by default for what the command itself would
-    run on. Raises UserError where data or model are absent."""
+    """Returns the text of `run.py FILE --plan` for this number of GPUs and GiB per GPU, by default those of this
+    machine. Raises UserError if data or model are missing."""
     from trainer.throughput import peak_flops
 
     if config.only_eval:
         raise UserError("--plan is for training runs: leave only_eval out")
-    if missing := list(config.missing_files(but_weights=True)):  # a run that is still to come may make these
+    if missing := list(config.missing_files(but_weights=True)):  # an earlier run may still have to make the weights
         raise UserError("; ".join(missing))
     machine = machine_of(gpus, gpu_memory)
     source = read_source(config)
@@ -295,7 +286,7 @@ def plan(config: Config, gpus: int | None = None, gpu_memory: float | None = Non
 
 
 def machine_of(gpus: int | None, gpu_memory: float | None) -> Machine:
-    """What a plan is for."""
+    """Returns the hardware to plan for."""
     import torch
 
     n_ranks = gpus or launched_ranks()[1]
@@ -330,8 +321,10 @@ def _disk(config: Config, found: Estimate, cost: Cost) -> str:
     kept = f"the newest {n_kept} and the best are kept" if n_kept else "all are kept: see keep_checkpoints"
     folder = Path(config.save_path).absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    gb = (2 if config.bf16_weights else 4) / 1e9  # a parameter
     return (
-        f"a checkpoint {found.saved / 1e9:.3g} GB, with its optimizer {found.saved_whole / 1e9:.3g} GB; the run "
+        f"a checkpoint {gb * found.parameters:.3g} GB, with its optimizer "
+        f"{gb * (found.parameters + 2 * found.trained):.3g} GB; the run "
         f"{cost.disk / 1e9:.3g} GB at most ({kept}), {free / 1e9:.3g} GB are free"
     )
 
@@ -340,14 +333,12 @@ def _gib(n_bytes: float) -> str:
     return f"{n_bytes / GIB:.3g} GiB"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Out of memory
-# ---------------------------------------------------------------------------------------------------------------
+# --- Out of memory ---
 
 
 @contextmanager
 def explains_out_of_memory(config: Config, world: World) -> Iterator[None]:
-    """Raises UserError, that says what would fit, where CUDA is out of memory."""
+    """Turns CUDA's OutOfMemoryError into a UserError that names settings that would fit."""
     import torch
 
     try:
@@ -355,16 +346,16 @@ def explains_out_of_memory(config: Config, world: World) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         memory = torch.cuda.get_device_properties(world.device).total_memory
         machine = Machine(world.size, torch.cuda.get_device_name(world.device), memory)
-        try:  # in a process of its own: this one has a process group
+        try:  # in another process, since this one has a process group
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 advice = pool.submit(what_would_fit, config, machine).result()
-        except Exception:  # whatever a family does with fake tensors: memory is what the user has to hear of
+        except Exception:  # a family may fail on fake tensors, which must not hide the lack of memory
             advice = "try a smaller batch_size_training (the global batch stays) or gradient_checkpointing=true"
         raise UserError(f"CUDA is out of memory: {advice} ({str(error).splitlines()[0]})") from None
 
 
 def what_would_fit(config: Config, machine: Machine) -> str:
-    """In words."""
+    """Returns a sentence with settings that fit into the machine's memory."""
     source = read_source(config)
     strategy, _ = choose_strategy(config, machine, source.shape)
     found = estimate(config, machine, strategy, source)

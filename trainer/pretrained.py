@@ -1,7 +1,7 @@
-"""A model and its tokenizer: from the hub, a folder or a file of the reference; the markers of the latents.
+"""Loads a model and its tokenizer from the hub, a folder or a file of the reference, and adds the latent markers.
 
-The reference implementation (facebookresearch/coconut) saves a state dict with torch.save; everything else is a Hugging
-Face folder, to which a checkpoint of this program adds coconut.json and, where the thought learns, thought.safetensors.
+The reference implementation (facebookresearch/coconut) saves a state dict with torch.save. All other sources are
+Hugging Face folders; a checkpoint of this program adds coconut.json and, if the thought learns, thought.safetensors.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from trainer.check_family import check_family
 from trainer.files import check_names, check_weights, read_weights, reading, reason_of
 from utils import UserError, read_object
 
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # each kind of tokenizer has at least one of them
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # every kind of tokenizer has one of these
 THOUGHT_FILE = "thought.safetensors"
 HUB_TIMEOUT = 5  # seconds
 
 
 class Pretrained(NamedTuple):
-    """A model with what is needed to write its sequences."""
+    """A model with its tokenizer and the ids of its markers."""
 
     model: Coconut
     tokenizer: PreTrainedTokenizerBase
@@ -57,18 +57,18 @@ class Pretrained(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a configuration trains."""
+    """The classes and functions that implement config.method."""
 
     model: type[Coconut]
-    options: dict  # of its constructor, beside Coconut's
+    options: dict  # arguments of its constructor, beside Coconut's
     dataset: type[StageDataset]
-    validate: Callable | None  # in place of trainer.evaluate.evaluate, with its arguments
-    on_device: Callable  # (trainer.setup.Run, batch on the device) -> the batch that the model is called with
+    validate: Callable | None  # replaces trainer.evaluate.evaluate, with the same arguments
+    on_device: Callable  # (trainer.setup.Run, batch on the device) -> the batch for the model's forward
 
 
 def parts_of(config: Config) -> Parts:
-    """The parts of config.method, with what other methods mix in; an eval-only run leaves out what a method adds in
-    training."""
+    """Returns the parts of config.method, mixed with those of methods whose `mixes_in` is true. An eval-only run uses
+    the core's model instead of the method's own."""
     own = None if config.only_eval or config.method in methods.CORE else methods.implementation(config.method)
     model, dataset = getattr(own, "MODEL", Coconut), getattr(own, "DATASET", StageDataset)
     options = config.rules.options(config) if own is not None else {}
@@ -83,27 +83,27 @@ def parts_of(config: Config) -> Parts:
 
 
 def _mixed(own: type, other: type) -> type:
-    """A class that is both."""
+    """Returns a class that derives from both."""
     if issubclass(other, own) or issubclass(own, other):
         return other if issubclass(other, own) else own
     return type(own.__name__, (own, other), {})
 
 
 def make_model(config: Config, base: PreTrainedModel, markers: Markers) -> Coconut:
-    """A causal LM as the configuration trains it."""
+    """Wraps a causal LM in the model class of config.method."""
     tokens, parts = (markers.latent, markers.start, markers.end, markers.eos), parts_of(config)
     return parts.model(base, *tokens, thought=config.thought, **parts.options)
 
 
-# ---- Loading ----
+# --- Loading ---
 
 
 def load_model(config: Config, source: Path | None, cached: bool = False) -> Pretrained:
-    """Loads `source` (see `run_folder.resolve`), or config.model_id where it is None.
+    """Loads `source` (see `run_folder.resolve`), or config.model_id if it is None.
 
-    For a method with latents the tokenizer gets the three markers, and the model an embedding row for each, unless they
-    have them already. `cached`: files of the hub have been downloaded, and the hub is not asked.
-    Raises UserError where names or shapes do not fit the model that model_id names.
+    A method with latents adds missing markers to the tokenizer and an embedding row for each to the model.
+    cached: the files are in the hub's cache, and no request goes to the hub.
+    Raises UserError if names or shapes of weights do not fit model_id.
     """
     folder = source if source is not None and source.is_dir() else None
     tokenizer = load_tokenizer(config, folder, cached)
@@ -124,7 +124,7 @@ def load_model(config: Config, source: Path | None, cached: bool = False) -> Pre
         n_markers = len({START, END, LATENT} - set(tokenizer.get_vocab()))
         has_marker_rows = _load_reference_file(base, source, rows_with_markers=len(tokenizer) + n_markers)
     if config.has_latents:
-        # LoRA leaves the rows as they are: alike, no marker could ever be told from the others or from "<<"
+        # LoRA does not train the rows: equal ones could never tell a marker from the others or from "<<"
         markers = add_markers(tokenizer, base, initialise=not has_marker_rows, distinct=config.lora_rank is not None)
     else:
         markers = mark(tokenizer, config.method)
@@ -146,7 +146,7 @@ def _load_another(config: Config, dtype: torch.dtype, cached: bool, model_id: st
 
 
 def _stop_at(base: PreTrainedModel, eos: int) -> None:
-    """Adds the EOS that answers end with to the tokens at which Hugging Face's `generate` stops."""
+    """Adds the tokenizer's EOS, which ends every answer, to the stop tokens of Hugging Face's `generate`."""
     if base.generation_config is not None:
         known = base.generation_config.eos_token_id
         known = [] if known is None else known if isinstance(known, list) else [known]
@@ -155,7 +155,7 @@ def _stop_at(base: PreTrainedModel, eos: int) -> None:
 
 
 def _load_thought(thought: Thought, spelling: str, folder: Path) -> None:
-    """Loads the thought's weights from a checkpoint; from other folders it keeps its initial ones."""
+    """Loads the thought's weights if the folder is a checkpoint with this thought; else keeps the initial ones."""
     path, own = folder / THOUGHT_FILE, thought.state_dict()
     if path.is_file():
         thought.load_state_dict(read_weights(path, own, f"thought {spelling}"))
@@ -164,14 +164,14 @@ def _load_thought(thought: Thought, spelling: str, folder: Path) -> None:
 
 
 def shape_of(config: Config, source: Path | None, cached: bool = False) -> PreTrainedConfig:
-    """The model's own configuration. Raises UserError where it cannot be loaded."""
+    """Returns the model's transformers configuration. Raises UserError if it cannot be loaded."""
     where = source if source is not None and source.is_dir() else config.model_id
     with loading("model_id", where):
         return AutoConfig.from_pretrained(where, **hub_options(config, where, cached))
 
 
 def _check_same_shape(config: Config, folder: Path) -> None:
-    """Raises UserError where the checkpoint is of another model than model_id, if that is on this machine."""
+    """Raises UserError if the checkpoint's shape differs from model_id's; does nothing if model_id is not cached."""
     model_id, options = config.model_id, hub_options(config, folder)
     try:
         wanted = AutoConfig.from_pretrained(model_id, **options | {"local_files_only": True})
@@ -180,16 +180,15 @@ def _check_same_shape(config: Config, folder: Path) -> None:
     found = AutoConfig.from_pretrained(folder, **options)
     differ = []
     for name in ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads"):
-        ours, theirs = getattr(wanted, name, None), getattr(found, name, None)
-        if ours != theirs:
-            differ.append(f"{name} {theirs}, not {ours}")
+        in_folder, in_model = getattr(found, name, None), getattr(wanted, name, None)
+        if in_folder != in_model:
+            differ.append(f"{name} {in_folder} instead of {in_model}")
     if differ:
-        what = f"{folder} is a checkpoint of another model"
-        raise UserError(f"{what}: it has {'; '.join(differ)}, as model_id {model_id!r} has")
+        raise UserError(f"{folder} is a checkpoint of another model: {'; '.join(differ)} as in model_id {model_id!r}")
 
 
 def read_description(folder: Path) -> dict | None:
-    """coconut.json of a checkpoint folder; None for other Hugging Face folders. Raises UserError if it is damaged."""
+    """Reads a checkpoint's coconut.json; None for other Hugging Face folders. Raises UserError if it is damaged."""
     path = folder / "coconut.json"
     if not path.is_file():
         return None
@@ -205,11 +204,11 @@ def read_description(folder: Path) -> dict | None:
     return modern(description)
 
 
-# ---- The tokenizer and the markers ----
+# --- The tokenizer and the markers ---
 
 
 def load_tokenizer(config: Config, folder: Path | None = None, cached: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint's folder if it holds one, else of config.model_id. Raises UserError."""
+    """Loads the tokenizer of a checkpoint's folder or, if it holds none, of config.model_id. Raises UserError."""
     names = ("tokenizer.json", "tokenizer_config.json")
     has_one = folder is not None and any((folder / name).exists() for name in names)
     source, key = (folder, "load_model_path") if has_one else (config.model_id, "model_id")
@@ -224,9 +223,9 @@ def load_tokenizer(config: Config, folder: Path | None = None, cached: bool = Fa
 
 
 def read_tokenizer(source: str | Path, **options) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id, in the class that its files declare. For some families, such as Qwen2,
-    transformers ignores the declaration, and its own class drops the words of another vocabulary. Raises UserError
-    where a folder has no tokenizer; transformers would make an empty one."""
+    """Loads the tokenizer of a folder or hub id, in the class that its files declare. For some families, such as Qwen2,
+    transformers ignores the declaration, and its own class drops the tokens of another vocabulary. Raises UserError if
+    a folder has no tokenizer; transformers would return an empty one."""
     options = {"trust_remote_code": False} | options
     if Path(source).is_dir():
         with reading():
@@ -234,33 +233,34 @@ def read_tokenizer(source: str | Path, **options) -> PreTrainedTokenizerBase:
         if not any(fnmatch(name, files) for name in names for files in TOKENIZER_FILES):
             raise UserError(f"{source} has no tokenizer")
     declared = get_tokenizer_config(str(source), **options).get("tokenizer_class")
-    as_it_is = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    return (PreTrainedTokenizerFast if as_it_is else AutoTokenizer).from_pretrained(source, **options)
+    is_generic = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return (PreTrainedTokenizerFast if is_generic else AutoTokenizer).from_pretrained(source, **options)
 
 
 def hub_options(config: Config, source: str | Path, cached: bool = False) -> dict:
-    """Options of transformers' from_pretrained: a hub that does not answer is not asked for each file, and a model's
-    own code runs only if config.trust_remote_code allows it. With None transformers would ask on standard input."""
+    """Returns options of transformers' from_pretrained: no requests to a hub that does not answer, and a model's own
+    code runs only with config.trust_remote_code (by default, transformers would ask on standard input)."""
     is_local = cached or Path(source).is_dir() or hub_problem() is not None
     return {"local_files_only": is_local, "trust_remote_code": config.trust_remote_code}
 
 
 @cache
 def hub_problem() -> str | None:
-    """Why the hub cannot be reached, or None. It is asked once: transformers tries for minutes, file by file."""
+    """Returns why the hub does not answer, or None. It is asked only once: transformers would retry for minutes, file
+    by file."""
     if constants.HF_HUB_OFFLINE:
         return None
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-    except Exception as error:  # of the HTTP library, a proxy or a certificate
+    except Exception as error:  # from the HTTP library, a proxy or a certificate
         return f"{constants.ENDPOINT}: {error or type(error).__name__}"
     return None
 
 
 @contextmanager
 def loading(key: str, source) -> Iterator[None]:
-    """Raises UserError for whatever the hub, a damaged file, or a family that needs another package makes transformers
-    raise."""
+    """Turns every exception of transformers into a UserError: the hub, a damaged file or a missing package may raise
+    any of them. key: the configuration key that names the source."""
     try:
         yield
     except UserError:
@@ -288,7 +288,7 @@ def _why_not_loadable(source, error: Exception) -> str:
 
 
 def _http_status(error: BaseException | None) -> int | None:
-    """The status of the hub's answer that caused an exception: transformers reports any of them as no connection."""
+    """Returns the HTTP status that caused an exception, or None: transformers reports all of them as no connection."""
     while error is not None:
         if status := getattr(getattr(error, "response", None), "status_code", None):
             return status
@@ -297,29 +297,30 @@ def _http_status(error: BaseException | None) -> int | None:
 
 
 def mark(tokenizer, method: str) -> Markers:
-    """The ids of the markers; a tokenizer without them gets them in the reference's order. All but EOS are None for
-    methods without latents. Raises UserError where the tokenizer would give a marker the id of another token."""
+    """Adds missing markers to a tokenizer, in the reference's order, and returns all ids; for a method without latents
+    only EOS. Raises UserError if the tokenizer would give a marker the id of another token."""
     if not rules_of(method).has_latents:
         return Markers(None, None, None, tokenizer.eos_token_id)
     vocabulary = tokenizer.get_vocab()
-    tokenizer.add_tokens([START, END, LATENT])  # whose ids follow the number of tokens, not the highest id
+    tokenizer.add_tokens([START, END, LATENT])  # new ids begin at the number of tokens, not after the highest id
     start, end, latent = tokenizer.convert_tokens_to_ids([START, END, LATENT])
     for token in vocabulary.keys() - {START, END, LATENT}:
         if vocabulary[token] in (start, end, latent):
             raise UserError(
-                f"the tokenizer cannot have the markers of the latent positions: its ids have holes, and one of the "
-                f"markers would get the id {vocabulary[token]} of its token {token!r}; number its tokens without holes"
+                f"the tokenizer cannot take the markers of the latent positions: its ids have gaps, and a marker would "
+                f"get the id {vocabulary[token]} of the token {token!r}; number the tokens without gaps"
             )
     return Markers(start, latent, end, tokenizer.eos_token_id)
 
 
 @torch.no_grad()
 def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True, distinct: bool = False) -> Markers:
-    """Adds the markers that tokenizer and model lack; the order of the rows is the reference's.
+    """Adds missing markers to tokenizer and model, with rows in the reference's order, and returns their ids.
 
     A new row of the input and of the output embedding, tied or not, starts as a copy of the row of "<<" if the
-    tokenizer has that token, else as the mean row. `distinct`: it is drawn from a normal distribution with the mean and
-    the deviation of all rows. `initialise` is off for rows that have been loaded.
+    tokenizer has that token, else as the mean row.
+    initialise: False if the markers' rows have been loaded.
+    distinct: draw new rows from a normal distribution with mean and standard deviation of all rows instead.
     """
     known = min(len(tokenizer), base.get_input_embeddings().weight.shape[0])
     missing = [marker for marker in (START, END, LATENT) if marker not in tokenizer.get_vocab()]
@@ -328,7 +329,7 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True, disti
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if missing and initialise:
         like = tokenizer.convert_tokens_to_ids("<<")
-        one_token = like is not None and like != tokenizer.unk_token_id
+        is_token = like is not None and like != tokenizer.unk_token_id
         new = tokenizer.convert_tokens_to_ids(missing)
         drawn = torch.randn(len(new), base.get_input_embeddings().weight.shape[1])
         for module in (base.get_input_embeddings(), base.get_output_embeddings()):
@@ -337,39 +338,38 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True, disti
                     mean, deviation = values[:known].float().mean(dim=0), values[:known].float().std(dim=0)
                     values[new] = (mean + deviation * (drawn if values.ndim > 1 else 0)).to(values.dtype)
                 elif values is not None:
-                    values[new] = values[like].clone() if one_token else values[:known].mean(dim=0)
+                    values[new] = values[like].clone() if is_token else values[:known].mean(dim=0)
     return markers
 
 
-# ---- Files of the reference ----
+# --- Files of the reference ---
 
 
 def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: int) -> bool:
-    """Loads a file that the reference saved with torch.save: a state dict of the bare model or of its Coconut wrapper.
-    Its embeddings have the vocabulary's rows or, trained with latents, `rows_with_markers`; the model is then resized.
-    Returns whether the file held the markers' rows."""
+    """Loads a state dict of the reference, of the bare model or of its Coconut wrapper; returns whether it holds the
+    markers' rows. If its embeddings have `rows_with_markers` rows, the model's are resized first."""
     try:
-        # files of before torch 1.6 are no archives, and cannot be mapped into memory
+        # only a zip archive, the format since torch 1.6, can be memory-mapped
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} is no file of weights, or it holds objects that are no tensors, and these could run code"
+            f"{path} is no file of weights, or it holds other objects than tensors, which could run code"
         ) from None
-    except Exception as error:  # torch passes on whatever the unpickler raises
+    except Exception as error:  # torch passes on every exception of the unpickler
         raise UserError(f"{path} is no file of weights: {reason_of(error)}") from None
     pairs = saved.items() if isinstance(saved, dict) else ()
     if not pairs or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
         for name, value in pairs
     ):
-        raise UserError(f"{path} is no state dict: it must map names to tensors, and to dense ones")
+        raise UserError(f"{path} is no state dict: it must map names to dense tensors")
     saved = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in saved.items()}
     wrapped = any(name.startswith("base_causallm.") for name in saved)
     if wrapped:
-        # the reference's wrapper also registers the input embedding, as `embedding.weight`: the same tensor again
+        # the reference's wrapper registers the input embedding twice, the second time as `embedding.weight`
         saved.pop("embedding.weight", None)
         saved = {name.removeprefix("base_causallm."): value for name, value in saved.items()}
-    # buffers of older releases, such as GPT-2's causal mask
+    # buffers that older transformers releases saved, such as GPT-2's causal mask
     ignored = "|".join([*(base._keys_to_ignore_on_load_unexpected or ()), r"\.masked_bias$", "inv_freq$"])
     names = base.state_dict().keys()
     saved = {name: value for name, value in saved.items() if name in names or not re.search(ignored, name)}

@@ -1,15 +1,17 @@
-"""Several answers to one question: noise in the thoughts, sampled tokens, pass@k and vote.
+"""Samples several answers to each question: noise in the thoughts, sampled tokens, pass@k and vote.
 
-Random numbers are a function of a question's key, such as (seed, index), and of the sample's number: no rank, batch or
-restart changes them. The question runs once, and its cache is forked; without noise the thoughts run once too.
+The random numbers are a function of the question's key, such as (seed, index), and of the sample's number: they do not
+depend on rank, batch or restart. The question runs once, and its cache is repeated for the samples; without noise and
+dropout the thoughts run once too.
 
-Legend: B questions, N samples of each, R = B N rows, the samples of a question side by side; T columns, K latents, D
-hidden size, V vocabulary, C columns with latents.
+Legend: B questions, N samples of each, R = B N rows, the samples of a question side by side; T columns, t columns of a
+pass, K latents, D hidden size, V vocabulary, C columns with latents.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -27,11 +29,11 @@ from model.layout import Rows, column_of, lay_out_prompts
 from model.thought import Seen
 from utils import UserError
 
-NOISE, TOKENS, DROPOUT = 1, 2, 3  # streams of random numbers of a sample
+NOISE, TOKENS, DROPOUT = 1, 2, 3  # a sample's streams of random numbers
 
 
 class Policy(NamedTuple):
-    """What samples differ by: the keys temperature, thought_noise and thought_dropout."""
+    """How samples are drawn: the keys temperature, thought_noise and thought_dropout."""
 
     temperature: float = 0.0
     noise: float | str = 0.0
@@ -43,47 +45,43 @@ class Policy(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """What `generate` returns; of each of R rows."""
+    """Result of `generate`."""
 
-    tokens: list[list[int]]  # the new tokens, with EOS where the row came to it
-    eps: torch.Tensor | None  # (R, K, D) standard normal: of the noise; 0 behind a row's last latent
+    tokens: list[list[int]]  # the new tokens of each of R rows, including EOS
+    eps: torch.Tensor | None  # (R, K, D) the noise's standard normal numbers; 0 after a row's last latent
     entropy: tuple[float, int]  # sum over all new tokens, in nats, and their number
-    norms: tuple[float, int]  # sum of the thoughts' L2 norms as they were fed, and their number
+    norms: tuple[float, int]  # sum of the L2 norms of the thoughts, noise included, and their number
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Measures
-# ---------------------------------------------------------------------------------------------------------------
+# --- Measures ---
 
 
 def pass_at_k(n_samples: int, n_right: int, k: int) -> float:
-    """The probability that k of n samples, drawn without replacement, hold a right one: 1 - C(n - c, k) / C(n, k) (Chen
-    et al. 2021, arXiv 2107.03374, Section 2.1). Raises ValueError where k > n."""
+    """Returns the probability that k of n samples, drawn without replacement, include a right one: 1 - C(n - c, k) /
+    C(n, k) (Chen et al. 2021, arXiv 2107.03374, Section 2.1). Raises ValueError if k > n."""
     if not 1 <= k <= n_samples:
         raise ValueError(f"pass@{k} needs at least {k} samples, not {n_samples}")
     return 1.0 - math.comb(n_samples - n_right, k) / math.comb(n_samples, k)
 
 
 def vote(answers: Sequence[Hashable]) -> int:
-    """The place of the most frequent answer's first appearance; of several as frequent the one seen first (maj@N)."""
-    counts: dict[Hashable, int] = {}
-    for answer in answers:
-        counts[answer] = counts.get(answer, 0) + 1
-    return answers.index(max(counts, key=counts.__getitem__))
+    """Returns the index of the most frequent answer (maj@N); ties go to the answer that comes first."""
+    return answers.index(Counter(answers).most_common(1)[0][0])
 
 
 def measures(verdicts: Sequence[Sequence[bool]], votes: Sequence[bool]) -> dict[str, float]:
-    """vote@N and pass@1, 4, 16, N, those k with k <= N: means over questions of N verdicts each."""
+    """Returns vote@N and, for k = 1, 4, 16 and N, pass@k where k <= N: means over the questions.
+
+    verdicts: whether each of a question's N samples is right. votes: whether its most frequent answer is.
+    """
     n = len(verdicts[0])
     found = {f"vote@{n}": float(np.mean(votes))}
     for k in sorted({k for k in (1, 4, 16, n) if k <= n}):
-        found[f"pass@{k}"] = float(np.mean([pass_at_k(n, sum(of_one), k) for of_one in verdicts]))
+        found[f"pass@{k}"] = float(np.mean([pass_at_k(n, sum(right), k) for right in verdicts]))
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Noise and dropout
-# ---------------------------------------------------------------------------------------------------------------
+# --- Noise and dropout ---
 
 
 def _random(key: tuple[int, ...], stream: int) -> np.random.Generator:
@@ -91,8 +89,8 @@ def _random(key: tuple[int, ...], stream: int) -> np.random.Generator:
 
 
 class Noise:
-    """An `edit` of Coconut.forward: z + s eps, with s = S |z| / sqrt(D) or, of "absolute:S", S (LatentTTS, arXiv
-    2510.07745).
+    """An `edit` of Coconut.forward that adds noise to a thought z: z + s eps (LatentTTS, arXiv 2510.07745), where s is
+    S |z| / sqrt(D) for thought_noise: S and S for thought_noise: "absolute:S".
 
     spelling: the key thought_noise. eps: (R, K, D). is_latent: (R, C) bool.
     """
@@ -100,10 +98,10 @@ class Noise:
     def __init__(self, spelling: float | str, eps: torch.Tensor, is_latent: torch.Tensor):
         self.sigma, self.relative = split_noise(spelling)
         self.eps, self.is_latent = eps, is_latent
-        self.numbers = is_latent.cumsum(dim=1).sub(1).clamp(min=0)  # (R, C): of the row's latent in a column
+        self.numbers = is_latent.cumsum(dim=1).sub(1).clamp(min=0)  # (R, C): number of the row's latent in the column
 
     def at(self, column: int, thought: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """eps (R, 1, D) and s (R, 1, 1) in the `column`-th column with latents."""
+        """Returns eps (R, 1, D) and s (R, 1, 1) in the `column`-th column with latents."""
         norm = thought.norm(dim=-1, keepdim=True)
         share = self.sigma / thought.shape[-1] ** 0.5
         scale = share * norm if self.relative else torch.full_like(norm, self.sigma)
@@ -115,7 +113,7 @@ class Noise:
 
 
 def draw_noise(keys: list[tuple[int, ...]], n_latents: list[int], width: int, device: torch.device) -> torch.Tensor:
-    """(R, K, D) float64, standard normal: the first of each row's stream."""
+    """Draws (R, K, D) float64 standard normal numbers: the first of each row's stream NOISE."""
     eps = np.zeros((len(keys), max(n_latents), width))
     for row, (key, n) in enumerate(zip(keys, n_latents, strict=True)):
         eps[row, :n] = _random(key, NOISE).standard_normal((n, width))
@@ -124,17 +122,17 @@ def draw_noise(keys: list[tuple[int, ...]], n_latents: list[int], width: int, de
 
 @contextmanager
 def thought_dropout(model: Coconut, share: float, keys: list[tuple[int, ...]], rows: Rows) -> Iterator[None]:
-    """Dropout of what attention and MLP add to the residual stream, at every position before a row's last latent: in
-    the passes whose next position is a latent, as if they were in training (LatentTTS, arXiv 2510.07745)."""
+    """Applies dropout to the outputs of attention and MLP at every position before a row's last latent, as if these
+    passes were in training (LatentTTS, arXiv 2510.07745). share: the probability of a zero."""
     is_latent = rows.input_ids == model.latent_token_id
-    ends = (rows.position_ids * is_latent).amax(dim=1, keepdim=True)  # (R, 1) position of the last latent
+    ends = (rows.position_ids * is_latent).amax(dim=1, keepdim=True)  # (R, 1) position of the row's last latent
     branches = [module for block in model.backbone.blocks for module in block.children() if _has_matrix(module)]
     width = _width(model)
     kept = np.zeros((len(keys), max(int(ends.max()), 1), len(branches), width), dtype=bool)
     for row, (key, end) in enumerate(zip(keys, ends.flatten().tolist(), strict=True)):
         kept[row, :end] = _random(key, DROPOUT).random((end, *kept.shape[2:]), dtype=np.float32) >= share
     masks = torch.from_numpy(kept).to(ends.device)
-    now = torch.zeros_like(ends)  # (R, t) positions of the pass
+    now = torch.zeros_like(ends)  # (R, t) positions of the current pass
 
     def drop(branch: int, output):
         states = output[0] if isinstance(output, tuple) else output
@@ -173,7 +171,7 @@ def _has_matrix(module: torch.nn.Module) -> bool:
 
 @contextmanager
 def first_pass_once(backbone: Backbone, n: int) -> Iterator[None]:
-    """Lets the first pass inside run on every n-th row, and forks its cache into n rows each."""
+    """Runs the first pass inside the context on every n-th row only, and repeats its cache and output n times."""
 
     def span(embeds, attention_mask, position_ids, masked, cache):
         del backbone.span
@@ -188,9 +186,7 @@ def first_pass_once(backbone: Backbone, n: int) -> Iterator[None]:
         vars(backbone).pop("span", None)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Generating
-# ---------------------------------------------------------------------------------------------------------------
+# --- Generating ---
 
 
 @torch.no_grad()
@@ -202,12 +198,13 @@ def generate(
     policy: Policy,
     max_new_tokens: int,
 ) -> Samples:
-    """N answers to each of B prompts, in one batch of R rows.
+    """Samples N answers to each of B prompts, in one batch of R rows.
 
-    keys: of each prompt, numbers from 0 on; sample j of a prompt has the random numbers of (*key, j).
-    A row ends with EOS, after max_new_tokens, or where the model has no more positions.
+    keys: one a prompt, of non-negative integers; (*key, j) seeds the random numbers of the prompt's sample j.
+    A row ends with EOS, after max_new_tokens, or at the model's last position.
 
-    Raises UserError where the model makes no thoughts to disturb, and where its family decodes without a cache.
+    Raises UserError if the policy asks for noise or dropout and the thoughts are not fed back one by one, and if the
+    model's family decodes without a cache.
     """
     backbone, device = model.backbone, model.base_causallm.device
     batch = {name: value.to(device) for name, value in collate_prompts(prompts, model.eos_token_id).items()}
@@ -247,7 +244,7 @@ def generate(
 
 
 def _repeated(rows: Rows, n: int) -> Rows:
-    """Each row n times."""
+    """Repeats each row n times."""
     found = {name: value for name, value in rows._asdict().items() if isinstance(value, torch.Tensor)}
     return rows._replace(**{name: value.repeat_interleave(n, dim=0) for name, value in found.items()})
 
@@ -255,8 +252,8 @@ def _repeated(rows: Rows, n: int) -> Rows:
 def _decode(
     model: Coconut, hidden: torch.Tensor, rows: Rows, cache: Cache, uniform: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, list[int], float]:
-    """`Coconut._decode` that draws each token with a number of `uniform`, (R, N): (R, N) tokens, how many of each row
-    count, and the sum of their entropies."""
+    """Decodes like `Coconut._decode`, but draws the tokens: `uniform` (R, max_new_tokens) has a random number for each.
+    Returns the tokens (R, n), the number of new tokens in each row, and the sum of these tokens' entropies."""
     last = None if rows.columns else rows.before
     hidden, position = column_of(hidden, last), column_of(rows.position_ids, last)  # (R, 1, D), (R, 1)
     attention_mask, tokens, entropy = rows.attention_mask, [], 0.0
@@ -272,15 +269,15 @@ def _decode(
         if len(tokens) == uniform.shape[1] or not goes_on.any():
             break
         attention_mask = torch.cat([attention_mask, torch.ones_like(token)], dim=1)
-        # what a row that has ended is fed changes no other
+        # a finished row goes on with tokens that do not count
         at = position if limit == math.inf else position.clamp(max=limit - 1)
         hidden = model.backbone.span(model.backbone.embed(token), attention_mask, at, rows.masks[1], cache)
     return torch.cat(tokens, dim=1), lengths.flatten().tolist(), float(entropy)
 
 
 def sampled_from(logits: torch.Tensor, temperature: float, latent_token_id: int | None) -> torch.Tensor:
-    """(..., V) logits of the distribution that tokens are sampled from: without the latent token, which in a sequence
-    would stand for a thought; with temperature 0 the likeliest token has all of it."""
+    """Returns the logits (..., V) of the sampling distribution. The latent token has probability 0, since in a sequence
+    it would stand for a thought; at temperature 0 the likeliest token has probability 1."""
     if temperature == 0:
         return torch.full_like(logits, -math.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
     logits = logits / temperature
@@ -290,8 +287,8 @@ def sampled_from(logits: torch.Tensor, temperature: float, latent_token_id: int 
 
 
 def choose(logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens (R, 1) that the uniform numbers (R, 1) draw from softmax(logits), logits (R, 1, V), by its inverse
-    cumulative distribution, and its entropies (R, 1) in nats."""
+    """Draws tokens (R, 1) from softmax(logits), logits (R, 1, V), by its inverse cumulative distribution at the uniform
+    numbers (R, 1). Returns them with the entropies (R, 1) in nats."""
     probabilities = logits.double().softmax(-1)
     cumulative = probabilities.cumsum(-1)
     token = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1)
