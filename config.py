@@ -717,6 +717,8 @@ def configure(
     options, unknown = parser.parse_known_intermixed_args()
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)} (keys are set without dashes, as in num_epochs=1)")
+    if any(value is not None and value <= 0 for value in (options.gpus, options.gpu_memory)):
+        parser.error("--gpus and --gpu-memory must be positive")
     try:
         config = Config.from_file(options.config, options.overrides, needs_files=not (options.schedule or options.plan))
         if options.schedule and is_main:

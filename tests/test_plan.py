@@ -151,10 +151,13 @@ def test_largest_that_fits_finds_the_largest_size(limit):
         return 100 + 3 * size + 2 * max(size - 50, 0)
 
     sizes = list(range(1, 4097))
-    assert largest_that_fits(needed, limit, sizes) == max((s for s in sizes if needed(s) <= limit), default=0)
-    calls.clear()
-    largest_that_fits(needed, limit, sizes)
-    assert len(calls) < 20
+    for first in (None, 1, 32, 4096):
+        assert largest_that_fits(needed, limit, sizes, first) == max(
+            (s for s in sizes if needed(s) <= limit), default=0
+        )
+        calls.clear()
+        largest_that_fits(needed, limit, sizes, first)
+        assert len(calls) < 20
     assert largest_that_fits(needed, limit, [4, 16]) in (0, 4, 16)
 
 

@@ -146,7 +146,7 @@ class FakeRank:
         self.config, self.world, self.on_gpu, self.model = config, world, on_gpu, model
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = LiveBytes(self.fake)
-        self.states, self.buckets, self._syncs = 0, [], True
+        self.buckets, self._syncs = [], True
         with self._counting():
             model.to_empty(device=world.device)
             parallel.tie_weights(model)
@@ -156,6 +156,13 @@ class FakeRank:
             self.optimizer = torch.optim.AdamW(model.parameters(), **options)
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             self.gradients = sum(_local(parameter).nbytes for parameter in trained)
+            before = self.live.now
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()  # creates the averages
+            self.optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            self.states = self.live.now - before
             if world.size > 1 and not parallel.is_sharded(model):
                 self.buckets = [torch.empty_like(parameter) for parameter in trained]
         for parameter, bucket in zip(trained, self.buckets, strict=False):
@@ -176,10 +183,6 @@ class FakeRank:
     def train(self, batch: dict, accumulation: int = 1) -> Need:
         """Counts an optimizer step of run.py's `train_step` over `accumulation` micro-batches like this one."""
         batch = self._faked(batch)
-        if not self.optimizer.state:
-            before = self.live.now
-            self._step(batch, 1)
-            self.states = self.live.now - before
         return self._need(lambda: self._step(batch, min(accumulation, 2)), self.gradients)
 
     def _step(self, batch: dict, n_micro_batches: int) -> None:
@@ -258,12 +261,12 @@ def fake_rank(
         dist.destroy_process_group()
 
 
-def largest_that_fits(needed: Callable[[int], int], limit: int, sizes: Sequence[int]) -> int:
+def largest_that_fits(needed: Callable[[int], int], limit: int, sizes: Sequence[int], first: int | None = None) -> int:
     """Returns the largest of ascending sizes whose `needed(size)`, about linear in size, is within a limit; 0 if none
-    is. Searches by interpolation, since each call of `needed` runs a step."""
+    is. Searches by interpolation from the size `first`, since each call of `needed` runs a step."""
     low, high = -1, len(sizes)  # indices: sizes[low] fits, sizes[high] does not
     known: dict[int, int] = {}
-    guess = 0
+    guess = sizes.index(first) if first in sizes else 0
     while high - low > 1:
         known[guess] = needed(sizes[guess])
         low, high = (guess, high) if known[guess] <= limit else (low, guess)

@@ -213,7 +213,7 @@ def estimate(config: Config, machine: Machine, strategy: str, source: Source) ->
         largest = None
         if machine.memory is not None:
             sizes, limit = sizes_of_a_pass(config, n_ranks), int(machine.memory * SHARE_OF_GPU)
-            largest = largest_that_fits(lambda size: train(stage, size).total, limit, sizes)
+            largest = largest_that_fits(lambda size: train(stage, size).total, limit, sizes, first=size)
         parameters = list(rank.model.parameters())
         columns = batches.training(stage, size)["input_ids"].shape[1]
     n_parameters = sum(parameter.numel() for parameter in parameters)
