@@ -127,15 +127,15 @@ def with_companions(model: Coconut) -> list[Coconut]:
 
 
 def wrap_blocks(model: Coconut, config: Config) -> None:
-    """Compiles the decoder blocks, or lets them compute again what they do not keep, as the configuration says; else
-    the gradients of their weights from latent passes are made once a step."""
+    """Compiles or checkpoints the decoder blocks, as the configuration says. Unless they are checkpointed, defers the
+    weight gradients of latent passes, so that they are computed once a step."""
     if config.gradient_checkpointing:
         checkpoint_blocks(blocks_of(model, "gradient_checkpointing"))
-    elif not config.compile:
-        defer_weight_gradients(model.backbone.decoder, model.backbone.blocks)
+    else:
+        defer_weight_gradients(model.backbone.decoder, model.backbone.blocks, compiled=config.compile)
     if config.compile:
-        # a graph for each of: with and without gradients, with and without a mask, one column or several, one row or
-        # several; never one for a length
+        # one graph for each combination of: with or without gradients, with or without a mask, one column or several,
+        # one row or several; no graph for a particular length
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in blocks_of(model, "compile"):
             block.compile(dynamic=True)
