@@ -119,8 +119,9 @@ class Memory:
         self.states = [like.new_empty((*like.shape[:-2], capacity, like.shape[-1])) for like in (keys, values)]
         self.length = 0
         self.backward_pass = -1  # autograd's id of the backward pass that made the factors and gradients
-        # first column of a pass; gradient of the scores (B, H, G t, L), queries (B, H, G t, d), attention weights
-        # (B, H, G t, L), gradient of the output (B, H, G t, d). In some models several layers share keys and values
+        # (first column of the pass, factors) of each call of _Attend; in some models several layers share a memory.
+        # The factors: gradient of the scores (B, H, G t, L), queries (B, H, G t, d), attention weights (B, H, G t, L),
+        # gradient of the output (B, H, G t, d)
         self.factors: list[tuple[int, tuple[torch.Tensor, ...]]] = []
         # sums of the gradients of keys and of values that arrive as a whole, (B, H, T, d), from other attention kernels
         self.gradients: list[torch.Tensor | None] = [None, None]
@@ -284,15 +285,15 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor):
         rows, key, value, weights, dropped, kept = ctx.saved_tensors
-        output = gradient.transpose(1, 2).unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B, H, G t, d)
-        gradient = _product(output, value.mT, ctx.scaling).to(weights.dtype)  # of the weights, times the scaling
+        d_output = gradient.transpose(1, 2).unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (B, H, G t, d)
+        d_weights = _product(d_output, value.mT, ctx.scaling).to(weights.dtype)  # times the scaling
         if kept is not None:
-            gradient = torch.ops.aten.native_dropout_backward(gradient, kept, 1 / (1 - ctx.dropout))
-        scores = torch._softmax_backward_data(gradient, weights, -1, weights.dtype)  # (B, H, G t, L)
+            d_weights = torch.ops.aten.native_dropout_backward(d_weights, kept, 1 / (1 - ctx.dropout))
+        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)  # (B, H, G t, L)
         ctx.memory.begin_backward()
-        ctx.memory.factors.append((key.shape[-2] - ctx.columns, (scores, rows, dropped, output)))
-        query = scores @ key  # (B, H, G t, d)
-        return query.unflatten(2, (-1, ctx.columns)).flatten(1, 2), None, None, None, None, None
+        ctx.memory.factors.append((key.shape[-2] - ctx.columns, (d_scores, rows, dropped, d_output)))
+        d_query = d_scores @ key  # (B, H, G t, d)
+        return d_query.unflatten(2, (-1, ctx.columns)).flatten(1, 2), None, None, None, None, None
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
