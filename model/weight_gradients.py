@@ -25,8 +25,8 @@ def defer_weight_gradients(decoder: nn.Module, blocks: Iterable[nn.Module], comp
     """Defers the weight gradients of the linear layers in the blocks. Not for checkpointed blocks, whose forward runs
     again in the backward pass.
 
-    compiled: whether the blocks are compiled. Their one-column passes then run in eager mode, where the hooks that
-        keep inputs and gradients work: a compiled pass would launch more kernels.
+    compiled: whether the blocks are compiled. Their one-column passes then run in eager mode: compiled ones would add
+        up weight gradients pass by pass, and their Python takes longer (docs/performance.md).
     """
     layers = {layer for block in blocks for layer in block.modules()}
     layers = [layer for layer in layers if getattr(type(layer), "forward", None) in (nn.Linear.forward, Conv1D.forward)]
