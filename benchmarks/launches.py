@@ -1,18 +1,19 @@
-"""Kernels that a latent pass launches, forward and backward, beside a cached decoding step of transformers'.
+"""Counts the kernels of a latent pass, forward and backward, and of a cached decoding step of transformers.
 
-    python benchmarks/launches.py                   # GPT-2, Llama and Qwen2, of 12 layers
-    python benchmarks/launches.py --compile         # compiled blocks too; needs a C++ compiler
+    python benchmarks/launches.py                   # GPT-2, Llama and Qwen2 with 12 layers
+    python benchmarks/launches.py --compile         # compiled blocks too; needs a C++ compiler and some minutes
     python benchmarks/launches.py --shapes gpt2 --card A100 --batch 128
 
-A pass launches what a step with one latent more launches, and a layer what one layer more does: both are counted, on
-models of one and two layers. On the CPU the count is of torch's operations that run on the device, in the profiler's
-list: not views, allocations and other metadata, nor what an operation is made of; a fused kernel of a compiled block is
-one. On a GPU the kernels are counted, and a few operations, as a layer norm's backward, are several.
+A pass is the difference between steps with k + 1 and with k latents; a layer is the difference between models of two
+layers and of one. On a GPU the profiler counts kernels. On the CPU it counts torch's outermost operations that would
+launch a kernel, without views, allocations and other metadata; a fused kernel of a compiled block counts as one. The
+GPU's count is a little higher: a few operations, such as the backward of a layer norm, launch several kernels.
 
-transformers' side is the same chain of hidden states through its own DynamicCache, in the model as it has it.
+`transformers` is the same chain of hidden states through transformers' unmodified model and its DynamicCache.
 
-The second table models a step's time on a card: of each pass the longest of kernels x the time of a launch, FLOPs at a
-utilisation, and bytes at the card's bandwidth; then the optimizer's bytes. benchmarks/step.py measures it.
+The second table models a step's time on a card. A pass takes the longest of: kernels x launch time, FLOPs at a
+utilisation, bytes at the card's bandwidth. The optimizer takes its bytes at the bandwidth. benchmarks/step.py measures
+the same step.
 """
 
 import argparse
@@ -35,14 +36,14 @@ def make_parser() -> Parser:
     parser.add_argument("--arithmetic", choices=kinds, default="bf16", help="(default: %(default)s)")
     parser.add_count("--batch", 32, "rows of a step")
     parser.add_count("--stages", [0, 3, 6], "latents of a step", at_least=0)
-    parser.add_argument("--launch", type=float, default=6.0, help="microseconds of a launch (default: %(default)s)")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="of the card's FLOPs (default: %(default)s)")
-    parser.add_argument("--measured", type=Path, help="file of benchmarks/step.py --json to put beside the model")
+    parser.add_argument("--launch", type=float, default=6.0, help="microseconds per launch (default: %(default)s)")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak FLOPs (default: %(default)s)")
+    parser.add_argument("--measured", type=Path, help="compare with this file of benchmarks/step.py --json")
     return parser
 
 
 if __name__ == "__main__":
-    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+    make_parser().parse_args()  # answers --help and rejects mistakes before the slow imports below
 
 import json
 from functools import cache
@@ -84,7 +85,7 @@ class Count(NamedTuple):
 
 @cache
 def operations() -> set[str]:
-    """The names of torch's operations that run a kernel, as the profiler has them."""
+    """Returns the profiler's names of torch's operations that run a kernel."""
     composite = set(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
     names = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name not in composite}
     aten = {name: getattr(torch.ops.aten, name[6:]) for name in names if name.startswith("aten::")}
@@ -93,7 +94,7 @@ def operations() -> set[str]:
 
 
 def n_kernels(profiled: profile) -> int:
-    """Kernels on a GPU; on the CPU, the outermost operations that would launch some."""
+    """Counts the kernels on a GPU; on the CPU, the outermost operations that would launch kernels."""
     if torch.cuda.is_available():
         return sum(event.device_type == DeviceType.CUDA for event in profiled.events())
 
@@ -107,8 +108,8 @@ def n_kernels(profiled: profile) -> int:
 
 
 def kernels(loss, model: torch.nn.Module) -> Count:
-    """Of a forward, the function `loss`, and its backward. It runs several times: the first ones compile."""
-    for _ in range(3):
+    """Counts the kernels of `loss`, a function that runs a forward pass, and of its backward."""
+    for _ in range(3):  # the first ones compile
         with profile() as forward:
             value = loss()
         with profile() as backward:
@@ -118,7 +119,8 @@ def kernels(loss, model: torch.nn.Module) -> Count:
 
 
 def coconut_loss(model: Coconut, n_latents: int):
-    """A step's loss as a function; questions of different lengths, so that passes need masks."""
+    """Returns a function that computes a step's loss. The questions have different lengths, so that passes need
+    masks."""
     words = list(range(10))
     rows = [
         ([*words[:length], *[MARKERS.latent] * n_latents, *words], [IGNORE] * (length + n_latents) + words)
@@ -129,10 +131,10 @@ def coconut_loss(model: Coconut, n_latents: int):
 
 
 def transformers_loss(model: Coconut, n_latents: int):
-    """The chain of hidden states through transformers' cache: a decoding step each."""
+    """Returns a function that runs the chain of hidden states through transformers' cache, one decoding step each."""
     decoder, argument = model.backbone.decoder, model.backbone._cache_argument
     for module in decoder.modules():
-        vars(module).pop("forward", None)  # what this project puts in the place of an activation
+        vars(module).pop("forward", None)  # removes the faster GELU that Backbone puts in
     embeds = torch.randn(2, 6, decoder.config.hidden_size, device=pick_device(), requires_grad=True)
 
     def loss() -> torch.Tensor:
@@ -146,7 +148,7 @@ def transformers_loss(model: Coconut, n_latents: int):
 
 
 def count(shape: str, side: str, layers: int, n_latents: int) -> Count:
-    """Kernels of a step of a model of so many layers. They do not depend on its width."""
+    """Counts the kernels of a step. They do not depend on the model's width."""
     torch._dynamo.reset()
     torch._inductor.config.cpp.enable_kernel_profile = True  # fused kernels are events of the profiler
     base = RandomModel(shape, 64, layers, 2).build(GPT2_VOCABULARY + 3, MARKERS.eos)
@@ -158,8 +160,8 @@ def count(shape: str, side: str, layers: int, n_latents: int) -> Count:
 
 
 def passes(shape: str, side: str, layers: int) -> dict[str, Count]:
-    """Kernels of a layer in a latent pass, of the pass in a model of so many layers, and of a step with one latent
-    (none: with as few passes as there are)."""
+    """Counts the kernels of a latent pass in one layer, in all `layers`, and of the rest of a step: a step with one
+    latent, which has no one-column pass."""
     small, large = ({k: count(shape, side, n, k) for k in (1, 2, 3)} for n in (1, 2))
     one, two = (counts[3] - counts[2] for counts in (small, large))
     rest = small[1] + (large[1] - small[1]) * (layers - 1)
@@ -167,8 +169,8 @@ def passes(shape: str, side: str, layers: int) -> dict[str, Count]:
 
 
 def modelled(shape: str, counts: dict[str, Count], stage: int, options: argparse.Namespace) -> dict[str, float]:
-    """A step on the card: seconds of the wide passes, of the latent passes, of the optimizer, and of all; FLOPs as a
-    share of the card's, in one second."""
+    """Models a step on the card. Returns the seconds of the wide passes, the latent passes, the optimizer and the whole
+    step, and "share": the step's FLOPs divided by the card's peak FLOPs per second."""
     layers, width, heads = SIZES[options.size]
     with torch.device("meta"):
         base = RandomModel(shape, width, layers, heads, mlp=4).build(GPT2_VOCABULARY + 3, MARKERS.eos)
@@ -178,19 +180,20 @@ def modelled(shape: str, counts: dict[str, Count], stage: int, options: argparse
     lengths = [len(ids) for ids, _ in rows]
     share = counter.training(lengths, sum(label != IGNORE for _, labels in rows for label in labels)) / peak
     size = 2 if options.arithmetic == "bf16" else 4
-    # read in the forward and in the backward pass: the weights of the blocks, 2 FLOPs each, and keys and values
+    # forward and backward each read the blocks' weights (per_token counts 2 FLOPs per weight) and the keys and values
     read = 2 * size * (counter.per_token / 2 + 2 * layers * width * sum(lengths))
     launch, bandwidth = options.launch * 1e-6, BANDWIDTH[options.card]
     wide = max(launch * sum(counts["rest"]), share / options.utilisation)
     latent = max(launch * sum(counts["pass"]), read / bandwidth) * max(stage - 1, 0)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    optimizer = 7 * 4 * n_parameters / bandwidth  # reads weights, gradients and two averages, writes all but gradients
+    optimizer = 7 * 4 * n_parameters / bandwidth  # reads weights, gradients, 2 averages; writes all but gradients
     times = {"wide": wide, "latent": latent, "optimizer": optimizer, "step": wide + latent + optimizer}
     return times | {"share": share}
 
 
 def take_measured(options: argparse.Namespace) -> dict[tuple, float]:
-    """(shape, side, stage) -> seconds of --measured, whose batch, stages, size and arithmetic the options then are."""
+    """Returns (shape, side, stage) -> seconds from the file --measured, and sets the options to the file's batch,
+    stages, size and arithmetic."""
     if not options.measured:
         return {}
     content = json.loads(options.measured.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""Gradients of weights from one-column passes, made once a backward pass.
+"""Computes the weight gradients of all one-column passes at once.
 
-A latent pass has few rows, and its gradient of a weight is as large as the weight: autograd writes one in each pass and
-adds it to the others. Here the linear layers keep their inputs and the gradients of their outputs, and each weight's
-gradient from all one-column passes is one product of these.
+A latent pass has few rows, and its gradient of a weight is as large as the weight: in each pass autograd writes one and
+adds it to the others. Here the linear layers keep the inputs and output gradients of all one-column passes, and one
+matrix product makes the weight's gradient.
 
 Legend: B rows, D inputs and F outputs of a linear layer.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -20,12 +21,16 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 
-def defer_weight_gradients(decoder: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Lets the linear layers of the blocks do so. Not for blocks that are compiled, or that run again in the backward
-    pass: their forward is another."""
+def defer_weight_gradients(decoder: nn.Module, blocks: Iterable[nn.Module], compiled: bool = False) -> None:
+    """Defers the weight gradients of the linear layers in the blocks. Not for checkpointed blocks, whose forward runs
+    again in the backward pass.
+
+    compiled: whether the blocks are compiled. Their one-column passes then run in eager mode: compiled ones would add
+        up weight gradients pass by pass, and their Python takes longer (docs/performance.md).
+    """
     layers = {layer for block in blocks for layer in block.modules()}
     layers = [layer for layer in layers if getattr(type(layer), "forward", None) in (nn.Linear.forward, Conv1D.forward)]
-    passes = _Passes(layers)
+    passes = _Passes(layers, compiled)
     for layer in layers:
         layer.forward = partial(passes.linear, layer, layer.forward)
     if layers:
@@ -33,15 +38,15 @@ def defer_weight_gradients(decoder: nn.Module, blocks: Iterable[nn.Module]) -> N
 
 
 class _Passes:
-    """The decoder's passes; those of one forward share a cache, which keeps what they have in common."""
+    """Runs the decoder's passes. The passes of one Coconut forward share a cache object, and so its `_Weights`."""
 
-    def __init__(self, layers: list[nn.Module]):
-        self.layers = layers
-        self.weights: _Weights | None = None  # of the pass that runs
+    def __init__(self, layers: list[nn.Module], compiled: bool):
+        self.layers, self.compiled = layers, compiled
+        self.weights: _Weights | None = None  # of the current pass
         self.has_one_column = False
 
     def run(self, forward: Callable, *args, **keys):
-        """The decoder's forward."""
+        """Replaces the decoder's forward."""
         cache, embeds = keys.get("cache", keys.get("past_key_values")), keys.get("inputs_embeds")
         if cache is None or embeds is None or not torch.is_grad_enabled():
             return forward(*args, **keys)
@@ -49,13 +54,17 @@ class _Passes:
         self.weights = vars(cache).setdefault("weights", _Weights())
         if self.has_one_column:
             keys["inputs_embeds"] = _Begin.apply(embeds, self.weights.link(self.layers))
+        in_eager_mode = self.compiled and self.has_one_column
         try:
-            return forward(*args, **keys)
+            with torch.compiler.set_stance("force_eager") if in_eager_mode else nullcontext():
+                return forward(*args, **keys)
         finally:
             self.weights = None
 
     def linear(self, layer: nn.Module, forward: Callable, inputs: torch.Tensor) -> torch.Tensor:
-        """A layer's forward."""
+        """Replaces a linear layer's forward."""
+        if torch.compiler.is_compiling():  # a pass of several columns
+            return forward(inputs)
         has_gradient = torch.is_grad_enabled() and inputs.requires_grad and layer.weight.requires_grad
         if self.weights is None or not has_gradient:
             return forward(inputs)
@@ -68,7 +77,7 @@ class _Passes:
 
 
 class _Weights:
-    """The weights as the passes of one forward use them."""
+    """The weights as the passes of one Coconut forward use them."""
 
     def __init__(self):
         self.kept = _Kept()
@@ -76,7 +85,8 @@ class _Weights:
         self._cast: dict[nn.Module, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def of(self, layer: nn.Module, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight (F, D) and bias, in autocast's dtype: it would cast what needs no gradient again in each pass."""
+        """Returns weight (F, D) and bias (F,) in autocast's dtype, cast once: autocast would cast a detached weight
+        again in each pass."""
         if layer not in self._cast:
             weight, bias = layer.weight.mT if isinstance(layer, Conv1D) else layer.weight, layer.bias
             if torch.is_autocast_enabled(device):
@@ -86,17 +96,18 @@ class _Weights:
         return self._cast[layer]
 
     def link(self, layers: list[nn.Module]) -> torch.Tensor:
-        """What the one-column passes depend on, and which depends on the weights: their edge in the graph."""
+        """Returns a scalar that depends on the weights. The one-column passes depend on it, so that autograd runs
+        _Products' backward after theirs."""
         if self._link is None:
             self._link = _Products.apply(self.kept, layers, *(weight for layer in layers for weight in _parts(layer)))
         return self._link
 
 
 class _Kept:
-    """Inputs (B, 1, D) and gradients of the outputs (B, 1, F) of layers in a backward pass."""
+    """The inputs (B, 1, D) and output gradients (B, 1, F) of the linear layers in one backward pass."""
 
     def __init__(self):
-        self.backward_pass = -1
+        self.backward_pass = -1  # autograd's id
         self.pairs: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
 
     def add(self, layer: nn.Module, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -111,7 +122,8 @@ class _Kept:
 
 
 class _Begin(torch.autograd.Function):
-    """Input embeddings of a pass. Its backward ends that of the pass; then only comes that of _Products."""
+    """Passes the input embeddings through. Its backward ends the backward of a pass; _Products' comes after those of
+    all passes."""
 
     @staticmethod
     def forward(ctx, embeds: torch.Tensor, link: torch.Tensor):
@@ -125,7 +137,8 @@ class _Begin(torch.autograd.Function):
 
 
 class _Products(torch.autograd.Function):
-    """The gradients of weights and biases that the one-column passes have left factors of."""
+    """Returns a scalar; its backward multiplies what the one-column passes have kept into gradients of weights and
+    biases."""
 
     @staticmethod
     def forward(ctx, kept: _Kept, layers: list[nn.Module], *parameters: torch.Tensor):

@@ -1,4 +1,4 @@
-"""The growing cache against concatenation."""
+"""The growing cache equals concatenation: values and gradients."""
 
 import gc
 import weakref
@@ -19,13 +19,13 @@ ReplacingLayer = REPLACING_LAYERS[LinearAttentionLayer]
 
 
 def passes(*lengths: int) -> list[torch.Tensor]:
-    """States of 2 rows, 3 heads of size 8."""
+    """Returns the states of one pass per length, for 2 rows and 3 heads of size 8."""
     generator, options = torch.Generator().manual_seed(0), {"dtype": torch.float64, "requires_grad": True}
     return [torch.randn(2, 3, length, 8, generator=generator, **options) for length in lengths]
 
 
 def assert_same_gradients(found: torch.Tensor, wanted: torch.Tensor, leaves: list, rtol: float = 1e-10) -> None:
-    """Of two sums that are the same."""
+    """Asserts that two scalars are equal, and so are their gradients."""
     assert torch.allclose(found, wanted, rtol=1e-12)
     for one, other in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(wanted, leaves), strict=True):
         assert torch.allclose(one, other, rtol=rtol, atol=1e-13)
@@ -59,7 +59,7 @@ def test_views_and_gradients_are_those_of_concatenation():
 @pytest.mark.parametrize("masked", ["bool", "float", "one column"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_attention_in_factors_is_that_of_torch(masked, groups):
-    """Over three passes, the later of which also see what the earlier ones found."""
+    """Over three passes; what the earlier ones return is an input of the later ones."""
     columns = (5, 1, 1) if masked == "one column" else (5, 1, 3)
     queries = [states.repeat_interleave(groups, dim=1).detach().requires_grad_() for states in passes(*columns)]
     keys, values = passes(*columns), [(states * 0.5).detach().requires_grad_() for states in passes(*columns)]
@@ -85,8 +85,8 @@ def test_attention_in_factors_is_that_of_torch(masked, groups):
     assert_same_gradients(grown, plain, [*queries, *keys, *values])
 
 
-def test_what_attends_twice_to_the_same_states_leaves_both_factors():
-    """Some models use the keys and values of one layer in others too."""
+def test_two_calls_of_attention_over_one_layer_add_up():
+    """In some models several layers share keys and values."""
     module = torch.nn.Module()
     states, queries = passes(4, 1), passes(1, 1)
 
@@ -99,7 +99,7 @@ def test_what_attends_twice_to_the_same_states_leaves_both_factors():
     assert_same_gradients(grown, plain, states)
 
 
-def test_nothing_is_copied_and_a_full_cache_says_so():
+def test_nothing_is_copied_and_a_full_cache_raises():
     first, second = passes(4, 2)
     layer = GrowingLayer(capacity=8)
     keys, values = layer.update(first, first)
@@ -112,7 +112,7 @@ def test_nothing_is_copied_and_a_full_cache_says_so():
         layer.update(*passes(3, 3))
 
 
-def test_dropout_of_weights_is_that_of_torch():
+def test_dropout_of_attention_weights_is_that_of_torch():
     module, states, (query,) = torch.nn.Module(), passes(6, 1), passes(1)
 
     def dropped() -> torch.Tensor:
@@ -132,7 +132,7 @@ def test_dropout_of_weights_is_that_of_torch():
 
 
 def test_a_long_pass_is_left_to_torch(monkeypatch):
-    """Its factors would be larger than the gradient."""
+    """The factors would be larger than the gradient."""
     monkeypatch.setattr(kv_cache, "_attend_in_factors", lambda *_: pytest.fail("factors of many rows"))
     module, layer = torch.nn.Module(), GrowingLayer(12)
     first, query = passes(3, 9)
@@ -143,7 +143,7 @@ def test_a_long_pass_is_left_to_torch(monkeypatch):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 def test_attention_in_factors_under_autocast(family, monkeypatch):
-    """Queries, keys and values may be of different types there; no farther from float32 than torch's attention."""
+    """No farther from float32 than torch's attention. Queries, keys and values may have different dtypes."""
     input_ids = torch.tensor([[5, 6, 1, 2, 2, 3, 7, 0], [9, 8, 1, 2, 2, 3, 4, 0]])
 
     def gradients(bf16: bool) -> torch.Tensor:
@@ -159,8 +159,8 @@ def test_attention_in_factors_under_autocast(family, monkeypatch):
     assert (ours - exact).norm() < 1.2 * (theirs - exact).norm()
 
 
-def test_the_memory_goes_with_the_graph(monkeypatch):
-    """A circle from the cache through autograd's graph and back once kept the states of every step for ever."""
+def test_the_memory_is_freed_with_the_graph(monkeypatch):
+    """A reference cycle through autograd's graph kept the states of every step."""
     made = []
     original = kv_cache.Memory.__init__
     monkeypatch.setattr(
@@ -168,7 +168,7 @@ def test_the_memory_goes_with_the_graph(monkeypatch):
     )
     model = Coconut(tiny_base("gpt2"), 2, 1, 3, 0)
     input_ids = torch.tensor([[5, 6, 1, 2, 2, 3, 7, 0]])
-    gc.disable()  # what only the collector would find is not freed in time: it does not see a tensor's size
+    gc.disable()  # the collector frees cycles too late: it does not know a tensor's size
     try:
         for backward in (True, False):
             loss = model(input_ids, labels=input_ids).loss
@@ -182,23 +182,23 @@ def test_the_memory_goes_with_the_graph(monkeypatch):
         gc.enable()
 
 
-def test_each_layer_gets_what_it_keeps():
+def test_each_kind_of_layer_gets_its_cache():
     config = tiny_base("llama").config
     assert [type(layer) for layer in make_cache(config, 8).layers] == [GrowingLayer, GrowingLayer]
     config.layer_types = ["linear_attention", "full_attention"]
     assert [type(layer) for layer in make_cache(config, 8).layers] == [ReplacingLayer, GrowingLayer]
-    assert make_cache(config, 8, keeps=False) is None  # a recurrent layer that is given a cache writes to it
+    assert make_cache(config, 8, keeps=False) is None  # a recurrent layer would write to it
     assert has_attention(config)
     config.layer_types = ["linear_attention", "linear_attention"]
     assert not has_attention(config)
 
 
-def test_recurrent_states_are_replaced_and_not_updated():
-    """Whether a model gives a new state or copies it into the old one: who has read that still has what he read."""
+def test_recurrent_states_are_replaced_and_not_overwritten():
+    """A state that was read stays as it was, whether the model passes a new state or copies one into it."""
     layer, given = ReplacingLayer(), torch.ones(1, 2, requires_grad=True)
     layer.update_recurrent_state(3 * given)
     read = layer.recurrent_states[0]
-    following = read * given  # keeps what it has read for its backward pass
+    following = read * given  # saves `read` for its backward pass
     read.copy_(5 * read)
     assert layer.recurrent_states[0].tolist() == [[15.0, 15.0]]
     assert torch.autograd.grad((following + layer.recurrent_states[0]).sum(), given)[0].tolist() == [[21.0, 21.0]]

@@ -1,4 +1,4 @@
-"""Weight gradients of one-column passes, made once a backward pass: those that autograd adds up."""
+"""Deferred weight gradients equal the ones that autograd adds up pass by pass."""
 
 import gc
 import weakref
@@ -16,8 +16,8 @@ from model import lora, weight_gradients
 from trainer.parallel import wrap_blocks
 
 
-def deferred(model: Coconut) -> Coconut:
-    wrap_blocks(model, Config())
+def deferred(model: Coconut, compiled: bool = False) -> Coconut:
+    wrap_blocks(model, Config(compile=compiled))
     return model
 
 
@@ -27,7 +27,7 @@ def batch_of(n_latents: list[int], seed: int = 0) -> dict:
 
 @pytest.fixture
 def products(monkeypatch) -> list[int]:
-    """The number of passes in each product of a weight's gradient."""
+    """Collects the number of passes in each product that makes a weight's gradient."""
     counts, take = [], weight_gradients._Kept.take
 
     def counting(self):
@@ -45,12 +45,24 @@ def test_loss_and_gradients_are_the_plain_definition(family, n_latents, products
     loss = model(**batch_of(n_latents)).loss
     assert max(largest_difference(model, rows, loss)) < 1e-9
     n_layers = {"gpt2": 4}.get(family, 7) * 2
-    passes = max(n_latents) - 1  # the last latent's pass goes on to the end of the sequence
+    passes = max(n_latents) - 1  # the last latent's pass runs to the end of the sequence
     assert products == [passes] * n_layers * (passes > 0)
 
 
-def test_a_gradient_is_made_once(family):
-    """DDP and FSDP send it when its hook fires."""
+@pytest.mark.slow
+def test_one_column_passes_of_compiled_blocks_run_in_eager_mode(products, monkeypatch):
+    """Compiled one-column passes added up weight gradients pass by pass, and were slower than eager ones."""
+    compile_block = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **keys: compile_block(self, backend="eager", **keys))
+    torch._dynamo.reset()
+    model, n_latents = deferred(make_model("gpt2"), compiled=True), [2, 0, 5, 3]
+    assert max(largest_difference(model, make_rows(n_latents), model(**batch_of(n_latents)).loss)) < 1e-9
+    assert products == [4] * 8
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_a_gradient_is_computed_once(family):
+    """DDP and FSDP send a gradient when its hook fires."""
     model, fired = deferred(make_model(family)), []
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: fired.append(name))
@@ -59,7 +71,7 @@ def test_a_gradient_is_made_once(family):
 
 
 def test_thoughts_without_gradients(family):
-    """Nothing but the link then makes the passes come before the weights' gradients."""
+    """Only the link then makes autograd run the passes' backward before the weights'."""
     plain, model = make_model(family), deferred(make_model(family))
     found, wanted = (
         gradients(each, each(**batch_of([4, 2]), edit=lambda _, thought, __: thought.detach()).loss)
@@ -69,7 +81,7 @@ def test_thoughts_without_gradients(family):
 
 
 def test_several_backward_passes_over_one_graph(family):
-    """The first does not come to the weights, and leaves what it has kept; two forwards share one backward."""
+    """The first stops before the weights and leaves inputs and gradients behind; two forwards share one backward."""
     plain, model = make_model(family), deferred(make_model(family))
     found, wanted = [], []
     for each, losses in ((model, found), (plain, wanted)):
@@ -94,8 +106,8 @@ def make_model_of(name: str) -> Coconut:
     return Coconut(tiny_model(name), LATENT, 1, 3, EOS).eval()
 
 
-def test_updates_of_frozen_weights(family, products):
-    """LoRA: the weights have no gradients, the updates do."""
+def test_lora(family, products):
+    """The weights are frozen, their low-rank updates are not."""
     pytest.importorskip("peft")
     models = []
     for _ in range(2):
@@ -114,7 +126,7 @@ def test_updates_of_frozen_weights(family, products):
 
 
 def test_autocast(family, products):
-    """As near to float32 as autograd's sums of bfloat16 gradients, or nearer."""
+    """No farther from float32 than autograd's sums of bfloat16 gradients."""
 
     def of(bf16: bool, wrapped: bool) -> torch.Tensor:
         model = make_model(family, dtype=torch.float32)
@@ -128,7 +140,7 @@ def test_autocast(family, products):
     assert (found - exact).norm() < 1.1 * (plain - exact).norm()
 
 
-def test_the_kept_goes_with_the_graph(monkeypatch):
+def test_inputs_and_gradients_are_freed_with_the_graph(monkeypatch):
     made, original = [], weight_gradients._Kept.__init__
     monkeypatch.setattr(
         weight_gradients._Kept, "__init__", lambda self: made.append(weakref.ref(self)) or original(self)

@@ -125,12 +125,12 @@ def with_companions(model: Coconut) -> list[Coconut]:
 
 
 def wrap_blocks(model: Coconut, config: Config) -> None:
-    """Compiles or checkpoints the decoder blocks, as the configuration says; otherwise defers the weight gradients of
-    the latent passes, so that one matrix product a step computes them."""
+    """Compiles or checkpoints the decoder blocks, as the configuration says. Unless they are checkpointed, defers the
+    weight gradients of latent passes, so that they are computed once a step."""
     if config.gradient_checkpointing:
         checkpoint_blocks(blocks_of(model, "gradient_checkpointing"))
-    elif not config.compile:
-        defer_weight_gradients(model.backbone.decoder, model.backbone.blocks)
+    else:
+        defer_weight_gradients(model.backbone.decoder, model.backbone.blocks, compiled=config.compile)
     if config.compile:
         # one graph for each combination of gradients or none, mask or none, one column or several, one row or several;
         # lengths are dynamic
