@@ -284,7 +284,7 @@ def save_checkpoint(run: Run, stage: int, files: dict[str, str] | None = None) -
     """Saves this moment; with `files`, that of a finished epoch. Collective: every rank must call it."""
     if run.config.debug:
         return
-    if files is None and run.saved is not None and run.saved.name == checkpoint.restart_name(run.progress):
+    if files is None and run.saved is not None and run.saved.name == checkpoint.step_checkpoint_name(run.progress):
         return  # nothing has happened since
     if not run.config.skip_nonfinite and not parallel.weights_are_finite(run.model):  # all ranks
         raise UserError.of_all(
@@ -311,7 +311,7 @@ def finish(run: Run) -> None:
     """Removes what only a restart would need, and prints the run's table."""
     run.wait_for_digests()
     if run.world.is_main:
-        checkpoint.remove_restarts(run.config.run_dir)
+        checkpoint.remove_step_checkpoints(run.config.run_dir)
         try:
             print_result(evaluate.summary(run.config.run_dir))
         except UserError as error:  # the training has ended well, whatever has become of its log

@@ -108,7 +108,7 @@ def test_a_rank_that_is_waited_for_and_fails_ends_the_others_at_once(place, job,
     """The others waited on, for half a minute, until torchrun killed them."""
     arguments = (ROOT / "run.py", place / "run.yaml", *SHORT, f"name=waited-for-{how}", "batch_size_training=8")
     done = job(ONE_RANK + AS_RUN, *arguments, ranks=2, code=1, environment={"HOW": how})
-    assert "rank 0 ends because another one has" in done.stderr  # it was not killed
+    assert "rank 0 exits because another rank has failed" in done.stderr  # it was not killed
     assert "rank      : 1 " in done.stderr.partition("Root Cause")[2]
 
 

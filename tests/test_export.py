@@ -355,13 +355,14 @@ def test_padding_without_an_attention_mask(folders):
     assert whole.prompts(first)[1].all()
 
 
-def copied(source: Path, folder: Path, config: Config, state: str | None = '{"format": 1}') -> Path:
+def copied(source: Path, folder: Path, config: Config, state: str | None = "{}") -> Path:
     """A run with a configuration, and its checkpoint with a state."""
     run = shutil.copytree(source.parent, folder)
     run_folder.write_config(dataclasses.asdict(config), run, 2, "a fast one")
     if state is not None:
         (run / "checkpoint_4" / "trainer").mkdir()
         (run / "checkpoint_4" / "trainer" / "state.json").write_text(state)
+        (run / "checkpoint_4" / "trainer" / "manifest.json").write_text(json.dumps({"trainer/state.json": len(state)}))
     return run
 
 
@@ -376,7 +377,7 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
         **{"train_path": str(tmp_path / "some_train.json"), "val_path": "data/some_valid.json"},
     )
     Path(config.train_path).write_text("[]")
-    state = '{"format": 1, "epoch": 2, "step": 90}'
+    state = '{"epoch": 2, "step": 90}'
     run = copied(checkpoints["two a step"], tmp_path / "mine", config, state)
     epochs = [{"event": "epoch", "epoch": n, "train_seconds": 1700.0, "seconds": 100.0} for n in (0, 1, 1, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
@@ -455,7 +456,7 @@ def test_a_card_of_several_modes_has_a_row_for_each_and_one_of_no_run_says_so(ch
 )
 def test_what_is_damaged_is_said_in_a_sentence(checkpoints, tmp_path, capsys, file, content, sentence):
     """A traceback each."""
-    state = '{"format": 1}' if file.startswith("..") else None
+    state = "{}" if file.startswith("..") else None
     run = copied(checkpoints["llama"], tmp_path / "mine", Config(), state)
     path = run / "checkpoint_4" / file
     path.parent.mkdir(exist_ok=True)
@@ -477,7 +478,7 @@ def test_what_is_there_is_kept(checkpoints, tmp_path, capsys):
     assert (out / "config.json").read_text() != before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (out / ".git").mkdir()
-    assert "nothing of it is overwritten: it holds .git" in one_error(export.main, [other, out, "--force"], capsys)
+    assert "is not overwritten, because it contains .git" in one_error(export.main, [other, out, "--force"], capsys)
     assert (out / ".git").is_dir()
     (tmp_path / "mine").mkdir()
     texts = {"mine": tmp_path / "mine" / "thesis.tex", "file": tmp_path / "file"}
@@ -507,7 +508,7 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(checkpoints, tmp_path, ca
     sentence = "a llama cannot be exported, to run over transformers' own cache: its logits differ"
     assert sentence in one_error(export.main, [own, out], capsys)
     (own / "trainer").mkdir()
-    assert "is damaged: trainer/state.json: No such file" in one_error(export.main, [own, out], capsys)
+    assert "is damaged: trainer/manifest.json: No such file" in one_error(export.main, [own, out], capsys)
     assert not out.exists()
 
 

@@ -326,7 +326,7 @@ def test_a_damaged_checkpoint_is_passed_over(place, two_epochs, here, capsys):
         capsys.readouterr()
         assert checkpoint.newest_whole(run) == run / "checkpoint_1", damage
         (found,) = capsys.readouterr().err.splitlines()
-        assert re.search("warning: .*checkpoint_2 is damaged .*passed over", found), damage
+        assert re.search("warning: .*checkpoint_2 is damaged .*skipped", found), damage
     done = here(place / "run.yaml", *arguments)  # the last of them, in the program
     assert re.search(r"warning: .*continuing from .*checkpoint_1, after 1 of 3", done.stderr, re.DOTALL)
     assert len(list(run.glob("checkpoint_2.replaced-*"))) == 1
@@ -348,10 +348,10 @@ def test_only_damaged_checkpoints_are_an_error_and_no_new_start(place, two_epoch
     shutil.rmtree(run / "checkpoint_1")
     flip(run / "checkpoint_2" / "model.safetensors")
     before = digest(run)
-    assert "holds damaged checkpoints only" in here(place / "run.yaml", *arguments, code=2).stderr
+    assert f"all checkpoints in {run} are damaged" in here(place / "run.yaml", *arguments, code=2).stderr
     evaluation = (*arguments, "name=eval", "only_eval=true", f"load_model_path={run}")
     done = here(place / "run.yaml", *evaluation, code=2)
-    assert "is damaged: model.safetensors is not what was written" in done.stderr
+    assert "is damaged: model.safetensors differs from what was written" in done.stderr
     assert digest(run) == before
 
 
@@ -648,7 +648,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(place, here, rank
     sentence = f"the loss of step {record['step']}, in epoch 0, is nan.*the last good checkpoint is none"
     assert re.search(sentence, complaint_of(done))
     shutil.rmtree(run)
-    assert "left out" in (together if ranks else here)(*arguments, "skip_nonfinite=true").stderr
+    assert "skipped, its examples are in" in (together if ranks else here)(*arguments, "skip_nonfinite=true").stderr
     assert epochs(run)[-1]["skipped"] == 1
     after, before = weights(run / "checkpoint_1"), weights(folder)
     assert all(value.isfinite().all() for name, value in after.items() if "embed" not in name and "lm_head" not in name)

@@ -65,7 +65,7 @@ def test_what_is_saved_is_what_is_read(run, tmp_path, dtype):
     assert (again.markers, again.stage) == (model.markers, model.stage)
     assert equal(again.state_dict(), model.state_dict())
     assert again.ask("3+4") == model.ask("3+4")
-    refuses("is there already", again.save_pretrained, tmp_path / "saved")
+    refuses("exists and is not", again.save_pretrained, tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
@@ -111,7 +111,7 @@ def test_the_hub(run, tmp_path, monkeypatch):
         ("some/where/else", "'some/where/else' is no checkpoint"),
         ("some/model", "checkpoint 'some/model' cannot be loaded: .*it is no local folder; on the hub"),
         ("{tiny}", "lacks coconut.json"),
-        ("{exported}", "is what tools/export.py writes"),
+        ("{exported}", "is an exported model"),
     ],
 )
 def test_what_is_no_checkpoint(run, tmp_path, monkeypatch, source, sentence):

@@ -46,7 +46,7 @@ def test_a_promised_gpu_that_torch_does_not_find_is_an_error(monkeypatch, enviro
     if promise is None:
         assert ranks.promised_gpu() is None
     else:
-        refuses(f'{promise}, but torch finds no GPU: .+; CUDA_VISIBLE_DEVICES=""', ranks.setup_distributed)
+        refuses(f'{promise}, but torch finds no GPU: .+; set CUDA_VISIBLE_DEVICES=""', ranks.setup_distributed)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_a_promised_gpu_that_torch_does_not_find_is_an_error(monkeypatch, enviro
         ("mps", 1, {}, "mps", "torch finds MPS and no CUDA"),
         ("xpu", 1, {}, "xpu", "torch finds XPU and no CUDA"),
         ("xpu", 1, {"SLURM_GPUS_ON_NODE": "4"}, "xpu", "torch finds XPU and no CUDA"),
-        ("mps", 2, {}, "cpu", "MPS is for one process, and there are 2 ranks"),
-        ("mps", 1, {"CUDA_VISIBLE_DEVICES": ""}, "cpu", 'CUDA_VISIBLE_DEVICES="" insists on it'),
+        ("mps", 2, {}, "cpu", "MPS supports one process, and there are 2 ranks"),
+        ("mps", 1, {"CUDA_VISIBLE_DEVICES": ""}, "cpu", 'CUDA_VISIBLE_DEVICES="" hides all GPUs'),
         (None, 1, {}, "cpu", "torch finds no GPU"),
     ],
 )

@@ -105,7 +105,7 @@ def test_the_table_comes_before_the_tracker_and_one_signal_is_enough(place, use,
     main(place, *SHORT, "name=tracker-signal")
     assert "validation, stage 0" in shown[0]
     assert not restarts
-    assert "wandb failed (finish: a signal has come first)" in capsys.readouterr().err
+    assert "wandb failed (finish: interrupted by a signal)" in capsys.readouterr().err
 
 
 CALLS = {

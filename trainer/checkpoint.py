@@ -52,11 +52,12 @@ from trainer import parallel, run_folder
 from trainer.distributed import World, agree, on_main_rank
 from trainer.files import file_digest, reading, retried, sync_to_disk, write_whole
 from trainer.pretrained import Pretrained, read_description
-from trainer.run_folder import best, checkpoints, is_of_finished_epoch, is_on_hub, rating, resolve, run_checkpoints
+from trainer.run_folder import best, checkpoints, is_epoch_checkpoint, is_on_hub, rating, resolve, run_checkpoints
 from utils import UserError, as_json, log, parse_json, read_object
 
 FORMAT = 2  # of state.json, and of coconut.json beside it
 OPTIMIZER = "trainer/optimizer"
+STATE = "trainer/state.json"
 MANIFEST = "trainer/manifest.json"  # file -> its size; its SHA-256 once `add_digests` has run
 # keys that decide what a model's sequences look like
 DESCRIBED = [field.name for field in fields(Config) if field.metadata["shapes"]]
@@ -88,22 +89,12 @@ class Progress:
 
 def save_progress(folder: Path, progress: Progress, world_size: int) -> None:
     state = {"format": FORMAT, "world_size": world_size, **asdict(progress)}
-    (folder / "trainer" / "state.json").write_text(as_json(state), encoding="utf-8")
-
-
-def read_state(folder: Path) -> dict:
-    """Reads what `save_progress` wrote. Raises OSError, and ValueError if the file is damaged."""
-    state = parse_json((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
-    kinds = {"format": int, "world_size": int, "epoch": int, "step": int, "seen": int, "best": dict}
-    kinds |= {"losses": (int, float), "seconds": (int, float)}
-    if not isinstance(state, dict) or not all(isinstance(state[name], kinds[name]) for name in kinds.keys() & state):
-        raise ValueError("a value is of another type")
-    return state
+    (folder / STATE).write_text(as_json(state), encoding="utf-8")
 
 
 def read_progress(folder: Path) -> Progress:
     """Reads the Progress of a checkpoint."""
-    state = read_state(folder)
+    state = read_object(folder / STATE)
     known = {field.name for field in fields(Progress)}
     progress = Progress(**{name: value for name, value in state.items() if name in known})
     progress.best = {int(stage): accuracy for stage, accuracy in progress.best.items()}
@@ -130,7 +121,7 @@ def save(
 
     Raises UserError, on every rank, if it cannot be written; earlier checkpoints are then unchanged.
     """
-    name = restart_name(progress) if files is None else f"checkpoint_{progress.epoch}"
+    name = step_checkpoint_name(progress) if files is None else f"checkpoint_{progress.epoch}"
     target, aside = config.run_dir / name, config.run_dir / f".writing-{name}"
     weights = parallel.whole_weights(pretrained.model)  # all ranks
     try:
@@ -195,7 +186,7 @@ def _under(prefix: str, weights: Weights) -> Weights:
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def restart_name(progress: Progress) -> str:
+def step_checkpoint_name(progress: Progress) -> str:
     """Returns the name of a step checkpoint."""
     return f"checkpoint_{progress.epoch}_step_{progress.step}"
 
@@ -256,10 +247,10 @@ def _prune(config: Config) -> None:
     all epoch checkpoints but the newest two; epoch checkpoints beyond keep_checkpoints, except the best
     (`run_folder.best`)."""
     everything = checkpoints(config.run_dir)
-    finished = [path for path in everything if is_of_finished_epoch(path)]
+    finished = [path for path in everything if is_epoch_checkpoint(path)]
     since = everything.index(finished[-1]) if finished else 0
     for path in everything[: max(since, len(everything) - 2)]:
-        if not is_of_finished_epoch(path):
+        if not is_epoch_checkpoint(path):
             _remove(path)
     for path in finished[:-2]:
         _remove_optimizer(path)
@@ -271,11 +262,11 @@ def _prune(config: Config) -> None:
             _remove(path)
 
 
-def remove_restarts(run_dir: Path) -> None:
+def remove_step_checkpoints(run_dir: Path) -> None:
     """Removes the step checkpoints of a run that has ended, except the newest checkpoint: with save_only_improve it may
     be the only one that shows that the run has ended."""
     for path in checkpoints(run_dir)[:-1]:
-        if not is_of_finished_epoch(path):
+        if not is_epoch_checkpoint(path):
             _remove(path)
 
 
@@ -399,7 +390,7 @@ def save_random_state(folder: Path, world: World) -> None:
 
 def load_random_state(folder: Path, world: World) -> bool:
     """Restores this rank's random state; returns False if the checkpoint was saved with another world size."""
-    if read_state(folder).get("world_size") != world.size:
+    if read_object(folder / STATE)["world_size"] != world.size:
         return False
     saved = torch.load(folder / "trainer" / f"random_{world.rank}.pt", weights_only=True)
     random.setstate(saved["python"])
@@ -436,11 +427,11 @@ def _newest_that_fits(config: Config) -> Path | None:
     if others:
         hint = "" if described else ", or set continue_changed=true"
         raise UserError(
-            f"{newest} is of another configuration ({'; '.join(others.values())}): choose another name{hint}"
+            f"{newest} was trained with another configuration ({'; '.join(others.values())}): choose another name{hint}"
         )
     if not (newest / OPTIMIZER).is_dir():
         raise UserError(
-            f"{newest} cannot be continued: only the newest two epochs keep the optimizer's state; to begin with its "
+            f"{newest} cannot be continued: only the newest two epochs keep the optimizer's state; to start from its "
             f"weights, choose another name, load_model_path={newest} and resume={read_progress(newest).epoch}"
         )
     return newest
@@ -491,11 +482,11 @@ def newest_whole(run_dir: Path) -> Path | None:
         if problem is None:
             return path
         damaged.append(path)
-        log.warning(f"{path} is damaged ({problem}) and passed over")
+        log.warning(f"{path} is damaged ({problem}) and skipped")
     if damaged:
         raise UserError(
-            f"{run_dir} holds damaged checkpoints only, {damaged[0].name} the newest: mend or remove them, or choose "
-            f"another name"
+            f"all checkpoints in {run_dir} are damaged, the newest is {damaged[0].name}: restore or remove them, or "
+            f"choose another name"
         )
     return None
 
@@ -505,11 +496,9 @@ def damage(folder: Path) -> str | None:
     """Describes what is wrong with a checkpoint's files; None if nothing is. Raises UserError for missing
     permissions."""
     try:
-        if read_state(folder)["format"] == 1:
-            return None  # had no manifest
         listed = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(listed, dict) or not listed:
-            raise TypeError
+        if not isinstance(listed, dict) or STATE not in listed:
+            raise ValueError
         sizes = {name: (folder / name).stat().st_size for name in listed}
         hashed = [name for name, value in listed.items() if isinstance(value, str)]
         found = sizes | dict(zip(hashed, _digests([folder / name for name in hashed]), strict=True))
@@ -518,9 +507,9 @@ def damage(folder: Path) -> str | None:
     except OSError as error:
         name = Path(error.filename).relative_to(folder) if error.filename else "a file"  # bad sectors have no filename
         return f"{name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError):
-        return f"{MANIFEST} or trainer/state.json is not readable"
-    return next((f"{name} is not what was written" for name in listed if listed[name] != found[name]), None)
+    except ValueError:
+        return f"{MANIFEST} is not readable"
+    return next((f"{name} differs from what was written" for name in listed if listed[name] != found[name]), None)
 
 
 def differences(config: Config, folder: Path) -> dict[str, str]:
@@ -535,11 +524,8 @@ def differences(config: Config, folder: Path) -> dict[str, str]:
 
 
 def _departures(config: Config, before: dict, names: Iterable[str]) -> dict[str, str]:
-    def shown(value) -> str:
-        return repr(value) if isinstance(value, str) and not value.strip() else str(value)
-
     pairs = {name: (before[name], getattr(config, name)) for name in names if name in before}
-    return {name: f"{name} {shown(then)}, not {shown(now)}" for name, (then, now) in pairs.items() if then != now}
+    return {name: f"{name} {then!r}, not {now!r}" for name, (then, now) in pairs.items() if then != now}
 
 
 def check_method(config: Config, source: Path) -> list[str]:
@@ -547,8 +533,8 @@ def check_method(config: Config, source: Path) -> list[str]:
     another method or thought, which would make the evaluation meaningless."""
     others = differences(config, source)
     if {"method", "thought"} & others.keys():
-        raise UserError(f"{source} is of another configuration ({'; '.join(others.values())})")
-    return [f"{source} is of another configuration: {text}" for text in others.values()]
+        raise UserError(f"{source} was trained with another configuration ({'; '.join(others.values())})")
+    return [f"{source} was trained with another configuration: {text}" for text in others.values()]
 
 
 def check_unseen(source: Path, digests: dict[str, str]) -> list[str]:
@@ -556,8 +542,8 @@ def check_unseen(source: Path, digests: dict[str, str]) -> list[str]:
     that chose the checkpoint."""
     chosen_by = (read_description(source) or {}).get("validated_on") or {}
     return [
-        f"{path} is what {source} was validated on (as {chosen_by['file']}): a checkpoint looks better than it is on "
-        f"the set that chose it"
+        f"{path} is the validation file of {source} ({chosen_by['file']}): it has chosen the checkpoint, so accuracy "
+        f"on it is too high"
         for path, digest in digests.items()
         if digest == chosen_by.get("sha256")
     ]

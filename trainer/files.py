@@ -126,10 +126,10 @@ def replaced(path: Path, overwrites: tuple[str, ...] | None = None) -> Iterator[
             if old.exists() and not target.exists():
                 old.rename(target)  # a kill between the two renames below
             if target.exists() and not target.is_dir():
-                raise UserError(f"{path} is there already, and is no folder")
+                raise UserError(f"{path} exists and is not a folder")
             there = sorted(part.name for part in target.iterdir()) if target.exists() else []
             if others := [name for name in there if not any(fnmatch(name, pattern) for pattern in overwrites)]:
-                raise UserError(f"{path} is there already, and nothing of it is overwritten: it holds {others[0]}")
+                raise UserError(f"{path} exists and is not overwritten, because it contains {others[0]}")
             for leftover in (aside, old):
                 shutil.rmtree(leftover, ignore_errors=True)
             aside.mkdir(parents=True)

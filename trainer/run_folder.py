@@ -46,7 +46,7 @@ def run_checkpoints(run_dir: Path) -> list[Path]:
     return [path for *_, path in sorted(found)]
 
 
-def is_of_finished_epoch(path: Path) -> bool:
+def is_epoch_checkpoint(path: Path) -> bool:
     return "_step_" not in path.name
 
 
@@ -69,7 +69,7 @@ def rating(path: Path) -> tuple[int, float] | None:
 def best(run_dir: Path) -> Path | None:
     """Returns the checkpoint with the best validation accuracy in the latest stage, the latest of equals; None if no
     checkpoint has an accuracy. Earlier stages are easier, because they keep written steps."""
-    rated = [(path, rating(path)) for path in reversed(checkpoints(run_dir)) if is_of_finished_epoch(path)]
+    rated = [(path, rating(path)) for path in reversed(checkpoints(run_dir)) if is_epoch_checkpoint(path)]
     return max((pair for pair in rated if pair[1] is not None), key=lambda pair: pair[1], default=(None, None))[0]
 
 
@@ -85,18 +85,17 @@ def resolve(load_model_path: str, cached: bool = False) -> Path:
         return _chosen(load_model_path, path, which)
     if (path / "modeling_coconut.py").is_file():
         raise UserError(
-            f"{path} is what tools/export.py writes: AutoModelForCausalLM.from_pretrained reads it, with "
-            f"trust_remote_code=True"
+            f"{path} is an exported model: load it by AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)"
         )
     if path.is_file() or (path / "config.json").is_file():
         return path
     if found := checkpoints(path):
-        return next((folder for folder in reversed(found) if is_of_finished_epoch(folder)), found[-1])
+        return next((folder for folder in reversed(found) if is_epoch_checkpoint(folder)), found[-1])
     if is_on_hub(load_model_path):
         return _downloaded(load_model_path, cached)
     raise UserError(
         f"load_model_path {load_model_path!r} is no checkpoint: neither a file, nor a folder with a config.json, nor "
-        f"a run's folder with a whole checkpoint in it"
+        f"a run's folder with a complete checkpoint"
     )
 
 
@@ -107,16 +106,16 @@ def check_checkpoint(source: str) -> None:
 
 
 def _chosen(load_model_path: str, run: Path, which: str) -> Path:
-    there = [path.name.removeprefix("checkpoint_") for path in checkpoints(run) if is_of_finished_epoch(path)]
+    there = [path.name.removeprefix("checkpoint_") for path in checkpoints(run) if is_epoch_checkpoint(path)]
     if not there:
-        raise UserError(f"load_model_path {load_model_path!r}: {run} is no run's folder with a whole checkpoint in it")
+        raise UserError(f"load_model_path {load_model_path!r}: {run} is no run's folder with a complete checkpoint")
     if which == "best":
         if found := best(run):
             return found
         raise UserError(f"load_model_path {load_model_path!r}: no checkpoint of {run} has a validation accuracy")
     if which not in there:
         raise UserError(
-            f"load_model_path {load_model_path!r}: after the @ comes best, or a number of epochs; {run} has "
+            f"load_model_path {load_model_path!r}: expected RUN@best or RUN@EPOCHS; {run} has the epochs "
             f"{', '.join(there)}"
         )
     return run / f"checkpoint_{which}"
@@ -155,7 +154,7 @@ def keep_results(folder: Path, values: dict, checkpoint: str) -> None:
     with writing(folder):
         number = next(n for n in range(1, 1 << 20) if not folder.with_name(f"{folder.name}_{n}").exists())
         kept = folder.rename(folder.with_name(f"{folder.name}_{number}"))
-    log.info(f"{folder} held results of another checkpoint, set or configuration: they are now in {kept}")
+    log.info(f"moved {folder}, which had results of another checkpoint, set or configuration, to {kept}")
 
 
 def write_config(values: dict, folder: Path, world_size: int, hardware: str = "unknown") -> None:
