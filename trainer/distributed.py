@@ -145,10 +145,8 @@ def allowed_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pro
     """Returns the cores that this process may use, at least 1: its affinity (taskset, srun), or the CPU quota of its
     cgroup (a container, a Kubernetes limit) if that is less."""
     cores = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
-    lines = own.read_text().splitlines() if own.exists() else []
-    for _, controllers, path in (
-        line.split(":", 2) for line in lines
-    ):  # https://man7.org/linux/man-pages/man7/cgroups.7
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, path = line.split(":", 2)  # https://man7.org/linux/man-pages/man7/cgroups.7
         of_v1 = "cpu" in controllers.split(",")
         root = cgroups / "cpu" if of_v1 else cgroups
         files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if of_v1 else ("cpu.max",)
@@ -185,9 +183,7 @@ def run_main(main: typing.Callable[..., int], *arguments) -> typing.NoReturn:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
+        code = end.code or 0
     except BaseException:
         traceback.print_exc()
     exit_process(code)
@@ -313,7 +309,8 @@ def barrier(world: World) -> None:
         work.wait()
     except RuntimeError:  # the failed rank prints the reason
         time.sleep(3)  # torchrun reports the rank that exits first
-        sys.exit(f"rank {world.rank} exits because another rank has failed")
+        print(f"rank {world.rank} exits because another rank has failed", file=sys.stderr)
+        sys.exit(1)
 
 
 # --- Locks and shared folders ---
@@ -447,10 +444,10 @@ class StopSignal:
         import torch
         import torch.distributed as dist
 
-        answer = self._result()
+        previous = self._result()
         flag = torch.tensor(int(self.received is not None))
         self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)  # all ranks
-        return self._result() or answer if wait else answer
+        return self._result() or previous if wait else previous
 
     def _result(self) -> bool:
         if self._pending is None:
