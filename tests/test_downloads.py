@@ -1,4 +1,4 @@
-"""The bash scripts, against a folder in place of the network: what they keep, continue, refuse and leave behind."""
+"""The download scripts, with a folder in place of the network: what they keep, resume and refuse."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ import pytest
 from conftest import DATA, ROOT, needs_data
 
 CURL = """#!/usr/bin/env bash
-# Stands in for curl: the file of that name under SERVED; with BREAK_AFTER only so many more bytes of it.
+# Stands in for curl: copies the file of that name from SERVED, only BREAK_AFTER bytes of it if that is set.
 continues=no
 while [[ $# -gt 1 ]]; do
     case $1 in
@@ -53,7 +53,7 @@ def with_constants(path: Path, constants: dict) -> None:
 
 
 class Place:
-    """A copy of the scripts whose constants are those of small files, a folder `served`, and a curl that reads it."""
+    """A copy of the scripts with the constants of small files, a folder `served`, and a curl that reads from it."""
 
     def __init__(self, folder: Path):
         self.folder, self.served, self.data = folder, folder / "served", folder / "data"
@@ -79,7 +79,7 @@ class Place:
     def run(
         self, script: str, *arguments: str, real_curl: bool = False, refused: str = "", errors: int = 1, **variables
     ):
-        """refused: what it says where it is to end with so many errors."""
+        """Runs a script. refused: text of its error, if it must fail with this number of errors."""
         url = self.served.as_uri()
         environment = {**os.environ, "BASE_URL": url, "RAW_URL": url, "MEDIA_URL": url, "PYTHON": sys.executable}
         environment |= {"SERVED": str(self.served), **variables}
@@ -100,9 +100,6 @@ class Place:
         return (self.served / "log").read_text().split("\n")[:-1]
 
 
-REAL = pytest.mark.skipif(not shutil.which("curl"), reason="curl is absent")
-
-
 @pytest.fixture
 def place(tmp_path) -> Place:
     return Place(tmp_path)
@@ -111,15 +108,8 @@ def place(tmp_path) -> Place:
 REAL = pytest.mark.skipif(not shutil.which("curl"), reason="curl is absent")
 
 
-def refused(result, sentence: str) -> None:
-    assert result.returncode == 2
-    assert sentence in result.stderr
-    assert result.stderr.count("error: ") == 1
-    assert "Traceback" not in result.stderr
-
-
 @pytest.mark.parametrize("real_curl", [False, pytest.param(True, marks=REAL)])
-def test_downloads_that_succeed(place, real_curl):
+def test_downloads(place, real_curl):
     place.run("prosqa_official", "new/folder", real_curl=real_curl)
     assert place.found("new/folder") == set(place.prosqa)
     assert all((place.folder / "new/folder" / name).read_bytes() == text for name, text in place.prosqa.items())
@@ -156,12 +146,12 @@ def test_the_real_curl_continues(place):
     assert place.found() == set(place.prosqa)
 
 
-def test_a_whole_download_that_was_not_verified_yet_is_not_lost_and_a_changed_file_refused(place):
+def test_a_complete_part_is_verified_and_a_changed_file_is_refused(place):
     place.data.mkdir()
     for split in ("train", "valid"):
         (place.data / f"gsm_{split}.txt.part").write_text(GSM[split])
     place.run("gsm_icot")
-    # of valid the size is not known, so the server is asked; train is not asked for
+    # the script knows the size of train, but has to ask the server for that of valid
     assert place.log() == [f"valid.txt from {len(GSM['valid'])}", "valid.txt from 0", "test.txt from 0"]
     (place.data / "gsm_valid.json").unlink()
     (place.served / "valid.txt").write_text(GSM["valid"].replace("d?", "D?"))
@@ -189,7 +179,7 @@ def test_wrong_content_is_refused_and_leaves_nothing(place):
 
 
 @pytest.mark.parametrize("script", ["prosqa_official", "gsm_icot"])
-def test_what_is_not_there_or_in_the_way_is_named(place, script):
+def test_missing_files_and_a_file_in_place_of_the_folder_are_errors(place, script):
     for path in place.served.iterdir():
         path.unlink()
     place.run(script, refused="cannot be had: the server refuses it")

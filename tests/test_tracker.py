@@ -1,4 +1,4 @@
-"""wandb must not end a training, delay it or change its exit code: it dies, hangs, is missing, or is not logged in."""
+"""wandb must not end a training, delay it or change its exit code when it dies, hangs, is missing or not logged in."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ SHORT = ("max_train_examples=32", "max_new_tokens=2", "num_epochs=1", "wandb=off
 
 
 class Wandb(types.ModuleType):
-    """A stand-in that records its calls; `failing` names the calls that go wrong, and how."""
+    """A stand-in that records its calls. failing: call -> the function that it runs."""
 
     def __init__(self, failing: dict | None = None):
         super().__init__("wandb")
@@ -64,9 +64,9 @@ def use(monkeypatch):
 
 @pytest.mark.parametrize("call", ["init", "log", "finish"])
 @pytest.mark.parametrize("how", FAILURES)
-def test_a_tracker_that_fails_is_one_warning(place, use, capsys, monkeypatch, call, how):
-    """Wandb's helper was killed, and the run ended before it was saved; finish hung until SIGKILL."""
-    monkeypatch.setattr(tracker, "TIMEOUTS", dict.fromkeys(tracker.TIMEOUTS, 0.3))
+def test_a_failure_of_wandb_is_one_warning(place, use, capsys, monkeypatch, call, how):
+    """Wandb's helper process was killed, and the run ended before it was saved; finish hung until SIGKILL."""
+    monkeypatch.setitem(tracker.TIMEOUTS, {"init": "start"}.get(call, call), 0.3)
     module = use(Wandb({call: FAILURES[how]}))
     folder = main(place, *SHORT, f"name=tracker-{call}-{how}")
     assert (folder / "checkpoint_1").is_dir()
@@ -75,15 +75,15 @@ def test_a_tracker_that_fails_is_one_warning(place, use, capsys, monkeypatch, ca
     assert [name for name, *_ in module.calls].count(call) == 1
 
 
-def test_a_missing_tracker_is_a_warning(place, use, capsys):
+def test_a_missing_wandb_is_a_warning(place, use, capsys):
     """A traceback before the first step."""
-    use(None)  # what makes `import wandb` fail
+    use(None)  # makes `import wandb` fail
     assert len(epochs(main(place, *SHORT, "name=tracker-missing"))) == 1
     assert "warning: wandb failed (start: ModuleNotFoundError" in capsys.readouterr().err
 
 
-def test_a_file_in_the_trackers_place_ends_nothing(place, monkeypatch):
-    """With wandb itself."""
+def test_a_file_in_place_of_wandbs_folder_does_not_end_a_run(place, monkeypatch):
+    """With the real wandb."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = place / "runs" / "tracker-file"
     folder.mkdir(parents=True)
@@ -91,7 +91,7 @@ def test_a_file_in_the_trackers_place_ends_nothing(place, monkeypatch):
     assert len(epochs(main(place, *SHORT, "name=tracker-file"))) == 1
 
 
-def test_the_table_comes_before_the_tracker_and_one_signal_is_enough(place, use, capsys):
+def test_the_table_is_printed_before_wandb_finishes_and_one_signal_ends_that(place, use, capsys):
     """With `finish` hanging, SIGTERM did nothing, a second gave 143, and there was no table."""
 
     def hang() -> None:
@@ -117,8 +117,8 @@ CALLS = {
 
 
 @pytest.mark.parametrize("end", CALLS)
-def test_the_tracker_learns_the_exit_code_and_has_seconds_to_finish(place, use, monkeypatch, capsys, end):
-    """Runs that failed or were stopped were 'finished', with 0; each that was stopped warned that wandb failed."""
+def test_wandb_gets_the_exit_code_and_has_seconds_to_finish(place, use, monkeypatch, capsys, end):
+    """Failed and stopped runs were 'finished', with code 0; each stopped run warned that wandb failed."""
     original, (act, wanted) = run_module.train_step, CALLS[end]
 
     def step(run, *others):
@@ -141,15 +141,15 @@ def opened(folder, mode: str) -> RunLogger:
     return logger
 
 
-def test_an_interrupted_run_has_its_exit_code_too(use, tmp_path):
+def test_wandb_gets_the_exit_code_of_an_interrupted_run(use, tmp_path):
     module = use(Wandb())
     with pytest.raises(KeyboardInterrupt), opened(tmp_path, "offline"):
         raise KeyboardInterrupt
     assert module.calls[-1] == ("finish", 130)
 
 
-def test_what_fails_before_the_first_step_leaves_no_log_open(place, use, monkeypatch):
-    """Such a run was 'finished' with 0, by wandb's own exit handler."""
+def test_an_exception_before_the_first_step_leaves_no_log_open(place, use, monkeypatch):
+    """Wandb's own exit handler 'finished' such a run with code 0."""
     module = use(Wandb())
     monkeypatch.setattr("trainer.evaluate.warn_unscorable_answers", raising(LOST))
     with pytest.raises(ConnectionResetError):
@@ -166,8 +166,8 @@ def test_what_is_logged(place, use):
     assert read_json(folder / "checkpoint_1" / "trainer" / "state.json")["wandb_id"] == "abc"
 
 
-def test_wandb_is_offline_where_nobody_is_logged_in_by_its_own_credentials(monkeypatch, tmp_path, reason):
-    """Logged in, and offline without a word."""
+def test_wandbs_own_credentials_decide_whether_it_logs_online(monkeypatch, tmp_path, reason):
+    """A user who was logged in got an offline run without a message."""
     netrc, machine = tmp_path / ".netrc", "machine {} login user password {}\n"
     assert "nobody is logged in at https://" in reason()
     netrc.write_text(machine.format("api.wandb.ai", KEY))
@@ -194,7 +194,7 @@ def test_wandb_is_offline_where_nobody_is_logged_in_by_its_own_credentials(monke
 
 @pytest.fixture
 def reason(monkeypatch, tmp_path):
-    """`why_offline` where nobody is logged in, until a test changes that."""
+    """Calls `why_offline`, first without any credentials; a test adds them."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.delenv("NETRC", raising=False)
@@ -214,13 +214,13 @@ KEY = "x" * 40
 
 @pytest.mark.parametrize("offline", ["nobody is logged in", None])
 def test_a_run_that_cannot_log_online_warns_once(tmp_path, use, monkeypatch, capsys, offline):
-    """No curve, found a week later. The environment decides before the configuration."""
+    """Nothing said that there would be no curves. The environment has priority over the configuration."""
     module = use(Wandb())
     monkeypatch.setattr(tracker, "why_offline", lambda: offline)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with opened(tmp_path, "online"):
         assert module.calls == []
-    monkeypatch.setenv("WANDB_MODE", "")  # as good as not set
+    monkeypatch.setenv("WANDB_MODE", "")  # like an unset variable
     with opened(tmp_path, "online"):
         assert module.calls[0] == ("init", "offline" if offline else "online")
     assert capsys.readouterr().err == (f"warning: wandb logs offline: {offline}\n" if offline else "")
