@@ -75,6 +75,15 @@ def wait_for(condition, seconds: float = 300) -> None:
 # --- Signals ---
 
 
+@pytest.fixture
+def handlers():
+    """Restores the signal handlers that a test sets."""
+    before = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.slow
 def test_a_signal_saves_and_the_next_job_continues_inside_the_epoch(place, tmp_path, monkeypatch):
     """SIGTERM here; SIGUSR1 in test_slurm.py."""
@@ -127,24 +136,23 @@ def test_a_run_that_dies_in_validation_validates_again(place, here, monkeypatch)
     assert [path.name for path in run.glob("checkpoint_*")] == ["checkpoint_1"]
 
 
+@pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_signals_stop_a_run_unless_its_user_has_them_ignored(number):
     """A closed terminal and the first Ctrl-C lost the epoch. nohup and background jobs ignore theirs."""
-    before = signal.getsignal(number)
-    try:
-        for handler, stops in ((signal.SIG_IGN, number == signal.SIGTERM), (signal.default_int_handler, True)):
-            signal.signal(number, handler)
-            with StopSignal(World(0, 0, 1, None)) as stop:
-                signal.raise_signal(number)
-                assert stop.requested() == stops
-            assert signal.getsignal(number) == handler
-    finally:
-        signal.signal(number, before)
+    for handler, stops in ((signal.SIG_IGN, number == signal.SIGTERM), (signal.default_int_handler, True)):
+        signal.signal(number, handler)
+        with StopSignal(World(0, 0, 1, None)) as stop:
+            signal.raise_signal(number)
+            assert stop.requested() == stops
+        assert signal.getsignal(number) == handler
 
 
+@pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_an_interrupted_run_is_saved_inside_its_epoch(place, monkeypatch, number):
-    """And train_loss was the sum of the means of steps of several sizes, over the number of the last ones."""
+    """train_loss was the sum of the means of steps of several sizes, divided by the number of the last ones."""
+    signal.signal(number, signal.default_int_handler)  # pytest may have been started with it ignored, as by nohup
     original, name = run_module.train_step, f"interrupted-{number.name}"
 
     def interrupted(run, *others):

@@ -37,7 +37,7 @@ def test_a_problem_of_rank_zero_reaches_every_rank(world):
     ],
 )
 def test_a_promised_gpu_that_torch_does_not_find_is_an_error(monkeypatch, environment, devices, promise):
-    """The run went on, on the CPU, without a word."""
+    """The run went on, on the CPU, without a message."""
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -61,7 +61,7 @@ def test_a_promised_gpu_that_torch_does_not_find_is_an_error(monkeypatch, enviro
     ],
 )
 def test_the_device_and_why(monkeypatch, found, size, environment, device, reason):
-    """Apple's and Intel's GPUs stood idle."""
+    """Apple's and Intel's GPUs were not used."""
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -73,13 +73,13 @@ def test_the_device_and_why(monkeypatch, found, size, environment, device, reaso
 
 
 def test_a_world_of_one_needs_no_backend_for_its_device(world, monkeypatch):
-    """gloo has CPUs and CUDA alone."""
+    """gloo supports only CPUs and CUDA."""
     monkeypatch.setattr(torch.distributed, "all_reduce", None)
     ranks.all_reduce(torch.ones(2))
 
 
 def test_the_random_state_of_any_device_is_restored(monkeypatch, tmp_path):
-    """Only that of CUDA was."""
+    """Only CUDA's was."""
     state = [torch.arange(3)]
     module = SimpleNamespace(get_rng_state=lambda: state[0], set_rng_state=lambda value: state.insert(0, value))
     monkeypatch.setattr(torch, "get_device_module", lambda _: module)
@@ -108,8 +108,8 @@ def test_the_random_state_of_any_device_is_restored(monkeypatch, tmp_path):
         ("", {}, 16),
     ],
 )
-def test_affinity_and_quota_count_and_not_the_hosts_cores(tmp_path, monkeypatch, own, files, cores):
-    """A grid in a container started as many runs as the host has cores."""
+def test_allowed_cores_are_those_of_affinity_and_quota(tmp_path, monkeypatch, own, files, cores):
+    """In a container a grid started one run per core of the host."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
     (tmp_path / "own").write_text(own)
