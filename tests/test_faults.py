@@ -1,4 +1,4 @@
-"""What clusters do to jobs: signals, kills, full and broken disks, other world sizes, NaN, two jobs on one folder."""
+"""Faults of clusters: signals, kills, full and broken disks, other world sizes, NaN, two jobs on one folder."""
 
 import errno
 import json
@@ -28,17 +28,17 @@ from trainer.checkpoint import checkpoints
 from trainer.distributed import StopSignal, World
 from trainer.logger import read_log
 
-SLOW_VALIDATION = ("max_new_tokens=100", "eval_batch_size=1")  # seconds in which a run cannot end before its kill
+SLOW_VALIDATION = ("max_new_tokens=100", "eval_batch_size=1")  # takes seconds, so that a signal comes before the end
 LONG = ("num_epochs=3", "max_train_examples=144", "max_new_tokens=4", "global_batch_size=16", "log_every_steps=1")
 BRIEF = ("num_epochs=1", "max_train_examples=32", "max_new_tokens=2")
 
 
 def begin(place: Path, *arguments: str, ranks: int = 0) -> subprocess.Popen:
-    """Starts run.py as a cluster would: its launcher does not die of SIGUSR1, which all processes of a job get."""
+    """Starts run.py as a cluster does: its launcher ignores SIGUSR1, which all processes of a job get."""
     words = command(ROOT / "run.py", place / "run.yaml", *conftest.settled(*arguments), ranks=ranks)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    heedless = ["bash", "-c", 'trap "" USR1; exec "$@"', "-", *words]
-    return subprocess.Popen(heedless, text=True, start_new_session=True, **pipes)
+    ignoring = ["bash", "-c", 'trap "" USR1; exec "$@"', "-", *words]
+    return subprocess.Popen(ignoring, text=True, start_new_session=True, **pipes)
 
 
 def ended(process: subprocess.Popen) -> str:
@@ -95,7 +95,7 @@ def test_a_signal_saves_and_the_next_job_continues_inside_the_epoch(place, tmp_p
     wait_for(lambda: len(steps(run)) >= 12)
     victims = processes_of(place, name)
     assert len(victims) == 2
-    os.kill(victims[1], signal.SIGTERM)  # all ranks have to agree
+    os.kill(victims[1], signal.SIGTERM)  # rank 0 stops too
     assert "stopped by a signal" in ended(process)
     assert (tmp_path / "interrupted").exists()
     saved, n_steps = checkpoints(run)[-1], len(steps(run))
@@ -138,7 +138,7 @@ def test_a_run_that_dies_in_validation_validates_again(place, here, monkeypatch)
 
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_signals_stop_a_run_unless_its_user_has_them_ignored(number):
+def test_signals_stop_a_run_unless_the_user_ignores_them(number):
     """A closed terminal and the first Ctrl-C lost the epoch. nohup and background jobs ignore theirs."""
     for handler, stops in ((signal.SIG_IGN, number == signal.SIGTERM), (signal.default_int_handler, True)):
         signal.signal(number, handler)
@@ -175,7 +175,7 @@ def test_an_interrupted_run_is_saved_inside_its_epoch(place, monkeypatch, number
 
 @pytest.mark.parametrize("debugger", [[], ["-m", "pdb", "-c", "continue"]], ids=["plain", "pdb"])
 def test_a_debugger_gets_the_exception(tmp_path, debugger):
-    """The process had exited before there could be a post mortem."""
+    """The process exited without a post mortem."""
     (tmp_path / "program.py").write_text("from trainer import distributed\ndistributed.run_main(lambda: 1 / 0)\n")
     path = {"PYTHONPATH": str(ROOT)}
     code = 0 if debugger else 1
@@ -185,7 +185,7 @@ def test_a_debugger_gets_the_exception(tmp_path, debugger):
 
 
 def test_a_second_signal_exits_at_once(monkeypatch):
-    """Unless it comes within a second of the first: launchers forward what all processes have received anyway."""
+    """Unless it comes within a second of the first: launchers forward signals that all processes have received."""
     exits, clock = [], [10.0]
     monkeypatch.setattr(distributed, "os", SimpleNamespace(_exit=exits.append))
     monkeypatch.setattr(distributed, "time", SimpleNamespace(monotonic=lambda: clock[0]))
@@ -238,7 +238,7 @@ import atexit, os, runpy, sys
 
 class Probe:
     def __del__(self):
-        os.write(1, b"the interpreter goes down\\n")
+        os.write(1, b"finalizing\\n")
 
 PROBE = Probe()
 atexit.register(print, "an exit handler runs")
@@ -249,8 +249,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("changes", "code"), [(("strategy=fsdp",), 0), (("model_id=nowhere", "name=nowhere"), 2)])
-def test_a_rank_ends_without_taking_the_interpreter_down(place, tmp_path, changes, code):
-    """A thread of gloo that is still there while Python goes down can kill a rank that has done all of its work."""
+def test_a_rank_ends_without_finalizing_the_interpreter(place, tmp_path, changes, code):
+    """A thread of gloo that runs during finalization can kill a rank that has finished its work."""
     (tmp_path / "probe.py").write_text(PROBE)
     keys = conftest.settled("name=ending", *BRIEF, *changes)
     environment = {"PYTHONPATH": str(ROOT)}
@@ -258,7 +258,7 @@ def test_a_rank_ends_without_taking_the_interpreter_down(place, tmp_path, change
         tmp_path / "probe.py", ROOT / "run.py", place / "run.yaml", *keys, code=code, environment=environment
     )
     assert done.stdout.endswith("an exit handler runs\n"), done.stdout
-    assert "goes down" not in done.stdout
+    assert "finalizing" not in done.stdout
 
 
 # --- Disks ---
@@ -298,7 +298,7 @@ DAMAGES = {
 }
 
 
-def test_a_damaged_checkpoint_is_passed_over(place, two_epochs, here, capsys):
+def test_a_damaged_checkpoint_is_skipped(place, two_epochs, here, capsys):
     run, arguments = two_epochs
     keep = shutil.copytree(run, run.parent / "kept")
     for damage, act in DAMAGES.items():
@@ -309,23 +309,23 @@ def test_a_damaged_checkpoint_is_passed_over(place, two_epochs, here, capsys):
         assert checkpoint.newest_whole(run) == run / "checkpoint_1", damage
         (found,) = capsys.readouterr().err.splitlines()
         assert re.search("warning: .*checkpoint_2 is damaged .*skipped", found), damage
-    done = here(place / "run.yaml", *arguments)  # the last of them, in the program
+    done = here(place / "run.yaml", *arguments)  # run.py with the last damage
     assert re.search(r"warning: .*continuing from .*checkpoint_1, after 1 of 3", done.stderr, re.DOTALL)
     assert len(list(run.glob("checkpoint_2.replaced-*"))) == 1
 
 
 @pytest.mark.parametrize("file", ["metrics.json", "coconut.json"])
-def test_an_old_checkpoint_that_is_damaged_stops_no_pruning(place, two_epochs, here, file):
+def test_a_damaged_old_checkpoint_does_not_prevent_pruning(place, two_epochs, here, file):
     """With keep_checkpoints every save ended in a traceback."""
     run, arguments = two_epochs
     os.truncate(run / "checkpoint_1" / file, 3)
     (run / "config.yaml").write_bytes(b"\xff\xfe")
     here(place / "run.yaml", *arguments, "num_epochs=3", "keep_checkpoints=1")
-    assert (run / "checkpoint_1").is_dir()  # for whoever wants to restore it
+    assert (run / "checkpoint_1").is_dir()  # kept: its owner may want to restore it
     assert (run / "checkpoint_3").is_dir()
 
 
-def test_only_damaged_checkpoints_are_an_error_and_no_new_start(place, two_epochs, here):
+def test_a_run_with_only_damaged_checkpoints_does_not_train_from_scratch(place, two_epochs, here):
     run, arguments = two_epochs
     shutil.rmtree(run / "checkpoint_1")
     flip(run / "checkpoint_2" / "model.safetensors")
@@ -338,7 +338,7 @@ def test_only_damaged_checkpoints_are_an_error_and_no_new_start(place, two_epoch
 
 
 def complaint_of(done: subprocess.CompletedProcess) -> str:
-    """Its one error."""
+    """Returns the error of a job, which must print exactly one."""
     (found,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     return found
 
@@ -348,9 +348,9 @@ def complaint_of(done: subprocess.CompletedProcess) -> str:
 def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint(place, two_epochs, ranks):
     run, arguments = two_epochs
     before = digest(run / "checkpoint_2")
-    # for two ranks a step has other examples
+    # with two ranks a step has more examples: continue_changed
     arguments = (place / "run.yaml", *arguments, "num_epochs=3", "continue_changed=true")
-    limit = (resource.RLIMIT_FSIZE, (20_000, 20_000))  # no large files
+    limit = (resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes of a file
     done = start(*arguments, ranks=ranks, code=None, preexec_fn=lambda: resource.setrlimit(*limit))
     sentence = r"checkpoint_2_step_\d cannot be written: .*earlier checkpoints are untouched"
     assert re.search(sentence, complaint_of(done))
@@ -360,7 +360,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint(place, two_e
     assert not (run / "checkpoint_3").exists()
 
 
-FULL_DISKS = {  # what is on a full disk -> overrides, what stands there before
+FULL_DISKS = {  # a file on a full disk -> keys of the run
     "metrics.jsonl": (),
     "config.yaml": (),
     "eval/predictions.jsonl": ("only_eval=true",),
@@ -376,8 +376,8 @@ def trained_once(place) -> Path:
 
 
 @pytest.mark.parametrize("file", FULL_DISKS)
-def test_a_full_disk_is_one_sentence(place, trained_once, here, file):
-    """OSError tracebacks; an hour's evaluation printed nothing."""
+def test_a_full_disk_is_an_error_without_traceback(place, trained_once, here, file):
+    """An evaluation of an hour printed nothing but a traceback."""
     name = "full-" + file.replace("/", "-")
     target = place / "runs" / name / file
     target.parent.mkdir(parents=True)
@@ -385,7 +385,7 @@ def test_a_full_disk_is_one_sentence(place, trained_once, here, file):
     overrides = (*BRIEF, f"name={name}", *FULL_DISKS[file], f"load_model_path={trained_once}")
     done = here(place / "run.yaml", *overrides, code=2)
     assert f"{target.name} cannot be written: No space left on device" in complaint_of(done)
-    assert ("accuracy" in done.stdout) == ("only_eval=true" in overrides)  # the table, before it is written
+    assert ("accuracy" in done.stdout) == ("only_eval=true" in overrides)  # the table is printed nevertheless
 
 
 def test_a_full_disk_under_the_token_cache(place, capsys, monkeypatch, tmp_path):
@@ -395,8 +395,8 @@ def test_a_full_disk_under_the_token_cache(place, capsys, monkeypatch, tmp_path)
     assert not list((tmp_path / ".tokens").iterdir())
 
 
-def test_a_run_names_the_size_of_its_checkpoints_and_warns_of_a_smaller_disk(place, here, monkeypatch):
-    """75 GB, unannounced."""
+def test_a_run_logs_the_size_of_its_checkpoints_and_warns_of_a_smaller_disk(place, here, monkeypatch):
+    """Checkpoints of GPT-2 took 75 GB without a warning."""
     arguments = (place / "run.yaml", "name=disk", *BRIEF, "max_train_examples=8")
     printed = here(*arguments, "tf32=true").stderr
     assert torch.get_float32_matmul_precision() == "high"
@@ -410,15 +410,15 @@ def test_a_run_names_the_size_of_its_checkpoints_and_warns_of_a_smaller_disk(pla
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_a_checkpoint_does_not_need_the_model_that_it_began_with(place, tmp_path):
-    """Restart and evaluation were refused, although the checkpoint has everything."""
+def test_a_checkpoint_does_not_need_the_model_that_training_started_from(place, tmp_path):
+    """Restart and evaluation were errors, although the checkpoint has everything."""
     shutil.copytree(place / "model", tmp_path / "model")
     arguments = (*BRIEF, f"model_id={tmp_path / 'model'}", "name=moved")
     run = main(place, *arguments)
     (tmp_path / "model").rename(tmp_path / "elsewhere")
-    gone = f"load_model_path={tmp_path / 'gone'}"  # what a run began with may be gone too
+    gone = f"load_model_path={tmp_path / 'gone'}"  # it may no longer exist either
     main(place, *arguments, "num_epochs=2", gone)
-    main(place, *arguments, f"model_id={tmp_path / 'elsewhere'}", "num_epochs=3")  # the same model at another place
+    main(place, *arguments, f"model_id={tmp_path / 'elsewhere'}", "num_epochs=3")  # the same model in another folder
     assert [record["epoch"] for record in epochs(run)] == [0, 1, 2]
     for source, name in ((run, "evaluated-moved"), (run / "checkpoint_3", "evaluated-moved-3")):
         main(place, *arguments, "only_eval=true", f"load_model_path={source}", f"name={name}")
@@ -426,14 +426,14 @@ def test_a_checkpoint_does_not_need_the_model_that_it_began_with(place, tmp_path
 
 
 def with_settings(place: Path, folder: Path, settings: dict) -> str:
-    """The key of a model with a generation_config of its own."""
+    """Writes a model with this generation_config; returns its key."""
     shutil.copytree(place / "model", folder)
     (folder / "generation_config.json").write_text(json.dumps(settings))
     return f"model_id={folder}"
 
 
-def test_sharded_or_not_a_checkpoint_has_the_same_files(place, tmp_path):
-    """Under FSDP the model's stop tokens and sampling settings were gone."""
+def test_checkpoints_of_ddp_and_fsdp_have_the_same_files(place, tmp_path):
+    """FSDP lost the model's stop tokens and sampling settings."""
     settings, found = {"eos_token_id": [0, 5], "top_k": 7, "do_sample": True}, {}
     model = with_settings(place, tmp_path / "model", settings)
     for strategy in ("ddp", "fsdp"):
@@ -445,8 +445,8 @@ def test_sharded_or_not_a_checkpoint_has_the_same_files(place, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_settings_that_contradict_each_other_are_kept(place, tmp_path, strategy):
-    """Transformers refuses to save them once a stop token has been added, and an epoch of training was lost."""
+def test_contradictory_generation_settings_are_kept(place, tmp_path, strategy):
+    """transformers refuses to save them once a stop token has been added, and an epoch of training was lost."""
     settings = {"eos_token_id": 5, "temperature": 0.6, "top_p": 0.9}  # without do_sample, as in many published models
     keys = (*BRIEF, with_settings(place, tmp_path / "model", settings), f"strategy={strategy}")
     for n_epochs in (1, 2):
@@ -473,7 +473,7 @@ def test_a_folder_of_another_configuration_is_refused_unless_continue_changed_is
     assert yaml.safe_load((run / "config.yaml").read_text())["lr"] == 0.5
 
 
-def test_what_a_dying_job_left_half_written_stops_nobody(place, two_epochs, here):
+def test_a_run_continues_after_half_written_files(place, two_epochs, here):
     run, arguments = two_epochs
     for damage in ("", "- just a list\n"):
         (run / "config.yaml").write_text(damage)
@@ -486,10 +486,10 @@ def test_what_a_dying_job_left_half_written_stops_nobody(place, two_epochs, here
 
 
 @pytest.mark.parametrize("moved", ["the file", "the tokenizer"])
-def test_a_moved_data_file_or_another_release_of_the_tokenizer_is_the_same_data(
+def test_a_moved_data_file_or_another_release_of_the_tokenizer_is_no_other_data(
     place, two_epochs, here, monkeypatch, moved
 ):
-    """ "was trained on other data", because a flag or the class's name had changed."""
+    """The error was "was trained on other data", because a flag or a class name had changed."""
     _, arguments = two_epochs
     if moved == "the file":
         arguments += (f"train_path={shutil.copy(place / 'train.json', place / 'moved.json')}",)
@@ -498,8 +498,8 @@ def test_a_moved_data_file_or_another_release_of_the_tokenizer_is_the_same_data(
     assert "after 2 of 3 epochs" in here(place / "run.yaml", *arguments).stderr
 
 
-def test_evaluations_under_one_name_are_kept_apart(place, two_epochs):
-    """The second replaced the first's results without a word, and their files were mixed."""
+def test_evaluations_under_one_name_have_separate_folders(place, two_epochs):
+    """The second replaced results of the first without a message, and their files were mixed."""
     run, (save_path, *_) = two_epochs
     keys = (save_path, "name=one", "only_eval=true", "max_new_tokens=2")
     for checkpoint_dir, val in (("1", "valid"), ("2", "valid"), ("2", "train"), ("2", "train")):
@@ -558,7 +558,7 @@ def test_ranks_do_not_outlive_their_launcher(place):
 
 
 def model_with_a_broken_token(place: Path) -> Path:
-    """A model that makes NaN of whatever holds the letter x, and data in which one example does."""
+    """Returns a model whose embedding of the letter x is NaN; one example of with_x.json contains an x."""
     examples = conftest.read_json(place / "train.json")[:32]
     examples[5]["question"] = "x" + examples[5]["question"]
     (place / "with_x.json").write_text(json.dumps(examples))
@@ -582,7 +582,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(place, here, rank
     done = start(*arguments, ranks=ranks, code=None) if ranks else here(*arguments, code=2)
     record = conftest.read_json(run / "nonfinite.jsonl")
     assert 5 in record["examples"]
-    assert len(record["examples"]) == 8  # of the step that it was in
+    assert len(record["examples"]) == 8  # all examples of its step
     sentence = f"the loss of step {record['step']}, in epoch 0, is nan.*the last good checkpoint is none"
     assert re.search(sentence, complaint_of(done))
     shutil.rmtree(run)
@@ -594,7 +594,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(place, here, rank
 
 
 def test_weights_that_are_not_finite_are_not_saved(place, two_epochs, monkeypatch, capsys):
-    """The loss of a step is that of the weights before it: it may be fine when they no longer are."""
+    """The loss of a step is computed before its update, and may be finite when the weights no longer are."""
     run, arguments = two_epochs
     before = digest(run / "checkpoint_2")
     original = run_module.train_step
