@@ -207,9 +207,9 @@ def test_a_file_of_a_checkpoint_that_another_node_does_not_see_is_named(tmp_path
     monkeypatch.setattr(checkpoint, "agree", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(checkpoint, "on_main_rank", lambda *_: ["trainer/state.json"])
     with pytest.raises(UserError, match=r"rank 1 on .* does not see .*checkpoint_1/trainer/state.json: No such file"):
-        checkpoint._seen_by_all(rank_1, folder)
+        checkpoint._wait_until_visible(rank_1, folder)
     (folder / "trainer/state.json").touch()
-    assert checkpoint._seen_by_all(rank_1, folder) == folder
+    assert checkpoint._wait_until_visible(rank_1, folder) == folder
 
 
 def test_optimizer_and_random_state_are_restored(trained, world):

@@ -160,7 +160,7 @@ def write_model(
 ) -> None:
     """Writes model, thought, tokenizer and coconut.json, which describes the model's sequences and names the file it
     was validated on. weights: the unsharded state dict of pretrained.model."""
-    base_weights, updates = lora.split(_under(PREFIX, weights))
+    base_weights, updates = lora.split(_with_prefix(PREFIX, weights))
     base = pretrained.model.base_causallm
     # transformers refuses to save contradictory settings, such as a temperature without do_sample, once one of them
     # has changed; here the stop tokens change, and many published models have such settings
@@ -171,7 +171,7 @@ def write_model(
     if updates:
         lora.save(folder, updates, config.lora_rank, config.lora_alpha)
     for part in ("thought", *getattr(pretrained.model, "saved_parts", ())):
-        if learnt := _under(f"{part}.", weights):
+        if learnt := _with_prefix(f"{part}.", weights):
             save_file({name: value.contiguous() for name, value in learnt.items()}, folder / f"{part}.safetensors")
     pretrained.tokenizer.save_pretrained(folder)
     chosen = {name: getattr(config, name) for name in DESCRIBED}
@@ -181,7 +181,7 @@ def write_model(
     (folder / "coconut.json").write_text(as_json(description), encoding="utf-8")
 
 
-def _under(prefix: str, weights: Weights) -> Weights:
+def _with_prefix(prefix: str, weights: Weights) -> Weights:
     """Returns the weights whose names start with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
@@ -414,16 +414,17 @@ def rank_files(folder: Path, world_size: int) -> set[Path]:
 
 def find_newest(config: Config, world: World) -> Path | None:
     """Returns the newest undamaged checkpoint of this run, the same on all ranks; it has priority over load_model_path.
-    Collective. Raises UserError if its configuration differs, or if it lacks its optimizer."""
-    return _seen_by_all(world, on_main_rank(world, lambda: _newest_that_fits(config)))  # all ranks
+    None if there are no checkpoints. Raises UserError if its configuration differs or its optimizer is missing.
+    Collective."""
+    return _wait_until_visible(world, on_main_rank(world, lambda: _newest_to_continue(config)))  # all ranks
 
 
-def _newest_that_fits(config: Config) -> Path | None:
+def _newest_to_continue(config: Config) -> Path | None:
     newest = newest_whole(config.run_dir)
     if newest is None:
         return None
     described = differences(config, newest)
-    others = described if config.continue_changed else changes(config, config.run_dir) | described
+    others = described if config.continue_changed else changed_keys(config, config.run_dir) | described
     if others:
         hint = "" if described else ", or set continue_changed=true"
         raise UserError(
@@ -449,10 +450,10 @@ def find_weights(config: Config, world: World) -> Path | None:
             raise UserError(f"load_model_path {str(path)!r} is damaged: {problem}")
         return path
 
-    return _seen_by_all(world, on_main_rank(world, find))  # all ranks
+    return _wait_until_visible(world, on_main_rank(world, find))  # all ranks
 
 
-def _seen_by_all(world: World, folder: Path | None) -> Path | None:
+def _wait_until_visible(world: World, folder: Path | None) -> Path | None:
     """Returns the folder once every rank sees all its files: a network file system may show them late to other nodes.
     Collective. Raises UserError."""
 
@@ -515,7 +516,7 @@ def damage(folder: Path) -> str | None:
 def differences(config: Config, folder: Path) -> dict[str, str]:
     """Returns the keys in which a configuration differs from a checkpoint's coconut.json: key -> "key 1, not 2"."""
     description = read_description(folder) or {}
-    others = _departures(config, description, DESCRIBED)
+    others = _differing(config, description, DESCRIBED)
     if "method" in others:  # variants of a method train differently, on the same sequences
         theirs = rules_of(description["method"]).variant_of or description["method"]
         if theirs == (config.rules.variant_of or config.method):
@@ -523,7 +524,7 @@ def differences(config: Config, folder: Path) -> dict[str, str]:
     return others
 
 
-def _departures(config: Config, before: dict, names: Iterable[str]) -> dict[str, str]:
+def _differing(config: Config, before: dict, names: Iterable[str]) -> dict[str, str]:
     pairs = {name: (before[name], getattr(config, name)) for name in names if name in before}
     return {name: f"{name} {then!r}, not {now!r}" for name, (then, now) in pairs.items() if then != now}
 
@@ -537,7 +538,7 @@ def check_method(config: Config, source: Path) -> list[str]:
     return [f"{source} was trained with another configuration: {text}" for text in others.values()]
 
 
-def check_unseen(source: Path, digests: dict[str, str]) -> list[str]:
+def warn_if_seen(source: Path, digests: dict[str, str]) -> list[str]:
     """Returns a warning for each file to evaluate on (path -> SHA-256) that is, under any name, the validation file
     that chose the checkpoint."""
     chosen_by = (read_description(source) or {}).get("validated_on") or {}
@@ -549,7 +550,7 @@ def check_unseen(source: Path, digests: dict[str, str]) -> list[str]:
     ]
 
 
-def changes(config: Config, run_dir: Path) -> dict[str, str]:
+def changed_keys(config: Config, run_dir: Path) -> dict[str, str]:
     """Returns the keys that affect the weights and differ from the run's config.yaml: key -> "key 1, not 2"."""
     try:
         before = modern(run_folder.read_config(run_dir / "config.yaml")[0])
@@ -560,4 +561,4 @@ def changes(config: Config, run_dir: Path) -> dict[str, str]:
         free |= {"batch_size_training", "gradient_accumulation_steps"}
     if config.lr_scheduler == "constant":
         free.add("num_epochs")
-    return _departures(config, before, [key.name for key in fields(Config) if key.name not in free])
+    return _differing(config, before, [key.name for key in fields(Config) if key.name not in free])

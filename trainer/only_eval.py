@@ -21,7 +21,7 @@ def evaluate_only(config: Config, world: World) -> None:
     if not parallel.weights_are_finite(run.model):  # all ranks
         raise UserError.of_all(f"the weights of {source} are not finite")
     sets, results = config.by_set(), {}
-    warnings += more + checkpoint.check_unseen(source, {sets[n].val_path: run.sets[n].val_digest for n in sets})
+    warnings += more + checkpoint.warn_if_seen(source, {sets[n].val_path: run.sets[n].val_digest for n in sets})
     with run.logger:
         for text in warnings:
             log.warning(text)
