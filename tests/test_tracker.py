@@ -112,6 +112,7 @@ CALLS = {
     "0": (lambda: None, [("finish", 0)]),
     "2": (raising(run_module.UserError("no")), [("finish", 2)]),
     "1": (raising(RuntimeError("no")), [("finish", 1)]),
+    "130": (raising(KeyboardInterrupt()), [("finish", 130)]),
     "stopped": (lambda: os.kill(os.getpid(), signal.SIGTERM), [("mark_preempting",), ("finish", 0)]),
 }
 
@@ -128,24 +129,11 @@ def test_wandb_gets_the_exit_code_and_has_seconds_to_finish(place, use, monkeypa
 
     monkeypatch.setattr(run_module, "train_step", step)
     module = use(Wandb({"finish": lambda: time.sleep(0.5)}))
-    code = int(end) if end.isdigit() else 0
-    with pytest.raises(RuntimeError) if end == "1" else contextlib.nullcontext():
-        main(place, *SHORT, f"name=exit-{end}", code=code)
+    error = {"1": RuntimeError, "130": KeyboardInterrupt}.get(end)
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        main(place, *SHORT, f"name=exit-{end}", code=2 if end == "2" else 0)
     assert [call for call in module.calls if call[0] not in ("init", "log")] == wanted
     assert "wandb failed" not in capsys.readouterr().err
-
-
-def opened(folder, mode: str) -> RunLogger:
-    logger = RunLogger(folder)
-    logger.open({"project": "p", "name": "n", "debug": False, "wandb": mode})
-    return logger
-
-
-def test_wandb_gets_the_exit_code_of_an_interrupted_run(use, tmp_path):
-    module = use(Wandb())
-    with pytest.raises(KeyboardInterrupt), opened(tmp_path, "offline"):
-        raise KeyboardInterrupt
-    assert module.calls[-1] == ("finish", 130)
 
 
 def test_an_exception_before_the_first_step_leaves_no_log_open(place, use, monkeypatch):
@@ -204,6 +192,12 @@ def reason(monkeypatch, tmp_path):
 
 
 KEY = "x" * 40
+
+
+def opened(folder, mode: str) -> RunLogger:
+    logger = RunLogger(folder)
+    logger.open({"project": "p", "name": "n", "debug": False, "wandb": mode})
+    return logger
 
 
 @pytest.mark.parametrize("offline", ["nobody is logged in", None])
