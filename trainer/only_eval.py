@@ -26,11 +26,11 @@ def evaluate_only(config: Config, world: World) -> None:
         for text in warnings:
             log.warning(text)
         parallel.gather_weights(run.model)  # all ranks
-        for name, one in sets.items():
+        for name, set_config in sets.items():  # all ranks evaluate their share of each set
             data = run.sets[name]
-            log.info(f"evaluating {source} at stage {stage} on {one.val_path} ({len(data.val)} examples)")
-            metrics, predictions = evaluate.evaluate(run.pretrained, data, stage, one, world, "evaluating")  # all ranks
-            metrics |= {"stage": stage, "checkpoint": str(source), "file": one.val_path}
+            log.info(f"evaluating {source} at stage {stage} on {set_config.val_path} ({len(data.val)} examples)")
+            metrics, predictions = evaluate.evaluate(run.pretrained, data, stage, set_config, world, "evaluating")
+            metrics |= {"stage": stage, "checkpoint": str(source), "file": set_config.val_path}
             results[name] = metrics, predictions
         with ranks.agree(world):  # all ranks
             if world.is_main:

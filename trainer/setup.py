@@ -104,11 +104,11 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
     seed_everything(config.seed)  # all ranks initialise new weights alike
     loaded = parallel.load(config, world, source)
     sets, by_set = {}, config.by_set()
-    for name, one in by_set.items():
-        sets[name] = data = data_files.load_data(one, world, loaded.tokenizer)  # a training run has one set
+    for name, set_config in by_set.items():
+        sets[name] = data = data_files.load_data(set_config, world, loaded.tokenizer)  # a training run has one set
     ranks.check_same(world, read_by_rank(config, loaded, sets) if world.size > 1 else {})  # all ranks
-    for name, one in by_set.items():
-        data_files.check_lengths(one, loaded.model.max_positions, sets[name])
+    for name, set_config in by_set.items():
+        data_files.check_lengths(set_config, loaded.model.max_positions, sets[name])
     if progress.token_ids not in (None, data.train_digest) and not config.continue_changed:
         raise UserError(
             f"{source} was trained on other data than {config.train_path} now holds: choose another name, or set "
@@ -121,10 +121,10 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
     # before the log is opened: an exception after that would have to close it
     ends = (max(progress.epoch, config.resume), config.num_epochs - 1)  # epochs of the longest and shortest reasoning
     stages = [curriculum.stage_of(config, epoch) for epoch in ends] if stage is None else [stage]
-    for name, one in by_set.items():
+    for name, set_config in by_set.items():
         with ranks.agree(world):  # all ranks
             if world.is_main:
-                for text in evaluate.warn_unscorable_answers(loaded.tokenizer, sets[name], one, stages):
+                for text in evaluate.warn_unscorable_answers(loaded.tokenizer, sets[name], set_config, stages):
                     log.warning(text)
 
     def open_log() -> str | None:
