@@ -615,5 +615,5 @@ def test_weights_that_are_not_finite_are_not_saved(place, two_epochs, monkeypatc
 @pytest.mark.slow
 def test_torture():
     """A short form of `make torture`."""
-    done = conftest.python(ROOT / "tests" / "torture.py", "--runs", "1", "--seed", "1")
+    done = conftest.python(ROOT / "tests" / "torture.py", "--runs", "1", "--seed", "1", timeout=1800)
     assert done.stdout.count("as undisturbed") == 1
