@@ -50,7 +50,6 @@ class SlowImport:
 
 sys.meta_path.insert(0, SlowImport)
 """
-RANK_COMMAND = f"{sys.executable}\0-u\0run.py\0".encode()  # of torchrun
 
 
 def free_job() -> str:
@@ -135,7 +134,8 @@ def test_a_signal_during_the_slow_imports_takes_effect(place, cluster, tmp_path)
 
     def ranks_handle_signals() -> bool:
         words = commands_below(job.pid)
-        ranks = [pid for pid, command in words.items() if command.startswith(RANK_COMMAND)]
+        # torchrun starts `python -u run.py ...`
+        ranks = [pid for pid, command in words.items() if command.split(b"\0")[1:3] == [b"-u", b"run.py"]]
         try:
             status = [Path(f"/proc/{pid}/status").read_text() for pid in ranks]
         except OSError:  # a process has ended
