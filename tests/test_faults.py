@@ -43,7 +43,7 @@ def begin(place: Path, *arguments: str, ranks: int = 0) -> subprocess.Popen:
 
 def ended(process: subprocess.Popen) -> str:
     """Waits for a job, which must succeed; returns its output."""
-    printed = process.communicate(timeout=300)[0]
+    printed = process.communicate(timeout=600)[0]
     assert process.returncode == 0, printed
     return printed
 
@@ -65,7 +65,7 @@ def processes_of(place: Path, name: str) -> list[int]:
     return [pid for _, pid in sorted(found)]
 
 
-def wait_for(condition, seconds: float = 300) -> None:
+def wait_for(condition, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "the condition never became true"

@@ -120,7 +120,7 @@ def test_tasks_get_the_cpus_that_sbatch_was_given(cluster, tmp_path, script):
 @pytest.mark.slow
 def test_one_rank_prints_what_is_wrong(place, cluster):
     """All ranks did: launch.sh starts torchrun with SIGTERM ignored, and the ranks inherited that."""
-    printed = submit("train.sbatch", cluster, place / "run.yaml", "lrr=3").communicate(timeout=300)[0]
+    printed = submit("train.sbatch", cluster, place / "run.yaml", "lrr=3").communicate(timeout=600)[0]
     assert printed.count("unknown key 'lrr'") == 1, printed
 
 
@@ -167,7 +167,7 @@ def test_a_job_near_its_time_limit_is_requeued_and_continues(place, cluster, num
     assert not list(ROOT.glob(f".interrupted-{job_id}*"))
     n_steps = len(steps(run))
     assert n_steps < 27
-    printed = submit("train.sbatch", cluster, *arguments).communicate(timeout=300)[0]
+    printed = submit("train.sbatch", cluster, *arguments).communicate(timeout=600)[0]
     # within an epoch, unless validation had begun
     assert f"_step_{n_steps}, after" in printed or f"checkpoint_{n_steps // 9}, after" in printed
     assert len(steps(run)) == 27
