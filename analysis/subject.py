@@ -68,7 +68,7 @@ class Subject:
         asked = Asked(model, model.tokenizer, model.markers, config_for(model, n_thoughts), model.stage)
         subject = cls(asked, examples, n_thoughts)
         config = asked.config
-        if not (model.one_by_one and config.rules.goes_on_at_once):
+        if config.rules.predicts_end_marker or not model.one_by_one:
             raise UserError(
                 f"{checkpoint} is of method {config.method}: what is asked here is asked of thoughts one after the "
                 f"other, and of language that follows them at once"

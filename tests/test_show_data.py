@@ -112,8 +112,8 @@ def test_what_a_method_tells_its_model_is_shown(folder, capsys, tmp_path):
         return looked(folder, capsys, "--config", str(path), "--stage", "2", "--examples", "1")
 
     lines = shown(step_decoder="copy", c_thought=2)
-    assert "  latents 1 to 2 stand for: <<|1|+|2|=|3|>>" in lines
-    assert "  latents 3 to 4 stand for: <<|3|*|3|=|9|>>" in lines
+    assert "  latents 1 to 2 predict: <<|1|+|2|=|3|>>" in lines
+    assert "  latents 3 to 4 predict: <<|3|*|3|=|9|>>" in lines
     lines = shown(latent_labels=0.05, c_thought=2, thought="looped", latent_passes="stage")
     assert "  before latent 1 predicts: <<" in lines
     assert "  latent 2 predicts: + and <<" in lines
