@@ -281,7 +281,7 @@ def save_checkpoint(run: Run, stage: int, files: dict[str, str] | None = None) -
     """Saves a checkpoint for a restart or, with `files` (metrics and predictions), of a finished epoch. Collective."""
     if run.config.debug:
         return
-    if files is None and run.saved is not None and run.saved.name == checkpoint.restart_name(run.progress):
+    if files is None and run.saved is not None and run.saved.name == checkpoint.step_checkpoint_name(run.progress):
         return  # it is already saved
     if not run.config.skip_nonfinite and not parallel.weights_are_finite(run.model):  # all ranks
         raise UserError.of_all(
@@ -308,7 +308,7 @@ def finish(run: Run) -> None:
     """Removes the checkpoints for a restart and prints the run's table."""
     run.wait_for_digests()
     if run.world.is_main:
-        checkpoint.remove_restarts(run.config.run_dir)
+        checkpoint.remove_step_checkpoints(run.config.run_dir)
         try:
             print_result(evaluate.summary(run.config.run_dir))
         except UserError as error:  # a damaged log must not fail a finished training

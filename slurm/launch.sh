@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A task of srun:    srun bash slurm/launch.sh TORCHRUN_OPTION... run.py ...
 #
-# SLURM signals this shell. It hands on what it gets to the ranks, which save and end by themselves; torchrun, which
-# would end them after half a minute, ignores it.
+# SLURM signals this shell, which forwards the signal to the ranks; they save and exit. torchrun ignores it, because it
+# would kill the ranks after half a minute.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
@@ -25,6 +25,6 @@ trap 'pkill -USR1 -P "$torchrun" || true' USR1 TERM
 status=0
 while kill -0 "$torchrun" 2>/dev/null; do
     status=0
-    wait "$torchrun" || status=$? # a signal interrupts it
+    wait "$torchrun" || status=$? # a signal interrupts wait
 done
 exit $status

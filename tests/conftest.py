@@ -162,7 +162,7 @@ def python(
     *arguments, ranks: int = 0, code: int | None = 0, environment: dict | None = None, **options
 ) -> subprocess.CompletedProcess:
     """Runs a program in the repository. code: its expected exit code; None: any but 0."""
-    options = {"cwd": ROOT, "timeout": 300, "env": {**os.environ, **(environment or {})}, **options}
+    options = {"cwd": ROOT, "timeout": 600, "env": {**os.environ, **(environment or {})}, **options}
     done = subprocess.run(command(*arguments, ranks=ranks), capture_output=True, text=True, **options)
     assert done.returncode != 0 if code is None else done.returncode == code, done.stdout[-3000:] + done.stderr[-4000:]
     return done

@@ -21,7 +21,7 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def run(n_ranks: int, script: Path, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess:
+def run(n_ranks: int, script: Path, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
     """Runs `torchrun --nproc_per_node N SCRIPT ARGUMENT...`."""
     from torch.distributed import TCPStore
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Two hosts on one machine: two network namespaces and a cable between them. Trains over it, cuts it in the middle, and
-# starts the job again, which must continue from its last checkpoint and end with the weights of an undisturbed run.
+# Two hosts on one machine: two network namespaces with a cable between them. Trains over the cable, cuts it in the middle
+# and restarts the job, which must continue from its last checkpoint and end with the weights of an undisturbed run.
 #
 #     make test-multinode          # needs root and ip (iproute2)
 set -euo pipefail
@@ -51,9 +51,9 @@ PY
 
 # host NUMBER NAME OUTPUT: a host's torchrun of the job NAME
 host() {
-    local space=$first leads=true # a host cannot see from an address of 10.77.0.0/24 that it is its own
+    local space=$first leads=true # is_host must be given: a host does not recognise 10.77.0.1 as its own address
     if [[ $1 == 2 ]]; then space=$second leads=false; fi
-    # as slurm/launch.sh has it: this machine's name leads both hosts to 127.0.0.1, or nowhere
+    # as in slurm/launch.sh: this machine's name resolves to 127.0.0.1, or not at all, on both hosts
     local interface
     interface=$(export -f interface_to && ip netns exec "$space" bash -c "interface_to 10.77.0.$((3 - $1))")
     [[ $interface == cable ]] || { echo "error: host $1 has chosen '$interface'" >&2; exit 1; }

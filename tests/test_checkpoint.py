@@ -1,4 +1,4 @@
-"""What a run's folder holds: saving, finding, what comes back."""
+"""Checkpoints: saving, finding, restoring."""
 
 import contextlib
 import errno
@@ -32,7 +32,7 @@ from utils import UserError
 
 @pytest.fixture
 def saving(tiny, tmp_path, world):
-    """Of keys: a configuration, a model, and a function that saves it after an epoch."""
+    """keys -> a configuration, its model, and a function that saves it after an epoch."""
 
     def of(**keys) -> tuple[Config, Pretrained, Callable[..., Path]]:
         config = coconut_config(tiny, **{"save_path": str(tmp_path / "runs"), "name": "run", **keys})
@@ -53,7 +53,7 @@ def names(run_dir: Path) -> list[str]:
     return [path.name for path in checkpoint.checkpoints(run_dir)]
 
 
-def test_only_whole_checkpoints_are_found(saving, tmp_path):
+def test_only_complete_checkpoints_are_found(saving, tmp_path):
     config, _, save = saving()
     for epoch in (2, 10, 9):
         save(epoch)
@@ -71,26 +71,26 @@ def test_only_whole_checkpoints_are_found(saving, tmp_path):
 
 
 def test_a_checkpoint_can_be_chosen(saving, tmp_path):
-    """Of a run with two stages, the first of which is the easier one."""
+    """In a run with two stages, where accuracy is higher in the first, easier one."""
     config, _, save = saving()
     for epoch, stage, accuracy in ((1, 0, 0.9), (2, 1, 0.5), (3, 1, 0.7), (4, 1, 0.7), (5, 1, 0.1)):
         save(epoch, accuracy, stage)
     run = config.run_dir
     assert resolve(str(run)).name == "checkpoint_5"
-    assert resolve(f"{run}@best").name == "checkpoint_4"  # of the last stage; of two as good the later
+    assert resolve(f"{run}@best").name == "checkpoint_4"  # the last stage; the later of equals
     assert resolve(f"{run}@2").name == "checkpoint_2"
     (run / "checkpoint_4" / "metrics.json").write_text("{")
     assert resolve(f"{run}@best").name == "checkpoint_3"
-    refuses(r"comes best, or a number of epochs; .* has 1, 2, 3, 4, 5", resolve, f"{run}@last")
-    refuses("is no run's folder with a whole checkpoint in it", resolve, f"{tmp_path}@best")
+    refuses(r"expected RUN@best or RUN@EPOCHS; .* has the epochs 1, 2, 3, 4, 5", resolve, f"{run}@last")
+    refuses("is no run's folder with a complete checkpoint", resolve, f"{tmp_path}@best")
     strange = run.rename(tmp_path / "a@best")
-    assert resolve(str(strange)).name == "checkpoint_5"  # a folder may be called so
+    assert resolve(str(strange)).name == "checkpoint_5"  # an existing folder's name
     for path in strange.glob("*/metrics.json"):
         path.unlink()
     refuses(r"no checkpoint of .* has a validation accuracy", resolve, f"{strange}@best")
 
 
-def test_what_a_thought_has_learnt_comes_back_or_is_refused_where_it_does_not_fit(saving, tiny):
+def test_a_thoughts_parameters_are_restored_and_must_fit(saving, tiny):
     config, pretrained, save = saving(thought="projected")
     with torch.no_grad():
         pretrained.model.thought.weight.normal_()  # away from the identity
@@ -100,9 +100,9 @@ def test_what_a_thought_has_learnt_comes_back_or_is_refused_where_it_does_not_fi
     assert torch.equal(load_model(config, folder)[0].thought.weight, weight)
     assert not torch.equal(weight, torch.eye(32))
     assert "thought.safetensors" in read_json(folder / "trainer" / "manifest.json")
-    # the folder stays one of the model alone, for everybody else
+    # model.safetensors holds the model alone, for other programs
     assert load_file(folder / "model.safetensors").keys() == load_file(Path(tiny) / "model.safetensors").keys()
-    # other folders have nothing for it: it is re-initialised; and no thought that learns nothing writes a file
+    # other folders lack it: it is re-initialised; a thought without parameters writes no file
     assert torch.equal(load_model(config, Path(tiny))[0].thought.weight, torch.eye(32))
     assert not (saving(name="plain")[2](1) / "thought.safetensors").exists()
     with pytest.raises(UserError, match=r"does not fit the thought normalised: weights unexpected: weight"):
@@ -137,15 +137,15 @@ def test_a_file_of_the_hub_is_downloaded(tmp_path, monkeypatch):
         resolve("someone/coconut-gsm:none")
 
 
-def test_old_checkpoints_go_but_never_the_best(saving):
+def test_old_checkpoints_are_removed_but_never_the_best(saving):
     config, _, save = saving(keep_checkpoints=1)
     for epoch, accuracy in ((1, 0.2), (2, 0.5), (3, 0.4), (4, 0.5), (5, 0.1)):
         save(epoch, accuracy)
     assert names(config.run_dir) == ["checkpoint_4", "checkpoint_5"]
 
 
-def test_an_old_checkpoint_that_was_moved_and_linked_stays_where_it_is(saving, tmp_path, capsys):
-    """rmtree refuses a link: the run ended after a good save, and so did every restart."""
+def test_an_old_checkpoint_that_was_moved_and_linked_loses_only_its_link(saving, tmp_path, capsys):
+    """rmtree refuses a link, which ended the run after a good save, and every restart."""
     config, _, save = saving(keep_checkpoints=1)
     first = save(1, 0.2)
     first.rename(tmp_path / "archive")
@@ -156,8 +156,8 @@ def test_an_old_checkpoint_that_was_moved_and_linked_stays_where_it_is(saving, t
     assert "warning" not in capsys.readouterr().err
 
 
-def test_what_cannot_be_removed_ends_no_run(saving, monkeypatch, capsys):
-    """NFS keeps a file that somebody has open, and its folder."""
+def test_a_checkpoint_that_cannot_be_removed_is_a_warning(saving, monkeypatch, capsys):
+    """NFS keeps a file that another process has open, and its folder."""
     config, _, save = saving(keep_checkpoints=1)
     save(1, 0.2)
 
@@ -170,26 +170,18 @@ def test_what_cannot_be_removed_ends_no_run(saving, monkeypatch, capsys):
         assert re.search("warning: .*checkpoint_1 cannot be removed: Directory not empty", capsys.readouterr().err)
         save(3, 0.6)
     save(4, 0.7)
-    assert [path.name for path in config.run_dir.iterdir()] == ["checkpoint_4"]  # once it can be, it is
+    assert [path.name for path in config.run_dir.iterdir()] == ["checkpoint_4"]  # removed by a later save
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        *(("manifest", text) for text in ("[]", '"x"', "{}")),
-        *(("state", text) for text in ("[]", '{"format": 2, "epoch": "x"}', '{"format": 1, "epoch": null}')),
-        ("state", "[" * 100_000),
-    ],
-    ids=lambda value: value[:20],
-)
-def test_a_checkpoint_with_odd_json_is_damaged(saving, file, content):
+@pytest.mark.parametrize("content", ["[]", '"x"', "{}", "[" * 100_000], ids=lambda content: content[:20])
+def test_a_checkpoint_whose_manifest_is_not_an_object_of_files_is_damaged(saving, content):
     """A traceback each."""
     folder = saving()[2](1)
-    (folder / "trainer" / f"{file}.json").write_text(content)
-    assert checkpoint.damage(folder) == "trainer/manifest.json or trainer/state.json is not readable"
+    (folder / "trainer" / "manifest.json").write_text(content)
+    assert checkpoint.damage(folder) == "trainer/manifest.json is not readable"
 
 
-def test_an_error_that_is_not_of_the_disk_is_what_it_is(saving, monkeypatch):
+def test_only_errors_of_the_disk_become_a_user_error(saving, monkeypatch):
     """A GPU without memory for the optimizer's shares was "cannot be written", without a traceback."""
     _, _, save = saving()
 
@@ -208,28 +200,20 @@ def test_an_error_that_is_not_of_the_disk_is_what_it_is(saving, monkeypatch):
 
 
 def test_a_file_of_a_checkpoint_that_another_node_does_not_see_is_named(tmp_path, monkeypatch):
-    """A traceback of whatever needed it first, at once."""
+    """The first function that read it ended in a traceback, without waiting."""
     folder, rank_1 = tmp_path / "checkpoint_1", World(1, 0, 2, torch.device("cpu"))
     (folder / "trainer").mkdir(parents=True)
     monkeypatch.setattr(checkpoint, "retried", lambda action: action())  # without waiting
     monkeypatch.setattr(checkpoint, "agree", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(checkpoint, "on_main_rank", lambda *_: ["trainer/state.json"])
     with pytest.raises(UserError, match=r"rank 1 on .* does not see .*checkpoint_1/trainer/state.json: No such file"):
-        checkpoint._seen_by_all(rank_1, folder)
+        checkpoint._wait_until_visible(rank_1, folder)
     (folder / "trainer/state.json").touch()
-    assert checkpoint._seen_by_all(rank_1, folder) == folder
+    assert checkpoint._wait_until_visible(rank_1, folder) == folder
 
 
-def test_a_state_without_a_world_is_of_another(saving, world):
-    """A KeyError."""
-    folder = saving()[2](1)
-    (folder / "trainer/state.json").write_text('{"format": 1, "epoch": 1, "step": 10}')
-    assert not checkpoint.load_random_state(folder, world)
-    assert checkpoint.read_progress(folder).step == 10
-
-
-def test_optimizer_and_random_state_come_back(trained, world):
-    """Weights that never got a gradient did not: "Missing key in checkpoint state_dict: ... .step"."""
+def test_optimizer_and_random_state_are_restored(trained, world):
+    """A weight that never got a gradient was an error: "Missing key in checkpoint state_dict: ... .step"."""
     model, optimizer, folder = trained
     wanted = torch.rand(3)
     other = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -240,12 +224,12 @@ def test_optimizer_and_random_state_come_back(trained, world):
         assert equal(optimizer.state[parameter], other.state[parameter])
         assert other.state[parameter]["step"] == 2
     assert model.unused not in optimizer.state
-    assert model.unused not in other.state  # it begins as it would have
+    assert model.unused not in other.state  # initialised at its first gradient
 
 
 @pytest.fixture
 def trained(saving, world) -> tuple[torch.nn.Module, torch.optim.Optimizer, Path]:
-    """A model of which one weight never gets a gradient, its optimizer, and their checkpoint."""
+    """A model with a weight that never gets a gradient, its optimizer, and their checkpoint."""
     config, loaded, _ = saving()
     loaded.model.unused = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-3)
@@ -262,7 +246,7 @@ class Command:
 
 
 def test_an_optimizers_metadata_runs_no_code(trained):
-    """Torch unpickles whatever it finds there, and what entries of bytes point to."""
+    """torch unpickles the file, and the objects that its entries of bytes point to."""
     model, optimizer, folder = trained
     file = folder / checkpoint.OPTIMIZER / ".metadata"
     metadata = pickle.loads(file.read_bytes())
@@ -276,8 +260,8 @@ def test_an_optimizers_metadata_runs_no_code(trained):
     checkpoint.load_optimizer(folder, model, optimizer)
 
 
-def test_another_torchs_optimizer_takes_what_there_is(trained):
-    """One more key in AdamW's param_groups was a CheckpointException; one more average would have been."""
+def test_the_optimizer_of_another_torch_loads_the_state_that_exists(trained):
+    """An additional key in AdamW's param_groups was a CheckpointException; an additional average would have been."""
     model, optimizer, folder = trained
     later = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.5, amsgrad=True)
     later.param_groups[0]["a key of the future"] = True
@@ -289,8 +273,8 @@ def test_another_torchs_optimizer_takes_what_there_is(trained):
     assert later.state[weight]["step"] == 2
 
 
-def test_what_another_rank_writes_late_is_in_the_manifest(trained, monkeypatch):
-    """What rank 0 did not see when it made the manifest was not in it, and its loss was noticed by nobody."""
+def test_a_file_that_another_rank_writes_late_is_in_the_manifest(trained, monkeypatch):
+    """A file that rank 0 did not see yet was not in the manifest, so that its loss went unnoticed."""
     *_, folder = trained
     (folder / checkpoint.MANIFEST).unlink()
     late = folder / "trainer" / "random_1.pt"
@@ -307,7 +291,7 @@ def test_what_another_rank_writes_late_is_in_the_manifest(trained, monkeypatch):
 
 
 def test_a_group_can_read_all_files_of_a_checkpoint(saving):
-    """Safetensors gave its files mode 0600."""
+    """safetensors gave its files mode 0600."""
     before = os.umask(0o027)
     try:
         folder = saving(thought="projected", lora_rank=2)[2](1)
@@ -319,8 +303,8 @@ def test_a_group_can_read_all_files_of_a_checkpoint(saving):
     assert folder.stat().st_mode & 0o777 == 0o750
 
 
-def test_a_file_that_may_not_be_read_is_not_damaged(saving, tiny, monkeypatch):
-    """A colleague read that the checkpoint is damaged, and a run would have continued from an earlier one."""
+def test_a_file_without_read_permission_is_not_damaged(saving, tiny, monkeypatch):
+    """It was reported as damaged, and a run would have continued from an earlier checkpoint."""
     config, _, save = saving()
     folder = save(1)
     checkpoint.add_digests(folder)
@@ -331,7 +315,7 @@ def test_a_file_that_may_not_be_read_is_not_damaged(saving, tiny, monkeypatch):
     monkeypatch.setattr(checkpoint, "file_digest", refuse)
     for look in (checkpoint.damage, lambda folder: checkpoint.newest_whole(folder.parent)):
         refuses(r"checkpoint_1/\S+ cannot be read: Permission denied", look, folder)
-    monkeypatch.setattr(Path, "is_file", refuse)  # of what is in a folder that may not be entered
+    monkeypatch.setattr(Path, "is_file", refuse)  # as in a folder without permission
     for look in (checkpoint.newest_whole, checkpoint.checkpoints, lambda run_dir: resolve(str(run_dir))):
         refuses(r"run/\S+ cannot be read: Permission denied", look, folder.parent)
     monkeypatch.setattr(os, "listdir", refuse)
@@ -343,12 +327,12 @@ def test_sizes_are_compared_until_there_are_digests(saving):
     file = folder / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1])
-    assert checkpoint.damage(folder) == "model.safetensors is not what was written"
+    assert checkpoint.damage(folder) == "model.safetensors differs from what was written"
     file.write_bytes(content)
     checkpoint.add_digests(folder)
     assert checkpoint.damage(folder) is None
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert checkpoint.damage(folder) == "model.safetensors is not what was written"
+    assert checkpoint.damage(folder) == "model.safetensors differs from what was written"
 
 
 def test_the_newest_two_epochs_keep_the_optimizer(saving, world):
@@ -365,7 +349,7 @@ def test_the_newest_two_epochs_keep_the_optimizer(saving, world):
     assert not list(config.run_dir.glob(".removing-*"))
 
 
-def test_a_checkpoint_for_restarts_goes_when_its_epoch_is_saved(saving, world):
+def test_step_checkpoints_are_removed_when_their_epoch_is_saved(saving, world):
     config, loaded, _ = saving()
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-3)
     for epoch, step, files in ((0, 3, None), (0, 6, None), (0, 9, None), (1, 9, {}), (1, 12, None)):

@@ -1,11 +1,10 @@
-"""Ends that never came: exceptions beside loader processes, long paths, slow ranks, folders that are not shared."""
+"""Jobs that hung instead of ending: exceptions on one rank, slow ranks, other files on one rank, folders not shared."""
 
 import contextlib
 import fcntl
 import json
 import re
 import subprocess
-import time
 
 import forked
 import pytest
@@ -29,7 +28,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 original = dist.init_process_group
-dist.init_process_group = lambda *a, **k: original(*a, timeout=timedelta(seconds=2), **k)
+dist.init_process_group = lambda *a, **k: original(*a, timeout=timedelta(seconds=4), **k)
 """
 OUT_OF_MEMORY = """
 import runpy, sys, torch
@@ -54,7 +53,7 @@ def job(tmp_path):
     def job(text: str, *arguments, environment: dict | None = None, **options) -> subprocess.CompletedProcess:
         (tmp_path / "job.py").write_text(text)
         environment = {"PYTHONPATH": str(ROOT), **(environment or {})}
-        return python(tmp_path / "job.py", *arguments, environment=environment, timeout=100, **options)
+        return python(tmp_path / "job.py", *arguments, environment=environment, **options)
 
     return job
 
@@ -80,14 +79,6 @@ def test_a_hanging_exit_handler_does_not_keep_a_rank(job):
     job(text + "atexit.register(time.sleep, 1000)\nranks.run_main(lambda: 7)\n", code=7)
 
 
-SLOW = """
-from trainer import distributed as ranks
-
-world = ranks.setup_distributed()
-print(ranks.on_main_rank(world, lambda: time.sleep(6) or "tokens"))
-print(ranks.on_every_rank(world, lambda: time.sleep(6 * (1 - world.rank)) or world.rank))
-ranks.cleanup_distributed()
-"""
 ONE_RANK = """
 import os, runpy, signal, sys
 from coconut import Coconut
@@ -104,27 +95,24 @@ if os.environ["RANK"] == "1":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fails", "dies"])
-def test_a_rank_that_is_waited_for_and_fails_ends_the_others_at_once(place, job, how):
+def test_a_rank_that_fails_in_validation_ends_the_others(place, job, how):
     """The others waited on, for half a minute, until torchrun killed them."""
-    arguments = (ROOT / "run.py", place / "run.yaml", *SHORT, f"name=waited-for-{how}", "batch_size_training=8")
+    name = f"waited-for-{how}"
+    arguments = (ROOT / "run.py", place / "run.yaml", *SHORT, f"name={name}", "batch_size_training=8")
     done = job(ONE_RANK + AS_RUN, *arguments, ranks=2, code=1, environment={"HOW": how})
-    assert "rank 0 ends because another one has" in done.stderr  # it was not killed
-    assert "rank      : 1 " in done.stderr.partition("Root Cause")[2]
+    assert "rank 0 exits because another rank has failed" in done.stderr  # it was not killed
+    cause = done.stderr.partition("Root Cause")[2]
+    assert "rank      : 1 " in cause
+    assert ("Signal 9 (SIGKILL) received" in cause) == (how == "dies")
+    assert not processes_of(place, name)
 
 
-def test_a_log_that_cannot_be_written_ends_nothing(place):
+def test_a_run_goes_on_when_its_output_cannot_be_written(place):
     """The progress bar's exception ended the training where the log was on the full disk."""
     words = command(ROOT / "run.py", place / "run.yaml", *SHORT, "name=no-log")
     with open("/dev/full", "w") as full:
-        assert subprocess.run(words, stdout=full, stderr=full, timeout=100).returncode == 0
+        assert subprocess.run(words, stdout=full, stderr=full, timeout=300).returncode == 0
     assert (place / "runs" / "no-log" / "checkpoint_1").is_dir()
-
-
-@pytest.mark.slow
-def test_ranks_wait_for_one_another_longer_than_collectives_do(job):
-    """Rank 0 tokenized for longer than the collectives' limit, and the job was dead."""
-    done = job(BRIEF_COLLECTIVES + SLOW, ranks=2)
-    assert (done.stdout.count("tokens"), done.stdout.count("[0, 1]")) == (2, 2)
 
 
 SLOW_RANK = """
@@ -135,7 +123,7 @@ def slow(module, name):
 
     def slowly(*arguments):
         if not calls:
-            time.sleep(3.5)
+            time.sleep(6)
         calls.append(1)
         return do(*arguments)
 
@@ -150,8 +138,8 @@ else:
 
 
 @pytest.mark.slow
-def test_ranks_wait_wherever_one_may_be_slower(place, job):
-    """In the validation loss, at the end of a restart, and while rank 0 looks through the answers."""
+def test_ranks_wait_for_a_slower_rank_longer_than_the_timeout_of_collectives(place, job):
+    """In the validation loss, at the end of a restart, and while rank 0 checks the answers."""
     arguments = (ROOT / "run.py", place / "run.yaml", "name=slow-rank", "batch_size_training=8")
     for n_epochs in (1, 2):
         keys = settled(*SHORT, f"num_epochs={n_epochs}")
@@ -181,7 +169,7 @@ DIFFERING = {
 
 
 @pytest.mark.parametrize("differing", DIFFERING)
-def test_ranks_that_read_other_files_are_one_sentence(place, tmp_path, differing):
+def test_ranks_that_read_different_files_are_an_error_that_names_them(place, tmp_path, differing):
     """They trained on, each with its own learning rate or weights, or hung."""
     for number, (folder, pieces) in enumerate((("one", "char"), ("two", "word"))):
         (tmp_path / folder).mkdir()
@@ -204,7 +192,7 @@ def test_ranks_that_read_other_files_are_one_sentence(place, tmp_path, differing
     assert all(text in line for text in DIFFERING[differing]), line
 
 
-def test_a_folder_that_is_not_shared_is_one_sentence(tmp_path, monkeypatch):
+def test_a_folder_that_is_not_shared_is_an_error(tmp_path, monkeypatch):
     """A FileNotFoundError, or a whole epoch and then "cannot be written"."""
     written: list = []
     monkeypatch.setattr(ranks, "retried", lambda action: action())  # without waiting
@@ -213,7 +201,7 @@ def test_a_folder_that_is_not_shared_is_one_sentence(tmp_path, monkeypatch):
     rank_0, rank_1 = World(0, 0, 2, None), World(1, 1, 2, None)
     ranks.check_shared(rank_0, tmp_path / "shared")
     assert written
-    assert not any((tmp_path / "shared").iterdir())  # it is gone again
+    assert not any((tmp_path / "shared").iterdir())  # the file is removed
     monkeypatch.setattr(ranks, "on_main_rank", lambda *_: ".seen-by-all")
     sentence = r"save_path is not shared: rank 1 on .* does not see what rank 0 has written in .* \({}\)"
     refuses(sentence.format("No such file or directory"), ranks.check_shared, rank_1, tmp_path / "shared")
@@ -221,15 +209,15 @@ def test_a_folder_that_is_not_shared_is_one_sentence(tmp_path, monkeypatch):
     refuses(sentence.format("Not a directory"), ranks.check_shared, rank_1, tmp_path / "file" / "shared")
 
 
-def test_what_another_node_writes_is_waited_for(tmp_path):
+def test_a_file_of_another_node_is_retried(tmp_path):
     """Network file systems show a new folder seconds later."""
-    begin = time.monotonic()
+    answers = [FileNotFoundError, FileNotFoundError, None]
 
     def look() -> str:
-        if time.monotonic() - begin < 0.5:
-            raise FileNotFoundError
+        if (error := answers.pop(0)) is not None:
+            raise error
         return "there"
 
-    assert retried(look, seconds=30) == "there"
+    assert retried(look) == "there"
     with pytest.raises(FileNotFoundError):
         retried((tmp_path / "never").stat, seconds=0.2)

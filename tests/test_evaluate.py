@@ -249,10 +249,10 @@ def test_steps_that_hide_the_answer_are_named():
 @pytest.mark.parametrize(
     ("keys", "description", "stage", "warning"),
     [
-        ({}, {}, 4, "has no stage"),
+        ({}, {}, 4, "records no stage"),
         ({"resume": 4}, {}, 1, None),
         ({}, {"stage": 2}, 2, None),
-        ({"resume": 4}, {"stage": 2}, 1, "is of stage 2, but resume 4 asks for 1"),
+        ({"resume": 4}, {"stage": 2}, 1, "stage is 2, but resume=4 asks for 1"),
         ({"method": "cot"}, {}, 0, None),
         ({"num_epochs": 8}, {}, 2, "the last one of this configuration, 2"),
     ],

@@ -344,13 +344,14 @@ def test_padding_without_an_attention_mask(folders):
     assert whole.prompts(first)[1].all()
 
 
-def copied(source: Path, folder: Path, config: Config, state: str | None = '{"format": 1}') -> Path:
+def copied(source: Path, folder: Path, config: Config, state: str | None = "{}") -> Path:
     """Copies a run to `folder`, with a configuration and with the trainer's state in its checkpoint."""
     run = shutil.copytree(source.parent, folder)
     run_folder.write_config(dataclasses.asdict(config), run, 2, "a fast one")
     if state is not None:
         (run / "checkpoint_4" / "trainer").mkdir()
         (run / "checkpoint_4" / "trainer" / "state.json").write_text(state)
+        (run / "checkpoint_4" / "trainer" / "manifest.json").write_text(json.dumps({"trainer/state.json": len(state)}))
     return run
 
 
@@ -365,7 +366,7 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
         **{"train_path": str(tmp_path / "some_train.json"), "val_path": "data/some_valid.json"},
     )
     Path(config.train_path).write_text("[]")
-    state = '{"format": 1, "epoch": 2, "step": 90}'
+    state = '{"epoch": 2, "step": 90}'
     run = copied(checkpoints("two a step"), tmp_path / "mine", config, state)
     epochs = [{"event": "epoch", "epoch": n, "train_seconds": 1700.0, "seconds": 100.0} for n in (0, 1, 1, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
@@ -441,7 +442,7 @@ def test_the_card_has_a_row_for_each_mode(checkpoints, folders, tmp_path):
 )
 def test_a_damaged_file_is_one_sentence(checkpoints, tmp_path, capsys, file, content, sentence):
     """Bugs: tracebacks."""
-    state = '{"format": 1}' if file.startswith("..") else None
+    state = "{}" if file.startswith("..") else None
     run = copied(checkpoints("llama"), tmp_path / "mine", Config(), state)
     path = run / "checkpoint_4" / file
     path.parent.mkdir(exist_ok=True)
@@ -463,7 +464,7 @@ def test_only_force_replaces_and_only_an_exported_model(checkpoints, tmp_path, c
     assert (out / "config.json").read_text() != before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (out / ".git").mkdir()
-    assert "nothing of it is overwritten: it holds .git" in one_error(export.main, [other, out, "--force"], capsys)
+    assert "is not overwritten, because it contains .git" in one_error(export.main, [other, out, "--force"], capsys)
     assert (out / ".git").is_dir()
     (tmp_path / "mine").mkdir()
     texts = {"mine": tmp_path / "mine" / "thesis.tex", "file": tmp_path / "file"}
@@ -493,7 +494,7 @@ def test_errors_are_one_sentence(checkpoints, tmp_path, capsys, monkeypatch):
     sentence = "a llama cannot be exported: with transformers' cache its logits differ"
     assert sentence in one_error(export.main, [own, out], capsys)
     (own / "trainer").mkdir()
-    assert "is damaged: trainer/state.json: No such file" in one_error(export.main, [own, out], capsys)
+    assert "is damaged: trainer/manifest.json: No such file" in one_error(export.main, [own, out], capsys)
     assert not out.exists()
 
 

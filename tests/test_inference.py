@@ -65,7 +65,7 @@ def test_a_saved_model_loads_unchanged(run, tmp_path, dtype):
     assert (again.markers, again.stage) == (model.markers, model.stage)
     assert equal(again.state_dict(), model.state_dict())
     assert again.ask("3+4") == model.ask("3+4")
-    refuses("is there already", again.save_pretrained, tmp_path / "saved")
+    refuses("exists and is not", again.save_pretrained, tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
@@ -111,7 +111,7 @@ def test_push_to_hub_uploads_what_from_pretrained_downloads(run, tmp_path, monke
         ("some/where/else", "'some/where/else' is no checkpoint"),
         ("some/model", "checkpoint 'some/model' cannot be loaded: .*it is no local folder; on the hub"),
         ("{tiny}", "lacks coconut.json"),
-        ("{exported}", "is what tools/export.py writes"),
+        ("{exported}", "is an exported model"),
     ],
 )
 def test_other_sources_raise_an_error(run, tmp_path, monkeypatch, source, sentence):

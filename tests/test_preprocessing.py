@@ -418,8 +418,8 @@ def test_tiny_models_are_hugging_face_folders(one_example, tmp_path, shape, caps
         (f"--seed {10**23}", "--seed must be at least 0 and less than 2^63"),
         ("--seed -1", "--seed must be at least 0"),
         ("--out data.json", "--out data.json is a file, not a folder"),
-        ("--out mine", "nothing of it is overwritten: it holds thesis.tex"),
-        ("--out pretrained", "nothing of it is overwritten: it holds config.json"),
+        ("--out mine", "is not overwritten, because it contains thesis.tex"),
+        ("--out pretrained", "is not overwritten, because it contains config.json"),
     ],
 )
 def test_impossible_tiny_models(one_example, tmp_path, monkeypatch, arguments, complaint, capsys):

@@ -37,7 +37,7 @@ def test_a_problem_of_rank_zero_reaches_every_rank(world):
     ],
 )
 def test_a_promised_gpu_that_torch_does_not_find_is_an_error(monkeypatch, environment, devices, promise):
-    """The run went on, on the CPU, without a word."""
+    """The run went on, on the CPU, without a message."""
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -46,7 +46,7 @@ def test_a_promised_gpu_that_torch_does_not_find_is_an_error(monkeypatch, enviro
     if promise is None:
         assert ranks.promised_gpu() is None
     else:
-        refuses(f'{promise}, but torch finds no GPU: .+; CUDA_VISIBLE_DEVICES=""', ranks.setup_distributed)
+        refuses(f'{promise}, but torch finds no GPU: .+; set CUDA_VISIBLE_DEVICES=""', ranks.setup_distributed)
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,13 @@ def test_a_promised_gpu_that_torch_does_not_find_is_an_error(monkeypatch, enviro
         ("mps", 1, {}, "mps", "torch finds MPS and no CUDA"),
         ("xpu", 1, {}, "xpu", "torch finds XPU and no CUDA"),
         ("xpu", 1, {"SLURM_GPUS_ON_NODE": "4"}, "xpu", "torch finds XPU and no CUDA"),
-        ("mps", 2, {}, "cpu", "MPS is for one process, and there are 2 ranks"),
-        ("mps", 1, {"CUDA_VISIBLE_DEVICES": ""}, "cpu", 'CUDA_VISIBLE_DEVICES="" insists on it'),
+        ("mps", 2, {}, "cpu", "MPS supports one process, and there are 2 ranks"),
+        ("mps", 1, {"CUDA_VISIBLE_DEVICES": ""}, "cpu", 'CUDA_VISIBLE_DEVICES="" hides all GPUs'),
         (None, 1, {}, "cpu", "torch finds no GPU"),
     ],
 )
 def test_the_device_and_why(monkeypatch, found, size, environment, device, reason):
-    """Apple's and Intel's GPUs stood idle."""
+    """Apple's and Intel's GPUs were not used."""
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -73,13 +73,13 @@ def test_the_device_and_why(monkeypatch, found, size, environment, device, reaso
 
 
 def test_a_world_of_one_needs_no_backend_for_its_device(world, monkeypatch):
-    """gloo has CPUs and CUDA alone."""
+    """gloo supports only CPUs and CUDA."""
     monkeypatch.setattr(torch.distributed, "all_reduce", None)
     ranks.all_reduce(torch.ones(2))
 
 
 def test_the_random_state_of_any_device_is_restored(monkeypatch, tmp_path):
-    """Only that of CUDA was."""
+    """Only CUDA's was."""
     state = [torch.arange(3)]
     module = SimpleNamespace(get_rng_state=lambda: state[0], set_rng_state=lambda value: state.insert(0, value))
     monkeypatch.setattr(torch, "get_device_module", lambda _: module)
@@ -99,17 +99,11 @@ def test_the_random_state_of_any_device_is_restored(monkeypatch, tmp_path):
         ("0::/", {"cpu.max": "350000 100000"}, 3),  # a container
         ("0::/", {"cpu.max": "50000 100000"}, 1),
         ("0::/slurm/job/step", {"slurm/job/cpu.max": "200000 100000", "cpu.max": "max 100000"}, 2),  # of a group above
-        (
-            "5:cpuacct,cpu:/docker/1\n4:memory:/docker/1",
-            {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"},
-            4,
-        ),
-        ("5:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 16),
         ("", {}, 16),
     ],
 )
-def test_affinity_and_quota_count_and_not_the_hosts_cores(tmp_path, monkeypatch, own, files, cores):
-    """A grid in a container started as many runs as the host has cores."""
+def test_allowed_cores_are_those_of_affinity_and_quota(tmp_path, monkeypatch, own, files, cores):
+    """In a container a grid started one run per core of the host."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
     (tmp_path / "own").write_text(own)

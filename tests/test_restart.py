@@ -1,4 +1,4 @@
-"""Every part of a restart: with all of them it is bitwise the undisturbed run; without any single one it is not."""
+"""A restart is bitwise the undisturbed run, and needs every part of the saved state for that."""
 
 import random
 import shutil
@@ -25,7 +25,7 @@ KEYS = (
     *("max_new_tokens=1", "save_only_improve=true", "skip_nonfinite=true", "log_every_steps=1"),
 )
 LORA = (*KEYS, "method=coconut", "step_decoder=none", "lora_rank=2")
-# an epoch of stage 0, whose second one is passed over, or which has to reach the goal once more
+# one epoch of stage 0: its second is passed over; or its accuracy must reach advance_at in a second one
 EARLY = (*KEYS, "curriculum=staged", "epochs_per_stage=2", "num_epochs=4", "advance_at=0", "lr_scheduler=linear")
 AGAIN = (*EARLY, "epochs_per_stage=3", "num_epochs=4", "advance_after=2")
 WRITTEN = (
@@ -35,7 +35,7 @@ WRITTEN = (
 
 
 class Steps:
-    """Stands in for the clock, a broken step, wandb and the cluster: each goes by a run's optimizer steps."""
+    """Replaces the clock, the check of a step, wandb and signals by functions of the number of optimizer steps."""
 
     def __init__(self, monkeypatch, stop_after: int | None = None, done: int = 0):
         self.done, original, open_log = done, run.update_weights, RunLogger.open
@@ -56,7 +56,7 @@ class Steps:
 
 
 def outcome(folder) -> dict:
-    """Of a run that has ended: all its weights and averages, what it has logged, how far it is, and its checkpoints."""
+    """Returns the weights, averages, log, progress and checkpoints of a run that has ended."""
     last = checkpoints(folder)[-1]
     reader = dcp.FileSystemReader(last / checkpoint.OPTIMIZER)
     sizes = {name: of.size for name, of in reader.read_metadata().state_dict_metadata.items() if hasattr(of, "size")}
@@ -75,7 +75,7 @@ def outcome(folder) -> dict:
 
 @pytest.fixture(scope="module")
 def runs(place, tmp_path_factory):
-    """Of keys: an interrupted run's folder, and the outcome of an undisturbed one."""
+    """keys -> all keys, an interrupted run's folder, and the outcome of an undisturbed run."""
     known, model = {}, with_dropout(place)
 
     def of(keys: tuple[str, ...]):
@@ -118,8 +118,8 @@ def without_updates(monkeypatch) -> None:
     )
 
 
-# `data` and `token_ids` are compared with what is there (test_faults.py, test_dataset.py); `val` is what is there
-PROGRESS = [field.name for field in fields(Progress) if field.name not in ("data", "token_ids", "val")]
+# setup_run compares `token_ids` (test_faults.py) and sets `val` anew
+PROGRESS = [field.name for field in fields(Progress) if field.name not in ("token_ids", "val")]
 OTHER_KEYS = {"at_goal": AGAIN, "passed_over": EARLY}
 PARTS = {
     **{f"progress: {name}": (OTHER_KEYS.get(name, KEYS), without_field(name)) for name in PROGRESS},
@@ -132,7 +132,7 @@ PARTS = {
 
 
 def restarted(runs, place, keys, tmp_path, monkeypatch, patch=lambda _: None) -> tuple[dict, dict]:
-    """What has become of a run after its restart, and of the undisturbed one."""
+    """Returns the outcomes of a restarted run and of the undisturbed one."""
     more, interrupted, wanted = runs(keys)
     shutil.copytree(interrupted, tmp_path / "run")
     Steps(monkeypatch, done=7)
@@ -149,7 +149,7 @@ def test_a_restart_is_bitwise_the_undisturbed_run(runs, place, keys, tmp_path, m
 
 @pytest.mark.parametrize("part", PARTS)
 def test_without_a_part_it_is_not(runs, place, part, tmp_path, monkeypatch):
-    """The weights of SIM-CoT's decoder could be left out of a restart."""
+    """Tests passed without the weights of SIM-CoT's decoder in a restart."""
     keys, patch = PARTS[part]
     found, wanted = restarted(runs, place, keys, tmp_path, monkeypatch, patch)
     assert found != wanted

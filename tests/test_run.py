@@ -39,7 +39,7 @@ def test_two_ranks_train_every_stage_and_leave_hugging_face_folders(trained):
     assert all(record["generated_tokens"] >= record["stage"] for record in epochs(run))
     assert epochs(run)[-1]["train_loss"] < epochs(run)[0]["train_loss"]
     assert [record["step"] for record in conftest.steps(run)] == list(range(1, 31))
-    assert "global batch 16 = 2 ranks x 8 examples x 1 passes; 10 steps an epoch" in printed
+    assert "global batch 16 = 2 ranks x 8 examples x 1 micro-batches; 10 steps an epoch" in printed
     assert "validation, stage 2" in printed
     last = run / "checkpoint_3"
     assert AutoModelForCausalLM.from_pretrained(last).config.vocab_size == len(AutoTokenizer.from_pretrained(last))
@@ -140,9 +140,11 @@ def test_evaluating_on_the_validation_set_warns(place, trained, words, here):
     (place / "copy.json").write_bytes(content)
     arguments = (place / "run.yaml", "only_eval=true", f"load_model_path={run}", "name=chosen", "max_new_tokens=2")
     done = here(*arguments, f"val_path={{copy: {place}/copy.json, words: {words}}}")
-    (warning,) = [line for line in done.stderr.splitlines() if "was validated on" in line]
-    assert warning.startswith(f"warning: {place / 'copy.json'} is what {run / 'checkpoint_3'} was validated on (as ")
-    assert "was validated on" not in here(*arguments, f"val_path={words}").stderr
+    (warning,) = [line for line in done.stderr.splitlines() if "validation file" in line]
+    assert warning.startswith(f"warning: {place / 'copy.json'} is the validation file of {run / 'checkpoint_3'} (")
+    assert "validation file" not in here(*arguments, f"val_path={words}").stderr
+    arguments = (*arguments[:2], "method=coconut", f"load_model_path={place / 'model'}", "name=plain")
+    assert "validation file" not in here(*arguments, "max_new_tokens=2").stderr  # of whom nothing is known
 
 
 def test_one_rank_with_doubled_accumulation_gives_the_same_weights(place, trained):
@@ -203,7 +205,7 @@ def test_only_eval_agrees_with_training_for_every_thought(place, capsys, thought
     found = read_json(evaluated / "eval" / "metrics.json")
     assert found["loss"] == pytest.approx(epochs(run)[-1]["loss"], rel=1e-6)
     main(place, *evaluation, code=0 if thought == "last" else 2)
-    assert thought == "last" or f"(thought {thought}, not last)" in capsys.readouterr().err
+    assert thought == "last" or f"(thought '{thought}', not 'last')" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -303,7 +305,7 @@ def test_the_other_methods_run(place, method):
     run = main(place, *keys, f"method={method}", f"name=method-{method}", "num_epochs=2", "bf16=true")
     assert len(epochs(run)) == 2
     assert epochs(run)[-1]["loss"] < 3
-    (saved,) = [path for path in run.glob("checkpoint_*") if load_path.is_of_finished_epoch(path)]
+    (saved,) = [path for path in run.glob("checkpoint_*") if load_path.is_epoch_checkpoint(path)]
     assert "<|latent|>" not in AutoTokenizer.from_pretrained(saved).get_vocab()
 
 
@@ -341,7 +343,7 @@ def test_the_best_checkpoint_is_named_and_all_can_be_evaluated(place, trained, c
     rows = [line.partition(",")[0] for line in printed.out.splitlines() if line.startswith("checkpoint_")]
     assert rows == ["checkpoint_1", "checkpoint_3"]
     assert "checkpoint_2 could not be evaluated: " in printed.err
-    assert printed.err.count("a checkpoint looks better than it is on the set that chose it") == 1
+    assert printed.err.count("it has chosen the checkpoint, so accuracy on it is too high") == 1
     assert evaluate_tool.main([str(run), "--all", "none.json"]) == 2
     assert re.search("checkpoint_1 could not be evaluated: .*none.json", capsys.readouterr().err)
     assert evaluate_tool.main([str(tmp_path), "--all", "none.json"]) == 2
@@ -457,10 +459,10 @@ BAD = {
     ),
     "weights of another model": (["load_model_path={place}/other.bin", "name=new"], "of another shape: lm_head.weight"),
     "no weights": (["load_model_path={place}/run.yaml", "name=new"], "is no file of weights"),
-    "another configuration": (["c_thought=2"], "checkpoint_3 is of another configuration .c_thought 1, not 2"),
+    "another configuration": (["c_thought=2"], "checkpoint_3 was trained with .* configuration .c_thought 1, not 2"),
     "another method": (
         ["only_eval=true", "method=cot", "load_model_path={place}/runs/run"],
-        "configuration .method coconut, not cot",
+        "configuration .method 'coconut', not 'cot'",
     ),
     "too long": (["name=long", "c_thought=60", "max_latent_stage=3"], "makes .* tokens, but .* has only 128 positions"),
     "no numbers": (

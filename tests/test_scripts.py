@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from conftest import ROOT, python
 
-OF_A_TEST = "peak.py"  # which starts it, with a folder
+OF_A_TEST = "peak.py"  # not a command
 FOLDERS = [ROOT, *(ROOT / name for name in ("analysis", "benchmarks", "preprocessing", "tests", "tools"))]
 SCRIPTS = [
     str(path.relative_to(ROOT))
@@ -31,14 +31,14 @@ def start(script: str, environment: dict[str, str], *arguments: str, code: int =
     return python(*words, *arguments, environment=environment, code=code)
 
 
-def test_they_are_all_there():
+def test_the_scripts_are_found():
     names = {"run", *(f"tools/{name}" for name in ("evaluate", "generate", "export", "show_data", "report"))}
     assert {f"{name}.py" for name in names | {"benchmarks/step", "preprocessing/prosqa", "tests/torture"}} <= {*SCRIPTS}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_does_not_wait_for_torch(script, without_torch):
-    """Those of tiny_model.py and of most benchmarks took six to nine seconds."""
+    """tiny_model.py and most benchmarks took six to nine seconds."""
     done = start(script, without_torch, "--help")
     name = script.rpartition("/")[2].replace("__main__.py", "python -m analysis")
     assert (f"python -m tools.{name.removesuffix('.py')}" if script.startswith("tools/") else name) in done.stdout
@@ -59,7 +59,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("command", MISTAKES, ids=" ".join)
-def test_nor_does_the_answer_to_a_mistake(command, without_torch):
+def test_errors_do_not_wait_for_torch(command, without_torch):
     script, *arguments = command
     done = start(script, without_torch, *arguments, code=2)
     assert "error: " in done.stderr

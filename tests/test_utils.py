@@ -96,8 +96,8 @@ def test_file_systems_that_do_not_sync_folders(tmp_path, monkeypatch, number):
 def test_a_folder_with_other_files_is_not_overwritten(tmp_path):
     for name in ("config.json", "notes.txt"):
         write_whole(tmp_path / "folder" / name, "")
-    sentence = "is there already, and nothing of it is overwritten: it holds notes.txt"
+    sentence = "exists and is not overwritten, because it contains notes.txt"
     refuses(sentence, replaced(tmp_path / "folder", ("*.json",)).__enter__)
     write_whole(tmp_path / "file", "")
-    refuses("is there already, and is no folder", replaced(tmp_path / "file", ()).__enter__)
+    refuses("exists and is not a folder", replaced(tmp_path / "file", ()).__enter__)
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["config.json", "notes.txt"]

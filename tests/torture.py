@@ -1,12 +1,12 @@
-"""Kills a small job again and again until it is done, many times over: does it always end with the same weights?
+"""Kills and restarts a small job until it is done, many times: does it always end with the same weights?
 
     python tests/torture.py                 # 25 runs: `make torture`
     python tests/torture.py --runs 4 --ranks 2
 
-Each run is killed with SIGKILL, all its processes at once, at random moments, every other time while it writes a
-checkpoint, and started again until it ends by itself. Its weights must have the hash of an undisturbed run's. The model
-has dropout and AdamW is never re-initialised, so that nothing may be lost. Exits with 1 where a run ends otherwise, or
-where more than the steps since the last save were lost.
+All processes of a run get SIGKILL at random moments, every other time while it writes a checkpoint, and it is restarted
+until it ends by itself. Its weights must have the hash of an undisturbed run's; the model has dropout and AdamW is
+never re-initialised, so that any lost state changes them. Exits with 1 if a hash differs, or if a kill has cost more
+than the steps since the last save.
 """
 
 import argparse
@@ -35,7 +35,7 @@ MOST_KILLS = 4  # of a run
 
 
 def prepare(folder: Path) -> Path:
-    """Data, a model with dropout, and the configuration of the job."""
+    """Writes data, a model with dropout, and the configuration of the job; returns the latter's path."""
     import arithmetic
     import tiny_model
     from transformers import AutoModelForCausalLM
@@ -70,7 +70,7 @@ def digest(run: Path) -> str:
 
 
 def last_step(run: Path) -> int:
-    """The last step in the log."""
+    """Returns the last step in the log."""
     file = run / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("}")]
@@ -79,20 +79,20 @@ def last_step(run: Path) -> int:
 
 @dataclass
 class Kill:
-    """One kill of one run, and what the next start of the job made of it."""
+    """One kill of one run, and what its restart found."""
 
     moment: str
     reached: int  # the last step in the log
-    found: str = "killed before it looked"
+    found: str = "killed before that"  # the checkpoint that the restart continued from
     lost: int | None = None  # steps
 
 
 def kill_in(process: subprocess.Popen, run: Path, seconds: float, in_save: bool) -> str | None:
-    """Kills the job after so many seconds, or then in the next save. Returns the moment; None where it has ended."""
+    """Kills the job after this time, or in the first save after it. Returns the moment; None if the job has ended."""
     begin, started = time.monotonic(), time.time()
     while process.poll() is None:
         elapsed, saving = time.monotonic() - begin, False
-        with suppress(FileNotFoundError):  # a folder may go at any time
+        with suppress(FileNotFoundError):  # the job renames such folders
             saving = any(path.stat().st_mtime > started for path in run.glob(".writing-*"))
         if elapsed > seconds and (saving or not in_save):
             os.killpg(process.pid, signal.SIGKILL)
@@ -103,13 +103,13 @@ def kill_in(process: subprocess.Popen, run: Path, seconds: float, in_save: bool)
 
 
 def torture(job: Path, name: str, ranks: int, dice: random.Random, duration: float) -> tuple[list[Kill], str]:
-    """Runs the job until it is done; returns its kills, and the hash of the weights."""
+    """Runs and kills the job until it is done; returns the kills, and the hash of the weights."""
     run, log = job.parent / "runs" / name, job.parent / f"{name}.log"
     kills: list[Kill] = []
     while True:
         process, moment = start(job, name, ranks, log), None
         if len(kills) < MOST_KILLS:
-            # few kills come during the imports, where there is nothing to lose
+            # from 0.3 on: a kill during the imports tests nothing
             moment = kill_in(process, run, dice.uniform(0.3, 1.0) * duration, in_save=len(kills) % 2 == 1)
         process.wait()
         text = log.read_text()
@@ -125,7 +125,7 @@ def torture(job: Path, name: str, ranks: int, dice: random.Random, duration: flo
 
 
 def step_of(checkpoint: str) -> int:
-    """Steps that a checkpoint of that name has behind it."""
+    """Returns the steps finished in a checkpoint, from its name."""
     numbers = re.fullmatch(r"checkpoint_(\d+)(?:_step_(\d+))?", checkpoint)
     return int(numbers[2] or int(numbers[1]) * EXAMPLES // BATCH) if numbers else 0
 
@@ -134,7 +134,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("--runs", 25), ("--ranks", 1)):
         parser.add_argument(name, type=int, default=default, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=None, help="of the moments (default: the clock)")
+    parser.add_argument("--seed", type=int, default=None, help="of the moments of kills (default: from the clock)")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else time.time_ns() % 10**6
     folder = Path(tempfile.mkdtemp())
@@ -150,7 +150,7 @@ def main() -> int:
         name = f"run-{number}"
         kills, found = torture(job, name, options.ranks, dice, duration)
         for kill in kills:
-            # the log may be a step ahead of a save, or behind it
+            # the log may be a step ahead of the save, or behind it
             too_many = kill.lost is not None and kill.lost > SAVE_EVERY
             failures += too_many
             lost = "" if kill.lost is None else max(kill.lost, 0)

@@ -15,7 +15,7 @@ from pathlib import Path
 from curriculum import stage_name
 from trainer.evaluate import HEADER, named_best, row_of, summary
 from trainer.files import why_unreadable
-from trainer.run_folder import best, checkpoints, is_of_finished_epoch
+from trainer.run_folder import best, checkpoints, is_epoch_checkpoint
 from utils import UserError, print_error, print_result, progress_bar, read_object
 
 
@@ -25,7 +25,7 @@ def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
     Returns a table that marks the best checkpoint in validation, and a sentence for each failed evaluation. Prints the
     warnings of run.py, each once. Raises UserError without a checkpoint.
     """
-    paths = [path for path in checkpoints(run_dir) if is_of_finished_epoch(path)]
+    paths = [path for path in checkpoints(run_dir) if is_epoch_checkpoint(path)]
     if not paths:
         raise UserError(f"{run_dir} holds no checkpoint of a finished epoch")
     rows, failed, folder, chosen = [HEADER], [], run_dir / "evaluations" / Path(file).stem, best(run_dir)

@@ -1,18 +1,18 @@
-"""Save, find, resume. The layout of a run's folder:
+"""Saves, finds and restores checkpoints. The layout of a run's folder:
 
     save_path/name/
       config.yaml  metrics.jsonl  wandb/
-      checkpoint_12/                       after 12 epochs
+      checkpoint_12/                       an epoch checkpoint: after 12 epochs
         model.safetensors config.json ...  a Hugging Face folder with its tokenizer
-        thought.safetensors                what the thought has learnt, where it learns
-        adapter/                           LoRA's updates, where there are some
+        thought.safetensors                the thought's parameters, if it has any
+        adapter/                           LoRA's weights, with lora_rank
         coconut.json                       method, stage, c_thought, thought, markers, the validation file
-        trainer/                           what only a restart needs
+        trainer/                           optimizer, random states, progress: needed only to restart
         predictions.jsonl  metrics.json
-      checkpoint_12_step_3400/             within the 13th epoch: for a restart only, without the last two files
+      checkpoint_12_step_3400/             a step checkpoint, inside the 13th epoch: without the last two files
 
-A checkpoint is written aside and renamed when it is whole: there is no moment at which a kill leaves something that a
-restart would take for one. Sizes, and soon after the save digests, tell whether a disk has damaged a file since.
+A checkpoint is written under another name and renamed once it is complete, so a kill never leaves a partial checkpoint
+that a restart would load. trainer/manifest.json holds each file's size, and later its SHA-256, to detect damaged files.
 """
 
 from __future__ import annotations
@@ -52,65 +52,56 @@ from trainer import parallel, run_folder
 from trainer.distributed import World, agree, on_main_rank
 from trainer.files import file_digest, reading, retried, sync_to_disk, write_whole
 from trainer.pretrained import Pretrained, read_description
-from trainer.run_folder import best, checkpoints, is_of_finished_epoch, is_on_hub, rating, resolve, run_checkpoints
+from trainer.run_folder import best, checkpoints, is_epoch_checkpoint, is_on_hub, rating, resolve, run_checkpoints
 from utils import UserError, as_json, log, parse_json, read_object
 
 FORMAT = 2  # of state.json, and of coconut.json beside it
 OPTIMIZER = "trainer/optimizer"
-MANIFEST = "trainer/manifest.json"  # file -> SHA-256, or its size until `add_digests` has run
+STATE = "trainer/state.json"
+MANIFEST = "trainer/manifest.json"  # file -> its size; its SHA-256 once `add_digests` has run
 # keys that decide what a model's sequences look like
 DESCRIBED = [field.name for field in fields(Config) if field.metadata["shapes"]]
 PREFIX = "base_causallm."
 Weights = dict[str, torch.Tensor]
 
 
-# ---- How far a run is ----
+# --- Progress ---
 
 
 @dataclass
 class Progress:
     """How far a run is. Part of every checkpoint."""
 
-    epoch: int = 0  # finished epochs, and so the next one to run
+    epoch: int = 0  # finished epochs: the number of the next one
     step: int = 0  # finished optimizer steps
-    seen: int = 0  # examples of the unfinished epoch, in its order, that have been trained on
-    losses: float = 0.0  # sum over these examples of the losses of their steps
-    seconds: float = 0.0  # that it has taken
-    skipped: int = 0  # steps of the run that skip_nonfinite has skipped
-    at_goal: int = 0  # epochs of the unfinished stage in a row that have reached advance_at
-    passed_over: int = 0  # epochs that stages which ended early have left out: the learning rate does not count them
+    seen: int = 0  # examples of the unfinished epoch trained on so far, in the epoch's order
+    losses: float = 0.0  # sum over these examples of their step's loss
+    seconds: float = 0.0  # training time of the unfinished epoch
+    skipped: int = 0  # steps that skip_nonfinite has skipped in the whole run
+    at_goal: int = 0  # consecutive epochs of the current stage whose accuracy has reached advance_at
+    passed_over: int = 0  # epochs left out because a stage ended early; the learning rate schedule ignores them
     best: dict[int, float] = field(default_factory=dict)  # stage -> best validation accuracy
     wandb_id: str | None = None
-    token_ids: str | None = None  # digest of the training data's (`Tokens.digest`)
+    token_ids: str | None = None  # digest of the training data's token ids (`Tokens.digest`)
     val: str | None = None  # SHA-256 of the validation file
-    started_from: str | None = None  # the checkpoint that load_model_path stood for when the run began
+    started_from: str | None = None  # the checkpoint that load_model_path resolved to when the run began
 
 
 def save_progress(folder: Path, progress: Progress, world_size: int) -> None:
     state = {"format": FORMAT, "world_size": world_size, **asdict(progress)}
-    (folder / "trainer" / "state.json").write_text(as_json(state), encoding="utf-8")
-
-
-def read_state(folder: Path) -> dict:
-    """What `save_progress` has written. Raises OSError, and ValueError where it is damaged."""
-    state = parse_json((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
-    kinds = {"format": int, "world_size": int, "epoch": int, "step": int, "seen": int, "best": dict}
-    kinds |= {"losses": (int, float), "seconds": (int, float)}
-    if not isinstance(state, dict) or not all(isinstance(state[name], kinds[name]) for name in kinds.keys() & state):
-        raise ValueError("a value is of another type")
-    return state
+    (folder / STATE).write_text(as_json(state), encoding="utf-8")
 
 
 def read_progress(folder: Path) -> Progress:
-    """How far the run was when it wrote this checkpoint."""
-    state = read_state(folder)
+    """Reads the Progress of a checkpoint."""
+    state = read_object(folder / STATE)
     known = {field.name for field in fields(Progress)}
     progress = Progress(**{name: value for name, value in state.items() if name in known})
     progress.best = {int(stage): accuracy for stage, accuracy in progress.best.items()}
     return progress
 
 
-# ---- Saving ----
+# --- Saving ---
 
 
 def save(
@@ -122,35 +113,35 @@ def save(
     stage: int,
     files: dict[str, str] | None = None,
 ) -> Path:
-    """Writes the checkpoint of this moment. Collective: every rank must call it.
+    """Writes a checkpoint of the current state; returns its folder. Collective: every rank must call it.
 
-    Rank 0 writes the model and `files` (name -> text), which are those of a finished epoch: without them it is a
-    checkpoint for a restart only, which goes when two newer ones are there. Each rank writes its random state, all
-    together the optimizer.
+    Rank 0 writes the model and `files` (name -> text), the results of a finished epoch; without `files` it is a step
+    checkpoint, which is removed once two newer ones exist. Each rank writes its random state, all ranks together the
+    optimizer.
 
-    Raises UserError, on every rank, where it cannot be written; the earlier checkpoints are then as they were.
+    Raises UserError, on every rank, if it cannot be written; earlier checkpoints are then unchanged.
     """
-    name = restart_name(progress) if files is None else f"checkpoint_{progress.epoch}"
+    name = step_checkpoint_name(progress) if files is None else f"checkpoint_{progress.epoch}"
     target, aside = config.run_dir / name, config.run_dir / f".writing-{name}"
     weights = parallel.whole_weights(pretrained.model)  # all ranks
     try:
         with agree(world), _writing(target):  # all ranks
             if world.is_main:
                 for path in [*config.run_dir.glob(".writing-*"), *config.run_dir.glob(".removing-*")]:
-                    with suppress(OSError):  # somebody looks at what a killed job left: the next save tries again
+                    with suppress(OSError):  # another process has a file of it open: the next save tries again
                         _delete(path)
                 (aside / OPTIMIZER).mkdir(parents=True)
         with agree(world), _writing(target):  # all ranks
-            retried((aside / OPTIMIZER).stat)  # which rank 0 has made, on another node perhaps
+            retried((aside / OPTIMIZER).stat)  # rank 0 has made it, perhaps on another node
             save_random_state(aside, world)
             if world.is_main:
-                validated_on = {"file": config.val_path, "sha256": progress.val}  # and so chosen by
+                validated_on = {"file": config.val_path, "sha256": progress.val}  # it also chooses the best checkpoint
                 write_model(aside, config, pretrained, stage, weights, validated_on)
                 for file, text in (files or {}).items():
                     (aside / file).write_text(text, encoding="utf-8")
                 save_progress(aside, progress, world.size)
         with _writing(target):
-            save_optimizer(aside, pretrained.model, optimizer)  # all ranks; when one fails, torch raises on all
+            save_optimizer(aside, pretrained.model, optimizer)  # all ranks; if one fails, torch raises on all
         with agree(world), _writing(target):  # all ranks
             if world.is_main:
                 _publish(aside, target, world.size)
@@ -167,12 +158,12 @@ def save(
 def write_model(
     folder: Path, config: Config, pretrained: Pretrained, stage: int, weights: Weights, validated_on: dict | None = None
 ) -> None:
-    """Model, thought and tokenizer, and coconut.json: what the model's sequences look like, and which file
-    it was validated on; weights: those of pretrained.model, whole."""
-    base_weights, updates = lora.split(_under(PREFIX, weights))
+    """Writes model, thought, tokenizer and coconut.json, which describes the model's sequences and names the file it
+    was validated on. weights: the unsharded state dict of pretrained.model."""
+    base_weights, updates = lora.split(_with_prefix(PREFIX, weights))
     base = pretrained.model.base_causallm
-    # transformers refuses to save settings that contradict each other, as many published models have, such as a
-    # temperature without do_sample, once one has been changed: here the stop tokens
+    # transformers refuses to save contradictory settings, such as a temperature without do_sample, once one of them
+    # has changed; here the stop tokens change, and many published models have such settings
     with pretrained.model.backbone.own_generation_config():
         base.save_pretrained(folder, state_dict=base_weights)
     if base.can_generate():
@@ -180,7 +171,7 @@ def write_model(
     if updates:
         lora.save(folder, updates, config.lora_rank, config.lora_alpha)
     for part in ("thought", *getattr(pretrained.model, "saved_parts", ())):
-        if learnt := _under(f"{part}.", weights):
+        if learnt := _with_prefix(f"{part}.", weights):
             save_file({name: value.contiguous() for name, value in learnt.items()}, folder / f"{part}.safetensors")
     pretrained.tokenizer.save_pretrained(folder)
     chosen = {name: getattr(config, name) for name in DESCRIBED}
@@ -190,20 +181,20 @@ def write_model(
     (folder / "coconut.json").write_text(as_json(description), encoding="utf-8")
 
 
-def _under(prefix: str, weights: Weights) -> Weights:
-    """The weights whose names begin so, under the rest of their names."""
+def _with_prefix(prefix: str, weights: Weights) -> Weights:
+    """Returns the weights whose names start with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def restart_name(progress: Progress) -> str:
-    """Of the checkpoint that only a restart needs."""
+def step_checkpoint_name(progress: Progress) -> str:
+    """Returns the name of a step checkpoint."""
     return f"checkpoint_{progress.epoch}_step_{progress.step}"
 
 
 @contextmanager
 def _writing(target: Path) -> Iterator[None]:
-    """Raises UserError for what a full or broken disk makes libraries raise. Other exceptions, such as a GPU without
-    memory for the optimizer's shares, or a rank that is gone, propagate unchanged."""
+    """Raises UserError for the errors that libraries raise on a full or broken disk. Other exceptions, such as a GPU
+    out of memory or a dead rank, propagate unchanged."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, dcp.CheckpointException) as error:
@@ -216,20 +207,20 @@ def _writing(target: Path) -> Iterator[None]:
 
 
 def is_io_error(error: BaseException) -> bool:
-    if isinstance(error, dcp.CheckpointException):  # what the ranks have raised in writing their shares
+    if isinstance(error, dcp.CheckpointException):  # holds the error of each rank that failed to write its shard
         return all(is_io_error(failure) for failure, _ in error.failures.values())
-    of_torch_save = ("inline_container.cc", "Parent directory", "cannot be opened")  # RuntimeErrors, with these words
+    of_torch_save = ("inline_container.cc", "Parent directory", "cannot be opened")  # in the text of its RuntimeErrors
     return isinstance(error, (OSError, SafetensorError)) or any(words in str(error) for words in of_torch_save)
 
 
 def _publish(aside: Path, target: Path, world_size: int) -> None:
-    """Gives a complete folder its name, after all of it has reached the disk, with the size of every file."""
-    # what another node has written belongs there too, and may be seen here only later
+    """Writes the manifest, syncs a complete folder to the disk and renames it to `target`."""
+    # includes the files that other nodes have written, which this node may see only later
     paths = rank_files(aside, world_size) | {path for path in aside.rglob("*") if path.is_file()}
     sizes = {str(path.relative_to(aside)): retried(path.stat).st_size for path in sorted(paths)}
     (aside / MANIFEST).write_text(as_json(sizes), encoding="utf-8")
     sync_to_disk(aside)
-    if target.exists():  # an unrelated one, such as a file of the reference: it is kept under another name
+    if target.exists():  # an unrelated file, such as a reference checkpoint, or a damaged one: rename it
         number = next(n for n in range(1, 1 << 20) if not target.with_name(f"{target.name}.replaced-{n}").exists())
         target.rename(target.with_name(f"{target.name}.replaced-{number}"))
     aside.rename(target)
@@ -237,29 +228,29 @@ def _publish(aside: Path, target: Path, world_size: int) -> None:
 
 
 def add_digests(folder: Path) -> None:
-    """Puts the files' digests into the manifest of a checkpoint, in place of their sizes. In a thread of its own beside
-    the training: for GPT-2 it takes half as long as the save itself."""
-    with suppress(OSError, UserError):  # the disk is full, or somebody has moved the folder: the sizes stay
+    """Replaces the sizes in a checkpoint's manifest by SHA-256 digests. Runs in a thread beside the training: for GPT-2
+    it takes half as long as the save itself."""
+    with suppress(OSError, UserError):  # the disk is full, or the folder has been moved: the sizes stay
         names = list(read_object(folder / MANIFEST))
         digests = _digests([folder / name for name in names])
         write_whole(folder / MANIFEST, as_json(dict(zip(names, digests, strict=True))))
 
 
 def _digests(paths: list[Path]) -> list[str]:
-    """SHA-256 of each file."""
-    with ThreadPoolExecutor(8) as pool:  # hashing leaves Python's lock
+    """Returns the SHA-256 of each file."""
+    with ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
         return list(pool.map(file_digest, paths))
 
 
 def _prune(config: Config) -> None:
-    """Removes what is no longer needed: checkpoints for restarts, but for the newest two since the last finished epoch;
-    the optimizers of all finished epochs but the newest two; and finished epochs beyond keep_checkpoints, but never the
-    best (`run_folder.best`)."""
+    """Removes old checkpoints: step checkpoints, except the newest two since the last finished epoch; the optimizers of
+    all epoch checkpoints but the newest two; epoch checkpoints beyond keep_checkpoints, except the best
+    (`run_folder.best`)."""
     everything = checkpoints(config.run_dir)
-    finished = [path for path in everything if is_of_finished_epoch(path)]
+    finished = [path for path in everything if is_epoch_checkpoint(path)]
     since = everything.index(finished[-1]) if finished else 0
     for path in everything[: max(since, len(everything) - 2)]:
-        if not is_of_finished_epoch(path):
+        if not is_epoch_checkpoint(path):
             _remove(path)
     for path in finished[:-2]:
         _remove_optimizer(path)
@@ -267,21 +258,21 @@ def _prune(config: Config) -> None:
         return
     kept = best(config.run_dir)
     for path in finished[: -config.keep_checkpoints]:
-        if path != kept and rating(path) is not None:  # damaged: whoever owns it may want to restore it
+        if path != kept and rating(path) is not None:  # a damaged one is kept: its owner may want to restore it
             _remove(path)
 
 
-def remove_restarts(run_dir: Path) -> None:
-    """Removes the checkpoints that only a restart needs: the run has ended. The newest stays, for with
-    save_only_improve there may be no other that shows it."""
+def remove_step_checkpoints(run_dir: Path) -> None:
+    """Removes the step checkpoints of a run that has ended, except the newest checkpoint: with save_only_improve it may
+    be the only one that shows that the run has ended."""
     for path in checkpoints(run_dir)[:-1]:
-        if not is_of_finished_epoch(path):
+        if not is_epoch_checkpoint(path):
             _remove(path)
 
 
 def _remove(path: Path, folder: Path | None = None) -> None:
-    """A kill in the middle leaves nothing that looks like a checkpoint. What cannot be removed stays, with a warning:
-    the run has been saved, and goes on. folder: of the run, default the one that `path` is in."""
+    """Removes a checkpoint, or a part of it; a kill halfway leaves no partial checkpoint. Only warns if it cannot be
+    removed. folder: the run's folder, by default the parent of `path`."""
     aside = (folder or path.parent) / f".removing-{path.name}"
     try:
         path.rename(aside)
@@ -291,9 +282,9 @@ def _remove(path: Path, folder: Path | None = None) -> None:
 
 
 def _remove_optimizer(path: Path) -> None:
-    """Of a checkpoint that is whole, and in this folder: one that was moved and linked stays as it is."""
+    """Removes the optimizer of an undamaged checkpoint; one that was moved and linked is left unchanged."""
     if (path / OPTIMIZER).is_dir() and not path.is_symlink():
-        with suppress(UserError):  # damaged: whoever owns it may want to restore it
+        with suppress(UserError):  # damaged: its owner may want to restore it
             digests = read_object(path / MANIFEST)
             kept = {name: digest for name, digest in digests.items() if not name.startswith(f"{OPTIMIZER}/")}
             write_whole(path / MANIFEST, as_json(kept))
@@ -301,16 +292,16 @@ def _remove_optimizer(path: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """A folder, or a link to one that somebody has moved, whose content stays where it is."""
+    """Deletes a folder, or only the link if it is a symbolic link."""
     if path.is_symlink():
         path.unlink()
     else:
         shutil.rmtree(path)
 
 
-# ---- Optimizer and random state ----
+# --- Optimizer and random state ---
 
-# what a `.metadata` of tensors holds; with BytesStorageMetadata torch would unpickle what it points to
+# the classes in the `.metadata` of tensors; not BytesStorageMetadata, whose entries torch would unpickle
 METADATA_CLASSES = (
     *(metadata.Metadata, metadata.MetadataIndex, metadata.StorageMeta, _StorageInfo, torch.Size),
     *(metadata.TensorStorageMetadata, metadata.TensorProperties, metadata.ChunkStorageMetadata),
@@ -319,7 +310,7 @@ METADATA_CLASSES = (
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Raises UserError, on every rank, for a class that is not needed, which could run code."""
+    """Unpickles METADATA_CLASSES only. Raises UserError, on every rank, for any other class: it could run code."""
 
     def __init__(self, file: IO[bytes]):
         super().__init__(file)
@@ -327,7 +318,7 @@ class MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
-            return PurePath  # of where it was saved
+            return PurePath  # the path it was saved under
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         for kind in METADATA_CLASSES:
@@ -339,7 +330,7 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 class MetadataReader(dcp.FileSystemReader):
-    """torch's reader of what `save_optimizer` writes, with MetadataUnpickler for the `.metadata`."""
+    """torch's reader of what `save_optimizer` writes, but reads `.metadata` by MetadataUnpickler."""
 
     def read_metadata(self, *_, rank: int | None = None, **__) -> metadata.Metadata:
         with Path(self._get_metadata_path(rank)).open("rb") as file:
@@ -349,17 +340,17 @@ class MetadataReader(dcp.FileSystemReader):
 
 
 def save_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """All ranks' averages, and the weights of the model's companions. Collective: every rank must call it."""
+    """Writes the optimizer's state, and the weights of the model's companions. Collective: every rank must call it."""
     state = {"optimizer": {"state": get_optimizer_state_dict(model, optimizer)["state"]}}
     state |= {name: get_model_state_dict(companion) for name, companion in model.companions.items()}
     dcp.save(state, checkpoint_id=folder / OPTIMIZER)
 
 
 def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restores the optimizer's averages from a checkpoint, on any number of ranks; its hyper-parameters are those of
-    the configuration. Collective: every rank must call it. What the checkpoint does not have is re-initialised: weights
-    that never got a gradient have no averages, and another version of torch may keep more of them."""
-    optimizer.zero_grad()  # where gradients wait for a step, torch silently makes no state to load into
+    """Restores the optimizer's state (AdamW's averages) from a checkpoint, on any number of ranks; hyper-parameters
+    come from the configuration. State that the checkpoint lacks stays at its initial value: a weight that never got a
+    gradient has none, and another version of torch may keep more. Collective: every rank must call it."""
+    optimizer.zero_grad()  # with gradients set, torch silently initialises no state to load into
     reader = MetadataReader(folder / OPTIMIZER)
     saved = reader.read_metadata().state_dict_metadata
     whole = get_optimizer_state_dict(model, optimizer)
@@ -373,7 +364,7 @@ def load_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.
 
 
 def load_companions(folder: Path, model: Coconut) -> list[str]:
-    """Loads the weights of the model's companions; returns the names of those that the checkpoint lacks. Collective."""
+    """Loads the weights of the model's companions; returns the names that the checkpoint lacks. Collective."""
     reader = MetadataReader(folder / OPTIMIZER)
     saved = {name.partition(".")[0] for name in reader.read_metadata().state_dict_metadata}
     for name, companion in model.companions.items():
@@ -385,7 +376,7 @@ def load_companions(folder: Path, model: Coconut) -> list[str]:
 
 
 def save_random_state(folder: Path, world: World) -> None:
-    """This rank's."""
+    """Writes this rank's random state."""
     kind, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -398,8 +389,8 @@ def save_random_state(folder: Path, world: World) -> None:
 
 
 def load_random_state(folder: Path, world: World) -> bool:
-    """Restores this rank's random numbers; False where the checkpoint is of another world size and has none for it."""
-    if read_state(folder).get("world_size") != world.size:
+    """Restores this rank's random state; returns False if the checkpoint was saved with another world size."""
+    if read_object(folder / STATE)["world_size"] != world.size:
         return False
     saved = torch.load(folder / "trainer" / f"random_{world.rank}.pt", weights_only=True)
     random.setstate(saved["python"])
@@ -412,43 +403,44 @@ def load_random_state(folder: Path, world: World) -> bool:
 
 
 def rank_files(folder: Path, world_size: int) -> set[Path]:
-    """The files that other ranks than 0 may have written: their random state, their shares of the optimizer."""
+    """Returns the files that ranks other than 0 may have written: random states and shards of the optimizer."""
     storage = MetadataReader(folder / OPTIMIZER).read_metadata().storage_data or {}
     shares = {folder / OPTIMIZER / entry.relative_path for entry in storage.values()}
     return shares | {folder / "trainer" / f"random_{rank}.pt" for rank in range(world_size)}
 
 
-# ---- Finding ----
+# --- Finding ---
 
 
 def find_newest(config: Config, world: World) -> Path | None:
-    """The newest whole checkpoint of this run, which wins over load_model_path; all ranks get the same. Collective.
-    Raises UserError where it is of a run with another configuration, or cannot be continued."""
-    return _seen_by_all(world, on_main_rank(world, lambda: _newest_that_fits(config)))  # all ranks
+    """Returns the newest undamaged checkpoint of this run, the same on all ranks; it has priority over load_model_path.
+    None if there are no checkpoints. Raises UserError if its configuration differs or its optimizer is missing.
+    Collective."""
+    return _wait_until_visible(world, on_main_rank(world, lambda: _newest_to_continue(config)))  # all ranks
 
 
-def _newest_that_fits(config: Config) -> Path | None:
+def _newest_to_continue(config: Config) -> Path | None:
     newest = newest_whole(config.run_dir)
     if newest is None:
         return None
     described = differences(config, newest)
-    others = described if config.continue_changed else changes(config, config.run_dir) | described
+    others = described if config.continue_changed else changed_keys(config, config.run_dir) | described
     if others:
         hint = "" if described else ", or set continue_changed=true"
         raise UserError(
-            f"{newest} is of another configuration ({'; '.join(others.values())}): choose another name{hint}"
+            f"{newest} was trained with another configuration ({'; '.join(others.values())}): choose another name{hint}"
         )
     if not (newest / OPTIMIZER).is_dir():
         raise UserError(
-            f"{newest} cannot be continued: only the newest two epochs keep the optimizer's state; to begin with its "
+            f"{newest} cannot be continued: only the newest two epochs keep the optimizer's state; to start from its "
             f"weights, choose another name, load_model_path={newest} and resume={read_progress(newest).epoch}"
         )
     return newest
 
 
 def find_weights(config: Config, world: World) -> Path | None:
-    """What load_model_path points to, if it is set; all ranks get the same, but of the hub's files each node has its
-    own. Collective. Raises UserError where there is nothing, or something damaged."""
+    """Returns the folder or file that load_model_path names, the same on all ranks, except that each node has its own
+    copy of a file of the hub. Collective. Raises UserError if there is none, or if it is damaged."""
     if config.load_model_path and is_on_hub(config.load_model_path):
         return parallel.in_turn(world, lambda cached: resolve(config.load_model_path, cached))  # all ranks
 
@@ -458,15 +450,15 @@ def find_weights(config: Config, world: World) -> Path | None:
             raise UserError(f"load_model_path {str(path)!r} is damaged: {problem}")
         return path
 
-    return _seen_by_all(world, on_main_rank(world, find))  # all ranks
+    return _wait_until_visible(world, on_main_rank(world, find))  # all ranks
 
 
-def _seen_by_all(world: World, folder: Path | None) -> Path | None:
-    """The folder, once every rank sees all files of it: a network file system may show them late to other nodes.
+def _wait_until_visible(world: World, folder: Path | None) -> Path | None:
+    """Returns the folder once every rank sees all its files: a network file system may show them late to other nodes.
     Collective. Raises UserError."""
 
     def listed() -> list[str]:
-        path = folder / MANIFEST  # which older checkpoints, and others' folders, have not
+        path = folder / MANIFEST  # missing in folders that this program did not write
         return [MANIFEST, *read_object(path)] if path.is_file() else []
 
     if folder is None:
@@ -483,88 +475,83 @@ def _seen_by_all(world: World, folder: Path | None) -> Path | None:
 
 
 def newest_whole(run_dir: Path) -> Path | None:
-    """The newest checkpoint that is as it was written; None where there has never been one. Damaged ones are skipped
-    with a warning. Raises UserError where all are damaged: starting from scratch would lose what may still be saved."""
+    """Returns the newest undamaged checkpoint, None if there are no checkpoints; skips damaged ones with a warning.
+    Raises UserError if all are damaged: training from scratch would overwrite what can perhaps be restored."""
     damaged = []
     for path in reversed(run_checkpoints(run_dir)):
         problem = damage(path)
         if problem is None:
             return path
         damaged.append(path)
-        log.warning(f"{path} is damaged ({problem}) and passed over")
+        log.warning(f"{path} is damaged ({problem}) and skipped")
     if damaged:
         raise UserError(
-            f"{run_dir} holds damaged checkpoints only, {damaged[0].name} the newest: mend or remove them, or choose "
-            f"another name"
+            f"all checkpoints in {run_dir} are damaged, the newest is {damaged[0].name}: restore or remove them, or "
+            f"choose another name"
         )
     return None
 
 
 @reading()
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None where nothing is. Raises UserError where they may not be read."""
+    """Describes what is wrong with a checkpoint's files; None if nothing is. Raises UserError for missing
+    permissions."""
     try:
-        if read_state(folder)["format"] == 1:
-            return None  # had no manifest
         listed = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(listed, dict) or not listed:
-            raise TypeError
+        if not isinstance(listed, dict) or STATE not in listed:
+            raise ValueError
         sizes = {name: (folder / name).stat().st_size for name in listed}
         hashed = [name for name, value in listed.items() if isinstance(value, str)]
         found = sizes | dict(zip(hashed, _digests([folder / name for name in hashed]), strict=True))
-    except PermissionError:  # no damage
+    except PermissionError:  # the files may be fine
         raise
     except OSError as error:
-        name = Path(error.filename).relative_to(folder) if error.filename else "a file"  # a bad sector has no name
+        name = Path(error.filename).relative_to(folder) if error.filename else "a file"  # bad sectors have no filename
         return f"{name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError):
-        return f"{MANIFEST} or trainer/state.json is not readable"
-    return next((f"{name} is not what was written" for name in listed if listed[name] != found[name]), None)
+    except ValueError:
+        return f"{MANIFEST} is not readable"
+    return next((f"{name} differs from what was written" for name in listed if listed[name] != found[name]), None)
 
 
 def differences(config: Config, folder: Path) -> dict[str, str]:
-    """Where a configuration departs from the one that a checkpoint was trained with: key -> "key 1, not 2"."""
+    """Returns the keys in which a configuration differs from a checkpoint's coconut.json: key -> "key 1, not 2"."""
     description = read_description(folder) or {}
-    others = _departures(config, description, DESCRIBED)
-    if "method" in others:  # a variant adds to the training of the other, not to its sequences
+    others = _differing(config, description, DESCRIBED)
+    if "method" in others:  # variants of a method train differently, on the same sequences
         theirs = rules_of(description["method"]).variant_of or description["method"]
         if theirs == (config.rules.variant_of or config.method):
             del others["method"]
     return others
 
 
-def _departures(config: Config, before: dict, names: Iterable[str]) -> dict[str, str]:
-    def shown(value) -> str:
-        return repr(value) if isinstance(value, str) and not value.strip() else str(value)
-
+def _differing(config: Config, before: dict, names: Iterable[str]) -> dict[str, str]:
     pairs = {name: (before[name], getattr(config, name)) for name in names if name in before}
-    return {name: f"{name} {shown(then)}, not {shown(now)}" for name, (then, now) in pairs.items() if then != now}
+    return {name: f"{name} {then!r}, not {now!r}" for name, (then, now) in pairs.items() if then != now}
 
 
 def check_method(config: Config, source: Path) -> list[str]:
-    """What to warn of where a checkpoint that is to be evaluated was trained otherwise than the configuration says.
-    Raises UserError where that makes an evaluation meaningless."""
+    """Returns warnings about a checkpoint to evaluate whose training configuration differs. Raises UserError for
+    another method or thought, which would make the evaluation meaningless."""
     others = differences(config, source)
     if {"method", "thought"} & others.keys():
-        raise UserError(f"{source} is of another configuration ({'; '.join(others.values())})")
-    return [f"{source} is of another configuration: {text}" for text in others.values()]
+        raise UserError(f"{source} was trained with another configuration ({'; '.join(others.values())})")
+    return [f"{source} was trained with another configuration: {text}" for text in others.values()]
 
 
-def check_unseen(source: Path, digests: dict[str, str]) -> list[str]:
-    """What to warn of where a file that is to be evaluated on (path -> SHA-256) is the one that the checkpoint was
-    chosen by, under whatever name."""
+def warn_if_seen(source: Path, digests: dict[str, str]) -> list[str]:
+    """Returns a warning for each file to evaluate on (path -> SHA-256) that is, under any name, the validation file
+    that chose the checkpoint."""
     chosen_by = (read_description(source) or {}).get("validated_on") or {}
     return [
-        f"{path} is what {source} was validated on (as {chosen_by['file']}): a checkpoint looks better than it is on "
-        f"the set that chose it"
+        f"{path} is the validation file of {source} ({chosen_by['file']}): it has chosen the checkpoint, so accuracy "
+        f"on it is too high"
         for path, digest in digests.items()
         if digest == chosen_by.get("sha256")
     ]
 
 
-def changes(config: Config, run_dir: Path) -> dict[str, str]:
-    """Where a configuration departs from that of the run that the folder holds, in what decides the weights: key ->
-    "key 1, not 2"."""
+def changed_keys(config: Config, run_dir: Path) -> dict[str, str]:
+    """Returns the keys that affect the weights and differ from the run's config.yaml: key -> "key 1, not 2"."""
     try:
         before = modern(run_folder.read_config(run_dir / "config.yaml")[0])
     except UserError:
@@ -574,4 +561,4 @@ def changes(config: Config, run_dir: Path) -> dict[str, str]:
         free |= {"batch_size_training", "gradient_accumulation_steps"}
     if config.lr_scheduler == "constant":
         free.add("num_epochs")
-    return _departures(config, before, [key.name for key in fields(Config) if key.name not in free])
+    return _differing(config, before, [key.name for key in fields(Config) if key.name not in free])

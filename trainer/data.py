@@ -1,4 +1,4 @@
-"""Data files of a run as token arrays that all ranks map into memory, and whether their sequences fit the model."""
+"""Loads a run's data files as memory-mapped token arrays, and checks that their sequences fit the model."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ DEBUG_EXAMPLES = {"train": 5000, "val": 32}
 
 @dataclass
 class Data:
-    """What is trained or evaluated on: tokens of either file, and the examples themselves for the evaluation."""
+    """The tokens of the validation and training files, and the validation examples as text."""
 
     val_examples: list[dict]
     val: Tokens
-    val_digest: str | None = None  # of the file's bytes
+    val_digest: str | None = None  # SHA-256 of the file
     train: Tokens | None = None
-    train_digest: str | None = None  # of its token ids
+    train_digest: str | None = None  # SHA-256 of its token ids
 
 
 def load_data(config: Config, world: World, tokenizer) -> Data:
-    """Rank 0 tokenizes, or finds the tokens of an earlier run; all ranks map the same files into memory. Collective."""
+    """Tokenizes the files on rank 0, unless they are cached; all ranks memory-map the same arrays. Collective."""
     cache = Path(config.save_path) / ".tokens"
     limits = {"train": config.max_train_examples, "val": config.max_eval_examples}
     if config.debug:
@@ -41,7 +41,7 @@ def load_data(config: Config, world: World, tokenizer) -> Data:
         return on_main_rank(world, lambda: cache_tokens(path, tokenizer, cache, limit, **options))
 
     val = Tokens.open(tokens_of(config.val_path, limits["val"]))
-    # after rank 0 has read them, and complained where there is reason to
+    # after rank 0 has read the same file and reported its errors
     data = Data(load_examples(config.val_path, limits["val"]), val, content_digest(config.val_path))
     if not config.only_eval:
         folder = tokens_of(config.train_path, limits["train"])
@@ -59,7 +59,7 @@ def load_data(config: Config, world: World, tokenizer) -> Data:
 
 
 def check_lengths(config: Config, max_positions: int | None, data: Data) -> None:
-    """Raises UserError where an example does not fit the model: better now than in the middle of an epoch."""
+    """Raises UserError if an example does not fit the model, before training rather than in the middle of an epoch."""
     for path, tokens in ((config.train_path, data.train), (config.val_path, data.val)):
         if tokens is None or max_positions is None:
             continue
@@ -72,7 +72,7 @@ def check_lengths(config: Config, max_positions: int | None, data: Data) -> None
 
 
 def sequence_lengths(tokens: Tokens, config: Config, stage: int) -> np.ndarray:
-    """(examples,) int64: how long the training sequence of each example is at a stage."""
+    """Returns the length of each example's training sequence at a stage, (examples,) int64."""
     starts, ends = tokens.examples[:-1], tokens.examples[1:]
     if tokens.chosen is not None:
         starts, ends = starts[tokens.chosen], ends[tokens.chosen]
@@ -88,8 +88,8 @@ def sequence_lengths(tokens: Tokens, config: Config, stage: int) -> np.ndarray:
 
 
 def longest_sequence(tokens: Tokens, config: Config) -> tuple[int, int]:
-    """(length, index in the file) of the longest training sequence of any stage, or of the thoughts that an evaluation
-    forces and an answer."""
+    """Returns (length, index in the file) of the longest training sequence of any stage or, with eval_latents, of the
+    longest evaluated sequence."""
     stages = range(config.last_stage + 1) if config.has_latents or config.method == "no_thoughts" else [0]
     variants = [config] if config.only_eval else config.rules.variants(config)
     of_stages = [sequence_lengths(tokens, variant, stage) for variant in variants for stage in stages]

@@ -1,6 +1,6 @@
 """The ranks of a job: set-up and tear-down, agreement, signals, the lock on a run's folder, exit.
 
-torch is imported where it is needed: data are prepared, and mistakes in them found, without waiting for it.
+Functions import torch themselves, so that data preparation and configuration errors do not wait for it.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from pathlib import Path
 from trainer.files import retried, writing
 from utils import UserError, launched_ranks, log, under_debugger
 
-LAUNCHER = os.getppid()  # of a rank: torchrun
+LAUNCHER = os.getppid()  # torchrun, if it started this process
 EXIT_HANDLERS_SECONDS = 15
-HIDES_ALL = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES; the last is SLURM's
+HIDES_ALL = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide all GPUs; SLURM sets the last
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others. Made by `setup_distributed`."""
+    """This rank and the world. Made by `setup_distributed`."""
 
     rank: int
     local_rank: int
     size: int
     device: typing.Any  # torch.device
-    no_timeout_group: typing.Any = None  # process group of barriers without a timeout, where size > 1
+    no_timeout_group: typing.Any = None  # process group for barriers without a timeout, if size > 1
     reason: str = field(default="", compare=False)  # why the device is this one
 
     @property
@@ -48,16 +48,13 @@ class World:
         return self.rank == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Set-up and tear-down
-# ---------------------------------------------------------------------------------------------------------------
+# --- Set-up and tear-down ---
 
 
 def setup_distributed() -> World:
-    """Joins the ranks that torchrun started; without torchrun, a world of one. Undone by `cleanup_distributed`.
+    """Joins the ranks that torchrun started; without torchrun, makes a world of one. Undone by `cleanup_distributed`.
 
-    A process group is made for a world of one too, so that no collective needs an `if`. Raises UserError as
-    `choose_device` does.
+    A world of one gets a process group too, so that collectives need no `if`. Raises UserError (`choose_device`).
     """
     import torch.distributed as dist
 
@@ -77,10 +74,10 @@ def setup_distributed() -> World:
 
 
 def choose_device(size: int, local_rank: int) -> tuple[typing.Any, str]:
-    """(device of a rank, why): CUDA; in a world of one, torch's other accelerators, such as MPS and XPU; else the CPU.
+    """Returns (device of a rank, reason): CUDA; in a world of one also MPS, XPU ...; otherwise the CPU.
 
-    The device comes from LOCAL_RANK: the global rank does not index a node's GPUs. Raises UserError where torch lacks a
-    promised GPU.
+    Uses LOCAL_RANK, because the global rank does not index a node's GPUs. Raises UserError if torch lacks a GPU that
+    the system promises.
     """
     import torch
 
@@ -88,7 +85,7 @@ def choose_device(size: int, local_rank: int) -> tuple[typing.Any, str]:
         on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if on_this_node > torch.cuda.device_count():
             raise UserError(
-                f"{on_this_node} ranks cannot have a GPU each: this node shows {torch.cuda.device_count()}; "
+                f"{on_this_node} ranks need a GPU each, but torch finds {torch.cuda.device_count()} on this node; "
                 f"lower --nproc_per_node"
             )
         device = torch.device("cuda", local_rank)
@@ -96,23 +93,23 @@ def choose_device(size: int, local_rank: int) -> tuple[typing.Any, str]:
         return device, "torch finds CUDA"
     cpu, other = torch.device("cpu"), torch.accelerator.current_accelerator(check_available=True)
     if (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) in HIDES_ALL:
-        return cpu, f'CUDA_VISIBLE_DEVICES="{hidden}" insists on it'
+        return cpu, f'CUDA_VISIBLE_DEVICES="{hidden}" hides all GPUs'
     if other is not None and size == 1:
         return other, f"torch finds {other.type.upper()} and no CUDA"
     if other is not None:
-        return cpu, f"{other.type.upper()} is for one process, and there are {size} ranks"
+        return cpu, f"{other.type.upper()} supports one process, and there are {size} ranks"
     if promise := promised_gpu():
         try:
             torch.cuda.init()
             reason = "no GPU is visible"
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-        raise UserError(f'{promise}, but torch finds no GPU: {reason}; CUDA_VISIBLE_DEVICES="" insists on the CPU')
+        raise UserError(f'{promise}, but torch finds no GPU: {reason}; set CUDA_VISIBLE_DEVICES="" to use the CPU')
     return cpu, "torch finds no GPU"
 
 
 def promised_gpu() -> str | None:
-    """What promises this process a GPU, unless CUDA_VISIBLE_DEVICES hides all."""
+    """Returns what promises this process a GPU, unless CUDA_VISIBLE_DEVICES hides all."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in HIDES_ALL:
         return None
     nothing = {"CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_GPUS": "", "SLURM_GPUS_ON_NODE": "0"}
@@ -124,17 +121,17 @@ def promised_gpu() -> str | None:
 
 
 def _die_with_launcher() -> None:
-    """When torchrun is killed, its ranks die too: otherwise they would wait for each other for ever, and keep the run's
-    folder locked."""
-    set_parent_death_signal = 1  # of Linux's prctl
-    with suppress(OSError, AttributeError):  # of another system
+    """Has the kernel kill this rank when torchrun dies; otherwise ranks would wait for each other for ever and keep the
+    run's folder locked."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of Linux's prctl
+    with suppress(OSError, AttributeError):  # other systems
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != LAUNCHER:  # it was killed before
+    if os.getppid() != LAUNCHER:  # torchrun has died already
         os._exit(1)
 
 
 def hardware(world: World) -> str:
-    """What this rank computes on, in words."""
+    """Describes what this rank computes on: the GPU's name, or the CPU and its cores."""
     import torch
 
     if world.device.type == "mps":
@@ -145,29 +142,24 @@ def hardware(world: World) -> str:
 
 
 def allowed_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Cores that this process may use, at least 1: of its affinity (taskset, srun), or the quota of a cgroup (a
-    container, a Kubernetes limit) where that is less."""
+    """Returns the cores that this process may use, at least 1: its affinity (taskset, srun), or the CPU quota of its
+    cgroup (a container, a Kubernetes limit) if that is less."""
     cores = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
-    lines = own.read_text().splitlines() if own.exists() else []
-    for _, controllers, path in (
-        line.split(":", 2) for line in lines
-    ):  # https://man7.org/linux/man-pages/man7/cgroups.7
-        of_v1 = "cpu" in controllers.split(",")
-        root = cgroups / "cpu" if of_v1 else cgroups
-        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if of_v1 else ("cpu.max",)
-        folder = root / path.lstrip("/")
-        for group in (folder, *folder.parents):  # a limit holds for all that is below it
-            with suppress(OSError, ValueError):  # no such file, or "max": no limit
-                quota, period = map(int, " ".join((group / name).read_text() for name in files).split())
-                cores += [quota // period] if quota > 0 else []
+    for line in own.read_text().splitlines() if own.exists() else []:
+        if line.startswith("0::"):  # cgroup v2, https://man7.org/linux/man-pages/man7/cgroups.7
+            folder = cgroups / line[3:].lstrip("/")
+            for group in (folder, *folder.parents):  # a group's limit includes its descendants
+                with suppress(OSError, ValueError):  # no such file, or "max": no limit
+                    quota, period = map(int, (group / "cpu.max").read_text().split())
+                    cores.append(quota // period)
     return max(1, min(cores))
 
 
 def cleanup_distributed(orderly: bool = True) -> None:
     """Undoes `setup_distributed`.
 
-    Where a rank fails, destroying its process group may wait for the others for ever: then `exit_process` ends it with
-    the process, unless it is a world of one.
+    After an error it destroys the process group only in a world of one: with more ranks that may block for ever, so
+    `exit_process` leaves it to the end of the process.
     """
     import torch.distributed as dist
 
@@ -176,8 +168,8 @@ def cleanup_distributed(orderly: bool = True) -> None:
 
 
 def run_main(main: typing.Callable[..., int], *arguments) -> typing.NoReturn:
-    """Runs a program that has ranks and exits with main's code, or with 1 after a traceback; see `exit_process`. A
-    debugger gets the exceptions instead."""
+    """Runs a program's main and exits with its code, or with 1 after a traceback (`exit_process`). Under a debugger,
+    exceptions propagate to it instead."""
     if under_debugger():
         sys.exit(main(*arguments))
     if sys.stderr is not None:
@@ -188,16 +180,14 @@ def run_main(main: typing.Callable[..., int], *arguments) -> typing.NoReturn:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
+        code = end.code or 0
     except BaseException:
         traceback.print_exc()
     exit_process(code)
 
 
 class ErrorTolerantStream:
-    """A stream that loses what it cannot write, because nobody reads it any more or its disk is full."""
+    """A stream that drops what it cannot write, because its reader is gone or its disk is full."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -216,13 +206,13 @@ class ErrorTolerantStream:
 
 
 def exit_process(code: int) -> typing.NoReturn:
-    """Ends a rank with this exit code, after its exit handlers, but without taking the interpreter down.
+    """Runs the exit handlers and ends the process with this code, without finalizing the interpreter.
 
-    gloo's threads outlive `cleanup_distributed` where something still holds the process group, and DTensor's caches
-    do under FSDP. One that has a tensor to free needs the GIL for that, and Python ends threads that ask for the GIL
-    while it is going down: C++ answers with SIGABRT, and a rank that has done all of its work counts as dead.
+    gloo's threads outlive `cleanup_distributed` while something still references the process group, as DTensor's caches
+    do under FSDP. Such a thread needs the GIL to free a tensor. During finalization Python terminates threads that ask
+    for the GIL; C++ answers with SIGABRT, and a rank that has finished its work counts as failed.
     """
-    # a timeout for exit handlers that hang, such as a tracker's
+    # a timeout for exit handlers that hang, such as wandb's
     watchdog = threading.Timer(EXIT_HANDLERS_SECONDS, os._exit, [code])
     watchdog.daemon = True
     watchdog.start()
@@ -233,16 +223,14 @@ def exit_process(code: int) -> typing.NoReturn:
     os._exit(code)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Agreement
-# ---------------------------------------------------------------------------------------------------------------
+# --- Agreement ---
 
 
 @contextmanager
 def agree(world: World) -> typing.Iterator[None]:
-    """A block at whose end the ranks wait for one another, however long it takes. A UserError of any rank is raised on
-    all, so that none waits for ever. Collective: every rank must enter it."""
-    if world.size == 1:  # perhaps one among others, such as a benchmark's
+    """A context at whose end all ranks wait for each other, without a timeout. If any rank raises UserError in it, all
+    ranks raise it, so that none waits for ever. Collective: every rank must enter it."""
+    if world.size == 1:  # not necessarily the process group's: a benchmark makes worlds of one on several ranks
         yield
         return
     import torch.distributed as dist
@@ -261,12 +249,12 @@ def agree(world: World) -> typing.Iterator[None]:
 
 
 def on_main_rank(world: World, action: typing.Callable):
-    """The result of `action` on rank 0, on every rank, as by `agree`. Collective."""
+    """Runs `action` on rank 0 inside `agree`; returns its result on every rank. Collective."""
     return on_every_rank(world, action if world.is_main else lambda: None)[0]
 
 
 def on_every_rank(world: World, action: typing.Callable) -> list:
-    """The results of `action` on all ranks, on every rank, as by `agree`. Collective."""
+    """Runs `action` on every rank inside `agree`; returns the list of results on every rank. Collective."""
     with agree(world):
         results = [action()]
     if world.size > 1:
@@ -278,7 +266,7 @@ def on_every_rank(world: World, action: typing.Callable) -> list:
 
 
 def all_reduce(tensor, **options) -> None:
-    """torch.distributed.all_reduce, but nothing in a world of one, whose device may have no backend. Collective."""
+    """Calls torch.distributed.all_reduce, unless the world is one: its device may have no backend. Collective."""
     import torch.distributed as dist
 
     if dist.get_world_size() > 1:
@@ -286,8 +274,8 @@ def all_reduce(tensor, **options) -> None:
 
 
 def check_same(world: World, values: dict) -> None:
-    """Raises UserError, on every rank, that names the values that are not the same on all ranks, such as the keys of a
-    configuration that each node has a file of. Collective."""
+    """Raises UserError, on every rank, that names the values that differ between ranks, such as keys of a configuration
+    file that each node has a copy of. Collective."""
     of_ranks, differing = on_every_rank(world, lambda: values), []
     for name in values:
         ranks_with: dict[str, list[str]] = {}
@@ -301,36 +289,36 @@ def check_same(world: World, values: dict) -> None:
 
 
 def barrier(world: World) -> None:
-    """Waits for all ranks, without a timeout: before a collective that some may reach hours after the others.
+    """Waits for all ranks without a timeout, before a collective that some ranks may reach hours after others.
 
-    Collectives give up after half an hour, and tokenizing, loading or generating may take longer. Where a rank dies
-    meanwhile, the others end. Collective: every rank must call it.
+    Collectives time out after half an hour; tokenizing, loading or generating may take longer. If a rank dies
+    meanwhile, the others exit. Collective: every rank must call it.
     """
     if world.size == 1:
         return
     import torch.distributed as dist
 
     work, pause = dist.barrier(world.no_timeout_group, async_op=True), 0.001  # all ranks
-    while not work.is_completed():  # unlike wait, this leaves Python to heed signals
+    while not work.is_completed():  # unlike wait(), this lets Python handle signals
         time.sleep(pause)
         pause = min(2 * pause, 0.25)
     try:
         work.wait()
-    except RuntimeError:  # the rank that has failed prints why
-        time.sleep(3)  # torchrun reports the rank whose end it sees first
-        sys.exit(f"rank {world.rank} ends because another one has")
+    except RuntimeError:  # the failed rank prints the reason
+        time.sleep(3)  # torchrun reports the rank that exits first
+        print(f"rank {world.rank} exits because another rank has failed", file=sys.stderr)
+        sys.exit(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The folder's lock
-# ---------------------------------------------------------------------------------------------------------------
+# --- Locks and shared folders ---
 
 
 @contextmanager
 def lock_run_dir(world: World, folder: Path) -> typing.Iterator[None]:
-    """Locks a run's folder against other jobs until the end, or the death, of this one. Collective.
+    """A context that locks a run's folder against other jobs; the lock ends with the context or the process.
+    Collective.
 
-    Raises UserError, on every rank, where another job has locked it.
+    Raises UserError, on every rank, if another job holds the lock.
     """
     with agree(world):
         file = _locked(folder) if world.is_main else None
@@ -357,7 +345,7 @@ def _locked(folder: Path) -> typing.IO[str]:
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise UserError(f"{folder} cannot be written to: {error.strerror}") from None
         log.warning(f"{folder} is on a file system without locks: start one job only")
-    with suppress(OSError):  # on a full disk the lock does not name its owner
+    with suppress(OSError):  # a full disk: the lock works without its owner's name
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -365,8 +353,8 @@ def _locked(folder: Path) -> typing.IO[str]:
 
 
 def check_shared(world: World, folder: Path) -> None:
-    """Raises UserError, on every rank, where a rank does not see what rank 0 writes in a folder: the ranks of several
-    nodes need one that they share. Collective."""
+    """Raises UserError, on every rank, if a rank does not see a file that rank 0 writes in a folder, which must be on a
+    file system that all nodes share. Collective."""
     if world.size == 1:
         return
 
@@ -382,7 +370,7 @@ def check_shared(world: World, folder: Path) -> None:
         with agree(world):
             try:
                 retried((folder / name).stat)
-            except OSError as error:  # it is not there, or something else is, or this node may not look
+            except OSError as error:  # it is missing, or a parent is a file, or this node lacks permission
                 raise UserError(
                     f"save_path is not shared: rank {world.rank} on {socket.gethostname()} does not see what rank 0 "
                     f"has written in {os.path.abspath(folder)} ({error.strerror}); choose a folder that all nodes share"
@@ -392,35 +380,33 @@ def check_shared(world: World, folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Signals
-# ---------------------------------------------------------------------------------------------------------------
+# --- Signals ---
 
 
 class StopSignal:
-    """SIGTERM, SIGUSR1 (what clusters send to a job that has to go), SIGHUP (a closed terminal) and SIGINT (Ctrl-C):
-    all ranks stop at one step, save, and exit. Used as a context.
+    """A context that turns SIGTERM, SIGUSR1 (preemption, a time limit), SIGHUP (a closed terminal) and SIGINT (Ctrl-C)
+    into a request: all ranks stop at the same step, save and exit.
 
-    A second signal exits at once. One within a second of the first does not count as another: launchers hand on what
-    the cluster has sent to every process anyway. Hang-ups and interrupts that the process was started to ignore, under
-    nohup or in the background, stay ignored; a debugger keeps its Ctrl-C.
+    A second signal exits at once, unless it comes within a second of the first: launchers forward signals that the
+    cluster has also sent to every process. SIGHUP and SIGINT stay ignored if the process was started so (nohup, a
+    background job), and a debugger keeps its Ctrl-C.
 
-    It may be entered before there is a world, which is then set: see `early`.
+    It may be entered before `world` is set (`early`).
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
     def __init__(self, world: World | None = None):
         self.world = world
-        self.received: float | None = None  # when this rank got the first one (time.monotonic)
+        self.received: float | None = None  # when this rank received the first one (time.monotonic)
         self._pending = None  # (flag, work) of the last all-reduce
         self._before = {}
 
     @classmethod
     def early(cls) -> StopSignal:
-        """For the first lines of a program. Where it was started with SIGUSR1 ignored, as slurm/launch.sh starts it, a
-        signal during the imports and the loading of the model takes effect at the first step. Elsewhere it ends the
-        program, as long as there is nothing to save."""
+        """Returns a StopSignal for a program's first lines. slurm/launch.sh starts ranks with SIGUSR1 ignored; there it
+        is entered, so that a signal during imports and loading takes effect at the first step. Without a launcher such
+        an early signal just ends the program, which has nothing to save yet."""
         stop = cls()
         if signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN:
             stop.__enter__()
@@ -447,18 +433,18 @@ class StopSignal:
         self.received = self.received or time.monotonic()
 
     def requested(self, wait: bool = False) -> bool:
-        """Whether any rank has received a signal. Each call starts an all-reduce and returns the result of the call
-        before, so that no step waits for it; with `wait` it returns its own too. Collective: all ranks call it, after
+        """Whether any rank has received a signal. Each call starts an all-reduce and returns the previous call's
+        result, so that no step waits for it; `wait` includes this call's result. Collective: all ranks call it after
         every step and, with `wait`, between epochs."""
         if self.world.size == 1:
             return self.received is not None
         import torch
         import torch.distributed as dist
 
-        answer = self._result()
+        previous = self._result()
         flag = torch.tensor(int(self.received is not None))
         self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)  # all ranks
-        return self._result() or answer if wait else answer
+        return self._result() or previous if wait else previous
 
     def _result(self) -> bool:
         if self._pending is None:

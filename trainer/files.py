@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and what disks and file systems make of reading and writing."""
+"""Atomic writes of files and folders, and errors of disks and file systems as UserError."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from utils import UserError
 
 
 def why_unreadable(path: Path | str) -> str | None:
-    """Why the system does not even answer whether a path exists, where `Path.exists` raises: a folder on the way may
-    not be entered, or a name is too long. None where it answers."""
+    """Returns the reason why `Path.exists` would raise, such as a parent folder without permission or a name that is
+    too long; None if it would not."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -30,20 +30,20 @@ def why_unreadable(path: Path | str) -> str | None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what an exception says."""
+    """Returns the first line of an exception's message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def read_weights(path: Path, own: dict, what: str) -> dict:
-    """The tensors of a safetensors file, by their names. Raises UserError where it cannot be read, or where names or
-    shapes are not those of `own`, the weights of `what`."""
-    from safetensors.torch import load_file  # it imports torch
+    """Reads the tensors of a safetensors file, by name. Raises UserError if it cannot be read, or if names or shapes
+    differ from `own`, the weights of `what`."""
+    from safetensors.torch import load_file  # imports torch
 
     try:
         saved = load_file(path)
@@ -54,7 +54,7 @@ def read_weights(path: Path, own: dict, what: str) -> dict:
 
 
 def check_weights(source, own: dict, saved: dict, what: str = "model") -> None:
-    """Raises UserError where the names or shapes of weights are not those of `own`."""
+    """Raises UserError if the names or shapes of `saved` differ from those of `own`."""
     mismatched = [
         f"{name} {list(saved[name].shape)} instead of {list(own[name].shape)}"
         for name in own.keys() & saved.keys()
@@ -64,7 +64,7 @@ def check_weights(source, own: dict, saved: dict, what: str = "model") -> None:
 
 
 def check_names(source, missing, unexpected, mismatched=(), what: str = "model") -> None:
-    """Raises UserError where a list holds names; it shows the first four of each."""
+    """Raises UserError if any of the lists holds names; the message shows the first four of each."""
     problems = []
     for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)):
         if names:
@@ -76,8 +76,8 @@ def check_names(source, missing, unexpected, mismatched=(), what: str = "model")
 
 
 def retried(action: Callable, seconds: float = 30):
-    """The result of an action that reads what another process has just written: the file system of several nodes may
-    show it only a while later."""
+    """Returns the result of an action that reads what another process has just written; retries while the file is not
+    found, because network file systems may show it late."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -90,7 +90,7 @@ def retried(action: Callable, seconds: float = 30):
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Raises UserError for a file or a folder that may not be read: that is no damage. Also a decorator."""
+    """Raises UserError for a file or folder without read permission. Also a decorator."""
     try:
         yield
     except PermissionError as error:
@@ -99,7 +99,7 @@ def reading() -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Raises UserError for what a full or broken disk, or missing rights, make of writing a file or a folder."""
+    """Raises UserError for a full or broken disk or missing permissions while writing a file or folder."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -108,28 +108,28 @@ def writing(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def replaced(path: Path, overwrites: tuple[str, ...] | None = None) -> Iterator[Path]:
-    """A path to write to: a file, or a folder, which is there already and empty. It gets the name `path` when it is
-    whole and on the disk; a kill, or an exception, leaves nothing half-written under that name.
+    """Yields a path to write to: a file, or an existing empty folder. On success it is synced to the disk and renamed
+    to `path`; a kill or an exception leaves nothing partial under that name.
 
-    overwrites: None for a file. Of a folder, the names, or their patterns, that an existing one may hold.
-    Raises UserError where it cannot be written, and where the folder holds anything else.
+    overwrites: None for a file; for a folder, the names or patterns that an existing one may contain.
+    Raises UserError if the path cannot be written, or if the folder contains anything else.
     """
-    target = path.resolve()  # a link is written through, and '.' has no name
+    target = path.resolve()  # writes through a link; '.' has no name
     with writing(path):
         if overwrites is None:
-            aside, old = target.with_name(f".{os.getpid()}.{target.name}"), None  # its suffix is the format
+            aside, old = target.with_name(f".{os.getpid()}.{target.name}"), None  # keeps the suffix: it sets the format
             if target.exists() and not target.is_file():
                 aside = target  # a device; a folder is an error
             target.parent.mkdir(parents=True, exist_ok=True)
         else:
             aside, old = (target.with_name(f".{what}-{target.name}") for what in ("writing", "replaced"))
             if old.exists() and not target.exists():
-                old.rename(target)  # a kill came between the two renames below
+                old.rename(target)  # a kill between the two renames below
             if target.exists() and not target.is_dir():
-                raise UserError(f"{path} is there already, and is no folder")
+                raise UserError(f"{path} exists and is not a folder")
             there = sorted(part.name for part in target.iterdir()) if target.exists() else []
             if others := [name for name in there if not any(fnmatch(name, pattern) for pattern in overwrites)]:
-                raise UserError(f"{path} is there already, and nothing of it is overwritten: it holds {others[0]}")
+                raise UserError(f"{path} exists and is not overwritten, because it contains {others[0]}")
             for leftover in (aside, old):
                 shutil.rmtree(leftover, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -151,14 +151,14 @@ def replaced(path: Path, overwrites: tuple[str, ...] | None = None) -> Iterator[
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file through `replaced`. Raises UserError."""
+    """Writes a text file atomically (`replaced`). Raises UserError."""
     with replaced(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def sync_to_disk(path: Path, deep: bool = True) -> None:
-    """Waits until a file or folder, and what is in it, would survive a power cut. Files in a folder get the mode of the
-    umask, which some libraries keep from others. Some file systems refuse to sync folders."""
+    """Syncs a file, or a folder with its content, to the disk, so that it survives a power cut. Gives files in a folder
+    the mode of the umask, because safetensors makes them 0600. Ignores file systems that cannot sync folders."""
     parts = [*path.rglob("*")] if deep and path.is_dir() else []
     mode = path.stat().st_mode & 0o666
     for part in [*parts, path]:

@@ -1,8 +1,7 @@
-"""metrics.jsonl and wandb, a run's two logs.
+"""A run's two logs: metrics.jsonl and wandb.
 
-Whatever wandb, its server or its helper process does, it must not end a training, delay it or change its exit code.
-Every call is made in a thread of its own, with a timeout; after the first failure there is one warning, and nothing
-more is sent.
+Failures of wandb, its server or its helper process must not end a training, delay it or change its exit code. Each call
+runs in its own thread with a timeout; the first failure logs one warning and ends all logging to wandb.
 """
 
 from __future__ import annotations
@@ -21,40 +20,39 @@ from pathlib import Path
 from trainer.files import why_unreadable, writing
 from utils import UserError, log, parse_json
 
-TIMEOUTS = {"start": 90, "log": 20, "finish": 120, "signal": 5}  # seconds; the last is what a signal leaves for finish
+TIMEOUTS = {"start": 90, "log": 20, "finish": 120, "signal": 5}  # seconds; "signal": for finish, after a signal
 
 
 class RunLogger:
-    """metrics.jsonl always, wandb where it is wanted, in a folder, on rank 0. A context: at its end, whatever causes
-    it, the log is closed with the exit code that the program will have."""
+    """Writes metrics.jsonl in a folder and, unless it is disabled, logs to wandb, on rank 0. A context: however it
+    ends, it closes the logs and tells wandb the program's exit code."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.started = time.time()
         self.file = None
-        self.tracked = None  # wandb's run; None where it is disabled, and after a failure
-        self.interrupted = False  # whether a signal has stopped the run, and another job will continue it
-        self.signalled: Callable[[], float | None] = lambda: None  # when a signal has come (time.monotonic)
+        self.tracked = None  # wandb's run; None if wandb is disabled or has failed
+        self.interrupted = False  # whether a signal has stopped the run, which another job will continue
+        self.signalled: Callable[[], float | None] = lambda: None  # when a signal arrived (time.monotonic)
 
     def open(self, config: dict, wandb_id: str | None = None) -> str | None:
-        """Opens the log of a run with this configuration; returns the id that wandb gives it. Called on rank 0 only.
-        wandb_id: of the run that is being continued, so that its curves go on. Raises UserError where the folder cannot
-        be written to."""
+        """Opens the logs of a run with this configuration, on rank 0; returns its wandb id. wandb_id: of the run to
+        continue, whose curves go on. Raises UserError if the folder cannot be written to."""
         path = self.folder / "metrics.jsonl"
         with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
             self.file = path.open("a", encoding="utf-8", buffering=1)
             if torn:
-                self.file.write("\n")  # a job that died has left half a line
+                self.file.write("\n")  # ends the half line of a job that died
         mode = "disabled" if config["debug"] else os.environ.get("WANDB_MODE") or config["wandb"]
         if mode != "disabled":
             self.tracked = self._call("start", lambda: _start_wandb(mode, config, self.folder, wandb_id))
         return wandb_id if self.tracked is None else self.tracked.id
 
     def log(self, event: str, **values) -> None:
-        """One line of metrics.jsonl: {"event", "time" (seconds since the run started), ...values}. Raises UserError, on
-        rank 0 only, where it cannot be written."""
+        """Writes one line of metrics.jsonl: {"event", "time" (seconds since the run started), ...values}, and logs its
+        numbers to wandb. Raises UserError, on rank 0 only, if the line cannot be written."""
         if self.file is None:
             return
         record = {"event": event, "time": round(time.time() - self.started, 3), **values}
@@ -70,7 +68,7 @@ class RunLogger:
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if self.file is not None:
-            with suppress(OSError):  # a full disk: there was an error already
+            with suppress(OSError):  # a full disk: `log` has raised already
                 self.file.close()
         code = 0 if kind is None else 2 if issubclass(kind, UserError) else 1
         if kind is not None and issubclass(kind, KeyboardInterrupt):
@@ -86,7 +84,7 @@ class RunLogger:
         self._call("finish", finish, self.signalled)
 
     def _call(self, what: str, action: Callable, signalled: Callable[[], float | None] = lambda: None):
-        """The result of an action in a thread; None, after a warning, where it fails or times out."""
+        """Returns the result of an action run in a thread; warns and returns None if it fails or times out."""
         done: Future = Future()
 
         def work() -> None:
@@ -103,7 +101,7 @@ class RunLogger:
             if (moment := signalled()) is not None:
                 left = min(left, max(begin, moment) + TIMEOUTS["signal"] - time.monotonic())
         if not done.done():
-            problem = "a signal has come first" if signalled() else f"no answer within {TIMEOUTS[what]} seconds"
+            problem = "interrupted by a signal" if signalled() else f"no answer within {TIMEOUTS[what]} seconds"
         elif (error := done.exception()) is not None:
             problem = _one_line(error)
         else:
@@ -120,7 +118,7 @@ def _start_wandb(mode: str, config: dict, folder: Path, run_id: str | None):
     if mode == "online" and (reason := why_offline()):
         log.warning(f"wandb logs offline: {reason}")
         mode = "offline"
-    # the configuration and the numbers are all that is sent: no code, no console, no machine metadata
+    # send only the configuration and the numbers: no code, no console output, no machine metadata
     settings = {"init_timeout": 30, "silent": True, "console": "off", "save_code": False, "x_disable_meta": True}
     options = {"project": config["project"], "name": config["name"], "config": config, "dir": str(folder)}
     options |= {"id": run_id, "resume": "allow" if run_id else None}
@@ -134,7 +132,7 @@ def _start_wandb(mode: str, config: dict, folder: Path, run_id: str | None):
 
 
 def _ignore_its_exit_handlers() -> None:
-    """wandb's own exit handler fails too once its helper process is gone; there was a warning."""
+    """Silences wandb's own exit handler, which also fails once its helper process has died."""
     before = sys.unraisablehook
 
     def hook(failed) -> None:
@@ -149,8 +147,8 @@ def _one_line(error: BaseException) -> str:
 
 
 def why_offline() -> str | None:
-    """Why wandb cannot log online, by its own reading of environment, netrc and settings; None where it can. Without
-    credentials wandb.init would wait for someone to type them."""
+    """Returns why wandb cannot log online, None if it can, by wandb's own reading of environment, netrc and settings.
+    Without credentials wandb.init would wait for input."""
     from wandb.errors import AuthenticationError
     from wandb.sdk import wandb_setup
     from wandb.sdk.lib.wbauth import authenticate_session
@@ -164,8 +162,8 @@ def why_offline() -> str | None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl, none where there is no such file; lines that a job left half-written, and others
-    that are no record, are skipped. Raises UserError."""
+    """Reads the records of a metrics.jsonl, none if the file does not exist; skips partial lines of jobs that died and
+    lines that are no records. Raises UserError."""
     if reason := why_unreadable(path):
         raise UserError(f"cannot read {path}: {reason}")
     records = []

@@ -1,4 +1,4 @@
-"""A run that only evaluates: the key only_eval."""
+"""Runs with only_eval: evaluation without training."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ from utils import UserError, log, print_result
 
 
 def evaluate_only(config: Config, world: World) -> None:
-    """Evaluates load_model_path on each file of val_path; results go to save_path/name/eval."""
+    """Evaluates load_model_path on each file of val_path; writes the results to save_path/name/eval."""
     source = checkpoint.find_weights(config, world)
     warnings = checkpoint.check_method(config, source)
     stage, more = stage_to_evaluate(config, read_description(source) or {})
     run = setup_run(config, world, source, checkpoint.Progress(), stage)
     if not parallel.weights_are_finite(run.model):  # all ranks
-        raise UserError.of_all(f"the weights of {source} are not finite: there is nothing to evaluate")
+        raise UserError.of_all(f"the weights of {source} are not finite")
     sets, results = config.by_set(), {}
-    warnings += more + checkpoint.check_unseen(source, {sets[n].val_path: run.sets[n].val_digest for n in sets})
+    warnings += more + checkpoint.warn_if_seen(source, {sets[n].val_path: run.sets[n].val_digest for n in sets})
     with run.logger:
         for text in warnings:
             log.warning(text)
         parallel.gather_weights(run.model)  # all ranks
-        for name, one in sets.items():
+        for name, set_config in sets.items():  # all ranks evaluate their share of each set
             data = run.sets[name]
-            log.info(f"evaluating {source} at stage {stage} on {one.val_path} ({len(data.val)} examples)")
-            metrics, predictions = evaluate.evaluate(run.pretrained, data, stage, one, world, "evaluating")  # all ranks
-            metrics |= {"stage": stage, "checkpoint": str(source), "file": one.val_path}
+            log.info(f"evaluating {source} at stage {stage} on {set_config.val_path} ({len(data.val)} examples)")
+            metrics, predictions = evaluate.evaluate(run.pretrained, data, stage, set_config, world, "evaluating")
+            metrics |= {"stage": stage, "checkpoint": str(source), "file": set_config.val_path}
             results[name] = metrics, predictions
         with ranks.agree(world):  # all ranks
             if world.is_main:
                 metrics, files = evaluate.of_sets(results)
                 try:
                     evaluate.write_results(config.run_dir / "eval", files)
-                finally:  # not lost where the disk is full
+                finally:  # printed even if the disk is full
                     print_result(evaluate.summary(config.run_dir, metrics))
                 for name, (metrics, _) in results.items():
                     run.logger.log(f"eval/{name}" if name else "eval", **metrics)
 
 
 def stage_to_evaluate(config: Config, description: dict) -> tuple[int, list[str]]:
-    """The checkpoint's own stage, unless `resume` names an epoch; and what there is to warn of. A folder or file
-    without a stage, such as a file of the reference, is taken to be of the last one."""
+    """Returns the stage to evaluate at, and warnings: the checkpoint's own stage, unless `resume` names an epoch. A
+    folder or file without a stage, such as a reference checkpoint, is evaluated at the last one."""
     recorded, scheduled = description.get("stage"), curriculum.stage_of(config, config.resume)
     if config.resume:
-        text = f"the checkpoint is of stage {recorded}, but resume {config.resume} asks for {scheduled}"
+        text = f"the checkpoint's stage is {recorded}, but resume={config.resume} asks for {scheduled}"
         return scheduled, [text] if recorded not in (None, scheduled) else []
     if recorded is not None:
         return recorded, []
     last = curriculum.stage_of(config, config.num_epochs - 1)
     text = (
-        f"{config.load_model_path} has no stage: it is evaluated at the last one of this "
-        f"configuration, {curriculum.stage_name(last)}; resume=EPOCH takes that of another epoch"
+        f"{config.load_model_path} records no stage: evaluating at the last one of this configuration, "
+        f"{curriculum.stage_name(last)}; resume=EPOCH chooses the stage of that epoch"
     )
     return last, [text] if last else []

@@ -1,4 +1,4 @@
-"""What load_model_path points to: a run's checkpoints, one of them by a choice, a folder, a file, a file on the hub."""
+"""Resolves load_model_path, and reads and writes the files of a run's folder."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ HUB_FILE = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+):(?P<file>[^:]+)")
 
 
 def split_choice(load_model_path: str) -> tuple[Path, str | None]:
-    """RUN@best or RUN@12, one of a run's checkpoints, as (RUN, choice); any other as (path, None), such as one that
-    exists and has an @ in its name."""
+    """Splits RUN@best or RUN@12, which choose a checkpoint of a run, into (RUN, choice); returns (path, None) for any
+    other path, including an existing one with an @ in its name."""
     run, at, which = load_model_path.rpartition("@")
     is_choice = at and run and not os.path.exists(load_model_path)
     return (Path(run), which) if is_choice else (Path(load_model_path), None)
@@ -29,15 +29,15 @@ def split_choice(load_model_path: str) -> tuple[Path, str | None]:
 
 @reading()
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, but for obviously damaged ones (see `checkpoint.damage`). Unrelated files
-    are ignored."""
+    """Returns the checkpoints of a run, oldest first, without those that lack essential files; `checkpoint.damage`
+    checks the rest. Ignores unrelated files."""
     needed = ("coconut.json", "trainer/state.json")
     return [path for path in run_checkpoints(run_dir) if all((path / name).is_file() for name in needed)]
 
 
 @reading()
 def run_checkpoints(run_dir: Path) -> list[Path]:
-    """What this program has written under the name of a checkpoint, whole or not, oldest first."""
+    """Returns the checkpoints that this program has written, damaged or not, oldest first."""
     found = []
     for path in run_dir.glob("checkpoint_*"):
         numbers = re.fullmatch(r"checkpoint_(\d+)(?:_step_(\d+))?", path.name)
@@ -46,18 +46,18 @@ def run_checkpoints(run_dir: Path) -> list[Path]:
     return [path for *_, path in sorted(found)]
 
 
-def is_of_finished_epoch(path: Path) -> bool:
+def is_epoch_checkpoint(path: Path) -> bool:
     return "_step_" not in path.name
 
 
 def has_ended(newest: Path, num_epochs: int) -> bool:
-    """Whether the run whose newest checkpoint this is has finished so many epochs: with save_only_improve the newest is
-    one for a restart where the last epoch has not improved."""
+    """Whether a run with this newest checkpoint has finished `num_epochs` epochs; with save_only_improve the newest is
+    a step checkpoint if the last epoch has not improved."""
     return newest.name.partition("_step_")[0] == f"checkpoint_{num_epochs}"
 
 
 def rating(path: Path) -> tuple[int, float] | None:
-    """(stage, validation accuracy) of a checkpoint; None where they are missing, or damaged."""
+    """Returns (stage, validation accuracy) of a checkpoint; None if they are missing or damaged."""
     try:
         stage = read_object(path / "coconut.json")["stage"]
         accuracy = read_object(path / "metrics.json")["accuracy"]
@@ -67,17 +67,17 @@ def rating(path: Path) -> tuple[int, float] | None:
 
 
 def best(run_dir: Path) -> Path | None:
-    """The checkpoint with the best validation accuracy of the latest stage, of several the latest: earlier stages have
-    steps written, and are easier. None where no checkpoint has an accuracy."""
-    rated = [(path, rating(path)) for path in reversed(checkpoints(run_dir)) if is_of_finished_epoch(path)]
+    """Returns the checkpoint with the best validation accuracy in the latest stage, the latest of equals; None if no
+    checkpoint has an accuracy. Earlier stages are easier, because they keep written steps."""
+    rated = [(path, rating(path)) for path in reversed(checkpoints(run_dir)) if is_epoch_checkpoint(path)]
     return max((pair for pair in rated if pair[1] is not None), key=lambda pair: pair[1], default=(None, None))[0]
 
 
 @reading()
 def resolve(load_model_path: str, cached: bool = False) -> Path:
-    """The folder or file: a file of the reference, a Hugging Face folder, a run's newest checkpoint, RUN@best, RUN@12
-    (after 12 epochs), or org/name:file, which is downloaded from the hub, or `cached` here already. Raises UserError
-    where it is none of these."""
+    """Resolves load_model_path to a folder or file: a reference checkpoint, a Hugging Face folder, a run's newest
+    checkpoint, RUN@best, RUN@12 (after 12 epochs), or org/name:file on the hub, downloaded unless it is `cached`.
+    Raises UserError if it is none of these."""
     path, which = split_choice(load_model_path)
     if reason := why_unreadable(path):
         raise UserError(f"load_model_path {load_model_path!r} cannot be reached: {reason}")
@@ -85,45 +85,44 @@ def resolve(load_model_path: str, cached: bool = False) -> Path:
         return _chosen(load_model_path, path, which)
     if (path / "modeling_coconut.py").is_file():
         raise UserError(
-            f"{path} is what tools/export.py writes: AutoModelForCausalLM.from_pretrained reads it, with "
-            f"trust_remote_code=True"
+            f"{path} is an exported model: load it by AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)"
         )
     if path.is_file() or (path / "config.json").is_file():
         return path
     if found := checkpoints(path):
-        return next((folder for folder in reversed(found) if is_of_finished_epoch(folder)), found[-1])
+        return next((folder for folder in reversed(found) if is_epoch_checkpoint(folder)), found[-1])
     if is_on_hub(load_model_path):
         return _downloaded(load_model_path, cached)
     raise UserError(
         f"load_model_path {load_model_path!r} is no checkpoint: neither a file, nor a folder with a config.json, nor "
-        f"a run's folder with a whole checkpoint in it"
+        f"a run's folder with a complete checkpoint"
     )
 
 
 def check_checkpoint(source: str) -> None:
-    """Raises the UserError of a path that holds no checkpoint, before a command imports torch. A hub id passes."""
+    """Raises UserError for a path that holds no checkpoint, before a command imports torch. Accepts any hub id."""
     if os.path.exists(source) or not HUB_ID.fullmatch(source):
         resolve(source)
 
 
 def _chosen(load_model_path: str, run: Path, which: str) -> Path:
-    there = [path.name.removeprefix("checkpoint_") for path in checkpoints(run) if is_of_finished_epoch(path)]
+    there = [path.name.removeprefix("checkpoint_") for path in checkpoints(run) if is_epoch_checkpoint(path)]
     if not there:
-        raise UserError(f"load_model_path {load_model_path!r}: {run} is no run's folder with a whole checkpoint in it")
+        raise UserError(f"load_model_path {load_model_path!r}: {run} is no run's folder with a complete checkpoint")
     if which == "best":
         if found := best(run):
             return found
         raise UserError(f"load_model_path {load_model_path!r}: no checkpoint of {run} has a validation accuracy")
     if which not in there:
         raise UserError(
-            f"load_model_path {load_model_path!r}: after the @ comes best, or a number of epochs; {run} has "
+            f"load_model_path {load_model_path!r}: expected RUN@best or RUN@EPOCHS; {run} has the epochs "
             f"{', '.join(there)}"
         )
     return run / f"checkpoint_{which}"
 
 
 def is_on_hub(load_model_path: str) -> bool:
-    """Whether it is spelled as a file on the hub, org/name:file, and is no folder here."""
+    """Whether load_model_path is spelled org/name:file, a file on the hub, and org/name is no local folder."""
     spelled = HUB_FILE.fullmatch(load_model_path)
     return spelled is not None and not Path(spelled["repo"]).exists()
 
@@ -135,14 +134,14 @@ def _downloaded(load_model_path: str, cached: bool) -> Path:
     spelled = HUB_FILE.fullmatch(load_model_path)
     try:
         return Path(hf_hub_download(spelled["repo"], spelled["file"], local_files_only=cached))
-    except (OSError, ValueError, EntryNotFoundError) as error:  # no connection, a wrong name, what the hub answers
+    except (OSError, ValueError, EntryNotFoundError) as error:  # no connection, a wrong name, the hub's answer
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"load_model_path {load_model_path!r} cannot be downloaded from the hub: {reason}") from None
 
 
 def keep_results(folder: Path, values: dict, checkpoint: str) -> None:
-    """Moves what an evaluation has left in a folder into FOLDER_1, FOLDER_2 ..., unless it was of the same checkpoint
-    with the same configuration: a second evaluation under one name must not replace the first. Raises UserError."""
+    """Renames an evaluation's folder to FOLDER_1, FOLDER_2 ..., unless it evaluated the same checkpoint with the same
+    configuration, so that a second evaluation under one name does not overwrite the first. Raises UserError."""
     if not (folder / "metrics.json").is_file():
         return
     try:
@@ -151,16 +150,16 @@ def keep_results(folder: Path, values: dict, checkpoint: str) -> None:
         if evaluated == {checkpoint} and all(before[name] == values[name] for name in before.keys() & values.keys()):
             return
     except (UserError, KeyError, TypeError, AttributeError):
-        pass  # of an unknown evaluation
+        pass  # damaged: treat it as another evaluation
     with writing(folder):
         number = next(n for n in range(1, 1 << 20) if not folder.with_name(f"{folder.name}_{n}").exists())
         kept = folder.rename(folder.with_name(f"{folder.name}_{number}"))
-    log.info(f"{folder} held results of another checkpoint, set or configuration: they are now in {kept}")
+    log.info(f"moved {folder}, which had results of another checkpoint, set or configuration, to {kept}")
 
 
 def write_config(values: dict, folder: Path, world_size: int, hardware: str = "unknown") -> None:
-    """Writes a resolved configuration, the commit, the hardware and the library versions to folder/config.yaml. The
-    file is itself a configuration: `python run.py FOLDER/config.yaml` repeats the run. Raises UserError."""
+    """Writes a resolved configuration, the commit, the hardware and the library versions to folder/config.yaml, which
+    is itself a configuration: `python run.py FOLDER/config.yaml` repeats the run. Raises UserError."""
     comments = [f"git commit: {_git_commit()}", f"python: {sys.version.split()[0]}"]
     comments += [f"world size: {world_size}", f"hardware: {hardware}"]
     for package in ("torch", "transformers", "numpy", "wandb"):
@@ -173,7 +172,7 @@ def write_config(values: dict, folder: Path, world_size: int, hardware: str = "u
 
 
 def read_config(path: Path) -> tuple[dict, dict[str, str]]:
-    """The keys that `write_config` has written, and its notes. Raises UserError."""
+    """Reads the keys and the notes that `write_config` wrote. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text)
@@ -185,13 +184,13 @@ def read_config(path: Path) -> tuple[dict, dict[str, str]]:
 
 
 def notes_of(text: str) -> dict[str, str]:
-    """What `write_config` notes above the keys: commit, versions, ranks, hardware."""
+    """Returns the notes that `write_config` puts above the keys: commit, versions, ranks, hardware."""
     return dict(re.findall(r"^# ([^:\n]+): (.*)$", text, re.MULTILINE))
 
 
 def evaluations_in(run_dir: Path, checkpoint: str = "*") -> Iterator[tuple[Path, dict]]:
-    """(folder, metrics) of each data file that checkpoints of a run were evaluated on: by only_eval under the run's
-    name, and by `tools.evaluate --all`, of the latter those of one checkpoint where it is named. Raises UserError."""
+    """Yields (folder, metrics) of each data file that a run was evaluated on: by only_eval under the run's name, and by
+    `tools.evaluate --all`, there only those of `checkpoint` if it is given. Raises UserError."""
     for folder in [run_dir / "eval", *sorted(run_dir.glob(f"evaluations/*/{checkpoint}/eval"))]:
         if (folder / "metrics.json").is_file():
             metrics = read_object(folder / "metrics.json")

@@ -1,4 +1,4 @@
-"""What the steps of a run share, and how a run is set up: model, data, log."""
+"""Sets up a run: model, data, log. `Run` is the state that the training loop shares."""
 
 from __future__ import annotations
 
@@ -32,49 +32,49 @@ from utils import UserError, log, seed_everything
 
 
 class Step(NamedTuple):
-    """A step that has not been written to the log."""
+    """A finished step that is not yet in the log."""
 
     losses: torch.Tensor  # this rank's share of the step's (main, auxiliary) loss, (1,) or (2,), on the device
     lr: float
     stage: int
-    examples: list[int]  # over all ranks
+    examples: list[int]  # their indices, over all ranks
 
 
 @dataclass
 class Run:
-    """All that the steps of a run share."""
+    """The state of a run, which its steps share."""
 
     config: Config
     world: World
     pretrained: Pretrained
-    sets: dict[str, Data]  # by the names of val_path; of the name "" where that is a single path
+    sets: dict[str, Data]  # by the names in val_path; "" if val_path is a single path
     logger: RunLogger
     progress: Progress
     stop: StopSignal | None = None
     throughput: Throughput | None = None
-    wrapped: torch.nn.Module | None = None  # the model as it is called in training: DDP's, or the model itself
+    wrapped: torch.nn.Module | None = None  # the model that training calls: wrapped in DDP, or the model itself
     optimizer: torch.optim.Optimizer | None = None
-    unlogged: list[Step] = field(default_factory=list)  # since the last write to the log
-    measured: dict[str, tuple[float, float]] = field(default_factory=dict)  # (sum, number of terms), likewise
+    unlogged: list[Step] = field(default_factory=list)  # steps since the last write to the log
+    measured: dict[str, tuple[float, float]] = field(default_factory=dict)  # name -> (sum, count) since then
     saved: Path | None = None  # the newest checkpoint
-    hashing: threading.Thread | None = None  # its `add_digests`, on rank 0
+    hashing: threading.Thread | None = None  # runs `add_digests` on it, on rank 0
 
     @property
     def model(self) -> torch.nn.Module:
         return self.pretrained.model
 
     def measure(self, name: str, total: float, number: float) -> None:
-        """Adds terms to a mean over all ranks that the next write to the log has under this name."""
+        """Adds `number` terms with this total to a mean over all ranks in the next log record."""
         before = self.measured.get(name, (0.0, 0.0))
         self.measured[name] = before[0] + total, before[1] + number
 
     @cached_property
     def parts(self) -> Parts:
-        """The method's dataset and validation."""
+        """The method's dataset class, validation and hooks."""
         return parts_of(self.config)
 
     def start_digests(self) -> None:
-        """Adds the digests of the newest checkpoint in a thread, on rank 0."""
+        """Starts a thread, on rank 0, that adds the SHA-256 digests of the newest checkpoint."""
         if self.world.is_main:
             self.hashing = threading.Thread(target=add_digests, args=[self.saved])
             self.hashing.start()
@@ -85,7 +85,7 @@ class Run:
 
     @property
     def data(self) -> Data:
-        """Of a training run, which has one set."""
+        """The data of a training run, which has a single val_path."""
         return self.sets[""]
 
     @property
@@ -94,21 +94,21 @@ class Run:
 
 
 def setup_run(config: Config, world: World, source: Path | None, progress: Progress, stage: int | None = None) -> Run:
-    """Model, data and log of a run. The run's folder is touched only when all else has succeeded.
+    """Loads the model and the data, and opens the log. Writes to the run's folder last, when all else has succeeded.
 
-    stage: of an eval-only run; those of a training run are its configuration's.
+    stage: the stage that an only_eval run evaluates at; None for a training run.
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    seed_everything(config.seed)  # every rank makes the same new weights
+    seed_everything(config.seed)  # all ranks initialise new weights alike
     loaded = parallel.load(config, world, source)
     sets, by_set = {}, config.by_set()
-    for name, one in by_set.items():
-        sets[name] = data = data_files.load_data(one, world, loaded.tokenizer)  # of a training run, the only one
+    for name, set_config in by_set.items():
+        sets[name] = data = data_files.load_data(set_config, world, loaded.tokenizer)  # a training run has one set
     ranks.check_same(world, read_by_rank(config, loaded, sets) if world.size > 1 else {})  # all ranks
-    for name, one in by_set.items():
-        data_files.check_lengths(one, loaded.model.max_positions, sets[name])
+    for name, set_config in by_set.items():
+        data_files.check_lengths(set_config, loaded.model.max_positions, sets[name])
     if progress.token_ids not in (None, data.train_digest) and not config.continue_changed:
         raise UserError(
             f"{source} was trained on other data than {config.train_path} now holds: choose another name, or set "
@@ -118,13 +118,13 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
     if source is not None and not progress.step:
         progress.started_from = str(source)
     logger = RunLogger(config.run_dir / "eval" if config.only_eval else config.run_dir)
-    # before the log is opened: what fails from then on has to close it
-    ends = (max(progress.epoch, config.resume), config.num_epochs - 1)  # the longest reasoning, and the shortest
+    # before the log is opened: an exception after that would have to close it
+    ends = (max(progress.epoch, config.resume), config.num_epochs - 1)  # epochs of the longest and shortest reasoning
     stages = [curriculum.stage_of(config, epoch) for epoch in ends] if stage is None else [stage]
-    for name, one in by_set.items():
+    for name, set_config in by_set.items():
         with ranks.agree(world):  # all ranks
             if world.is_main:
-                for text in evaluate.warn_unscorable_answers(loaded.tokenizer, sets[name], one, stages):
+                for text in evaluate.warn_unscorable_answers(loaded.tokenizer, sets[name], set_config, stages):
                     log.warning(text)
 
     def open_log() -> str | None:
@@ -139,8 +139,8 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
 
 
 def read_by_rank(config: Config, loaded: Pretrained, sets: dict[str, Data]) -> dict[str, str]:
-    """Short descriptions of the files' content that this rank has read. Sharded weights come from rank 0; others
-    are compared by their norm, because different processors may round the rows of new tokens differently."""
+    """Returns short digests of the files that this rank has read. Sharded weights come from rank 0; other weights are
+    compared by their norm, because different processors may round the rows of new tokens differently."""
     found = {f"the SHA-256 of val_path {name}".strip(): data.val_digest for name, data in sets.items()}
     if not config.only_eval:
         found["the SHA-256 of train_path"] = content_digest(config.train_path)
@@ -154,7 +154,7 @@ def read_by_rank(config: Config, loaded: Pretrained, sets: dict[str, Data]) -> d
 
 
 def announce(run: Run, newest: Path | None) -> None:
-    """Logs what is about to happen."""
+    """Logs model, device, batch arithmetic, data and starting point of a training run."""
     config, world, progress = run.config, run.world, run.progress
     accumulation, size = config.micro_batches(world.size)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
@@ -165,7 +165,7 @@ def announce(run: Run, newest: Path | None) -> None:
     )
     log.info(
         f"global batch {accumulation * world.size * size} = {world.size} ranks x "
-        f"{size} examples x {accumulation} passes; {run.steps_per_epoch} steps an epoch, "
+        f"{size} examples x {accumulation} micro-batches; {run.steps_per_epoch} steps an epoch, "
         f"{len(run.data.train)} training and {len(run.data.val)} validation examples"
     )
     if world.is_main and not config.debug:
@@ -174,18 +174,18 @@ def announce(run: Run, newest: Path | None) -> None:
         within = f" and {progress.seen} examples" if progress.seen else ""
         log.info(f"continuing from {newest}, after {progress.epoch} of {config.num_epochs} epochs{within}")
         if config.load_model_path is not None:
-            log.info("(load_model_path is where the run began; its own checkpoint is newer)")
+            log.info("(ignoring load_model_path, from which the run began: its own checkpoint is newer)")
     elif progress.started_from is not None:
         log.info(f"starting from the weights of {progress.started_from}")
     if newest is None and progress.epoch:
         if config.load_model_path is None:
-            log.warning("resume skips epochs, but there is no load_model_path with a model that has had them")
+            log.warning("resume skips epochs, but no load_model_path names a model that was trained for them")
         stage = curriculum.stage_of(config, progress.epoch)
-        log.info(f"starting with epoch {progress.epoch}, stage {stage}, as resume says")
+        log.info(f"starting with epoch {progress.epoch}, stage {stage} (resume)")
 
 
 def announce_disk(run: Run) -> None:
-    """Logs what the run's checkpoints will take, and warns where the disk has less."""
+    """Logs the disk space of the run's checkpoints; warns if the disk has less."""
     sizes = [(weight.numel() * weight.itemsize, weight.requires_grad) for weight in run.model.parameters()]
     weights, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     needed = checkpoint_bytes(run.config, weights, trained)
@@ -200,8 +200,8 @@ def announce_disk(run: Run) -> None:
 
 
 def checkpoint_bytes(config: Config, weights: int, trained: int) -> int:
-    """What a run's checkpoints take on the disk at most, in bytes, where the model has so many bytes of weights and of
-    trained weights: the finished epochs, of which two keep AdamW's two averages, and two for a restart or half-written.
+    """Returns the most disk space that a run's checkpoints take, in bytes, given the bytes of all and of the trained
+    weights: the epoch checkpoints, two of them with AdamW's two averages, and two step or partial checkpoints.
     """
     finished = config.num_epochs - config.resume
     kept = min(finished, config.keep_checkpoints + 1) if config.keep_checkpoints else finished

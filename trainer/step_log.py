@@ -1,4 +1,4 @@
-"""The log of training steps: losses over all ranks, and steps whose loss is not finite."""
+"""Logs training steps: losses over all ranks, and steps whose loss is not finite."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from utils import UserError, log
 
 
 def log_steps(run: Run, epoch: int) -> float:
-    """Writes the losses since the last call, each the mean over the step's examples on all ranks; returns the last.
-    Losses are checked for NaN here, not at every step, to avoid a device sync each time. Raises UserError on every rank
-    where one is not finite, unless skip_nonfinite is set. Collective."""
-    losses = torch.stack([step.losses for step in run.unlogged])  # (steps, 1), with an auxiliary loss (steps, 2)
+    """Logs the losses since the last call, each the mean over the step's examples on all ranks; returns the last one.
+    Checks losses for NaN here rather than at every step, to avoid a device sync each time. Raises UserError on every
+    rank if one is not finite, unless skip_nonfinite is set. Collective."""
+    losses = torch.stack([step.losses for step in run.unlogged])  # (steps, 1), or (steps, 2) with an auxiliary loss
     ranks.all_reduce(losses)  # all ranks: each holds its share of every step's loss
     losses = (losses / run.world.size).tolist()
     speed = run.throughput.report(run.world.size) | _means(run)  # all ranks
@@ -37,7 +37,7 @@ def log_steps(run: Run, epoch: int) -> float:
 
 
 def _means(run: Run) -> dict[str, float]:
-    """Those of Run.measure since the last call, over all ranks. Collective, where the method measures anything."""
+    """Returns the means of `Run.measure` since the last call, over all ranks. Collective if the method measures."""
     if not run.measured:
         return {}
     totals = torch.tensor(list(run.measured.values()), dtype=torch.float64)  # (names, 2)
@@ -47,8 +47,8 @@ def _means(run: Run) -> dict[str, float]:
 
 
 def report_nonfinite(run: Run, epoch: int, number: int, loss: float, step: Step) -> None:
-    """Writes down the examples of a step whose loss is NaN or infinite, and stops the run, unless skip_nonfinite is
-    set. Collective: every rank must call it."""
+    """Appends the examples of a step with a NaN or infinite loss to nonfinite.jsonl. Raises UserError on every rank,
+    unless skip_nonfinite is set. Collective: every rank must call it."""
     file = run.config.run_dir / "nonfinite.jsonl"
     record = {"epoch": epoch, "step": number, "loss": str(loss), "examples": sorted(step.examples)}
     with ranks.agree(run.world):  # all ranks
@@ -60,4 +60,4 @@ def report_nonfinite(run: Run, epoch: int, number: int, loss: float, step: Step)
             f"the loss of step {number}, in epoch {epoch}, is {loss}; its examples are in {file}; "
             f"the last good checkpoint is {run.saved or 'none'}; try a lower lr, max_grad_norm, or skip_nonfinite=true"
         )
-    log.warning(f"the loss of step {number} is {loss}: left out, its examples are in {file}")
+    log.warning(f"the loss of step {number} is {loss}: skipped, its examples are in {file}")

@@ -1,4 +1,4 @@
-"""Tokens a second and model FLOPs utilisation, from what a batch holds: nothing is measured on the device."""
+"""Tokens per second and model FLOPs utilisation, computed from the batches: nothing is measured on the device."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from coconut import Coconut
 from model.backbone import decoder_of
 
-# dense FLOP/s of a card in (bfloat16, TF32, float32), by a part of its name; the first that fits counts. From NVIDIA's
-# data sheets, whose tensor core numbers are twice these, with sparsity
+# part of a card's name -> dense peak FLOP/s in (bfloat16, TF32, float32); the first that matches counts. From NVIDIA's
+# data sheets, which state twice these for tensor cores, with sparsity
 PEAKS = {
     "B200": (2250e12, 1125e12, 75e12),
     "H100 PCIe": (756e12, 378e12, 51e12),
@@ -31,18 +31,18 @@ PEAKS = {
 
 
 def peak_flops(card: str, arithmetic: str) -> float | None:
-    """What a card can do at most, FLOP/s, in this arithmetic (Config.arithmetic); None where that is not known."""
+    """Returns the peak FLOP/s of a card in this arithmetic (Config.arithmetic); None if unknown."""
     peaks = next((peaks for part, peaks in PEAKS.items() if part in card), None)
     return peaks and peaks[("bf16", "tf32", "float32").index(arithmetic)]
 
 
 @dataclass
 class FlopCounter:
-    """FLOPs of training a model on a batch: forward, and twice as much for the backward pass.
+    """Counts the FLOPs of training on a batch: forward, and twice as much for the backward pass.
 
-    Counted are the matrix products: each token through the weights of the blocks, the LM head on supervised positions,
-    and attention with T^2 pairs of positions in a row of T tokens, as PaLM's model FLOPs utilisation has it (arXiv
-    2204.02311, appendix B). Padding and what is computed twice do not count.
+    Counts matrix products: each token through the weights of the blocks, the LM head on supervised positions, and
+    attention with T^2 position pairs per row of T tokens, as in PaLM's model FLOPs utilisation (arXiv 2204.02311,
+    appendix B). Padding and recomputation do not count.
     """
 
     per_token: int
@@ -58,14 +58,14 @@ class FlopCounter:
         return cls(2 * sum(module.weight.numel() for module in linear), 4 * attention, 2 * head.numel())
 
     def training(self, row_lengths: list[int], n_supervised: int) -> int:
-        """FLOPs of one forward and backward pass over rows of so many tokens."""
+        """Returns the FLOPs of one forward and backward pass over rows of these lengths."""
         pairs = sum(length * length for length in row_lengths)
         return 3 * (self.per_token * sum(row_lengths) + self.per_pair * pairs + self.per_supervised * n_supervised)
 
 
 def _attention_width(config: PreTrainedConfig) -> int:
-    """Numbers in the queries of a token, in all layers together; recurrent layers have none."""
-    layers = list(config.per_layer_config)  # in some families they differ
+    """Returns the sum over layers of a token's query width (heads x head size); recurrent layers add nothing."""
+    layers = list(config.per_layer_config)  # in some families layers differ
     types = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
     width = 0
     for kind, layer in zip(types, layers, strict=False):
@@ -78,18 +78,18 @@ def _attention_width(config: PreTrainedConfig) -> int:
 
 @dataclass
 class Throughput:
-    """What has been trained on since the last report."""
+    """Counts tokens, FLOPs and waiting times since the last report."""
 
     flops: FlopCounter
     peak: float | None
     n_tokens: int = 0
     n_flops: int = 0
-    waiting: float = 0.0  # seconds for the loader
-    shares: dict[str, float] = field(default_factory=dict)  # seconds of this rank, by the name that their share has
+    waiting: float = 0.0  # seconds spent waiting for the loader
+    shares: dict[str, float] = field(default_factory=dict)  # name -> seconds of this rank, reported as shares of time
     since: float = field(default_factory=time.perf_counter)
 
     def start(self) -> None:
-        """Begins to count, after a pause."""
+        """Resets all counts and the clock."""
         self.n_tokens, self.n_flops, self.waiting, self.since = 0, 0, 0.0, time.perf_counter()
         self.shares = {}
 
@@ -101,9 +101,8 @@ class Throughput:
         self.shares[share] = self.shares.get(share, 0.0) + seconds
 
     def report(self, world_size: int) -> dict[str, float]:
-        """tokens_per_second over all ranks, loader_wait and what else is counted (shares of this rank's time), and,
-        where the card is known, mfu, the share of its peak. To be called when the device has been waited for.
-        Collective."""
+        """Returns tokens_per_second over all ranks, loader_wait and the other shares of this rank's time, and, if the
+        card's peak is known, mfu; resets the counts. Call it after a device sync. Collective."""
         seconds = max(time.perf_counter() - self.since, 1e-9)
         totals = torch.tensor([self.n_tokens, self.n_flops], dtype=torch.float64)
         dist.all_reduce(totals)  # all ranks
