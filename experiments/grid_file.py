@@ -46,6 +46,9 @@ class Grid:
     save_path: str
     runs: dict[str, RunSpec]
     test_path: str
+    task: str | None = (
+        None  # another grid's file, beside this one, that gives the TASK_KEYS which this one does not set
+    )
     needs: dict[str, str] = field(default_factory=dict)  # file -> the script, with its arguments, that makes it
     keys: dict = field(default_factory=dict)  # keys of run.py for all runs
     beginnings: dict[str, RunSpec] = field(default_factory=dict)  # runs that only provide initial weights
@@ -60,6 +63,7 @@ class Grid:
 
 
 NAME = re.compile(r"\w[\w.-]*")  # of a run; part of folder names and commands
+TASK_KEYS = ("base", "save_path", "test_path", "beginnings", "untrained", "chance")  # and `needs`, which are added up
 GRID_KEYS = ("name", "seed", "save_path", "debug")  # keys that a run may not set
 
 
@@ -80,14 +84,19 @@ def read_grid(path: Path) -> Grid:
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     grid = _fields(Grid, values, str(path), problems)
-    for name in ("title", "base", "save_path", "runs", "test_path"):
-        if name not in values:
-            problems.append(f"{path} lacks {name!r}")
     for name in ("runs", "beginnings", "recipes"):
-        grid[name] = {
-            run: RunSpec(**_fields(RunSpec, spec or {}, f"{path}: {name}: {run}", problems))
-            for run, spec in grid.get(name, {}).items()
-        }
+        if name in grid:
+            grid[name] = {
+                run: RunSpec(**_fields(RunSpec, spec or {}, f"{path}: {name}: {run}", problems))
+                for run, spec in grid[name].items()
+            }
+    if grid.get("task"):
+        task = read_grid(path.with_name(grid["task"]))
+        grid = {key: getattr(task, key) for key in TASK_KEYS} | grid | {"needs": task.needs | grid.get("needs", {})}
+    for name in ("title", "base", "save_path", "runs", "test_path"):
+        if name not in values and name not in grid:
+            problems.append(f"{path} lacks {name!r}")
+    grid = {"runs": {}, "beginnings": {}, "recipes": {}} | grid
     for name in ("runs", "beginnings"):
         grid[name] = {run: replace(spec, keys=grid.get("keys", {}) | spec.keys) for run, spec in grid[name].items()}
     if grid["recipes"]:

@@ -234,6 +234,16 @@ def test_keys_of_the_grid_are_those_of_every_run(small):
     assert found["pause-3"].thought == "pause"  # its own key wins
 
 
+def test_a_grid_can_share_the_task_of_another(small, tmp_path):
+    task = read_grid(Path(small(needs={"a.json": "a.py"})[0]))
+    own = {"title": "Other", "task": "small.yaml", "save_path": "elsewhere", "needs": {"b.json": "b.py"}}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(own | {"runs": {"r": {"begins_with": "words"}}}))
+    other = read_grid(tmp_path / "other.yaml")
+    assert (other.base, other.test_path, other.beginnings) == (task.base, task.test_path, task.beginnings)
+    assert other.needs == {"a.json": "a.py", "b.json": "b.py"}
+    assert (other.save_path, list(other.runs), other.seeds, other.prediction) == ("elsewhere", ["r"], (0, 1, 2), "")
+
+
 def test_a_failed_run_is_reported_and_the_others_run(small, monkeypatch, capsys):
     codes = iter([1, 0, 0])
 
