@@ -10,8 +10,8 @@ For each checkpoint, on the test questions of experiments/breadth.yaml:
   probabilities order correctly, mean over the questions; and mass, the probability of all reachable states.
 - Accuracy with each thought replaced before the next one is made: by the embedding of the likeliest token (what thought
   `token` feeds back), by the mean embedding under the LM head's probabilities, or by that of the frontier's states.
-- Superposition: thought 1 replaced by that of the same question with another start, or by the mean of the two. The
-  accuracy is measured on candidates of which one is reachable from one of the two starts only, the other from neither.
+- Superposition: thought 1 replaced by that of the same question with another start, or by the mean of the two. Accuracy
+  on questions with one candidate that is reachable from exactly one of the two starts, and one reachable from neither.
 
 Legend: N questions, B questions of a batch, K thoughts, S states, V vocabulary, D hidden size.
 """
@@ -110,8 +110,8 @@ def read_off(subject: Subject, frontiers: list[list[str]], n_states: int) -> lis
 
 
 def superposed(subject: Subject, permutations: dict, n: int = 500) -> dict:
-    """Returns the accuracy on candidates of which one is reachable from the question's own (or the other) start only
-    and one from neither start, with thought 1 of its own start, of the other start, and their mean."""
+    """Returns the accuracy with thought 1 of the question's own start, of another start, and their mean, on questions
+    with one candidate reachable from the own start only ("own"), or the other only ("other"), and one from neither."""
     rng = random.Random(SEED)
     words = sorted({word_of(example)[1] for example in subject.examples})
     states = list(next(iter(permutations.values())))

@@ -197,7 +197,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, default=1, help="GPUs of one run, on a machine with GPUs (default: 1)")
     add("--peak", type=float, help="--dry-run: a GPU's peak FLOP/s (default: an H100's for the keys bf16 and tf32)")
     add("--utilisation", type=float, default=0.3, help="--dry-run: share of the peak that is reached (default: 0.3)")
-    add("--anew", action="store_true", help="run again what only results/NAME.json has")
+    add("--anew", action="store_true", help="run again the runs whose checkpoint is gone")
     add("--out", type=Path, default=ROOT / "results", help="folder of the report (default: results/)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--dry-run", action="store_true", help="print the commands and their cost, run nothing")

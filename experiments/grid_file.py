@@ -46,9 +46,7 @@ class Grid:
     save_path: str
     runs: dict[str, RunSpec]
     test_path: str
-    task: str | None = (
-        None  # another grid's file, beside this one, that gives the TASK_KEYS which this one does not set
-    )
+    task: str | None = None  # another grid's file in the same folder, from which this one takes the missing TASK_KEYS
     needs: dict[str, str] = field(default_factory=dict)  # file -> the script, with its arguments, that makes it
     keys: dict = field(default_factory=dict)  # keys of run.py for all runs
     beginnings: dict[str, RunSpec] = field(default_factory=dict)  # runs that only provide initial weights
@@ -63,7 +61,7 @@ class Grid:
 
 
 NAME = re.compile(r"\w[\w.-]*")  # of a run; part of folder names and commands
-TASK_KEYS = ("base", "save_path", "test_path", "beginnings", "untrained", "chance")  # and `needs`, which are added up
+TASK_KEYS = ("base", "save_path", "test_path", "beginnings", "untrained", "chance")  # and the union of `needs`
 GRID_KEYS = ("name", "seed", "save_path", "debug")  # keys that a run may not set
 
 
