@@ -74,7 +74,7 @@ def make_pieces(out: Path, tiny: bool) -> list[Piece]:
     grid += ["--only", "coconut", "pause_as_thought", "no_thought", "--jobs", 2 if tiny else 20]
     grid += ["--seeds", *range(1 if tiny else 20), "--set", f"save_path={work / 'grid'}"]
     if tiny:
-        launches += ["--shapes", "gpt2", "--stages", 0, 1, "--batch", 2]
+        launches += ["--shapes", "gpt2"]
         generate += ["--examples", 2, "--batches", 2, "--new-tokens", 2]
         grid += ["max_train_examples=64", "max_eval_examples=4"]
     return [

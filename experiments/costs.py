@@ -44,8 +44,8 @@ def plan_of(jobs: list[Job], left: list[Job], peak: float | None, utilisation: f
         speed = statistics.median(speeds)
         minutes = tokens / speed / 60
         lines.append(f"about {minutes:.0f} minutes of a core, at {speed:,.0f} tokens a second, as in finished runs")
-    else:
-        lines.append("no run is finished yet: the time on this machine is unknown")
+    elif left:
+        lines.append("no run is finished on this machine: the time is unknown")
     if left:
         peaks = {job.config.arithmetic: peak or peak_flops("H100", job.config.arithmetic) for job in left}
         seconds = sum(cost.flops / peaks[job.config.arithmetic] for job, cost in zip(left, costs, strict=True))
