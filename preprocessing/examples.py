@@ -1,4 +1,4 @@
-"""Data files: {question: str, answer: str, steps: list of str} each; other fields are kept."""
+"""Reads data files, lists of {"question": str, "steps": list of str, "answer": str}; other fields are kept."""
 
 from __future__ import annotations
 
@@ -10,28 +10,20 @@ from pathlib import Path
 
 from utils import UserError
 
-PANDAS = """python -c 'import pandas; pandas.read_{}("{{}}").to_json("NEW.json", orient="records")'"""
-ICONV = "iconv -f {} -t UTF-8 {{}} > NEW"
-FORMATS = {  # how a file begins -> what it is, and the command that makes a readable one of it
-    b"PAR1": ("a Parquet file", PANDAS.format("parquet")),
-    b"ARROW1": ("an Arrow file", PANDAS.format("feather")),
+TO_JSON = """python -c 'import pandas; pandas.read_parquet("{}").to_json("NEW.json", orient="records")'"""
+UTF16 = ("UTF-16", "iconv -f UTF-16 -t UTF-8 {} > NEW")
+FORMATS = {  # the first bytes of a file -> its format, a command that converts it
+    b"PAR1": ("a Parquet file", TO_JSON),
     b"\x1f\x8b": ("compressed by gzip", "gzip -dc {} > NEW"),
-    b"BZh": ("compressed by bzip2", "bzip2 -dc {} > NEW"),
-    b"\xfd7zXZ": ("compressed by xz", "xz -dc {} > NEW"),
-    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "zstd -dc {} > NEW"),
-    b"PK\x03\x04": ("a ZIP archive", "unzip -p {} > NEW"),
-    **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), ("UTF-32", ICONV.format("UTF-32"))),
-    **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), ("UTF-16", ICONV.format("UTF-16"))),
-    **dict.fromkeys((b"[\0", b"{\0"), ("UTF-16", ICONV.format("UTF-16LE"))),
-    **dict.fromkeys((b"\0[", b"\0{"), ("UTF-16", ICONV.format("UTF-16BE"))),
+    codecs.BOM_UTF16_LE: UTF16,
+    codecs.BOM_UTF16_BE: UTF16,
 }
 
 
 def load_examples(path: str | Path, limit: int | None = None) -> list[dict]:
-    """The first `limit` examples (default: all) of a JSON list, or of a file with a JSON object in each line.
+    """Returns the first `limit` examples (default: all) of a JSON list or a JSON Lines file.
 
-    A number as an answer is read as its text. Raises UserError that names the file, and the record and field that is
-    wrong.
+    A numeric answer becomes its text. Raises UserError that names the file, the record and the wrong field.
     """
     text = read_text(path)
     if text.lstrip().startswith("{"):
@@ -48,11 +40,12 @@ def load_examples(path: str | Path, limit: int | None = None) -> list[dict]:
 
 
 def content_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal. Raises UserError."""
+    """Returns the SHA-256 of a file's bytes in hexadecimal. Raises UserError."""
     return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
 def read_bytes(path: str | Path) -> bytes:
+    """Returns a file's bytes. Raises UserError."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -60,11 +53,11 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 file, without its byte order mark. Raises UserError that names the format of another file."""
+    """Returns the text of a UTF-8 file without its byte order mark. Raises UserError, which names other formats."""
     content = read_bytes(path)
-    for begin, (name, convert) in FORMATS.items():
-        if content.startswith(begin):
-            raise UserError(f"{path} is {name}; this converts it: {convert.format(path)}")
+    for first_bytes, (name, command) in FORMATS.items():
+        if content.startswith(first_bytes):
+            raise UserError(f"{path} is {name}; this converts it: {command.format(path)}")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -76,19 +69,19 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path, text: str | None = None):
-    """The value in a JSON file, or in a text from it. Raises UserError that names the file and what is wrong."""
+    """Parses a JSON file, or `text` in its place. Raises UserError that names the file and the problem."""
     text = read_text(path) if text is None else text
     try:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         problem = "it is nested too deeply"
-    except ValueError as error:  # also a number of thousands of digits, and a key twice
+    except ValueError as error:  # also for a number of thousands of digits and for a repeated key
         problem = str(error)
     raise UserError(f"{path} is not valid JSON: {problem}")
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object. Raises ValueError where it has a key twice: JSON itself would keep the last."""
+    """Returns a JSON object as a dict. Raises ValueError for a repeated key, whose first value json would drop."""
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
@@ -97,8 +90,9 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _record_problem(example) -> str | None:
+    """Returns what is wrong with a record, or None. Replaces a numeric answer by its text."""
     if not isinstance(example, dict):
-        return "is no object"
+        return "is not an object"
     for field in ("question", "answer", "steps"):
         if field not in example:
             return f"lacks {field!r}"
@@ -107,12 +101,12 @@ def _record_problem(example) -> str | None:
         example["answer"] = str(example["answer"])
     for field in ("question", "answer"):
         if not isinstance(example[field], str):
-            return f"has a {field!r} that is no text"
+            return f"has a {field!r} that is not a string"
     steps = example["steps"]
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
-        return "has 'steps' that are no list of texts"
+        return "has 'steps' that are not a list of strings"
     try:
         "".join([example["question"], example["answer"], *steps]).encode()
     except UnicodeEncodeError as error:
-        return f"holds {error.object[error.start : error.end]!a}, half a character, which is no UTF-8"
+        return f"holds {error.object[error.start : error.end]!a}, half a character, which UTF-8 cannot encode"
     return None

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: imports from the folder above, command lines, files that appear whole."""
+"""Shared by the scripts of this folder: imports from the parent folder, command lines, atomic writing of JSON files."""
 
 import argparse
 import json
@@ -17,46 +17,51 @@ __all__ = ["UserError", "command", "each", "load_examples", "make_parser", "publ
 __all__ += ["read_text", "refuse"]
 
 
-def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
-    """Makes main(arguments) return the exit code: its own, or 0, or 2 after a UserError, which it prints."""
+def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
+    """Decorates main(arguments) to return the exit code: 0, or 2 after a UserError, which it prints."""
 
     @wraps(main)
     def run(arguments: list[str] | None = None) -> int:
         try:
-            return main(arguments) or 0
+            main(arguments)
         except UserError as error:
             return print_error(error)
+        return 0
 
     return run
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
+    """Returns a parser whose --help prints the description with its line breaks."""
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def refuse(parser: argparse.ArgumentParser, problems: dict[str, object]) -> None:
-    """Exits with the first problem, a sentence, that there is."""
-    for problem, is_there in problems.items():
-        if is_there:
+    """Exits with the first message in problems, message -> condition, whose condition is true."""
+    for problem, is_true in problems.items():
+        if is_true:
             parser.error(problem)
 
 
 def each(function: Callable, items: Iterable[tuple[object, object]], origin: object, complaint: str = "") -> list:
-    """function(item) of each (name, item). Raises UserError where it raises KeyError, ValueError, ..., with the origin
-    and the item's name before the complaint and the error's text."""
-    found = []
+    """Returns function(item) for each (name, item).
+
+    Raises UserError with the origin, the item's name, the complaint and the error's text where the function raises a
+    LookupError, ValueError, TypeError or AttributeError.
+    """
+    results = []
     for name, item in items:
         try:
-            found.append(function(item))
+            results.append(function(item))
         except KeyError as error:
             raise UserError(f"{origin}: {name} lacks {error}") from None
-        except (ValueError, TypeError, IndexError) as error:
+        except (ValueError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"{origin}: {name} {complaint}{error}") from None
-    return found
+    return results
 
 
 def publish(files: dict[Path, list[dict] | dict]) -> None:
-    """Writes JSON files, making folders as needed: none of them appears before all are written. Raises UserError."""
+    """Writes JSON files and missing folders. No file appears before all are written. Raises UserError."""
     with ExitStack() as stack:
         asides = {path: stack.enter_context(replaced(path)) for path in files}
         for path, content in files.items():

@@ -1,5 +1,4 @@
-"""The random graphs of prosqa.py: the paper's (Hao et al. 2024, A.2), with a question about two leaves, and those under
-one root; and the ways through them."""
+"""Random graphs of ProsQA (Hao et al. 2024, appendix A.2) and of its mirrors, their questions, and shortest paths."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,28 +9,28 @@ import numpy as np
 
 Node = TypeVar("Node", int, str)
 ROOTS = (0, 1)
-BIT = {0: 1, 1: 2}  # a node's label: which roots it descends from; 3 for both, 0 for neither
+BIT = {0: 1, 1: 2}  # a node's label is the sum over the roots that it descends from: 3 for both, 0 for neither
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A directed acyclic graph: nodes are numbered so that every edge (a, b) has a < b."""
+    """A directed acyclic graph. Every edge (a, b) has a < b."""
 
     parents: list[list[int]]
     labels: list[int]
-    depths: list[int]  # shortest distance to the node's root; 0 for nodes of both roots or of none
+    depths: list[int]  # shortest distance from the root; 0 for nodes of both roots or of none
 
 
 def draw_parents(rng: np.random.Generator, group: list[int], depths: list[int], least: int = 0) -> list[int]:
-    """Poisson(1.5) nodes of a group, at least so many if it has them, deep ones with more weight."""
+    """Draws Poisson(1.5) nodes of a group, at least `least` if it has that many. Deeper nodes have more weight."""
     weights = np.array([1 + 1.5 * depths[node] for node in group])
     count = min(max(int(rng.poisson(1.5)), least), len(group))
     return rng.choice(group, count, replace=False, p=weights / weights.sum()).tolist()
 
 
 def grow_graph(rng: np.random.Generator, n_nodes: int) -> Graph:
-    """Adds nodes one by one; a new node draws its parents from one group: nodes that descend from root 0 alone with
-    probability .35; else, with a new random number, from root 1 alone with .7; else all nodes.
+    """Grows the paper's graph node by node. A new node draws its parents from one group: with probability .35 the
+    nodes that descend from root 0 alone; otherwise with probability .7 those of root 1 alone; otherwise all nodes.
     """
     parents: list[list[int]] = [[], []]
     labels, depths = [BIT[0], BIT[1]], [0, 0]
@@ -54,9 +53,9 @@ def grow_graph(rng: np.random.Generator, n_nodes: int) -> Graph:
 
 
 def choose_question(rng: np.random.Generator, graph: Graph) -> tuple[int, int, int] | None:
-    """(root, target, neg_target), or None where a root has no leaf of its own.
+    """Returns (root, target, neg_target), or None if a root has no leaf that only it reaches.
 
-    The target is the deepest leaf that a single root reaches, ties drawn; the wrong target is drawn among the leaves
+    The target is the deepest leaf that a single root reaches; ties are drawn. The wrong target is drawn from the leaves
     that only the other root reaches.
     """
     inner = {parent for drawn in graph.parents for parent in drawn}
@@ -74,11 +73,11 @@ def choose_question(rng: np.random.Generator, graph: Graph) -> tuple[int, int, i
 
 
 def grow_side(rng: np.random.Generator, n_nodes: int, hops: int) -> Graph:
-    """A graph under one root, node 0, whose deepest nodes are `hops` below it, so they are leaves.
+    """Grows a graph under one root, node 0, with a depth of exactly `hops`. Its deepest nodes are leaves.
 
-    Every new node draws a parent or more among the nodes less than `hops` deep. Where only so many nodes are left as
-    depth is lacking, each goes one deeper. No parent is more than one edge deeper than its child, or a way against the
-    edges would be shorter than the hops.
+    A new node draws one or more parents among the nodes at depths below `hops`. Once every remaining node is needed to
+    reach the full depth, each goes one deeper. A parent is at most one edge deeper than its child: a deeper one would
+    open a path against the edges that is shorter than the hops.
     """
     parents: list[list[int]] = [[]]
     depths = [0]
@@ -94,28 +93,28 @@ def grow_side(rng: np.random.Generator, n_nodes: int, hops: int) -> Graph:
 
 
 def shortest_path(rng: np.random.Generator, edges: list[tuple[int, int]], root: int, target: int) -> list[int]:
-    """A path from root to target with the fewest edges, drawn among all such."""
+    """Draws a path with the fewest edges from root to target, uniformly among all of them."""
     parents, children = defaultdict(list), defaultdict(list)
     for tail, head in edges:
         parents[head].append(tail)
         children[tail].append(head)
     distance = fewest_edges(children, [root])
-    ways = {**dict.fromkeys(distance, 0), root: 1}  # the number of shortest paths from the root
+    n_paths = {**dict.fromkeys(distance, 0), root: 1}  # node -> number of shortest paths from the root
     for node in distance:
         for child in children[node]:
-            ways[child] += ways[node] * (distance[child] == distance[node] + 1)
+            n_paths[child] += n_paths[node] * (distance[child] == distance[node] + 1)
     path = [target]
     while path[-1] != root:
         before = [node for node in parents[path[-1]] if distance.get(node, -2) == distance[path[-1]] - 1]
-        weights = np.array([ways[node] for node in before], dtype=float)
+        weights = np.array([n_paths[node] for node in before], dtype=float)
         path.append(before[rng.choice(len(before), p=weights / weights.sum())])
     return path[::-1]
 
 
 def fewest_edges(neighbours: Mapping[Node, list[Node]] | Sequence, starts: Iterable[Node]) -> dict[Node, int]:
-    """Node -> the fewest edges from the nearest start, which has 0; nodes out of reach are left out.
+    """Returns node -> number of edges from the nearest start. Starts have 0; unreachable nodes are absent.
 
-    Ordered by distance, then by node, so that every process gets the same order.
+    The order is by distance, then by node, so that it is the same in every process.
     """
     distances = dict.fromkeys(sorted(starts), 0)
     frontier, edges = {*distances}, 0

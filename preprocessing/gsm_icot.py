@@ -1,7 +1,7 @@
-"""Converts GSM8K as iCoT publishes it (github.com/da03/Internalize_CoT_Step_by_Step) into this project's format.
+"""Converts the GSM8K files of iCoT (github.com/da03/Internalize_CoT_Step_by_Step) into data files.
 
-A line is `question||<<step>> <<step>> #### answer`; steps hold no spaces, and a line may have none: its list of steps
-is empty, where the reference's converter makes one empty step. `gsm_icot.bash` downloads the files and calls this.
+A line is `question||<<step>> <<step>> #### answer`. Steps contain no spaces. A line without steps gets an empty list,
+where the reference's converter makes one empty step. `gsm_icot.bash` downloads the files and runs this script.
 
     python preprocessing/gsm_icot.py train.txt data/gsm_train.json
 """
@@ -13,7 +13,7 @@ from files import UserError, command, each, make_parser, publish, read_text
 
 
 def parse_line(line: str) -> dict:
-    """One example. Raises ValueError with what is wrong with the line."""
+    """Converts one line. Raises ValueError that says what is wrong with it."""
     question, bars, rest = line.rstrip("\r").partition("||")
     steps, mark, answer = rest.partition("####")
     answer = answer.strip()
@@ -29,8 +29,8 @@ def parse_line(line: str) -> dict:
 
 
 def convert(path: Path) -> list[dict]:
-    """All examples of a file. Raises UserError that names the file, and the line that cannot be read."""
-    # not splitlines(): a question may hold the other characters that it takes for line ends
+    """Converts all lines of a file. Raises UserError that names the file and the first malformed line."""
+    # not splitlines(), which also splits at characters such as U+2028 inside a question
     lines = enumerate(read_text(path).rstrip("\r\n").split("\n"), start=1)
     return each(parse_line, ((f"line {number}", line) for number, line in lines), path)
 
@@ -38,12 +38,10 @@ def convert(path: Path) -> list[dict]:
 @command
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("source", type=Path, help="a text file of iCoT")
-    parser.add_argument("target", type=Path, help="the JSON file to write")
-    parser.add_argument("--expect", type=int, metavar="N", help="write nothing unless there are N examples")
+    parser.add_argument("source", type=Path, help="text file of iCoT")
+    parser.add_argument("target", type=Path, help="JSON file to write")
+    parser.add_argument("--expect", type=int, metavar="N", help="write the file only if there are N examples")
     options = parser.parse_args(arguments)
-    if options.target.exists() and options.target.samefile(options.source):
-        raise UserError(f"{options.target} is both the source and the target")
     examples = convert(options.source)
     if options.expect not in (None, len(examples)):
         raise UserError(f"{options.source} holds {len(examples):,} examples, not {options.expect:,}")

@@ -1,14 +1,14 @@
 """Makes the test sets for models that were trained on GSM8K: GSM-Hard, SVAMP and MultiArith.
 
-Each is made from its original file, which is downloaded, or given by --from, and whose content is verified by its git
-blob id. No set has written steps. data/README.md lists what is peculiar about each.
+Downloads the original file of each set, or reads a copy (--from), verifies its git blob id and converts it. No set has
+written steps. data/README.md lists the traps of each set.
 
-- gsm_hard: answers are written with 15 significant digits, which takes the originals' rounding noise off.
-- svamp: bodies that lack their full stop get it.
-- multiarith: 20 duplicates stay: papers report on all 600, or on CODI's split of 180, which is multiarith_180.json.
+- gsm_hard: answers are rounded to 15 significant digits, which removes the originals' rounding noise.
+- svamp: bodies without a full stop get one.
+- multiarith: the 20 duplicates stay, because papers report on all 600 questions or on CODI's 180 (multiarith_180.json).
 
     python preprocessing/ood.py gsm_hard svamp multiarith       # data/{gsm_hard,svamp,multiarith,multiarith_180}.json
-    python preprocessing/ood.py svamp --from SVAMP.json         # where there is no network
+    python preprocessing/ood.py svamp --from SVAMP.json         # without network
 """
 
 import hashlib
@@ -32,19 +32,19 @@ CODI_180 = """
 388 389 390 393 398 405 410 413 429 430 432 440 445 448 450 453 454 459 461 464 469 470 471 473 483 485 489 491
 499 506 511 512 515 517 519 521 524 526 529 533 547 549 550 555 558 561 565 571 572 574 576 577 585 589 590 592
 593 594 596
-"""  # values of iIndex
+"""  # the iIndex of each question
 
 
 class Source(NamedTuple):
-    """The original file of a set, and what is made of it."""
+    """The original file of a set and its converter."""
 
     url: str
-    blob: str  # the id that git gives its content
-    convert: Callable[[bytes], dict[str, list[dict]]]  # -> the examples of each file, by its name without .json
+    blob: str  # git blob id of the content
+    convert: Callable[[bytes], dict[str, list[dict]]]  # content -> {name of the file without .json: its examples}
 
 
 def number_text(value: float) -> str:
-    """A number as an answer: without exponent, rounding noise or decimals that are 0."""
+    """Returns a number without exponent, rounding noise and trailing zeros."""
     return format(Decimal(format(value, ".15g")), "f")
 
 
@@ -53,7 +53,7 @@ def example(question: str, answer: float, **others) -> dict:
 
 
 def gsm_hard(content: bytes) -> dict[str, list[dict]]:
-    # not splitlines(): a question may hold the other characters that it takes for line ends
+    # not splitlines(), which also splits at characters such as U+2028 inside a question
     rows = [json.loads(line) for line in content.decode().strip().split("\n")]
     return {"gsm_hard": [example(row["input"], row["target"]) for row in rows]}
 
@@ -94,20 +94,21 @@ SOURCES = {
 
 
 def download(url: str) -> bytes:
-    """A file of a megabyte at most, kept in memory: a broken download leaves nothing. Raises UserError."""
+    """Downloads a file, at most a megabyte, into memory, so that a broken download leaves no file. Raises UserError."""
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             return response.read()
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise UserError(f"{url} cannot be downloaded: {reason}; a copy of it is read by --from FILE") from None
+        raise UserError(f"{url} cannot be downloaded: {reason}; use --from FILE to read a copy") from None
 
 
-def described(examples: list[dict]) -> str:
+def summary(examples: list[dict]) -> str:
+    """Returns the counts that data/README.md lists, as text."""
     numbers = [float(row["answer"]) for row in examples]
     return (
         f"{len(examples):,} examples, {sum(number < 0 for number in numbers):,} negative answers, "
-        f"{sum(number != int(number) for number in numbers):,} not whole, "
+        f"{sum(number != int(number) for number in numbers):,} not integers, "
         f"{len(examples) - len({row['question'] for row in examples}):,} duplicate questions"
     )
 
@@ -116,10 +117,12 @@ def described(examples: list[dict]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("sets", nargs="+", choices=SOURCES, metavar="SET", help=" | ".join(SOURCES))
-    parser.add_argument("--from", dest="file", type=Path, metavar="FILE", help="the original file of the one SET")
+    parser.add_argument(
+        "--from", dest="file", type=Path, metavar="FILE", help="read the original file of the one SET from FILE"
+    )
     parser.add_argument("--out", type=Path, default=Path("data"), metavar="FOLDER", help="default: %(default)s")
     options = parser.parse_args(arguments)
-    refuse(parser, {"--from is the file of one set: name one": options.file and len(options.sets) > 1})
+    refuse(parser, {"--from is the file of one set: name a single SET": options.file and len(options.sets) > 1})
     for source in map(SOURCES.get, options.sets):
         content = read_bytes(options.file) if options.file else download(source.url)
         found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -134,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
                 raise UserError(f"{path} exists with other content: move it away, or name another folder by --out")
         publish(made)
         for path, examples in made.items():
-            print(f"{path}: {described(examples)}")
+            print(f"{path}: {summary(examples)}")
 
 
 if __name__ == "__main__":

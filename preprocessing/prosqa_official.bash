@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Downloads the authors' ProsQA files (facebookresearch/coconut, MIT) and verifies them by their git blob ids:
+# Downloads the authors' ProsQA files (facebookresearch/coconut, MIT) and verifies their git blob ids:
 #
 #     bash preprocessing/prosqa_official.bash [FOLDER]      # data/prosqa_{train,valid,test}.json
 #
-# A broken download is continued by the next call; no file appears before all three are verified.
+# The next call continues an interrupted download. No file appears before all three are verified.
 set -euo pipefail
 source "$(dirname "$0")/download.bash"
 
@@ -18,7 +18,7 @@ blob_of() {
     esac
 }
 
-[[ ! -e $folder || -d $folder ]] || die "$folder is no folder"
+[[ ! -e $folder || -d $folder ]] || die "$folder is not a folder"
 mkdir -p "$folder"
 missing=""
 for split in valid test train; do
@@ -26,7 +26,7 @@ for split in valid test train; do
     if [[ ! -e $file ]]; then
         missing="$missing $split"
     elif [[ ! -f $file || $(blob_id "$file") != "$(blob_of "$split")" ]]; then
-        die "$file is there and is not the authors' (generated?): move it away, or name another folder"
+        die "$file exists and is not the authors' (generated?): move it away, or name another folder"
     fi
 done
 for split in $missing; do

@@ -1,12 +1,12 @@
-"""Writes a small, randomly initialised model with a tokenizer of its own, as a local Hugging Face folder.
+"""Writes a small, randomly initialised model and its tokenizer as a local Hugging Face folder.
 
-The tokenizer's vocabulary is what occurs in a data file, so that the whole program runs, and learns, where no model
-hub can be reached:
+The vocabulary is the set of tokens in the data files. With such a model everything runs, and learns, without access to
+a model hub:
 
     python preprocessing/tiny_model.py data/arithmetic_train.json --tokenizer char --out data/tiny_arithmetic
     python preprocessing/tiny_model.py data/prosqa_train.json --tokenizer word --shape gpt2 --out data/tiny_prosqa
 
-tokenizers, torch and transformers are imported where they are used: a command line is answered at once.
+tokenizers, torch and transformers are imported where they are used, so that --help and errors appear at once.
 """
 
 import sys
@@ -19,29 +19,29 @@ from trainer.files import replaced
 
 SHAPES = ("gpt2", "llama", "qwen2")
 EOS, UNKNOWN = "<|endoftext|>", "<|unknown|>"
-# char: one character, or a mark of the data format; word: with the space before it, as in GPT-2's vocabulary
+# char: a character or a mark of the data format; word: a word with the space before it, as in GPT-2's vocabulary
 PIECES = {"char": r"<<|>>|#+|[\s\S]", "word": r" ?\w+| ?#+|[\s\S]"}
 
 
 @dataclass(frozen=True)
 class RandomModel:
-    """The model and its weights, apart from the vocabulary. Without dropout: small models underfit anyway.
+    """Architecture and seed of a model, without the vocabulary. No dropout, because small models underfit.
 
-    GPT-2's shape fixes tied, mlp and kv_heads: True, 4, and as many as heads.
+    GPT-2 ignores tied, mlp and kv_heads: it is tied, its MLP is 4 hidden sizes wide, and every head has its own keys.
     """
 
     shape: str = "gpt2"
     width: int = 128  # hidden size
     layers: int = 2
-    heads: int = 4  # of attention
-    positions: int = 1024  # the longest sequence
-    tied: bool = True  # one matrix for input and output, as in GPT-2
+    heads: int = 4  # attention heads
+    positions: int = 1024  # longest sequence
+    tied: bool = True  # one matrix for input and output embeddings
     seed: int = 0  # of the weights
-    mlp: int = 3  # the MLP's width, in hidden sizes
-    kv_heads: int | None = None  # None: as many as heads
+    mlp: int = 3  # width of the MLP, in hidden sizes
+    kv_heads: int | None = None  # default: as many as heads
 
     def config(self, vocab_size: int, eos: int = 0):
-        """Its transformers configuration."""
+        """Returns the transformers configuration."""
         from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
         common = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": eos, "pad_token_id": None}
@@ -60,7 +60,7 @@ class RandomModel:
         )
 
     def build(self, vocab_size: int, eos: int = 0):
-        """The model in float32, the same whenever the arguments are."""
+        """Returns the model in float32. The same settings give the same weights."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -69,7 +69,7 @@ class RandomModel:
 
 
 def make_tokenizer(texts: list[str], kind: str):
-    """A tokenizer whose decoding of its encoding is the text itself; kind is 'char' or 'word'."""
+    """Returns a tokenizer of the given kind, 'char' or 'word'. Decoding an encoded text restores it exactly."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -84,8 +84,8 @@ def make_tokenizer(texts: list[str], kind: str):
 
 
 def write_model(data: list[Path], out: Path, kind: str = "word", *model, **named) -> tuple[int, int]:
-    """Writes the folder; returns (vocabulary size, number of parameters). Deterministic in its arguments: after the
-    kind of tokenizer those of RandomModel, in its order or by name."""
+    """Writes the folder and returns (vocabulary size, number of parameters). `model` and `named` are the arguments of
+    RandomModel. The same arguments give the same folder."""
     random = RandomModel(*model, **named)
     texts = ["### ", "\n"]
     for path in data:
@@ -100,8 +100,8 @@ def write_model(data: list[Path], out: Path, kind: str = "word", *model, **named
 
 
 def _made_here(folder: Path) -> tuple[str, ...]:
-    """The files of an earlier model of this script, which are replaced; none where a folder holds another model. Its
-    tokenizer has whole words, as no pretrained model has."""
+    """Returns patterns of the files that may be overwritten: those of a model that this script made, otherwise none. No
+    pretrained model has this script's kind of tokenizer, WordLevel."""
     try:
         if read_json(folder / "tokenizer.json")["model"]["type"] != "WordLevel":
             return ()
@@ -114,27 +114,29 @@ def _made_here(folder: Path) -> tuple[str, ...]:
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add, default = parser.add_argument, RandomModel()
-    add("data", type=Path, nargs="+", help="data files whose text is the vocabulary")
-    add("--out", type=Path, required=True, help="folder to write")
+    add("data", type=Path, nargs="+", help="data files that the vocabulary is taken from")
+    add("--out", type=Path, required=True, help="output folder")
     add("--tokenizer", choices=list(PIECES), default="word", help="(default: %(default)s)")
     add("--shape", choices=SHAPES, default=default.shape, help="(default: %(default)s)")
     add("--width", type=int, default=default.width, help="hidden size (default: %(default)s)")
     add("--layers", type=int, default=default.layers, help="(default: %(default)s)")
     add("--heads", type=int, default=default.heads, help="attention heads (default: %(default)s)")
     add("--positions", type=int, default=default.positions, help="longest sequence (default: %(default)s)")
-    add("--untied", dest="tied", action="store_false", help="a matrix each for input and output (GPT-2: never)")
-    add("--seed", type=int, default=default.seed, help="of the weights (default: %(default)s)")
-    o = parser.parse_args(arguments)
-    smallest, is_gpt2, a_head = (
-        min(o.width, o.layers, o.heads, o.positions),
-        o.shape == "gpt2",
-        o.width / (o.heads or 1),
+    add(
+        "--untied",
+        dest="tied",
+        action="store_false",
+        help="separate matrices for input and output embeddings (not for gpt2)",
     )
+    add("--seed", type=int, default=default.seed, help="seed of the weights (default: %(default)s)")
+    o = parser.parse_args(arguments)
+    smallest, is_gpt2 = min(o.width, o.layers, o.heads, o.positions), o.shape == "gpt2"
+    head_dim = o.width / (o.heads or 1)
     problems = {
         "--width, --layers, --heads and --positions must be at least 1": smallest < 1,
-        f"--width {o.width} is no multiple of --heads {o.heads}": a_head % 1,
-        f"--width {o.width} / --heads {o.heads}: {o.shape} needs an even width a head": not is_gpt2 and a_head % 2,
-        "--untied: GPT-2's shape is always tied; --shape llama or qwen2 need not be": is_gpt2 and not o.tied,
+        f"--width {o.width} is not a multiple of --heads {o.heads}": head_dim % 1,
+        f"--width {o.width} / --heads {o.heads}: {o.shape} needs an even head size": not is_gpt2 and head_dim % 2,
+        "--untied: GPT-2 is always tied; use --shape llama or qwen2": is_gpt2 and not o.tied,
         f"--seed must be at least 0 and less than 2^63, not {o.seed}": not 0 <= o.seed < 2**63,
         f"--out {o.out} is a file, not a folder": o.out.is_file(),
     }

@@ -1,4 +1,4 @@
-"""The tokens of data files: made once, kept in flat arrays that all ranks map into memory.
+"""Tokenizes data files once, into flat arrays on disk that all ranks map into memory.
 
 Legend: Q question, S_i written step i, A answer.
 """
@@ -22,29 +22,29 @@ from trainer.files import retried, sync_to_disk, writing
 from utils import UserError, progress_bar
 
 ANSWER_PREFIX = "### "
-CACHE_VERSION = 2  # raise it when `tokenize` changes
+CACHE_VERSION = 2  # increase it when `tokenize` changes
 
 
 class Tokens:
-    """The token ids of a data file: `tokens[i]` is (Q, [S_1..S_n], A) of example i, as lists of int.
+    """The token ids of a data file. `tokens[i]` is (Q, [S_1..S_n], A) of example i, as lists of int.
 
-    Three flat arrays, memory-mapped: `ids` (int32) holds all texts end to end; text j is ids[texts[j]:texts[j + 1]];
-    example i owns the texts examples[i] to examples[i + 1] - 1: its question, its steps, its answer.
+    They are three flat, memory-mapped arrays. `ids` (int32) is the concatenation of all texts. Text j is
+    ids[texts[j]:texts[j + 1]]. The texts of example i are examples[i] to examples[i + 1] - 1: question, steps, answer.
     """
 
     NAMES = ("ids", "texts", "examples")
 
     def __init__(self, ids: np.ndarray, texts: np.ndarray, examples: np.ndarray):
         self.ids, self.texts, self.examples = ids, texts, examples
-        self.chosen: np.ndarray | None = None  # where examples are left out, the numbers of the others
-        self.auxiliary: Tokens | None = None  # of Method.texts: with other texts in place of the steps
-        self.answer_prefix: list[int] = []  # what stands before the answer itself, where a method asks for it
+        self.chosen: np.ndarray | None = None  # indices of the examples that are kept, if some are left out
+        self.auxiliary: Tokens | None = None  # with the texts of Method.texts in place of the steps
+        self.answer_prefix: list[int] = []  # tokens of "### ", for methods with auxiliary texts
 
     def __len__(self) -> int:
         return len(self.examples) - 1 if self.chosen is None else len(self.chosen)
 
     def leave_out_longer_than(self, length: int) -> None:
-        """Leaves out the examples with more tokens than that: question, all steps, answer and EOS."""
+        """Leaves out examples whose question, steps, answer and EOS together have more tokens than `length`."""
         lengths = np.diff(self.texts[self.examples]) + 1
         self.chosen = np.flatnonzero(lengths <= length)
 
@@ -57,8 +57,8 @@ class Tokens:
         return question, steps, answer
 
     def digest(self) -> str:
-        """SHA-256 of all ids and of where texts and examples begin, in hexadecimal: the same for any tokenizer that
-        makes the same ids, however another release of it is written to disk."""
+        """Returns the SHA-256 of the three arrays in hexadecimal. It depends on the ids only, not on how a release of
+        tokenizers writes a tokenizer to disk."""
         found = hashlib.sha256()
         for name in self.NAMES:
             found.update(np.ascontiguousarray(getattr(self, name)))
@@ -66,13 +66,13 @@ class Tokens:
 
     @classmethod
     def open(cls, folder: Path) -> Tokens:
-        """Maps what `save` has written, on this node or on another. Raises UserError."""
+        """Maps the arrays that `save` has written, possibly on another node, into memory. Raises UserError."""
         try:
             tokens = cls(*(retried(lambda name=name: np.load(folder / f"{name}.npy", "r")) for name in cls.NAMES))
             if tokens.examples[-1] != len(tokens.texts) - 1 or tokens.texts[-1] != len(tokens.ids):
-                raise ValueError("it is not whole")
+                raise ValueError("it is incomplete")
         except (OSError, ValueError, IndexError, EOFError) as error:
-            raise UserError(f"{folder} cannot be read: {error}; remove it, and it is made again") from None
+            raise UserError(f"{folder} cannot be read: {error}; remove it, and the next run makes it again") from None
         return tokens
 
     def save(self, folder: Path) -> None:
@@ -88,11 +88,11 @@ def tokenize(
     source: str = "the data",
     markers: Mapping[int, str] = MappingProxyType({}),
 ) -> Tokens:
-    """Q as `question_ids` makes it; S = step + step_separator and A = "### " + answer without special tokens. A's EOS
-    is added by `training_sequence`.
+    """Tokenizes Q by `question_ids`, and S = step + step_separator and A = "### " + answer without special tokens.
+    `training_sequence` adds EOS after A.
 
-    Raises UserError, that names source, record and field, where a text holds one of the markers (id -> text), which the
-    model would take for one, and where nothing is left of a question."""
+    Raises UserError that names source, record and field if a text contains one of the markers (id -> text), which the
+    model could not tell from its own, or if a question has no tokens."""
     ids: list[np.ndarray] = []
     text_lengths: list[np.ndarray] = []
     texts_per_example: list[int] = []
@@ -111,8 +111,9 @@ def tokenize(
         ]
         text_lengths.append(np.array([len(text) for text in texts], dtype=np.int64))
         ids.append(np.fromiter(chain.from_iterable(texts), dtype=np.int32, count=text_lengths[-1].sum()))
-        if problem := _problem(len(texts_per_example), n_texts, text_lengths[-1], ids[-1], markers):
-            raise UserError(f"{source}: {problem}")
+        if problem := _problem(n_texts, text_lengths[-1], ids[-1], markers):
+            index, complaint = problem
+            raise UserError(f"{source}: record {len(texts_per_example) + index} (counted from 0) {complaint}")
         texts_per_example += n_texts
     return Tokens(
         np.concatenate(ids),
@@ -122,41 +123,44 @@ def tokenize(
 
 
 def _problem(
-    first: int, n_texts: list[int], lengths: np.ndarray, ids: np.ndarray, markers: Mapping[int, str]
-) -> str | None:
-    """What is wrong with the tokens of some examples, of which the first has the number `first`: of each how many texts
-    it has, of each text its length, and the ids of all."""
-    begins = np.cumsum([0, *n_texts])  # of each example, its first text
-    if len(places := np.flatnonzero(np.isin(ids, list(markers)))):
-        text = int(np.searchsorted(np.cumsum(lengths), places[0], side="right"))
-        number = int(np.searchsorted(begins, text, side="right")) - 1
-        field = {0: "question", n_texts[number] - 1: "answer"}.get(text - int(begins[number]), "steps")
-        what = f"has the text {markers[int(ids[places[0]])]!r} in its {field!r}, which marks the latent positions"
-    elif len(empty := np.flatnonzero(lengths[begins[:-1]] == 0)):
-        number, what = int(empty[0]), "has a 'question' of which the tokenizer leaves nothing"
-    else:
-        return None
-    return f"record {first + number} (counted from 0) {what}"
+    n_texts: list[int], lengths: np.ndarray, ids: np.ndarray, markers: Mapping[int, str]
+) -> tuple[int, str] | None:
+    """Returns (index of an invalid example, complaint), or None.
+
+    Args:
+        n_texts: number of texts of each example.
+        lengths: number of tokens of each text.
+        ids: tokens of all texts, concatenated.
+    """
+    first_texts = np.cumsum([0, *n_texts])  # index of each example's first text
+    if len(found := np.flatnonzero(np.isin(ids, list(markers)))):
+        text = int(np.searchsorted(np.cumsum(lengths), found[0], side="right"))
+        index = int(np.searchsorted(first_texts, text, side="right")) - 1
+        field = {0: "question", n_texts[index] - 1: "answer"}.get(text - int(first_texts[index]), "steps")
+        return index, f"has the text {markers[int(ids[found[0]])]!r} in its {field!r}, which marks the latent positions"
+    if len(empty := np.flatnonzero(lengths[first_texts[:-1]] == 0)):
+        return int(empty[0]), "has a 'question' for which the tokenizer returns no tokens"
+    return None
 
 
 def question_ids(tokenizer, questions: list[str]) -> list[list[int]]:
-    """Q = question + newline, with the special tokens that the tokenizer itself puts before a text, without those that
-    it puts after one: reasoning and answer follow, and some tokenizers end every text with EOS."""
-    found = tokenizer([question + "\n" for question in questions], return_special_tokens_mask=True)
-    for ids, is_special in zip(found["input_ids"], found["special_tokens_mask"], strict=True):
+    """Tokenizes Q = question + newline. Keeps the special tokens that the tokenizer puts before a text. Removes those
+    after it, because reasoning and answer follow: some tokenizers end every text with EOS."""
+    encoded = tokenizer([question + "\n" for question in questions], return_special_tokens_mask=True)
+    for ids, is_special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
         while is_special and is_special.pop():
             ids.pop()
-    return found["input_ids"]
+    return encoded["input_ids"]
 
 
 def markers_of(tokenizer) -> dict[int, str]:
-    """The markers that a tokenizer has, id -> text."""
+    """Returns id -> text of the markers that are in the vocabulary."""
     vocabulary = tokenizer.get_vocab()
     return {vocabulary[marker]: marker for marker in (START, END, LATENT) if marker in vocabulary}
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Consecutive lists of at most `size` items."""
+    """Yields consecutive lists of at most `size` items."""
     rest = iter(items)
     while part := list(islice(rest, size)):
         yield part
@@ -171,17 +175,17 @@ def cache_tokens(
     step_separator: str = "\n",
     auxiliary: Texts | None = None,
 ) -> Path:
-    """Tokenizes the data file `path` into a folder under `folder`, unless it is there already; returns that folder.
+    """Tokenizes the data file `path` into a subfolder of `folder`, unless it exists already, and returns the subfolder.
 
-    Its name is a digest of the file's bytes, the tokenizer, the limit and the separator. It appears whole or not at
-    all. With `auxiliary` there are other texts in place of the steps.
+    Its name is a digest of the file's bytes, the tokenizer, the limit, the separator and the auxiliary texts, which
+    replace the steps. It appears only when complete.
     """
     try:
         with Path(path).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    identity = [type(tokenizer).__name__, _what_decides_ids(tokenizer), limit, CACHE_VERSION]
+    identity = [type(tokenizer).__name__, _tokenizer_state(tokenizer), limit, CACHE_VERSION]
     if step_separator != "\n":
         identity.append(step_separator)
     if auxiliary is not None:
@@ -198,9 +202,9 @@ def cache_tokens(
     return target
 
 
-def _what_decides_ids(tokenizer) -> str:
-    """What a tokenizer makes ids of. Truncation and padding are not part of it: they are of the last call, or of
-    whoever saved the tokenizer, and `tokenize` uses neither."""
+def _tokenizer_state(tokenizer) -> str:
+    """Returns the tokenizer's state as text, without truncation and padding: they are left over from its last call or
+    from before it was saved, and `tokenize` uses neither."""
     if not tokenizer.is_fast:
         return json.dumps(tokenizer.get_vocab())
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
@@ -209,7 +213,9 @@ def _what_decides_ids(tokenizer) -> str:
 
 def _write_cache(tokens: Tokens, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=target.parent) as own:  # other jobs may write the same
+    with tempfile.TemporaryDirectory(
+        prefix=".writing-", dir=target.parent
+    ) as own:  # other jobs may write the same cache
         aside = Path(own, "tokens")
         aside.mkdir()
         tokens.save(aside)
@@ -217,5 +223,5 @@ def _write_cache(tokens: Tokens, target: Path) -> None:
         try:
             aside.rename(target)
         except OSError:
-            if not target.exists():  # otherwise another job was faster
+            if not target.exists():  # if it exists, another job was faster
                 raise

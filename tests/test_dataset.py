@@ -1,9 +1,7 @@
 """Batches, shares of the ranks, the token cache, data files."""
 
-import bz2
 import gzip
 import json
-import lzma
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -355,7 +353,7 @@ def test_a_question_without_tokens_is_refused(data_file, cached):
     tokenizer = character_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
     data_file.write_text(json.dumps([*EXAMPLES, {"question": " ", "answer": "3", "steps": [" "]}]))
-    refuses(r"record 3 \(counted from 0\) has a 'question' of which the tokenizer leaves", cached, tokenizer)
+    refuses(r"record 3 \(counted from 0\) has a 'question' for which the tokenizer returns", cached, tokenizer)
 
 
 @pytest.mark.parametrize("damage", [lambda ids: b"", lambda ids: ids[:-4], lambda ids: ids[:60]])
@@ -363,9 +361,9 @@ def test_damaged_tokens_are_named(cached, damage):
     """A power cut left an empty file, of which numpy made an EOFError; of a shorter one nobody said anything."""
     folder = cached()
     (folder / "ids.npy").write_bytes(damage((folder / "ids.npy").read_bytes()))
-    refuses(f"{folder} cannot be read: .*; remove it, and it is made again", Tokens.open, folder)
+    refuses(f"{folder} cannot be read: .*; remove it, and the next run makes it again", Tokens.open, folder)
     np.save(folder / "ids.npy", np.zeros(5, dtype=np.int32))
-    refuses("it is not whole; remove it", Tokens.open, folder)
+    refuses("it is incomplete; remove it", Tokens.open, folder)
 
 
 @pytest.mark.parametrize("template", ["{0} $A", "{0} $A {0}"])
@@ -391,26 +389,20 @@ def test_special_tokens_of_the_tokenizer_stand_before_the_question_only(template
         (b'{"question": "a"}', "record 0.*lacks 'answer'"),
         (b'{"question": "a", "answer": "b", "steps": []}\n\n{"question"', "bad.json, line 3 is not valid JSON"),
         (b"PAR1\x15\x04", "is a Parquet file; this converts it: .*pandas.read_parquet"),
-        (b"ARROW1\0\0", "is an Arrow file; this converts it: .*pandas.read_feather"),
         ("[]".encode("utf-16"), "is UTF-16; this converts it: iconv -f UTF-16 -t UTF-8"),
-        ("[]".encode("utf-16-le"), "is UTF-16; this converts it: iconv -f UTF-16LE -t UTF-8"),
-        ("{}".encode("utf-16-be"), "is UTF-16; this converts it: iconv -f UTF-16BE -t UTF-8"),
-        ("[]".encode("utf-32"), "is UTF-32; this converts it: iconv -f UTF-32 -t UTF-8"),
         (gzip.compress(b"[]"), "is compressed by gzip; this converts it: gzip -dc"),
-        (lzma.compress(b"[]"), "is compressed by xz; this converts it: xz -dc"),
-        (bz2.compress(b"[]"), "is compressed by bzip2; this converts it: bzip2 -dc"),
-        (b'[{"question": "a", "answer": NaN, "steps": []}]', "record 0.*'answer' that is no text"),
+        (b'[{"question": "a", "answer": NaN, "steps": []}]', "record 0.*'answer' that is not a string"),
         (
             b'[{"question": "a", "answer": "b", "steps": []}, {"question": "a", "answer": "b"}]',
             "record 1.*lacks 'steps'",
         ),
-        (b'[{"question": "a", "answer": true, "steps": []}]', "record 0.*'answer' that is no text"),
-        (b'[{"question": 3, "answer": "3", "steps": []}]', "record 0.*'question' that is no text"),
-        (b'[{"question": "a", "answer": "3", "steps": "x"}]', "record 0.*no list of texts"),
+        (b'[{"question": "a", "answer": true, "steps": []}]', "record 0.*'answer' that is not a string"),
+        (b'[{"question": 3, "answer": "3", "steps": []}]', "record 0.*'question' that is not a string"),
+        (b'[{"question": "a", "answer": "3", "steps": "x"}]', "record 0.*not a list of strings"),
         (b'["\xff"]', "is not UTF-8"),
         (b'[{"question": "a", "question": "c", "answer": "3"}]', r"\{.question.: .c.* has 'question' twice"),
         (b'[{"question": "a\\ud83d", "answer": "3", "steps": []}]', r"record 0 .* holds '\\ud83d', half a character"),
-        (b'[{"question": "a", "answer": "3", "steps": ["\\udc00"]}]', "half a character, which is no UTF-8"),
+        (b'[{"question": "a", "answer": "3", "steps": ["\\udc00"]}]', "half a character, which UTF-8 cannot encode"),
         (b"[" * 100_000, "is not valid JSON: it is nested too deeply"),
         (b'[{"question": "a", "answer": "3", "steps": [], "n": ' + b"9" * 5000 + b"}]", "is not valid JSON: Exceeds"),
         (None, "cannot read"),  # there is no such file

@@ -229,7 +229,7 @@ def test_a_grid_expands_home_and_variables_in_its_paths(small, tmp_path, monkeyp
 def test_keys_of_the_grid_are_those_of_every_run(small):
     changed = small(keys={"lr": 0.5, "thought": "normalised"})[0]
     found = {job.name: job.config for job in jobs_of(read_grid(Path(changed)), None, [3], ())}
-    assert {config.lr for config in found.values()} == {0.5}
+    assert [found[name].lr for name in ("words-3", "coconut-3", "pause-3")] == [1e-4, 0.5, 0.5]  # not of a beginning
     assert found["coconut-3"].thought == "normalised"
     assert found["pause-3"].thought == "pause"  # its own key wins
 

@@ -51,7 +51,7 @@ MISTAKES = [
     ("preprocessing/tiny_model.py", "no_such_file.json", "--out", "b"),
     ("preprocessing/prosqa.py", "--nodes", "3"),
     ("preprocessing/arithmetic.py", "--train", "0"),
-    ("preprocessing/prontoqa_generate.py", "--check", "a", "b", "c"),
+    ("preprocessing/prontoqa_generate.py", "--seed", "-1"),
     ("tools/report.py", "no_such_run"),
     ("benchmarks/step.py", "--repeats", "0"),
     ("benchmarks/thoughts.py", "--only", "no_such_thought"),
