@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import arithmetic
+import conftest
 import prosqa
 import pytest
 import tiny_model
@@ -24,7 +25,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import run
 from config import Config
-from trainer.logger import read_log
 from trainer.run_folder import notes_of
 
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -85,16 +85,37 @@ def names_of(commands: list[list[str]]) -> list[str]:
     return [name + " test" * ("only_eval=true" in command) for name, command in zip(names, commands, strict=True)]
 
 
+class SmallGrid:
+    """The small grid with other keys, in a folder that gets its runs and results."""
+
+    def __init__(self, inputs: Path, folder: Path, started: list[list[str]]):
+        self.content = yaml.safe_load((inputs / "small.yaml").read_text()) | {"save_path": str(folder / "runs")}
+        self.folder, self.started = folder, started
+
+    def __call__(self, **changed) -> list[str]:
+        """Sets keys of the grid; returns grid.py's arguments."""
+        self.content |= changed
+        (self.folder / "small.yaml").write_text(yaml.safe_dump(self.content, sort_keys=False))
+        return [str(self.folder / "small.yaml"), "--jobs", "1", "--out", str(self.folder)]
+
+    def run(self, *options: str) -> list[str]:
+        """Starts the grid; returns the names of the runs that it starts."""
+        self.started.clear()
+        assert grid.main([*self(), *options]) == 0
+        return names_of(self.started)
+
+    @property
+    def results(self) -> dict[str, list[dict]]:
+        return read_json(self.folder / "small.json")
+
+    @property
+    def report(self) -> str:
+        return (self.folder / "small.md").read_text()
+
+
 @pytest.fixture
-def small(inputs, tmp_path):
-    """small(key=value): grid.py's arguments for the small grid with other keys, with runs and results in tmp_path."""
-
-    def arguments(**changed) -> list[str]:
-        content = yaml.safe_load((inputs / "small.yaml").read_text()) | {"save_path": str(tmp_path / "runs")} | changed
-        (tmp_path / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-        return [str(tmp_path / "small.yaml"), "--jobs", "1", "--out", str(tmp_path)]
-
-    return arguments
+def small(inputs, tmp_path, started) -> SmallGrid:
+    return SmallGrid(inputs, tmp_path, started)
 
 
 def test_a_grid_runs_once_and_is_reported(inputs, started, capsys):
@@ -277,101 +298,89 @@ def test_a_run_that_waits_for_its_beginning_takes_no_slot(small, monkeypatch, ca
     assert sorted(order) == ["words-3", "words-4"]
 
 
-def test_a_recorded_result_is_not_run_again(inputs, small, started, tmp_path, capsys):
+def test_a_recorded_result_is_not_run_again(inputs, small, tmp_path, capsys):
     """Results without checkpoints were trained again, and results of other seeds were lost."""
     first = [str(inputs / "small.yaml"), "--jobs", "1", "--out", str(tmp_path), "--only", "coconut"]
     assert grid.main([*first, "--seeds", "3", "4"]) == 0
-    before = read_json(tmp_path / "small.json")["coconut"]
-    arguments = [*small(), "--only", "coconut", "--seeds", "3"]
-    started.clear()
-    assert grid.main(arguments) == 0
-    assert started == []
-    assert read_json(tmp_path / "small.json")["coconut"] == before
-    assert "| seeds |" not in (tmp_path / "small.md").read_text()  # one seed is shown
-    assert grid.main([*arguments, "--set", "lr=0.001"]) == 0  # another run
-    assert names_of(started) == ["words-3", "coconut-3", "coconut-3 test"]
-    assert grid.main([*arguments, "--set", "lr=0.002", "--dry-run"]) == 0
+    before = small.results["coconut"]
+    options = ["--only", "coconut", "--seeds", "3"]
+    assert small.run(*options) == []
+    assert small.results["coconut"] == before
+    assert "| seeds |" not in small.report  # one seed is shown
+    assert small.run(*options, "--set", "lr=0.001") == ["words-3", "coconut-3", "coconut-3 test"]  # another run
+    assert small.run(*options, "--set", "lr=0.002", "--dry-run") == []
     (tmp_path / "small.json").write_text("[]")
-    assert "small.json cannot be read: it is no object" in one_error(grid.main, arguments, capsys)
+    assert "small.json cannot be read: it is no object" in one_error(grid.main, [*small(), *options], capsys)
 
 
-def test_a_report_keeps_the_results_of_other_runs(small, started, tmp_path):
+def test_a_report_keeps_the_results_of_other_runs(small, tmp_path):
     """With --set, --anew or another key, the rows of other runs in NAME.json were overwritten."""
-    arguments = small(beginnings={}, runs={"pause": {}, "coconut": {}})
-    assert grid.main(arguments) == 0
-    first = read_json(tmp_path / "small.json")
+    small(beginnings={}, runs={"pause": {}, "coconut": {}})
+    small.run()
+    first = small.results
     (tmp_path / "runs").rename(tmp_path / "gone")
-    assert grid.main([*arguments, "--only", "pause", "--anew"]) == 0
-    assert read_json(tmp_path / "small.json")["coconut"] == first["coconut"]
+    small.run("--only", "pause", "--anew")
+    assert small.results["coconut"] == first["coconut"]
     (tmp_path / "runs").rename(tmp_path / "gone too")
-    assert grid.main([*arguments, "--only", "pause", "--set", "lr=0.5"]) == 0
-    (other, own) = read_json(tmp_path / "small.json")["pause"]
+    small.run("--only", "pause", "--set", "lr=0.5")
+    (other, own) = small.results["pause"]
     assert other["digest"] != own["digest"] == first["pause"][0]["digest"]
-    assert read_json(tmp_path / "small.json")["coconut"] == first["coconut"]
-    assert "| coconut |" not in (tmp_path / "small.md").read_text()  # it has no result with lr=0.5
-    started.clear()
+    assert small.results["coconut"] == first["coconut"]
+    assert "| coconut |" not in small.report  # it has no result with lr=0.5
     (tmp_path / "runs").rename(tmp_path / "gone as well")
-    assert grid.main(arguments) == 0
-    assert started == []
+    assert small.run() == []
 
 
-def test_a_folder_with_other_keys_is_no_result(small, started, tmp_path):
+def test_a_folder_with_other_keys_is_no_result(small):
     """If --only named another run, the folder's old result was recorded under the new keys."""
-    assert grid.main([*small(), "--only", "pause"]) == 0
-    before = read_json(tmp_path / "small.json")["pause"]
-    keys = {"thought": "pause", "lr": 0.5}
-    content = yaml.safe_load((tmp_path / "small.yaml").read_text())
-    arguments = small(runs=content["runs"] | {"pause": {"keys": keys}})
-    assert grid.main([*arguments, "--only", "coconut", "--seeds", "3"]) == 0
-    assert read_json(tmp_path / "small.json")["pause"] == before
-    assert "| pause |" not in (tmp_path / "small.md").read_text()
+    small.run("--only", "pause")
+    before = small.results["pause"]
+    small(runs=small.content["runs"] | {"pause": {"keys": {"thought": "pause", "lr": 0.5}}})
+    small.run("--only", "coconut", "--seeds", "3")
+    assert small.results["pause"] == before
+    assert "| pause |" not in small.report
 
 
-def test_an_incomplete_or_outdated_evaluation_is_repeated(inputs, small, started, tmp_path):
+def test_an_incomplete_or_outdated_evaluation_is_repeated(inputs, small, tmp_path):
     """A killed evaluation and a changed test split were tracebacks; the evaluation of an earlier checkpoint, or with
     other keys, counted as the current one."""
     questions, evaluation = tmp_path / "test.json", tmp_path / "runs/pause-3/eval"
     predictions, metrics = evaluation / "predictions.jsonl", evaluation / "metrics.json"
     questions.write_text((inputs / "test.json").read_text())
-    arguments = [*small(test_path=str(questions)), "--only", "pause"]
-    assert grid.main(arguments) == 0
+    small(test_path=str(questions))
+    small.run("--only", "pause")
     for damage in (
         lambda: predictions.write_text(predictions.read_text()[:-20]),  # killed while it wrote
         predictions.unlink,
         lambda: metrics.write_text(metrics.read_text()[:-20]),
         lambda: metrics.write_text(metrics.read_text().replace("checkpoint_2", "checkpoint_1")),
-        lambda: questions.write_text(json.dumps(json.loads(questions.read_text())[:4])),
+        lambda: questions.write_text(json.dumps(read_json(questions)[:4])),
     ):
         damage()
-        started.clear()
-        assert grid.main([*arguments, "--anew"]) == 0
-        assert names_of(started) == ["pause-3 test"]
-        assert "resume=0" in started[0]  # the stage is the checkpoint's, whatever the base file resumes
+        assert small.run("--only", "pause", "--anew") == ["pause-3 test"]
+        assert "resume=0" in small.started[0]  # the stage is the checkpoint's, whatever the base file resumes
     for option, count in (("max_new_tokens=1", 4), ("max_eval_examples=2", 2)):
-        started.clear()
-        assert grid.main([*arguments, "--set", option]) == 0
-        assert names_of(started) == ["pause-3 test"]
-        assert len(read_json(tmp_path / "small.json")["pause"][0]["correct"]) == count
-    digests = {row["digest"] for row in read_json(tmp_path / "small.json")["pause"]}
+        assert small.run("--only", "pause", "--set", option) == ["pause-3 test"]
+        assert len(small.results["pause"][0]["correct"]) == count
+    digests = {row["digest"] for row in small.results["pause"]}
     assert [len(digest) for digest in digests] == [16] * 4  # six questions, four, and four with each option
-    predictions.write_text(
-        predictions.read_text().replace('"output": "', '"output": "\u2028')
-    )  # str.splitlines breaks lines there
+    with_separator = predictions.read_text().replace('"output": "', '"output": "\u2028')  # str.splitlines breaks there
+    predictions.write_text(with_separator)
     (job,) = jobs_of(read_grid(tmp_path / "small.yaml"), ["pause"], [3], ("max_eval_examples=2",))
     assert job.is_done
 
 
-def test_a_report_names_the_options_of_its_command(small, started, tmp_path):
+def test_a_report_names_the_options_of_its_command(small):
     """The table of one seed, or with other keys, had the command of the whole grid above it."""
-    arguments = [*small(runs={"pause": {"seeds": [3, 4]}}), "--set", "lr=0.5"]
-    assert grid.main(arguments) == 0
-    assert "experiments/small.yaml --set lr=0.5\n" in (tmp_path / "small.md").read_text()
-    assert grid.main([*arguments, "--report", "--seeds", "4"]) == 0
-    assert "experiments/small.yaml --seeds 4 --set lr=0.5\n" in (tmp_path / "small.md").read_text()
+    small(runs={"pause": {"seeds": [3, 4]}})
+    small.run("--set", "lr=0.5")
+    assert "experiments/small.yaml --set lr=0.5\n" in small.report
+    assert small.run("--set", "lr=0.5", "--report", "--seeds", "4") == []
+    assert "experiments/small.yaml --seeds 4 --set lr=0.5\n" in small.report
 
 
 @pytest.mark.parametrize("what", ["data", "weights"])
-def test_a_run_on_other_data_or_weights_is_another_run(inputs, small, started, tmp_path, what, capsys):
+def test_a_run_on_other_data_or_weights_is_another_run(inputs, small, tmp_path, what, capsys):
     """After the data at a path had changed, the old weights counted as trained on the new data."""
     shutil.copytree(inputs / "model", tmp_path / "model")
     (tmp_path / "train.json").write_text((inputs / "train.json").read_text())
@@ -383,91 +392,77 @@ def test_a_run_on_other_data_or_weights_is_another_run(inputs, small, started, t
         base["from_scratch"] = False
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     arguments = [*small(base=str(tmp_path / "base.yaml")), "--only", "pause"]
-    assert grid.main(arguments) == 0
+    small.run("--only", "pause")
     if what == "weights":
         torch.manual_seed(1)
         AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path / "model")
     else:
         (tmp_path / "train.json").write_text(json.dumps(read_json(inputs / "train.json")[1:]))
-    started.clear()
+    small.started.clear()
     error = one_error(grid.main, arguments, capsys)
     assert "holds another run (trained on other data, or from other weights); move it away" in error
-    assert started == []
+    assert small.started == []
 
 
-def test_a_run_can_be_extended(small, started, tmp_path):
+def test_a_run_can_be_extended(small, tmp_path):
     """More epochs were an error (another run), or the old evaluation counted as the new one."""
-    arguments = small(beginnings={}, runs={"pause": {}})
-    assert grid.main(arguments) == 0
-    started.clear()
-    assert grid.main([*arguments, "--set", "num_epochs=3"]) == 0
-    assert names_of(started) == ["pause-3", "pause-3 test"]
+    small(beginnings={}, runs={"pause": {}})
+    small.run()
+    assert small.run("--set", "num_epochs=3") == ["pause-3", "pause-3 test"]
     shutil.rmtree(tmp_path / "runs/pause-3")
     (tmp_path / "runs/pause-3").mkdir()  # with the only file of a run that was stopped before its first checkpoint
     (tmp_path / "runs/pause-3/grid.json").write_text('{"digest": "of other data"}')
-    assert grid.main([*arguments, "--anew"]) == 0
+    small.run("--anew")
 
 
-def test_a_run_with_save_only_improve_counts_as_finished(small, started, tmp_path):
+def test_a_run_with_save_only_improve_counts_as_finished(small, tmp_path):
     """Its last epochs left no checkpoint, so every start of the grid trained it again."""
-    runs = {"pause": {"keys": {"save_only_improve": True, "lr": 0.0, "num_epochs": 4}}}
-    arguments = small(runs=runs)
-    assert grid.main(arguments) == 0
+    small(runs={"pause": {"keys": {"save_only_improve": True, "lr": 0.0, "num_epochs": 4}}})
+    small.run()
     assert not (tmp_path / "runs/pause-3/checkpoint_4").exists()
-    assert read_json(tmp_path / "small.json")["pause"][0]["seed"] == 3
-    started.clear()
+    assert small.results["pause"][0]["seed"] == 3
     (tmp_path / "small.json").unlink()
-    assert grid.main(arguments) == 0
-    assert started == []
+    assert small.run() == []
 
 
-def test_checkpoint_best_tests_and_continues_the_best_checkpoint(small, started, tmp_path):
-    arguments = small(checkpoint="best")
-    assert grid.main([*arguments, "--seeds", "3"]) == 0
-    commands = dict(zip(names_of(started), started, strict=True))
+def test_checkpoint_best_tests_and_continues_the_best_checkpoint(small, tmp_path):
+    small(checkpoint="best")
+    commands = dict(zip(small.run("--seeds", "3"), small.started, strict=True))
     assert f"load_model_path={tmp_path / 'runs/words-3'}@best" in commands["coconut-3"]
     assert f"load_model_path={tmp_path / 'runs/pause-3'}@best" in commands["pause-3 test"]
-    started.clear()
-    assert grid.main([*arguments, "--seeds", "3", "--anew"]) == 0
-    assert started == []
+    assert small.run("--seeds", "3", "--anew") == []
 
 
-def test_a_missing_beginning_is_not_trained_again_for_an_evaluation(small, started, tmp_path):
-    arguments = [*small(), "--only", "coconut", "--seeds", "3"]
-    assert grid.main(arguments) == 0
+def test_a_missing_beginning_is_not_trained_again_for_an_evaluation(small, tmp_path):
+    small.run("--only", "coconut", "--seeds", "3")
     (tmp_path / "runs/words-3").rename(tmp_path / "gone")
     shutil.rmtree(tmp_path / "runs/coconut-3/eval")
-    started.clear()
-    assert grid.main([*arguments, "--anew"]) == 0
-    assert names_of(started) == ["coconut-3 test"]
+    assert small.run("--only", "coconut", "--seeds", "3", "--anew") == ["coconut-3 test"]
 
 
-def test_results_are_never_half_written(small, started, tmp_path, monkeypatch, capsys):
+def test_results_are_never_half_written(small, tmp_path, monkeypatch, capsys):
     """A kill in the middle of writing destroyed all results in the file."""
-    arguments = [*small(), "--only", "pause"]
-    assert grid.main(arguments) == 0
-    before = (tmp_path / "small.json").read_text()
+    small.run("--only", "pause")
+    before = small.results
 
     def torn(path, text, **_):
         path.open("w").write(text[: len(text) // 2])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_text", torn)
-    error = one_error(grid.main, [*arguments, "--report"], capsys)
-    assert "small.json cannot be written: No space left on device" in error
-    assert (tmp_path / "small.json").read_text() == before
+    arguments = [str(tmp_path / "small.yaml"), "--out", str(tmp_path), "--report"]
+    assert "small.json cannot be written: No space left on device" in one_error(grid.main, arguments, capsys)
+    assert small.results == before
 
 
-def test_set_applies_to_every_run(inputs, small, started, tmp_path):
+def test_set_applies_to_every_run(inputs, small, tmp_path):
     """With --set save_path the grid looked for its runs in the old folder; --set could not replace a missing path."""
     base = yaml.safe_load((inputs / "base.yaml").read_text()) | {"val_path": "YOUR_PATH_TO_VALID"}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    arguments = [*small(base=str(tmp_path / "base.yaml")), "--only", "pause"]
-    assert grid.main(arguments) == 2
-    keys = [f"save_path={tmp_path / 'there'}", f"val_path={inputs / 'valid.json'}"]
-    assert grid.main([*arguments, "--set", *keys]) == 0
+    assert grid.main([*small(base=str(tmp_path / "base.yaml")), "--only", "pause"]) == 2
+    small.run("--only", "pause", "--set", f"save_path={tmp_path / 'there'}", f"val_path={inputs / 'valid.json'}")
     assert (tmp_path / "there/pause-3/eval/metrics.json").is_file()
-    assert "| pause |" in (tmp_path / "small.md").read_text()
+    assert "| pause |" in small.report
 
 
 @pytest.mark.parametrize(
@@ -503,27 +498,20 @@ def test_the_figure_marks_stages_of_steps_only(inputs, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_stops_the_runs_and_starts_no_further_one(inputs, tmp_path, number):
+def test_a_signal_stops_the_runs_and_starts_no_further_one(small, tmp_path, number):
     """The runs continued without the grid, and their folders were locked when it was started again."""
-    content = yaml.safe_load((inputs / "small.yaml").read_text())
-    content |= {"save_path": str(tmp_path / "runs"), "beginnings": {}, "seeds": [3]}
-    content["runs"] = {"pause": {"keys": {"num_epochs": 5000}}, "coconut": {}}
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    command = [sys.executable, str(ROOT / "experiments/grid.py"), str(tmp_path / "small.yaml"), "--jobs", "1"]
-    process = subprocess.Popen([*command, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: (tmp_path / "runs/pause-3/metrics.jsonl").exists(), process)
+    arguments = small(beginnings={}, runs={"pause": {"keys": {"num_epochs": 5000}}, "coconut": {}})
+    command = [sys.executable, str(ROOT / "experiments/grid.py"), *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "runs/pause-3/metrics.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
     process.send_signal(number)
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "stopped by a signal; start the same command again to continue" in printed
     assert "stopped by a signal" in (tmp_path / "runs/logs/pause-3.log").read_text()  # the run's own last line
     assert not (tmp_path / "runs/coconut-3").exists()
-
-
-def wait_until(happened, process: subprocess.Popen) -> None:
-    while not happened():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.1)
 
 
 def test_parallel_runs_share_the_gpus(monkeypatch):
@@ -571,23 +559,17 @@ def test_the_paper_grids_have_every_row_of_table_1(dataset, inputs, tmp_path, mo
     assert 'tasks=(\n    "--only cot ' in (tmp_path / "a.sbatch").read_text()
 
 
-def test_a_beginning_on_other_data_is_no_part_of_the_curriculum(inputs, started, tmp_path):
+def test_a_beginning_on_other_data_is_no_part_of_the_curriculum(inputs, small, tmp_path):
     """The run with that beginning starts at epoch 0, and so does its curve; the beginning's minutes count."""
-    content = yaml.safe_load((inputs / "small.yaml").read_text())
-    content["save_path"] = str(tmp_path)
-    content["beginnings"]["words"]["keys"] |= {"train_path": str(inputs / "valid.json"), "num_epochs": 3}
-    del content["runs"]["pause"], content["controls"]
-    content["runs"]["coconut"]["seeds"] = [3]
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
-    assert grid.main([str(tmp_path / "small.yaml"), "--jobs", "1", "--out", str(tmp_path / "results")]) == 0
-    assert names_of(started) == ["words-3", "coconut-3", "coconut-3 test"]
-    assert "resume=0" in started[1]
-    (row,) = read_json(tmp_path / "results" / "small.json")["coconut"]
+    keys = {"method": "cot", "train_path": str(inputs / "valid.json"), "num_epochs": 3}
+    small(controls=[], beginnings={"words": {"keys": keys}}, runs={"coconut": {"begins_with": "words"}})
+    assert small.run() == ["words-3", "coconut-3", "coconut-3 test"]
+    assert "resume=0" in small.started[1]
+    (row,) = small.results["coconut"]
     assert [record["stage"] for record in row["epochs"]] == [0, 1]
-    logs = [read_log(tmp_path / name / "metrics.jsonl") for name in ("words-3", "coconut-3")]
-    epochs = [record for log in logs for record in log if record["event"] == "epoch"]
-    assert len(epochs) == 5
-    assert row["seconds"] == pytest.approx(sum(record["train_seconds"] + record["seconds"] for record in epochs))
+    records = [record for name in ("words-3", "coconut-3") for record in conftest.epochs(tmp_path / "runs" / name)]
+    assert len(records) == 5
+    assert row["seconds"] == pytest.approx(sum(record["train_seconds"] + record["seconds"] for record in records))
 
 
 def test_a_later_key_changes_the_digest_only_if_it_is_set(inputs):
@@ -647,14 +629,13 @@ def test_an_array_has_a_task_for_each_beginning_and_seed(inputs, tmp_path):
     assert f'"${{chosen[@]}}" --set save_path={tmp_path} ' in text
 
 
-def test_an_array_has_only_unfinished_runs(small, started, tmp_path, capsys):
+def test_an_array_has_only_unfinished_runs(small, tmp_path, capsys):
     """The array ran recorded results again and ignored --set."""
-    arguments = small()
-    assert grid.main([*arguments, "--only", "pause"]) == 0
+    small.run("--only", "pause")
     (tmp_path / "runs").rename(tmp_path / "gone")
-    assert grid.main([*arguments, "--slurm", str(tmp_path / "a.sbatch")]) == 0
+    small.run("--slurm", str(tmp_path / "a.sbatch"))
     assert "pause" not in (tmp_path / "a.sbatch").read_text().partition("tasks=(")[2].partition(")")[0]
-    assert grid.main([*arguments, "--only", "pause", "--slurm", str(tmp_path / "b.sbatch")]) == 0
+    small.run("--only", "pause", "--slurm", str(tmp_path / "b.sbatch"))
     assert "nothing is left to run" in capsys.readouterr().out
     assert not (tmp_path / "b.sbatch").exists()
 
