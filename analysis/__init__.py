@@ -1,1 +1,1 @@
-"""What a trained model does, read off its outputs (paper, Section 5)."""
+"""Analysis of thoughts: `python -m analysis`."""

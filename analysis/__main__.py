@@ -1,11 +1,11 @@
-"""Analyses the thoughts of a checkpoint, beside those of a control: what they hold, and whether they are used.
+"""Analyses the thoughts of a checkpoint and of a control: what they hold, and whether the model uses them.
 
     python -m analysis checkpoints/state_tracking/coconut-0 --control checkpoints/state_tracking/pause_as_thought-0 \\
         --data data/machine/machine_test.json --out results/analysis_machine
-    python -m analysis CHECKPOINT --data FILE --out FOLDER --page                     # the page again from the numbers
+    python -m analysis CHECKPOINT --data FILE --out FOLDER --page    # makes the page again from the numbers in FOLDER
 
-FOLDER/index.html is the page. A JSON file beside it holds the numbers of each part: probe (what thoughts hold), sweep
-(other numbers of thoughts), search (graphs: is there a frontier?), interventions (what if a thought is changed?).
+FOLDER/index.html is the page. JSON files beside it hold the numbers: probe (what thoughts hold), sweep (other numbers
+of thoughts), search (graphs: is there a frontier?), interventions (what follows when thoughts are changed?).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-NAMES = ("Coconut", "pause as thought")  # of the two in the page
+NAMES = ("Coconut", "pause as thought")  # of checkpoint and control in the page
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -24,21 +24,21 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m analysis", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", help="a checkpoint folder, or a run's folder: its newest checkpoint")
-    add("--control", metavar="CHECKPOINT", help="the same without feedback: every figure has its twin")
-    add("--data", type=Path, required=True, help="questions: state tracking, or graphs as ProsQA's")
-    add("--out", type=Path, required=True, help="folder of the page and its numbers")
-    add("--questions", type=int, default=500, metavar="N", help="the first so many (default: 500)")
-    add("--thoughts", type=int, metavar="K", help="(default: as the last stage was trained)")
-    add("--seed", type=int, default=0, help="of donors and noise (default: 0)")
-    add("--steps", type=int, metavar="N", help="only questions with so many steps (default: all)")
-    add("--show", type=int, nargs="+", default=range(8), help="graphs to draw (default: 0 to 7)")
-    add("--page", action="store_true", help="write the page from the numbers in FOLDER, and stop")
+    add("checkpoint", help="a checkpoint folder, or a run's folder (its newest checkpoint)")
+    add("--control", metavar="CHECKPOINT", help="a model without feedback, shown beside it in every figure")
+    add("--data", type=Path, required=True, help="questions of state tracking, or graphs with ProsQA's fields")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder of the page and its numbers")
+    add("--questions", type=int, default=500, metavar="N", help="use the first N questions (default: 500)")
+    add("--thoughts", type=int, metavar="K", help="latent thoughts (default: as in training at the model's stage)")
+    add("--seed", type=int, default=0, help="seed of donors and noise (default: 0)")
+    add("--steps", type=int, metavar="N", help="use only questions with N steps (default: all)")
+    add("--show", type=int, nargs="+", default=range(8), metavar="N", help="graphs to draw (default: 0 to 7)")
+    add("--page", action="store_true", help="only make the page from the numbers in FOLDER")
     return parser
 
 
 if __name__ == "__main__":
-    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+    make_parser().parse_args()  # answers --help and wrong arguments before the slow imports below
     if find_spec("matplotlib") is None:
         make_parser().exit(2, "error: the figures need matplotlib: pip install -r requirements-dev.txt\n")
 
@@ -54,7 +54,7 @@ from utils import UserError, as_json, print_error, print_result
 
 
 def measure_probe(subject: Subject, task: Task, options: argparse.Namespace) -> dict:
-    """Values of next steps after 0 to K thoughts; on state tracking also whether thoughts hold the state."""
+    """Measures what thoughts hold: values of next steps, norms, and on state tracking the decoded states."""
     found = {
         "next step": probe.next_step(task, probe.values(subject, task, subject.n_thoughts)),
         "shape": probe.shape(subject),
@@ -63,7 +63,7 @@ def measure_probe(subject: Subject, task: Task, options: argparse.Namespace) -> 
 
 
 def measure_search(subject: Subject, task: Task, options: argparse.Namespace) -> dict | None:
-    """Graphs only. The paper compares the first and the second thought."""
+    """Measures the search in graphs; None for another task."""
     if not isinstance(task, Graphs):
         return None
     deepest = max(task.fewest, min(subject.n_thoughts, max(len(example["steps"]) for example in task.examples) - 1))
@@ -71,7 +71,7 @@ def measure_search(subject: Subject, task: Task, options: argparse.Namespace) ->
     values = probe.values(subject, task, deepest)
     drawn = [index for index in options.show if index < len(task.examples)]
     return {
-        "parallelism": [search.parallelism(values[k]) for k in range(1, min(deepest, 2) + 1)],
+        "parallelism": [search.parallelism(values[k]) for k in range(1, min(deepest, 2) + 1)],  # as the paper: 1 and 2
         "frontier": [search.frontier(task, values[k], k) for k in counts],
         "by height": {"shortest": [row for k in counts for row in search.by_height(task, values[k], k)]},
         "trees": [[search.tree(task, index, values[k]) for k in counts] for index in drawn],
@@ -79,11 +79,11 @@ def measure_search(subject: Subject, task: Task, options: argparse.Namespace) ->
 
 
 def measure_interventions(subject: Subject, task: Task, options: argparse.Namespace) -> dict:
-    """Every intervention at all places; on state tracking also transplants."""
+    """Measures every intervention on every set of thoughts, and on state tracking the transplants."""
     rows = []
     tried = interventions.interventions(subject, task, options.seed)
     for intervention in tqdm(tried, desc="interventions", unit="intervention"):
-        for place, numbers in interventions.places(subject.n_thoughts).items():
+        for place, numbers in interventions.thought_sets(subject.n_thoughts).items():
             found = interventions.measure(subject, task, intervention, numbers)
             rows.append({"kind": intervention.kind, "name": intervention.name, "place": place, **found})
     found = {"rows": rows, "another question": interventions.with_another_question(subject, task, options.seed)}
@@ -101,7 +101,7 @@ MEASURES = {
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Writes FOLDER/PART.json for each part, and FOLDER/about.json. Raises UserError."""
+    """Writes FOLDER/about.json and a FOLDER/PART.json for each part. Raises UserError."""
     task = load_task(options.data, options.questions, options.steps)
     checkpoints = dict(zip(NAMES, filter(None, (options.checkpoint, options.control)), strict=False))
     subjects = {name: Subject.load(path, task.examples, options.thoughts) for name, path in checkpoints.items()}
@@ -127,7 +127,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def write_json(path: Path, content) -> None:
-    """Numbers have five digits after the point: further digits differ between machines."""
+    """Writes a JSON file with numbers rounded to five digits after the point: further digits differ by machine."""
     exact = json.loads(json.dumps(content), parse_float=lambda text: round(float(text), 5))
     write_whole(path, as_json(exact))
 

@@ -1,6 +1,6 @@
-"""Figures for `page`, as SVG, and for Markdown, as PNG.
+"""Figures: as SVG for `page`, as PNG for Markdown.
 
-Made without pyplot, which would look for a display and keep each figure until it is closed.
+They do without pyplot, which looks for a display and keeps each figure until it is closed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# series differ in colour, and in marker and line, or in hatch
+# series differ in colour, and also in marker and line style, or in hatch
 COLOURS = ["#1f78b4", "#d95f02", "#1b9e77", "#cc5f9e", "#a08a00", "#8d6fd1", "#808080"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 LINES = ["-", "--", "-.", ":", "-", "--", "-."]
@@ -27,12 +27,12 @@ LOOK = {
     **{"svg.fonttype": "none", "svg.hashsalt": "coconut", "text.parse_math": False},
 }
 WIDTH, HEIGHT = 7.2, 4.0  # inches
-MOST_MARKS = 25  # labels of stages that find a place beside each other
+MOST_MARKS = 25  # labels of stages that fit beside each other
 
 
 @rc_context(LOOK)
 def svg(figure: Figure) -> str:
-    """A figure as an <svg> element, on white. The same numbers give the same bytes."""
+    """Returns a figure as an <svg> element on white. The same numbers give the same bytes."""
     file = StringIO()
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return file.getvalue()[file.getvalue().index("<svg") :]
@@ -40,18 +40,18 @@ def svg(figure: Figure) -> str:
 
 @rc_context(LOOK)
 def picture(figure: Figure, path: Path) -> None:
-    """Writes a figure as a PNG, for Markdown."""
+    """Writes a figure as a PNG file."""
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def blank(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:
-    """An empty figure, of so many inches, and its axes."""
+    """Returns an empty figure, width by height in inches, and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
 def finished(figure: Figure, ylabel: str, n_series: int) -> Figure:
-    """Names the y axis and the series. Percentages go from 0 to 100, so that figures can be compared."""
+    """Adds the y label and a legend of several series. An axis of percentages spans 0 to 100 in every figure."""
     (panel,) = figure.axes
     panel.set_ylabel(ylabel)
     if ylabel.endswith("%"):
@@ -69,10 +69,11 @@ def lines(
     marks: Sequence[tuple[float, str]] = (),
     joined: bool = True,
 ) -> Figure:
-    """A line for each series of (x, y), or points that are not joined; where y is NaN there is a gap.
+    """Draws each series of (x, y) as a line, with a gap where y is NaN, or as points.
 
     Args:
-        marks: (x, label) of dotted lines, such as where a stage begins; of many some are left out.
+        marks: (x, label) of dotted vertical lines, such as the beginnings of stages; at most MOST_MARKS are drawn.
+        joined: whether lines join the points.
     """
     figure, panel = blank()
     for name, points in series.items():
@@ -81,7 +82,7 @@ def lines(
         panel.plot(x, y, label=name, **look)
     panel.set_xlabel(xlabel)
     if all(float(x).is_integer() for points in series.values() for x, _ in points):
-        panel.xaxis.get_major_locator().set_params(integer=True)  # epochs have no halves
+        panel.xaxis.get_major_locator().set_params(integer=True)  # no tick at epoch 1.5
     turned = {"rotation": 90, "ha": "center"} if len(marks) > 5 else {}
     for x, label in marks[:: 1 + len(marks) // MOST_MARKS]:
         panel.axvline(x, color="0.6", linestyle=":", marker="", linewidth=1)
@@ -91,7 +92,7 @@ def lines(
 
 @rc_context(LOOK)
 def make_logarithmic(figure: Figure) -> None:
-    """Gives a figure a logarithmic y axis, with plain numbers at the powers of ten."""
+    """Makes the y axis logarithmic, with plain numbers at the powers of ten."""
     figure.axes[0].set_yscale("log")
     figure.axes[0].yaxis.set_major_formatter("{x:g}")
     figure.axes[0].yaxis.set_minor_formatter("")
@@ -99,7 +100,7 @@ def make_logarithmic(figure: Figure) -> None:
 
 @rc_context(LOOK)
 def bars(groups: list[str], series: dict[str, list[float | None]], ylabel: str) -> Figure:
-    """Bars side by side in each group, one for each series; a dash where there is no value."""
+    """Draws a bar for each series side by side in each group, and a dash for a value of None."""
     figure, panel = blank()
     width = 0.8 / len(series)
     for number, (name, values) in enumerate(series.items()):
@@ -116,8 +117,10 @@ def bars(groups: list[str], series: dict[str, list[float | None]], ylabel: str) 
 
 @rc_context(LOOK)
 def stacked(groups: list[str], parts: dict[str, list[float]], xlabel: str, ylabel: str) -> Figure:
-    """A bar for each group, made of the parts, the first at the bottom. A part has the same style in every figure with
-    the same parts, and is not in the legend where it is 0 everywhere."""
+    """Draws a bar for each group that stacks the parts, the first at the bottom.
+
+    A part's colour and hatch depend only on its index in `parts`. A part that is 0 in all groups is not in the legend.
+    """
     figure, panel = blank()
     below = [0.0] * len(groups)
     for number, (name, values) in enumerate(parts.items()):
@@ -136,20 +139,20 @@ PLAIN = ("o", COLOURS[6])
 def tree(
     nodes: dict[str, int], edges: list[tuple[str, str]], values: dict[str, float], marked: dict[str, str]
 ) -> Figure:
-    """A directed graph from the top down: a node has its name and its value under it, and an area by its value.
+    """Draws a directed graph from top to bottom. A node's area shows its value; its name and value stand below it.
 
     Args:
-        nodes: name -> layer, 0 for the root's.
+        nodes: name -> layer, 0 for the root.
         edges: (from, to), names of nodes.
-        values: name -> a share of 1.
-        marked: name -> "root", "target" or "other": its shape, and a word under it.
+        values: name -> value, between 0 and 1.
+        marked: name -> "root", "target" or "other", which sets the node's shape and stands below it.
     """
     rows = layers(nodes, edges)
     figure, panel = blank(max(WIDTH, 0.9 * max(map(len, rows))), 1.3 * len(rows) + 0.2)
     places = {name: ((n + 0.5) / len(row), -depth) for depth, row in enumerate(rows) for n, name in enumerate(row)}
     for start, end in edges:
-        bent = 0 if nodes[end] == nodes[start] + 1 else 0.25  # else it would run through nodes
-        arrow = {"arrowstyle": "->", "alpha": 0.5, "shrinkA": 9, "shrinkB": 9, "connectionstyle": f"arc3,rad={bent}"}
+        bend = 0 if nodes[end] == nodes[start] + 1 else 0.25  # a straight edge over several layers would cross nodes
+        arrow = {"arrowstyle": "->", "alpha": 0.5, "shrinkA": 9, "shrinkB": 9, "connectionstyle": f"arc3,rad={bend}"}
         panel.annotate("", xy=places[end], xytext=places[start], arrowprops=arrow)
     for name, place in places.items():
         marker, colour = SHAPES[marked[name]] if name in marked else PLAIN
@@ -165,9 +168,9 @@ def tree(
 
 
 def layers(nodes: dict[str, int], edges: list[tuple[str, str]]) -> list[list[str]]:
-    """The nodes of each layer from left to right: a node goes to the mean place of those above that it is tied to
-    (barycentres, Sugiyama et al. 1981), so that few edges cross."""
-    rows = [[name for name, of in nodes.items() if of == depth] for depth in range(1 + max(nodes.values()))]
+    """Orders the nodes of each layer from left to right by the mean position of their parents (the barycentre method,
+    Sugiyama et al. 1981), so that few edges cross."""
+    rows = [[name for name, layer in nodes.items() if layer == depth] for depth in range(1 + max(nodes.values()))]
     place: dict[str, float] = {}
     for row in rows:
         above = {name: [place[start] for start, end in edges if end == name and start in place] for name in row}

@@ -1,4 +1,4 @@
-"""A page of figures and tables: one HTML file that needs nothing else. The same input gives the same bytes.
+"""Pages of figures and tables: one self-contained HTML file each. The same input gives the same bytes.
 
 section = Section("Accuracy", "Both start at stage 0.", [Figure(svg, "accuracy by epoch", ["epoch", "%"], rows)])
 Path("page.html").write_text(page("A run", "What it came to.", [section]), encoding="utf-8")
@@ -29,36 +29,36 @@ th, td { padding: .3em .8em .3em 0; text-align: left; vertical-align: top; borde
 
 @dataclass
 class Figure:
-    """A drawing, its caption, and its numbers as a table."""
+    """A drawing with its caption and a table of its numbers."""
 
-    svg: str  # goes into the page as it is; "" where the table is all there is
+    svg: str  # copied into the page unescaped; "" for a table alone
     caption: str
     head: list[str]
-    rows: list[list[str]]  # none: no table
+    rows: list[list[str]]  # [] for a drawing alone
 
 
 @dataclass
 class Example:
-    """A closer look, collapsed."""
+    """A collapsed part of a section."""
 
     title: str
-    body: str  # HTML, which goes into the page as it is
+    body: str  # HTML, copied into the page unescaped
 
 
 @dataclass
 class Section:
     title: str
-    text: str = ""  # paragraphs, a blank line between them; `code` is all that is interpreted
+    text: str = ""  # paragraphs, separated by blank lines; the only markup is `code`
     figures: list[Figure] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
 
 
 def page(title: str, intro: str, sections: list[Section], facts: Sequence[tuple[str, str]] = ()) -> str:
-    """The HTML of a whole page. Everything is escaped but `Figure.svg` and `Example.body`, which must be well-formed.
+    """Returns a page as HTML. It escapes everything except `Figure.svg` and `Example.body`, which must be well-formed.
 
     Args:
         intro: as `Section.text`.
-        facts: (name, value), such as the checkpoint, the data, the seeds.
+        facts: (name, value) rows above the sections, such as the checkpoint, the data, the seeds.
     """
     parts = [f"<h1>{escape(title)}</h1>", paragraphs(intro)]
     parts += [table_html([], [list(fact) for fact in facts])] if facts else []
@@ -74,7 +74,7 @@ def page(title: str, intro: str, sections: list[Section], facts: Sequence[tuple[
 
 
 def paragraphs(text: str) -> str:
-    """Plain text as HTML: a paragraph between blank lines, `code` in backticks."""
+    """Returns text as HTML paragraphs, with `code` in backticks."""
     blocks = (" ".join(block.split()) for block in re.split(r"\n\s*\n", text))
     return "\n".join(f"<p>{coded(block)}</p>" for block in blocks if block)
 
@@ -88,7 +88,7 @@ def collapsed(title: str, body: str) -> str:
 
 
 def figure_html(figure: Figure) -> str:
-    """A drawing, its caption and its table, which is collapsed where it is long."""
+    """Returns a drawing, its caption and its table as HTML; a long table is collapsed."""
     label = escape(figure.caption.replace("`", ""))
     drawing = f'<div class="wide" role="img" aria-label="{label}">{figure.svg}</div>\n' if figure.svg else ""
     numbers = table_html(figure.head, figure.rows) if figure.rows else ""

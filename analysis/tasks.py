@@ -1,7 +1,7 @@
-"""Questions with what is known of them beside the answer: states, graphs, what would follow from another thought.
+"""The two kinds of data that the analysis knows, with what their examples say beyond the answer.
 
-Two kinds of data can be analysed: state tracking (preprocessing/machine.py, with PREFIX_machine.json beside the file),
-and graphs with ProsQA's fields (the paper's and the mirrored ones, in sentences or compact).
+State tracking (preprocessing/machine.py) needs PREFIX_machine.json beside the data file. Graphs need ProsQA's fields;
+they may be the paper's or mirrored, in the template of sentences or in the compact one.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ class Task:
     """Questions of one kind."""
 
     kind: str
-    classes: tuple[str, ...]  # what an output can be, in the order in which they are stacked
-    step_prefix: str = ""  # the text that is forced before a name, the first of a next step
-    fewest: int = 0  # thoughts after which steps begin so
+    classes: tuple[str, ...]  # of outputs, in the order in which figures stack them
+    step_prefix: str = ""  # the text of a step before the name that it begins with
+    fewest: int = 0  # steps after fewer thoughts than this begin without step_prefix
 
     def __init__(self, examples: list[dict]):
         self.examples = examples
 
     def names(self) -> list[list[str]]:
-        """For each question all names that a step can begin with after step_prefix."""
+        """Returns, for each question, all names that can follow step_prefix."""
 
     def next_name(self, index: int, k: int) -> str | None:
-        """The name with which the (k + 1)-th step of a question begins; None where it has none, or fewer steps."""
+        """Returns the name that begins a question's step k + 1; None without such a step, and for k < fewest."""
         steps = self.examples[index]["steps"]
         return steps[k] if self.fewest <= k < len(steps) else None
 
     def classify(self, index: int, output: str, n_thoughts: int) -> str:
-        """Which of `classes` an output is."""
+        """Returns the class of an output."""
 
     def others(self) -> list[str | None]:
-        """For each question the wrong candidate, which only reasoning excludes; None where there is none."""
+        """Returns, for each question, its wrong candidate; None if the question names no candidates."""
         return [None] * len(self.examples)
 
     def twins(self) -> list[dict | None]:
-        """For each question one that differs in where it begins, and so in its answer, where there is one."""
+        """Returns, for each question, one that begins elsewhere and has another answer; None if there is none."""
 
     def redrawn(self, random) -> tuple[str, list[dict]]:
-        """(what was done, questions): the same with their parts in another order."""
+        """Returns (what was done, the questions with their parts in another order)."""
 
 
 class Machine(Task):
-    """State tracking: from a start state each button leads to a state."""
+    """State tracking: each button permutes the states; the answer is the state after the last button."""
 
     kind = "machine"
     classes = ("right steps and answer", "right answer only", "wrong answer")
@@ -60,11 +60,11 @@ class Machine(Task):
         self.states = sorted(next(iter(permutations.values())))
         for number, example in enumerate(examples):
             try:
-                is_of_machine = example == example | self.question_of(example["question"][:1], example["question"][1:])
+                is_consistent = example == example | self.question_of(example["question"][:1], example["question"][1:])
             except (KeyError, IndexError):
-                is_of_machine = False
-            if not is_of_machine:
-                raise UserError(f"record {number} (counted from 0) is no question of its machine")
+                is_consistent = False
+            if not is_consistent:
+                raise UserError(f"record {number} (counted from 0) does not follow from the machine's permutations")
 
     def names(self) -> list[list[str]]:
         return [self.states] * len(self.examples)
@@ -77,38 +77,40 @@ class Machine(Task):
         return self.classes[0] if "".join(extract_steps(output).split()) == left else self.classes[1]
 
     def follow(self, state: str, buttons: str) -> str:
-        """Where a word of buttons leads."""
+        """Returns the state after the buttons."""
         for button in buttons:
             state = self.permutations[button][state]
         return state
 
     def question_of(self, start: str, buttons: str) -> dict:
-        """The question of where a word of buttons leads from a state, with its steps and answer. Raises KeyError."""
+        """Returns the example that presses these buttons in a state. Raises KeyError for an unknown state or button,
+        IndexError without buttons."""
         steps = [self.follow(start, buttons[: number + 1]) for number in range(len(buttons))]
         return {"question": start + buttons, "steps": steps, "answer": steps[-1]}
 
     def twins(self) -> list[dict | None]:
-        """The same words, pressed in the state that comes next in the alphabet."""
+        """Returns the same buttons, pressed in the next state of the alphabet."""
         following = dict(zip(self.states, [*self.states[1:], self.states[0]], strict=True))
         return [self.question_of(following[e["question"][0]], e["question"][1:]) for e in self.examples]
 
     def redrawn(self, random) -> tuple[str, list[dict]]:
-        """Another order of buttons is another question; its own answer is what should come out."""
+        """Returns questions with the buttons in another order, and with the answers that follow from it."""
         questions = [example["question"] for example in self.examples]
-        found = [self.question_of(word[0], "".join(random.permutation(list(word[1:])))) for word in questions]
+        found = [self.question_of(text[0], "".join(random.permutation(list(text[1:])))) for text in questions]
         return "buttons in another order", found
 
     def after_transplant(self, index: int, donor: int, k: int) -> str:
-        """Where this question's buttons after the k-th lead from the donor's state after k."""
+        """Returns the answer if the donor's state after k steps replaces the question's: the question's buttons from
+        k + 1 on lead there."""
         return self.follow(self.examples[donor]["steps"][k - 1], self.examples[index]["question"][1 + k :])
 
 
 class Graphs(Task):
-    """ProsQA: which of two candidates can be reached from the root?
+    """ProsQA: which of two candidates does the root reach?
 
-    A compact step is the name that it leads to. A sentence begins with the name that it comes from, one edge nearer to
-    the root: after k thoughts 'Every' is followed by a node at distance k (paper, Section 5.2). The first step begins
-    with the root, without 'Every'.
+    A compact step is the name of the node that its edge leads to: after k thoughts, a node k + 1 edges from the root.
+    A sentence begins with the node that its edge leaves: after k thoughts, 'Every' precedes a node k edges from the
+    root (paper, Section 5.2). The first sentence begins with the root, without 'Every'.
     """
 
     kind = "graphs"
@@ -134,27 +136,27 @@ class Graphs(Task):
         return step if step is None or self.compact else step.removeprefix(self.step_prefix).partition(" is a ")[0]
 
     def distance(self, k: int) -> int:
-        """Edges from the root to the nodes that steps begin with after k thoughts."""
+        """Returns how many edges the root is from the nodes that begin a step after k thoughts."""
         return k + 1 if self.compact else k
 
     def classify(self, index: int, output: str, n_thoughts: int) -> str:
-        answer = extract_answer(output) if "#" in output else ""  # without it the text is all reasoning
+        answer = extract_answer(output) if "#" in output else ""  # without '#' all of the text is reasoning
         return paths.classify(self.graphs[index], extract_steps(output), answer, n_thoughts)
 
     def others(self) -> list[str | None]:
         return [self.with_answer(example, "neg_target") for example in self.examples]
 
     def with_answer(self, example: dict, which: str) -> str:
-        """The answer that names the target or the other candidate."""
+        """Returns the answer that names a candidate: `target` or `neg_target`."""
         name = example["idx_to_symbol"][example[which]]
         return name if self.compact else f"{example['idx_to_symbol'][example['root']]} is a {name}."
 
     def twins(self) -> list[dict | None]:
-        """Asked about the root of the other candidate, where it has one that does not lead to the right one as well."""
+        """Returns questions about a source that reaches the other candidate and not the target."""
         found: list[dict | None] = []
         for example, graph in zip(self.examples, self.graphs, strict=True):
-            leads_to = {name: paths.distances(graph, name) for name in sorted(graph.sources)}
-            roots = [name for name, ends in leads_to.items() if graph.other in ends and graph.target not in ends]
+            reached = {name: paths.distances(graph, name) for name in sorted(graph.sources)}
+            roots = [name for name, ends in reached.items() if graph.other in ends and graph.target not in ends]
             if not roots:
                 found.append(None)
                 continue
@@ -166,7 +168,7 @@ class Graphs(Task):
         return found
 
     def redrawn(self, random) -> tuple[str, list[dict]]:
-        """The order of the edges carries no information: the answers stay."""
+        """Returns questions with the edges in another order, which has no effect on the answers."""
         found = []
         for example in self.examples:
             if self.compact:
@@ -180,9 +182,9 @@ class Graphs(Task):
 
 
 def load_task(path: Path, count: int | None = None, steps: int | None = None) -> Task:
-    """The first questions of a data file, with `steps` the first that have so many, and what is known about them.
+    """Loads the first `count` examples of a data file; with `steps`, the first `count` that have that many steps.
 
-    Raises UserError where they are of no known kind, or too few.
+    Raises UserError for data of neither kind, inconsistent examples, and fewer than two examples.
     """
     examples = load_examples(path, count if steps is None else None)
     machine = path.with_name(path.name.rpartition("_")[0] + "_machine.json")
@@ -192,17 +194,15 @@ def load_task(path: Path, count: int | None = None, steps: int | None = None) ->
         kind = partial(Machine, permutations=read_json(machine)["permutations"])
     else:
         raise UserError(
-            f"{path} is of no kind that can be analysed: neither graphs with ProsQA's fields, nor state tracking with "
-            f"{machine.name} beside it"
+            f"{path} cannot be analysed: its examples have no ProsQA fields, and there is no {machine.name} beside it, "
+            "which state tracking needs"
         )
     try:
-        task = kind(examples)  # of all: messages name a record by its index in the file
+        task = kind(examples)  # before the selection: messages name a record by its index in the file
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if steps is not None:
         task = kind([example for example in examples if len(example["steps"]) == steps][:count])
     if len(task.examples) < 2:
-        raise UserError(
-            f"{path} holds too few such questions ({len(task.examples)}): thoughts are compared across questions"
-        )
+        raise UserError(f"{path} has too few such questions ({len(task.examples)}): the analysis compares questions")
     return task

@@ -1,11 +1,12 @@
-"""The protocol of a method: one file of this folder, found by its name, without which everything else still works.
+"""The protocol of a method. A method is one file of this folder, found by its name; everything else works without it.
 
-A file begins with what needs no torch: its docstring and `class Method`, with the method's own keys, the defaults that
-it gives to others', what it excludes, and how it was spelled before. Below that, from the first import of torch or of
-what imports torch on, stand its model and its dataset. config.py reads the upper part alone (`rules_of`), so that
---help and every complaint come at once; `implementation` imports the whole. docs/contributing.md shows a file.
+The upper part of a file needs no torch: its docstring and `class Method`, with the method's own keys, the defaults that
+it sets for other keys, the combinations that it rejects, and its older spellings. The lower part starts at the first
+import of torch, or of a module that imports torch, and holds the model and the dataset. config.py runs the upper part
+only (`rules_of`), so that --help and error messages appear at once; `implementation` imports the whole file.
+docs/contributing.md shows an example.
 
-A thought is registered by `@register("name", takes=":N")` in any file of this folder, and found likewise.
+A thought may be registered with `@register("name", takes=":N")` in any file of this folder.
 """
 
 from __future__ import annotations
@@ -22,74 +23,77 @@ from math import inf
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SLOW = {"torch", "transformers", "coconut", "dataset", "model", "trainer"}  # the import of one ends the upper part
-LARGEST_FACTOR = 1e30  # of what a gradient is multiplied with: it has to stay a float32
+SLOW = {"torch", "transformers", "coconut", "dataset", "model", "trainer"}  # importing one of these ends the upper part
+LARGEST_FACTOR = 1e30  # upper limit of a loss weight or learning rate: products with gradients must fit float32
 
 
 def key(
     default, text, *, choices=(), low=-inf, high=inf, check=None, free=False, later=False, empty=False, shapes=False
 ):
-    """A key with its text for --help and its limits: `check` raises ValueError. `free` where it does not decide what
-    the weights become, so that it may change between a run and its continuation; `later` where results of experiments/
-    are older than the key, and had its default; `empty` where nothing, as in `key=`, is the empty text; `shapes` where
-    it decides what a model's sequences look like, so that checkpoints record it."""
+    """Returns the dataclass field of a key: its default, its text for --help and its limits.
+
+    choices, low, high: the allowed values. check: a function of the value that raises ValueError. free: the key does
+    not affect the trained weights, so it may change when a run is continued. later: the key was added after results in
+    experiments/ were recorded; those results had its default. empty: `key=` sets the empty string instead of nothing.
+    shapes: the key affects a model's sequences, so checkpoints record it.
+    """
     limits = {"choices": choices, "low": low, "high": high, "check": check, "free": free, "later": later}
     return dataclasses.field(default=default, metadata={"help": text, "empty": empty, "shapes": shapes, **limits})
 
 
 class Texts(typing.NamedTuple):
-    """Other texts in place of an example's steps, and what names their tokens in the cache."""
+    """Auxiliary texts of an example."""
 
-    name: dict
-    steps: Callable[[Sequence[str]], list[str]]
+    name: dict  # identifies them in the token cache
+    steps: Callable[[Sequence[str]], list[str]]  # the example's steps -> the texts that replace them
 
 
 class Method:
-    """What a method is, without torch. Its own keys are annotated fields made by `key`; a static function that is
-    named as one of curriculum.py's `@replaceable` functions takes its place."""
+    """The part of a method that needs no torch. Its own keys are annotated fields made by `key`. A static function with
+    the name of a `@replaceable` function of curriculum.py replaces that function."""
 
     has_latents = False  # whether its sequences have latent positions
-    has_stages = True  # where not, its latents are always those of the last stage
-    goes_on_at_once = True  # whether the text that follows its latents is predicted right after them
-    variant_of: str | None = None  # the method with the same sequences, as which checkpoints and results recorded it
-    needs: tuple[str, ...] = ()  # other files of this folder
-    n_companions = 0  # models of the same size that are trained beside it
-    defaults: typing.ClassVar[dict] = {}  # of any keys, where it is chosen by its name
+    has_stages = True  # if False, every epoch has the latents of the last stage
+    predicts_end_marker = False  # whether the model writes the end marker itself, after its latents
+    variant_of: str | None = None  # method with the same sequences; checkpoints and older results record that name
+    needs: tuple[str, ...] = ()  # other files of this folder that it imports
+    n_companions = 0  # further models of the same size that are trained with it
+    defaults: typing.ClassVar[dict] = {}  # key -> default, used when `method` names this method
 
     @staticmethod
     def problems(config) -> Iterable[str]:
-        """What is impossible about a config.Config, a sentence each; called whatever the method, for a key of this one
-        may be set under another."""
+        """Returns one sentence for each invalid combination in a config.Config. It is called for every method, since a
+        key of this one may be set under another."""
         return []
 
     @staticmethod
     def texts(config) -> Texts | None:
-        """Other texts of each example that are tokenized too, as `tokens.auxiliary`."""
+        """Returns the auxiliary texts of each example; their tokens are `tokens.auxiliary`."""
         return None
 
     @staticmethod
     def variants(config) -> list:
-        """The configurations of all sequences that a training step sees of an example."""
+        """Returns the configurations of all sequences that a training step builds from one example."""
         return [config]
 
     @staticmethod
     def output(tokens: list[int], markers) -> list[int]:
-        """What of generated tokens is the model's output."""
+        """Returns the part of the generated tokens that is the model's output."""
         return tokens
 
     @staticmethod
     def options(config) -> dict:
-        """What its model's constructor takes beside Coconut's arguments."""
+        """Returns the keyword arguments of its model's constructor, besides those of Coconut."""
         return {}
 
     @staticmethod
     def mixes_in(config) -> bool:
-        """Whether its model and dataset take part in those of another method."""
+        """Whether its model and dataset are combined with those of another method."""
         return False
 
     @staticmethod
     def older(values: dict) -> None:
-        """Rewrites, in place, what is set in an older spelling of this method."""
+        """Rewrites an older spelling of this method in place."""
 
 
 class _WithLatents(Method):
@@ -113,16 +117,17 @@ def _is_slow(node: ast.stmt) -> bool:
 
 @cache
 def all_rules() -> dict[str, type[Method]]:
-    """Name -> the class Method of every method, the core's first; without those that lack a file which they need."""
-    found = dict(CORE)
+    """Returns name -> class Method for every method, the core's first. Methods that need an absent file are left
+    out."""
+    rules_by_name = dict(CORE)
     for name, (path, tree) in _trees().items():
         end = next((number for number, node in enumerate(tree.body) if _is_slow(node)), len(tree.body))
         upper = tree.body[:end]
         if any(isinstance(node, ast.ClassDef) and node.name == "Method" for node in upper):
             module = types.ModuleType(f"methods.{name}")
             exec(compile(ast.Module(upper, []), str(path), "exec"), vars(module))
-            found[name] = module.Method
-    return {name: rules for name, rules in found.items() if found.keys() >= {*rules.needs}}
+            rules_by_name[name] = module.Method
+    return {name: rules for name, rules in rules_by_name.items() if rules_by_name.keys() >= {*rules.needs}}
 
 
 def names() -> tuple[str, ...]:
@@ -134,7 +139,8 @@ def rules_of(name: str) -> type[Method]:
 
 
 def modern(values: dict) -> dict:
-    """Values of keys in today's spelling, where they are in that of before a method had a name of its own."""
+    """Returns the keys in their current spelling. Older configurations and checkpoints name some methods
+    differently."""
     values = dict(values)
     for rules in all_rules().values():
         rules.older(values)
@@ -142,21 +148,22 @@ def modern(values: dict) -> dict:
 
 
 def with_defaults(values: dict) -> dict:
-    """`modern`, with the defaults of the method where it is chosen by its name: an older spelling had none."""
+    """Returns `modern(values)` with the method's defaults if `method` names it; an older spelling had no such
+    defaults."""
     values, given = modern(values), values.get("method")
     rules = all_rules().get(given)
     return {**rules.defaults, **values} if rules and values["method"] == given else values
 
 
 def own_keys(rules: type[Method]) -> Iterator[tuple[str, str, dataclasses.Field]]:
-    """(name, annotation, field) of each key that a method brings."""
+    """Yields (name, annotation, field) of each key that a method defines."""
     for name, annotation in inspect.get_annotations(rules).items():
         if isinstance(field := vars(rules)[name], dataclasses.Field):
             yield name, annotation, field
 
 
 def thoughts() -> Iterator[tuple[str, str, str]]:
-    """(name, what may follow it, module) of each thought that is registered in this folder."""
+    """Yields (name, what may follow the name, module) of each thought registered in this folder."""
     for module, (_, tree) in _trees().items():
         for node in tree.body:
             for call in getattr(node, "decorator_list", []):
@@ -166,7 +173,8 @@ def thoughts() -> Iterator[tuple[str, str, str]]:
 
 
 def implementation(name: str) -> types.ModuleType:
-    """The whole file of a method, which imports torch. It may define MODEL, a subclass of Coconut; DATASET, one of
-    StageDataset; `validate`, with the arguments of trainer.evaluate.evaluate; and `on_device(run, batch)`, which makes
-    of a training batch what the model is called with, such as rollouts and their rewards."""
+    """Imports and returns the whole file of a method, with torch. It may define MODEL, a subclass of Coconut; DATASET,
+    a subclass of StageDataset; `validate`, with the arguments of trainer.evaluate.evaluate; and `on_device(run,
+    batch)`, which turns a training batch into the model's arguments, for example by sampling answers and computing
+    rewards."""
     return importlib.import_module(f"methods.{name}")

@@ -1,15 +1,16 @@
-"""CODI (EMNLP 2025, arXiv 2502.21074): a model that thinks is taught by itself writing its steps.
+"""CODI (EMNLP 2025, arXiv 2502.21074): self-distillation from written steps to latent thoughts.
 
-In every step the same weights see an example twice. The student answers after latent thoughts, always as many; the
-teacher writes the steps, all but the last, and answers. The student's hidden states at one position, that of the token
-before the first of the answer itself, are drawn to the teacher's, in all layers. A thought of its own, `mlp`, feeds the
-student; whatever thought there is will do.
+In every step the same weights process an example twice. The student answers after a fixed number of latent thoughts.
+The teacher writes all steps but the last, and answers. A distillation loss pulls the student's hidden states towards
+the teacher's in all layers, at one position: the token before the first token of the answer's text. CODI's own thought
+is `mlp`; any other works too.
 
     loss = CE of the student's answer + distillation x D + CE of the teacher's steps and answer
     D = mean over the layers j, embeddings and final norm included, of SmoothL1(student_j, teacher_j) / std(teacher_j)
 
-with no gradient to the teacher's states, and the std over the (B, 1, D) of the batch. The means are those of a batch,
-weighted by its examples, as the loss of Coconut is here. Padding is attended to nowhere, unlike in the published code.
+No gradient reaches the teacher's states in D. The std is over the (B, 1, D) states of the batch. The three terms are
+means over a batch, which is weighted by its number of examples, as Coconut's loss is. Unlike in the published code, no
+position attends to padding.
 
 Legend: B rows, T columns of a batch, D hidden size, L decoder blocks.
 """
@@ -24,7 +25,7 @@ from methods import LARGEST_FACTOR, Texts, key
 
 
 def teacher_steps(steps: Sequence[str]) -> list[str]:
-    """The reasoning of the teacher as one text: all steps but the last, joined by blanks."""
+    """Returns the teacher's reasoning as one text: all steps but the last, joined by blanks."""
     return [" ".join(steps[:-1])] if len(steps) > 1 else []
 
 
@@ -33,7 +34,7 @@ class Method(methods.Method):
     has_stages = False
     distillation: float = key(
         1.0,
-        "codi: weight of the distance between the student's states and the teacher's",
+        "codi: weight of the distance between the student's and the teacher's hidden states",
         low=0,
         high=LARGEST_FACTOR,
         later=True,
@@ -45,9 +46,9 @@ class Method(methods.Method):
         if config.rules.has_stages:
             return
         if config.uniform_prob or config.advance_at is not None:
-            yield f"uniform_prob and advance_at are of stages, and {method} has always the thoughts of the last one"
+            yield f"uniform_prob and advance_at need stages, and {method} always has the thoughts of the last stage"
         if not config.c_thought * config.max_latent_stage * config.pad_latent_to_max:
-            yield f"{method} thinks max_latent_stage x c_thought thoughts: it needs both, and pad_latent_to_max"
+            yield f"{method} has max_latent_stage x c_thought thoughts: set both above 0, and pad_latent_to_max to true"
 
     @staticmethod
     def texts(config) -> Texts:
@@ -58,7 +59,7 @@ class Method(methods.Method):
         return {"distillation": config.distillation}
 
 
-# ---- With torch ----
+# --- With torch ---
 
 import torch
 import torch.nn.functional as F
@@ -69,16 +70,16 @@ from dataset import StageDataset, collate_for_device
 from model.layout import column_of
 
 
-class TaughtDataset(StageDataset):
-    """Items (input_ids, labels, position, teacher's input_ids, labels, position): that of the token before the
-    answer's first."""
+class TeacherDataset(StageDataset):
+    """Items (input_ids, labels, position, teacher's input_ids, labels, position). A position is the index of the token
+    before the first token of the answer's text, which follows "### "."""
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
         input_ids, labels = super().__getitem__(key)
         question, steps, answer = self.tokens.auxiliary[key[0]]
         written = [*(token for step in steps for token in step), *answer, self.markers.eos]
         teacher = question + written
-        prefix = self.tokens.answer_prefix
+        prefix = self.tokens.answer_prefix  # of "### "; a tokenizer may join its blank to the answer's text
         shared = len([*takewhile(lambda pair: pair[0] == pair[1], zip(prefix, answer, strict=False))])
         student_position, position = (len(ids) - 1 - len(answer) + shared - 1 for ids in (input_ids, teacher))
         return input_ids, labels, student_position, teacher, [IGNORE] * len(question) + written, position
@@ -90,9 +91,9 @@ class TaughtDataset(StageDataset):
         return [("teacher", teacher, labels), where]
 
     def collate(self, rows: list[tuple]) -> dict:
-        """`StageDataset.collate`, with the arguments of `Codi.forward`."""
+        """Returns `StageDataset.collate` with the further arguments of `Codi.forward`."""
         batch = super().collate([row[:2] for row in rows])
-        column = next(iter(batch["latent_columns"]), 0)  # of the first latent, in each row
+        column = next(iter(batch["latent_columns"]), 0)  # of each row's first latent
         gaps = [max(column - row[0].index(self.markers.latent), 0) if column else 0 for row in rows]
         batch["columns"] = torch.tensor([row[2] + gap for row, gap in zip(rows, gaps, strict=True)])
         batch["teacher"] = collate_for_device([row[3:5] for row in rows], self.markers.eos, None)
@@ -101,10 +102,11 @@ class TaughtDataset(StageDataset):
 
 
 class Codi(Coconut):
-    """Coconut that is taught in training, where a batch has a teacher's part.
+    """Coconut with a teacher's pass in training.
 
-    distillation: weight of the distance between the student's states and the teacher's.
-    first_layer: of those that are compared; 0 is the embeddings.
+    Args, besides those of Coconut:
+        distillation: weight of the distance between the student's and the teacher's states.
+        first_layer: the first compared layer; 0 is the embeddings.
     """
 
     def __init__(self, *args, distillation: float = 1.0, first_layer: int = 0, **kwargs):
@@ -115,23 +117,25 @@ class Codi(Coconut):
     def forward(
         self, *args, columns: torch.Tensor | None = None, teacher: dict | None = None, **kwargs
     ) -> CoconutOutput:
-        """`Coconut.forward` of the student; with a teacher's batch, which is as the student's, `loss` is the whole one.
-        columns: (B,) int64, those that are compared."""
+        """Runs `Coconut.forward` on the student's batch. With a teacher's batch, `loss` is the sum of all three terms.
+
+        columns: (B,) int64, the compared column of each student's row; `teacher` holds the teacher's as "columns".
+        """
         if teacher is None:
             return super().forward(*args, **kwargs)
-        # the teacher's pass is the earlier one, so its backward comes last
-        taught, wanted = self._states_at(**teacher)
-        output, found = self._states_at(columns, *args, **kwargs)
+        # the teacher runs first, so its backward comes last, as trainer.parallel.sync_gradients expects of a first pass
+        teacher_output, teacher_states = self._states_at(**teacher)
+        output, student_states = self._states_at(columns, *args, **kwargs)
         distances = [
-            F.smooth_l1_loss(own, target.detach()) / target.detach().std()
-            for own, target in list(zip(found, wanted, strict=True))[self.first_layer :]
+            F.smooth_l1_loss(student, target.detach()) / target.detach().std()
+            for student, target in zip(student_states, teacher_states, strict=True)
         ]
-        loss = output.loss + self.distillation * torch.stack(distances).mean() + taught.loss
-        return output._replace(loss=loss)
+        distance = torch.stack(distances[self.first_layer :]).mean()
+        return output._replace(loss=output.loss + self.distillation * distance + teacher_output.loss)
 
     def _states_at(self, columns: torch.Tensor, *args, **kwargs) -> tuple[CoconutOutput, list[torch.Tensor]]:
-        """Coconut's forward, and L + 1 states, (B, 1, D) each, as transformers' hidden_states, at the columns (B,).
-        The last pass must hold those columns."""
+        """Returns Coconut's output and the L + 1 hidden states, (B, 1, D) each, at the columns (B,), in the order of
+        transformers' hidden_states. The last pass must contain those columns."""
         width = (args[0] if args else kwargs["input_ids"]).shape[1]
 
         def pick(state: torch.Tensor) -> torch.Tensor:
@@ -142,4 +146,4 @@ class Codi(Coconut):
         return output._replace(hidden=None), [*states[:-1], column_of(output.hidden, columns)]
 
 
-MODEL, DATASET = Codi, TaughtDataset
+MODEL, DATASET = Codi, TeacherDataset

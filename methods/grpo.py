@@ -1,19 +1,20 @@
-"""GRPO through thoughts: answers are sampled, rewarded, and made likelier where they beat others to their question.
+"""GRPO through thoughts: samples answers to a question and makes those likelier whose reward is above the mean.
 
-To each question of a batch there are G answers, sampled at the key temperature by the model as it is; A_j is r_j less
-the mean of their rewards (Dr. GRPO, arXiv 2503.20783), or that over their standard deviation + 1e-8 (GRPO, 2402.03300).
-Each batch has one update, so that the ratio of new to old policy is 1, and the loss of a question with thoughts z is
+The current model samples G answers to each question of a batch, at the key `temperature`. The advantage A_j is r_j
+minus the group's mean reward (Dr. GRPO, arXiv 2503.20783), optionally divided by the group's standard deviation + 1e-8
+(GRPO, 2402.03300). Each batch has one update, so the ratio of new to old policy is 1. The loss of a question with
+thoughts z is
 
     loss = - mean over j of A_j log p(y_j | x, z(x)),    log p = sum over the tokens of y_j, EOS included, of
                                                                  log softmax(logits / temperature)
 
-over all tokens but the latent one, with the gradient through the thoughts, run again as in training. Summed over all
-answers y with the weight p(y) its gradient is minus that of the expected reward J = E[r]; with the mean over the G
-themselves it is (1 - 1/G) of that. The loss of a batch is the mean over its questions.
+with the softmax over all tokens but the latent token. The gradient runs through the thoughts, which are recomputed as
+in training. Summed over all answers y with weight p(y), the loss's gradient is minus that of the expected reward J =
+E[r]; with the group's own mean as baseline it is (1 - 1/G) of that. The loss of a batch is the mean over its questions.
 
-With the key thought_noise the thoughts are sampled too, z~_t = z_t + s eps_t, and belong to the action: the answer's
-gradient ends at them, and the auxiliary loss is - mean over j of A_j log q(z~ | x), the Gaussian policy gradient, a sum
-over latents and the D dimensions (with the mean over dimensions, as in CoLaR, it is another objective):
+With the key thought_noise the thoughts are sampled too, z~_t = z_t + s eps_t, and are part of the action. The gradient
+of the answer stops at them. The auxiliary loss - mean over j of A_j log q(z~ | x) gives their Gaussian policy gradient.
+It sums over latents and over the D dimensions (CoLaR's mean over dimensions is another objective):
 
     log q = sum over t of - |z~_t - z_t|^2 / (2 s^2) - D log s,    s = S |z_t| / sqrt(D), with a gradient too, or S
 
@@ -35,17 +36,17 @@ class Method(methods.Method):
     has_latents = True
     variant_of = "coconut"
     defaults = {"temperature": 1.0, "curriculum": "none"}
-    group_size: int = key(8, "grpo: answers sampled to each question of a batch", low=2, later=True)
+    group_size: int = key(8, "grpo: number of answers sampled for each question", low=2, later=True)
     advantage: str = key(
         "mean",
-        "grpo: mean | std: an answer's reward less the mean of its group, or that over the group's standard deviation",
+        "grpo: mean | std: an answer's reward minus its group's mean, or that over the group's standard deviation",
         choices=("mean", "std"),
         later=True,
     )
     reward: str = key(
         "match",
-        "grpo: match | FILE: 1 for a right answer by answer_match, or what reward(question, gold, outputs) of a Python "
-        "file returns",
+        "grpo: match | FILE: 1 for a right answer by answer_match and 0 otherwise, or the result of the function "
+        "reward(question, gold, outputs) in a Python file",
         later=True,
     )
 
@@ -66,9 +67,7 @@ class Method(methods.Method):
         return {"temperature": config.temperature}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# With torch
-# ---------------------------------------------------------------------------------------------------------------
+# --- With torch ---
 
 import math
 import runpy
@@ -84,15 +83,16 @@ from config import split_noise
 from curriculum import IGNORE, prompt
 from dataset import MicroBatch, StageDataset, collate_for_device, collate_prompts
 from model.thought import Seen
+from preprocessing.tokens import batched
 from trainer import evaluate, parallel, samples
 from utils import UserError, log
 
-SILENT_STEPS = 100  # without a group whose rewards differ, after which there is a warning
-Reward = Callable[[str, str, list[str]], Sequence[float]]  # (question, gold answer, outputs) -> a number each
+SILENT_STEPS = 100  # without a group whose rewards differ, until the next warning
+Reward = Callable[[str, str, list[str]], Sequence[float]]  # (question, gold answer, outputs) -> one number per output
 
 
 class QuestionDataset(StageDataset):
-    """Items (prompt, labels, index, Q, A): nothing is supervised before answers have been sampled."""
+    """Items (prompt, labels, index, Q, A). No token is supervised until answers have been sampled."""
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[int], list[int], int, list[int], list[int]]:
         question, steps, answer = self.tokens[key[0]]
@@ -100,14 +100,14 @@ class QuestionDataset(StageDataset):
         return ids, [IGNORE] * len(ids), key[0], question, answer
 
     def weight(self, micro: MicroBatch, stage: int) -> float:
-        """By its number of questions."""
+        """Weights a micro-batch by its number of questions."""
         return micro.weight
 
     def others(self, item: tuple, words) -> list[str]:
-        return [f"  {self.config.group_size} sampled answers are compared with {words(item[4])}"]
+        return [f"  the rewards of {self.config.group_size} sampled answers compare them with {words(item[4])}"]
 
     def collate(self, rows: list[tuple]) -> dict:
-        """What `on_device` makes a batch of; keys: (seed, epoch, index) of each question."""
+        """Returns the arguments of `on_device`; keys: (seed, epoch, index) of each question."""
         batch = collate_prompts([ids for ids, *_ in rows], self.markers.eos)
         keys = [(self.config.seed, self.epoch or 0, index) for _, _, index, _, _ in rows]
         lists = {"prompts": [row[0] for row in rows], "questions": [row[3] for row in rows]}
@@ -116,7 +116,7 @@ class QuestionDataset(StageDataset):
 
 
 class Replay(samples.Noise):
-    """Noise whose thoughts are an action: no gradient runs through them, and `log_density` is their log q, (R,)."""
+    """Noise that makes the thoughts an action: no gradient runs through them. `log_density` is their log q, (R,)."""
 
     log_density: torch.Tensor | float = 0.0
 
@@ -131,20 +131,20 @@ class Replay(samples.Noise):
 
 
 class Grpo(Coconut):
-    """Coconut whose training batches hold sampled answers; temperature: at which they were sampled."""
+    """Coconut whose training batches hold sampled answers. temperature: the sampling temperature."""
 
     def __init__(self, *args, temperature: float = 1.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.temperature = temperature
-        self.signal_at: int | None = None  # the last step, of this process, with a group whose rewards differ
+        self.signal_at: int | None = None  # this process's last step with a group whose rewards differ
 
     def train(self, mode: bool = True) -> Grpo:
-        """Without dropout: the policy that is updated is the one that has answered."""
+        """Keeps dropout off: the updated policy is the one that sampled the answers."""
         return super().train(False)
 
     def forward(self, *args, advantages: list[float] | None = None, edit=None, **batch) -> CoconutOutput:
-        """`Coconut.forward`; with the advantages of R rows the loss is that of the answers in the labels and, with a
-        Replay as `edit`, the output's `auxiliary` that of the thoughts."""
+        """Runs `Coconut.forward`. With the advantages of R rows, the loss is that of the sampled answers in `labels`;
+        if `edit` is a Replay, the output's `auxiliary` is the loss of the thoughts."""
         if advantages is None:
             return super().forward(*args, edit=edit, **batch)
         output = super().forward(*args, edit=edit, return_hidden=True, **batch)
@@ -155,83 +155,78 @@ class Grpo(Coconut):
         losses = F.cross_entropy(logits, targets, reduction="none")
         rows = losses.new_zeros(len(labels)).index_add(0, supervised // labels.shape[1], losses)
         weights = rows.new_tensor(advantages)
-        # what has no part in this loss, such as a thought's weights in a batch without latents, gets a gradient of 0:
-        # DDP waits for it
+        # DDP waits for a gradient of every parameter: this gives zeros to those outside the loss, such as a thought's
+        # weights in a batch without latents
         loss = (weights * rows).mean() + 0 * output.loss
         auxiliary = None if edit is None else -(weights * edit.log_density).mean() + 0 * loss
         return output._replace(loss=loss, hidden=None, auxiliary=auxiliary)
 
 
 def on_device(run, batch: dict) -> dict:
-    """Samples the answers to a batch of B questions, without gradients, and rewards them: the arguments of
-    `Grpo.forward` for R rows, with the batch's weight. Raises UserError where a reward is no number."""
+    """Samples and rewards the answers to a batch of B questions, without gradients. Returns the arguments of
+    `Grpo.forward` for R rows, with the batch's weight. Raises UserError for a reward that is no finite number."""
     begin, config, (model, tokenizer, markers) = time.perf_counter(), run.config, run.pretrained
-    if parallel.is_sharded(model):  # gathers the weights, which stay whole until the step's last backward
+    if parallel.is_sharded(model):  # gathers the weights; they stay gathered until the step's last backward
         model.generate(batch["input_ids"][:1, :1], max_new_tokens=0)  # all ranks
     policy, size = samples.Policy(config.temperature, config.thought_noise), config.group_size
     with evaluate.autocast(config, run.world):
         drawn = samples.generate(model, batch["prompts"], batch["keys"], size, policy, config.max_new_tokens)
-    outputs, reward, rewards = evaluate.texts_of(drawn.tokens, config.method, run.pretrained), reward_of(config), []
-    for place, pair in enumerate(zip(batch["questions"], batch["answers"], strict=True)):
-        question, answer = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in pair)
-        group = outputs[place * size : (place + 1) * size]
+    outputs = evaluate.texts_of(drawn.tokens, config.method, run.pretrained)
+    reward = reward_function(config.reward, config.answer_match)
+    rewards = []
+    for question, answer, group in zip(batch["questions"], batch["answers"], batched(outputs, size), strict=True):
+        question, answer = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (question, answer))
         rewards.append(checked(config.reward, reward(question, evaluate.extract_answer(answer), group), size))
     rewards = torch.tensor(rewards, dtype=torch.float64)  # (B, G)
     _measure(run, rewards, drawn, counts=batch["weight"] > 0)
     prompts = [ids for ids in batch["prompts"] for _ in range(size)]
     rows = [(ids + new, [IGNORE] * len(ids) + new) for ids, new in zip(prompts, drawn.tokens, strict=True)]
-    made = collate_for_device(rows, markers.eos, markers.latent)
-    run.throughput.add([len(ids) for ids, _ in rows], len(made["supervised"]))
-    made = dataset.on_device(made, run.world.device)
-    made |= {"advantages": advantages(rewards, config.advantage).flatten().tolist(), "weight": batch["weight"]}
+    update = collate_for_device(rows, markers.eos, markers.latent)
+    run.throughput.add([len(ids) for ids, _ in rows], len(update["supervised"]))
+    update = dataset.on_device(update, run.world.device)
+    update |= {"advantages": advantages(rewards, config.advantage).flatten().tolist(), "weight": batch["weight"]}
     if split_noise(config.thought_noise)[0]:
-        is_latent = made["input_ids"][:, made["latent_columns"]] == markers.latent  # (R, C)
-        made["edit"] = Replay(config.thought_noise, drawn.eps, is_latent)
+        is_latent = update["input_ids"][:, update["latent_columns"]] == markers.latent  # (R, C)
+        update["edit"] = Replay(config.thought_noise, drawn.eps, is_latent)
     run.throughput.count("rollout_share", time.perf_counter() - begin)
-    return made
+    return update
 
 
 def advantages(rewards: torch.Tensor, kind: str) -> torch.Tensor:
-    """(B, G) rewards less the mean of their group; kind "std": over its standard deviation, of the G as they are (not
-    G - 1), + 1e-8."""
-    less = rewards - rewards.mean(dim=1, keepdim=True)
-    return less if kind == "mean" else less / (rewards.std(dim=1, correction=0, keepdim=True) + 1e-8)
-
-
-def reward_of(config) -> Reward:
-    """The reward that a configuration names."""
-    if config.reward != "match":
-        return _reward_in(config.reward)
-    return lambda _, gold, outputs: [evaluate.is_right(text, gold, config.answer_match) for text in outputs]
+    """Returns (B, G) rewards minus their group's mean. kind "std" divides by the group's population standard deviation
+    (over G, not G - 1) + 1e-8."""
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    return centred if kind == "mean" else centred / (rewards.std(dim=1, correction=0, keepdim=True) + 1e-8)
 
 
 @cache
-def _reward_in(file: str) -> Reward:
-    """The function `reward` of a Python file. Raises UserError where there is none."""
-    found = runpy.run_path(file).get("reward")
-    if not callable(found):
-        raise UserError(f"reward {file!r} has no function reward(question, gold, outputs)")
-    return found
+def reward_function(name: str, answer_match: str) -> Reward:
+    """Returns the function that the key `reward` names. Raises UserError if its file does not define one."""
+    if name == "match":
+        return lambda _, gold, outputs: [evaluate.is_right(text, gold, answer_match) for text in outputs]
+    function = runpy.run_path(name).get("reward")
+    if not callable(function):
+        raise UserError(f"reward {name!r} has no function reward(question, gold, outputs)")
+    return function
 
 
 def checked(name: str, rewards: Sequence[float], size: int) -> list[float]:
-    """The rewards of a group as floats. Raises UserError where they are not as many as the answers, or not finite."""
+    """Returns the rewards of a group as floats. Raises UserError unless there is one finite number per answer."""
     numbers = [float(value) for value in rewards]
     if len(numbers) != size:
-        raise UserError(f"reward {name!r} has returned {len(numbers)} numbers for {size} answers")
+        raise UserError(f"reward {name!r} returned {len(numbers)} numbers for {size} answers")
     if not all(map(math.isfinite, numbers)):
-        raise UserError(f"reward {name!r} has returned {next(n for n in numbers if not math.isfinite(n))}")
+        raise UserError(f"reward {name!r} returned {next(n for n in numbers if not math.isfinite(n))}")
     return numbers
 
 
 def _measure(run, rewards: torch.Tensor, drawn: samples.Samples, counts: bool) -> None:
-    """Adds to what the log gets, unless the rank is idle, and warns where the answers to no question have differed in
-    reward for long, of rank 0's."""
-    spread = rewards.std(dim=1, correction=0)  # (B,)
-    silent = rewards.amax(dim=1) == rewards.amin(dim=1)
-    found = {"reward": rewards, "reward_std": spread, "groups_without_signal": silent.double()}
-    means = {name: (values.sum().item(), values.numel()) for name, values in found.items()}
-    for name, (total, number) in {**means, "entropy": drawn.entropy, "thought_norm": drawn.norms}.items():
+    """Adds to the log's means, unless the rank is idle. Warns, on rank 0, after SILENT_STEPS steps without signal."""
+    silent = rewards.amax(dim=1) == rewards.amin(dim=1)  # (B,)
+    spread = rewards.std(dim=1, correction=0)
+    measures = {"reward": rewards, "reward_std": spread, "groups_without_signal": silent.double()}
+    sums = {name: (values.sum().item(), values.numel()) for name, values in measures.items()}
+    for name, (total, number) in {**sums, "entropy": drawn.entropy, "thought_norm": drawn.norms}.items():
         run.measure(name, total * counts, number * counts)
     model, step = run.model, run.progress.step
     if model.signal_at is None or not silent.all():
@@ -239,9 +234,9 @@ def _measure(run, rewards: torch.Tensor, drawn: samples.Samples, counts: bool) -
     elif step - model.signal_at >= SILENT_STEPS:
         model.signal_at = step
         log.warning(
-            f"all answers to a question have had the same reward for {SILENT_STEPS} steps (now {rewards.mean():.3g} on "
-            f"average), and nothing is learnt: if they are wrong, begin with a better checkpoint or easier questions; "
-            f"if they are alike, raise temperature, thought_noise or group_size; if all are right, stop"
+            f"for {SILENT_STEPS} steps all answers to a question had the same reward (now {rewards.mean():.3g} on "
+            "average), so nothing was learnt: if they are wrong, start from a better checkpoint or easier questions; "
+            "if they are alike, raise temperature, thought_noise or group_size; if all are right, stop"
         )
 
 

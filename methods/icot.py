@@ -1,8 +1,8 @@
 """iCoT, stepwise internalization (arXiv 2405.14838): the reasoning loses its first tokens, one by one.
 
-The sequence is Q, the steps without their first r tokens, A. The stage is r, which grows by one every
-1/icot_tokens_per_epoch of an epoch, within epochs. Each training example loses o tokens more (removal smoothing), and
-AdamW is re-initialised whenever r grows, until a batch has no reasoning left. Model and dataset are Coconut's.
+The sequence is Q, the steps without their first r tokens, A. The stage is r; it grows by one every
+1/icot_tokens_per_epoch of an epoch. Each training example loses o further tokens (removal smoothing). AdamW is
+re-initialised whenever r grows, until a batch has no reasoning left. Model and dataset are Coconut's.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from methods import key
 
 
 def _check_smoothing(smoothing: float | None) -> None:
-    """Raises ValueError where nearly all tokens would be drawn, and numpy can draw no more."""
+    """Raises ValueError for a rate so small that numpy cannot draw from the distribution."""
     if smoothing and smoothing < 1e-6:
         raise ValueError("must be 0, for none, or at least 1e-6")
 
 
 class Method(methods.Method):
-    icot_tokens_per_epoch: int = key(8, "icot: reasoning tokens removed more with each epoch", low=1)
+    icot_tokens_per_epoch: int = key(8, "icot: how many more reasoning tokens each epoch removes", low=1)
     icot_remove_all_after: int | None = key(None, "icot: remove everything once this many tokens are removed", low=1)
     icot_smoothing: float | None = key(
         4.0, "icot: o more tokens are removed with probability ~ exp(-this * o)", low=0, check=_check_smoothing
@@ -39,7 +39,7 @@ class Method(methods.Method):
 
     @staticmethod
     def stage_of(config, epoch: int) -> int:
-        """The tokens that are removed in the last step of the epoch."""
+        """Returns the number of tokens removed in the last step of the epoch."""
         return Method.stage_of_step(config, epoch, config.icot_tokens_per_epoch - 1, config.icot_tokens_per_epoch)
 
     @staticmethod
@@ -51,7 +51,7 @@ class Method(methods.Method):
 
     @staticmethod
     def stage_of_example(config, stage: int, epoch: int, index: int, n_steps: int) -> int:
-        """o more tokens, with P(o) = (1 - e^-l) e^(-l o) and l = icot_smoothing."""
+        """Adds o removed tokens, P(o) = (1 - e^-l) e^(-l o) with l = icot_smoothing."""
         if not config.icot_smoothing:
             return stage
         random = np.random.default_rng((config.seed, epoch, index))
@@ -75,7 +75,7 @@ class Method(methods.Method):
 
     @staticmethod
     def should_reset_optimizer(config, epoch: int, step: int, steps_per_epoch: int, trained_on: Callable) -> bool:
-        """As long as the step before this one had reasoning tokens left."""
+        """True when r grows, as long as the previous step had reasoning tokens left."""
         if config.reset_optimizer != "stage":
             return curriculum.should_reset_optimizer.paper(config, epoch, step, steps_per_epoch, trained_on)
         before = (epoch, step - 1) if step else (epoch - 1, steps_per_epoch - 1)

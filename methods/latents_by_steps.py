@@ -1,9 +1,9 @@
-"""As many thoughts as an example has steps: a model can be tested on more steps than it was trained on.
+"""As many groups of thoughts as an example has steps, so that a model can be tested on more steps than in training.
 
-At stage s an example with n steps has thoughts in place of its first min(s, n) steps; in the last stage in place of all
-n, also where these are more than max_latent_stage. Coconut has s, and at most max_latent_stage. Training and evaluation
-share the rule. The number of thoughts then tells the number of steps: a fair test only where the question tells it too.
-`ask` knows no steps: there n_thoughts is the number of thoughts. Model and dataset are Coconut's.
+At stage s, thoughts replace the first min(s, n) steps of an example with n steps; in the last stage they replace all n,
+also when n exceeds max_latent_stage. (Coconut has s groups, at most max_latent_stage.) Training and evaluation use the
+same rule. The number of thoughts reveals the number of steps, so the comparison is fair only if the question reveals it
+too. `ask` does not know the steps: pass n_thoughts. Model and dataset are Coconut's.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""LOTUS (arXiv 2606.31779): latents that are made in parallel are told what they stand for.
+"""LOTUS (arXiv 2606.31779): latents computed in parallel, with the tokens of their steps as labels.
 
-Counted from the position before the first latent (the start marker), index 0, position k c + j has to predict token j
-of step k, through the base's own LM head: a step is read from the group of latents that stands for it, as if its tokens
-were written there. A step of more than c tokens is read on in the next group, whose first positions then have two
-targets. The labels' cross-entropy is a mean over all labels of an optimizer step, on whatever rank, that of the written
-part a mean over all of its tokens. The latents are made as methods/parallel_latents.py says, in one pass more than
+Index 0 is the position before the first latent (the start marker). Position k c + j predicts token j of step k through
+the base's LM head. A step of more than c tokens continues in the next group, whose first positions then have two
+targets. The labels' cross-entropy is a mean over all labels of an optimizer step on all ranks; the cross-entropy of the
+written part is a mean over all of its tokens. methods/parallel_latents.py computes the latents, in one pass more than
 there are groups.
 
 Legend: B rows, T columns of a batch, c latents of a group, S labels.
@@ -24,9 +23,14 @@ class Method(methods.Method):
     variant_of = "coconut"
     needs = ("parallel_latents",)
     defaults = {
-        **{"thought": "looped", "latent_passes": "stage", "latent_labels": 0.05},
-        **{"c_thought": 13, "max_latent_stage": 6, "epochs_per_stage": 1},
-        **{"max_grad_norm": 1.0, "reset_optimizer": "never"},
+        "thought": "looped",
+        "latent_passes": "stage",
+        "latent_labels": 0.05,
+        "c_thought": 13,
+        "max_latent_stage": 6,
+        "epochs_per_stage": 1,
+        "max_grad_norm": 1.0,
+        "reset_optimizer": "never",
     }
     latent_labels: float = key(
         0.0,
@@ -39,11 +43,11 @@ class Method(methods.Method):
     @staticmethod
     def problems(config) -> Iterator[str]:
         if config.latent_labels and config.method != "lotus":
-            yield f"latent_labels are for method lotus, not {config.method}"
+            yield f"latent_labels is for method lotus, not {config.method}"
 
     @staticmethod
     def stage_of(config, epoch: int) -> int:
-        """Steps beyond max_latent_stage stay written: no stage is without any."""
+        """Caps the stage at max_latent_stage: steps beyond it stay written in every epoch."""
         return min(curriculum.stage_of.paper(config, epoch), config.max_latent_stage)
 
     @staticmethod
@@ -52,13 +56,13 @@ class Method(methods.Method):
 
     @staticmethod
     def older(values: dict) -> None:
-        """Method coconut with labels."""
-        explained = values.get("step_decoder", "none") != "none"
-        if values.get("method", "coconut") == "coconut" and values.get("latent_labels") and not explained:
+        """Method coconut with latent_labels."""
+        has_decoder = values.get("step_decoder", "none") != "none"
+        if values.get("method", "coconut") == "coconut" and values.get("latent_labels") and not has_decoder:
             values["method"] = "lotus"
 
 
-# ---- With torch ----
+# --- With torch ---
 
 import torch
 
@@ -67,18 +71,18 @@ from dataset import StageDataset
 
 
 def latent_labels(steps: Sequence[Sequence[int]], n_latents: int, c_thought: int) -> list[tuple[int, int]]:
-    """(index, token) of each label of a row with so many latents; index 0 is the position before the first latent. The
-    last group's step is read in that group only: there is none after it."""
-    found = []
+    """Returns (index, token) of each label of a row with this number of latents; index 0 is the position before the
+    first latent. A step in the last group is cut to that group, since no group follows."""
+    labels = []
     for group, step in zip(range(n_latents // c_thought if c_thought else 0), steps, strict=False):
         begin = group * c_thought
-        room = min(2 * c_thought, n_latents - begin)
-        found += [(begin + place, token) for place, token in enumerate(step[:room])]
-    return found
+        end = min(begin + 2 * c_thought, n_latents)
+        labels += zip(range(begin, end), step, strict=False)
+    return labels
 
 
 class LabelledDataset(StageDataset):
-    """Items (input_ids, labels, latent labels): the last as `latent_labels` gives them."""
+    """Items (input_ids, labels, latent labels as `latent_labels` returns them)."""
 
     counts_loss_terms = True
 
@@ -88,43 +92,45 @@ class LabelledDataset(StageDataset):
         return input_ids, labels, latent_labels(self.tokens[key[0]][1], n_latents, self.config.c_thought)
 
     def others(self, item: tuple, words) -> list:
-        at: dict[int, list[str]] = {}
+        targets: dict[int, list[str]] = {}
         for index, token in item[2]:
-            at.setdefault(index, []).append(words([token]))
-        names = {index: f"latent {index}" if index else "before latent 1" for index in at}
-        return [f"  {names[index]} predicts: {' and '.join(texts)}" for index, texts in sorted(at.items())]
+            targets.setdefault(index, []).append(words([token]))
+        names = {index: f"latent {index}" if index else "before latent 1" for index in targets}
+        return [f"  {names[index]} predicts: {' and '.join(texts)}" for index, texts in sorted(targets.items())]
 
     def collate(self, rows: list[tuple]) -> dict:
-        """`StageDataset.collate`, with the arguments of `Lotus.forward`, and the tokens of either loss."""
+        """Returns `StageDataset.collate` with the further arguments of `Lotus.forward`, and the token count of each
+        loss."""
         batch = super().collate([row[:2] for row in rows])
         width, first = batch["input_ids"].shape[1], next(iter(batch["latent_columns"]), 0)
-        found = []
+        positions, targets = [], []
         for number, (input_ids, _, row_labels) in enumerate(rows):
-            for index, token in row_labels:  # padding may stand between the start marker and the first latent
+            for index, token in row_labels:  # padding may separate the start marker and the first latent
                 column = first - 1 + index if index else input_ids.index(self.markers.latent) - 1
-                found.append((number * width + column, token))
-        batch["label_places"] = torch.tensor([place for place, _ in found], dtype=torch.int64)
-        batch["label_targets"] = torch.tensor([token for _, token in found], dtype=torch.int64)
-        batch["loss_counts"] = {"loss": len(batch["supervised"]), "auxiliary": len(found)}
+                positions.append(number * width + column)
+                targets.append(token)
+        batch["label_positions"] = torch.tensor(positions, dtype=torch.int64)
+        batch["label_targets"] = torch.tensor(targets, dtype=torch.int64)
+        batch["loss_counts"] = {"loss": len(batch["supervised"]), "auxiliary": len(targets)}
         return batch
 
 
 class Lotus(Coconut):
-    """Latents that have labels, in training; latent_labels: their loss's weight beside the answer's."""
+    """Coconut with labels for its latents in training; latent_labels is the weight of their loss."""
 
     def __init__(self, *args, latent_labels: float = 0.05, **kwargs):
         super().__init__(*args, **kwargs)
         self.latent_labels = latent_labels
 
     def forward(
-        self, *args, label_places: torch.Tensor | None = None, label_targets: torch.Tensor | None = None, **kwargs
+        self, *args, label_positions: torch.Tensor | None = None, label_targets: torch.Tensor | None = None, **kwargs
     ) -> CoconutOutput:
-        """`Coconut.forward`; with targets, (S,) int64, at places in the flattened (B, T), the output's `auxiliary` is
-        their weighted cross-entropy, summed over the batch."""
+        """Runs `Coconut.forward`. With label_targets, (S,) int64, at label_positions in the flattened (B, T), the
+        output's `auxiliary` is their weighted cross-entropy, summed over the batch."""
         if label_targets is None:
             return super().forward(*args, **kwargs)
         output = super().forward(*args, return_hidden=True, **kwargs)
-        hidden = output.hidden.flatten(0, 1)[label_places]  # (S, D)
+        hidden = output.hidden.flatten(0, 1)[label_positions]  # (S, D)
         auxiliary = self.latent_labels * self.backbone.cross_entropy(hidden, label_targets, reduction="sum")
         return output._replace(hidden=None, auxiliary=auxiliary)
 

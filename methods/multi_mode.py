@@ -1,8 +1,8 @@
-"""Multi-mode training (arXiv 2604.04902): one model that answers at once, after written steps, and after thoughts.
+"""Multi-mode training (arXiv 2604.04902): one model answers directly, after written steps, and after thoughts.
 
-In every step each example is seen three times (see MODES), and the losses, each a mean over its own tokens, are added.
-A tool for comparing latent, written and no reasoning within one model: its accuracy is the harmonic mean of the three,
-and the best checkpoint the best by it.
+Every step trains each example in three modes (MODES) and adds the three losses, each a mean over its own tokens. The
+method compares latent, written and no reasoning within one model. Its accuracy is the harmonic mean of the three, which
+also chooses the best checkpoint.
 
 Legend: B rows, T columns of a batch.
 """
@@ -22,11 +22,11 @@ MODES = ("direct", "written", "latent")  # Q end A; Q start S_1..S_n end A; Q st
 
 class Method(methods.Method):
     has_latents = True
-    goes_on_at_once = False  # the end marker is
+    predicts_end_marker = True
     mode: str = key(
         "latent",
-        "multi_mode: latent | written | direct, how the model is asked in an eval-only run: for thoughts, for written "
-        "steps, for the answer at once; a training run validates all three",
+        "multi_mode: latent | written | direct, what an eval-only run generates: the answer after thoughts, after "
+        "written steps, or alone; a training run validates all three",
         choices=("latent", "written", "direct"),
         free=True,
     )
@@ -37,7 +37,7 @@ class Method(methods.Method):
 
     @staticmethod
     def thoughts_and_dropped(n_steps: int, stage: int, config) -> tuple[int, int]:
-        """In no stage are steps left out that no thoughts stand for."""
+        """Only steps that thoughts replace are dropped, in the last stage too."""
         if config.mode != "latent":
             return 0, (n_steps if config.mode == "direct" else 0)
         groups = min(stage, config.max_latent_stage)
@@ -47,7 +47,7 @@ class Method(methods.Method):
 
     @staticmethod
     def prefix(question: Sequence[int], n_latents: int, config, markers) -> list[int]:
-        """The end marker ends the reasoning, and is predicted."""
+        """The start marker precedes reasoning; the model predicts the end marker, except in mode direct."""
         if config.mode == "direct":
             return [*question, markers.end]
         return [*question, markers.start, *[markers.latent] * n_latents]
@@ -69,18 +69,18 @@ class Method(methods.Method):
     @staticmethod
     def problems(config) -> Iterator[str]:
         if config.method == "multi_mode" and config.latent_markers == "none":
-            yield "method multi_mode distinguishes its modes by the markers: latent_markers must be both"
+            yield "method multi_mode tells its modes apart by their markers: latent_markers must be both"
         if config.mode == "latent":
             return
         if config.method != "multi_mode":
             yield f"mode {config.mode} is for method multi_mode"
         if not config.only_eval:
-            yield f"mode {config.mode} is for eval-only runs: a training run has all modes"
+            yield f"mode {config.mode} is for eval-only runs: a training run uses all modes"
         if config.eval_latents is not None:
             yield f"eval_latents counts latents, and mode {config.mode} has none"
 
 
-# ---- With torch ----
+# --- With torch ---
 
 import torch
 
@@ -96,8 +96,10 @@ class ModesDataset(StageDataset):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        variants = Method.variants(self.config)
-        self.modes = {one.mode: StageDataset(self.tokens, one, self.markers, self.epoch) for one in variants}
+        self.modes = {
+            variant.mode: StageDataset(self.tokens, variant, self.markers, self.epoch)
+            for variant in Method.variants(self.config)
+        }
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, tuple[list[int], list[int]]]:
         return {mode: dataset[key] for mode, dataset in self.modes.items()}
@@ -109,26 +111,27 @@ class ModesDataset(StageDataset):
         return [(mode, *item[mode]) for mode in OTHERS]
 
     def micro_batch(self, micro: MicroBatch, stage: int) -> dict:
-        """`StageDataset.micro_batch`, by the latent mode's tokens; `share`: another mode's weight beside that."""
+        """Returns `StageDataset.micro_batch`, whose weight counts the latent mode's tokens. `share` is another mode's
+        weight divided by that weight."""
         batch = super().micro_batch(micro, stage)
         for mode in OTHERS if batch["weight"] else ():
             batch[mode]["share"] = self.modes[mode].weight(micro, stage) / batch["weight"]
         return batch
 
     def collate(self, rows: list[dict]) -> dict:
-        """The latent mode as `StageDataset.collate` has it, and the other modes' batches by their names."""
+        """Returns the latent mode's batch, with the batches of the other modes under their names."""
         batch = super().collate([row["latent"] for row in rows])
         others = {mode: [row[mode] for row in rows] for mode in OTHERS}
         return batch | {mode: collate_for_device(items, self.markers.eos, None) for mode, items in others.items()}
 
 
 class MultiMode(Coconut):
-    """Coconut whose training batches hold the other modes too."""
+    """Coconut that adds the losses of the other modes in training."""
 
     def forward(self, *args, direct: dict | None = None, written: dict | None = None, **kwargs) -> CoconutOutput:
-        """`Coconut.forward` of the latent mode; with batches of the other modes, as `collate_for_device` makes them,
-        the sum of the three losses."""
-        # the first pass is the last to go backward
+        """Runs `Coconut.forward` on the latent mode. With batches of the other modes, as `collate_for_device` returns
+        them, the loss is the sum of all three."""
+        # the latent pass runs last, so its backward comes first
         losses = [self._loss_of(**batch) for batch in (direct, written) if batch is not None]
         output = super().forward(*args, **kwargs)
         return output._replace(loss=sum(losses, output.loss)) if losses else output
@@ -141,22 +144,22 @@ MODEL, DATASET = MultiMode, ModesDataset
 
 
 def validate(pretrained, data, stage: int, config, world, title: str = "validating") -> tuple[dict, list[dict]]:
-    """trainer.evaluate.evaluate in all three modes. Collective: every rank must call it.
+    """Evaluates all three modes with trainer.evaluate.evaluate. Collective: every rank must call it.
 
-    The metrics are those of the latent mode but for `loss`, the sum of all, and `accuracy`, the harmonic mean of
-    accuracy_direct, accuracy_written and accuracy_latent; cot_match_MODE and generated_tokens_MODE are there too. A
-    prediction has under the name of each other mode its "output", "answer" and "correct".
+    The metrics are those of the latent mode, but `loss` is the sum over the modes and `accuracy` the harmonic mean of
+    accuracy_direct, accuracy_written and accuracy_latent. cot_match_MODE and generated_tokens_MODE are added. Each
+    prediction holds "output", "answer" and "correct" of the other modes under the mode's name.
     """
-    found = {
-        one.mode: evaluate(pretrained, data, stage, one, world, f"{title}, {one.mode}")
-        for one in Method.variants(config)
+    by_mode = {
+        variant.mode: evaluate(pretrained, data, stage, variant, world, f"{title}, {variant.mode}")
+        for variant in Method.variants(config)
     }
-    metrics, predictions = found["latent"]
+    metrics, predictions = by_mode["latent"]
     for name in ("accuracy", "cot_match", "generated_tokens"):
-        metrics = metrics | {f"{name}_{mode}": of_mode[name] for mode, (of_mode, _) in found.items()}
-    metrics["accuracy"] = statistics.harmonic_mean([of_mode["accuracy"] for of_mode, _ in found.values()])
-    metrics |= {name: sum(of_mode[name] for of_mode, _ in found.values()) for name in ("loss", "seconds")}
+        metrics = metrics | {f"{name}_{mode}": own_metrics[name] for mode, (own_metrics, _) in by_mode.items()}
+    metrics["accuracy"] = statistics.harmonic_mean([metrics[f"accuracy_{mode}"] for mode in MODES])
+    metrics |= {name: sum(own_metrics[name] for own_metrics, _ in by_mode.values()) for name in ("loss", "seconds")}
     for mode in OTHERS:
-        for prediction, other in zip(predictions, found[mode][1], strict=True):
+        for prediction, other in zip(predictions, by_mode[mode][1], strict=True):
             prediction[mode] = {name: other[name] for name in ("output", "answer", "correct")}
     return metrics, predictions

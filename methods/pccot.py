@@ -1,7 +1,7 @@
-"""PCCoT (arXiv 2506.18582): CODI with all latents at once, in T passes after the first.
+"""PCCoT (arXiv 2506.18582): CODI with parallel latents, in T passes after the first.
 
-The authors have 24 latents in T = 3 passes, no projection, and compare the states of the decoder blocks alone, not the
-embeddings. With LoRA they train the markers' rows too, which is not done here.
+The authors use 24 latents, T = 3 passes and no projection, and compare the states of the decoder blocks only, not the
+embeddings. Their LoRA also trains the markers' embeddings; here it does not.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ class Method(methods.Method):
     variant_of = "codi"
     needs = ("codi", "parallel_latents")
     defaults = {
-        **{"thought": "last", "latent_passes": "3", "c_thought": 1, "max_latent_stage": 24},
-        **{"distilled_layers": "blocks", "weight_decay": 0.01, "lora_dropout": 0.1},
+        "thought": "last",
+        "latent_passes": "3",
+        "c_thought": 1,
+        "max_latent_stage": 24,
+        "distilled_layers": "blocks",
+        "weight_decay": 0.01,
+        "lora_dropout": 0.1,
     }
     distilled_layers: str = key(
         "all",
-        "pccot: all | blocks: whether the distance is over the embeddings too, or over what the decoder blocks return",
+        "pccot: all | blocks: compare the embeddings and the outputs of the decoder blocks, or only the latter",
         choices=("all", "blocks"),
         later=True,
     )
@@ -39,18 +44,17 @@ class Method(methods.Method):
 
     @staticmethod
     def options(config) -> dict:
-        first = {"all": 0, "blocks": 1}[config.distilled_layers]
-        return {"distillation": config.distillation, "first_layer": first}
+        return {"distillation": config.distillation, "first_layer": {"all": 0, "blocks": 1}[config.distilled_layers]}
 
     @staticmethod
     def older(values: dict) -> None:
-        """Method codi with passes."""
+        """Method codi with latent_passes."""
         if values.get("method") == "codi" and str(values.get("latent_passes", "sequential")) != "sequential":
             values["method"] = "pccot"
 
 
-# ---- With torch ----
+# --- With torch ---
 
-from methods.codi import Codi, TaughtDataset
+from methods.codi import Codi, TeacherDataset
 
-MODEL, DATASET = Codi, TaughtDataset
+MODEL, DATASET = Codi, TeacherDataset

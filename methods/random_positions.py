@@ -1,14 +1,14 @@
-"""Positions drawn at random in training, with any method: longer sequences than those of training have no new ones.
+"""Random positions in training, with any method: longer sequences at test time then have no unseen positions.
 
-A training sequence of T tokens has, with R = position_range,
+A training sequence of T tokens gets, with R = position_range,
 
-- offset: the positions o .. o + T - 1, o uniform in 0 .. R - T. This trains all absolute positions below R (GPT-2's
-  shape). To rotary positions, which enter as distances, an offset common to all tokens makes no difference.
+- offset: the positions o .. o + T - 1, o uniform in 0 .. R - T. This trains all absolute positions below R (GPT-2).
+  Rotary positions depend on distances only, so a common offset does not change them.
 - spaced: T of the positions 0 .. r - 1 in ascending order, r uniform in T .. R. This trains distances up to R - 1 too,
-  rotary ones included. Ruoss et al. (arXiv 2305.16843) have r = R, and draw in evaluation too.
+  also of rotary positions. Ruoss et al. (arXiv 2305.16843) use r = R, and draw in evaluation too.
 
-Validation and generation count from 0, as training does with probability 1 / (R - T + 1) or more, and always in rows of
-more than R tokens. The draw is a function of (seed, epoch, example), as the stage is.
+Validation and generation count from 0. Training does so with probability 1 / (R - T + 1) or more, and always for rows
+of more than R tokens. A draw is a function of (seed, epoch, example), like the stage.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ class Method(methods.Method):
     defaults = {"positions": "spaced"}
     positions: str = key(
         "plain",
-        "plain | offset | spaced: of a training sequence's tokens: from 0 on; from a random number on; increasing by "
-        "random numbers",
+        "plain | offset | spaced: positions of a training sequence: from 0; from a random number; random and ascending",
         choices=("plain", "offset", "spaced"),
         later=True,
     )
-    position_range: int = key(1024, "offset, spaced: positions are drawn from the first so many", low=1, later=True)
+    position_range: int = key(1024, "offset, spaced: random positions are below this", low=1, later=True)
 
     @staticmethod
     def options(config) -> dict:
@@ -39,9 +38,7 @@ class Method(methods.Method):
         return config.positions != "plain" and not config.only_eval
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# With torch
-# ---------------------------------------------------------------------------------------------------------------
+# --- With torch ---
 
 import numpy as np
 import torch
@@ -52,7 +49,7 @@ from utils import UserError
 
 
 def draw_positions(n_tokens: int, positions: str, position_range: int, random: np.random.Generator) -> np.ndarray:
-    """(n_tokens,) int64, ascending: the positions of a training sequence."""
+    """Draws the positions of a training sequence: (n_tokens,) int64, ascending."""
     surplus = int(random.integers(max(position_range - n_tokens, 0) + 1))
     if positions == "offset":
         return surplus + np.arange(n_tokens)
@@ -60,11 +57,11 @@ def draw_positions(n_tokens: int, positions: str, position_range: int, random: n
 
 
 class RandomPositions(StageDataset):
-    """A stage's training sequences, also those that a method adds to an example's, at random positions."""
+    """Puts a stage's training sequences, and those that a method adds to an example's, at random positions."""
 
     def micro_batch(self, micro: MicroBatch, stage: int) -> dict:
         batch, config = super().micro_batch(micro, stage), self.config
-        for number, sequences in enumerate(sequences_in(batch), start=1):  # 0 would be the stage's draw
+        for number, sequences in enumerate(sequences_in(batch), start=1):  # number 0 is the stage's draw
             for row, index in enumerate(micro.indices):
                 attended = sequences["attention_mask"][row].bool()  # (T,)
                 random = np.random.default_rng((config.seed, self.epoch, index, number))
@@ -74,14 +71,14 @@ class RandomPositions(StageDataset):
 
 
 class Positioned(Coconut):
-    """Coconut that is trained at positions below position_range. Raises UserError where the model has fewer, or is not
-    told positions (ALiBi, recurrent layers)."""
+    """Coconut trained at positions below position_range. Raises UserError if the model has fewer positions, or takes no
+    position_ids (ALiBi, recurrent layers)."""
 
     def __init__(self, *args, position_range: int, **options):
         super().__init__(*args, **options)
         if not self.backbone.takes_position_ids:
             family = self.base_causallm.config.model_type
-            raise UserError(f"random positions need a model that takes position_ids, and family {family} does not")
+            raise UserError(f"random positions need a model that takes position_ids, which family {family} does not")
         if self.max_positions is not None and position_range > self.max_positions:
             raise UserError(f"position_range {position_range} is more than the model's {self.max_positions} positions")
 

@@ -1,13 +1,13 @@
-"""SIM-CoT (arXiv 2509.20317): in training, a second model says from each step's thoughts what the step was.
+"""SIM-CoT (arXiv 2509.20317): in training, a second model predicts each step's text from the step's thoughts.
 
-The step decoder is a causal LM of the same family with weights of its own. For each group of c thoughts of a row its
-input is the thoughts as they were fed back, and then the tokens of the text that they stand for, in the base's input
-embedding; it sees nothing else: neither the question nor the other groups. Its loss is the cross-entropy of that text
-and an EOS, a mean over all groups of all rows of an optimizer step, on whatever rank; the gradients run through the
-thoughts into the base, which is the point. It belongs to the trainer's state: the model that is evaluated has none.
+The step decoder is a causal LM of the same family with its own weights. For each group of c thoughts of a row, its
+input is the thoughts as fed back, followed by the tokens of the group's target text in the base's input embedding. It
+sees neither the question nor the other groups. Its loss is the cross-entropy of that text and an EOS, averaged over all
+groups of all rows of an optimizer step on all ranks. The gradients run through the thoughts into the base. The decoder
+belongs to the trainer's state: the evaluated model has none.
 
 Legend: B rows, T columns of a batch, D hidden size; P groups of thoughts in a batch, c thoughts of a group, m tokens of
-the longest text, S tokens that are predicted.
+the longest text, S predicted tokens.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from methods import LARGEST_FACTOR, Texts, key
 
 
 def step_targets(steps: Sequence[str], max_latent_stage: int) -> list[str]:
-    """The texts that groups of thoughts stand for: each of the first max_latent_stage steps; and where there are more,
-    at last the text of the last group once no step is written any more, this step and all further ones, a newline
-    between them."""
+    """Returns the target texts of the groups of thoughts: each of the first max_latent_stage steps. If there are more
+    steps, one more text follows: step max_latent_stage and all later steps, joined by newlines. The last group predicts
+    it once no step is written."""
     if not max_latent_stage:
         return []
     more = ["\n".join(steps[max_latent_stage - 1 :])] if len(steps) > max_latent_stage else []
     return [*steps[:max_latent_stage], *more]
 
 
-def explanations(
+def group_targets(
     texts: Sequence[Sequence[int]], answer: Sequence[int], n_latents: int, stage: int, config
 ) -> list[Sequence[int] | None]:
-    """The tokens that each group of a row's latents stands for at a stage, without EOS, or None; `texts` are those of
-    `step_targets`."""
+    """Returns the target tokens, without EOS, of each group of a row's latents at a stage, or None for no target;
+    `texts` are the tokens of `step_targets`."""
     last = config.max_latent_stage
     surplus = answer if config.step_decoder_surplus == "answer" else None
-    own = list(texts[:last])
+    targets = list(texts[:last])
     if stage > last and len(texts) > last:
-        own[-1] = texts[last]
-    return [own[group] if group < len(own) else surplus for group in range(n_latents // config.c_thought)]
+        targets[-1] = texts[last]
+    return [targets[group] if group < len(targets) else surplus for group in range(n_latents // config.c_thought)]
 
 
 class Method(methods.Method):
@@ -51,19 +51,19 @@ class Method(methods.Method):
     step_decoder: str = key(
         "none",
         "sim_cot: none | pretrained | copy: in training, a second model predicts each step from the thoughts that "
-        "replace it: model_id with its pretrained weights, or a copy of this model as it begins",
+        "replace it: model_id with its pretrained weights, or a copy of this model's initial weights",
         choices=("none", "pretrained", "copy"),
         later=True,
     )
     step_decoder_weight: float = key(
-        1.0, "sim_cot: of that model's loss beside the answer's", low=0, high=LARGEST_FACTOR, later=True
+        1.0, "sim_cot: weight of that model's loss", low=0, high=LARGEST_FACTOR, later=True
     )
     step_decoder_reduction: str = key(
-        "sum", "sim_cot: sum | mean: of its loss over the tokens of a step", choices=("sum", "mean"), later=True
+        "sum", "sim_cot: sum | mean of its loss over the tokens of a step", choices=("sum", "mean"), later=True
     )
     step_decoder_surplus: str = key(
         "answer",
-        "sim_cot: answer | none: the target of thoughts that an example has beyond its steps",
+        "sim_cot: answer | none: target of the groups of thoughts beyond an example's steps",
         choices=("answer", "none"),
         later=True,
     )
@@ -75,9 +75,9 @@ class Method(methods.Method):
         if config.method != "sim_cot":
             yield f"step_decoder is for method sim_cot, not {config.method}"
         elif config.thought == "pause" or not config.c_thought or getattr(config, "latent_passes", None) == "0":
-            yield "method sim_cot explains thoughts: it needs a thought that is fed back, and c_thought"
+            yield "method sim_cot predicts steps from thoughts: it needs a thought that is fed back, and c_thought"
         if config.step_decoder == "pretrained" and config.from_scratch:
-            yield "step_decoder pretrained takes weights of model_id, and from_scratch has none: set it to copy"
+            yield "step_decoder pretrained needs the weights of model_id, and from_scratch ignores them: set it to copy"
 
     @staticmethod
     def texts(config) -> Texts:
@@ -90,12 +90,12 @@ class Method(methods.Method):
 
     @staticmethod
     def older(values: dict) -> None:
-        """Method coconut with a step decoder."""
+        """Method coconut with step_decoder."""
         if values.get("method", "coconut") == "coconut" and values.get("step_decoder", "none") != "none":
             values["method"] = "sim_cot"
 
 
-# ---- With torch ----
+# --- With torch ---
 
 import copy
 from pathlib import Path
@@ -108,9 +108,9 @@ from dataset import StageDataset, collate_prompts
 from model import lora
 
 
-class ExplainedDataset(StageDataset):
-    """Items (input_ids, labels, texts): of each group of the row's thoughts the tokens of what it stands for, or None
-    where it stands for nothing."""
+class StepTargetDataset(StageDataset):
+    """Items (input_ids, labels, targets): for each group of the row's thoughts its target tokens, or None for no
+    target."""
 
     counts_loss_terms = True
 
@@ -119,48 +119,48 @@ class ExplainedDataset(StageDataset):
         _, texts, answer = self.tokens.auxiliary[key[0]]
         n_latents = input_ids.count(self.markers.latent)
         stage = self.stage_of(key, n_steps=len(self.tokens[key[0]][1]))
-        return input_ids, labels, explanations(texts, answer, n_latents, stage, self.config)
+        return input_ids, labels, group_targets(texts, answer, n_latents, stage, self.config)
 
     def others(self, item: tuple, words) -> list:
-        size, targets = self.config.c_thought, ["nothing" if text is None else words(text) for text in item[2]]
-        return [f"  latents {k * size + 1} to {k * size + size} stand for: {text}" for k, text in enumerate(targets)]
+        size, texts = self.config.c_thought, ["nothing" if target is None else words(target) for target in item[2]]
+        return [f"  latents {k * size + 1} to {k * size + size} predict: {text}" for k, text in enumerate(texts)]
 
     def collate(self, rows: list[tuple]) -> dict:
-        """`StageDataset.collate`, with the arguments of `SimCot.forward`, and `loss_counts`: the number of groups.
-        Where there is none, one stands in that counts nothing: the decoder's weights must have a gradient, since DDP
-        waits for it."""
+        """Returns `StageDataset.collate` with the further arguments of `SimCot.forward`; `loss_counts` is the number of
+        groups. A batch without groups gets one that does not count, because DDP waits for a gradient of the decoder's
+        weights."""
         batch = super().collate([row[:2] for row in rows])
         size, eos = self.config.c_thought, self.markers.eos
-        begin = next(iter(batch["latent_columns"]), 0)  # in each row that has latents
+        first = next(iter(batch["latent_columns"]), 0)  # first latent column of each row that has latents
         groups = [
-            (row, begin + number * size, [*text, eos])
-            for row, (_, _, texts) in enumerate(rows)
-            for number, text in enumerate(texts)
-            if text is not None
+            (row, first + number * size, [*target, eos])
+            for row, (_, _, targets) in enumerate(rows)
+            for number, target in enumerate(targets)
+            if target is not None
         ]
         batch["loss_counts"] = {"auxiliary": len(groups)}
         is_mean = self.config.step_decoder_reduction == "mean"
-        divisors = [len(text) if is_mean else 1 for _, _, text in groups]
+        divisors = [len(target) if is_mean else 1 for _, _, target in groups]
         if not groups:
             groups, divisors = [(0, 0, [eos])], [math.inf]
-        of_rows, columns, texts = zip(*groups, strict=True)
-        lengths = torch.tensor([len(text) for text in texts])
-        begins = torch.arange(len(texts)) * (size - 1 + lengths.max()) + size - 1
+        row_numbers, columns, targets = zip(*groups, strict=True)
+        lengths = torch.tensor([len(target) for target in targets])
+        begins = torch.arange(len(targets)) * (size - 1 + lengths.max()) + size - 1
         batch["steps"] = {
-            "rows": torch.tensor(of_rows),
+            "rows": torch.tensor(row_numbers),
             "columns": torch.tensor(columns)[:, None] + torch.arange(size),
-            "ids": collate_prompts([text[:-1] for text in texts], eos, on_the_left=False)["input_ids"],
-            "places": torch.cat([begin + torch.arange(n) for begin, n in zip(begins, lengths, strict=True)]),
-            "targets": torch.tensor([*chain(*texts)]),
+            "ids": collate_prompts([target[:-1] for target in targets], eos, on_the_left=False)["input_ids"],
+            "indices": torch.cat([begin + torch.arange(n) for begin, n in zip(begins, lengths, strict=True)]),
+            "targets": torch.tensor([*chain(*targets)]),
             "divisors": torch.tensor(divisors).repeat_interleave(lengths),
         }
         return batch
 
 
 class StepDecoder(Coconut):
-    """A causal LM without latents that continues thoughts with the text that they stand for. It has no dropout.
+    """A causal LM without latents and without dropout that continues thoughts with their target text.
 
-    Its own input embeddings are not used; where its LM head is not tied to them they are not trained either.
+    Its own input embeddings are unused; they are frozen unless its LM head is tied to them.
     """
 
     def __init__(self, base: PreTrainedModel, eos_token_id: int):
@@ -172,18 +172,18 @@ class StepDecoder(Coconut):
     def train(self, mode: bool = True) -> StepDecoder:
         return super().train(False)
 
-    def forward(self, embeds: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """(S,) cross-entropies of the targets, (S,), at places in the flattened (P, c + m) of embeds, (P, c + m, D).
-        Positions count from 1, which matters where a model has absolute ones."""
+    def forward(self, embeds: torch.Tensor, indices: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Returns the (S,) cross-entropies of the targets, (S,), at indices in the flattened (P, c + m) of embeds,
+        (P, c + m, D). Positions count from 1, which matters for absolute position embeddings."""
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
         positions = mask.cumsum(dim=1)
         cache = self.backbone.make_cache(embeds.shape[1], keeps=False)
         hidden = self.backbone.span(embeds, mask, positions, masked=False, cache=cache)
-        return self.backbone.cross_entropy(hidden.flatten(0, 1)[places], targets, reduction="none")
+        return self.backbone.cross_entropy(hidden.flatten(0, 1)[indices], targets, reduction="none")
 
 
 class SimCot(Coconut):
-    """Coconut with a step decoder, in training; step_decoder_weight: of its loss beside that of the answer."""
+    """Coconut with a step decoder in training; step_decoder_weight is the weight of the decoder's loss."""
 
     def __init__(self, *args, step_decoder_weight: float = 1.0, **kwargs):
         super().__init__(*args, **kwargs)
@@ -198,32 +198,32 @@ class SimCot(Coconut):
         self.step_decoder = StepDecoder(base, self.eos_token_id)
 
     def load_companion(self, config, folder: Path | None, load: Callable[[str], PreTrainedModel]) -> None:
-        """A causal LM with weights of its own; a pretrained one has no rows for the markers."""
+        """Loads the step decoder with its own weights; a pretrained one has no embeddings of the markers."""
         if config.step_decoder == "copy":
             base = copy.deepcopy(self.base_causallm)
-            lora.apply_lora(base, None, 0, folder)  # a base with updates is copied with them in its weights
+            lora.apply_lora(base, None, 0, folder)  # merges a checkpoint's LoRA updates into the copy
         else:
             base = load(config.model_id)
         self.add_companion(base)
 
     def forward(self, *args, steps: dict[str, torch.Tensor] | None = None, **kwargs) -> CoconutOutput:
-        """`Coconut.forward`; with `steps` the output's `auxiliary` is the decoder's loss, summed over the groups of the
-        batch.
+        """Runs `Coconut.forward`. With `steps`, the output's `auxiliary` is the decoder's loss, summed over the groups
+        of the batch.
 
-        steps, int64 as `ExplainedDataset.collate` makes them:
+        steps, int64 as `StepTargetDataset.collate` returns them:
             rows, columns: (P,) and (P, c), where the thoughts of each group are in (B, T).
             ids: (P, m) the tokens of its text, padded.
-            places, targets: (S,), see StepDecoder.forward.
-            divisors: (S,) what a token's loss is divided by: 1 for a sum over the tokens of a group, their number for a
-                mean; infinity, and float32, where no group counts.
+            indices, targets: (S,), see StepDecoder.forward.
+            divisors: (S,) divisor of each token's loss: 1 for a sum over a group's tokens, their number for a mean;
+                infinity, float32, in a batch without groups.
         """
         output = super().forward(*args, **kwargs)
         if steps is None:
             return output
         thoughts = output.inputs_embeds[steps["rows"][:, None], steps["columns"]]  # (P, c, D)
         embeds = torch.cat([thoughts, self.backbone.embed(steps["ids"]).to(thoughts.dtype)], dim=1)
-        losses = self.step_decoder(embeds, steps["places"], steps["targets"]) / steps["divisors"]
+        losses = self.step_decoder(embeds, steps["indices"], steps["targets"]) / steps["divisors"]
         return output._replace(auxiliary=self.step_decoder_weight * losses.sum())
 
 
-MODEL, DATASET = SimCot, ExplainedDataset
+MODEL, DATASET = SimCot, StepTargetDataset

@@ -1,20 +1,21 @@
-"""A head that ends the thinking: after each thought it says whether the answer would be right if language began now.
+"""A head that stops the thoughts: after each one it predicts whether the answer would be right if language began now.
 
-The probability after k = 0..K thoughts is p_k = sigmoid(w h_k + b), where h_k is the last hidden state of the position
-that thought k + 1 is made from. Its label y_k is 1 where language that is forced after k thoughts, decoded greedily,
-ends with the tokens of the gold answer (SLPO, arXiv 2607.19691). Thinking stops at the first k with
-p_k > stop_threshold, after K thoughts at the latest.
+After k = 0..K thoughts the probability is p_k = sigmoid(w h_k + b), where h_k is the last hidden state that thought k +
+1 is computed from. The label y_k is 1 if greedy decoding, forced after k thoughts, ends with the tokens of the gold
+answer (SLPO, arXiv 2607.19691). A row stops at the first k with p_k > stop_threshold, and after K thoughts at the
+latest.
 
     loss = mean over examples and k = 0..K of BCE(p_k, y_k)
 
-The Coconut that `load_model_path` names is frozen. So the labels are those of the model that will be asked, however
-long the head is trained; the loss is convex; and the answer after k thoughts stays what it was, bit for bit. Trained
-jointly, every step would make the labels of the step before wrong.
+The Coconut that `load_model_path` names is frozen. The labels therefore stay those of the evaluated model, the loss is
+convex, and the answer after k thoughts is bitwise unchanged. Joint training would change the labels in every step.
 
 Legend: B rows, T columns of a batch, K latents, D hidden size, N new tokens.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import methods
 from methods import key
@@ -27,7 +28,7 @@ class Method(methods.Method):
     defaults = {"stop_threshold": 0.6}
     stop_threshold: float = key(
         1.0,
-        "stopping: thinking stops once the answer is taken to be right with more than this probability; 1: never",
+        "stopping: stop the thoughts when the predicted probability of a right answer exceeds this; 1: never",
         low=0,
         high=1,
         free=True,
@@ -35,17 +36,17 @@ class Method(methods.Method):
     )
 
     @staticmethod
-    def problems(config) -> list[str]:
+    def problems(config) -> Iterator[str]:
         if config.method != "stopping":
-            wrong = config.stop_threshold != 1
-            return [f"stop_threshold is for method stopping, not {config.method}"] if wrong else []
-        found, passes = [], getattr(config, "latent_passes", "sequential")
+            if config.stop_threshold != 1:
+                yield f"stop_threshold is for method stopping, not {config.method}"
+            return
+        passes = getattr(config, "latent_passes", "sequential")
         if config.thought == "pause" or passes != "sequential":
-            how = "thought pause has none" if config.thought == "pause" else f"latent_passes {passes} makes all at once"
-            found.append(f"method stopping decides after each thought, and {how}")
+            how = "thought pause has none" if config.thought == "pause" else f"latent_passes {passes} runs all at once"
+            yield f"method stopping decides after each thought, and {how}"
         if config.lora_rank is not None:
-            found.append("method stopping trains its head alone, without lora_rank: a checkpoint's updates are merged")
-        return found
+            yield "method stopping trains only its head: unset lora_rank; LoRA updates of a checkpoint are merged"
 
     @staticmethod
     def options(config) -> dict:
@@ -53,13 +54,11 @@ class Method(methods.Method):
 
     @staticmethod
     def mixes_in(config) -> bool:
-        """The head is the model's, in an eval-only run too."""
+        """The head is part of the model, also in an eval-only run."""
         return config.method == "stopping"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# With torch
-# ---------------------------------------------------------------------------------------------------------------
+# --- With torch ---
 
 import math
 from contextlib import suppress
@@ -70,11 +69,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from coconut import Coconut, CoconutOutput
+from coconut import Coconut, CoconutOutput, Edit
 from curriculum import prefix, prompt
 from dataset import MicroBatch, StageDataset, collate_prompts, latent_columns
 from model.layout import Rows, take
 from model.thought import Seen
+from preprocessing.tokens import batched
 from trainer.evaluate import autocast, evaluate
 from trainer.files import read_weights
 from trainer.pretrained import read_description
@@ -82,7 +82,7 @@ from utils import UserError
 
 
 class ForcedDataset(StageDataset):
-    """Items (input_ids, labels, prompts): the last stage's sequence, and what language follows after 0..K thoughts."""
+    """Items (input_ids, labels, prompts): the last stage's sequence, and the prompts after 0..K thoughts."""
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[int], list[int], list[list[int]]]:
         input_ids, labels = super().__getitem__(key)
@@ -94,29 +94,29 @@ class ForcedDataset(StageDataset):
         return [f"  language is forced after 0 to {len(item[2]) - 1} thoughts"]
 
     def weight(self, micro: MicroBatch, stage: int) -> float:
-        """The loss is a mean over examples, whatever tokens they have."""
+        """Weights by examples: the loss is a mean over examples, whatever the number of tokens."""
         return micro.weight
 
     def collate(self, rows: list[tuple]) -> dict:
-        """The arguments of `Stopping.forward`; none of the tokens is supervised."""
+        """Returns the arguments of `Stopping.forward`. No token is supervised."""
         batch = collate_prompts([one for _, _, prompts in rows for one in prompts], self.markers.eos)
         answers = [_before(self.markers.eos, ids[len(prompts[-1]) :]) for ids, _, prompts in rows]
         return batch | {"answers": answers, "supervised": torch.tensor([], dtype=torch.int64)}
 
 
 class AllStopped(Exception):
-    """No row of a batch goes on thinking."""
+    """Every row of a batch has stopped."""
 
 
 class Stopping(Coconut):
     """A frozen Coconut with a head that stops its thoughts.
 
-    Args, beside those of Coconut:
+    Args, besides those of Coconut:
         stop_threshold: the probability, from 0 to 1, above which a row stops; 1: never.
-        max_new_tokens: of the forced language that the labels come from.
+        max_new_tokens: length of the forced generations that give the labels.
     """
 
-    saved_parts = ("stop_head",)  # modules that a checkpoint keeps in a file of their own
+    saved_parts = ("stop_head",)  # a checkpoint saves each of these modules in its own file
 
     def __init__(self, *args, stop_threshold: float = 1.0, max_new_tokens: int = 128, **kwargs):
         super().__init__(*args, **kwargs)
@@ -128,11 +128,12 @@ class Stopping(Coconut):
             nn.init.zeros_(parameter)
 
     def train(self, mode: bool = True) -> Stopping:
-        """Nothing of it has dropout in training: the frozen model is the one that will be asked."""
+        """Keeps dropout off: the frozen model must behave as in evaluation."""
         return super().train(False)
 
     def load_companion(self, config, folder: Path | None, _) -> None:
-        """The head of a checkpoint; of another method's it is new. Raises UserError where there must be one."""
+        """Loads the head of a checkpoint; a checkpoint of another method gets a new one. Raises UserError if a head is
+        missing."""
         path = None if folder is None else folder / "stop_head.safetensors"
         if path is not None and path.is_file():
             self.stop_head.load_state_dict(read_weights(path, self.stop_head.state_dict(), "stop head"))
@@ -149,7 +150,7 @@ class Stopping(Coconut):
         answers: list[list[int]] | None = None,
         **kwargs,
     ) -> CoconutOutput:
-        """`Coconut.forward`; with answers the head's loss.
+        """Runs `Coconut.forward`; with `answers`, returns the head's loss.
 
         Args:
             input_ids, attention_mask: (B (K + 1), T), each example after 0..K thoughts, padded on the left.
@@ -168,20 +169,24 @@ class Stopping(Coconut):
 
     @torch.no_grad()
     def right(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, answers: list[list[int]]) -> torch.Tensor:
-        """(B, K + 1) bool: whether greedy decoding after 0..K thoughts ends with the answer; as in `forward`."""
-        left = min(self.max_new_tokens, (self.max_positions or math.inf) - input_ids.shape[1])
-        each, rows = len(input_ids) // len(answers), super().generate(input_ids, attention_mask, left).tolist()
-        written = [_before(self.eos_token_id, row) for row in rows]
-        found = [ids[-len(answers[i // each]) :] == answers[i // each] for i, ids in enumerate(written)]
-        return torch.tensor(found, device=input_ids.device).view(-1, each)
+        """Returns (B, K + 1) bool: whether greedy decoding after 0..K thoughts ends with the answer. Arguments as in
+        `forward`."""
+        n_new = min(self.max_new_tokens, (self.max_positions or math.inf) - input_ids.shape[1])
+        rows = super().generate(input_ids, attention_mask, n_new).tolist()
+        each = len(rows) // len(answers)  # K + 1
+        gold = [answer for answer in answers for _ in range(each)]
+        right = [
+            _before(self.eos_token_id, row)[-len(answer) :] == answer for row, answer in zip(rows, gold, strict=True)
+        ]
+        return torch.tensor(right, device=input_ids.device).view(-1, each)
 
     @torch.no_grad()
     def probabilities(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """p_0 .. p_K, (B, K + 1), of prompts as in `generate` whose K latents stand in the same columns."""
+        """Returns p_0 .. p_K, (B, K + 1), for prompts as in `generate` whose K latents are in the same columns."""
         return self._probability(self._states_between(input_ids, attention_mask))
 
     def _states_between(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """h_0 .. h_K, (B, K + 1, D)."""
+        """Returns h_0 .. h_K, (B, K + 1, D)."""
         hidden, _ = self.states(input_ids, attention_mask)
         columns = latent_columns(input_ids, self.latent_token_id)
         return hidden[:, [columns[0] - 1, *columns]]
@@ -194,8 +199,9 @@ class Stopping(Coconut):
     def think(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Thinks until every row has stopped: input embeddings with the thoughts, (B, T, D), and which columns take
-        part, (B, T) bool: of a row's latents those before it stopped. Prompts as in `generate`."""
+        """Computes thoughts until every row has stopped, for prompts as in `generate`. Returns the input embeddings
+        with the thoughts, (B, T, D), and the attended columns, (B, T) bool: a row's latents after its stop are left
+        out."""
         is_latent = input_ids == self.latent_token_id  # (B, T)
         columns, embeds = latent_columns(input_ids, self.latent_token_id), self.backbone.embed(input_ids)
         takes_part = ~is_latent if attention_mask is None else attention_mask.bool() & ~is_latent
@@ -223,22 +229,26 @@ class Stopping(Coconut):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         max_new_tokens: int = 16,
-        **options,
+        position_ids: torch.Tensor | None = None,
+        edit: Edit | None = None,
+        return_thoughts: bool = False,
+        **sampling,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """`Coconut.generate`, where a row leaves out its latents from where it stops on. It makes the thoughts until
-        the last row has stopped, and then one pass over all prompts, each with its own number of thoughts.
+        """Same as `Coconut.generate`, but each row leaves out its latents after it stops. Thoughts are computed until
+        the last row stops; then one pass runs all prompts, each with its own number of thoughts.
 
-        With `edit` or `return_thoughts`, which number the thoughts, no row stops. Positions are counted from 0,
-        whatever position_ids.
+        With `edit` or `return_thoughts`, which refer to thoughts by number, no row stops. position_ids are ignored:
+        positions count from 0.
         """
-        if self.stop_threshold == 1 or options.get("edit") or options.get("return_thoughts"):
-            return super().generate(input_ids, attention_mask, max_new_tokens, **options)
+        if self.stop_threshold == 1 or edit is not None or return_thoughts:
+            return super().generate(
+                input_ids, attention_mask, max_new_tokens, position_ids, edit, return_thoughts, **sampling
+            )
         embeds, takes_part = self.think(input_ids, attention_mask)
-        # padding and what is left out, then the rest: as wide as the longest row
+        # move padding and omitted latents to the left, and cut to the longest row
         order = takes_part.int().argsort(dim=1, stable=True)[:, -int(takes_part.sum(dim=1).max()) :]
         mask = take(takes_part, order).long()
         ids = take(input_ids, order).masked_fill(mask == 0, self.eos_token_id)
-        sampling = {name: value for name, value in options.items() if name not in SETTINGS}
         if sampling:
             return super().generate(ids, mask, max_new_tokens, **sampling)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -246,9 +256,6 @@ class Stopping(Coconut):
         cache = self.backbone.make_cache(ids.shape[1] + max_new_tokens, keeps=True)
         hidden = self.backbone.span(take(embeds, order), *rows.part(0, ids.shape[1]), cache)
         return self._decode(hidden, rows, cache, max_new_tokens)
-
-
-SETTINGS = ("position_ids", "edit", "return_thoughts")  # options of `Coconut.generate` that are not of sampling
 
 
 def _before(eos: int, ids: list[int]) -> list[int]:
@@ -259,19 +266,19 @@ MODEL, DATASET = Stopping, ForcedDataset
 
 
 def validate(pretrained, data, stage: int, config, world, title: str = "validating") -> tuple[dict, list[dict]]:
-    """trainer.evaluate.evaluate, which counts all latents, with the thoughts that are made: a mean and, of each
-    prediction, `thoughts`. Collective: every rank must call it."""
+    """Runs trainer.evaluate.evaluate and adds the number of computed thoughts: `thoughts` of each prediction, and their
+    mean. Collective: every rank must call it."""
     metrics, predictions = evaluate(pretrained, data, stage, config, world, title)
     model, _, markers = pretrained
-    for begin in range(0, len(predictions), config.eval_batch_size):
-        part = predictions[begin : begin + config.eval_batch_size]
-        prompts = [prompt(*data.val[one["index"]][:2], stage, config, markers) for one in part]
+    for part in batched(predictions, config.eval_batch_size):
+        prompts = [prompt(*data.val[prediction["index"]][:2], stage, config, markers) for prediction in part]
         batch = {name: value.to(world.device) for name, value in collate_prompts(prompts, markers.eos).items()}
         with autocast(config, world):
             _, takes_part = model.think(batch["input_ids"], batch["attention_mask"])
         is_latent = batch["input_ids"] == markers.latent
-        made, left_out = ((is_latent & which).sum(dim=1).tolist() for which in (takes_part, ~takes_part))
-        for one, thoughts, fewer in zip(part, made, left_out, strict=True):
-            one["thoughts"], one["generated_tokens"] = thoughts, one["generated_tokens"] - fewer
-    means = {name: float(np.mean([one[name] for one in predictions])) for name in ("thoughts", "generated_tokens")}
+        kept, left_out = ((is_latent & columns).sum(dim=1).tolist() for columns in (takes_part, ~takes_part))
+        for prediction, n_kept, n_left_out in zip(part, kept, left_out, strict=True):
+            prediction["thoughts"] = n_kept
+            prediction["generated_tokens"] -= n_left_out
+    means = {name: float(np.mean([each[name] for each in predictions])) for name in ("thoughts", "generated_tokens")}
     return metrics | means, predictions

@@ -1,10 +1,10 @@
-"""What a latent position is fed: the ways to turn hidden states into the next input embedding.
+"""Thoughts: functions of hidden states that give the input embedding of a latent position.
 
 Legend: B rows, D hidden size, V vocabulary, L decoder blocks.
 
-A thought is a module that is called with what the model has seen (`Seen`) and returns an input embedding, (B, 1, D). It
-says by two attributes what it needs, and is made for one model. To add one, write a class under `@register`, here or in
-a file of its own beside this one. Its parameters, if it has any, are trained and saved with the model's.
+A thought is a module that takes a `Seen` and returns an input embedding, (B, 1, D). Two class attributes state what it
+needs. Each instance belongs to one model, which trains and saves its parameters. To add a thought, write a class under
+`@register`, in this file or in a new file beside it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,17 @@ from model.backbone import decoder_blocks
 from model.thought import Seen, Thought, register
 from utils import UserError
 
-RIDGE = 1e-4  # of `realigned`, relative to the mean eigenvalue of the output embeddings' Gram matrix
+RIDGE = 1e-4  # ridge of `realigned`, relative to the mean eigenvalue of the output embeddings' Gram matrix
 
 
-# ---- Without layers ----
+# --- Thoughts from the last hidden state ---
 
 
 @register("pause")
 class Pause(Thought):
-    """No feedback: the learned embedding of the latent token stays (arXiv 2412.06769, Section 4.2: pause token, pause
-    as thought; Goyal et al., arXiv 2310.02226).
-
-    A latent position then waits for nothing, and the whole sequence is one pass.
-    """
+    """No feedback: the learned embedding of the latent token (arXiv 2412.06769, Section 4.2: pause token, pause as
+    thought; Goyal et al., arXiv 2310.02226). A latent position waits for no other, so the whole sequence is one
+    pass."""
 
     sequential = False
 
@@ -39,7 +37,7 @@ class Pause(Thought):
 class Mlp(Thought):
     """LayerNorm(V GELU(W h_{t-1} + a) + b) with learned W, (P, D), and V, (D, P): CODI's projection (arXiv 2502.21074).
 
-    P is D unless spelled mlp:P. The weights begin as torch makes them, in the model's dtype.
+    P is D, or the number in mlp:P. The weights have torch's default initialisation, in the model's dtype.
     """
 
     def __init__(self, base: PreTrainedModel, number: int | float | None = None):
@@ -55,8 +53,8 @@ class Mlp(Thought):
 
 @register("looped")
 class Looped(Thought):
-    """The latent token's embedding plus the last hidden state of the same position in the pass before: e_p + h_p
-    (LOTUS, arXiv 2606.31779). In the first pass it is e_p. For latents that are made in parallel only."""
+    """e_p + h_p: the latent token's embedding plus the last hidden state of the same position in the previous pass
+    (LOTUS, arXiv 2606.31779); e_p in the first pass. Only for parallel latents."""
 
     in_place = True
 
@@ -66,9 +64,9 @@ class Looped(Thought):
 
 @register("projected")
 class Projected(Thought):
-    """W h_{t-1} with a learned matrix W, (D, D), that begins as the identity: at first this is `last`.
+    """W h_{t-1} with a learned matrix W, (D, D), initialised to the identity, so that training starts from `last`.
 
-    W has the model's dtype. It is trained like every other weight, with weight decay, which pulls it to zero.
+    W has the model's dtype. Like every other weight it has weight decay, which pulls it towards zero.
     """
 
     def __init__(self, base: PreTrainedModel, number: int | float | None = None):
@@ -84,12 +82,12 @@ class Projected(Thought):
 class Normalised(Thought):
     """h_{t-1} rescaled to the mean norm of the input embeddings: m h / ||h||, m = mean over V of ||e_v||.
 
-    A hidden state's norm is that which the final norm gives it, not that of an embedding. m is that of the weights of
-    the moment, computed once a batch; it passes no gradient to the embeddings.
+    Without it, a thought has the norm that the final norm layer gives it, not that of an embedding. m is recomputed
+    once per batch from the current weights and passes no gradient to the embeddings.
     """
 
     def precompute(self, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        """(V, D) -> the mean norm, a scalar."""
+        """Returns the mean norm of the (V, D) input embeddings, a scalar."""
         return _exact(inputs).norm(dim=-1).mean()
 
     def forward(self, seen: Seen) -> torch.Tensor:
@@ -98,7 +96,7 @@ class Normalised(Thought):
 
 @register("projected+normalised")
 class ProjectedNormalised(Projected):
-    """`normalised` of `projected`: m W h / ||W h||. The scale of W has no effect, only the direction of its image."""
+    """`normalised` after `projected`: m W h / ||W h||. The scale of W has no effect, only the direction of W h."""
 
     precompute = Normalised.precompute
 
@@ -108,18 +106,19 @@ class ProjectedNormalised(Projected):
 
 @register("realigned")
 class Realigned(Thought):
-    """A h_{t-1} in the space of the input embeddings, by ridge-regularised least squares (LatentMAS, arXiv 2511.20639).
+    """h_{t-1} A, mapped into the space of the input embeddings by ridge-regularised least squares (LatentMAS, arXiv
+    2511.20639).
 
-    With the output embeddings U and the input embeddings E, (V, D) each, h A with A = (U'U + r I)^-1 U'E, which makes
-    U A come closest to E: a hidden state that points to a token's row of the LM head is turned to that token's input
-    embedding. r is RIDGE times the mean eigenvalue of U'U. Where the two are tied, A is the identity but for r.
+    With output embeddings U and input embeddings E, (V, D) each, A = (U'U + r I)^-1 U'E brings U A closest to E: a
+    hidden state that points to a token's row of the LM head becomes that token's input embedding. r is RIDGE times the
+    mean eigenvalue of U'U. With tied embeddings A is the identity, up to r.
 
-    A is that of the weights of the moment, computed once a batch in at least float32, in 4 V D^2 operations, without
-    a gradient to the embeddings: those of a model that is trained do not stay what they were at its start.
+    A is recomputed once per batch from the current weights, in at least float32, with 4 V D^2 operations. It passes no
+    gradient to the embeddings.
     """
 
     def precompute(self, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        """(V, D), (V, D) -> A, (D, D)."""
+        """Returns A, (D, D), from the input and output embeddings, (V, D) each."""
         inputs, outputs = _exact(inputs), _exact(outputs)
         with torch.autocast(outputs.device.type, enabled=False):
             gram = outputs.T @ outputs
@@ -133,11 +132,11 @@ class Realigned(Thought):
 
 @register("token", takes="[:st]")
 class Token(Thought):
-    """The input embedding of the token that the LM head finds likeliest after h_{t-1}: e_y, y = argmax head(h_{t-1}).
+    """The input embedding of the LM head's likeliest token after h_{t-1}: e_y, y = argmax head(h_{t-1}).
 
-    So a latent holds log2 V bits, as a written token does. `token` passes no gradient. `token:st` is the same in the
-    forward pass, and its gradient is that of softmax(head(h_{t-1})) E, the mean input embedding (straight-through,
-    Bengio et al., arXiv 1308.3432): it reaches the hidden state, the LM head and the input embeddings E.
+    A latent then holds log2 V bits, like a written token. `token` passes no gradient. `token:st` has the same forward
+    pass and the gradient of softmax(head(h_{t-1})) E, the mean input embedding (straight-through, Bengio et al., arXiv
+    1308.3432); it reaches the hidden state, the LM head and the input embeddings E.
     """
 
     def __init__(self, base: PreTrainedModel, number: str | None = None):
@@ -163,16 +162,16 @@ def _rescaled(hidden: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     return exact * (norm / exact.norm(dim=-1, keepdim=True))
 
 
-# ---- From the layers ----
+# --- Thoughts from earlier layers ---
 
 
 @register("layer", takes=":N")
 class Layer(Thought):
-    """The hidden state of an earlier layer, counted as in transformers' `hidden_states`: 0 is what the first block is
-    given, N what the N-th block returns, L the last hidden state, after the final norm. Negative numbers count from the
-    end: layer:-1 is `last`, layer:-2 the second to last hidden state. A fraction f in 0..1 is layer round(f L).
+    """The hidden state of an earlier layer, numbered as in transformers' `hidden_states`: 0 is the input of the first
+    block, N the output of the N-th block, L the last hidden state, after the final norm. Negative numbers count from
+    the end: layer:-1 is `last`, layer:-2 the second to last hidden state. A fraction f in 0..1 is layer round(f L).
 
-    The layers between take no part in a thought, and get no gradient through it.
+    The layers above it get no gradient through the thought.
     """
 
     def __init__(self, base: PreTrainedModel, number: int | float | None = None):
@@ -193,15 +192,16 @@ class Layer(Thought):
 
 @register("suppressed", takes="[:T]")
 class Suppressed(Thought):
-    """What the later layers take out of the residual stream: with r_l the stream after block l (r_0 before the first),
-    the sum over blocks l of the later half, l > L // 2, of r_{l-1} in those coordinates where |r_{l-1}| - |r_l| > T,
-    and 0 in the others. T is 0 unless spelled suppressed:T. r_L is taken before the final norm, like the others.
+    """What the later layers remove from the residual stream: with r_l the stream after block l (r_0 before the first
+    block), the sum over blocks l of the later half, l > L // 2, of r_{l-1} in the coordinates where |r_{l-1}| - |r_l| >
+    T, and 0 elsewhere. T is 0, or the number in suppressed:T. r_L is taken before the final norm, like the others.
 
-    The choice of coordinates passes no gradient, their values do.
+    The choice of coordinates passes no gradient; their values do.
 
-    The idea is that of an unfinished fork of the reference, which went through the unembedding and, by its
-    pseudo-inverse, back: for an unembedding of full column rank (V >= D) that is the identity, and so left out. Neurons
-    that suppress what earlier layers predict: Gurnee et al., arXiv 2401.12181; Lad et al., arXiv 2406.19384.
+    The idea comes from an unfinished fork of the reference, which went through the unembedding and back through its
+    pseudo-inverse; for an unembedding of full column rank (V >= D) that is the identity, so it is left out here.
+    Neurons that suppress the predictions of earlier layers: Gurnee et al., arXiv 2401.12181; Lad et al., arXiv
+    2406.19384.
     """
 
     needs_layers = True
@@ -219,7 +219,7 @@ class Suppressed(Thought):
 
 @register("last+suppressed", takes="[:T]")
 class LastSuppressed(Suppressed):
-    """`last` plus `suppressed`: the last hidden state with what the later layers took out of it."""
+    """`last` plus `suppressed`."""
 
     def forward(self, seen: Seen) -> torch.Tensor:
         return seen.hidden + super().forward(seen)
@@ -227,7 +227,7 @@ class LastSuppressed(Suppressed):
 
 @register("embedding+suppressed", takes="[:T]")
 class EmbeddingSuppressed(Suppressed):
-    """The learned embedding of the latent token, as `pause` feeds it, plus `suppressed`."""
+    """The learned embedding of the latent token, as in `pause`, plus `suppressed`."""
 
     def forward(self, seen: Seen) -> torch.Tensor:
         return seen.embedding + super().forward(seen)

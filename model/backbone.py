@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM as Coconut calls it: decoder, embeddings, LM head, blocks, recorder.
+"""A Hugging Face causal LM behind the interface that Coconut calls: decoder, embeddings, LM head, blocks, recorder.
 
 Legend: B rows, T columns of a batch, t columns of a pass, D hidden size, V vocabulary, S supervised tokens, L decoder
 blocks.
@@ -22,29 +22,29 @@ from model.kv_cache import has_attention, make_cache
 from model.layout import causal_mask, column_of, take
 from utils import UserError
 
-Pick = Callable[[torch.Tensor], torch.Tensor]  # of (B, t, D) states of a pass, (B, 1, D)
+Pick = Callable[[torch.Tensor], torch.Tensor]  # (B, t, D) states of a pass -> (B, 1, D)
 
 
 class Vocabulary:
-    """Tokens to input embeddings, and hidden states to logits, as a Hugging Face causal LM has them."""
+    """Input embeddings of tokens, and logits of hidden states, as in the model's own forward."""
 
     def __init__(self, base: PreTrainedModel):
         self.base = base
         self._scale, self._cap = _around_the_head(base.config)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, T) -> (B, T, D)."""
+        """(B, T) token ids -> (B, T, D) input embeddings."""
         return self.base.get_input_embeddings()(input_ids)
 
     def input_embeddings(self) -> torch.Tensor:
-        """(V, D), as the model gets them: some embedding modules scale their weights."""
+        """Returns the (V, D) input embeddings that the model receives: some embedding modules scale their weights."""
         module = self.base.get_input_embeddings()
         if type(module).forward is nn.Embedding.forward:
             return module.weight
         return module(torch.arange(len(module.weight), device=module.weight.device))
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., V), as the model's own forward makes them."""
+        """(..., D) hidden states -> (..., V) logits."""
         logits = self.base.get_output_embeddings()(self._scaled(hidden))
         return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
 
@@ -53,17 +53,17 @@ class Vocabulary:
 
 
 class Recorder:
-    """Records the residual stream of passes: what the first block is given and what each block returns.
+    """Records the residual stream of a pass: the input of the first block and the output of each block.
 
-    transformers' output_hidden_states keeps all columns of all layers, and the last of its states is normed. Raises
-    UserError where the model does not name its blocks.
+    transformers' output_hidden_states keeps all columns of all layers, and applies the final norm to the last state.
+    Raises UserError if the model does not name its blocks.
     """
 
     def __init__(self, base: PreTrainedModel):
         blocks = decoder_blocks(base)
         if not blocks:
-            raise UserError("a thought or a loss of the layers needs a model that names its decoder blocks")
-        self._pick: Pick | None = None  # while passes are recorded
+            raise UserError("a thought or loss that uses the layers needs a model that names its decoder blocks")
+        self._pick: Pick | None = None  # set during `recording`
         self._states: list[torch.Tensor] = []
         decoder_of(base).register_forward_pre_hook(lambda *_: self._states.clear() if self._pick else None)
         for block in blocks:
@@ -71,8 +71,8 @@ class Recorder:
 
     @contextmanager
     def recording(self, pick: Pick) -> Iterator[list[torch.Tensor]]:
-        """The L + 1 states of the last pass inside, before the final norm; of each what `pick` takes of it, at once.
-        A recording within another takes its place for as long as it lasts."""
+        """Yields a list that holds the L + 1 states of the last pass inside, before the final norm, each reduced by
+        `pick`. A nested recording replaces the outer one until it ends."""
         outer = self._pick, self._states
         self._pick, self._states = pick, []
         try:
@@ -80,7 +80,7 @@ class Recorder:
         finally:
             self._pick, self._states = outer
 
-    @torch.compiler.disable  # a list that grows would be another graph at each length
+    @torch.compiler.disable  # otherwise compiled anew for each length of the list
     def _record(self, _, args: tuple, kwargs: dict, output) -> None:
         if self._pick is None:
             return
@@ -90,45 +90,46 @@ class Recorder:
 
 
 class Backbone(Vocabulary):
-    """What Coconut needs of the model that it wraps. No Module of its own: the wrapped model's parameters keep the
-    names that Coconut gives them."""
+    """The interface of the wrapped model. It is no Module, so that parameters keep the names that Coconut gives
+    them."""
 
     def __init__(self, base: PreTrainedModel):
         super().__init__(base)
         self.decoder, self.blocks = decoder_of(base), decoder_blocks(base)
         self.recorder: Recorder | None = None
         for module in self.decoder.modules():
-            if isinstance(module, NewGELUActivation):  # the same function, in one kernel instead of eight
+            if isinstance(module, NewGELUActivation):  # same function in one kernel instead of eight
                 module.forward = partial(F.gelu, approximate="tanh")
         config = base.config.get_text_config(decoder=True)
         accepted = inspect.signature(type(self.decoder).forward).parameters
         # transformers renames the argument during 5.x
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
         self.takes_position_ids = "position_ids" in accepted  # most models with ALiBi have none
-        # whether its attention is told by positions and masks alone where a token stands: padding may then follow the
-        # question, where causality hides it. Windows and recurrent states count columns: it has to come first
+        # whether attention depends on positions and masks only. Padding may then follow the question, hidden by
+        # causality. Windows and recurrent states count columns: padding must come first
         self.makes_masks = self.takes_position_ids and _attends_plainly(config)
         self.max_positions = _max_positions(config)
         self._head_is_a_matrix = getattr(type(base.get_output_embeddings()), "forward", None) is nn.Linear.forward
-        # what trainer/check_family.py finds: whether some parameters that want gradients get none, and whether
-        # generation must recompute everything for each token, because decoding over a cache would give something else
+        # set by trainer/check_family.py: whether some trainable parameters get no gradient, and whether generation must
+        # recompute everything for each token, because decoding with a cache gives other results
         self.leaves_parameters_out = False
         self.recomputes = False
 
     @cached_property
     def _attends(self) -> bool:
-        return has_attention(self.base.config)  # which fails for some families: check_family.py catches it
+        return has_attention(self.base.config)  # fails for some families: check_family.py catches it
 
     def cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-        """Of the tokens (S,) that the hidden states (S, D) predict, in nats."""
-        if hasattr(F, "linear_cross_entropy") and self._cap is None and self._head_is_a_matrix:
+        """Returns the cross-entropy, in nats, of the tokens (S,) predicted from the hidden states (S, D)."""
+        if self._cap is None and self._head_is_a_matrix:
             head = self.base.get_output_embeddings()
             hidden, options = self._scaled(hidden), {"linear_bias": head.bias, "reduction": reduction}
             return F.linear_cross_entropy(hidden, head.weight, targets, **options)
         return F.cross_entropy(self.head(hidden), targets, reduction=reduction)
 
     def make_cache(self, capacity: int, keeps: bool) -> Cache | None:
-        """A cache of up to `capacity` columns; `keeps`: whether a later pass reads it."""
+        """Returns a cache for up to `capacity` columns, or None if the passes need none. keeps: whether a later pass
+        reads it."""
         return None if self.recomputes else make_cache(self.base.config, capacity, keeps)
 
     def span(
@@ -139,10 +140,11 @@ class Backbone(Vocabulary):
         masked: bool,
         cache: Cache | None,
     ) -> torch.Tensor:
-        """Last hidden states (B, t, D) of t new columns after those in the cache, which then holds them too.
+        """Runs t new columns after those in the cache, adds them to the cache, and returns their last hidden states (B,
+        t, D).
 
-        attention_mask is (B, columns so far with these), position_ids (B, t); unless `masked`, no token of these
-        columns has padding before it. The decoder's output is taken after its final norm, as in the reference.
+        attention_mask is (B, cached and new columns), position_ids (B, t). masked=False: no token of these columns has
+        padding before it. The hidden states are taken after the decoder's final norm, as in the reference.
         """
         arguments = {"use_cache": cache is not None}
         if cache is not None:
@@ -156,7 +158,7 @@ class Backbone(Vocabulary):
 
     @contextmanager
     def own_generation_config(self) -> Iterator[None]:
-        """Lets Hugging Face's `generate` use nothing of the generation_config that a model brings along."""
+        """Hides the model's own generation_config from Hugging Face's `generate`."""
         brought, self.base.generation_config = self.base.generation_config, GenerationConfig()
         try:
             yield
@@ -166,10 +168,10 @@ class Backbone(Vocabulary):
     def generate_uncached(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, max_new_tokens: int, eos_token_id: int
     ) -> torch.Tensor:
-        """Greedy decoding without a cache, everything recomputed for each token: (B, N) int64 new tokens, filled up
-        with EOS. Padding may be anywhere in the prompts (B, T)."""
+        """Decodes greedily without a cache, recomputing everything for each token. Returns (B, N) int64 new tokens,
+        filled up with EOS. The prompts (B, T) may have padding anywhere."""
         lengths = attention_mask.sum(dim=1, keepdim=True)  # (B, 1)
-        # padding on the right changes nothing
+        # move padding to the right, where causality hides it
         ids = take(input_ids, attention_mask.argsort(dim=1, descending=True, stable=True))
         ids = F.pad(ids, (0, max_new_tokens), value=eos_token_id)
         columns = torch.arange(ids.shape[1], device=ids.device)
@@ -185,23 +187,21 @@ class Backbone(Vocabulary):
         return torch.cat(tokens, dim=1) if tokens else input_ids[:, :0]
 
     def record_layers(self) -> None:
-        """Makes the blocks ready for `recording`: before they are compiled or sharded. Raises UserError."""
+        """Adds the hooks for `recording`. Call it before the blocks are compiled or sharded. Raises UserError."""
         self.recorder = self.recorder or Recorder(self.base)
 
     def recording(self, pick: Pick, on: bool = True) -> AbstractContextManager[list[torch.Tensor]]:
-        """See Recorder.recording; unless `on`, nothing is recorded."""
+        """See Recorder.recording; records nothing unless `on`."""
         return self.recorder.recording(pick) if on else nullcontext([])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Families
-# ---------------------------------------------------------------------------------------------------------------
+# --- Families ---
 
 
 def decoder_of(base: PreTrainedModel) -> PreTrainedModel:
-    """What makes the hidden states from input embeddings.
+    """Returns the module that turns input embeddings into hidden states.
 
-    transformers' get_decoder guesses by names, and gives the ModernBERT decoder's LM head, and the whole of a Llama 4.
+    transformers' get_decoder guesses by names: it returns the LM head of the ModernBERT decoder, and all of a Llama 4.
     """
     decoder = base.get_decoder()
     if decoder is base or not isinstance(decoder, PreTrainedModel):
@@ -211,8 +211,8 @@ def decoder_of(base: PreTrainedModel) -> PreTrainedModel:
 
 
 def decoder_blocks(base: PreTrainedModel) -> list[nn.Module]:
-    """The L decoder blocks, which the model itself names, or those that transformers could checkpoint; none where it
-    has no such thing."""
+    """Returns the L decoder blocks: those that the model names, or else those that transformers can checkpoint. The
+    list may be empty."""
     modules = list(decoder_of(base).modules())
     named = [module for module in modules if type(module).__name__ in (base._no_split_modules or ())]
     blocks = named or [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
@@ -221,8 +221,8 @@ def decoder_blocks(base: PreTrainedModel) -> list[nn.Module]:
 
 
 def freeze_unused(base: PreTrainedModel) -> None:
-    """Takes towers for images and sound out of training: DDP waits for the gradient of every parameter that wants one,
-    and here only the language model runs."""
+    """Freezes towers for images and sound, since only the language model runs and DDP waits for a gradient of every
+    trainable parameter."""
     run = (decoder_of(base), base.get_input_embeddings(), base.get_output_embeddings())
     reached = {parameter for module in run if module is not None for parameter in module.parameters()}
     for parameter in base.parameters():
@@ -231,10 +231,10 @@ def freeze_unused(base: PreTrainedModel) -> None:
 
 
 def _max_positions(config: PreTrainedConfig) -> int | None:
-    """The longest sequence, in tokens, by whatever name a family has for it; None where none is declared."""
+    """Returns the longest sequence, in tokens, whatever the family calls it; None if it declares none."""
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
     names += ("max_target_positions", "context_length")
-    attention = getattr(config, "attn_config", None) or {}  # of MPT and its like
+    attention = getattr(config, "attn_config", None) or {}  # MPT and similar families
     inner = attention if isinstance(attention, dict) else vars(attention)
     values = [*(getattr(config, name, None) for name in names), *map(inner.get, names)]
     return next((value for value in values if isinstance(value, int) and value > 0), None)
@@ -244,14 +244,14 @@ def _attends_plainly(config: PreTrainedConfig) -> bool:
     """Whether every layer is causal attention over all columns, computed by torch's scaled_dot_product_attention."""
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    has_alibi = getattr(config, "alibi", False)  # Falcon adds it to a mask of its own
+    has_alibi = getattr(config, "alibi", False)  # Falcon adds it to its own mask
     return config._attn_implementation == "sdpa" and layers == {"full_attention"} and window is None and not has_alibi
 
 
 def _around_the_head(config: PreTrainedConfig) -> tuple[float, float | None]:
-    """(scale, cap): what a family does around the LM head: cap tanh(scale U h / cap), without a cap scale U h.
+    """Returns (scale, cap) of the family's LM head: cap tanh(scale U h / cap), or scale U h without a cap.
 
-    It is read from the configuration, because on the meta device there are no numbers; check_family.py compares.
+    They come from the configuration, because the meta device has no numbers; check_family.py compares the logits.
     """
     text = config.get_text_config(decoder=True)
 
@@ -259,7 +259,7 @@ def _around_the_head(config: PreTrainedConfig) -> tuple[float, float | None]:
         return getattr(config, name, None) or getattr(text, name, None)
 
     scale = value("logit_scale") or value("lm_head_multiplier") or 1  # Cohere, Falcon-H1
-    scaling = value("logits_scaling") or 1  # by which Granite divides
+    scaling = value("logits_scaling") or 1  # Granite divides by it
     scale = scale * scaling if text.model_type == "hyperclovax" else scale / scaling
     if value("logits_mup_width_multiplier"):  # Inkling
         scale /= value("logits_mup_width_multiplier")

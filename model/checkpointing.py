@@ -14,14 +14,14 @@ from model.kv_cache import GrowingLayer
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Gradient checkpointing: the blocks keep their inputs only and run again in the backward pass. transformers' own
-    switches the cache off, and a latent pass without it would not see the columns before it."""
+    """Makes the blocks keep only their inputs and run again in the backward pass. transformers' own gradient
+    checkpointing disables the cache, without which a latent pass would not see the columns before it."""
     for block in blocks:
         block.forward = partial(_checkpointed, block.forward)
 
 
 def _checkpointed(forward: Callable, *args, **kwargs):
-    """One block's forward. A block may run several times in a pass, over other layers of the cache each time."""
+    """One block's forward. A block may run several times in a pass, each time with other layers of the cache."""
     if not is_grad_enabled():
         return forward(*args, **kwargs)
     cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
@@ -42,7 +42,7 @@ def _checkpointed(forward: Callable, *args, **kwargs):
 
 
 def _state_of(layer) -> int | dict:
-    """What a layer of a cache holds at this moment."""
+    """Returns the current contents of a layer of the cache."""
     if isinstance(layer, GrowingLayer):
         return layer.get_seq_length()
     return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
@@ -50,13 +50,14 @@ def _state_of(layer) -> int | dict:
 
 @contextmanager
 def _replayed_from(layer, state: int | dict) -> Iterator[None]:
-    """Lets a pass that began so run again: it makes the same states, and then the layer holds what it held before."""
+    """Resets a layer of the cache to `state`, so that a pass can run again; afterwards restores the present
+    contents."""
     if isinstance(layer, GrowingLayer):
         with layer.replayed_from(state) if layer.is_initialized else nullcontext():
             yield
         return
     now = _state_of(layer)
-    layer.__dict__ = state  # states come in the place of others, none is written to
+    layer.__dict__ = state  # layers replace their tensors and never write into them
     try:
         yield
     finally:

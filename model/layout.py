@@ -1,8 +1,8 @@
-"""Where the latents and the padding of a batch are, and what attention has to know of it.
+"""Where a batch has latents and padding, and the attention mask that follows from it.
 
-A collated row is `question | padding | latents ... | padding`: the first latents of all rows stand in one column, and
-causality hides the padding from the question, so that the first span, which is most of a sequence, needs no mask:
-attention kernels then skip what is not causal. Prompts for generation are padded on the left.
+A collated row is `question | padding | latents ... | padding`: the first latents of all rows are in one column.
+Causality hides the padding from the question, so the first span, which is most of a sequence, needs no mask, and
+attention kernels can skip its upper triangle. Prompts for generation are padded on the left.
 
 Legend: B rows, T columns of a batch, t columns of a pass.
 """
@@ -18,18 +18,18 @@ from dataset import latent_columns as find_latent_columns
 
 
 class Rows(NamedTuple):
-    """A batch as the passes take it. All tensors are (B, T) int64."""
+    """A batch in the layout of the passes. All tensors are (B, T) int64."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
-    columns: list[int]  # those with a latent in at least one row
+    columns: list[int]  # columns with a latent in at least one row
     before: torch.Tensor | None  # (B,) column of the token before the first latent; None: columns[0] - 1 in every row
-    masks: tuple[bool, bool]  # whether a token of the first span, and of the later ones, has padding before it
-    restore: torch.Tensor | None = None  # (B, columns[0]): where the columns before the first latent were
+    masks: tuple[bool, bool]  # whether tokens of the first span, and of later spans, have padding before them
+    restore: torch.Tensor | None = None  # (B, columns[0]) original columns of what precedes the first latent
 
     def part(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """What Backbone.span needs for the columns begin to end: attention mask, positions, masked."""
+        """Returns attention mask, positions and `masked` of the columns begin to end, as Backbone.span takes them."""
         is_question = not self.columns or end <= self.columns[0]
         masked = self.masks[0 if is_question else 1]
         return self.attention_mask[:, :end], self.position_ids[:, begin:end], masked
@@ -44,16 +44,16 @@ def lay_out(
     latent_columns: list[int] | None = None,
     prefix_lengths: torch.Tensor | None = None,
 ) -> Rows:
-    """The arguments of Coconut's forward with their defaults filled in.
+    """Returns the arguments of Coconut's forward with their defaults filled in.
 
-    padding_first: whether the family needs padding before the question, see Backbone.makes_masks; in rows with latents
-        it is moved there. The columns from the first latent on stay where they are.
-    Raises ValueError where a latent stands in the first column.
+    padding_first: whether the family needs padding before the question (see Backbone.makes_masks); rows with latents
+    are rearranged accordingly. The columns from the first latent on stay in place. Raises ValueError for a latent in
+    the first column.
     """
     is_collated = latent_columns is not None
     columns = latent_columns if is_collated else find_latent_columns(input_ids, latent_token_id)
     if columns and columns[0] == 0:
-        raise ValueError("a latent token has no position before it: a sequence must begin with another token")
+        raise ValueError("a sequence must not begin with a latent token: a thought needs a position before it")
     first = columns[0] if columns else input_ids.shape[1]
     if attention_mask is None:
         attention_mask, is_collated = torch.ones_like(input_ids), True
@@ -80,14 +80,14 @@ def lay_out_prompts(
     latent_token_id: int | None,
     padding_first: bool,
 ) -> Rows:
-    """`lay_out` of prompts that are padded on the left. Waits for the device."""
+    """Same as `lay_out`, for prompts that are padded on the left. Waits for the device."""
     rows = lay_out(input_ids, attention_mask, position_ids, latent_token_id, padding_first)
     if rows.attention_mask.all():
         return rows._replace(before=None, masks=(False, False))
     first = rows.columns[0] if rows.columns else input_ids.shape[1]
     mask = rows.attention_mask[:, :first]
     if not padding_first and (mask[:, 1:] >= mask[:, :-1]).all():
-        # padding behind the question: causality hides it, and attention needs no mask
+        # move padding behind the question: causality hides it, so attention needs no mask
         lengths = mask.sum(dim=1)
         rows = _moved(rows, mask.argsort(dim=1, descending=True, stable=True))
         rows = rows._replace(before=(lengths - 1).clamp(min=0), masks=(False, True))
@@ -95,7 +95,7 @@ def lay_out_prompts(
 
 
 def column_of(values: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
-    """(B, t, ...) -> (B, 1, ...): one column of each row, (B,); None: the last."""
+    """(B, t, ...) -> (B, 1, ...): one column of each row, given as (B,); None: the last."""
     return values[:, -1:] if columns is None else take(values, columns[:, None])
 
 
@@ -104,7 +104,7 @@ def joined(spans: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _moved(rows: Rows, order: torch.Tensor) -> Rows:
-    """Rows whose first columns are those of `order`, (B, t)."""
+    """Returns the rows with their first columns in the order (B, t)."""
     first = order.shape[1]
 
     def move(values: torch.Tensor) -> torch.Tensor:
@@ -115,7 +115,7 @@ def _moved(rows: Rows, order: torch.Tensor) -> Rows:
 
 
 def restored(values: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """(B, T, ...) in the columns that the caller knows."""
+    """Returns (B, T, ...) values in the caller's order of columns."""
     if rows.restore is None:
         return values
     first = rows.restore.shape[1]
@@ -123,11 +123,11 @@ def restored(values: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 
 def causal_mask(attention_mask: torch.Tensor, length: int, masked: bool) -> torch.Tensor | None:
-    """What the last `length` of the columns of attention_mask, (B, T), attend to: (B, 1, length, T) bool.
+    """Returns the attention mask, (B, 1, length, T) bool, of the last `length` columns of attention_mask, (B, T).
 
-    transformers would make the same mask, but it asks the device whether a row is padded. None leaves causality to the
-    attention kernel, which can do it for spans of the whole sequence and of one column. Padding attends to itself: a
-    softmax over nothing is no number.
+    transformers would make the same mask, but asks the device whether a row is padded. None leaves causality to the
+    attention kernel, which handles spans of the whole sequence and of one column. Padding attends to itself, because a
+    softmax over nothing is NaN.
     """
     end = attention_mask.shape[1]
     if not masked and length in (1, end):
@@ -140,10 +140,10 @@ def causal_mask(attention_mask: torch.Tensor, length: int, masked: bool) -> torc
 
 
 def take(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(B, T, ...) -> the columns (B, t) of each row, (B, t, ...)."""
+    """Returns the columns (B, t) of values (B, T, ...), as (B, t, ...)."""
     return values.gather(1, columns if values.ndim == 2 else columns[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def last_attended(attention_mask: torch.Tensor) -> torch.Tensor:
-    """(B,): the last column of each row that is no padding; the last of all where it is nothing else."""
+    """Returns the last unpadded column of each row, (B,); the last column if a row is all padding."""
     return attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(dim=1)

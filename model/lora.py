@@ -1,9 +1,9 @@
-"""LoRA (arXiv 2106.09685) through peft: the base is frozen, and low-rank updates of its linear layers are trained.
+"""LoRA (arXiv 2106.09685) through peft: freezes the base and trains low-rank updates of its linear layers.
 
-All linear layers of the decoder blocks get one; embeddings, the markers' rows too, and norms stay as they were. A
-thought that learns and a step decoder are trained as without. A checkpoint has the base's own weights, and beside them
-the folder adapter/, in peft's format: PeftModel.from_pretrained reads it on top of what AutoModelForCausalLM reads.
-Without lora_rank such a checkpoint is loaded with the updates added to the weights.
+All linear layers of the decoder blocks get an update. Embeddings, including the markers', and norms stay unchanged. A
+thought's parameters and a step decoder are trained as without LoRA. A checkpoint holds the base's own weights, and the
+updates in the folder adapter/ in peft's format: AutoModelForCausalLM.from_pretrained reads the former, and
+PeftModel.from_pretrained adds the latter. Without lora_rank, loading merges the updates into the weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.files import read_weights, reason_of
 from utils import UserError, read_object
 
 FOLDER = "adapter"
-NAME = "default"  # peft's own for the adapter of a model that has one
+NAME = "default"  # peft's name of a model's only adapter
 UPDATE = re.compile(rf"\.(lora_[AB])\.{NAME}\.")
 
 
@@ -36,12 +36,14 @@ def _peft():
 
 
 def _settings(rank: int, alpha: int, layers: list[str], dropout: float = 0.0):
-    what = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
-    return _peft().LoraConfig(**what, target_modules=sorted(layers), task_type="CAUSAL_LM")
+    return _peft().LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=sorted(layers), task_type="CAUSAL_LM"
+    )
 
 
 def targets_of(base: PreTrainedModel) -> list[str]:
-    """The names of the linear layers in the decoder blocks, less those that are more than linear, as some routers."""
+    """Returns the names of the linear layers in the decoder blocks, except subclasses with another forward, such as
+    some routers."""
     blocks = {module for block in decoder_blocks(base) for module in block.modules()}
     return [
         name
@@ -51,33 +53,34 @@ def targets_of(base: PreTrainedModel) -> list[str]:
 
 
 def add(base: PreTrainedModel, rank: int, alpha: int, dropout: float = 0.0) -> None:
-    """Freezes the base and gives it updates, which begin as nothing: alpha / rank B A with B = 0, of an input with
-    dropout in training. Raises UserError where peft is missing, or has none for this family."""
+    """Freezes the base and adds updates, alpha / rank B A with B = 0, whose input has dropout in training. Raises
+    UserError if peft is missing or does not support the family."""
     peft, targets = _peft(), targets_of(base)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that GPT-2's matrices are transposed, which it then heeds
+            warnings.simplefilter("ignore")  # peft warns that GPT-2's matrices are transposed, and handles it
             peft.inject_adapter_in_model(_settings(rank, alpha, targets, dropout), base, adapter_name=NAME)
     except (ValueError, TypeError) as error:
         family = base.config.model_type
-        raise UserError(f"lora_rank: peft has no updates for the family {family}: {reason_of(error)}") from None
+        raise UserError(f"lora_rank: peft does not support the family {family}: {reason_of(error)}") from None
     base.get_input_embeddings().register_forward_hook(_want_gradient)
 
 
 def _want_gradient(_, __, embeds: torch.Tensor) -> torch.Tensor:
-    """FSDP reduces the gradients of a block when that of its input is there; of what comes from frozen embeddings there
-    would be none, but on those ranks that have thoughts, and the ranks would wait for each other's other blocks."""
+    """Makes the embeddings require gradients. FSDP reduces a block's gradients once the gradient of the block's input
+    is there. With frozen embeddings only ranks with thoughts would have such gradients, and the ranks would wait for
+    each other at different blocks."""
     return embeds.requires_grad_() if torch.is_grad_enabled() else embeds
 
 
 def layers_of(base: PreTrainedModel) -> dict[str, torch.nn.Module]:
-    """The layers with updates, by their names in the base."""
+    """Returns the layers with updates, by their names in the base."""
     layer_class = _peft().tuners.tuners_utils.BaseTunerLayer
     return {name: module for name, module in base.named_modules() if isinstance(module, layer_class)}
 
 
 def merge(base: PreTrainedModel) -> None:
-    """Adds the updates to the weights, and takes them away. What was frozen for them stays frozen."""
+    """Adds the updates to the weights and removes their layers. Frozen parameters stay frozen."""
     for name, layer in layers_of(base).items():
         layer.merge()
         parent, _, attribute = name.rpartition(".")
@@ -85,7 +88,7 @@ def merge(base: PreTrainedModel) -> None:
 
 
 def split(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(the base's own weights under the names that they have without updates, the updates under peft's)."""
+    """Returns (the base's own weights under their names without LoRA, the updates under peft's names)."""
     own = {name.replace(".base_layer.", "."): value for name, value in weights.items() if not UPDATE.search(name)}
     updates = {
         "base_model.model." + UPDATE.sub(r".\1.", name): value for name, value in weights.items() if UPDATE.search(name)
@@ -103,7 +106,7 @@ def save(folder: Path, updates: dict[str, torch.Tensor], rank: int, alpha: int) 
 
 
 def load(base: PreTrainedModel, folder: Path) -> None:
-    """Gives a base with updates those of a checkpoint's folder. Raises UserError where they do not fit."""
+    """Loads the updates of a checkpoint's folder into a base with updates. Raises UserError if they do not fit."""
     _, own = split(base.state_dict())
     saved = read_weights(folder / FOLDER / "adapter_model.safetensors", own, "model and lora_rank")
     with torch.no_grad():
@@ -112,14 +115,14 @@ def load(base: PreTrainedModel, folder: Path) -> None:
 
 
 def apply_lora(base: PreTrainedModel, rank: int | None, alpha: int, folder: Path | None, dropout: float = 0.0) -> None:
-    """Gives the base the updates that a configuration asks for, those of a checkpoint's folder where it has some."""
+    """Adds the updates that a configuration asks for; loads those of a checkpoint's folder, if it has any."""
     trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
     has_some = folder is not None and (folder / FOLDER).is_dir()
     if has_some:
         path = folder / FOLDER / "adapter_config.json"
         theirs = read_object(path)
         if not all(type(theirs.get(name)) is int for name in ("r", "lora_alpha")):
-            raise UserError(f"{path} lacks rank and alpha: it is no adapter of run.py")
+            raise UserError(f"{path} lacks r and lora_alpha: run.py did not write it")
         add(base, theirs["r"], theirs["lora_alpha"], dropout)
         load(base, folder)
         if rank != theirs["r"] or alpha != theirs["lora_alpha"]:

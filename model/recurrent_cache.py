@@ -1,4 +1,4 @@
-"""The states of recurrences and convolutions in a cache that lets gradients through.
+"""Cached states of recurrences and convolutions that let gradients through.
 
 Legend: B rows, C channels, t columns of a pass, K columns that a convolution keeps.
 """
@@ -20,8 +20,8 @@ from transformers.cache_utils import (
 
 
 class State(torch.Tensor):
-    """The state of a recurrence or a convolution. What a model copies into it, it does not take: it is what the cache
-    holds from then on, and the tensor stays as the backward pass of those who have read it needs it."""
+    """The state of a recurrence or a convolution. A model's in-place copy into it replaces the cache's state instead;
+    the tensor itself stays unchanged for the backward of earlier passes."""
 
     replace: Callable[[torch.Tensor], None]
 
@@ -36,13 +36,13 @@ class State(torch.Tensor):
 
 
 class _Replacing:
-    """The states of recurrences and convolutions: each pass leaves new ones, where transformers' own copies them into
-    the tensors that the pass before has given, and that its backward pass needs as they were."""
+    """Replaces the states of recurrences and convolutions in each pass. transformers' own layers copy new states into
+    the tensors of the previous pass, whose backward still needs the old values."""
 
     def update_conv_state(
         self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_
     ) -> torch.Tensor:
-        """Adds (B, C, t) inputs of a convolution over C channels; returns them after the K that are kept."""
+        """Adds (B, C, t) inputs of a convolution over C channels; returns them after the K kept columns."""
         if self.has_previous_state[state_idx]:
             whole = torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
         else:
@@ -61,11 +61,11 @@ class _Replacing:
 
     def _keep(self, name: str, index: int, states: torch.Tensor) -> None:
         state = states.as_subclass(State)
-        owner = weakref.ref(self)  # a circle would hold the memory until Python looks for circles
+        owner = weakref.ref(self)  # a reference cycle would keep the memory until the next garbage collection
         state.replace = lambda states: owner()._keep(name, index, states)
         getattr(self, name)[index] = state
 
 
-# whose passes change what earlier passes have left -> those that do not
+# layers that write into earlier states -> layers that replace them
 STATEFUL = (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 REPLACING_LAYERS = {layer: type(f"Replacing{layer.__name__}", (_Replacing, layer), {}) for layer in STATEFUL}

@@ -1,4 +1,4 @@
-"""What a latent position is fed: the base class, which is the paper's own thought, and the names of all others.
+"""Thoughts: the base class, the paper's own thought, and the registry of all others.
 
 Legend: B rows, D hidden size, V vocabulary, L decoder blocks.
 """
@@ -18,39 +18,38 @@ from utils import UserError
 
 
 class Seen(NamedTuple):
-    """What a thought may be made of. The hidden states and the embedding carry gradients.
+    """The inputs of a thought. The hidden states and the embedding carry gradients.
 
-    Where a method makes K thoughts at once there are K positions in place of the 1, and no stream.
+    If a method computes K thoughts at once, there are K positions instead of 1, and no stream.
     """
 
-    hidden: torch.Tensor  # (B, 1, D) last hidden state of the position before, after the final norm
-    embedding: torch.Tensor  # (B, 1, D) input embedding of the token at this position: in latent rows the latent token
-    stream: torch.Tensor | None  # (L + 1, B, 1, D) residual stream of the position before, where needs_layers
-    prepared: Any  # what the thought's `precompute` has returned for this batch
-    backbone: Any = None  # the model: its LM head, `head`, and its embeddings, `embed` and `input_embeddings`
+    hidden: torch.Tensor  # (B, 1, D) last hidden state of the previous position, after the final norm
+    embedding: torch.Tensor  # (B, 1, D) input embedding of this position's token: in latent rows the latent token
+    stream: torch.Tensor | None  # (L + 1, B, 1, D) residual stream of the previous position, if needs_layers
+    prepared: Any  # the result of the thought's `precompute` for this batch
+    backbone: Any = None  # gives the LM head, `head`, and the embeddings, `embed` and `input_embeddings`
 
 
 class Thought(nn.Module):
-    """What all thoughts have in common: the class to derive one from.
+    """Base class of all thoughts.
 
     Args:
-        base: the model that the thought is for. It may be on the meta device: only shapes and dtypes are there.
-        number: what the spelling has after the colon, if anything.
+        base: the model of the thought. It may be on the meta device, where only shapes and dtypes exist.
+        number: what follows the colon in the spelling, or None.
     """
 
-    sequential = True  # whether a latent position waits for the hidden states of the position before it
+    sequential = True  # whether a latent position waits for the hidden states of the previous position
     needs_layers = False  # whether the thought needs the residual stream between the blocks
-    in_place = False  # whether `hidden` is that of the same position, in the pass before over a block of latents
+    in_place = False  # whether `hidden` is that of the same position in the previous pass over a block of latents
 
     def __init__(self, base: PreTrainedModel, number: int | float | str | None = None):
         super().__init__()
 
     def precompute(self, inputs: torch.Tensor, outputs: torch.Tensor) -> Any:
-        """Called once a batch that has latents, without gradients, with the input and output embeddings, (V, D) each:
-        the input embeddings as the model gets them, where its embedding module scales its weights.
+        """Called once per batch with latents, without gradients, with the input and output embeddings, (V, D) each. The
+        input embeddings are those that the model receives, after any scaling by its embedding module.
 
-        They are had here, and not when the thought is made, because training changes them and FSDP has them whole
-        only inside a forward pass.
+        The constructor cannot do this: training changes the embeddings, and FSDP gathers them only in a forward pass.
         """
         return None
 
@@ -59,8 +58,9 @@ REGISTRY: dict[str, type[Thought]] = {}
 
 
 def register(name: str, takes: str = "") -> Callable[[type[Thought]], type[Thought]]:
-    """Gives a thought the name by which configurations call it, and says what may follow the name: nothing, a layer
-    ":N", a threshold "[:T]" or a width "[:P]". config.THOUGHTS reads both from the source, so they must be literals."""
+    """Registers a thought under the name that configurations use. `takes` is what may follow the name: nothing, a layer
+    ":N", a threshold "[:T]", a width "[:P]" or "[:st]". Both must be literals, because config.THOUGHTS reads them from
+    the source."""
 
     def add(thought: type[Thought]) -> type[Thought]:
         REGISTRY[name] = thought
@@ -70,7 +70,7 @@ def register(name: str, takes: str = "") -> Callable[[type[Thought]], type[Thoug
 
 
 def make_thought(spelling: str, base: PreTrainedModel) -> Thought:
-    """The thought that is spelled so, for a model. Raises UserError that lists what there is."""
+    """Returns the thought of a spelling, for a model. Raises UserError that lists all spellings."""
     try:
         name, number = split_thought(spelling)
     except ValueError as error:

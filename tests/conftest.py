@@ -80,6 +80,11 @@ def settled(*arguments) -> list[str]:
     return list({str(argument).partition("=")[0]: str(argument) for argument in arguments}.values())
 
 
+def keys(text: str) -> tuple[str, ...]:
+    """The key=value arguments in a text, which blanks and newlines separate."""
+    return tuple(text.split())
+
+
 def load_script(path: Path):
     """A script as a module, under a name of its own: generate.py and thoughts.py are in benchmarks/ too."""
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)

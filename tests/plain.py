@@ -127,6 +127,12 @@ def filled(
     return embeds
 
 
+def logits_after(base, embeds: torch.Tensor, written: list[int] | tuple[int, ...] = ()) -> torch.Tensor:
+    """(V,) logits of the token that follows (1, T, D) input embeddings and the tokens written after them."""
+    following = base.get_input_embeddings()(torch.tensor([written], dtype=torch.int64))
+    return base(inputs_embeds=torch.cat([embeds, following], dim=1)).logits[0, -1]
+
+
 def summed(logits: torch.Tensor, labels: list[int]) -> tuple[torch.Tensor, int]:
     """Sum of the cross-entropies of a row with (T, V) logits, and their number."""
     targets = torch.tensor(labels[1:])

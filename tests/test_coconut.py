@@ -285,7 +285,7 @@ def test_pause_is_one_pass_over_the_learned_embedding(family):
 
 
 def test_a_latent_cannot_come_first():
-    with pytest.raises(ValueError, match="no position before it"):
+    with pytest.raises(ValueError, match="must not begin with a latent"):
         make_model("gpt2")(torch.tensor([[LATENT, 5, 6]]))
 
 

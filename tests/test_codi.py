@@ -1,22 +1,22 @@
-"""CODI: the whole loss and all gradients against the plain definition; the MLP thought; the same on several ranks."""
+"""CODI and PCCoT: the whole loss and all gradients equal the plain definition; the same on several ranks."""
 
 from collections.abc import Callable
 
 import plain
 import pytest
 import torch
-from conftest import check_ranks_and_restart, distance, main, tiny_base, weights
+from conftest import check_ranks_and_restart, distance, keys, main, tiny_base, weights
 from test_latent_block import largest
 from test_methods import MARKERS, make_dataset
 
 from config import Config
-from methods.codi import Codi, TaughtDataset
+from methods.codi import Codi, TeacherDataset
 from methods.parallel_latents import ParallelLatents
 from preprocessing.tokens import tokenize
 from trainer.pretrained import load_model, make_model
 
 
-def projected(model: Codi) -> Callable[[torch.Tensor], torch.Tensor]:
+def mlp_of(model: Codi) -> Callable[[torch.Tensor], torch.Tensor]:
     """LayerNorm(V GELU(W h + a) + b)."""
     first, _, second, norm = model.thought.layers
 
@@ -32,21 +32,20 @@ def projected(model: Codi) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("thought", ["last", "mlp", "mlp:20", "pause"])
-def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, thought):
+def test_loss_and_all_gradients_equal_the_plain_definition(family, tied, thought):
     config = Config(method="codi", max_latent_stage=3, distillation=0.7, thought=thought)
     dataset, examples = make_dataset(config, [1, 5, 0, 2])
     torch.manual_seed(2)
     model = make_model(config, tiny_base(family, tied, layers=3), MARKERS).eval()
     loss = model(**dataset.collate([dataset[index, 4] for index in range(4)])).loss
-    think = {"last": lambda hidden: hidden, "pause": None}
-    think = think[thought] if thought in think else projected(model)
+    think = mlp_of(model) if thought.startswith("mlp") else {"last": lambda hidden: hidden, "pause": None}[thought]
     wanted = plain.codi_loss(model.base_causallm, examples, 4, 3, 1, 0.7, think=think)
     assert largest(model, loss, wanted) < 1e-9
     assert all(parameter.grad.any() for parameter in model.thought.parameters())
 
 
 @pytest.mark.parametrize("method", ["codi", "pccot"])
-def test_what_student_and_teacher_see(method):
+def test_sequences_of_student_and_teacher(method):
     dataset, examples = make_dataset(Config(method=method, max_latent_stage=2, c_thought=3), [3, 1])
     for index, example in enumerate(examples):
         student, labels, at, teacher, teacher_labels, teacher_at = dataset[index, 3]
@@ -56,7 +55,7 @@ def test_what_student_and_teacher_see(method):
         assert student[at : at + 2] == teacher[teacher_at : teacher_at + 2] == plain.ids(" " + example["answer"][0])
 
 
-def test_the_place_is_found_where_a_blank_belongs_to_the_answer():
+def test_the_compared_position_if_a_blank_belongs_to_the_answers_first_token():
     config = Config(method="codi", max_latent_stage=1)
     words = {"q\n": [5, 6], "s\n": [7], "### 42": [30, 32], "### ": [30, 31]}  # as GPT-2 has "###" and " 42"
 
@@ -66,17 +65,17 @@ def test_the_place_is_found_where_a_blank_belongs_to_the_answer():
 
     tokens = tokenize([{"question": "q", "steps": ["s"], "answer": "42"}], joined)
     tokens.auxiliary, tokens.answer_prefix = tokens, words["### "]
-    student, _, at, teacher, _, teacher_at = TaughtDataset(tokens, config, MARKERS)[0, 2]
+    student, _, at, teacher, _, teacher_at = TeacherDataset(tokens, config, MARKERS)[0, 2]
     assert student[at : at + 2] == teacher[teacher_at : teacher_at + 2] == [30, 32]
 
 
-# ---- PCCoT: CODI with parallel latents, compared over the decoder blocks alone ----
+# --- PCCoT: CODI with parallel latents, comparing the outputs of the decoder blocks only ---
 
 
 @pytest.mark.parametrize("layers", ["all", "blocks"])
 @pytest.mark.parametrize("passes", [1, 2, 3])
-def test_pccot_is_codi_over_the_chosen_layers_with_thoughts_of_so_many_passes(family, layers, passes):
-    """With as many as latents, those of CODI."""
+def test_pccot_is_codi_with_parallel_latents_over_the_chosen_layers(family, layers, passes):
+    """With as many passes as latents, the thoughts are CODI's."""
     config = Config(
         method="pccot", max_latent_stage=3, latent_passes=str(passes), distilled_layers=layers, distillation=0.7
     )
@@ -91,13 +90,13 @@ def test_pccot_is_codi_over_the_chosen_layers_with_thoughts_of_so_many_passes(fa
     assert largest(model, loss, wanted) < 1e-9
 
 
-# ---- runs ----
+# --- Runs ---
 
 
-KEYS = (
-    *("method=codi", "thought=mlp:16", "num_epochs=2", "uniform_prob=0", "max_train_examples=40", "max_new_tokens=2"),
-    *("global_batch_size=16", "batch_size_training=4"),
-)
+KEYS = keys("""
+    method=codi thought=mlp:16 uniform_prob=0 num_epochs=2 max_train_examples=40 max_new_tokens=2
+    global_batch_size=16 batch_size_training=4
+""")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The core without the methods' files: plain Coconut trains, restarts, is evaluated, and is its plain definition."""
+"""The core without the methods' files: Coconut trains, restarts, is evaluated, and equals its plain definition."""
 
 import shutil
 
@@ -13,7 +13,7 @@ OTHERS = "every_thought or thoughts_know or layers_are_seen or learned_thought o
 
 @pytest.fixture(scope="module")
 def core(tmp_path_factory):
-    """A copy of the program whose methods/ has nothing but the protocol."""
+    """A copy of the program whose methods/ holds only the protocol."""
     folder = tmp_path_factory.mktemp("core")
     for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
         shutil.copy(path, folder)
@@ -25,7 +25,7 @@ def core(tmp_path_factory):
 
 
 def python(core, *arguments: str) -> str:
-    """What a program prints that ends well there."""
+    """Runs a program in the copy, which must exit with 0, and returns its output."""
     done = conftest.python(*arguments, cwd=core, environment={"PYTHONPATH": str(core)})
     return done.stdout + done.stderr
 

@@ -1,4 +1,4 @@
-"""export.py, modeling_coconut.py and card.py: a folder that needs none of this code, and says what it is."""
+"""tools/export.py: exported folders work without this repository, and describe their model."""
 
 import dataclasses
 import hashlib
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from trainer.pretrained import END, load_model
 
 QUESTIONS = ["3+4", "5*6-0*2", "9?", "7!?", "12"]
 NEW = 8  # tokens
-# a tokenizer that joins a newline to the mark before it, as Llama 3's and Qwen2's do
+# pieces of a tokenizer that joins a newline with the mark before it, as Llama 3's and Qwen2's do
 JOINING = r"###|\d|[?!]\n|[\s\S]"
 LLAMA = {"shape": "llama", "thought": "last"}
 CASES = {
@@ -71,7 +72,7 @@ def make_checkpoint(
     config = Config(model_id=str(folder / "base"), thought=thought, **keys)
     pretrained = load_model(config, None)
     torch.manual_seed(3)
-    with torch.no_grad():  # the usual initialisation is so small that everything is nearly linear
+    with torch.no_grad():  # the usual small weights make everything nearly linear
         for parameter in pretrained.model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(6.0).add_(0.01 * torch.randn_like(parameter))
@@ -83,44 +84,32 @@ def make_checkpoint(
 
 @pytest.fixture(scope="module", autouse=True)
 def joining():
-    """The tokenizer's pieces."""
     tiny_model.PIECES["joining"] = JOINING
     yield
     del tiny_model.PIECES["joining"]
 
 
-class Made(dict):
-    """By name, made when they are first asked for."""
-
-    def __init__(self, make: Callable[[str], Path]):
-        super().__init__()
-        self.make = make
-
-    def __missing__(self, name: str) -> Path:
-        self[name] = self.make(name)
-        return self[name]
-
-
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory) -> dict[str, Path]:
-    """One for each case."""
+def checkpoints(tmp_path_factory) -> Callable[[str], Path]:
+    """Returns the checkpoint of a case."""
     place = tmp_path_factory.mktemp("checkpoints")
-    return Made(lambda name: make_checkpoint(place / name.replace(" ", "_"), **CASES[name]))
+    return cache(lambda name: make_checkpoint(place / name.replace(" ", "_"), **CASES[name]))
 
 
 @pytest.fixture(scope="module")
-def folders(checkpoints, tmp_path_factory) -> dict[str, Path]:
-    """The exported models."""
+def folders(checkpoints, tmp_path_factory) -> Callable[[str], Path]:
+    """Returns the exported model of a case."""
     place = tmp_path_factory.mktemp("exported")
 
+    @cache
     def make(name: str) -> Path:
-        assert export.export(str(checkpoints[name]), place / name) == []
+        assert export.export(str(checkpoints(name)), place / name) == []
         return place / name
 
-    return Made(make)
+    return make
 
 
-# in a fresh interpreter, in another folder, with none of this code on its path
+# runs in a fresh interpreter, in another folder, without this repository on its path
 PROGRAM = """
 import json, sys
 from importlib.util import find_spec
@@ -147,7 +136,8 @@ print(json.dumps(found))
 
 
 def written_elsewhere(folders: dict[str, Path], questions: list[str], new: int, place: Path) -> dict[str, dict]:
-    """By folder, run in `place`: at most `new` tokens after each question, in a batch and alone (the first two)."""
+    """Runs PROGRAM in `place`; returns, for each exported model, at most `new` tokens after each question, in a batch
+    and alone (the first two)."""
     arguments = map(json.dumps, [{name: str(path) for name, path in folders.items()}, questions, new])
     environment = {"HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"}
     done = python(
@@ -157,28 +147,27 @@ def written_elsewhere(folders: dict[str, Path], questions: list[str], new: int, 
 
 
 @pytest.fixture(scope="module")
-def elsewhere(folders, tmp_path_factory) -> dict[str, list]:
-    """What the exported models write where there is none of this code."""
-    return written_elsewhere({name: folders[name] for name in CASES}, QUESTIONS, NEW, tmp_path_factory.mktemp("else"))
+def elsewhere(folders, tmp_path_factory) -> dict[str, dict]:
+    return written_elsewhere({name: folders(name) for name in CASES}, QUESTIONS, NEW, tmp_path_factory.mktemp("else"))
 
 
 def load_exported(folder: Path) -> PreTrainedModel:
-    """With its tokenizer."""
+    """Returns an exported model with its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     return model
 
 
 def tokens_of(model: Coconut, questions: list[str]) -> list[list[int]]:
-    """This model's own new tokens."""
+    """Returns this repository's new tokens."""
     batch = collate_prompts(inference.prompts(model, questions), model.markers.eos)
     return model.generate(**batch, max_new_tokens=NEW).tolist()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_it_writes_elsewhere_what_it_writes_here(case, checkpoints, elsewhere):
-    model, found = Coconut.from_pretrained(checkpoints[case]), elsewhere[case]
+def test_an_exported_model_generates_the_same_tokens(case, checkpoints, elsewhere):
+    model, found = Coconut.from_pretrained(checkpoints(case)), elsewhere[case]
     wanted = tokens_of(model, QUESTIONS)
     assert found["batch"] == wanted
     assert len({tuple(row) for row in wanted}) > 1
@@ -186,10 +175,9 @@ def test_it_writes_elsewhere_what_it_writes_here(case, checkpoints, elsewhere):
     assert found["dtype"] == ("torch.bfloat16" if "bf16" in case else "torch.float32")
 
 
-def test_the_thoughts_matter_to_what_is_compared(checkpoints, folders):
-    """Were they left out, the logits would be others."""
+def test_logits_are_the_same_and_depend_on_the_thoughts(checkpoints, folders):
     for case in ("llama", "realigned", "suppressed", "layer:-2"):
-        model, whole = Coconut.from_pretrained(checkpoints[case]), load_exported(folders[case])
+        model, whole = Coconut.from_pretrained(checkpoints(case)), load_exported(folders(case))
         ids, mask = whole.prompts(torch.tensor([model.tokenizer("3+4")["input_ids"]]))
         logits = whole(input_ids=ids, attention_mask=mask).logits
         torch.testing.assert_close(logits, model(ids, mask).logits, rtol=1e-4, atol=1e-4)
@@ -198,9 +186,9 @@ def test_the_thoughts_matter_to_what_is_compared(checkpoints, folders):
 
 
 @pytest.mark.parametrize("case", ["llama", "two a step", "cot"])
-def test_a_newline_is_put_in_as_the_tokenizer_does(case, checkpoints, folders):
-    """Appending its token to those of a question is another prompt, where the two are one token."""
-    model, whole = Coconut.from_pretrained(checkpoints[case]), load_exported(folders[case])
+def test_prompts_are_the_same(case, checkpoints, folders):
+    """A question and a newline may share a token, so that appending the newline's token gives another prompt."""
+    model, whole = Coconut.from_pretrained(checkpoints(case)), load_exported(folders(case))
     ids, mask = whole.prompts(**tokenizer_arguments(whole.tokenizer, QUESTIONS))
     rows = [row[-n:] for row, n in zip(ids.tolist(), mask.sum(dim=1).tolist(), strict=True)]
     assert rows == inference.prompts(model, QUESTIONS)
@@ -213,19 +201,19 @@ def tokenizer_arguments(tokenizer, questions: list[str]) -> dict[str, torch.Tens
     return {"questions": found["input_ids"], "attention_mask": found["attention_mask"]}
 
 
-def test_prompts_that_would_differ_are_counted(checkpoints, tmp_path, monkeypatch):
-    folder = shutil.copytree(checkpoints["llama"], tmp_path / "checkpoint_4")
+def test_the_export_warns_of_different_prompts(checkpoints, tmp_path, monkeypatch):
+    folder = shutil.copytree(checkpoints("llama"), tmp_path / "checkpoint_4")
     (folder / "predictions.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS))
     assert export.export(str(folder), tmp_path / "right") == []
-    rightly = export.with_newline
-    monkeypatch.setattr(export, "with_newline", lambda tokenizer: (rightly(tokenizer)[0], {}))
+    with_newline = export.with_newline
+    monkeypatch.setattr(export, "with_newline", lambda tokenizer: (with_newline(tokenizer)[0], {}))
     (warning,) = export.export(str(folder), tmp_path / "wrong")
     assert warning.startswith("2 of 5 validation questions get other tokens than in training")
 
 
-def test_sampling_beams_and_lengths_are_those_of_transformers(folders):
-    """max_length in a generation_config, and min_length, counted the latents and markers too; 0 tokens were 128."""
-    whole = load_exported(folders["llama"])
+def test_options_of_generate(folders):
+    """Bugs: a generation_config's max_length, and min_length, counted latents and markers; 0 new tokens gave 128."""
+    whole = load_exported(folders("llama"))
     questions = whole.tokenizer(QUESTIONS, padding=True, return_tensors="pt")
     width = questions["input_ids"].shape[1]
     greedy = whole.generate(**questions, max_new_tokens=NEW)
@@ -249,8 +237,8 @@ def test_sampling_beams_and_lengths_are_those_of_transformers(folders):
         whole.generate(inputs_embeds=torch.zeros((1, 3, 32)))
 
 
-def test_the_folder(folders):
-    folder = folders["projected"]
+def test_files_of_the_folder(folders):
+    folder = folders("projected")
     assert {path.name for path in folder.iterdir()} == {
         *("README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_coconut.py"),
         *("thought.py", "tokenizer.json", "tokenizer_config.json"),
@@ -272,18 +260,18 @@ def test_the_folder(folders):
     assert set(tokenizer("3+4")) == {"input_ids", "attention_mask"}
     assert tokenizer.padding_side == "left"
     for name in ("multi_mode", "llama"):
-        assert (END in load_exported(folders[name]).tokenizer.all_special_tokens) == (name == "multi_mode")
+        assert (END in load_exported(folders(name)).tokenizer.all_special_tokens) == (name == "multi_mode")
 
 
-def test_the_code_imports_only_torch_and_transformers_and_has_one_thought(folders):
+def test_the_code_imports_torch_and_transformers_only(folders):
     for name in ("projected", "layer:-2"):
         for file in ("modeling_coconut.py", "thought.py"):
-            assert set(get_imports(folders[name] / file)) <= sys.stdlib_module_names | {"torch", "transformers"}
-    code = folders["llama"] / "modeling_coconut.py"
+            assert set(get_imports(folders(name) / file)) <= sys.stdlib_module_names | {"torch", "transformers"}
+    code = folders("llama") / "modeling_coconut.py"
     assert check_imports(code) == ["thought"]
     here = (ROOT / "tools/modeling_coconut.py").read_text()
     assert code.read_text() == re.sub(r"from model\.\w+", "from .thought", here)
-    text = (folders["projected+normalised"] / "thought.py").read_text()
+    text = (folders("projected+normalised") / "thought.py").read_text()
     assert "class Projected(Thought)" in text
     assert "class Realigned" not in text
 
@@ -310,8 +298,8 @@ class Gated(Projected):
 
 @pytest.fixture
 def own_thought(tmp_path, monkeypatch):
-    """A thought in a file of its own, under the name of another one, which it replaces here."""
-    import methods.thoughts  # the other one comes first
+    """A thought in another file, which replaces the registered thought `mlp`."""
+    import methods.thoughts
 
     monkeypatch.setitem(thought.REGISTRY, "mlp", methods.thoughts.Mlp)
     (tmp_path / "own_thought.py").write_text(OWN)
@@ -321,7 +309,7 @@ def own_thought(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_thought_of_ones_own_is_exported_without_a_second_edit(own_thought, tmp_path):
+def test_the_export_of_ones_own_thought(own_thought, tmp_path):
     source = make_checkpoint(tmp_path, "mlp", c_thought=2, tied=False)
     assert isinstance(Coconut.from_pretrained(source).thought, own_thought.Gated)
     assert export.export(str(source), tmp_path / "out") == []
@@ -329,11 +317,12 @@ def test_a_thought_of_ones_own_is_exported_without_a_second_edit(own_thought, tm
     assert found["own"]["batch"] == tokens_of(Coconut.from_pretrained(source), QUESTIONS)
 
 
-def test_code_that_cannot_be_taken_along_is_named(own_thought, tmp_path, monkeypatch):
+def test_code_that_cannot_be_copied_raises(own_thought, tmp_path, monkeypatch):
     file = tmp_path / "own_thought.py"
+    plain = "from utils import UserError"
     for before, after, sentence in (
-        ("from utils import UserError", "from utils import UserError as UserError2", "write `from utils import`"),
-        ("from utils import UserError", "import utils as UserError", "write `from utils import`"),
+        (plain, plain + " as UserError2", "import names with `from utils import NAME`"),
+        (plain, "import utils as UserError", "import names with `from utils import NAME`"),
         ("    return SCALE", "    import config\n    return SCALE", "it imports within a function"),
     ):
         file.write_text(OWN.replace(before, after).replace("raise UserError(", f"raise {after.split()[-1]}("))
@@ -342,8 +331,8 @@ def test_code_that_cannot_be_taken_along_is_named(own_thought, tmp_path, monkeyp
 
 
 def test_padding_without_an_attention_mask(folders):
-    """Padding was read as tokens, without a word."""
-    whole = load_exported(folders["llama"])
+    """Bug: padding counted as tokens."""
+    whole = load_exported(folders("llama"))
     tokenizer = whole.tokenizer
     found = tokenizer(QUESTIONS, padding=True, return_tensors="pt")
     ids, width = found["input_ids"], found["input_ids"].shape[1]
@@ -351,12 +340,12 @@ def test_padding_without_an_attention_mask(folders):
     assert whole.generate(ids, max_new_tokens=NEW).equal(wanted)
     right = tokenizer(QUESTIONS, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
     assert whole.generate(right, max_new_tokens=NEW)[:, width:].equal(wanted[:, width:])
-    first = torch.tensor([[tokenizer.pad_token_id, 5, 6], [tokenizer.pad_token_id, 7, 8]])  # of each text: no padding
+    first = torch.tensor([[tokenizer.pad_token_id, 5, 6], [tokenizer.pad_token_id, 7, 8]])  # in all rows: no padding
     assert whole.prompts(first)[1].all()
 
 
 def copied(source: Path, folder: Path, config: Config, state: str | None = '{"format": 1}') -> Path:
-    """A run with a configuration, and its checkpoint with a state."""
+    """Copies a run to `folder`, with a configuration and with the trainer's state in its checkpoint."""
     run = shutil.copytree(source.parent, folder)
     run_folder.write_config(dataclasses.asdict(config), run, 2, "a fast one")
     if state is not None:
@@ -377,7 +366,7 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
     )
     Path(config.train_path).write_text("[]")
     state = '{"format": 1, "epoch": 2, "step": 90}'
-    run = copied(checkpoints["two a step"], tmp_path / "mine", config, state)
+    run = copied(checkpoints("two a step"), tmp_path / "mine", config, state)
     epochs = [{"event": "epoch", "epoch": n, "train_seconds": 1700.0, "seconds": 100.0} for n in (0, 1, 1, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
     found = {"accuracy": 0.3456, "cot_match": 0.1, "generated_tokens": 8.25, "examples": 300}
@@ -394,9 +383,6 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
         *("| epochs, optimizer steps | 2, 90 |", "torch 2.", f"\n    {digest}  model.safetensors\n"),
         "| `data/some_valid.json` (validation) | 300 | 34.6% | text | 10.0% | 8.2 |",
         "| `data/test.json` | 1000 | 50.0% | text | 10.0% | 8.2 |",
-        "torchrun --nproc_per_node 2 run.py config.yaml name=mine",
-        "python -m tools.export checkpoints/mine@4 out\n",
-        (run / "config.yaml").read_text().strip(),
     ):
         assert part in text, part
     data = ModelCard(text).data
@@ -405,12 +391,12 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
     results = [(r.dataset_type, r.dataset_split, r.metric_value) for r in data.eval_results]
     assert results == [("some_valid", "validation", 0.3456), ("test", "test", 0.5)]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    assert f"git checkout {commit.stdout.strip()}" in text or not commit.stdout
+    assert f"| commit of the trainer | {commit.stdout.strip()}" in text or not commit.stdout
     assert (tmp_path / "out" / "config.yaml").read_text() == (run / "config.yaml").read_text()
-    # of an evaluation of another checkpoint it says nothing
+    # an evaluation of another checkpoint is not in the card
     (run / "eval" / "metrics.json").write_text(json.dumps(tested | {"checkpoint": "mine/checkpoint_3"}))
     assert "data/test.json" not in card(run, tmp_path / "again")
-    # of several sets, and of `python -m tools.evaluate --all`, each with its own rule
+    # evaluations on several sets, and by `python -m tools.evaluate --all`, each with its own rule
     (run / "eval" / "metrics.json").write_text(json.dumps({"sets": {"a": tested, "b": tested | {"file": "b.json"}}}))
     run_folder.write_config({"answer_match": "number"}, run / "eval", 1)
     one = run / "evaluations" / "hard" / "checkpoint_4" / "eval"
@@ -421,18 +407,18 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
         assert f"| `{name}` | 1000 | 50.0% | {rule} |" in text
 
 
-def test_a_card_of_several_modes_has_a_row_for_each_and_one_of_no_run_says_so(checkpoints, folders, tmp_path):
-    """The mean of three modes stood as the accuracy of a model that is asked in one."""
-    text = (folders["llama"] / "README.md").read_text()
+def test_the_card_has_a_row_for_each_mode(checkpoints, folders, tmp_path):
+    """Bug: it gave the mean of three modes as the accuracy."""
+    text = (folders("llama") / "README.md").read_text()
     assert "Nothing is known of the run" in text
     assert "2 latent positions (thought `last`) between a start and an end marker" in text
-    assert "latent positions" not in (folders["cot"] / "README.md").read_text()
-    run = copied(checkpoints["multi_mode"], tmp_path / "mine", Config(method="multi_mode"))
+    assert "latent positions" not in (folders("cot") / "README.md").read_text()
+    run = copied(checkpoints("multi_mode"), tmp_path / "mine", Config(method="multi_mode"))
     found = {"accuracy": 0.2, "cot_match": 0.1, "generated_tokens": 8.25, "examples": 300}
     found |= {"accuracy_direct": 0.1, "accuracy_written": 0.3, "accuracy_latent": 0.4}
     (run / "checkpoint_4" / "metrics.json").write_text(json.dumps(found))
     text = card(run, tmp_path / "out")
-    assert "asked in mode latent | 300 | 40.0% | text |  |  |" in text  # the others' were those of the latent mode
+    assert "asked in mode latent | 300 | 40.0% | text |  |  |" in text
     assert "| 20.0% |" not in text
     found |= {"cot_match_direct": 1.0, "generated_tokens_direct": 3.0}
     (run / "checkpoint_4" / "metrics.json").write_text(json.dumps(found))
@@ -449,27 +435,27 @@ def test_a_card_of_several_modes_has_a_row_for_each_and_one_of_no_run_says_so(ch
         ("coconut.json", {"c_thought": 1000}, "fill all 64 positions"),
         ("predictions.jsonl", '{"question": ', "predictions.jsonl is damaged"),
         ("predictions.jsonl", "{}", "predictions.jsonl is damaged"),
-        ("../eval/metrics.json", '{"checkpoint": 5}', "the model card cannot be made, a file of"),
+        ("../eval/metrics.json", '{"checkpoint": 5}', "no model card: a file in"),
         ("../config.yaml", "\ta", "cannot read"),
     ],
 )
-def test_what_is_damaged_is_said_in_a_sentence(checkpoints, tmp_path, capsys, file, content, sentence):
-    """A traceback each."""
+def test_a_damaged_file_is_one_sentence(checkpoints, tmp_path, capsys, file, content, sentence):
+    """Bugs: tracebacks."""
     state = '{"format": 1}' if file.startswith("..") else None
-    run = copied(checkpoints["llama"], tmp_path / "mine", Config(), state)
+    run = copied(checkpoints("llama"), tmp_path / "mine", Config(), state)
     path = run / "checkpoint_4" / file
     path.parent.mkdir(exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(read_json(path) | content))
     assert sentence in one_error(export.main, [run / "checkpoint_4", tmp_path / "out"], capsys)
 
 
-# ---- mistakes, and kills ----
+# --- Errors and kills ---
 
 
-def test_what_is_there_is_kept(checkpoints, tmp_path, capsys):
-    source, other, out = checkpoints["stage 0"], checkpoints["llama"], tmp_path / "out"
+def test_only_force_replaces_and_only_an_exported_model(checkpoints, tmp_path, capsys):
+    source, other, out = checkpoints("stage 0"), checkpoints("llama"), tmp_path / "out"
     out.mkdir()
-    assert export.main([str(source), str(out)]) == 0  # an empty folder is no loss
+    assert export.main([str(source), str(out)]) == 0  # an empty folder
     before = (out / "config.json").read_text()
     assert "holds an exported model: choose" in one_error(export.main, [other, out], capsys)
     assert (out / "config.json").read_text() == before
@@ -490,8 +476,8 @@ def test_what_is_there_is_kept(checkpoints, tmp_path, capsys):
         assert path.read_text() == "all of it"
 
 
-def test_what_cannot_be_exported_is_said_in_a_sentence(checkpoints, tmp_path, capsys, monkeypatch):
-    out, source = tmp_path / "out", checkpoints["llama"]
+def test_errors_are_one_sentence(checkpoints, tmp_path, capsys, monkeypatch):
+    out, source = tmp_path / "out", checkpoints("llama")
     assert "'none' is no checkpoint" in one_error(export.main, ["none", out], capsys)
     assert "lacks coconut.json" in one_error(export.main, [source.parent.parent / "base", out], capsys)
     (tmp_path / "file").write_text("")
@@ -504,7 +490,7 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(checkpoints, tmp_path, ca
             code.write("\nLast.forward = lambda _, s: s[0] + 1")
 
     monkeypatch.setattr(export, "write_code", wrong)
-    sentence = "a llama cannot be exported, to run over transformers' own cache: its logits differ"
+    sentence = "a llama cannot be exported: with transformers' cache its logits differ"
     assert sentence in one_error(export.main, [own, out], capsys)
     (own / "trainer").mkdir()
     assert "is damaged: trainer/state.json: No such file" in one_error(export.main, [own, out], capsys)
@@ -515,9 +501,9 @@ FULL = "No space left on device"
 
 
 @pytest.mark.parametrize("error", [OSError(28, FULL), SafetensorError(FULL)], ids=["system", "safetensors"])
-def test_a_full_disk_leaves_nothing_half(checkpoints, tmp_path, capsys, monkeypatch, error):
+def test_a_full_disk_leaves_no_files(checkpoints, tmp_path, capsys, monkeypatch, error):
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", raising(error))
-    assert f"cannot be written: {FULL}" in one_error(export.main, [checkpoints["llama"], tmp_path / "out"], capsys)
+    assert f"cannot be written: {FULL}" in one_error(export.main, [checkpoints("llama"), tmp_path / "out"], capsys)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -537,14 +523,14 @@ with files.replaced(Path(sys.argv[1]), ("whole",)) as aside:
 
 
 @pytest.mark.parametrize("when", ["within", "between"])
-def test_a_kill_loses_nothing(tmp_path, when):
+def test_a_kill_loses_no_folder(tmp_path, when):
     out = tmp_path / "out"
     with files.replaced(out, ()) as aside:
         (aside / "whole").write_text("")
     python("-c", KILLED, out, when, code=-signal.SIGKILL)
     assert not (out / "half").exists()
     assert when == "between" or (out / "whole").exists()
-    # the next one begins with what there was
+    # the next call first restores the old folder
     with pytest.raises(RuntimeError), files.replaced(out, ("whole",)):
         raise RuntimeError
     assert [path.name for path in out.iterdir()] == ["whole"]

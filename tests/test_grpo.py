@@ -1,13 +1,14 @@
-"""GRPO: the gradient of the expected reward by enumeration of all answers, and by quadrature over the noise; one run
-however it is cut, sharded or restarted."""
+"""GRPO: the gradient of the expected reward, by enumeration of all answers and by quadrature over the noise; the same
+weights for any micro-batches, ranks and restarts."""
 
 from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
+import plain
 import pytest
 import torch
-from conftest import ROOT, VOCABULARY, main, steps, tiny_base, together, weights
+from conftest import ROOT, VOCABULARY, distance, equal, keys, main, steps, tiny_base, together, weights
 from test_coconut import END, EOS, LATENT, START, gradients
 from test_methods import MARKERS
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -25,18 +26,8 @@ PROMPT = [5, 9, 7, START, LATENT, LATENT, END]
 
 
 def reward(answer: list[int]) -> float:
-    """Any function of an answer."""
-    return float(np.sin(sum(7 * place + token for place, token in enumerate(answer))))
-
-
-def with_thoughts(base, prompt: list[int], noise=lambda number, thought: thought) -> torch.Tensor:
-    """(1, T, D) input embeddings, everything recomputed for each thought; noise(its number, thought (1, D))."""
-    embeds = base.get_input_embeddings()(torch.tensor([prompt]))
-    latents = [column for column, token in enumerate(prompt) if token == LATENT]
-    for number, column in enumerate(latents):
-        thought = noise(number, base.get_decoder()(inputs_embeds=embeds[:, :column]).last_hidden_state[:, -1])
-        embeds = torch.cat([embeds[:, :column], thought[:, None], embeds[:, column + 1 :]], dim=1)
-    return embeds
+    """An arbitrary function of an answer."""
+    return float(np.sin(sum(7 * index + token for index, token in enumerate(answer))))
 
 
 def batch_of(answers: list[list[int]], prompt: list[int] = PROMPT) -> dict:
@@ -50,16 +41,16 @@ def make_grpo(family: str, temperature: float = 1.0, **keys) -> Grpo:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_over_all_answers_it_is_the_gradient_of_the_expected_reward(family, temperature):
-    """Answers of up to two tokens: EOS, or another token and any; the latent token is none of them."""
+def test_over_all_answers_the_gradient_is_that_of_the_expected_reward(family, temperature):
+    """Answers of up to two tokens: EOS, or another token and any token; never the latent token."""
     model = make_grpo(family, temperature)
     base, others = model.base_causallm, [token for token in range(1, VOCABULARY) if token != LATENT]
 
     def distribution(embeds):
-        """(..., V - 1) of the next token."""
+        """(..., V - 1) probabilities of the next token."""
         return (base(inputs_embeds=embeds).logits[:, -1, [EOS, *others]] / temperature).softmax(-1)
 
-    embeds = with_thoughts(base, PROMPT)
+    embeds = plain.filled(base, PROMPT)
     first = distribution(embeds)[0]
     added = base.get_input_embeddings()(torch.tensor(others))[:, None]  # (V - 2, 1, D)
     second = first[1:, None] * distribution(torch.cat([embeds.expand(len(added), -1, -1), added], dim=1))
@@ -70,15 +61,15 @@ def test_over_all_answers_it_is_the_gradient_of_the_expected_reward(family, temp
     wanted = gradients(model, -(p * rewards).sum())
     weighted = p.detach() * (rewards - 0.3) * len(answers)  # with any baseline
     found = gradients(model, model(**batch_of(answers), advantages=weighted.tolist()).loss)
-    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-9
+    assert distance(found, wanted) < 1e-9
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_the_groups_own_mean_shrinks_it_by_one_over_the_size(size):
-    """Over all groups of answers of one token out of eight, the others having the rest of the probability."""
+def test_the_groups_own_mean_as_baseline_shrinks_the_gradient_by_one_over_the_size(size):
+    """Over all groups of one-token answers out of eight tokens; the other tokens have the remaining probability."""
     model = make_grpo("llama")
     answers = [[token] for token in range(8)]
-    p = model.base_causallm(inputs_embeds=with_thoughts(model.base_causallm, PROMPT)).logits[0, -1, :8].softmax(-1)
+    p = model.base_causallm(inputs_embeds=plain.filled(model.base_causallm, PROMPT)).logits[0, -1, :8].softmax(-1)
     rewards = torch.tensor([reward(answer) for answer in answers], dtype=torch.float64)
     wanted = torch.autograd.grad((p * rewards).sum(), p)[0]
     wanted = p.detach() * (wanted - (wanted * p.detach()).sum())  # with respect to the logits
@@ -110,30 +101,30 @@ def test_noise_is_an_action_with_its_own_log_density(family, spelling):
     for row, answer in enumerate(answers):
         density = []
 
-        def act(number, thought, row=row, density=density):
+        def act(thought, row=row, density=density):
             relative = 0.4 * thought.norm() / 32**0.5
             scale = relative if spelling == 0.4 else torch.tensor(0.9, dtype=torch.float64)
-            action = (thought + scale * eps[row, number]).detach()
+            action = (thought + scale * eps[row, len(density)]).detach()
             density.append(torch.distributions.Normal(thought, scale).log_prob(action).sum())
             return action
 
-        embeds = with_thoughts(base, PROMPT, act)
+        embeds = plain.filled(base, PROMPT, act)
         embeds = torch.cat([embeds, base.get_input_embeddings()(torch.tensor([answer]))], dim=1)
         logits = base(inputs_embeds=embeds).logits[0]
-        logits[:, LATENT] = -torch.inf  # which is never sampled
+        logits[:, LATENT] = -torch.inf  # never sampled
         logits = logits.log_softmax(-1)
-        likelihood = sum(logits[len(PROMPT) - 1 + place, token] for place, token in enumerate(answer))
+        likelihood = sum(logits[len(PROMPT) - 1 + index, token] for index, token in enumerate(answer))
         wanted = wanted - weight[row] * (likelihood + sum(density)) / 2
     expected = gradients(model, wanted)
     batch = batch_of(answers)
     edit = Replay(spelling, eps, batch["input_ids"][:, batch["latent_columns"]] == LATENT)
     output = model(**batch, advantages=weight, edit=edit)
     found = gradients(model, output.loss + output.auxiliary)
-    assert max((found[name] - expected[name]).abs().max() for name in expected) < 1e-9
+    assert distance(found, expected) < 1e-9
 
 
-def flat_llama() -> torch.nn.Module:
-    """Two dimensions, six tokens."""
+def tiny_llama() -> torch.nn.Module:
+    """A Llama of two dimensions and six tokens."""
     config = LlamaConfig(
         vocab_size=6, hidden_size=2, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1, eos_token_id=0
     )
@@ -150,14 +141,13 @@ def flat_llama() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("spelling", [0.3, "absolute:0.3"])
-def test_over_all_noise_too_it_is_the_gradient_of_the_expected_reward(spelling):
-    """Gauss-Hermite quadrature in two dimensions: the score function's gradient is that through the noisy thought."""
+def test_over_all_noise_the_gradient_is_that_of_the_expected_reward(spelling):
+    """Gauss-Hermite quadrature in two dimensions: the score-function gradient equals the one through the thought."""
     nodes, shares = np.polynomial.hermite_e.hermegauss(40)
     shares = torch.from_numpy(np.outer(shares, shares).flatten() / (2 * np.pi))
     eps = torch.from_numpy(np.array(list(product(nodes, nodes))))[:, None]  # (nodes, 1, D)
     prompt, n = [5, 4, START, LATENT, END], len(shares)
-    keys = {"method": "grpo", "temperature": 1.0, "thought_noise": spelling}
-    model = make_model(Config(**keys), flat_llama(), MARKERS)
+    model = make_model(Config(method="grpo", temperature=1.0, thought_noise=spelling), tiny_llama(), MARKERS)
     tokens = [token for token in range(6) if token != LATENT]
     rewards = torch.tensor([reward([token]) for token in tokens], dtype=torch.float64)
     batch = batch_of([[0]] * n, prompt)
@@ -166,16 +156,15 @@ def test_over_all_noise_too_it_is_the_gradient_of_the_expected_reward(spelling):
     output = model(**batch, edit=Noise(spelling, eps, is_latent))  # Coconut's own forward
     p = output.logits[:, len(prompt) - 1, tokens].softmax(-1)  # (nodes, V - 1)
     wanted = gradients(model, -(shares[:, None] * p * rewards).sum())
-    weighted, found = shares[:, None] * p.detach() * (rewards - 0.1) * n, None
-    for place, token in enumerate(tokens):  # the same nodes for each answer
+    weighted, loss = shares[:, None] * p.detach() * (rewards - 0.1) * n, 0
+    for index, token in enumerate(tokens):  # the same nodes for each answer
         labels[:, -1] = token
-        edit = Replay(spelling, eps, is_latent)
-        how = {"labels": labels, "supervised": supervised, "advantages": weighted[:, place].tolist()}
-        output = model(**batch, **how, edit=edit)
-        one = gradients(model, output.loss + output.auxiliary)
-        found = one if found is None else {name: found[name] + one[name] for name in one}
+        answer = {"labels": labels.clone(), "supervised": supervised, "advantages": weighted[:, index].tolist()}
+        output = model(**batch, **answer, edit=Replay(spelling, eps, is_latent))
+        loss = loss + output.loss + output.auxiliary
+    found = gradients(model, loss)
     assert max(value.abs().max() for value in wanted.values()) > 1e-2
-    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-6
+    assert distance(found, wanted) < 1e-6
 
 
 def test_a_batch_without_latents_gives_everything_a_gradient():
@@ -192,27 +181,26 @@ def test_the_policy_has_no_dropout():
     assert not any(module.training for module in model.train().modules())
 
 
-# ---- rewards ----
+# --- Rewards ---
 
 
 def test_a_reward_must_be_a_number_for_each_answer():
     assert checked("match", [True, False], 2) == [1.0, 0.0]
-    with pytest.raises(UserError, match=r"reward 'own\.py' has returned 1 numbers for 2 answers"):
+    with pytest.raises(UserError, match=r"reward 'own\.py' returned 1 numbers for 2 answers"):
         checked("own.py", [1.0], 2)
     for value in (float("nan"), float("inf")):
-        with pytest.raises(UserError, match=r"reward 'own\.py' has returned (nan|inf)"):
+        with pytest.raises(UserError, match=r"reward 'own\.py' returned (nan|inf)"):
             checked("own.py", [0.0, value], 2)
 
 
 def test_a_reward_of_ones_own(tmp_path):
-    own = grpo.reward_of(Config(method="grpo", reward=str(ROOT / "tests" / "own_reward.py")))
+    own = grpo.reward_function(str(ROOT / "tests" / "own_reward.py"), "text")
     assert own("1+2", "3", ["### 3", "3.0 as it is", "4"]) == pytest.approx([0.95, 0.88, -0.01])
-    plain = grpo.reward_of(Config(method="grpo"))
-    assert plain("1+2", "3", ["### 3", "### 3.0"]) == [True, False]
-    assert grpo.reward_of(Config(method="grpo", answer_match="number"))("1+2", "3", ["### 3.0"]) == [True]
+    assert grpo.reward_function("match", "text")("1+2", "3", ["### 3", "### 3.0"]) == [True, False]
+    assert grpo.reward_function("match", "number")("1+2", "3", ["### 3.0"]) == [True]
     (tmp_path / "none.py").write_text("score = 1\n")
     with pytest.raises(UserError, match="has no function reward"):
-        grpo.reward_of(Config(method="grpo", reward=str(tmp_path / "none.py")))
+        grpo.reward_function(str(tmp_path / "none.py"), "text")
 
 
 @pytest.mark.parametrize(
@@ -222,18 +210,18 @@ def test_a_reward_of_ones_own(tmp_path):
         ({"reward": "absent.py"}, "'absent.py' is neither match nor a Python file"),
         ({"method": "coconut", "group_size": 4}, "group_size is for method grpo, not coconut"),
         ({"thought": "pause", "thought_noise": 0.1}, "thoughts that are fed back"),
-        ({"latent_passes": "2", "thought_noise": 0.1}, "thoughts one after the other"),
+        ({"latent_passes": "2", "thought_noise": 0.1}, "need sequential thoughts"),
     ],
 )
-def test_what_cannot_work_is_refused(keys, problem):
+def test_invalid_combinations_are_rejected(keys, problem):
     assert problem in " ".join(Config(**{"method": "grpo"} | keys).problems(needs_files=False))
 
 
-def test_a_hundred_steps_without_signal_are_worth_a_warning(caplog):
-    model, noted = make_grpo("gpt2"), {}
+def test_measures_are_sums_and_100_steps_without_signal_are_a_warning(caplog):
+    model, logged = make_grpo("gpt2"), {}
 
     def measure(name, total, number):
-        noted[name] = (total, number)
+        logged[name] = (total, number)
 
     run = SimpleNamespace(model=model, progress=SimpleNamespace(step=0), measure=measure)
     drawn, same = Samples([], None, (6.0, 4), (8.0, 2)), torch.zeros(2, 4, dtype=torch.float64)
@@ -245,47 +233,49 @@ def test_a_hundred_steps_without_signal_are_worth_a_warning(caplog):
             rewards[0, 0] = step == 50
             grpo._measure(run, rewards, drawn, counts=True)
             assert len(caplog.records) == (step >= 150)
+            if step == 50:
+                assert logged["groups_without_signal"] == (1, 2)
+                assert logged["reward"] == (1, 8)
     finally:
         grpo.log.removeHandler(caplog.handler)
-    assert "for 100 steps (now 0 on average)" in caplog.text
-    assert noted["groups_without_signal"] == (2, 2)
-    assert noted["entropy"] == (6.0, 4)
+    assert "for 100 steps all answers to a question had the same reward (now 0 on average)" in caplog.text
+    assert logged["groups_without_signal"] == (2, 2)
+    assert logged["entropy"] == (6.0, 4)
     grpo._measure(run, same, drawn, counts=False)
-    assert set(noted.values()) == {(0, 0)}
+    assert set(logged.values()) == {(0, 0)}
 
 
-# ---- runs ----
+# --- Runs ---
 
-RUN = (
-    *("method=grpo", "group_size=4", "max_new_tokens=1", "c_thought=2", "num_epochs=3"),
-    *("max_train_examples=32", "max_eval_examples=4", "uniform_prob=0.4", "log_every_steps=1"),
-    *("global_batch_size=16", "batch_size_training=16", "thought_noise=0.1"),
-)
+RUN = keys("""
+    method=grpo group_size=4 thought_noise=0.1 c_thought=2 uniform_prob=0.4 num_epochs=3 log_every_steps=1
+    max_train_examples=32 max_eval_examples=4 max_new_tokens=1 global_batch_size=16 batch_size_training=16
+""")
 
 
-def measured(folder) -> list[dict[str, float]]:
+def logged_means(folder) -> list[dict[str, float]]:
     names = {"reward", "reward_std", "groups_without_signal", "entropy", "thought_norm"}
     return [{name: record[name] for name in names & record.keys()} for record in steps(folder)]
 
 
-def apart(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
-    """The largest difference of weights, but for the biases of keys: their gradient is 0, and AdamW makes steps of what
-    rounding leaves of it."""
+def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """The largest difference of weights, without the biases of keys: their gradient is 0, and AdamW amplifies its
+    rounding errors."""
     differences = {name: (first[name] - second[name]).abs() for name in first}
     differences["transformer.h.0.attn.c_attn.bias"][32:64] = 0
     return max(difference.max().item() for difference in differences.values())
 
 
-def test_a_restart_is_bitwise_an_undisturbed_run_and_passes_of_any_size_are_the_same(place):
+def test_a_restart_is_bitwise_an_undisturbed_run_and_micro_batches_of_any_size_train_the_same(place):
     whole = main(place, *RUN, "name=grpo-whole", "save_every_steps=1")
     main(place, *RUN, "name=grpo-parts", "num_epochs=2")
     parts = main(place, *RUN, "name=grpo-parts")
-    first, second = (weights(folder / "checkpoint_3") for folder in (whole, parts))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    first = weights(whole / "checkpoint_3")
+    assert equal(first, weights(parts / "checkpoint_3"))
     cut = main(place, *RUN, "name=grpo-cut", "batch_size_training=4")
-    assert apart(first, weights(cut / "checkpoint_3")) < 1e-5
-    assert measured(cut) == [pytest.approx(of_step, rel=1e-4) for of_step in measured(whole)]
-    assert {len(of_step) for of_step in measured(whole)} == {5}
+    assert difference(first, weights(cut / "checkpoint_3")) < 1e-5
+    assert logged_means(cut) == [pytest.approx(means, rel=1e-4) for means in logged_means(whole)]
+    assert {len(means) for means in logged_means(whole)} == {5}
     assert any(record["groups_without_signal"] < 1 for record in steps(whole))
     for record, other in zip(steps(whole), steps(cut), strict=True):
         assert 0 < record["rollout_share"] < 1
@@ -299,19 +289,19 @@ def test_a_restart_is_bitwise_an_undisturbed_run_and_passes_of_any_size_are_the_
 @pytest.mark.slow
 def test_two_ranks_and_shards_train_the_same(place):
     """In the last step of an epoch, of 4 examples, a rank is idle."""
-    keys = (*RUN, "max_train_examples=36")
-    whole = main(place, *keys, "name=grpo-one")
-    wanted = weights(whole / "checkpoint_3")
-    main(place, *keys, "name=grpo-alone-fsdp", "batch_size_training=4", "strategy=fsdp")
+    arguments = (*RUN, "max_train_examples=36")
+    whole = main(place, *arguments, "name=grpo-one")
+    wanted, cut = weights(whole / "checkpoint_3"), (*arguments, "batch_size_training=4")
+    main(place, *cut, "name=grpo-alone-fsdp", "strategy=fsdp")
     for strategy in ("ddp", "fsdp"):
-        together(place / "run.yaml", *keys, "batch_size_training=4", f"name=grpo-{strategy}", f"strategy={strategy}")
+        together(place / "run.yaml", *cut, f"name=grpo-{strategy}", f"strategy={strategy}")
     for name in ("alone-fsdp", "ddp", "fsdp"):
         folder = place / "runs" / f"grpo-{name}"
-        assert apart(weights(folder / "checkpoint_3"), wanted) < 1e-5
-        assert measured(folder) == [pytest.approx(of_step, rel=1e-4) for of_step in measured(whole)]
+        assert difference(weights(folder / "checkpoint_3"), wanted) < 1e-5
+        assert logged_means(folder) == [pytest.approx(means, rel=1e-4) for means in logged_means(whole)]
 
 
-def test_the_dataset_holds_questions(place):
+def test_the_parts_of_the_method():
     parts = parts_of(Config(method="grpo"))
     assert (parts.model, parts.dataset, parts.on_device) == (Grpo, grpo.QuestionDataset, grpo.on_device)
     batch = {"a": 1}

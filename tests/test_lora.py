@@ -1,4 +1,4 @@
-"""LoRA: the updates and their gradients against the plain definition; checkpoints, ranks, restarts, export."""
+"""LoRA: updates and gradients equal the plain definition; checkpoints, ranks, restarts, export."""
 
 import shutil
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import check_ranks_and_restart, distance, equal, main, read_json, refuses, tiny_base, weights
+from conftest import check_ranks_and_restart, distance, equal, keys, main, read_json, refuses, tiny_base, weights
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_coconut import END, EOS, LATENT, START, batch_of, make_rows
@@ -24,14 +24,14 @@ from trainer.pretrained import load_model
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_updates_and_their_gradients_are_the_plain_definition(family, tied):
-    """W + alpha / r B A in each linear layer but the head, and nothing else is trained."""
+def test_updates_and_gradients_equal_the_plain_definition(family, tied):
+    """Every linear layer but the head is W + alpha / r B A, and only A and B are trained."""
     batch = batch_of(make_rows([2, 0, 3]))
     base = tiny_base(family, tied)
     lora.add(base, rank=3, alpha=6)
     model, plain = (Coconut(each, LATENT, START, END, EOS).eval() for each in (base, tiny_base(family, tied)))
     torch.manual_seed(4)
-    with torch.no_grad():  # away from where the updates are nothing
+    with torch.no_grad():  # so that the updates are not zero
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
@@ -55,12 +55,12 @@ def test_the_updates_and_their_gradients_are_the_plain_definition(family, tied):
 
 
 def loaded(place, folder=None, **keys):
-    """What load_model makes of the plain model's configuration, with the weights of a checkpoint."""
+    """The model that load_model returns, with the weights of a checkpoint's folder if there is one."""
     path = {"load_model_path": str(folder)} if folder else {}
     return load_model(Config(model_id=str(place / "model"), **path, **keys), folder).model
 
 
-KEYS = ("lora_rank=4", "lora_alpha=8", "max_train_examples=40", "max_new_tokens=4", "global_batch_size=16", "lr=0.02")
+KEYS = keys("lora_rank=4 lora_alpha=8 lr=0.02 max_train_examples=40 max_new_tokens=4 global_batch_size=16")
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +72,12 @@ def tuned(place) -> Path:
 TOKENS = torch.randint(10, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
-def test_a_checkpoint_has_the_base_as_it_was_and_the_updates_as_peft_reads_them(place, tuned):
+def test_a_checkpoint_has_the_base_unchanged_and_the_updates_in_pefts_format(place, tuned):
     folder = tuned / "checkpoint_3"
     before = loaded(place).base_causallm.state_dict()
     for name, value in weights(folder).items():
-        of_words = slice(-3 if "wte" in name else None)  # less the markers'
-        assert torch.equal(before[name][of_words], value[of_words])
+        rows = slice(-3 if "wte" in name else None)  # without the markers'
+        assert torch.equal(before[name][rows], value[rows])
     found = Coconut.from_pretrained(folder)(TOKENS).logits
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), folder / "adapter").eval()
     assert (theirs(TOKENS).logits - found).abs().max() < 1e-5
@@ -86,27 +86,27 @@ def test_a_checkpoint_has_the_base_as_it_was_and_the_updates_as_peft_reads_them(
     assert not lora.layers_of(merged.base_causallm)
     assert all(parameter.requires_grad for parameter in merged.parameters())
     assert (merged.eval()(TOKENS).logits - found).abs().max() < 1e-5
-    # a copy as step decoder has them too
+    # a copy as step decoder has the updates too
     model = loaded(place, folder, step_decoder="copy")
     assert equal(model.base_causallm.state_dict(), model.step_decoder.base_causallm.state_dict())
-    # other updates begin on top of those of a checkpoint
+    # updates of another rank start on top of the checkpoint's
     model = loaded(place, folder, lora_rank=2).eval()
     assert {layer.r["default"] for layer in lora.layers_of(model.base_causallm).values()} == {2}
     assert (found - model(TOKENS).logits).abs().max() < 1e-5
     assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def test_markers_are_told_apart(place, tuned):
-    """Their rows stay as they began: as copies of "<<" they would tie with it, and with each other, for ever."""
+def test_markers_have_different_embeddings(place, tuned):
+    """LoRA never trains them: as copies of "<<" they would stay equal to it and to each other."""
     model = Coconut.from_pretrained(tuned)
     tokens = [*model.markers[:3], model.tokenizer.convert_tokens_to_ids("<<")]
-    for one, n_rows in ((model, 4), (loaded(place), 1)):  # the reference's rule
+    for one, n_rows in ((model, 4), (loaded(place), 1)):  # the reference's rule: copies of "<<"
         rows = one.base_causallm.get_output_embeddings().weight
         assert len({tuple(rows[token].tolist()) for token in tokens}) == n_rows
 
 
-def test_updates_are_for_the_layers_of_the_decoder_alone():
-    """A tower for images got some, which no batch reached; DDP waited for their gradients."""
+def test_only_the_decoders_layers_have_updates():
+    """A tower for images had some too; DDP waited for their gradients."""
     common = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     shape = transformers.Gemma3TextConfig(
         num_hidden_layers=2, num_key_value_heads=1, head_dim=8, vocab_size=40, **common
@@ -118,7 +118,7 @@ def test_updates_are_for_the_layers_of_the_decoder_alone():
     assert not any("vision" in name for name in targets)
 
 
-def test_a_damaged_adapter_gets_a_sentence(place, tuned, tmp_path):
+def test_a_damaged_adapter_is_rejected(place, tuned, tmp_path):
     folder = shutil.copytree(tuned / "checkpoint_3", tmp_path / "checkpoint")
     path = folder / "adapter" / "adapter_config.json"
     for text in (None, "{", "{}"):
@@ -133,9 +133,8 @@ def adapter(checkpoint: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("step_decoder=copy", "thought=projected")])
 def test_ranks_agree_and_a_restart_is_bitwise_the_same(place, more):
-    name = "lora-ranks" + "".join(more).partition("=")[0]
-    keys = (*KEYS, *more, "batch_size_training=4")
-    alone = check_ranks_and_restart(place, name, keys, tolerance=1e-4, read=adapter)
+    name, arguments = "lora-ranks" + "".join(more).partition("=")[0], (*KEYS, *more, "batch_size_training=4")
+    alone = check_ranks_and_restart(place, name, arguments, tolerance=1e-4, read=adapter)
     assert any(value.any() for key, value in adapter(alone / "checkpoint_3").items() if "lora_B" in key)
     parts = place / "runs" / f"{name}-parts"
     assert equal(weights(alone / "checkpoint_3"), weights(parts / "checkpoint_3"))
@@ -153,10 +152,10 @@ def test_an_exported_model_has_the_updates_in_its_weights(place, tuned, tmp_path
     assert rows[0].tolist()[-wanted.shape[1] :] == wanted[0].tolist()
 
 
-def test_bad_input_gets_a_sentence(place, tuned, monkeypatch, tmp_path):
+def test_user_errors(place, tuned, monkeypatch, tmp_path):
     base = tiny_base("gpt2")
     lora.add(base, 2, 4)
     refuses("does not fit the model and lora_rank", lora.load, base, tuned / "checkpoint_3")
     refuses("cannot be read", lora.load, base, tmp_path)
-    monkeypatch.setitem(sys.modules, "peft", None)  # what makes its import fail
+    monkeypatch.setitem(sys.modules, "peft", None)  # makes its import fail
     refuses("pip install peft", loaded, place, lora_rank=2)

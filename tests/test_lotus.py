@@ -1,15 +1,13 @@
-"""LOTUS: labels of latents, their loss and all gradients against the plain definition, one mean over all ranks."""
-
-import json
+"""LOTUS: the latents' labels; loss and all gradients equal the plain definition; one mean over all ranks."""
 
 import plain
 import pytest
-from conftest import distance, equal, main, steps, tiny_base, together, weights
+from conftest import distance, equal, keys, main, steps, tiny_base, together, weights
 from test_latent_block import largest
-from test_methods import MARKERS, make_dataset
+from test_methods import MARKERS, make_dataset, stages_of
 
 from config import Config
-from curriculum import stage_of, stage_of_example
+from curriculum import stage_of
 from methods.lotus import Lotus, latent_labels
 from trainer.pretrained import make_model
 
@@ -21,12 +19,12 @@ def make_lotus(config: Config, family: str, tied: bool = True) -> Lotus:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "mistral"])  # the last with a window
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "mistral"])  # mistral has a window
 @pytest.mark.parametrize(("stage", "mixed"), [(3, 0.0), (3, 1.0), (4, 0.0)])
-def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, stage, mixed):
+def test_loss_and_all_gradients_equal_the_plain_definition(family, tied, stage, mixed):
     config = Config(**KEYS, pad_latent_to_max=False, uniform_prob=mixed)
     dataset, examples = make_dataset(config, [1, 5, 3, 2])
-    stages = [stage_of_example(config, stage, 0, index, len(one["steps"])) for index, one in enumerate(examples)]
+    stages = stages_of(config, examples, stage)
     rows = [plain.coconut_row(one, its, 3, 2, padded=False) for one, its in zip(examples, stages, strict=True)]
     model = make_lotus(config, family, tied)
     batch = dataset.collate([dataset[index, stage] for index in range(4)])
@@ -43,47 +41,27 @@ def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, stage
 
 @pytest.mark.parametrize("thought", ["last", "layer:1"])
 def test_sequential_latents_can_be_labelled_too(family, thought):
-    """A thought made from layers was refused here as though its latents were made in parallel."""
+    """A thought that needs layers was rejected as if its latents were parallel."""
     config = Config(**KEYS | {"latent_passes": "sequential", "thought": thought})
     dataset, _ = make_dataset(config, [1, 5, 3, 2])
     batch = dataset.collate([dataset[index, 3] for index in range(4)])
     del batch["loss_counts"]
     output = make_lotus(config, family)(**batch)
-    del batch["label_places"], batch["label_targets"]
+    del batch["label_positions"], batch["label_targets"]
     assert output.loss == make_model(Config(thought=thought), tiny_base(family), MARKERS)(**batch).loss
     assert output.auxiliary > 0
 
 
-@pytest.mark.slow
-def test_the_means_are_those_of_a_step_however_it_is_cut_and_a_restart_is_bitwise_the_same(place):
-    whole = main(place, *RUN, "name=lotus", "batch_size_training=16")
-    wanted = weights(whole / "checkpoint_3")
-    losses = [(record["loss"], record["auxiliary_loss"]) for record in steps(whole)]
-    assert all(all(loss) for loss in losses[-3:])
-    cut = (*RUN, "batch_size_training=4")
-    folders = [main(place, *cut, "name=lotus-cut"), main(place, *cut, "name=lotus-alone-fsdp", "strategy=fsdp")]
-    for strategy in ("ddp", "fsdp"):
-        together(place / "run.yaml", *cut, f"name=lotus-{strategy}", f"strategy={strategy}")
-        folders.append(place / "runs" / f"lotus-{strategy}")
-    for folder in folders:
-        assert distance(weights(folder / "checkpoint_3"), wanted) < 5e-6
-        for record, loss in zip(steps(folder), losses, strict=True):
-            assert (record["loss"], record["auxiliary_loss"]) == pytest.approx(loss, rel=1e-4)
-    main(place, *cut, "name=lotus-parts", "num_epochs=2")
-    parts = main(place, *cut, "name=lotus-parts")
-    assert equal(weights(parts / "checkpoint_3"), weights(folders[0] / "checkpoint_3"))
-
-
 def test_steps_beyond_the_last_stage_with_latents_stay_written():
-    """With the method's defaults they were gone from the eighth epoch on."""
+    """With the method's defaults they were dropped from the eighth epoch on."""
     config = Config(method="lotus")
     assert [stage_of(config, epoch) for epoch in (0, 1, 6, 7, 29)] == [0, 1, 6, 6, 6]
 
 
-def test_what_latents_are_told():
+def test_labels_of_latents():
     steps = [[10, 11, 12], [20, 21], [30, 31, 32, 33, 34]]
     assert latent_labels(steps, 0, 2) == []
-    assert latent_labels(steps, 2, 2) == [(0, 10), (1, 11)]  # there is no next group to read the third token in
+    assert latent_labels(steps, 2, 2) == [(0, 10), (1, 11)]  # no next group for the third token
     assert latent_labels(steps, 4, 2) == [(0, 10), (1, 11), (2, 12), (2, 20), (3, 21)]
     assert latent_labels(steps, 8, 2)[5:] == [(4, 30), (5, 31), (6, 32), (7, 33)]  # not in the group after the next
     assert latent_labels(steps, 8, 2)[:5] == latent_labels(steps, 4, 2)
@@ -100,30 +78,29 @@ def test_a_batch_without_latents_has_no_labels(family):
     (output.loss + output.auxiliary).backward()
 
 
-RUN = (
-    *("latent_labels=0.05", "latent_passes=stage", "thought=looped", "c_thought=2", "num_epochs=3", "uniform_prob=0.4"),
-    *("max_train_examples=40", "max_new_tokens=2", "global_batch_size=16"),
-)
+# --- Runs ---
+
+RUN = keys("""
+    latent_labels=0.05 latent_passes=stage thought=looped c_thought=2 uniform_prob=0.4
+    num_epochs=3 max_train_examples=40 max_new_tokens=2 global_batch_size=16
+""")
 
 
 @pytest.mark.slow
-def test_the_means_are_those_of_a_step_however_it_is_cut(place):
+def test_a_step_is_one_mean_whatever_the_passes_and_ranks_and_a_restart_is_bitwise_the_same(place):
     whole = main(place, *RUN, "name=lotus", "batch_size_training=16")
     wanted = weights(whole / "checkpoint_3")
-    main(place, *RUN, "name=lotus-cut", "batch_size_training=4")
-    main(place, *RUN, "name=lotus-alone-fsdp", "batch_size_training=4", "strategy=fsdp")
-    for strategy in ("ddp", "fsdp"):
-        more = ("batch_size_training=4", f"name=lotus-{strategy}", f"strategy={strategy}")
-        together(place / "run.yaml", *RUN, *more)
-    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    losses = [(record["loss"], record["auxiliary_loss"]) for record in records if record["event"] == "step"]
+    losses = [(record["loss"], record["auxiliary_loss"]) for record in steps(whole)]
     assert all(all(loss) for loss in losses[-3:])
-    for name in ("cut", "alone-fsdp", "ddp", "fsdp"):
-        folder = place / "runs" / f"lotus-{name}"
-        found = weights(folder / "checkpoint_3")
-        assert max((found[key] - wanted[key]).abs().max() for key in wanted) < 5e-6
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        steps = [record for record in records if record["event"] == "step"]
-        for record, (loss, auxiliary) in zip(steps, losses, strict=True):
-            assert record["loss"] == pytest.approx(loss, rel=1e-4)
-            assert record["auxiliary_loss"] == pytest.approx(auxiliary, rel=1e-4)
+    cut = (*RUN, "batch_size_training=4")
+    folders = [main(place, *cut, "name=lotus-cut"), main(place, *cut, "name=lotus-alone-fsdp", "strategy=fsdp")]
+    for strategy in ("ddp", "fsdp"):
+        together(place / "run.yaml", *cut, f"name=lotus-{strategy}", f"strategy={strategy}")
+        folders.append(place / "runs" / f"lotus-{strategy}")
+    for folder in folders:
+        assert distance(weights(folder / "checkpoint_3"), wanted) < 5e-6
+        for record, loss in zip(steps(folder), losses, strict=True):
+            assert (record["loss"], record["auxiliary_loss"]) == pytest.approx(loss, rel=1e-4)
+    main(place, *cut, "name=lotus-parts", "num_epochs=2")
+    parts = main(place, *cut, "name=lotus-parts")
+    assert equal(weights(parts / "checkpoint_3"), weights(folders[0] / "checkpoint_3"))

@@ -1,9 +1,9 @@
-"""Every key of every method: another value gives other losses, or stands below as one that the method does not use."""
+"""Every key of every method changes the losses of a run, or is listed here as one that the method does not use."""
 
 import dataclasses
 
 import pytest
-from conftest import ROOT, lines_of, main, settled
+from conftest import ROOT, keys, lines_of, main, settled
 from plain import ids, make_examples
 from test_coconut import END, EOS, LATENT, START
 from transformers import AutoTokenizer
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 import methods
 import run
 from config import Config
-from curriculum import Markers, prompt
+from curriculum import Markers, prompt, stage_of_example
 from dataset import StageDataset
 from preprocessing.tokens import tokenize
 from trainer.data import load_data
@@ -22,64 +22,73 @@ MARKERS = Markers(START, LATENT, END, EOS)
 
 
 def make_dataset(config: Config, n_steps: list[int], epoch: int | None = 0) -> tuple[StageDataset, list[dict]]:
-    """The method's dataset of examples with so many steps, and these."""
+    """The method's dataset of examples with these numbers of steps, and the examples."""
 
-    def words(texts, **_):
-        found = [ids(text) for text in texts]
-        return {"input_ids": found, "special_tokens_mask": [[0] * len(each) for each in found]}
+    def tokenizer(texts, **_):
+        rows = [ids(text) for text in texts]
+        return {"input_ids": rows, "special_tokens_mask": [[0] * len(row) for row in rows]}
 
     examples = make_examples(n_steps)
-    tokens = tokenize(examples, words)
+    tokens = tokenize(examples, tokenizer)
     if (texts := config.rules.texts(config)) is not None:
         others = [{**example, "steps": texts.steps(example["steps"])} for example in examples]
-        tokens.auxiliary = tokenize(others, words, step_separator="")
+        tokens.auxiliary = tokenize(others, tokenizer, step_separator="")
         tokens.answer_prefix = ids("### ")
     return parts_of(config).dataset(tokens, config, MARKERS, epoch), examples
 
 
-# another value of each key that decides what the weights become, and what has to be set beside it
-OTHERS = {
-    **{"seed": "2", "thought": "normalised", "c_thought": "3", "max_latent_stage": "1", "epochs_per_stage": "2"},
-    "curriculum": "none",
-    "pad_latent_to_max": ("false", "curriculum=none", "max_latent_stage=6"),  # more than examples have steps
-    **{"uniform_prob": "1.0", "advance_at": ("0", "epochs_per_stage=2"), "latent_markers": "none"},
-    "advance_after": ("2", "advance_at=0", "epochs_per_stage=3"),
-    **{"step_separator": "", "from_scratch": "true", "lora_rank": "2", "lora_alpha": ("8", "lora_rank=2")},
-    **{"lora_dropout": ("0.5", "lora_rank=2"), "resume": "1", "max_train_examples": "12", "max_train_tokens": "30"},
-    **{"group_by_length": "true", "num_epochs": "5", "batch_size_training": "8", "gradient_accumulation_steps": "2"},
-    **{"global_batch_size": "8", "lr": "0.01", "weight_decay": "0.5", "lr_scheduler": "cosine", "warmup_steps": "4"},
-    **{"max_grad_norm": "0.01", "reset_optimizer": "epoch", "bf16": "true", "bf16_weights": "true"},
-    **{"icot_tokens_per_epoch": "1", "icot_remove_all_after": "6", "icot_smoothing": "0.5"},
-    **{"distillation": "20", "distilled_layers": "all", "latent_labels": "1", "latent_passes": "1"},
-    **{"positions": "offset", "position_range": "32"},
-    **{"step_decoder": "copy", "step_decoder_weight": "9", "step_decoder_reduction": "mean"},
-    **{"temperature": "0.2", "thought_noise": "1.0", "group_size": "3", "advantage": "std"},
-    "reward": str(ROOT / "tests" / "own_reward.py"),
-    "step_decoder_surplus": ("none", "curriculum=none", "max_latent_stage=6"),
+def stages_of(config: Config, examples: list[dict], stage: int) -> list[int]:
+    """The stages at which the examples are trained in epoch 0, at this scheduled stage."""
+    return [stage_of_example(config, stage, 0, index, len(each["steps"])) for index, each in enumerate(examples)]
+
+
+BASE = keys("""
+    debug=true wandb=disabled log_every_steps=1 max_train_examples=16 max_eval_examples=1 max_new_tokens=1
+    batch_size_training=4 num_epochs=4 epochs_per_stage=1 max_latent_stage=2 c_thought=2 uniform_prob=0
+    reset_optimizer=never position_range=64 seed=1
+""")
+# another value of each key that affects the trained weights
+OTHER_VALUES = dict(
+    argument.split("=")
+    for argument in keys("""
+    seed=2 from_scratch=true resume=1 max_train_examples=12 max_train_tokens=30 group_by_length=true step_separator=
+    thought=normalised c_thought=3 max_latent_stage=1 pad_latent_to_max=false latent_markers=none
+    curriculum=none epochs_per_stage=2 uniform_prob=1.0 advance_at=0 advance_after=2
+    num_epochs=5 batch_size_training=8 gradient_accumulation_steps=2 global_batch_size=8 bf16=true bf16_weights=true
+    lr=0.01 weight_decay=0.5 lr_scheduler=cosine warmup_steps=4 max_grad_norm=0.01 reset_optimizer=epoch
+    lora_rank=2 lora_alpha=8 lora_dropout=0.5
+    icot_tokens_per_epoch=1 icot_remove_all_after=6 icot_smoothing=0.5
+    distillation=20 distilled_layers=all latent_labels=1 latent_passes=1 positions=offset position_range=32
+    step_decoder=copy step_decoder_weight=9 step_decoder_reduction=mean step_decoder_surplus=none
+    temperature=0.2 thought_noise=1.0 group_size=3 advantage=std
+    """)
+) | {"reward": str(ROOT / "tests" / "own_reward.py")}
+# keys without which the other value has no effect
+NEEDED = {
+    "pad_latent_to_max": ("curriculum=none", "max_latent_stage=6"),  # more than examples have steps
+    "step_decoder_surplus": ("curriculum=none", "max_latent_stage=6"),
+    "advance_at": ("epochs_per_stage=2",),
+    "advance_after": ("advance_at=0", "epochs_per_stage=3"),
+    "lora_alpha": ("lora_rank=2",),
+    "lora_dropout": ("lora_rank=2",),
 }
-BASE = (
-    *("debug=true", "wandb=disabled", "max_train_examples=16", "max_eval_examples=1", "max_new_tokens=1"),
-    *("log_every_steps=1", "batch_size_training=4", "uniform_prob=0", "max_latent_stage=2", "num_epochs=4"),
-    *("epochs_per_stage=1", "c_thought=2", "seed=1", "reset_optimizer=never", "position_range=64"),
-)
-DECIDING = [field.name for field in dataclasses.fields(Config) if not field.metadata["free"]]
+NOT_FREE = {field.name for field in dataclasses.fields(Config) if not field.metadata["free"]}
 
-
-# under which methods a method's own keys count, beside the method itself
-SHARED = {"distillation": {"pccot"}, "latent_passes": {"lotus", "sim_cot", "pccot", "multi_mode"}}
-OWN = [
-    (method, key)
+# other methods that use a method's own key
+ALSO_USED_BY = {"distillation": {"pccot"}, "latent_passes": {"lotus", "sim_cot", "pccot", "multi_mode"}}
+OWN_KEYS = {
+    key: sorted({name} | ALSO_USED_BY.get(key, set()))
     for name, rules in methods.all_rules().items()
     for key, _, _ in methods.own_keys(rules)
-    for method in sorted({name} | SHARED.get(key, set()))
-    if key not in ("mode", "stop_threshold")  # of evaluations
-]
-# core keys that a method does not use, or refuses
+}
+ONLY_IN_EVALUATION = {"mode", "stop_threshold"}
+# core keys that a method does not use, or rejects
 LATENTS = {"thought", "c_thought", "pad_latent_to_max", "latent_markers"}
 STAGES = {"epochs_per_stage", "curriculum", "advance_at", "advance_after", "uniform_prob"}
+SAMPLES = {"temperature", "thought_noise"}  # used by grpo alone
 UNUSED = {
-    "cot": LATENTS | STAGES - {"advance_at", "advance_after"} | {"max_latent_stage"},
-    "no_cot": LATENTS | STAGES - {"advance_at", "advance_after"} | {"max_latent_stage", "step_separator"},
+    "cot": LATENTS | {"epochs_per_stage", "curriculum", "uniform_prob", "max_latent_stage"},
+    "no_cot": LATENTS | {"epochs_per_stage", "curriculum", "uniform_prob", "max_latent_stage", "step_separator"},
     "no_thoughts": LATENTS,
     "icot": LATENTS | STAGES | {"max_latent_stage"},
     "codi": STAGES | {"pad_latent_to_max", "step_separator"},
@@ -91,90 +100,92 @@ UNUSED = {
     "stopping": STAGES | {"pad_latent_to_max", "step_separator", "lora_rank", "lora_alpha", "lora_dropout"},
     "grpo": {"epochs_per_stage", "curriculum", "step_separator", "lora_dropout"},
 }
-OF_SAMPLES = {"temperature", "thought_noise"}  # used by grpo alone
 
 
 @pytest.fixture(scope="module")
 def losses(place):
-    """The losses that a short run writes, of its steps and its epochs."""
+    """A function that returns the losses which a short run logs, of its steps and its epochs."""
     known = {}
 
-    def of(*keys: str) -> list[tuple]:
-        if keys not in known:
-            folder = main(place, *BASE, *keys, f"name=keys-{len(known)}")
+    def of(*arguments: str) -> list[tuple]:
+        if arguments not in known:
+            folder = main(place, *BASE, *arguments, f"name=keys-{len(known)}")
             records = lines_of(folder / "metrics.jsonl")
-            known[keys] = [(record.get("loss"), record.get("auxiliary_loss")) for record in records]
-        return known[keys]
+            known[arguments] = [(record.get("loss"), record.get("auxiliary_loss")) for record in records]
+        return known[arguments]
 
     return of
 
 
-def matters(losses, method: str, key: str) -> bool:
-    value, *beside = (OTHERS[key],) if isinstance(OTHERS[key], str) else OTHERS[key]
+def has_effect(losses, method: str, key: str) -> bool:
+    """Whether the key's other value changes the losses of a run; False if the configuration is rejected."""
+    arguments = (f"method={method}", *NEEDED.get(key, ()))
     try:
-        return losses(f"method={method}", *beside) != losses(f"method={method}", *beside, f"{key}={value}")
+        return losses(*arguments) != losses(*arguments, f"{key}={OTHER_VALUES[key]}")
     except UserError:
         return False
 
 
-def test_every_key_that_decides_the_weights_has_another_value_here():
-    assert {*DECIDING} == {*OTHERS, "method", "tf32"}  # tf32 is of GPUs
+def test_every_key_that_affects_the_weights_has_another_value_here():
+    assert OTHER_VALUES.keys() | {"method", "tf32"} == NOT_FREE  # tf32 needs a GPU
 
 
-@pytest.mark.parametrize(("method", "key"), OWN)
+@pytest.mark.parametrize(
+    ("method", "key"), [(m, key) for key, used_by in OWN_KEYS.items() if key not in ONLY_IN_EVALUATION for m in used_by]
+)
 def test_every_key_of_a_method_has_an_effect(losses, method, key):
     """The weights of CODI's and SIM-CoT's losses could be ignored."""
-    assert matters(losses, method, key)
+    assert has_effect(losses, method, key)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", methods.names())
 def test_every_key_of_the_core_has_an_effect_where_it_is_used(losses, method):
-    of_methods = {key for rules in methods.all_rules().values() for key, _, _ in methods.own_keys(rules)}
-    core = OTHERS.keys() - of_methods
-    unused = UNUSED.get(method, set()) | (OF_SAMPLES if method != "grpo" else set())
-    assert {key for key in core if not matters(losses, method, key)} == unused
+    core_keys = OTHER_VALUES.keys() - OWN_KEYS.keys()
+    unused = UNUSED.get(method, set()) | (SAMPLES if method != "grpo" else set())
+    assert {key for key in core_keys if not has_effect(losses, method, key)} == unused
 
 
 @pytest.mark.parametrize("method", [name for name in methods.names() if Config(method=name).rules.texts(Config())])
-def test_other_texts_are_those_of_the_examples_that_are_not_left_out(place, world, method):
-    keys = settled(*BASE, f"method={method}", "max_train_examples=99", "max_train_tokens=30")
-    config = Config.from_file(place / "run.yaml", keys)
+def test_auxiliary_texts_belong_to_the_examples_that_are_kept(place, world, method):
+    arguments = settled(*BASE, f"method={method}", "max_train_examples=99", "max_train_tokens=30")
+    config = Config.from_file(place / "run.yaml", arguments)
     train = load_data(config, world, AutoTokenizer.from_pretrained(place / "model")).train
     assert 0 < len(train) < 99
-    for (question, _, answer), (other_question, _, other_answer) in zip(train, train.auxiliary, strict=True):
-        assert (question, answer) == (other_question, other_answer)
+    for (question, _, answer), (same_question, _, same_answer) in zip(train, train.auxiliary, strict=True):
+        assert (question, answer) == (same_question, same_answer)
 
 
 @pytest.mark.parametrize("method", methods.names())
 def test_everything_with_a_gradient_is_trained(place, method, monkeypatch):
     """SIM-CoT's decoder could be missing in the optimizer."""
-    seen = []
+    weights = []
 
-    def noting(function):
-        def called(one, *arguments):
-            parameters = one.model.named_parameters()
-            seen.append({name: value.detach().clone() for name, value in parameters if value.requires_grad})
-            return function(one, *arguments)
+    def recording(function):
+        def called(this_run, *arguments):
+            parameters = this_run.model.named_parameters()
+            weights.append({name: value.detach().clone() for name, value in parameters if value.requires_grad})
+            return function(this_run, *arguments)
 
         return called
 
-    monkeypatch.setattr(run, "resume", noting(run.resume))
-    monkeypatch.setattr(run, "finish", noting(run.finish))
+    monkeypatch.setattr(run, "resume", recording(run.resume))
+    monkeypatch.setattr(run, "finish", recording(run.finish))
     thought = ["thought=projected"] if methods.rules_of(method).has_latents and method != "stopping" else []
     main(place, *BASE, "num_epochs=2", f"method={method}", *thought, f"name=trained-{method}")
-    before, after = seen
+    before, after = weights
     assert before.keys() == after.keys()
-    assert ("thought.weight" in before, "step_decoder" in str(list(before))) == (bool(thought), method == "sim_cot")
+    assert ("thought.weight" in before) == bool(thought)
+    assert any("step_decoder" in name for name in before) == (method == "sim_cot")
     assert [name for name, value in before.items() if value.equal(after[name])] == []
 
 
 def test_every_method_has_losses_of_its_own(losses):
-    found = [losses(f"method={method}", "c_thought=2") for method in methods.names()]
-    assert all(one not in found[:number] for number, one in enumerate(found))
+    by_method = [losses(f"method={method}", "c_thought=2") for method in methods.names()]
+    assert all(found not in by_method[:index] for index, found in enumerate(by_method))
 
 
-def test_the_mode_decides_what_is_asked():
+def test_the_mode_decides_the_prompt():
     configs = [Config(method="multi_mode", mode=mode) for mode in ("latent", "written", "direct")]
-    found = [prompt([7, 8], [[9], [10]], 1, config, MARKERS) for config in configs]
-    assert found == [[7, 8, START, LATENT], [7, 8, START], [7, 8, END]]
+    prompts = [prompt([7, 8], [[9], [10]], 1, config, MARKERS) for config in configs]
+    assert prompts == [[7, 8, START, LATENT], [7, 8, START], [7, 8, END]]

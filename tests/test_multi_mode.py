@@ -1,32 +1,33 @@
-"""Multi-mode training: the three sequences, the sum of three means with all gradients, the three accuracies."""
+"""Multi-mode training: the sequences of the three modes, the sum of their losses, their accuracies."""
 
 import statistics
 
 import plain
 import pytest
-from conftest import check_ranks_and_restart, epochs, lines_of, main, read_json, tiny_base
+from conftest import check_ranks_and_restart, epochs, keys, lines_of, main, read_json, tiny_base
 from test_coconut import END, EOS, LATENT, START
 from test_latent_block import largest
-from test_methods import MARKERS, make_dataset
+from test_methods import MARKERS, make_dataset, stages_of
 
 from coconut import Coconut
 from config import Config
-from curriculum import IGNORE, prompt, stage_of_example, training_sequence
+from curriculum import IGNORE, prompt, training_sequence
 from dataset import MicroBatch
 from methods import multi_mode
 from methods.multi_mode import MODES, MultiMode
 from tools import generate
-from trainer import run_folder as load_path
+from trainer import run_folder
 from trainer.pretrained import make_model
 
 Q, STEPS, A = [7, 8], [[10], [20, 21], [30]], [9]
 
 
-def sequence(mode: str, stage: int, **keys) -> tuple[list[int], list[int]]:
-    config = Config(method="multi_mode", mode=mode, max_latent_stage=2, **keys)
+def sequence(mode: str, stage: int, c_thought: int = 1) -> tuple[list[int], list[int]]:
+    """Prompt and predicted tokens of a mode at a stage."""
+    config = Config(method="multi_mode", mode=mode, max_latent_stage=2, c_thought=c_thought)
     input_ids, labels = training_sequence(Q, STEPS, A, stage, config, MARKERS)
     given = prompt(Q, STEPS, stage, config, MARKERS)
-    assert input_ids[: len(given)] == given  # generation starts where what is predicted begins
+    assert input_ids[: len(given)] == given  # the prompt ends where the labels start
     assert labels == [IGNORE] * len(given) + input_ids[len(given) :]
     return given, input_ids[len(given) :]
 
@@ -44,11 +45,11 @@ def test_the_three_sequences():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("keys", [{}, {"uniform_prob": 1.0}])
-def test_the_loss_and_all_gradients_are_the_plain_definition(family, tied, keys):
-    config = Config(method="multi_mode", max_latent_stage=3, **keys)
+@pytest.mark.parametrize("uniform_prob", [0.0, 1.0])
+def test_loss_and_all_gradients_equal_the_plain_definition(family, tied, uniform_prob):
+    config = Config(method="multi_mode", max_latent_stage=3, uniform_prob=uniform_prob)
     dataset, examples = make_dataset(config, [1, 5, 0, 2])
-    stages = [stage_of_example(config, 2, 0, index, len(one["steps"])) for index, one in enumerate(examples)]
+    stages = stages_of(config, examples, 2)
     rows = [plain.multi_mode_rows(one, stage, 3, 1) for one, stage in zip(examples, stages, strict=True)]
     model = make_model(config, tiny_base(family, tied), MARKERS)
     assert isinstance(model, MultiMode)
@@ -57,8 +58,8 @@ def test_the_loss_and_all_gradients_are_the_plain_definition(family, tied, keys)
     assert largest(model, loss, wanted) < 1e-9
 
 
-def test_each_mode_is_a_mean_over_its_group(family):
-    """Ranks with fewer examples than batch_size_training weighed all modes by the latent one's tokens."""
+def test_each_mode_is_a_mean_over_the_tokens_of_its_group(family):
+    """With fewer examples per rank than batch_size_training, the latent mode's tokens weighted all modes."""
     config = Config(method="multi_mode", max_latent_stage=3)
     dataset, _ = make_dataset(config, [1, 5, 0, 2])
     model = make_model(config, tiny_base(family), MARKERS)
@@ -83,14 +84,14 @@ def test_the_accuracy_is_the_harmonic_mean_of_the_modes(monkeypatch):
     assert metrics["loss"] == 3
 
 
-KEYS = (
-    *("method=multi_mode", "max_train_examples=40", "max_new_tokens=12", "global_batch_size=16"),
-    *("batch_size_training=4", "max_eval_examples=12"),
-)
+KEYS = keys("""
+    method=multi_mode max_train_examples=40 max_eval_examples=12 max_new_tokens=12
+    global_batch_size=16 batch_size_training=4
+""")
 
 
 @pytest.mark.slow
-def test_ranks_agree_a_restart_is_bitwise_the_same_and_three_accuracies_are_told(place, capsys):
+def test_ranks_agree_a_restart_is_bitwise_the_same_and_all_modes_are_evaluated(place, capsys):
     alone = check_ranks_and_restart(place, "modes", KEYS)
     for record in epochs(alone):
         of_modes = [record[f"accuracy_{mode}"] for mode in MODES]
@@ -98,13 +99,13 @@ def test_ranks_agree_a_restart_is_bitwise_the_same_and_three_accuracies_are_told
     for strategy in ("ddp", "fsdp"):
         last = epochs(place / "runs" / f"modes-{strategy}")[-1]
         assert [last[f"accuracy_{mode}"] for mode in MODES] == of_modes
-    assert read_json(load_path.best(alone) / "metrics.json")["accuracy"] >= 0
+    assert read_json(run_folder.best(alone) / "metrics.json")["accuracy"] >= 0
     predictions = lines_of(alone / "checkpoint_3" / "predictions.jsonl")
     assert not any("end-latent" in prediction["output"] for prediction in predictions)
     model, question = Coconut.from_pretrained(alone), predictions[0]["question"]
     for mode in ("direct", "written"):
-        keys = (*KEYS, f"mode={mode}", f"name=modes-eval-{mode}", "only_eval=true", f"load_model_path={alone}")
-        accuracy = read_json(main(place, *keys) / "eval" / "metrics.json")["accuracy"]
+        only_eval = (f"mode={mode}", f"name=modes-eval-{mode}", "only_eval=true", f"load_model_path={alone}")
+        accuracy = read_json(main(place, *KEYS, *only_eval) / "eval" / "metrics.json")["accuracy"]
         assert accuracy == epochs(alone)[-1][f"accuracy_{mode}"]
         assert statistics.mean(prediction[mode]["correct"] for prediction in predictions) == accuracy
         asked = model.ask(question, mode=mode, max_new_tokens=12)

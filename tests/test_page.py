@@ -1,5 +1,4 @@
-"""analysis/: the page is one file without references to others; its figures hold text, and distinguish series by more
-than colour."""
+"""analysis/page.py, figures.py: the page is self-contained, figures hold text, series differ not only in colour."""
 
 import math
 import re
@@ -39,7 +38,7 @@ def whole_page() -> str:
 
 
 class Reader(HTMLParser):
-    """What a browser would make of a page: its tags with attributes, its text, and whether all tags are closed."""
+    """Parses a page as a browser does: its tags with attributes, its text, and the tags that are still open."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -68,7 +67,7 @@ class Reader(HTMLParser):
         return " ".join("".join(self.words).split())
 
 
-def test_everything_is_escaped_but_svg_and_body():
+def test_everything_except_svg_and_body_is_escaped():
     figure = Figure("<svg><g/></svg>", NASTY, [NASTY, "b"], [[NASTY, "1"]])
     section = Section(NASTY, NASTY, [figure], [Example(NASTY, "<em>body</em>")])
     reader = Reader(page(NASTY, NASTY, [section, section], [(NASTY, NASTY)]))
@@ -80,7 +79,7 @@ def test_everything_is_escaped_but_svg_and_body():
     assert reader.text.count(NASTY) == 2 + 1 + 2 + 2 * 6  # title and h1, intro, facts; a section
 
 
-def test_it_stands_alone_and_the_same_input_gives_the_same_bytes():
+def test_the_page_is_self_contained_and_deterministic():
     html = whole_page()
     assert html == whole_page()
     tags = Reader(html).tags
@@ -97,12 +96,12 @@ def test_it_stands_alone_and_the_same_input_gives_the_same_bytes():
     assert targets <= set(re.findall(r' id="([^"]+)"', html))
 
 
-def test_text_is_paragraphs_and_code_and_nothing_else():
+def test_markup_is_paragraphs_and_code():
     html = page("t", "one\ntwo\n\n \nthree `a < b` **four**\n", [])
     assert "<p>one two</p>\n<p>three <code>a &lt; b</code> **four**</p>" in html
 
 
-def test_numbers_stand_under_the_figure():
+def test_the_table_follows_the_figure():
     def of(svg: str, head: list[str], rows: list[list[str]]) -> str:
         return page("t", "", [Section("s", figures=[Figure(svg, "c", head, rows)])])
 
@@ -139,8 +138,8 @@ def test_series_differ_in_more_than_colour():
         assert len(set(looks)) == len(figures.COLOURS) == 7
 
 
-def test_a_class_has_one_colour_and_hatch_in_every_figure(monkeypatch):
-    """Classes without outputs were dropped before colours were given: on one page a class had several colours."""
+def test_a_class_has_the_same_colour_and_hatch_in_every_figure(monkeypatch):
+    """Bug: colours were assigned after classes without outputs were dropped, so that one class had several."""
     drawn = []
     monkeypatch.setattr(figures, "svg", lambda figure: drawn.append(figure) or "")
     counts = {"Coconut": (1, 2, 1), "control": (0, 3, 1), "other": (3, 0, 1)}
@@ -164,7 +163,7 @@ def test_percentages_share_an_axis():
         assert low <= 0 < 100 <= high
 
 
-def test_stages_that_would_run_into_each_other_are_turned_or_left_out():
+def test_labels_of_many_stages_are_rotated_or_omitted():
     series = {"run": [(n, n) for n in range(100)]}
     few = figures.lines(series, "x", "y", [(20, "stage 1"), (60, "stage 2")]).axes[0].texts
     assert [(text.get_text(), text.get_rotation()) for text in few] == [("stage 1", 0), ("stage 2", 0)]
@@ -175,7 +174,7 @@ def test_stages_that_would_run_into_each_other_are_turned_or_left_out():
     assert {text.get_rotation() for text in many} == {90}
 
 
-def test_a_tree_has_its_layers_in_the_order_with_fewest_crossings():
+def test_the_layers_of_a_tree_avoid_crossings():
     nodes = {"root": 0, "a": 1, "b": 1, "c": 1, "of c": 2, "of b": 2, "of a": 2}
     edges = [("root", name) for name in "abc"] + [(name, f"of {name}") for name in "abc"]
     first, second, third = figures.layers(nodes, edges)
@@ -193,7 +192,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_a_browser_shows_it(tmp_path):
+def test_a_browser_renders_the_page(tmp_path):
     (tmp_path / "page.html").write_text(whole_page(), encoding="utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--dump-dom", (tmp_path / "page.html").as_uri()]

@@ -1,4 +1,4 @@
-"""Strategies, compiled and checkpointed blocks, and a step that waits for nothing."""
+"""Strategies, compiled and checkpointed blocks, and steps without a device sync."""
 
 import sys
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_one_process_ddp_and_fsdp_agree():
     assert len(done.stdout.splitlines()) == 2 + 10
 
 
-# ---- sharding ----
+# --- Sharding ---
 
 
 @pytest.fixture
@@ -50,12 +50,12 @@ def sharded(world, monkeypatch, family):
 
 
 @pytest.mark.slow
-def test_a_step_sends_no_more_than_it_must(tmp_path):
-    """Nor do latent passes, accumulation, or ranks with different numbers of latents send more."""
+def test_a_step_sends_no_more_bytes_than_data_parallelism_needs(tmp_path):
+    """Latent passes, accumulation, and ranks with different numbers of latents send no more either."""
     arguments = ["--batch", "1", "--stage", "3", "--repeats", "1", "--accumulation", "3"]
     sent = scaling.run(2, "fsdp", arguments, tmp_path)
     assert sent["sent_1"] == sent["sent_3"]
-    assert sent["least"] <= sent["sent_1"] < 1.01 * sent["least"]  # FSDP pads what does not divide
+    assert sent["least"] <= sent["sent_1"] < 1.01 * sent["least"]  # FSDP pads uneven shards
 
 
 def test_gradients_are_reduced_once_in_a_step(sharded, world, monkeypatch):
@@ -64,7 +64,7 @@ def test_gradients_are_reduced_once_in_a_step(sharded, world, monkeypatch):
     monkeypatch.setattr(_fsdp_param_group, "foreach_reduce", lambda *a, **k: calls.append(1) or original(*a, **k))
     wrapped = wrap(sharded, world)
     groups = sum(parallel.is_sharded(module) for module in sharded.modules())
-    assert groups == 3  # two blocks, and the rest
+    assert groups == 3  # two blocks and the rest
     for step in range(1, 3):
         for micro, n_latents in enumerate(([3, 1], [0, 0], [2, 5])):
             with sync_gradients(wrapped, now=micro == 2):
@@ -78,7 +78,7 @@ RAGGED = pytest.mark.parametrize("n_latents", [[0, 0, 0], [3, 3, 3], [2, 0, 6]])
 
 @RAGGED
 def test_checkpointed_blocks_compute_the_same_and_keep_less(family, n_latents):
-    """transformers' gradient checkpointing switches the cache off: latents would not see what is before them."""
+    """transformers' gradient checkpointing disables the cache, so latents would not see the previous columns."""
     saved = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ def test_checkpointed_blocks_compute_the_same_and_keep_less(family, n_latents):
     assert saved[0] < 0.7 * saved[1]
 
 
-def test_whole_weights_are_those_of_the_model(sharded, family):
+def test_whole_weights_equal_the_models(sharded, family):
     base = tiny_base(family, dtype=torch.float32)
     weights = whole_weights(sharded)
     for name, value in base.named_parameters():
@@ -120,11 +120,11 @@ def test_large_models_are_sharded_on_gpus(monkeypatch, tmp_path):
     assert parallel.choose_strategy(Config(strategy="fsdp"), World(0, 0, 1, torch.device("cpu")), None) == "fsdp"
 
 
-# ---- blocks ----
+# --- Blocks ---
 
 
 @pytest.mark.slow
-def test_compiled_blocks_are_not_compiled_anew_for_each_length(monkeypatch):
+def test_blocks_are_not_recompiled_for_each_length(monkeypatch):
     family, graphs = "gpt2", []
 
     def backend(module, _):
@@ -158,11 +158,11 @@ def test_compiled_blocks_are_not_compiled_anew_for_each_length(monkeypatch):
     assert len(graphs) == seen
 
 
-# ---- a step waits for nothing ----
+# --- A step never waits for the device ---
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails on what makes a program wait for a GPU: a value of a tensor that Python, or a shape, depends on."""
+    """Fails on operations that wait for a GPU, because Python or a shape needs a tensor's value."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "unique", "_unique2")
 
@@ -172,7 +172,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 @RAGGED
-def test_a_step_asks_for_no_value(family, n_latents):
+def test_a_step_reads_no_value(family, n_latents):
     model, batch = make_model(family), batch_of(n_latents)
     optimizer = torch.optim.AdamW(model.parameters())
     with NoWaiting():
@@ -192,7 +192,7 @@ def test_a_step_on_a_gpu_does_not_synchronise(family, n_latents):
     model = make_model(family, dtype=torch.float32).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     batch = moved(batch_of(n_latents), torch.Tensor.pin_memory)
-    for mode in ("default", "error"):  # the first step may wait: memory, kernels
+    for mode in ("default", "error"):  # the first step may wait for memory and kernels
         torch.cuda.set_sync_debug_mode(mode)
         try:
             on_device = moved(batch, lambda value: value.to("cuda", non_blocking=True))
@@ -216,7 +216,7 @@ def test_attention_on_a_gpu_never_takes_the_slow_path(family, n_latents):
 
 @pytest.mark.parametrize("n_latents", [[0, 0, 0], [3, 3, 3], [2, 0, 4]])
 def test_padding_behind_a_question_needs_no_mask(family, n_latents):
-    """The mask that the collator's hints leave out would have changed nothing."""
+    """Without the collator's hints the model uses a mask, and computes the same."""
     model, batch, rows = make_model(family), batch_of(n_latents), make_rows(n_latents)
     assert (batch["prefix_lengths"] is not None) == (sum(n_latents) > 0)
     loss = model(**batch).loss
@@ -225,10 +225,10 @@ def test_padding_behind_a_question_needs_no_mask(family, n_latents):
     assert max(largest_difference(model, rows, loss)) < 1e-9
 
 
-# ---- FLOPs ----
+# --- FLOPs ---
 
 
-def test_flops_are_those_that_torch_counts(family):
+def test_flops_equal_torchs_count(family):
     base = tiny_base(family, dtype=torch.float32)
     base.set_attn_implementation("eager")  # torch does not count the CPU's fused attention
     model = Coconut(base, LATENT, START, END, EOS)
@@ -250,20 +250,20 @@ def test_flops_are_those_that_torch_counts(family):
         ("CPU, x86_64, 2 cores", {}, None),
     ],
 )
-def test_the_peak_is_that_of_the_arithmetic(card, keys, peak):
-    """The mfu of float32 was the share of the bfloat16 peak."""
+def test_the_peak_depends_on_the_arithmetic(card, keys, peak):
+    """The MFU in float32 was relative to the bfloat16 peak."""
     assert peak_flops(card, Config(**keys).arithmetic) == peak
 
 
 @pytest.fixture
 def three_ranks(monkeypatch) -> list[World]:
-    """Of two nodes; what all ranks do together, each of them does alone."""
+    """Three ranks on two nodes; each runs collective calls alone."""
     monkeypatch.setattr(parallel, "on_every_rank", lambda _, action: [action()])
     return [World(rank, local_rank, 3, torch.device("cpu")) for rank, local_rank in ((0, 0), (1, 1), (2, 0))]
 
 
-def test_one_rank_of_a_node_asks_the_hub(three_ranks, monkeypatch):
-    """Every rank did: 14 requests for two ranks, 7 for one. And org/name:file was found on the first node alone."""
+def test_only_one_rank_per_node_asks_the_hub(three_ranks, monkeypatch):
+    """Every rank did: 14 requests for two ranks, 7 for one. And org/name:file was found on the first node only."""
     asked: list = []
     for world in three_ranks:
         assert parallel.in_turn(world, lambda cached: asked.append(cached) or "loaded") == "loaded"

@@ -1,33 +1,29 @@
-"""Outputs on ProsQA have the class of a plain definition, in both templates; distances are those of all paths."""
+"""analysis/paths.py: classes equal a plain definition, in both templates; distances equal those over all paths."""
 
 import json
-import os
-import subprocess
-import sys
+import re
 from itertools import pairwise
 
 import numpy as np
 import prosqa
 import pytest
-from conftest import ROOT
-from graphs import shortest_path
+from conftest import python, refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis import paths
 from analysis.paths import CLASSES, Graph, classify, from_example
 from trainer.evaluate import extract_answer, extract_steps
-from utils import UserError
 
-# Two ways from Tom (a) to the target t over two edges more, by c or d; a longer one over c and e. f is a leaf beside;
-# Alex (b) leads to the other candidate o over g, and over c to what Tom reaches too. h leads to t, and Sam (s) to h.
+# The root Tom (a) reaches the target t in two edges, by c or d, and in three, by c and e; f is another leaf. Alex (b)
+# reaches the other candidate o by g, and what Tom reaches by c. Sam (s) reaches t by h.
 EDGES = "ac ad ct dt ce et af bg go bc sh ht"
 SYMBOLS = "abcdefghost"
 WORDS = {"a": "Tom", "b": "Alex", "s": "Sam"} | {name: f"{name}umpus" for name in "cdefghot"}
 
 
 def example_of(pairs: str = EDGES, compact: bool = True, **changed) -> dict:
-    """a is asked about: t or o?"""
+    """The question whether a reaches t or o."""
     names = list(SYMBOLS) if compact else [WORDS[symbol] for symbol in SYMBOLS]
     return {
         "question": "?",
@@ -45,12 +41,12 @@ COMPACT, SENTENCES = from_example(example_of()), from_example(example_of(compact
 
 
 def in_sentences(nodes: str) -> str:
-    """A walk as the sentences that it would be, whether or not there are such edges."""
+    """The sentences of a walk, which may use edges that do not exist."""
     every = {symbol: "" if symbol in "abs" else "Every " for symbol in SYMBOLS}
     return "\n".join(f"{every[tail]}{WORDS[tail]} is a {WORDS[head]}." for tail, head in pairwise(nodes))
 
 
-# (class with k = 0, class with k > 0) -> walks; the compact template leaves out the first node
+# (class with k = 0, class with k > 0) -> walks; the compact template omits the first node
 WALKS = {
     ("correct path", "correct path"): "act adt",
     ("longer path", "longer path"): "acet",
@@ -65,9 +61,9 @@ COMPACT_WALKS = {
     ("longer path", "longer path"): "cet",
     ("hallucination", "correct path"): "t",
     ("hallucination", "longer path"): "et",
-    ("wrong target", "wrong target"): "f c go h",  # go from b, which is not written
+    ("wrong target", "wrong target"): "f c go h",  # go begins at b, which is omitted
     ("hallucination", "wrong target"): "e o",
-    # ht from s, which is not asked about; nothing leads to a
+    # ht begins at s, not at the root; no edge leads to a
     ("hallucination", "hallucination"): "ht act a cdt cct ctt ctct tc x cx c,t c.",
 }
 
@@ -76,7 +72,7 @@ def each(groups: dict) -> list[tuple]:
     return [(walk, *classes) for classes, walks in groups.items() for walk in walks.split()]
 
 
-@pytest.mark.parametrize("answer", ["t", "o", ""])  # it decides nothing where there is a path
+@pytest.mark.parametrize("answer", ["t", "o", ""])  # has no effect on the class of a path
 @pytest.mark.parametrize(("walk", "whole", "partial"), each(WALKS))
 def test_walks_in_sentences(walk, whole, partial, answer):
     sentence = f"Tom is a {WORDS[answer]}." if answer else ""
@@ -116,7 +112,7 @@ def test_walks_in_characters(written, whole, partial, answer):
         ("Tom is a cumpus and a tumpus.\n### Tom is a tumpus.", "hallucination"),
         ("### Tom is a tumpus.", "correct label"),
         ("\n\n###Tom is a tumpus.\n", "correct label"),
-        ("### Tom is a  tumpus.", "incorrect label"),  # evaluation takes it for wrong
+        ("### Tom is a  tumpus.", "incorrect label"),  # wrong for evaluation
         ("### Tom is a oumpus.", "incorrect label"),
         ("### Alex is a tumpus.", "incorrect label"),
         ("### Tom is a wumpus.", "incorrect label"),
@@ -134,8 +130,8 @@ def test_texts_in_sentences(text, expected, k):
     assert classify(SENTENCES, extract_steps(text), extract_answer(text), k) == expected
 
 
-def test_a_beginning_is_not_that_of_another_source():
-    """With Alex an eumpus, the character e can come first; the root does not reach it in one edge, only in two."""
+def test_a_path_does_not_begin_at_another_source():
+    """With the edge be, e can be a first character; the root is two edges from e."""
     graph = from_example(example_of(EDGES + " be"))
     assert classify(graph, "et", "t") == "hallucination"
     assert classify(graph, "e", "t") == "wrong target"
@@ -155,12 +151,7 @@ def test_texts_in_characters(k):
         assert {classify(COMPACT, extract_steps(text), extract_answer(text), k) for text in group} == {expected}
 
 
-def test_the_classes_are_stacked_in_the_papers_order():
-    assert CLASSES[:4] == ("correct path", "longer path", "hallucination", "wrong target")
-    assert CLASSES[4:] == ("correct label", "incorrect label", "other")
-
-
-# ---- Graphs that the generator draws ----
+# --- Generated graphs ---
 
 LETTERS = prosqa.CHARACTERS[:26]
 KINDS = {
@@ -176,7 +167,7 @@ KINDS = {
 
 @st.composite
 def drawn(draw, kinds=tuple(KINDS)) -> tuple[dict, Graph, np.random.Generator]:
-    """An example of one of the kinds, its graph, and a generator for what is drawn of it."""
+    """An example of one of the kinds, its graph, and a random generator."""
     settings, rng = KINDS[draw(st.sampled_from(kinds))], np.random.default_rng(draw(st.integers(0, 2**32)))
     while (example := prosqa.make_example(rng, settings)) is None:
         pass
@@ -184,30 +175,24 @@ def drawn(draw, kinds=tuple(KINDS)) -> tuple[dict, Graph, np.random.Generator]:
 
 
 def steps_of(graph: Graph, path: list[str]) -> list[str]:
-    """The steps in the data's words, the path's first node included."""
+    """The steps of a path, as the data write them."""
     concepts = {child for _, child in graph.edges}
     text = prosqa.compact([], [], path) if graph.compact else prosqa.sentences([], [], path, concepts)
     return text["steps"]
 
 
-def path_to(rng: np.random.Generator, example: dict, root: int, target: int) -> list[str]:
-    """A shortest path, drawn, as names."""
-    nodes = shortest_path(rng, [tuple(edge) for edge in example["edges"]], root, target)
-    return [example["idx_to_symbol"][node] for node in nodes]
-
-
 def all_paths(graph: Graph) -> list[tuple[str, ...]]:
-    """Every path of an edge or more that begins with a source, by the plainest search."""
+    """Every path from a source with one or more edges, by exhaustive search."""
     heads = {child for _, child in graph.edges}
     paths = [(name,) for name in graph.names if name not in heads]
-    for path in paths:  # which grows
+    for path in paths:  # the loop extends the list
         paths += [(*path, child) for parent, child in graph.edges if parent == path[-1]]
     return [path for path in paths if len(path) > 1]
 
 
 def plainly(graph: Graph, whole: list[tuple[str, ...]], walk: list[str], k: int) -> str:
-    """The class of written nodes by the definition: whole paths that they are, or with k > 0 end."""
-    skipped = int(graph.compact)  # the first node is not written
+    """The class of a walk by definition: from the whole paths that equal it or, with k > 0, end with it."""
+    skipped = int(graph.compact)  # the first node is omitted
     fits = [path for path in whole if path[skipped:] == tuple(walk) or (k and path[skipped:][-len(walk) :] == walk)]
     if not fits:
         return "hallucination"
@@ -222,7 +207,7 @@ def plainly(graph: Graph, whole: list[tuple[str, ...]], walk: list[str], k: int)
 
 @given(drawn(), st.integers(0, 6))
 def test_gold_steps_are_a_correct_path(of_example, k):
-    """With k = 0 all of them; with thoughts what remains from any step on, whether or not k steps are gone."""
+    """With k = 0 all steps; with k > 0 also the steps from any one on."""
     example, graph, _ = of_example
     steps = example["steps"]
     for first in range(len(steps) if k else 1):
@@ -233,43 +218,10 @@ def test_gold_steps_are_a_correct_path(of_example, k):
     assert classify(graph, "", example["answer"].replace(graph.target, graph.other), k) == "incorrect label"
 
 
-@given(drawn())
-def test_every_other_shortest_path_is_correct(of_example):
-    example, graph, rng = of_example
-    path = path_to(rng, example, example["root"], example["target"])
-    steps = steps_of(graph, path)
-    for k in range(len(steps)):
-        assert classify(graph, "\n".join(steps[k:]), example["answer"], k) == "correct path"
-
-
-@given(drawn())
-def test_the_other_component_is_a_wrong_target(of_example):
-    """Whatever the answer that comes after it."""
-    example, graph, rng = of_example
-    steps = steps_of(graph, path_to(rng, example, 1 - example["root"], example["neg_target"]))
-    for k in range(len(steps)):
-        assert classify(graph, "\n".join(steps[k:]), example["answer"], k) == "wrong target"
-
-
-@given(drawn(), st.data())
-def test_a_step_less_or_two_exchanged_are_no_path(of_example, data):
-    """Without the last step, the path ends too early; without another, it does not connect."""
-    example, graph, _ = of_example
-    steps, answer = example["steps"], example["answer"]
-    place = data.draw(st.integers(0, len(steps) - 1))
-    less = "\n".join(steps[:place] + steps[place + 1 :])
-    if place < len(steps) - 1:
-        assert classify(graph, less, answer) == "hallucination"
-        exchanged = [*steps[:place], steps[place + 1], steps[place], *steps[place + 2 :]]
-        assert {classify(graph, "\n".join(exchanged), answer, k) for k in (0, 1, 6)} == {"hallucination"}
-    else:
-        assert classify(graph, less, answer) == ("wrong target" if place else "correct label")
-
-
 @settings(max_examples=200)
 @given(drawn(kinds=[kind for kind in KINDS if not kind.startswith("paper")]), st.integers(0, 2), st.data())
 def test_walks_have_the_class_of_the_plain_definition(of_example, k, data):
-    """Walks along the edges, with a jump here and there, from any node on."""
+    """Random walks from any node, some with a jump to a node without an edge."""
     _, graph, rng = of_example
     whole = all_paths(graph)
     for _ in range(30):
@@ -289,7 +241,7 @@ def test_walks_have_the_class_of_the_plain_definition(of_example, k, data):
 
 @st.composite
 def texts(draw, graph: Graph, example: dict) -> str:
-    """Anything, or what outputs are made of in any order."""
+    """Any text, or parts of outputs in any order."""
     words = ["Every", " is a ", ".", " ", "\n", "#", "### ", ",", *graph.names, *graph.sentences, *example["steps"]]
     pieces = st.lists(st.sampled_from(words) | st.text(max_size=3), max_size=12)
     return draw(st.text() | pieces.map("".join))
@@ -305,7 +257,7 @@ def test_every_text_has_a_class(of_example, k, data):
     assert classify(graph, text, other, k) in CLASSES
 
 
-# ---- Distances ----
+# --- Distances ---
 
 
 def test_distances_of_a_graph():
@@ -334,8 +286,8 @@ def test_distances_are_lengths_of_paths(of_example):
 
 
 @given(drawn(kinds=("mirror", "mirror, compact", "chains, compact")))
-def test_a_mirrors_frontiers_are_copies(of_example):
-    """What is unreachable at a depth are the copies of what is reachable: node n of side s is number 2n + s."""
+def test_the_frontiers_of_a_mirrored_graph(of_example):
+    """The unreachable nodes at a depth are the copies of the reachable ones: node n of side s has index 2n + s."""
     example, graph, _ = of_example
     names = example["idx_to_symbol"]
     copy = {name: names[number ^ 1] for number, name in enumerate(names)}
@@ -343,7 +295,7 @@ def test_a_mirrors_frontiers_are_copies(of_example):
         assert paths.same_depth_unreachable(graph, k) == {copy[name] for name in paths.frontier(graph, k)}
 
 
-# ---- What cannot be read ----
+# --- Errors ---
 
 
 def without(field: str) -> dict:
@@ -357,32 +309,29 @@ def without(field: str) -> dict:
             (without(field), f"'{field}'")
             for field in ("answer", "idx_to_symbol", "edges", "root", "target", "neg_target")
         ),
-        (example_of(idx_to_symbol=list("abcdefghoss")), "its names are not all different"),
-        (example_of(idx_to_symbol=[0, 1]), "is no graph of ProsQA's"),
-        (example_of(edges=[[0, 1, 2]]), "is no graph of ProsQA's"),
-        (example_of(edges=7), "is no graph of ProsQA's"),
-        (example_of(edges=[[0, 11]]), "is no graph of ProsQA's"),
-        (example_of(target="t"), "is no graph of ProsQA's"),
+        (example_of(idx_to_symbol=list("abcdefghoss")), "two names are the same"),
+        (example_of(idx_to_symbol=[0, 1]), "has no valid ProsQA graph"),
+        (example_of(edges=[[0, 1, 2]]), "has no valid ProsQA graph"),
+        (example_of(edges=7), "has no valid ProsQA graph"),
+        (example_of(edges=[[0, 11]]), "has no valid ProsQA graph"),
+        (example_of(target="t"), "has no valid ProsQA graph"),
         (example_of(answer="o"), "answer 'o' is neither 't' nor 'a is a t.'"),
         (example_of(answer=3), "answer 3 is neither"),
-        (example_of(EDGES + " ec"), "edges go round in a circle: "),
-        (example_of(EDGES + " ff"), "edges go round in a circle: f - f"),
-        (example_of("ac dt bo"), "target 't' cannot be reached from its root 'a'"),
-        (example_of(root=SYMBOLS.index("t")), "target 't' cannot be reached from its root 't'"),
-        (example_of(EDGES + " co"), "neg_target 'o' can be reached from its root 'a', as the target can"),
-        (example_of(idx_to_symbol=["Tom", *SYMBOLS[1:]]), "names ['Tom'] cannot be read back"),
-        (example_of(answer="a is a t.", idx_to_symbol=["a", "b.", *SYMBOLS[2:]]), "['b.'] cannot be read back"),
+        (example_of(EDGES + " ec"), "edges form a cycle: "),
+        (example_of(EDGES + " ff"), "edges form a cycle: f - f"),
+        (example_of("ac dt bo"), "root 'a' does not reach its target 't'"),
+        (example_of(root=SYMBOLS.index("t")), "root 't' does not reach its target 't'"),
+        (example_of(EDGES + " co"), "root 'a' reaches its neg_target 'o', as it does its target"),
+        (example_of(idx_to_symbol=["Tom", *SYMBOLS[1:]]), "names ['Tom'] cannot be parsed"),
+        (example_of(answer="a is a t.", idx_to_symbol=["a", "b.", *SYMBOLS[2:]]), "['b.'] cannot be parsed"),
     ],
 )
-def test_an_example_without_a_graph_is_refused(example, complaint):
-    with pytest.raises(UserError) as caught:
-        from_example(example)
-    assert complaint in str(caught.value)
-    assert str(caught.value).startswith("the example")
+def test_an_example_without_a_graph_raises(example, complaint):
+    refuses(f"^the example.*{re.escape(complaint)}", from_example, example)
 
 
 def test_distances_are_in_the_same_order_in_every_process(tmp_path):
-    """The order of a set of names is another in each: the same analysis wrote another file, and drew other trees."""
+    """Bug: they followed the order of a set, so that the same analysis wrote different files."""
     edges = [[0, node] for node in range(1, 9)] + [[1, 10]]
     example = {"idx_to_symbol": list("abcdefghijk"), "edges": [*edges, [9, 8]], "root": 0, "target": 10}
     example |= {"neg_target": 9, "answer": "k", "steps": ["b", "k"]}
@@ -390,8 +339,5 @@ def test_distances_are_in_the_same_order_in_every_process(tmp_path):
         "import json, sys; from analysis import paths; graph = paths.from_example(json.loads(sys.argv[1])); "
         "print(list(paths.depths(graph)), list(paths.fewest_edges(graph.children, graph.sources)))"
     )
-    command, outputs = [sys.executable, "-c", code, json.dumps(example)], set()
-    for seed in "0123":
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        outputs.add(subprocess.check_output(command, cwd=ROOT, env=environment))
+    outputs = {python("-c", code, json.dumps(example), environment={"PYTHONHASHSEED": seed}).stdout for seed in "0123"}
     assert len(outputs) == 1

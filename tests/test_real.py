@@ -1,4 +1,4 @@
-"""A pretrained model and real GSM8K rows: `make test-real`, a few minutes. Not part of `make test`."""
+"""A pretrained model on real GSM8K rows, in a few minutes: `make test-real`. Not part of `make test`."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from dataset import collate_prompts
 from tools import export
 from trainer import inference
 
-# rows in iCoT's format, such as its valid.txt
+# a file in iCoT's format, such as its valid.txt
 ROWS = Path(os.environ.get("COCONUT_GSM_ROWS", ROOT.parent / "shared" / "data" / "gsm_valid.txt"))
 pytestmark = [
     pytest.mark.real,
@@ -46,7 +46,7 @@ def smollm2() -> Path:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, smollm2) -> Path:
     folder = tmp_path_factory.mktemp("real")
-    # short ones, so that a step takes seconds on a CPU
+    # the shortest, so that a step takes seconds on a CPU
     examples = [e for e in gsm_icot.convert(ROWS) if len(e["steps"]) >= 2]
     examples.sort(key=lambda example: len(example["question"]))
     (folder / "train.json").write_text(json.dumps(examples[:32]))
@@ -62,7 +62,7 @@ def configure(place: Path, smollm2: Path, name: str, *more: str) -> Config:
 
 
 def train(config: Config) -> list[float]:
-    """The loss of each epoch."""
+    """Trains and returns the loss of each epoch."""
     assert run.main(config) == 0
     return [record["train_loss"] for record in epochs(config.run_dir)]
 
@@ -91,9 +91,9 @@ def test_cot_then_coconut_then_evaluation_and_a_restart(place, smollm2):
     tokenizer = AutoTokenizer.from_pretrained(last)
     assert tokenizer.convert_tokens_to_ids("<|latent|>") >= 49152  # after SmolLM2's own vocabulary
     outputs = [prediction["output"] for prediction in lines_of(evaluation.run_dir / "eval" / "predictions.jsonl")]
-    assert sum("#" in output or "<<" in output for output in outputs) >= 4, outputs  # it has taken on the format
+    assert sum("#" in output or "<<" in output for output in outputs) >= 4, outputs  # the model has learnt the format
 
-    # exported, it writes elsewhere what it writes here, token by token
+    # the exported model generates the same tokens
     assert export.export(str(latent.run_dir), place / "exported") == []
     questions = [example["question"] for example in read_json(place / "valid.json")[:4]]
     model = Coconut.from_pretrained(latent.run_dir)

@@ -1,4 +1,4 @@
-"""report.py: what a run's log holds, however it ended, is on the page."""
+"""tools/report.py: the page shows a run's log, also of a restarted or broken run."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def make_run(tmp_path):
 
 
 def written(*folders, capsys) -> Reader:
-    """The page on these runs."""
+    """Writes the page of these runs and parses it."""
     assert report.main([*map(str, folders)]) == 0
     out = folders[0] / "report.html"
     assert capsys.readouterr().out == f"the page: {out}\n"
@@ -50,7 +50,7 @@ def complaint(*arguments, capsys) -> str:
     return error
 
 
-def test_a_restarted_run_counts_what_was_written_last(make_run, capsys):
+def test_the_last_record_of_a_restarted_run_counts(make_run, capsys):
     records = [step(1, 4.0), step(2, 3.0), epoch(0, 0.25), step(3, 99.0), step(3, 2.0), epoch(1, 0.75), epoch(1, 0.5)]
     folder = make_run("again", records)
     (run,) = report.read_runs([folder])
@@ -58,14 +58,14 @@ def test_a_restarted_run_counts_what_was_written_last(make_run, capsys):
     text = written(folder, capsys=capsys).text
     assert "2 epochs, 3 steps; stage 0, validation accuracy 50.0%" in text
     assert "75.0%" not in text
-    # a run that has just begun is shown as far as it is
+    # a run that has just begun
     text = written(make_run("young", [step(1, 4.0)]), capsys=capsys).text
     assert "0 epochs, 1 steps" in text
     assert "No epoch is finished yet." in text
     assert "The logs hold no step." in written(make_run("old", [epoch(0, 0.5)]), capsys=capsys).text
 
 
-def test_nan_and_a_torn_line_are_no_obstacle(make_run, capsys):
+def test_nan_and_an_incomplete_line(make_run, capsys):
     records = [step(1, 4.0), step(2, math.nan), step(3, math.inf), step(4, 1.0), epoch(0, 0.25, loss=math.nan)]
     folder = make_run("torn", records, {"num_epochs": 3, "method": "coconut"}, tail='{"event": "step", "step": 5, "lo')
     text = written(folder, capsys=capsys).text
@@ -90,7 +90,7 @@ def test_one_run_has_its_configuration_and_its_evaluations(make_run, capsys):
     assert "a record is damaged: KeyError('checkpoint')" in complaint(folder, capsys=capsys)
 
 
-def test_runs_are_shown_over_each_other_with_what_tells_them_apart(make_run, capsys):
+def test_the_page_of_several_runs(make_run, capsys):
     config = {"name": "one", "lr": 0.001, "thought": "last", "load_model_path": None, "epochs_per_stage": [3, 1]}
     records = [step(1, 4.0), epoch(0, 0.25), step(2, 3.0, stage=1), epoch(1, 0.5, stage=1)]
     one = make_run("one", records, config)
@@ -98,12 +98,8 @@ def test_runs_are_shown_over_each_other_with_what_tells_them_apart(make_run, cap
     three = make_run("three", records[:2])
     reader = written(one, two, three, capsys=capsys)
     labels = [attributes["aria-label"] for _, attributes in reader.tags if attributes.get("role") == "img"]
-    wanted = [
-        "training loss by optimizer step",
-        "tokens a second by optimizer step",
-        "validation loss after each epoch",
-    ]
-    wanted.append("accuracy after each epoch")
+    wanted = ["training loss by optimizer step", "tokens a second by optimizer step"]
+    wanted += ["validation loss after each epoch", "accuracy after each epoch"]
     assert labels == [f"{label}; dotted: where a stage of one begins" for label in wanted]
     assert reader.text.count("stage 1") == 4 + 1  # in the figures and among the facts
     html = (one / "report.html").read_text(encoding="utf-8")
@@ -113,14 +109,14 @@ def test_runs_are_shown_over_each_other_with_what_tells_them_apart(make_run, cap
     assert "three has no config.yaml." in reader.text
     written(one, two, three, capsys=capsys)
     assert (one / "report.html").read_text(encoding="utf-8") == html
-    # runs of one name are called by their paths
+    # runs with the same name are shown by their paths
     folders = [make_run(f"{parent}/run", [step(1, 4.0)], {"lr": 1}) for parent in ("a", "b")]
     text = written(*folders, capsys=capsys).text
     assert all(str(folder) in text for folder in folders)
     assert "All keys but their names are the same." in text
 
 
-def test_a_long_run_is_thinned_to_means(make_run):
+def test_lines_of_a_long_run_are_means(make_run):
     (run,) = report.read_runs([make_run("long", [step(number, number % 2) for number in range(1, 4001)])])
     figure = report.over_steps([run], "loss", "training loss", "{:.4g}")
     assert "means of 8 steps each" in figure.caption
@@ -131,8 +127,8 @@ def test_a_long_run_is_thinned_to_means(make_run):
     assert means == pytest.approx({0: 2.0, 1: math.nan, 2: 7.0}, nan_ok=True)
 
 
-def test_losses_that_span_decades_stand_on_a_logarithmic_axis(make_run):
-    """Between its powers of ten matplotlib wrote labels in TeX, where they were few."""
+def test_losses_that_span_decades_have_a_logarithmic_axis(make_run):
+    """Bug: with few powers of ten, matplotlib labelled ticks between them, in TeX."""
     for name, lowest, ticks in (("far", 0.002, {"0.01", "0.1", "1"}), ("near", 0.5, {"1.0", "3.5"})):
         (run,) = report.read_runs([make_run(name, [step(1, 4.0), step(2, lowest)])])
         svg = report.over_steps([run], "loss", "training loss", "{:.4g}").svg
@@ -140,7 +136,7 @@ def test_losses_that_span_decades_stand_on_a_logarithmic_axis(make_run):
         assert "mathdefault" not in svg
 
 
-def test_mistakes_are_one_sentence(make_run, tmp_path, monkeypatch, capsys):
+def test_errors_are_one_sentence(make_run, tmp_path, monkeypatch, capsys):
     sentence = "no_such_run is not the folder of a run: it holds no metrics.jsonl"
     assert sentence in complaint("no_such_run", capsys=capsys)
     empty = make_run("empty", [], tail='{"event": "st')
@@ -151,16 +147,12 @@ def test_mistakes_are_one_sentence(make_run, tmp_path, monkeypatch, capsys):
     for text, sentence in (("lr: [1\n", "cannot read {}"), ("- 1\n", "{} must hold")):
         (run / "config.yaml").write_text(text)
         assert sentence.format(run / "config.yaml") in complaint(run, capsys=capsys)
-    records = [
-        {"event": "step"},
-        {"event": "step", "step": 1, "loss": "a", "stage": 0},
-        {"event": "epoch", "epoch": None},
-    ]
-    for number, record in enumerate(records):
+    damaged = {"event": "step", "step": 1, "loss": "a", "stage": 0}
+    for number, record in enumerate(({"event": "step"}, damaged, {"event": "epoch", "epoch": None})):
         error = complaint(make_run(f"damaged-{number}", [record]), capsys=capsys)
         assert re.search("metrics.jsonl.*damaged: ", error), error
     (run / "config.yaml").unlink()
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    # it was about a damaged record
+    # bug: the sentence was about a damaged record
     sentence = "error: the figures need matplotlib: pip install -r requirements-dev.txt\n"
     assert complaint(run, capsys=capsys) == sentence

@@ -1,5 +1,4 @@
-"""Sampled thoughts and answers: token by token what a plain definition draws, whatever the batch and the ranks; pass@k
-over all subsets; vote."""
+"""Sampled thoughts and answers equal a plain definition token by token, for any batch and ranks; pass@k; vote."""
 
 import json
 from collections import Counter
@@ -7,12 +6,14 @@ from itertools import combinations
 from math import comb
 
 import numpy as np
+import plain
 import pytest
 import torch
-from conftest import main, refusal, together
+from conftest import keys, main, read_json, refusal, tiny_base, together
 from test_coconut import END, EOS, LATENT, START, make_model, make_rows
 from test_evaluate import scripted
 from test_generate import folders as folders  # a fixture
+from test_methods import MARKERS
 
 from config import Config
 from model.backbone import Backbone
@@ -27,7 +28,7 @@ from trainer.pretrained import make_model as configured
 from trainer.samples import Policy, choose, generate, pass_at_k, sampled_from, vote
 from utils import UserError
 
-# ---- measures ----
+# --- Measures ---
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -38,22 +39,19 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n):
             assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / comb(n, k), abs=1e-12)
 
 
-def test_more_than_there_are_samples_is_a_mistake():
+def test_pass_at_k_of_large_and_of_too_few_samples():
+    assert pass_at_k(4000, 1, 1000) == pytest.approx(0.25)
     with pytest.raises(ValueError, match="pass@5 needs at least 5 samples, not 4"):
         pass_at_k(4, 1, 5)
 
 
-def test_large_numbers_of_samples_do_not_overflow():
-    assert pass_at_k(4000, 1, 1000) == pytest.approx(0.25)
-
-
-def test_the_vote_is_the_most_frequent_answer_the_first_of_several():
+def test_the_vote_is_the_most_frequent_answer_and_the_first_of_a_tie():
     assert vote(["a", "b", "b", "c"]) == 1
     assert vote(["c", "a", "b", "b", "a"]) == 1
     assert vote([None, 7.0, 7.0]) == 1
 
 
-def test_there_is_no_pass_at_more_than_the_samples():
+def test_measures_have_no_k_above_the_number_of_samples():
     assert list(samples.measures([[True, False, False]], [True])) == ["vote@3", "pass@1", "pass@3"]
     found = samples.measures([[True] * 5 + [False] * 15, [False] * 20], [False, False])
     assert list(found) == ["vote@20", "pass@1", "pass@4", "pass@16", "pass@20"]
@@ -61,7 +59,7 @@ def test_there_is_no_pass_at_more_than_the_samples():
     assert found["pass@4"] == pytest.approx((1 - comb(15, 4) / comb(20, 4)) / 2)
 
 
-# ---- draws ----
+# --- Draws ---
 
 
 def test_tokens_are_drawn_from_the_softmax():
@@ -86,28 +84,24 @@ def random(key: tuple, stream: int) -> np.random.Generator:
 
 
 def plainly(model, prompt: list[int], key: tuple, policy: Policy, n_new: int) -> list[int]:
-    """The definition: one row by itself, without padding, cache or batch, everything recomputed for each token."""
+    """The definition: one row alone, without padding or cache, recomputing everything for each token."""
     base, width = model.base_causallm, model.base_causallm.config.hidden_size
-    embeds = base.get_input_embeddings()(torch.tensor([prompt]))
-    latents = [place for place, token in enumerate(prompt) if token == LATENT]
-    eps = torch.from_numpy(random(key, 1).standard_normal((len(latents), width)))
-    for number, column in enumerate(latents):
-        thought = base.get_decoder()(inputs_embeds=embeds[:, :column]).last_hidden_state[:, -1]
+    eps = iter(torch.from_numpy(random(key, 1).standard_normal((prompt.count(LATENT), width))))
+
+    def disturbed(thought: torch.Tensor) -> torch.Tensor:
         if str(policy.noise).startswith("absolute:"):
-            thought = thought + float(str(policy.noise)[9:]) * eps[number]
-        else:
-            thought = thought + policy.noise * thought.norm() / width**0.5 * eps[number]
-        embeds = torch.cat([embeds[:, :column], thought[None], embeds[:, column + 1 :]], dim=1)
-    uniform, new = random(key, 2).random(n_new), []
+            return thought + float(policy.noise[9:]) * next(eps)
+        return thought + policy.noise * thought.norm() / width**0.5 * next(eps)
+
+    embeds, uniform, new = plain.filled(base, prompt, disturbed), random(key, 2).random(n_new), []
     while len(new) < min(n_new, 64 - len(prompt)) and EOS not in new:
-        logits = base(inputs_embeds=embeds).logits[0, -1]
+        logits = plain.logits_after(base, embeds, new)
         if policy.temperature:
             logits[LATENT] = -torch.inf
             edges = (logits / policy.temperature).softmax(-1).cumsum(-1)
             new.append(int((edges < uniform[len(new)]).sum()))
         else:
             new.append(int(logits.argmax()))
-        embeds = torch.cat([embeds, base.get_input_embeddings()(torch.tensor([[new[-1]]]))], dim=1)
     return new
 
 
@@ -121,9 +115,9 @@ POLICIES = [Policy(1.5), Policy(0, 2.0), Policy(0, "absolute:1.5"), Policy(1.0, 
 @torch.no_grad()
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("n_latents", [[3, 3, 3], [2, 0, 4], [0, 0]])
-def test_each_sample_is_its_plain_definition(family, policy, n_latents):
+def test_each_sample_equals_the_plain_definition(family, policy, n_latents):
     model, rows = make_model(family), prompts(n_latents)
-    keys = [(7, 30 + place) for place in range(len(rows))]
+    keys = [(7, 30 + index) for index in range(len(rows))]
     found = generate(model, rows, keys, 3, policy, max_new_tokens=6)
     wanted = [plainly(model, row, (*key, j), policy, 6) for row, key in zip(rows, keys, strict=True) for j in range(3)]
     assert found.tokens == wanted
@@ -137,9 +131,9 @@ def test_each_sample_is_its_plain_definition(family, policy, n_latents):
 
 
 @torch.no_grad()
-def test_a_window_is_forked_too():
+def test_the_cache_of_a_sliding_window_is_forked_too():
     model, rows = make_model("mistral"), prompts([2, 0, 4])
-    keys = [(1, place) for place in range(3)]
+    keys = [(1, index) for index in range(3)]
     found = generate(model, rows, keys, 2, Policy(1.0, 0.5), max_new_tokens=5)
     wanted = [
         plainly(model, r, (*key, j), Policy(1.0, 0.5), 5) for r, key in zip(rows, keys, strict=True) for j in (0, 1)
@@ -148,11 +142,8 @@ def test_a_window_is_forked_too():
 
 
 @pytest.mark.parametrize("keys", [{"latent_passes": "2"}, {"thought": "projected"}, {"method": "cot"}])
-def test_tokens_are_sampled_whatever_the_thoughts(family, keys):
+def test_tokens_are_sampled_with_any_thoughts(family, keys):
     """With temperature 0 a sample is what the model generates greedily."""
-    from conftest import tiny_base
-    from test_methods import MARKERS
-
     model = configured(Config(**keys), tiny_base(family), MARKERS).eval()
     rows = prompts([0, 0] if keys == {"method": "cot"} else [3, 3])
     greedy = [model.generate(torch.tensor([row]), max_new_tokens=5)[0].tolist() for row in rows]
@@ -166,7 +157,7 @@ def test_tokens_are_sampled_whatever_the_thoughts(family, keys):
     ("policy", "widths"),
     [(Policy(1.0), [2] * 4), (Policy(1.0, 0.3), [2, 6, 6, 6]), (Policy(0, 0, 0.1), [6] * 4)],
 )
-def test_the_question_runs_once_and_without_noise_the_thoughts_too(monkeypatch, policy, widths):
+def test_questions_run_once_and_without_noise_thoughts_too(monkeypatch, policy, widths):
     model, seen, original = make_model("gpt2"), [], Backbone.span
     monkeypatch.setattr(Backbone, "span", lambda self, e, *a, **k: seen.append(len(e)) or original(self, e, *a, **k))
     generate(model, prompts([3, 3]), [(0, 0), (0, 1)], 3, policy, 1)
@@ -174,10 +165,10 @@ def test_the_question_runs_once_and_without_noise_the_thoughts_too(monkeypatch, 
 
 
 @torch.no_grad()
-def test_dropout_is_that_of_the_residual_branches_before_the_last_latent():
-    """GPT-2's own modules of residual dropout, with the masks that the key gives."""
+def test_dropout_acts_on_the_residual_branches_before_the_last_latent():
+    """Compared with GPT-2's own residual dropout modules, with the masks drawn from the key."""
     model, rows, share = make_model("gpt2"), prompts([3, 1, 0]), 0.6
-    keys = [(3, place) for place in range(3)]
+    keys = [(3, index) for index in range(3)]
     found = generate(model, rows, keys, 2, Policy(0, 0, share), 6).tokens
     assert "span" not in vars(model.backbone)
     greedy = [plainly(model, row, key, Policy(), 6) for row, key in zip(rows, keys, strict=True)]
@@ -194,18 +185,18 @@ def test_dropout_is_that_of_the_residual_branches_before_the_last_latent():
             return states * kept
 
     for number, (row, key) in enumerate(zip(rows, keys, strict=True)):
-        last = max((place for place, token in enumerate(row) if token == LATENT), default=0)
+        last = max((column for column, token in enumerate(row) if token == LATENT), default=0)
         for sample in (0, 1):
             masks = random((*key, sample), 3).random((last, 4, 32), dtype=np.float32) >= share
             for layer, block in enumerate(model.base_causallm.transformer.h):
                 block.attn.resid_dropout = Masked(masks[:, 2 * layer])
                 block.mlp.dropout = Masked(masks[:, 2 * layer + 1])
             assert found[2 * number + sample] == plainly(model, row, key, Policy(), 6)
-    assert found[4] == found[5] == greedy[2]  # without a latent there is none
+    assert found[4] == found[5] == greedy[2]  # without latents there is no dropout
     assert found[:4] != [greedy[0], greedy[0], greedy[1], greedy[1]]
 
 
-def test_rows_end_where_the_model_has_no_more_positions():
+def test_rows_end_at_the_models_last_position():
     model = make_model("gpt2")
     rows = [[5] * 58 + [START, LATENT, END], prompts([1])[0]]
     found = generate(model, rows, [(0, 0), (0, 1)], 2, Policy(1.0), 9).tokens
@@ -213,11 +204,11 @@ def test_rows_end_where_the_model_has_no_more_positions():
     assert found[2:] == generate(model, rows[1:], [(0, 1)], 2, Policy(1.0), 9).tokens
 
 
-# ---- evaluation ----
+# --- Evaluation ---
 
 
 def sampled(world, **keys):
-    """Metrics and predictions of a tiny model with random weights on examples of one letter."""
+    """A tiny model with random weights, examples of one letter, and a configuration."""
     config = Config(max_latent_stage=2, max_new_tokens=1, **keys)
     loaded = scripted({})
     loaded.model.__class__ = loaded.model.__class__.__bases__[0]  # Coconut itself
@@ -237,7 +228,7 @@ def test_without_noise_all_samples_are_the_greedy_answer(world):
     assert {metrics[name] for name in ("vote@5", "pass@1", "pass@4", "pass@5")} == {metrics["accuracy"]}
 
 
-def test_verdicts_and_measures_are_those_of_the_samples(world):
+def test_verdicts_and_measures_follow_from_the_samples(world):
     loaded, data, config = sampled(world, val_samples=20, temperature=2.0, thought_noise=0.3, eval_batch_size=40)
     for example, drawn in zip(data.val_examples, evaluate(loaded, data, 2, config, world)[1], strict=True):
         example["answer"] = drawn["sample_answers"][3]
@@ -253,7 +244,7 @@ def test_verdicts_and_measures_are_those_of_the_samples(world):
     assert all("sample_answers" not in p for p in evaluate(loaded, data, 2, Config(max_new_tokens=1), world)[1])
 
 
-def test_neither_batch_nor_rank_changes_a_sample(world):
+def test_a_sample_does_not_depend_on_batch_or_rank(world):
     loaded, data, config = sampled(world, val_samples=3, temperature=1.0, thought_noise="absolute:0.4")
     loaded.model.double().eval()
     shares = []
@@ -267,7 +258,7 @@ def test_neither_batch_nor_rank_changes_a_sample(world):
     assert all(share == shares[0] for share in shares)
 
 
-def test_the_vote_is_by_number_where_answers_are(world, monkeypatch):
+def test_the_vote_counts_numbers_if_answers_are_numbers(world, monkeypatch):
     loaded, data, config = sampled(world, val_samples=3, answer_match="number")
     data.val_examples[:] = data.val_examples[:1]
     monkeypatch.setattr(evaluate_module, "_sample_share", lambda *_: {0: ["### 7", "### 1.0", "### 1"]})
@@ -292,7 +283,7 @@ def test_the_table_has_a_line_for_each_measure(tmp_path):
     assert several.count("pass@4") == 1
 
 
-# ---- configuration and commands ----
+# --- Configuration and commands ---
 
 
 @pytest.mark.parametrize(
@@ -324,14 +315,14 @@ def test_noise_needs_thoughts_that_are_fed_back(keys, problem):
         ("val_samples=-1", "val_samples must be at least 0"),
     ],
 )
-def test_bad_values_are_one_sentence(place, key, problem):
+def test_invalid_values_are_rejected(place, key, problem):
     with pytest.raises(UserError, match=problem):
         Config.from_file(place / "run.yaml", [key])
     good = Config.from_file(place / "run.yaml", ["thought_noise=absolute:0.6", "temperature=0.7"])
     assert good.thought_noise == "absolute:0.6"
 
 
-def test_a_family_without_a_cache_is_refused():
+def test_a_family_without_a_cache_is_rejected():
     model = make_model("gpt2")
     model.backbone.recomputes = True
     with pytest.raises(UserError, match="model family gpt2 decodes without one"):
@@ -370,20 +361,20 @@ def test_the_command_prints_answers_with_their_counts(folders, capsys):
         (["--temperature", "0"], "--temperature must be at least"),
     ],
 )
-def test_bad_options_are_one_sentence(folders, options, problem, capsys):
+def test_invalid_options_are_rejected(folders, options, problem, capsys):
     assert problem in refusal(generate_tool.main, [folders["coconut"], "3+4", *options], capsys)
 
 
 @pytest.mark.slow
-def test_two_ranks_find_what_one_does(place):
-    keys = ("max_train_examples=16", "max_new_tokens=6", "num_epochs=3", "batch_size_training=8")
-    run = main(place, *keys, "name=samples-model")
-    more = ("only_eval=true", f"load_model_path={run}", f"val_path={place / 'valid.json'}", "val_samples=4")
-    more += ("temperature=0.8", "thought_noise=0.2")
-    alone = main(place, *keys, *more, "name=samples-alone")
-    together(place / "run.yaml", *keys, *more, "name=samples-two")
+def test_two_ranks_draw_the_same_samples_as_one(place):
+    small = keys("max_train_examples=16 max_new_tokens=6 num_epochs=3 batch_size_training=8")
+    run = main(place, *small, "name=samples-model")
+    only_eval = (*small, "only_eval=true", f"load_model_path={run}", f"val_path={place / 'valid.json'}")
+    only_eval += keys("val_samples=4 temperature=0.8 thought_noise=0.2")
+    alone = main(place, *only_eval, "name=samples-alone")
+    together(place / "run.yaml", *only_eval, "name=samples-two")
     both = [alone, place / "runs" / "samples-two"]
     first, second = ((folder / "eval" / "predictions.jsonl").read_text() for folder in both)
     assert first == second
-    metrics = [json.loads((folder / "eval" / "metrics.json").read_text()) for folder in both]
+    metrics = [read_json(folder / "eval" / "metrics.json") for folder in both]
     assert metrics[0]["pass@4"] == metrics[1]["pass@4"] >= metrics[0]["pass@1"] > 0

@@ -1,4 +1,4 @@
-"""`python -m tools.show_data FILE`: what it shows of a file."""
+"""tools/show_data.py: tokens, lengths, errors."""
 
 import json
 import re
@@ -7,11 +7,7 @@ import pytest
 import tiny_model
 from conftest import ROOT, one_error
 
-from config import Config
-from curriculum import IGNORE
 from tools import show_data
-from tools.show_data import show_sequence
-from trainer.pretrained import load_tokenizer, mark
 
 EXAMPLES = [
     {"question": "1+2*3?", "steps": ["<<1+2=3>>", "<<3*3=9>>"], "answer": "9"},
@@ -32,7 +28,7 @@ def looked(folder, capsys, *arguments: str) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_a_stage_is_shown_token_by_token(folder, capsys):
+def test_the_tokens_of_a_stage(folder, capsys):
     lines = looked(folder, capsys, "--stage", "1")
     assert lines[0].endswith(f"2 examples; method coconut, stage 1, model {folder / 'model'}")
     assert lines[2:7] == [
@@ -42,9 +38,10 @@ def test_a_stage_is_shown_token_by_token(folder, capsys):
         "     given    1  <|end-latent|>",
         "supervised   12  <<|3|*|3|=|9|>>|⏎|###| |9|<|endoftext|>",
     ]
+    assert lines[8].startswith("example 1: ")
 
 
-def test_the_configuration_says_what_a_stage_is(folder, capsys):
+def test_the_configuration_sets_method_and_stage(folder, capsys):
     lines = looked(folder, capsys, "--config", str(ROOT / "args" / "gsm_coconut.yaml"), "--examples", "1")
     assert "method coconut, stage 1" in lines[0]  # the run begins with epoch 3
     assert "    latent    2  <|latent|> x 2" in lines
@@ -56,7 +53,7 @@ def test_the_configuration_says_what_a_stage_is(folder, capsys):
     ]
 
 
-def test_lengths_are_those_of_the_file(folder, capsys):
+def test_the_table_of_lengths(folder, capsys):
     lines = looked(folder, capsys, "--stage", "7", "--examples", "0")
     table = {line[:24].strip(): line[24:].split() for line in lines[-6:]}
     assert table == {
@@ -67,23 +64,6 @@ def test_lengths_are_those_of_the_file(folder, capsys):
         "sequence at stage 7": ["17.0", "15", "15", "19", "19", "0"],
         "of it supervised": ["4.0", "4", "4", "4", "4", "0"],
     }
-
-
-def test_a_terminal_gets_colours(folder, capsys, monkeypatch):
-    tokenizer = load_tokenizer(Config(model_id=str(folder / "model")))
-    markers = mark(tokenizer, "coconut")
-    ids, labels = [markers.start, markers.latent, markers.end, 5], [IGNORE, IGNORE, IGNORE, 5]
-    plain = show_sequence(ids, labels, markers, tokenizer)
-    coloured = show_sequence(ids, labels, markers, tokenizer, coloured=True)
-    assert [re.sub(r"\033\[[\d;]+m", "", line) for line in coloured] == plain
-    assert len({line[:5] for line in coloured if "given" not in line}) == 2
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    assert "\033[" in "\n".join(looked(folder, capsys))
-    monkeypatch.setenv("NO_COLOR", "1")
-    lines = looked(folder, capsys)
-    assert "\033[" not in "\n".join(lines)
-    assert "example 1: 9 tokens" in lines
 
 
 @pytest.mark.parametrize(
@@ -98,13 +78,13 @@ def test_a_terminal_gets_colours(folder, capsys, monkeypatch):
         (["data.json", "--config", "absent.yaml"], "cannot read absent.yaml"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(folder, arguments, complaint, capsys, monkeypatch):
+def test_errors_are_one_sentence(folder, arguments, complaint, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     assert re.search(complaint, one_error(show_data.main, arguments, capsys))
 
 
-def test_what_a_method_tells_its_model_is_shown(folder, capsys, tmp_path):
-    """A trainer whose batches lacked the steps would never compute the loss that it is named for, in silence."""
+def test_further_inputs_of_methods(folder, capsys, tmp_path):
+    """A method whose batches lack these trains without its own loss, and no error says so."""
 
     def shown(**keys) -> list[str]:
         path = tmp_path / "method.yaml"
@@ -112,8 +92,8 @@ def test_what_a_method_tells_its_model_is_shown(folder, capsys, tmp_path):
         return looked(folder, capsys, "--config", str(path), "--stage", "2", "--examples", "1")
 
     lines = shown(step_decoder="copy", c_thought=2)
-    assert "  latents 1 to 2 stand for: <<|1|+|2|=|3|>>" in lines
-    assert "  latents 3 to 4 stand for: <<|3|*|3|=|9|>>" in lines
+    assert "  latents 1 to 2 predict: <<|1|+|2|=|3|>>" in lines
+    assert "  latents 3 to 4 predict: <<|3|*|3|=|9|>>" in lines
     lines = shown(latent_labels=0.05, c_thought=2, thought="looped", latent_passes="stage")
     assert "  before latent 1 predicts: <<" in lines
     assert "  latent 2 predicts: + and <<" in lines

@@ -1,4 +1,4 @@
-"""SIM-CoT: the step decoder's loss and all gradients against the plain definition; the same on any number of ranks."""
+"""SIM-CoT: the step decoder's loss and all gradients equal the plain definition, on any number of ranks."""
 
 from types import SimpleNamespace
 
@@ -6,15 +6,14 @@ import numpy as np
 import plain
 import pytest
 import torch
-from conftest import distance, equal, lines_of, main, read_json, refuses, settled, steps, tiny_base, together, weights
+from conftest import distance, keys, lines_of, main, read_json, refuses, settled, steps, tiny_base, together, weights
 from test_coconut import END, EOS, LATENT, START
-from test_methods import MARKERS, make_dataset
+from test_methods import MARKERS, make_dataset, stages_of
 
 import run
 from config import Config
-from curriculum import stage_of_example
 from dataset import EpochPlan, MicroBatch, PlannedStep
-from methods.sim_cot import SimCot, StepDecoder, explanations, step_targets
+from methods.sim_cot import SimCot, StepDecoder, group_targets, step_targets
 from trainer.pretrained import load_model, make_model
 
 
@@ -36,13 +35,13 @@ CASES = {
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("stage", ["last", "before"])
 @pytest.mark.parametrize("case", CASES)
-def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, case, stage):
-    """The thoughts that were made in parallel could be explained as what the block began with."""
+def test_loss_and_all_gradients_equal_the_plain_definition(family, tied, case, stage):
+    """With parallel latents, the decoder could get the inputs of the first pass."""
     config = Config(method="sim_cot", step_decoder="copy", step_decoder_weight=0.5, **CASES[case])
     last, c = config.max_latent_stage, config.c_thought
     stage = last + 1 if stage == "last" else last
     dataset, examples = make_dataset(config, [1, 5, 3, 2])
-    stages = [stage_of_example(config, stage, 0, index, len(one["steps"])) for index, one in enumerate(examples)]
+    stages = stages_of(config, examples, stage)
     rows = [plain.coconut_row(one, its, last, c) for one, its in zip(examples, stages, strict=True)]
     texts = [
         plain.step_texts(one, its, last, row[0].count(LATENT) // c, config.step_decoder_surplus == "answer")
@@ -67,27 +66,28 @@ def test_its_loss_and_all_gradients_are_the_plain_definition(family, tied, case,
     found, loss = gradients(output.loss + output.auxiliary / n_groups), plain.loss(base, rows, **how)
     assert distance(found, gradients(loss + 0.5 * total / count)) < 1e-9
     name, parameter = next(iter(trained.items()))
-    assert (torch.autograd.grad(loss, parameter)[0] - found[name]).abs().max() > 1e-6  # it does reach the base
+    without_decoder = torch.autograd.grad(loss, parameter)[0]
+    assert (without_decoder - found[name]).abs().max() > 1e-6  # the decoder's gradient reaches the base
 
 
-def test_what_thoughts_stand_for():
-    """The last group explains further steps only where none is written any more (it did so at its own stage too)."""
+def test_target_texts_of_thoughts():
+    """The last group predicts later steps only once no step is written (it did so one stage too early)."""
     assert step_targets(["a", "b"], 3) == ["a", "b"]
     assert step_targets(["a", "b", "c"], 3) == ["a", "b", "c"]
     assert step_targets(["a", "b", "c", "d"], 2) == ["a", "b", "b\nc\nd"]
     assert step_targets(["a", "b"], 1) == ["a", "a\nb"]
     assert step_targets(["a", "b"], 0) == []
     three, config = [[5], [6], [6, 10, 7]], Config(max_latent_stage=2)  # steps 5, 6, 7
-    assert explanations(three, [8], 1, 1, config) == [[5]]
-    assert explanations(three, [8], 2, 2, config) == [[5], [6]]
-    assert explanations(three, [8], 2, 3, config) == [[5], [6, 10, 7]]
+    assert group_targets(three, [8], 1, 1, config) == [[5]]
+    assert group_targets(three, [8], 2, 2, config) == [[5], [6]]
+    assert group_targets(three, [8], 2, 3, config) == [[5], [6, 10, 7]]
     texts, answer = [[5], [6, 7]], [8, 9]
     config = Config(c_thought=2, step_decoder_surplus="answer")
-    assert explanations(texts, answer, 2, 1, config) == [[5]]
-    assert explanations(texts, answer, 8, 4, config) == [[5], [6, 7], [8, 9], [8, 9]]
-    assert explanations(texts, answer, 6, 3, Config(c_thought=2, step_decoder_surplus="none")) == [[5], [6, 7], None]
-    assert explanations(texts, answer, 0, 0, config) == []
-    # a step is said without its newline, and all further ones by the last thoughts
+    assert group_targets(texts, answer, 2, 1, config) == [[5]]
+    assert group_targets(texts, answer, 8, 4, config) == [[5], [6, 7], [8, 9], [8, 9]]
+    assert group_targets(texts, answer, 6, 3, Config(c_thought=2, step_decoder_surplus="none")) == [[5], [6, 7], None]
+    assert group_targets(texts, answer, 0, 0, config) == []
+    # a step's text has no newline; the last thoughts predict all later steps
     config = Config(method="sim_cot", step_decoder="copy", max_latent_stage=2, c_thought=1)
     dataset, (example,) = make_dataset(config, [4])
     assert dataset[0, 3][2] == [plain.ids(example["steps"][0]), plain.ids("\n".join(example["steps"][1:]))]
@@ -105,7 +105,7 @@ def test_a_batch_without_thoughts_still_gives_the_decoder_a_gradient(family):
     assert all(p.grad is not None and not p.grad.any() for p in model.step_decoder.parameters() if p.requires_grad)
 
 
-def test_the_groups_of_an_idle_ranks_example_do_not_count(world):
+def test_groups_of_an_idle_ranks_example_do_not_count(world):
     dataset, _ = make_dataset(Config(method="sim_cot", step_decoder="copy", c_thought=1), [2, 3])
     planned = PlannedStep([MicroBatch([0], 1.0), MicroBatch([1], 0.0)], 1)
     parts = SimpleNamespace(dataset=type(dataset), on_device=lambda _, batch: batch)
@@ -129,41 +129,45 @@ def test_the_decoder_has_no_dropout_and_evaluation_has_no_decoder():
 
 # ---- runs ----
 
-KEYS = ("step_decoder=copy", "num_epochs=3", "max_train_examples=40", "max_new_tokens=2", "global_batch_size=16")
+KEYS = keys("step_decoder=copy num_epochs=3 max_train_examples=40 max_new_tokens=2 global_batch_size=16")
 
 
 @pytest.mark.slow
 def test_ranks_and_micro_batches_share_one_mean(place):
-    """Mixed stages and a last step of 4 examples: some micro-batches hold no thoughts, one rank has nothing to do but
-    an example that does not count, with thoughts."""
-    keys = (*KEYS, "uniform_prob=0.5", "batch_size_training=4", "max_train_examples=36")
-    plan = EpochPlan(np.arange(36), Config.from_file(place / "run.yaml", settled(*keys)), rank=1, world_size=2)
+    """Mixed stages and a last step of 4 examples: some micro-batches have no thoughts, and one rank is idle: it runs an
+    example with thoughts that does not count."""
+    arguments = (*KEYS, "uniform_prob=0.5", "batch_size_training=4", "max_train_examples=36")
+    plan = EpochPlan(np.arange(36), Config.from_file(place / "run.yaml", settled(*arguments)), rank=1, world_size=2)
     assert [micro.weight for micro in plan[2].micro_batches] == [0]
-    folders = [main(place, *keys, "name=sim-alone"), main(place, *keys, "name=sim-fsdp-alone", "strategy=fsdp")]
+    folders = [
+        main(place, *arguments, "name=sim-alone"),
+        main(place, *arguments, "name=sim-fsdp-alone", "strategy=fsdp"),
+    ]
     for strategy in ("ddp", "fsdp"):
-        done = together(place / "run.yaml", *keys, f"name=sim-{strategy}", f"strategy={strategy}")
+        done = together(place / "run.yaml", *arguments, f"name=sim-{strategy}", f"strategy={strategy}")
         assert f"on 2 x cpu ({strategy})" in done.stderr
         folders.append(place / "runs" / f"sim-{strategy}")
     wanted, *others = ([record["auxiliary_loss"] for record in steps(folder)] for folder in folders)
     assert 0 < min(wanted) < max(wanted)
     for found in others:
         assert found == pytest.approx(wanted, rel=2e-5)
-    whole = main(place, *keys, "name=sim-one-pass", "batch_size_training=16")
+    whole = main(place, *arguments, "name=sim-one-pass", "batch_size_training=16")
     # the answer's loss is a mean of means, and from then on the weights differ
     assert steps(whole)[0]["auxiliary_loss"] == pytest.approx(wanted[0], rel=1e-6)
 
 
-def test_a_decoder_is_the_trainers_alone(place):
+def test_only_the_trainer_saves_the_decoder(place):
     run = main(place, *KEYS, "name=sim-whole")
     trained = weights(run / "checkpoint_3")
     assert not any("step_decoder" in name for name in trained)
-    assert not equal(trained, weights(main(place, *KEYS, "name=sim-none", "step_decoder=none") / "checkpoint_3"))
+    without = main(place, *KEYS, "name=sim-none", "step_decoder=none")
+    assert distance(trained, weights(without / "checkpoint_3")) > 0
     evaluated = main(place, "name=sim-eval", "step_decoder=copy", "only_eval=true", f"load_model_path={run}")
     assert read_json(evaluated / "eval" / "metrics.json")["stage"] == 2
 
 
 def test_a_decoder_whose_loss_is_not_finite_stops_the_run_at_that_step(place, monkeypatch, capsys):
-    """Only the answer's loss was looked at: the next step's, of other examples, was blamed."""
+    """Only the answer's loss was checked, so the error named the next step."""
     original, calls = StepDecoder.forward, []
 
     def broken(self, *args):

@@ -1,4 +1,4 @@
-"""The head that stops thoughts: its labels, its loss, where rows stop, the sweep, and the exported model."""
+"""The head that stops thoughts: labels, loss, where rows stop, the sweep over thresholds, and the exported model."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import epochs, main, refusal, tiny_base, together, weights
+from conftest import distance, epochs, equal, keys, lines_of, main, read_json, refusal, tiny_base, together, weights
 from safetensors.torch import load_file, save_file
 from test_coconut import END, EOS, LATENT, START, assert_generated_as_alone
 from test_export import NEW, QUESTIONS, load_exported, make_checkpoint, tokenizer_arguments
@@ -31,9 +31,9 @@ N_THOUGHTS, N_NEW = 4, 5
 
 
 def make_stopping(family: str, threshold: float = 0.5, rows: list[list[int]] | None = None, **keys) -> Stopping:
-    """A model whose head has random weights; those with which these rows stop after three numbers of thoughts."""
-    keys = {"max_latent_stage": N_THOUGHTS, "max_new_tokens": N_NEW, "stop_threshold": threshold} | keys
-    model = make_model(Config(method="stopping", **keys), tiny_base(family, tied=False), MARKERS).eval()
+    """A model whose head has random weights, with which the rows stop after at least three numbers of thoughts."""
+    config = {"max_latent_stage": N_THOUGHTS, "max_new_tokens": N_NEW, "stop_threshold": threshold} | keys
+    model = make_model(Config(method="stopping", **config), tiny_base(family, tied=False), MARKERS).eval()
     assert isinstance(model, Stopping)
     states = None if rows is None else [plain_states(model, row) for row in rows]
     for seed in range(1000):
@@ -41,21 +41,21 @@ def make_stopping(family: str, threshold: float = 0.5, rows: list[list[int]] | N
         torch.nn.init.normal_(model.stop_head.weight)
         if states is None or len({plain_stop(model, each) for each in states}) >= 3:
             return model
-    raise AssertionError("no head stops them so")
+    raise AssertionError("no head stops the rows after three numbers of thoughts")
 
 
 def make_prompts(markers: bool = True, n_thoughts: int = N_THOUGHTS) -> list[list[int]]:
-    """Six questions of different lengths, before so many latents."""
+    """Six questions of different lengths, each followed by n_thoughts latents."""
     generator = torch.Generator().manual_seed(2)
     words = [torch.randint(4, 40, (n,), generator=generator).tolist() for n in (3, 6, 4, 8, 5, 2)]
     return [[*each, *[START] * markers, *[LATENT] * n_thoughts, *[END] * markers] for each in words]
 
 
-# ---- by definition: each row alone, without a cache ----
+# --- Plain definition: each row alone, without a cache ---
 
 
 def forced(prompt: list[int], k: int) -> list[int]:
-    """A prompt with its first k latents only."""
+    """The prompt with only its first k latents."""
     first = prompt.index(LATENT)
     return prompt[: first + k] + [token for token in prompt[first:] if token != LATENT]
 
@@ -65,45 +65,44 @@ def plain_tokens(model: Stopping, prompt: list[int]) -> list[int]:
     base, written = model.base_causallm, []
     embeds = plain.filled(base, prompt)
     while len(written) < N_NEW and EOS not in written:
-        after = base.get_input_embeddings()(torch.tensor([written], dtype=torch.int64))
-        written.append(int(base(inputs_embeds=torch.cat([embeds, after], dim=1)).logits[0, -1].argmax()))
+        written.append(int(plain.logits_after(base, embeds, written).argmax()))
     return written
 
 
 @torch.no_grad()
 def plain_states(model: Stopping, prompt: list[int]) -> torch.Tensor:
-    """(K + 1, D): what thought k + 1 would be made from, k = 0..K."""
+    """(K + 1, D): the hidden states that thought k + 1 is computed from, k = 0..K."""
     base, first = model.base_causallm, prompt.index(LATENT)
     ends = [first + k for k in range(prompt.count(LATENT) + 1)]
     return torch.stack([plain.states(base, plain.filled(base, prompt[:end]))[0, -1] for end in ends])
 
 
 def plain_stop(model: Stopping, states: torch.Tensor) -> int:
-    """After how many thoughts a row with these states stops."""
+    """The number of thoughts after which a row with these states stops."""
     logits = states @ model.stop_head.weight[0] + model.stop_head.bias
     above = 1 / (1 + torch.exp(-logits)) > model.stop_threshold
     return next((k for k in range(len(above) - 1) if above[k]), len(above) - 1)
 
 
-# ---- training ----
+# --- Training ---
 
 
 @pytest.mark.parametrize("markers", ["both", "none"])
-def test_labels_and_loss_are_those_of_a_loop_over_k(family, markers):
+def test_labels_and_loss_equal_a_loop_over_k(family, markers):
     model = make_stopping(family, max_latent_stage=3, latent_markers=markers)
     config = Config(method="stopping", max_latent_stage=3, latent_markers=markers)
     dataset, examples = make_dataset(config, [2, 5, 0])
     batch = dataset.collate([dataset[index, config.last_stage] for index in range(3)])
-    prompts = [
-        [*plain.question(one), *([START] if markers == "both" else []), LATENT, LATENT, LATENT] for one in examples
-    ]
-    prompts = [[*ids, *([END] if markers == "both" else [])] for ids in prompts]
+    start, end = ([START], [END]) if markers == "both" else ([], [])
+    prompts = [[*plain.question(one), *start, LATENT, LATENT, LATENT, *end] for one in examples]
     asked = [forced(prompt, k) for prompt in prompts for k in range(4)]
-    assert [row[mask == 1].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"])] == asked  # noqa: B905
+    unpadded = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    assert [row[mask == 1].tolist() for row, mask in unpadded] == asked
     assert batch["answers"] == [plain.answer(one)[:-1] for one in examples]
 
     written = [[token for token in plain_tokens(model, ids) if token != EOS] for ids in asked]
-    answers = [written[4 * index + k][-3:] for index, k in enumerate((0, 2, 3))]  # what is right after so many
+    # answers that are right after 0, 2 and 3 thoughts
+    answers = [written[4 * index + k][-3:] for index, k in enumerate((0, 2, 3))]
     right = torch.tensor([written[i][-len(answers[i // 4]) :] == answers[i // 4] for i in range(12)]).view(3, 4)
     assert right.any(dim=1).all()
     assert not right.all()
@@ -117,10 +116,8 @@ def test_labels_and_loss_are_those_of_a_loop_over_k(family, markers):
     parameters = list(model.stop_head.parameters())
     found, expected = (torch.autograd.grad(value, parameters) for value in (loss, wanted))
     assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) < 1e-9
-    assert [name for name, value in model.named_parameters() if value.requires_grad] == [
-        "stop_head.weight",
-        "stop_head.bias",
-    ]
+    trained = [name for name, value in model.named_parameters() if value.requires_grad]
+    assert trained == ["stop_head.weight", "stop_head.bias"]
 
 
 def test_the_frozen_model_has_no_dropout():
@@ -128,20 +125,19 @@ def test_the_frozen_model_has_no_dropout():
     assert not any(module.training for module in model.train().modules())
 
 
-def test_micro_batches_are_weighed_by_examples():
-    """Not by the tokens of their answers."""
+def test_micro_batches_are_weighted_by_examples_not_tokens():
     config = Config(method="stopping", max_latent_stage=2)
     dataset, _ = make_dataset(config, [1, 5, 0, 2])
     assert [dataset.micro_batch(MicroBatch(part, 0.5, range(4)), 3)["weight"] for part in ([0, 1], [2, 3])] == [0.5] * 2
 
 
-# ---- generation ----
+# --- Generation ---
 
 
 @pytest.mark.parametrize("markers", [True, False])
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "mistral"])
 def test_rows_stop_where_they_would_alone(architecture, markers):
-    """mistral counts columns in a window: no padding may stand between a thought and what follows it."""
+    """mistral counts columns in its window: no padding may separate a thought from the next token."""
     rows = make_prompts(markers)
     model = make_stopping(architecture, rows=rows)
     stops = [plain_stop(model, plain_states(model, row)) for row in rows]
@@ -163,7 +159,7 @@ def test_rows_with_different_numbers_of_latents(family):
     assert_generated_as_alone(model, rows, together, max_new_tokens=N_NEW)
 
 
-def test_thresholds_of_0_and_1_are_no_thoughts_and_all(family):
+def test_thresholds_0_and_1_give_no_thoughts_and_all_thoughts(family):
     rows = make_prompts()
     batch, none = collate_prompts(rows, EOS), collate_prompts([forced(row, 0) for row in rows], EOS)
     plainly = Coconut(tiny_base(family, tied=False), LATENT, START, END, EOS).eval()
@@ -172,11 +168,11 @@ def test_thresholds_of_0_and_1_are_no_thoughts_and_all(family):
         assert found.equal(plainly.generate(**wanted, max_new_tokens=N_NEW))
 
 
-def test_no_thought_is_made_once_all_rows_have_stopped(family, monkeypatch):
+def test_no_thought_is_computed_once_all_rows_have_stopped(family, monkeypatch):
     rows = make_prompts()
     model, batch = make_stopping(family, rows=rows), collate_prompts(rows, EOS)
     stops = [plain_stop(model, plain_states(model, row)) for row in rows]
-    row = stops.index(sorted(set(stops))[1])  # that one stops neither at once nor at the end
+    row = stops.index(sorted(set(stops))[1])  # this row stops neither at once nor at the end
     passes, original = [], model.backbone.span
     monkeypatch.setattr(model.backbone, "span", lambda *arguments: passes.append(1) or original(*arguments))
     model.think(batch["input_ids"][[row]], batch["attention_mask"][[row]])
@@ -184,7 +180,7 @@ def test_no_thought_is_made_once_all_rows_have_stopped(family, monkeypatch):
     assert len(passes) == 1 + stops[row]
 
 
-def test_edited_and_returned_thoughts_are_all_made():
+def test_with_edit_or_return_thoughts_no_row_stops():
     model, batch = make_stopping("gpt2", threshold=0), collate_prompts(make_prompts(), EOS)
     assert model.generate(**batch, return_thoughts=True)[1].shape[1] == N_THOUGHTS
     numbers = []
@@ -192,11 +188,11 @@ def test_edited_and_returned_thoughts_are_all_made():
     assert numbers == [*range(N_THOUGHTS)]
 
 
-# ---- checkpoints and the exported model ----
+# --- Checkpoints and the exported model ---
 
 
 def with_head(folder: Path) -> Path:
-    """A checkpoint with a head that has random weights, with which questions stop after three numbers of thoughts."""
+    """Gives a checkpoint a random head with which the questions stop after at least three numbers of thoughts."""
     saved, model = load_file(folder / "stop_head.safetensors"), Coconut.from_pretrained(folder)
     assert {name: list(value.shape) for name, value in saved.items()} == {"weight": [1, 32], "bias": [1]}
     while len(set(thoughts_made(model, QUESTIONS))) < 3:
@@ -208,10 +204,9 @@ def with_head(folder: Path) -> Path:
 @pytest.fixture(scope="module", params=[("llama", "both"), ("gpt2", "none")], ids=["llama", "gpt2"])
 def checkpoint(request, tmp_path_factory) -> Path:
     shape, markers = request.param
-    keys = {"method": "stopping", "shape": shape, "latent_markers": markers, "c_thought": 2, "stop_threshold": 0.5}
-    keys["tied"] = False
+    config = {"method": "stopping", "latent_markers": markers, "c_thought": 2, "stop_threshold": 0.5}
     torch.manual_seed(0)
-    return with_head(make_checkpoint(tmp_path_factory.mktemp(shape), stage=4, **keys))
+    return with_head(make_checkpoint(tmp_path_factory.mktemp(shape), stage=4, shape=shape, tied=False, **config))
 
 
 def thoughts_made(model: Stopping, questions: list[str]) -> list[int]:
@@ -249,17 +244,17 @@ def test_a_saved_model_and_an_exported_one_stop_by_themselves(checkpoint, tmp_pa
     assert "then at most 6 latent positions" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_sweep_is_what_each_threshold_generates(checkpoint, tmp_path, capsys):
+def test_the_sweep_equals_generation_at_each_threshold(checkpoint, tmp_path, capsys):
     model = Coconut.from_pretrained(checkpoint)
     model.stop_threshold, by_k = 1.0, {}
-    for k in range(7):  # of each question what another k answers is gold
+    for k in range(7):  # each question's gold answer is that of another k
         by_k[k] = [one["answer"] for one in model.answers(QUESTIONS, n_thoughts=k, max_new_tokens=NEW)]
     gold = [by_k[k][index] for index, k in enumerate((0, 3, 6, 2, 1))]
     examples = [{"question": q, "answer": a, "steps": []} for q, a in zip(QUESTIONS, gold, strict=True)]
     (tmp_path / "questions.json").write_text(json.dumps(examples))
     arguments = [str(checkpoint), str(tmp_path / "questions.json"), "--out", str(tmp_path / "out.json")]
     assert thoughts_needed.main([*arguments, "--max-new-tokens", str(NEW), "--batch", "2"]) == 0
-    found, printed = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+    found, printed = read_json(tmp_path / "out.json"), capsys.readouterr().out
 
     right = {k: [answer == a.replace(",", "").strip() for answer, a in zip(by_k[k], gold, strict=True)] for k in by_k}
     assert [row["accuracy"] for row in found["fixed"]] == [sum(right[k]) / 5 for k in range(7)]
@@ -289,34 +284,34 @@ def test_fewest_and_stops_by_brute_force():
             assert stop == next((k for k in range(3) if row[k] > threshold), 3)
 
 
-# ---- what a user can get wrong ----
+# --- User errors ---
 
 
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
         ({"thought": "pause"}, "decides after each thought, and thought pause has none"),
-        ({"latent_passes": "3"}, "decides after each thought, and latent_passes 3 makes all at once"),
+        ({"latent_passes": "3"}, "decides after each thought, and latent_passes 3 runs all at once"),
         ({"method": "coconut", "stop_threshold": 0.5}, "stop_threshold is for method stopping, not coconut"),
         ({"method": "cot", "stop_threshold": 0.5}, "stop_threshold is for method stopping, not cot"),
-        ({"lora_rank": 2}, "trains its head alone, without lora_rank"),
-        ({"c_thought": 0}, "method stopping thinks max_latent_stage x c_thought thoughts"),
+        ({"lora_rank": 2}, "trains only its head: unset lora_rank"),
+        ({"c_thought": 0}, "method stopping has max_latent_stage x c_thought thoughts"),
         ({"pad_latent_to_max": False}, "and pad_latent_to_max"),
-        ({"uniform_prob": 0.1}, "method stopping has always the thoughts of the last one"),
+        ({"uniform_prob": 0.1}, "method stopping always has the thoughts of the last stage"),
     ],
 )
-def test_what_does_not_go_together_is_said(keys, problem):
+def test_invalid_combinations_are_rejected(keys, problem):
     (found,) = Config(**{"method": "stopping"} | keys).problems(needs_files=False)
     assert problem in found
 
 
 @pytest.mark.parametrize("value", ["-0.1", "1.5", "nan", "often"])
-def test_a_threshold_outside_0_to_1_is_refused(place, value):
+def test_a_threshold_outside_0_to_1_is_rejected(place, value):
     with pytest.raises(UserError, match="stop_threshold must be"):
         Config.from_file(place / "run.yaml", ["method=stopping", f"stop_threshold={value}", "uniform_prob=0"])
 
 
-def test_a_checkpoint_without_its_head_is_refused(checkpoint, tmp_path, capsys):
+def test_a_checkpoint_without_its_head_is_rejected(checkpoint, tmp_path, capsys):
     copy = shutil.copytree(checkpoint.parent.parent, tmp_path / "copy") / "run" / "checkpoint_4"
     (copy / "stop_head.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no stop_head\.safetensors: method stopping trains it"):
@@ -336,52 +331,54 @@ def test_a_checkpoint_without_its_head_is_refused(checkpoint, tmp_path, capsys):
     assert "is for models with latents" in refusal(thoughts_needed.main, [written, questions, *out], capsys)
 
 
-# ---- runs ----
+# --- Runs ---
 
+SMALL_RUN = keys("max_train_examples=40 max_eval_examples=7 max_new_tokens=4")
 KEYS = (
-    *("method=stopping", "uniform_prob=0", "num_epochs=2", "max_train_examples=40", "max_eval_examples=7"),
-    *("max_new_tokens=4", "batch_size_training=4", "global_batch_size=8", "stop_threshold=0.3"),
+    *SMALL_RUN,
+    *keys("method=stopping stop_threshold=0.3 uniform_prob=0 num_epochs=2 batch_size_training=4 global_batch_size=8"),
 )
 
 
 @pytest.fixture(scope="module")
-def begun(place) -> Path:
-    return main(place, "name=stopping-begun", "max_train_examples=40", "max_new_tokens=4", "max_eval_examples=7")
+def coconut_run(place) -> Path:
+    """A run of Coconut, which the head is trained for."""
+    return main(place, *SMALL_RUN, "name=stopping-coconut")
 
 
 def heads(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "stop_head.safetensors")
 
 
-def test_a_run_trains_the_head_and_nothing_else(place, begun, capsys):
-    whole = main(place, *KEYS, "name=stopping-whole", f"load_model_path={begun}")
-    before, after = weights(begun / "checkpoint_3"), weights(whole / "checkpoint_2")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+def test_a_run_trains_the_head_and_nothing_else(place, coconut_run, capsys):
+    whole = main(place, *KEYS, "name=stopping-whole", f"load_model_path={coconut_run}")
+    before, after = weights(coconut_run / "checkpoint_3"), weights(whole / "checkpoint_2")
+    assert equal(before, after)
     assert heads(whole / "checkpoint_2")["weight"].any()
     for epoch in epochs(whole):
         assert 0 <= epoch["thoughts"] <= 2
         assert epoch["generated_tokens"] <= 4 + epoch["thoughts"]
-    lines = (whole / "checkpoint_2" / "predictions.jsonl").read_text().splitlines()
-    assert all(one["generated_tokens"] >= one["thoughts"] for one in map(json.loads, lines))
-    main(place, *KEYS, "name=stopping-parts", f"load_model_path={begun}", "num_epochs=1")
-    parts = main(place, *KEYS, "name=stopping-parts", f"load_model_path={begun}")
-    wanted = heads(whole / "checkpoint_2")
-    assert all(torch.equal(value, wanted[name]) for name, value in heads(parts / "checkpoint_2").items())
+    predictions = lines_of(whole / "checkpoint_2" / "predictions.jsonl")
+    assert all(one["generated_tokens"] >= one["thoughts"] for one in predictions)
+    main(place, *KEYS, "name=stopping-parts", f"load_model_path={coconut_run}", "num_epochs=1")
+    parts = main(place, *KEYS, "name=stopping-parts", f"load_model_path={coconut_run}")
+    assert equal(heads(parts / "checkpoint_2"), heads(whole / "checkpoint_2"))
     evaluated = main(place, *KEYS, "name=stopping-eval", "only_eval=true", f"load_model_path={whole}")
-    accuracy = json.loads((evaluated / "eval" / "metrics.json").read_text())["accuracy"]
-    assert accuracy == epochs(whole)[-1]["accuracy"]
-    config = Config.from_file(place / "run.yaml", [*KEYS, "name=no", "only_eval=true", f"load_model_path={begun}"])
+    assert read_json(evaluated / "eval" / "metrics.json")["accuracy"] == epochs(whole)[-1]["accuracy"]
+    config = Config.from_file(
+        place / "run.yaml", [*KEYS, "name=no", "only_eval=true", f"load_model_path={coconut_run}"]
+    )
     capsys.readouterr()
     assert run.main(config) == 2
     assert "has no stop_head.safetensors: method stopping trains it" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_ranks_train_the_same_head(place, begun):
-    keys = (*KEYS, f"load_model_path={begun}", "max_train_examples=36")  # in the last step one rank has no example
-    wanted = heads(main(place, *keys, "name=stopping-alone") / "checkpoint_2")
+def test_ranks_train_the_same_head(place, coconut_run):
+    # in the last step one rank has no example
+    arguments = (*KEYS, f"load_model_path={coconut_run}", "max_train_examples=36")
+    wanted = heads(main(place, *arguments, "name=stopping-alone") / "checkpoint_2")
     for strategy in ("ddp", "fsdp"):
-        done = together(place / "run.yaml", *keys, f"name=stopping-{strategy}", f"strategy={strategy}")
+        done = together(place / "run.yaml", *arguments, f"name=stopping-{strategy}", f"strategy={strategy}")
         assert "did not find any unused parameters" not in done.stderr
-        found = heads(place / "runs" / f"stopping-{strategy}" / "checkpoint_2")
-        assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-5
+        assert distance(heads(place / "runs" / f"stopping-{strategy}" / "checkpoint_2"), wanted) < 1e-5

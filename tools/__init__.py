@@ -1,1 +1,1 @@
-""""""
+"""Commands: `python -m tools.NAME`."""

@@ -1,5 +1,5 @@
-"""Updates what the documentation repeats from elsewhere: line counts and the quickstart's table in README.md, and the
-keys in docs/configuration.md.
+"""Updates the generated parts of the documentation: README.md's line counts and quickstart table, and the keys in
+docs/configuration.md.
 
     python -m tools.docs        # after a change of a key, of a file that README lists, or of results/quickstart.md
 """
@@ -20,7 +20,7 @@ COUNTED = re.compile(r"^(\| \[`([\w./]+\.py)`\]\(\2\) \| )\d+( \|)", re.MULTILIN
 
 
 def updated(path: Path) -> str:
-    """The text of a Markdown file with its counts and generated blocks as they should be."""
+    """Returns the text of a Markdown file with its line counts and generated blocks up to date."""
     text = path.read_text(encoding="utf-8")
     text = COUNTED.sub(lambda row: f"{row[1]}{len((ROOT / row[2]).read_text('utf-8').splitlines())}{row[3]}", text)
     for name, make in BLOCKS.items():
@@ -32,16 +32,16 @@ def updated(path: Path) -> str:
 
 
 def keys() -> str:
-    """Every key of Config as a row of a table."""
-    rows = [
-        f"| `{field.name}` | `{json.dumps(field.default)}` | {_cell(field.metadata['help'])} |"
-        for field in dataclasses.fields(Config)
-    ]
+    """Returns a table of all keys of Config."""
+    rows = []
+    for field in dataclasses.fields(Config):
+        text = field.metadata["help"].replace(" | ", " / ").replace("|", "\\|")
+        rows.append(f"| `{field.name}` | `{json.dumps(field.default)}` | {text} |")
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows, ""])
 
 
 def defaults() -> str:
-    """What each method sets where it is chosen by its name."""
+    """Returns a table of the keys that `method: NAME` sets."""
     rows = [
         f"| `{name}` | {', '.join(f'`{key}` `{json.dumps(value)}`' for key, value in rules.defaults.items())} |"
         for name, rules in methods.all_rules().items()
@@ -51,13 +51,9 @@ def defaults() -> str:
 
 
 def quickstart() -> str:
-    """The table of results/quickstart.md."""
+    """Returns the table of results/quickstart.md."""
     text = (ROOT / "results" / "quickstart.md").read_text(encoding="utf-8")
     return "".join(line + "\n" for line in text.splitlines() if line.startswith("|"))
-
-
-def _cell(text: str) -> str:
-    return text.replace(" | ", " / ").replace("|", "\\|")
 
 
 BLOCKS = {"keys": keys, "defaults": defaults, "quickstart": quickstart}

@@ -1,7 +1,7 @@
-"""The table of a run, and evaluations of all of its checkpoints.
+"""Prints the table of a run, or evaluates all of its checkpoints.
 
-python -m tools.evaluate checkpoints/NAME                              # its table, and its best checkpoint
-python -m tools.evaluate checkpoints/NAME --all data/gsm_test.json     # evaluates every checkpoint that is kept
+python -m tools.evaluate checkpoints/NAME                              # prints its epochs and its best checkpoint
+python -m tools.evaluate checkpoints/NAME --all data/gsm_test.json     # evaluates every checkpoint on a file
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from utils import UserError, print_error, print_result, progress_bar, read_objec
 
 
 def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
-    """Evaluates every checkpoint of a finished epoch by run.py, one after the other. Results go to
-    RUN/evaluations/FILE/CHECKPOINT/eval.
+    """Evaluates every checkpoint of a finished epoch with run.py, and writes RUN/evaluations/FILE/CHECKPOINT/eval.
 
-    Returns a table that marks the best checkpoint in validation, and a sentence for each failed evaluation; prints each
-    warning of run.py once. Raises UserError without a checkpoint.
+    Returns a table that marks the best checkpoint in validation, and a sentence for each failed evaluation. Prints the
+    warnings of run.py, each once. Raises UserError without a checkpoint.
     """
     paths = [path for path in checkpoints(run_dir) if is_of_finished_epoch(path)]
     if not paths:
@@ -33,14 +32,14 @@ def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
     warned: set[str] = set()
     for path in progress_bar(paths, "evaluating", "checkpoint", shown=True):
         keys = {"only_eval": True, "from_scratch": False, "load_model_path": str(path), "val_path": file, "resume": 0}
-        keys |= {"max_eval_examples": None}  # the run's is of its validation
+        keys |= {"max_eval_examples": None}  # the run's own value limits its validation
         keys |= {"save_path": str(folder), "name": path.name, "wandb": "disabled"}
         overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
         command = [sys.executable, Path(__file__).parent.parent / "run.py", run_dir / "config.yaml", *overrides]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         for warning in [line for line in lines if line.startswith("warning: ")]:
-            general = warning.replace(str(path), "a checkpoint")  # the same of each
+            general = warning.replace(str(path), "a checkpoint")  # most warnings hold for every checkpoint
             if general not in warned:
                 print(general, file=sys.stderr, flush=True)
             warned.add(general)

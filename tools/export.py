@@ -1,10 +1,10 @@
-"""Writes a trained model as a folder that needs torch and transformers only.
+"""Exports a trained model to a folder that needs only torch and transformers.
 
     python -m tools.export checkpoints/breadth/last-0 exported/breadth
 
-AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) reads it; its `generate` takes a question as the
-folder's tokenizer encodes it and gives the same tokens as this repository's model. The folder holds the code, the
-weights (safetensors), the tokenizer, the run's config.yaml and a model card made from the run.
+AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) reads it. Its `generate` takes questions encoded by
+the folder's tokenizer and returns the same tokens as this repository's model. The folder holds the code, the weights
+(safetensors), the tokenizer, the run's config.yaml and a model card made from the run.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from trainer.files import replaced
 from trainer.run_folder import check_checkpoint
 from utils import UserError, parse_json, print_error, print_result
 
-if TYPE_CHECKING:  # imported when the arguments have been checked: it takes seconds
+if TYPE_CHECKING:  # these take seconds, so functions import them after the check of the arguments
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from coconut import Coconut
 
-N_TRIED = 5  # tokens of the questions that both models are compared on
-PACKAGE = "exported_coconut"  # of the exported code in this process
+N_TRIED = 5  # tokens of the questions that compare the two models
+PACKAGE = "exported_coconut"  # name of the exported code in this process
 
-# what an exported folder may hold
+# the files of an exported folder
 EXPORTED = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
@@ -40,21 +40,21 @@ EXPORTED = (
 )
 
 
-def export(
-    checkpoint: str, out: Path, force: bool = False, license: str | None = None, language: str = "en"
-) -> list[str]:
-    """Writes the folder and returns warnings. Raises UserError where the checkpoint cannot be exported, and where `out`
-    holds files; with `force`, an exported model is replaced."""
+def export(checkpoint: str, out: Path, force: bool = False, license: str | None = None) -> list[str]:
+    """Writes the folder and returns warnings.
+
+    Raises UserError if the checkpoint cannot be exported, or if `out` exists: `force` replaces an exported model only.
+    """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not (out / MODELLING).is_file():
             raise UserError(f"{out} exists and is no exported model: choose another name")
         if not force:
-            raise UserError(f"{out} holds an exported model: choose another name, or --force to replace it")
+            raise UserError(f"{out} holds an exported model: choose another name, or replace it with --force")
     from transformers.utils import logging
 
     from coconut import Coconut
     from curriculum import END
-    from tools.model_card import card
+    from tools.model_card import make_card
     from trainer.checkpoint import damage
     from trainer.pretrained import read_tokenizer
 
@@ -62,27 +62,27 @@ def export(
     logging.set_verbosity_error()
     with replaced(out, EXPORTED if force else ()) as aside, TemporaryDirectory() as code:
         model = Coconut.from_pretrained(checkpoint)
-        folder = Path(model.config.model_id).resolve()  # '.' has no name and no parent
+        folder = Path(model.config.model_id).resolve()  # Path('.') has no name and no parent
         if (folder / "trainer").is_dir() and (problem := damage(folder)):
             raise UserError(f"{folder} is damaged: {problem}")
         write_code(Path(code), type(model.thought))
-        whole = exported(model, imported(Path(code)))
-        warnings = differing_prompts(model, whole, folder)
-        whole.save_pretrained(aside)  # with the code
+        exported = build_exported(model, import_code(Path(code)))
+        warnings = differing_prompts(model, exported, folder)
+        exported.save_pretrained(aside)  # copies the code too
         options = {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
         tokenizer = read_tokenizer(folder, **options)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         if model.config.has_latents and not model.config.rules.output([model.markers.end], model.markers):
             tokenizer.add_special_tokens({"additional_special_tokens": [END]})
         tokenizer.save_pretrained(aside)
-        card(folder, out.resolve().name, aside, whole, license, language).save(aside / "README.md")
+        make_card(folder, out.resolve().name, aside, exported, license).save(aside / "README.md")
         if (folder.parent / "config.yaml").is_file():
             shutil.copy(folder.parent / "config.yaml", aside)
     return warnings
 
 
-def imported(code: Path) -> ModuleType:
-    """The written modeling_coconut.py, as a module: what is compared and saved is the exported code itself."""
+def import_code(code: Path) -> ModuleType:
+    """Imports the written modeling_coconut.py, so that the comparison and `save_pretrained` use the exported code."""
     for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
         del sys.modules[name]
     package = sys.modules[PACKAGE] = ModuleType(PACKAGE)
@@ -90,8 +90,8 @@ def imported(code: Path) -> ModuleType:
     return importlib.import_module(f"{PACKAGE}.{Path(MODELLING).stem}")
 
 
-def exported(model: Coconut, code: ModuleType) -> PreTrainedModel:
-    """The same weights in the exported class. Raises UserError where it gives other logits."""
+def build_exported(model: Coconut, code: ModuleType) -> PreTrainedModel:
+    """Returns the model in the exported class, with shared weights. Raises UserError if its logits differ."""
     import torch
     from transformers import GenerationConfig
 
@@ -102,9 +102,9 @@ def exported(model: Coconut, code: ModuleType) -> PreTrainedModel:
     base, config = model.base_causallm, model.config
     if config.lora_rank is not None:
         lora.merge(base)
-    base.config.name_or_path = ""  # a path of this machine
+    base.config.name_or_path = ""  # it is a path of this machine
     if model.backbone.recomputes:
-        raise UserError(f"a {base.config.model_type} cannot be exported: its generation is right without a cache only")
+        raise UserError(f"a {base.config.model_type} cannot be exported: with a cache it generates other tokens")
     newline, endings = with_newline(model.tokenizer)
     appended = prompts(model, [""])[0][len(model.tokenizer("\n")["input_ids"]) :]
     if model.max_positions is not None and len(appended) + N_TRIED > model.max_positions:
@@ -125,21 +125,21 @@ def exported(model: Coconut, code: ModuleType) -> PreTrainedModel:
         dtype=base.dtype,
     )
     with torch.device("meta"):
-        whole = code.CoconutForCausalLM(settings)
-    whole.base_causallm, whole.thought = base, type(whole.thought)(base, number)
-    whole.thought.load_state_dict(model.thought.state_dict())
+        exported = code.CoconutForCausalLM(settings)
+    exported.base_causallm, exported.thought = base, type(exported.thought)(base, number)
+    exported.thought.load_state_dict(model.thought.state_dict())
     if settings.stop_threshold is not None:
-        whole.stop_head = model.stop_head
-    # greedy, as Coconut.generate, whatever the base model's settings are
+        exported.stop_head = model.stop_head
+    # greedy as Coconut.generate, in place of the base model's settings
     end = {"eos_token_id": model.markers.eos, "pad_token_id": model.markers.eos}
-    whole.generation_config = GenerationConfig(do_sample=False, max_new_tokens=128, **end)
-    check_same_logits(model, whole.eval())
-    return whole
+    exported.generation_config = GenerationConfig(do_sample=False, max_new_tokens=128, **end)
+    check_same_logits(model, exported.eval())
+    return exported
 
 
 def with_newline(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[int, list[int]]]:
-    """How a newline at the end of a text changes its tokens: the tokens that it adds, and for each token that the
-    tokenizer joins with it ("?" and the newline are one token of Llama 3) the tokens of both together."""
+    """Returns what a newline at the end of a text does to its tokens: the tokens that it adds and, for each token that
+    the tokenizer joins with a newline (in Llama 3, "?" and a newline are one token), the tokens of both together."""
     tokens = sorted(set(tokenizer.get_vocab().values()))
     texts = tokenizer.batch_decode([[token] for token in tokens])
     alone, ended = (tokenizer([text + end for text in texts])["input_ids"] for end in ("", "\n"))
@@ -149,13 +149,13 @@ def with_newline(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[in
             joined[token] = after[len(before) - 1 :]
             added[tuple(after[len(before) :])] += joined[token][0] == token
     if not added:
-        raise UserError("the tokenizer appends tokens to a text, so a question could not be continued")
+        raise UserError("the tokenizer appends tokens to each text, so that nothing can follow a question")
     newline = list(added.most_common(1)[0][0])
     return newline, {token: ids for token, ids in joined.items() if ids != [token, *newline]}
 
 
-def check_same_logits(model: Coconut, whole: PreTrainedModel) -> None:
-    """Compares the logits of both models after two questions, one of them padded. Raises UserError."""
+def check_same_logits(model: Coconut, exported: PreTrainedModel) -> None:
+    """Raises UserError if the two models' logits differ after two questions, one of them padded."""
     import torch
 
     from trainer.check_family import COARSE, ORDINARY
@@ -163,22 +163,22 @@ def check_same_logits(model: Coconut, whole: PreTrainedModel) -> None:
     n_tokens = min(len(model.base_causallm.get_input_embeddings().weight), len(model.tokenizer))
     questions = torch.randint(n_tokens, (2, N_TRIED), generator=torch.Generator().manual_seed(0))
     attended = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
-    ids, mask = whole.prompts(questions.masked_fill(questions == (model.latent_token_id or -1), 0), attended)
+    ids, mask = exported.prompts(questions.masked_fill(questions == (model.latent_token_id or -1), 0), attended)
     with torch.no_grad():
         wanted = model.head(model.states(ids, mask)[0][:, -1])  # (B, V)
         tolerance = (COARSE if wanted.dtype.itemsize == 2 else ORDINARY).logits
         try:
-            found = whole(input_ids=ids, attention_mask=mask).logits[:, -1]
-            problem = None if (found - wanted).norm() <= tolerance * wanted.norm() else "its logits differ there"
-        except Exception as error:  # of an unknown family
-            problem = f"it raises {type(error).__name__} there"
+            found = exported(input_ids=ids, attention_mask=mask).logits[:, -1]
+            problem = None if (found - wanted).norm() <= tolerance * wanted.norm() else "its logits differ"
+        except Exception as error:  # an unknown family may raise anything
+            problem = f"it raises {type(error).__name__}"
     if problem is not None:
         family = model.base_causallm.config.model_type
-        raise UserError(f"a {family} cannot be exported, to run over transformers' own cache: {problem}")
+        raise UserError(f"a {family} cannot be exported: with transformers' cache {problem}")
 
 
-def differing_prompts(model: Coconut, whole: PreTrainedModel, folder: Path) -> list[str]:
-    """A warning if questions of the run's validation become other tokens than in training."""
+def differing_prompts(model: Coconut, exported: PreTrainedModel, folder: Path) -> list[str]:
+    """Returns a warning if the exported model's prompts of validation questions differ from those of training."""
     import torch
 
     from trainer.inference import prompts
@@ -193,10 +193,10 @@ def differing_prompts(model: Coconut, whole: PreTrainedModel, folder: Path) -> l
         raise UserError(f"{path} is damaged: {error!r}") from None
     n_differ = 0
     for question, wanted in zip(questions, prompts(model, questions), strict=True):
-        ids, _ = whole.prompts(torch.tensor([model.tokenizer(question)["input_ids"]], dtype=torch.long))
+        ids, _ = exported.prompts(torch.tensor([model.tokenizer(question)["input_ids"]], dtype=torch.long))
         n_differ += ids[0].tolist() != wanted
     what = f"{n_differ} of {len(questions)} validation questions get other tokens than in training"
-    return [f"{what}, because their newline is added after tokenizing"] if n_differ else []
+    return [f"{what}, because the exported model appends the newline after tokenization"] if n_differ else []
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -204,17 +204,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="a checkpoint folder, a run's folder (its newest checkpoint), or a hub id")
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace an exported model")
-    parser.add_argument("--license", help="of the weights, for the model card (default: the base model's, if known)")
-    parser.add_argument("--language", default="en", help="of the data, for the model card (default: %(default)s)")
+    parser.add_argument("--license", help="license of the weights in the model card (default: the base model's)")
     options = parser.parse_args(arguments)
     try:
         check_checkpoint(options.checkpoint)
-        for text in export(options.checkpoint, options.out, options.force, options.license, options.language):
+        for text in export(options.checkpoint, options.out, options.force, options.license):
             print(f"warning: {text}", file=sys.stderr)
+        call = f"AutoModelForCausalLM.from_pretrained({str(options.out)!r}, trust_remote_code=True)"
+        print_result(f"{options.out}: {call} reads it")
     except UserError as error:
         return print_error(error)
-    call = f"AutoModelForCausalLM.from_pretrained({str(options.out)!r}, trust_remote_code=True)"
-    print_result(f"{options.out}: {call} reads it")
     return 0
 
 

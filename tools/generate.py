@@ -1,13 +1,13 @@
-"""Asks a trained model.
+"""Generates a trained model's answers.
 
-    python -m tools.generate checkpoints/breadth/last-0 AcfaKD                    # prints its output
-    python -m tools.generate checkpoints/breadth/last-0 AcfaKD --show-thoughts    # and its thoughts
-    python -m tools.generate checkpoints/breadth/last-0 AcfaKD --samples 8        # 8 answers with their counts
+    python -m tools.generate checkpoints/breadth/last-0 AcfaKD                    # prints the output
+    python -m tools.generate checkpoints/breadth/last-0 AcfaKD --show-thoughts    # prints the thoughts too
+    python -m tools.generate checkpoints/breadth/last-0 AcfaKD --samples 8        # prints 8 answers with their counts
     python -m tools.generate checkpoints/breadth/last-0 --file questions.json --json > answers.jsonl
     echo '{"question": "AcfaKD"}' | python -m tools.generate checkpoints/breadth/last-0 --json
 
-Without a question and a file, questions come from standard input, one a line, and are answered one by one; a line or a
-file may hold JSON objects with a "question". On a terminal there is a prompt, with a history of lines, and :help.
+Without a question and --file, the command reads questions from standard input and answers each line at once; on a
+terminal it shows a prompt. A line is a question, or a JSON object with a "question".
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,32 +28,25 @@ from trainer.run_folder import check_checkpoint
 from utils import UserError, parse_json, print_error
 
 if TYPE_CHECKING:
-    from coconut import Coconut  # imported when the arguments have been checked: it takes seconds
-
-HELP = """\
-a line is a question; beside questions there are
-  :thoughts K   K latent thoughts from now on; without K as many as in training at the model's stage
-  :show         show the likeliest tokens at each thought, or stop showing them
-  :help         this
-  :quit         or Ctrl-D, or Ctrl-C"""
+    from coconut import Coconut  # takes seconds, so `load` imports it after all checks of arguments
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint folder, a run's folder (its newest checkpoint), or a hub id")
     parser.add_argument("question", nargs="?")
-    parser.add_argument("--file", type=Path, help="questions: a JSON list as in data/, or lines of text or JSON")
+    parser.add_argument("--file", type=Path, help="questions: a JSON list as in data/, or one on each line")
     parser.add_argument("--thoughts", type=int, metavar="K", help="latent thoughts (default: as in training)")
-    parser.add_argument("--mode", help="of a model that was trained in several (default: latent)")
-    parser.add_argument("--show-thoughts", action="store_true", help="the likeliest tokens at each thought")
+    parser.add_argument("--mode", help="the key mode, of a multi_mode model (default: latent)")
+    parser.add_argument("--show-thoughts", action="store_true", help="print the likeliest tokens at each thought")
     parser.add_argument("--sample", action="store_true", help="sample instead of greedy decoding")
-    parser.add_argument("--samples", type=int, metavar="N", help="sample N answers, and print each with its count")
-    parser.add_argument("--thought-noise", default="0", metavar="S", help="with --samples: the key thought_noise")
+    parser.add_argument("--samples", type=int, metavar="N", help="sample N answers and print each with its count")
+    parser.add_argument("--thought-noise", default="0", metavar="S", help="with --samples, as the key thought_noise")
     parser.add_argument(
         "--temperature", type=float, default=1.0, help="with --sample or --samples (default: %(default)s)"
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="with --sample, from the K likeliest (default: all)")
-    parser.add_argument("--top-p", type=float, metavar="P", help="with --sample, from the likeliest, P together")
+    parser.add_argument("--top-p", type=float, metavar="P", help="with --sample, from the likeliest that sum to P")
     parser.add_argument("--seed", type=int, default=0, help="with --sample or --samples (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="with --file (default: %(default)s)")
@@ -61,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options, of which each is possible by itself."""
+    """Parses the arguments and checks what needs no model."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     if options.question is not None and options.file is not None:
@@ -85,35 +79,35 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def read_questions(path: Path) -> list[dict]:
-    """The records of a file: a JSON list as in data/, or one a line. Raises UserError."""
+    """Reads the records of a file: a JSON list as in data/, or one record on each line. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
     if not text.lstrip().startswith("["):
         return list(questions_of_lines(text.splitlines(), str(path)))
-    try:
-        records = parse_json(text)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    records = _parsed(text, str(path))
     return [_checked(record, f"{path}: record {number} (counted from 0)") for number, record in enumerate(records)]
 
 
 def questions_of_lines(lines: Iterable[str], name: str) -> Iterator[dict]:
-    """The record of each line, a text or a JSON object; empty lines are skipped. Raises UserError."""
+    """Yields the record of each line that is not empty: a question or a JSON object. Raises UserError."""
     try:
         for number, line in enumerate(map(str.strip, lines), start=1):
+            where = f"{name}: line {number}"
             if line.startswith("{"):
-                try:
-                    yield _checked(parse_json(line), f"{name}: line {number}")
-                except UserError:
-                    raise
-                except ValueError as error:
-                    raise UserError(f"{name}: line {number} is not valid JSON: {error}") from None
+                yield _checked(_parsed(line, where), where)
             elif line:
                 yield {"question": line}
     except UnicodeDecodeError:
         raise UserError(f"{name} is not UTF-8") from None
+
+
+def _parsed(text: str, where: str):
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from None
 
 
 def _checked(record, where: str) -> dict:
@@ -123,7 +117,7 @@ def _checked(record, where: str) -> dict:
 
 
 def load(checkpoint: str, seed: int = 0) -> Coconut:
-    """The model of a checkpoint folder or a run's folder, on a GPU if there is one. Raises UserError."""
+    """Loads a model, as Coconut.from_pretrained, onto a GPU if there is one. Raises UserError."""
     import torch
     from transformers.utils import logging
 
@@ -135,39 +129,37 @@ def load(checkpoint: str, seed: int = 0) -> Coconut:
     return Coconut.from_pretrained(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_asking(model: Coconut, asking: dict) -> None:
-    """Raises UserError where the model has no thoughts to count or no such mode."""
+def make_asker(model: Coconut, options: argparse.Namespace) -> Callable[[list[str]], list[dict]]:
+    """Returns a function from questions to results: those of Coconut.answers or, with --samples, for each question
+    {"samples": {answer: count}}, drawn with random numbers of (seed, index of the question). Raises UserError if the
+    model has no such thoughts or mode."""
     from trainer import inference
 
-    inference.config_for(model, asking["n_thoughts"], asking["mode"])
+    inference.config_for(model, options.thoughts, options.mode)
+    how = {"max_new_tokens": options.max_new_tokens, "n_thoughts": options.thoughts, "mode": options.mode}
+    if options.samples is not None:
+        policy, numbers = inference.Policy(options.temperature, options.thought_noise), count()
 
+        def sample(questions: list[str]) -> list[dict]:
+            keys = [(options.seed, next(numbers)) for _ in questions]
+            drawn = inference.samples(model, questions, keys, options.samples, policy, **how)
+            return [{"samples": answers} for answers in drawn]
 
-def make_asker(options: argparse.Namespace) -> Callable[[Coconut, list[str], dict], list[dict]]:
-    """(model, questions, options of Coconut.answers) -> what that returns or, with --samples, {"samples": {answer: its
-    count}} of each question; random numbers are those of (seed, number of the question)."""
-    if options.samples is None:
-        return lambda model, questions, asking: model.answers(questions, **asking)
-    numbers = count()
-
-    def ask(model: Coconut, questions: list[str], asking: dict) -> list[dict]:
-        from trainer import inference
-
-        keys = [(options.seed, next(numbers)) for _ in questions]
-        policy = inference.Policy(options.temperature, options.thought_noise)
-        how = {name: asking[name] for name in ("max_new_tokens", "n_thoughts", "mode")}
-        return [{"samples": one} for one in inference.samples(model, questions, keys, options.samples, policy, **how)]
-
-    return ask
+        return sample
+    if options.sample:
+        chosen = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+        how |= {"do_sample": True} | {name: value for name, value in chosen.items() if value is not None}
+    return partial(model.answers, show_thoughts=options.show_thoughts, **how)
 
 
 def as_json(record: dict, result: dict) -> str:
-    """The record without its steps, its answer named gold, and the result, in one line."""
+    """Returns a JSON line: the record without its steps and with `gold` for its answer, and the result."""
     kept = {"gold" if name == "answer" else name: value for name, value in record.items() if name != "steps"}
     return json.dumps(kept | result, ensure_ascii=False)
 
 
 def as_text(_, result: dict) -> str:
-    """A line for each thought, then the output; or a line for each sampled answer."""
+    """Returns a line for each thought and the output, or a line for each sampled answer."""
     if "samples" in result:
         return "\n".join(f"{n:>6}  {answer}" for answer, n in result["samples"].items())
     lines = []
@@ -176,52 +168,24 @@ def as_text(_, result: dict) -> str:
     return "\n".join([*lines, result["output"].rstrip("\n")])
 
 
-def converse(model: Coconut, ask: Callable, asking: dict, form) -> None:
-    """A prompt on a terminal until its end or Ctrl-C; commands change `asking`, the options of Coconut.answers."""
+def converse(ask: Callable[[list[str]], list[dict]], form: Callable[[dict, dict], str]) -> None:
+    """Answers questions at a prompt until Ctrl-D or Ctrl-C."""
     with suppress(ImportError):  # not on every system
-        import readline  # noqa: F401 (it gives `input` a history and keys to move in a line)
+        import readline  # noqa: F401 (gives `input` a history and keys for editing)
     with suppress(EOFError, KeyboardInterrupt):
-        print("a question, or :help", flush=True)
-        while (line := input("> ").strip()) != ":quit":
-            try:
-                if line.startswith(":"):
-                    print(_obey(line, model, asking), flush=True)
-                elif line:
-                    (result,) = ask(model, [line], asking)
+        while True:
+            if line := input("> ").strip():
+                try:
+                    (result,) = ask([line])
                     print(form({"question": line}, result), flush=True)
-            except UserError as error:
-                print(f"error: {error}", flush=True)
-        return
+                except UserError as error:
+                    print(f"error: {error}", flush=True)
     print()
-
-
-def _obey(line: str, model: Coconut, asking: dict) -> str:
-    """Carries out a command and returns its reply. Raises UserError for an unknown one."""
-    command, _, argument = line.partition(" ")
-    argument = argument.strip()
-    if command == ":help":
-        return HELP
-    if command == ":show":
-        asking["show_thoughts"] = not asking["show_thoughts"]
-        return f"the tokens at thoughts are {'shown' if asking['show_thoughts'] else 'no longer shown'}"
-    if command != ":thoughts":
-        raise UserError(f"there is no command {command}; :help lists them")
-    if argument and not argument.isdecimal():
-        raise UserError(f":thoughts takes a number, at least 0, not {argument!r}")
-    number = int(argument) if argument else None
-    check_asking(model, asking | {"n_thoughts": number})
-    asking["n_thoughts"] = number
-    return f"{'as many thoughts as in training' if number is None else f'{number} thoughts'} from now on"
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    form, ask = as_json if options.json else as_text, make_asker(options)
-    asking = {"max_new_tokens": options.max_new_tokens, "n_thoughts": options.thoughts, "mode": options.mode}
-    asking["show_thoughts"] = options.show_thoughts
-    if options.sample:
-        chosen = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
-        asking |= {"do_sample": True} | {name: value for name, value in chosen.items() if value is not None}
+    form = as_json if options.json else as_text
     try:
         check_checkpoint(options.checkpoint)
         if options.question is not None:
@@ -231,19 +195,19 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             records = questions_of_lines(sys.stdin, "standard input")
         model = load(options.checkpoint, options.seed)
-        check_asking(model, asking)
+        ask = make_asker(model, options)
         if options.question is None and options.file is None and sys.stdin.isatty():
-            converse(model, ask, asking, form)
+            converse(ask, form)
             return 0
         while batch := list(islice(records, options.batch if options.file else 1)):
-            results = ask(model, [record["question"] for record in batch], asking)
+            results = ask([record["question"] for record in batch])
             for record, result in zip(batch, results, strict=True):
                 print(form(record, result), flush=True)
     except UserError as error:
         return print_error(error)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
-        if not isinstance(error, BrokenPipeError):  # `| head -1` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at its exit
+        if not isinstance(error, BrokenPipeError):  # `| head -1` closes the pipe
             return print_error(UserError(f"standard output cannot be written: {error.strerror or error}"))
     return 0
 

@@ -1,8 +1,7 @@
-"""The model card of an exported checkpoint, made from its folder, its run's folder and the exported files."""
+"""Makes the model card of an exported checkpoint from the checkpoint, its run's folder and the exported files."""
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from curriculum import stage_name
+from methods import implementation
 from trainer.files import file_digest
 from trainer.logger import read_log
 from trainer.run_folder import evaluations_in, read_config
@@ -39,45 +39,50 @@ whole code. SHA-256 of the weights, for `sha256sum -c`:
 
 {digests}
 """
-METHODS = {  # of the paper; the others' are the first lines of their files
+METHODS = {  # of the paper
     "coconut": "Coconut (chain of continuous thought, [arXiv 2412.06769](https://arxiv.org/abs/2412.06769))",
     "cot": "chain of thought in words",
     "no_cot": "answers without reasoning",
     "no_thoughts": "Coconut's curriculum without latent thoughts",
 }
-RULES = ("text", "number")  # accuracy_RULE is of the same generations, accuracy_MODE of others
+RULES = ("text", "number")  # accuracy_RULE scores the same outputs by another rule; accuracy_MODE scores other outputs
 
 
-def card(
-    checkpoint: Path, name: str, exported: Path, whole: PreTrainedModel, license: str | None = None, language="en"
+def make_card(
+    checkpoint: Path, name: str, folder: Path, exported: PreTrainedModel, license: str | None = None
 ) -> ModelCard:
-    """The card for a checkpoint's folder, in its run's folder or alone, as part of a folder of that name. `exported`
-    holds the weights of the model `whole`. Without a license of the weights the base model's card is asked; language is
-    that of the data. Raises UserError where a file is damaged."""
+    """Returns the model card of a checkpoint. Raises UserError for a damaged file.
+
+    Args:
+        checkpoint: folder, inside its run's folder or alone.
+        name: of the exported folder.
+        folder: with the weights of the model `exported`.
+        license: of the weights; default: the one in the base model's card.
+    """
     try:
-        return _card(checkpoint, name, exported, whole, license, language)
+        return _card(checkpoint, name, folder, exported, license)
     except UserError:
         raise
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"the model card cannot be made, a file of {checkpoint.parent} is damaged: {error!r}") from None
+        raise UserError(f"no model card: a file in {checkpoint.parent} is damaged: {error!r}") from None
 
 
-def _card(checkpoint: Path, name: str, exported: Path, whole, license: str | None, language: str) -> ModelCard:
+def _card(checkpoint: Path, name: str, folder: Path, exported: PreTrainedModel, license: str | None) -> ModelCard:
     description = read_object(checkpoint / "coconut.json")
-    method, settings = description["method"], whole.config
+    method, settings = description["method"], exported.config
     appended, n_latents = "a newline", settings.appended.count(settings.latent_token_id)
     if n_latents:
-        most = "" if settings.stop_threshold is None else "at most "  # a head stops them
+        most = "" if settings.stop_threshold is None else "at most "
         appended += f", then {most}{n_latents} latent positions (thought `{description.get('thought', 'last')}`)"
         n_markers = len(settings.appended) - n_latents
         appended += {0: "", 1: " after a start marker", 2: " between a start and an end marker"}[n_markers]
-    what = f"A model of {whole.num_parameters():,} parameters, trained by the method `{method}`: {_about(method)}. Its "
-    what += f"stage is {stage_name(description['stage'])}."
-    digests = "\n".join(f"    {file_digest(path)}  {path.name}" for path in sorted(exported.glob("*.safetensors")))
+    size, stage = f"{exported.num_parameters():,}", stage_name(description["stage"])
+    what = f"A model of {size} parameters, trained by the method `{method}`: {_about(method)}. Its stage is {stage}."
+    digests = "\n".join(f"    {file_digest(path)}  {path.name}" for path in sorted(folder.glob("*.safetensors")))
     parts = [CARD.format(name=name, what=what, appended=appended, digests=digests)]
     tags = ["coconut", "latent-reasoning", method.replace("_", "-")]
     data = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=tags, language=language, license=license
+        library_name="transformers", pipeline_tag="text-generation", tags=tags, language="en", license=license
     )
     run_dir = checkpoint.parent
     config_file = run_dir / "config.yaml"
@@ -92,21 +97,18 @@ def _card(checkpoint: Path, name: str, exported: Path, whole, license: str | Non
             data.datasets = [Path(config["train_path"]).stem]
         data.model_name, data.eval_results = name, [_eval_result(*result) for result in results] or None
         parts += [_training(checkpoint, config, notes), _accuracies(results)]
-        parts.append(_repeating(checkpoint, name, config, notes))
     else:
         parts.append("## Training\n\nNothing is known of the run: the checkpoint is not in its folder.\n")
     return ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n".join(part for part in parts if part))
 
 
 def _about(method: str) -> str:
-    file = Path(__file__).parent.parent / "methods" / f"{method}.py"
-    if method in METHODS or not file.is_file():
-        return METHODS.get(method, f"see methods/{method}.py of the trainer")
-    return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or method).splitlines()[0].rstrip(".")
+    """Returns what the method is: for other methods than the paper's, the first line of their file."""
+    return METHODS.get(method) or implementation(method).__doc__.splitlines()[0].rstrip(".")
 
 
 def _license_of(model_id: str) -> str | None:
-    """As the base model's card has it, in its folder or among the hub's downloads."""
+    """Returns the license in the base model's card, from its folder or the hub's cache."""
     local = Path(model_id) / "README.md"
     path = local if Path(model_id).is_dir() else try_to_load_from_cache(model_id, "README.md")
     return ModelCard.load(path).data.license if path and Path(path).is_file() else None
@@ -128,21 +130,21 @@ def _training(checkpoint: Path, config: dict, notes: dict[str, str]) -> str:
         "commit of the trainer": notes.get("git commit", "unknown"),
         "versions": ", ".join(f"{name} {notes[name]}" for name in ("python", "torch", "transformers") if name in notes),
     }
-    return "## Training\n\n| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+    table = "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+    return f"## Training\n\n`config.yaml` is the configuration of the run.\n\n| | |\n|---|---|\n{table}"
 
 
 def _hours(run_dir: Path, trained: range) -> str:
-    """Of these epochs, from 0, with their validations."""
-    # a restarted run repeats epochs: the last record counts
+    """Returns the hours of training and validation in these epochs, counted from 0, as text."""
+    # a restart repeats epochs, and the last record counts; advance_at skips epochs
     epochs = {r["epoch"]: r for r in read_log(run_dir / "metrics.jsonl") if r["event"] == "epoch"}
     seconds = [r["train_seconds"] + r["seconds"] for epoch, r in epochs.items() if epoch in trained]
-    # advance_at skips epochs
     return f"{sum(seconds) / 3600:.2f}, of {len(seconds)} epochs with their validations" if seconds else "unknown"
 
 
 def _results(checkpoint: Path, config: dict) -> Iterator[tuple[dict, str, str, str, str]]:
-    """(metrics, data file, split, rule, mode) of the validation after the checkpoint's epoch, and of the evaluations of
-    this checkpoint in its run's folder, by `only_eval` under the run's name and by `python -m tools.evaluate --all`."""
+    """Yields (metrics, data file, split, rule, mode) of the validation at the checkpoint, and of each evaluation of it
+    in the run's folder, by `only_eval` or by `python -m tools.evaluate --all`."""
     evaluations = []
     if (checkpoint / "metrics.json").is_file():
         found = read_object(checkpoint / "metrics.json")
@@ -154,7 +156,8 @@ def _results(checkpoint: Path, config: dict) -> Iterator[tuple[dict, str, str, s
             evaluations.append((found, found["file"], "test", how.get("answer_match")))
     for found, file, split, rule in evaluations:
         modes = [key.removeprefix("accuracy") for key in found if re.fullmatch(r"accuracy_[a-z]+", key)]
-        # `accuracy` of several modes is their mean: a row for each; older validations have other metrics of latent only
+        # with several modes `accuracy` is their mean, so each mode has a row; older runs have the other metrics only of
+        # the latent mode
         for suffix in [mode for mode in modes if mode[1:] not in RULES] or [""]:
             metrics = {key: found.get(key + suffix) for key in ("accuracy", "cot_match", "generated_tokens")}
             yield {**metrics, "examples": found["examples"]}, file, split, rule or "text", suffix[1:]
@@ -185,19 +188,3 @@ def _accuracies(results: list) -> str:
     how = "Greedy decoding. The answer is the text after the last `#`, without commas; compared as text it must equal "
     how += "the gold answer, as a number its last number must be less than 0.001 from the gold answer."
     return "\n".join(["## Accuracy", "", *lines, "", how, ""])
-
-
-def _repeating(checkpoint: Path, name: str, config: dict, notes: dict[str, str]) -> str:
-    commit, *changed = notes.get("git commit", "unknown").split(maxsplit=1)
-    lines = [f"git checkout {commit}    # {' '.join(changed)}".removesuffix("    # ")] if commit != "unknown" else []
-    n_ranks, run_name = notes.get("world size", "1"), config.get("name")
-    lines.append(f"torchrun --nproc_per_node {n_ranks} run.py config.yaml name={run_name}")
-    run_dir, epochs = f"{config.get('save_path')}/{run_name}", checkpoint.name.removeprefix("checkpoint_")
-    which = f"@{epochs}" if epochs.isdecimal() else f"/{checkpoint.name}"
-    lines.append(f"python -m tools.export {run_dir}{which} {name}")
-    commands = "".join(f"    {line}\n" for line in lines)
-    text = (checkpoint.parent / "config.yaml").read_text(encoding="utf-8").strip()
-    return (
-        f"## To repeat it\n\nIn the trainer's repository, with this folder's `config.yaml`:\n\n{commands}\n"
-        f"## Configuration\n\n```yaml\n{text}\n```\n"
-    )

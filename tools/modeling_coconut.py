@@ -1,4 +1,4 @@
-"""A model that was trained to reason in its hidden states (Coconut, arXiv 2412.06769).
+"""A language model that reasons in its hidden states (Coconut, arXiv 2412.06769), for inference.
 
     tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
@@ -6,15 +6,15 @@
     rows = model.generate(**questions)  # each question, followed by the model's output
     tokenizer.batch_decode(rows[:, questions["input_ids"].shape[1] :], skip_special_tokens=True)
 
-`generate` appends to each question what training appended: a newline, the markers and the latent positions. The
-embedding at a latent position is a thought, made from the hidden state of the position before it, one after the other
-over a key-value cache; then Hugging Face's own `generate` continues, with all of its options.
+`generate` appends to each question what training appended: a newline, the markers and the latent positions. It fills
+the latent positions with thoughts, one after the other over a key-value cache; each thought is made from the hidden
+state of the position before it. Then Hugging Face's own `generate` continues, with all of its options.
 
-`forward` is that of the language model on tokens, with thoughts at latent tokens. It appends nothing: `prompts` does.
-Thoughts carry no gradient: this file is for inference.
+`forward` is the language model's, with thoughts at latent tokens. It does not append anything; `prompts` does. Thoughts
+carry no gradient.
 
-In the trainer's repository this is tools/modeling_coconut.py. An exported folder holds it with thought.py, which has
-the names imported from `model` here: the folder needs torch and transformers only.
+In the trainer's repository this file is tools/modeling_coconut.py. An exported folder holds a copy, and thought.py with
+the definitions that are imported from `model` here, so that the folder needs only torch and transformers.
 
 Legend: B rows, T columns, D hidden size, V vocabulary, K latents.
 """
@@ -44,13 +44,13 @@ logger = logging.get_logger(__name__)
 class CoconutConfig(PreTrainedConfig):
     """
     Args:
-        text_config: the configuration of the language model, or its dictionary.
-        thought, thought_number: the name of the thought's class in thought.py, and the number in its spelling.
-        latent_passes: None for thoughts one after the other; for thoughts in parallel, the number of their updates.
-        stop_threshold: None for a model without a head that stops its thoughts; else a row makes no further thought
-            once the head gives it more than this probability.
-        latent_token_id: the token whose embedding a thought replaces; None for a model without thoughts.
-        newline: the tokens of the newline that ends a question.
+        text_config: the language model's configuration, or its dictionary.
+        thought, thought_number: the thought's name in REGISTRY (thought.py) and the number in its spelling.
+        latent_passes: how often all thoughts are updated in parallel; None: thoughts come one after the other.
+        stop_threshold: a row has no further thoughts once the stopping head's probability exceeds this; None: the model
+            has no stopping head.
+        latent_token_id: the token whose embedding a thought replaces; None: the model has no thoughts.
+        newline: the tokens of the newline after a question.
         endings: for each token that the tokenizer joins with a newline, the tokens of both together.
         appended: the tokens after the newline: markers and latents.
     """
@@ -128,8 +128,8 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         return -1 if self.config.latent_token_id is None else self.config.latent_token_id
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **options):
-        """As of the language model: (B, T) tokens or (B, T, D) embeddings to logits, (B, T, V), and with `labels` a
-        loss. Without a cache, latent tokens get their thoughts."""
+        """Runs the language model on (B, T) tokens or (B, T, D) embeddings; returns logits, (B, T, V), and with
+        `labels` a loss. Without a cache it fills latent tokens with thoughts."""
         if options.get("past_key_values", options.get("cache")) is None:
             if input_ids is not None and (input_ids == self._latent).any():
                 inputs_embeds, input_ids = self.embed(input_ids, attention_mask), None
@@ -141,16 +141,16 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, **options):
-        """Hugging Face's `generate` after the thoughts: (B, T) questions to (B, T + N) with N new tokens at most.
+        """Makes the thoughts and calls Hugging Face's `generate`; returns (B, T + N): questions and N new tokens.
 
         Args:
-            inputs, or input_ids: (B, T) int64, padded on the left, as the tokenizer gives them.
-            attention_mask: (B, T), 0 at padding; default as in `prompts`.
-            generation_config, and all else: options of `generate`. Lengths count the questions as they are given,
-                without what is appended; generation stops at the model's longest sequence. Sampling is from all tokens
-                unless top_k is given: Hugging Face's own default are the likeliest 50.
+            inputs, or input_ids: (B, T) int64, padded on the left, as the tokenizer returns them.
+            attention_mask: (B, T), 0 at padding; default: see `prompts`.
+            generation_config, options: of Hugging Face's `generate`. Lengths count the question and the new tokens, but
+                not what this method appends; generation stops at the model's last position. The default top_k is none,
+                not Hugging Face's 50.
 
-        Raises ValueError without questions, and for a question as long as the model's longest sequence.
+        Raises ValueError without questions, and if a question fills all positions.
         """
         questions = options.pop("input_ids", inputs)
         if questions is None:
@@ -175,7 +175,7 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         embeds, attention_mask = self._think(input_ids, attention_mask)
         self.base_causallm.generation_config = self.generation_config
         return self.base_causallm.generate(
-            inputs=questions,  # what is returned, and what stopping rules and penalties see
+            inputs=questions,  # returned in the output, and seen by stopping criteria and penalties
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             generation_config=generation_config,
@@ -183,9 +183,10 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def prompts(self, questions, attention_mask=None):
-        """(B, T) questions to the sequences that answers follow, padded on the left, and their attention mask.
+        """Appends newline, markers and latents to (B, T) questions; returns ids padded on the left, and their mask.
 
-        Without an attention_mask, padding tokens at a question's ends are padding as far as others have none there.
+        The default attention_mask is 0 at padding tokens at both ends of a question, except those that all questions
+        have.
         """
         if attention_mask is None:
             attention_mask = self._guessed_mask(questions)
@@ -204,29 +205,30 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         pad = self.generation_config.pad_token_id
         is_pad = (questions == (-1 if pad is None else pad)).long()  # (B, T)
         left, right = (ids.cumprod(dim=1).sum(dim=1, keepdim=True) for ids in (is_pad, is_pad.flip(1)))  # (B, 1)
-        left, right = left - left.min(), right - right.min()  # a tokenizer may begin or end each text with this token
+        left, right = left - left.min(), right - right.min()  # a tokenizer may begin or end every text with this token
         if (left + right).any():
-            logger.warning_once("generate got padded questions without attention_mask, and takes their ends as padding")
+            logger.warning_once("generate got no attention_mask: it ignores padding tokens at the ends of questions")
         columns = torch.arange(questions.shape[1], device=questions.device)
         return ((columns >= left) & (columns < questions.shape[1] - right)).long()
 
     def _think(self, input_ids, attention_mask):
-        """`embed` of prompts, padded on the left, and their attention mask; a model with a head that stops its thoughts
-        leaves out the latents of a row from where it stops on."""
+        """Returns the embeddings and attention mask of prompts, padded on the left, with their thoughts, without the
+        latents after which the stopping head ended a row."""
         if self.config.stop_threshold is None:
             return self.embed(input_ids, attention_mask), attention_mask
-        left_out = torch.zeros_like(input_ids, dtype=torch.bool)  # (B, T)
-        embeds = self.embed(input_ids, attention_mask, left_out)
-        mask = attention_mask * ~left_out
-        order = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(dim=1).max()) :]  # padding, then the rest
+        dropped = torch.zeros_like(input_ids, dtype=torch.bool)  # (B, T)
+        embeds = self.embed(input_ids, attention_mask, dropped)
+        mask = attention_mask * ~dropped
+        order = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(dim=1).max()) :]  # padding first, then the rest
         return embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1])), mask.gather(1, order)
 
     @torch.no_grad()
-    def embed(self, input_ids, attention_mask=None, left_out=None):
-        """Input embeddings, (B, T, D), of (B, T) ids, with a thought at each latent token, made from the hidden state
-        of the column before it, over a cache: each column is computed once.
+    def embed(self, input_ids, attention_mask=None, dropped=None):
+        """Returns the input embeddings, (B, T, D), of (B, T) ids with a thought at each latent token. A cache makes
+        each column run once.
 
-        left_out: (B, T) bool, false; becomes true at the latents of a row from where the head stops it on.
+        dropped: (B, T) bool, all false; the method sets it at the latents that a row lacks because the stopping head
+            ended its thoughts.
         """
         embeds = self.get_input_embeddings()(input_ids)
         is_latent = input_ids == self._latent  # (B, T)
@@ -250,23 +252,21 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
                 hidden = decoder(
                     inputs_embeds=embeds[:, begin:column], attention_mask=attention_mask[:, :column], **options
                 ).last_hidden_state[:, -1:]  # (B, 1, D)
-            if left_out is not None:
+            if dropped is not None:
                 stops = self.stop_head(hidden)[..., 0].float().sigmoid() > self.config.stop_threshold  # (B, 1)
-                left_out[:, column:] |= stops & is_latent[:, column:]
-                if (left_out | ~is_latent)[:, column:].all():
+                dropped[:, column:] |= stops & is_latent[:, column:]
+                if (dropped | ~is_latent)[:, column:].all():
                     break
             stream = torch.stack(states) if states else None
-            thought = self.thought(
-                Seen(hidden, embeds[:, column : column + 1], stream, prepared, vocabulary)
-            )  # (B, 1, D)
+            seen = Seen(hidden, embeds[:, column : column + 1], stream, prepared, vocabulary)
+            thought = self.thought(seen)[:, 0].to(embeds.dtype)  # (B, D)
             # rows with an ordinary token in this column keep its embedding
-            fed = torch.where(is_latent[:, column, None], thought[:, 0].to(embeds.dtype), embeds[:, column])
-            embeds[:, column] = fed
+            embeds[:, column] = torch.where(is_latent[:, column, None], thought, embeds[:, column])
             begin = column
         return embeds
 
     def _embed_in_parallel(self, embeds, is_latent, columns, attention_mask, positions):
-        """`embed` with all thoughts of a pass made from the hidden states of the pass before."""
+        """`embed` for thoughts in parallel: each pass makes all thoughts from the hidden states of the pass before."""
         decoder, end = self.get_decoder(), columns[-1] + 1
         vocabulary, prepared = Vocabulary(self.base_causallm), self._precompute()
         learned, before = embeds[:, columns], [column - 1 for column in columns]  # (B, K, D)
@@ -292,15 +292,15 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _accepted(module):
-    """The arguments of its forward."""
+    """Returns the parameters of a module's forward."""
     return inspect.signature(type(module).forward).parameters
 
 
 def _positions(attention_mask):
-    """(B, T): the attended columns, counted from 0."""
+    """Returns position ids, (B, T), which count the attended columns from 0."""
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-# save_pretrained then writes auto_map into config.json and copies the code
+# makes save_pretrained write auto_map into config.json and copy the code
 CoconutConfig.register_for_auto_class()
 CoconutForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,5 +1,5 @@
-"""The code of an exported folder: modeling_coconut.py, and thought.py with those definitions of this repository that it
-needs, as they are here. A thought is found by its class, in whatever file it is registered: nothing is written twice.
+"""Writes the code of an exported folder: modeling_coconut.py, and thought.py with copies of the definitions of this
+repository that it needs. Code of a thought is copied from the file that defines its class.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELLING = "modeling_coconut.py"  # transformers' name for a file with a model's class
+MODELLING = "modeling_coconut.py"  # named as transformers names a model's file
 THOUGHT = "thought.py"
 HEAD = '''\
 """The thought `{name}` and what it needs, from the repository that trained the model."""
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 
 def write_code(folder: Path, thought: type) -> None:
-    """Writes both files for a thought's class. Raises UserError where its code cannot be taken out of its file."""
+    """Writes both files for a thought's class. Raises UserError if its code cannot be copied."""
     file = ROOT / "tools" / MODELLING
     text, wanted = file.read_text(encoding="utf-8"), Definitions()
     for statement in ast.parse(text).body:
@@ -34,23 +34,21 @@ def write_code(folder: Path, thought: type) -> None:
     try:
         wanted.add(Path(inspect.getsourcefile(thought)), thought.__name__)
     except (TypeError, OSError, KeyError) as error:
-        raise UserError(
-            f"the thought {thought.__name__} cannot be exported: its source is not found: {error}"
-        ) from None
+        raise UserError(f"the thought {thought.__name__} cannot be exported, it has no source file: {error}") from None
     (folder / MODELLING).write_text(text, encoding="utf-8")
     (folder / THOUGHT).write_text(HEAD.format(name=thought.__name__) + wanted.text(), encoding="utf-8")
 
 
 class Definitions:
-    """Top-level definitions of several files, each after those that it uses, and the imports that they need."""
+    """Top-level definitions from several files, in the order of their dependencies, and their imports."""
 
     def __init__(self):
-        self._imports: dict[str, None] = {}
+        self._imports: set[str] = set()
         self._sources: dict[tuple[Path, str], str] = {}
-        self._files: dict[str, Path] = {}  # of each name
+        self._files: dict[str, Path] = {}  # name -> the file that defines it
 
     def add(self, file: Path, name: str) -> None:
-        """Adds a name of a file, and recursively all that its definition uses."""
+        """Adds a definition and, recursively, the definitions that it uses."""
         if (file, name) in self._sources:
             return
         node = _names(file)[name]
@@ -59,14 +57,14 @@ class Definitions:
             return
         if self._files.setdefault(name, file) != file:
             raise UserError(f"{file} and {self._files[name]} both define {name}, and an export needs both")
-        self._sources[file, name] = ""  # a definition may use itself
+        self._sources[file, name] = ""  # ends the recursion of a definition that uses itself
         for part in ast.walk(node):
             if isinstance(part, (ast.Import, ast.ImportFrom)):
                 raise UserError(f"{file}: {name} cannot be exported: it imports within a function")
             if isinstance(part, ast.Name) and part.id != name and part.id in _names(file):
                 self.add(file, part.id)
         first = min([node.lineno, *(part.lineno for part in getattr(node, "decorator_list", []))])
-        del self._sources[file, name]  # so that it comes after those
+        del self._sources[file, name]  # moves it behind the definitions that it uses
         lines = file.read_text(encoding="utf-8").splitlines()[first - 1 : node.end_lineno]
         self._sources[file, name] = "\n".join(lines)
 
@@ -76,10 +74,10 @@ class Definitions:
         if isinstance(node, ast.ImportFrom) and (source := _file_of(module)) and alias.asname is None:
             self.add(source, alias.name)
         elif _file_of(module) or (ROOT / module.partition(".")[0]).is_dir():
-            raise UserError(f"{file}: {name} cannot be exported: write `from {module} import` and its names")
+            raise UserError(f"{file}: {name} cannot be exported: import names with `from {module} import NAME`")
         else:
             only = ast.Import([alias]) if isinstance(node, ast.Import) else ast.ImportFrom(module, [alias], 0)
-            self._imports[ast.unparse(only)] = None
+            self._imports.add(ast.unparse(only))
 
     def text(self) -> str:
         return "\n".join(sorted(self._imports)) + "\n\n\n" + "\n\n\n".join(self._sources.values()) + "\n"
@@ -87,7 +85,7 @@ class Definitions:
 
 @cache
 def _names(file: Path) -> dict[str, ast.stmt]:
-    """Each name of a file's top level -> the statement that binds it."""
+    """Returns the statement that binds each name at the top level of a file."""
     found: dict[str, ast.stmt] = {}
     for statement in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(statement, (ast.Import, ast.ImportFrom)) and getattr(statement, "module", "") != "__future__":
@@ -106,6 +104,6 @@ def _bound(alias: ast.alias) -> str:
 
 
 def _file_of(module: str | None) -> Path | None:
-    """The file of a module of this repository; None for another package."""
+    """Returns the file of a module of this repository; None for any other module."""
     file = ROOT / f"{(module or '').replace('.', '/')}.py"
     return file if file.is_file() else None

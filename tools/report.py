@@ -1,9 +1,9 @@
-"""Writes a page on runs: losses, accuracy, speed and the keys in which the runs differ, as far as they have got.
+"""Writes a page about runs: losses, accuracy, speed and the keys in which the runs differ.
 
     python -m tools.report checkpoints/breadth/last-0    # writes report.html into the run's folder
-    python -m tools.report checkpoints/gsm-coconut checkpoints/gsm-pause --out pages/gsm.html     # one over the other
+    python -m tools.report checkpoints/gsm-coconut checkpoints/gsm-pause --out pages/gsm.html    # compares two runs
 
-The page is one HTML file that needs nothing else. It can be written while a run goes on.
+The page is one self-contained HTML file. The command also works while a run is training.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from trainer.logger import read_log
 from trainer.run_folder import evaluations_in, read_config
 from utils import UserError, print_error, print_result
 
-POINTS = 500  # of a line over steps
-ROWS = 12  # of the table under it
-SPAN = 100  # largest to smallest loss, from where on the axis is logarithmic
-STEP_COLUMNS = {  # key of a step's record -> name, how it is written; of methods that sample answers
+POINTS = 500  # at most, of a line over steps
+ROWS = 12  # at most, of the table under it
+SPAN = 100  # if the largest loss is more than SPAN times the smallest, the axis is logarithmic
+STEP_COLUMNS = {  # key of a step's record -> name, format; only methods that sample answers record them
     "reward": ("mean reward", "{:.3f}"),
     "reward_std": ("standard deviation of rewards in a group", "{:.3f}"),
     "groups_without_signal": ("share of groups without signal", "{:.3f}"),
@@ -36,32 +36,32 @@ STEP_COLUMNS = {  # key of a step's record -> name, how it is written; of method
     "thought_norm": ("norm of the thoughts", "{:.3g}"),
     "rollout_share": ("rollouts' share of the time", "{:.3f}"),
 }
-EPOCH_COLUMNS = {  # name -> key of an epoch's record, how it is written
+EPOCH_COLUMNS = {  # name -> key of an epoch's record, format
     "training loss": ("train_loss", "{:.4f}"),
     "validation loss": ("loss", "{:.4f}"),
     "accuracy": ("accuracy", "{:.1%}"),
     "CoT match": ("cot_match", "{:.1%}"),
     "tokens": ("generated_tokens", "{:.1f}"),
     "seconds": ("train_seconds", "{:.0f}"),
-    "steps left out": ("skipped", "{}"),
+    "skipped steps": ("skipped", "{}"),
 }
 
-# ---- Reading runs ----
+# --- Reading runs ---
 
 
 @dataclass(frozen=True)
 class Run:
-    """The log and the configuration in a run's folder."""
+    """A run's log, configuration and evaluations."""
 
-    name: str  # in the page
-    steps: dict[int, dict]  # optimizer step, from 1 -> its record
-    epochs: dict[int, dict]  # epoch, from 1 -> its record
-    config: dict  # as in config.yaml; empty without it
-    evaluations: list[tuple[str, dict]]  # (checkpoint, metrics) of each data file
+    name: str
+    steps: dict[int, dict]  # optimizer step, from 1 -> record
+    epochs: dict[int, dict]  # epoch, from 1 -> record
+    config: dict  # of config.yaml; {} without that file
+    evaluations: list[tuple[str, dict]]  # (checkpoint, metrics)
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
-    """Reads the runs in these folders. Raises UserError for another folder and for one given twice."""
+    """Reads runs from their folders. Raises UserError for a folder without a run, and for one given twice."""
     paths = [folder.resolve() for folder in folders]
     for folder, path in zip(folders, paths, strict=True):
         if paths.count(path) > 1:
@@ -77,7 +77,7 @@ def read_run(folder: Path, name: str) -> Run:
     records = read_log(path)
     if not path.is_file():
         raise UserError(f"{folder} is not the folder of a run: it holds no metrics.jsonl")
-    # a restarted run repeats steps and epochs: the last record counts
+    # a restart repeats steps and epochs, and the last record counts
     try:
         steps = {record["step"]: record for record in records if record["event"] == "step"}
         epochs = {record["epoch"] + 1: record for record in records if record["event"] == "epoch"}
@@ -91,12 +91,12 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def values_of(records: dict[int, dict], key: str) -> dict[int, float]:
-    """Step or epoch -> value, for the records that have it."""
+    """Returns the value of a key at each step or epoch whose record has it."""
     return {number: record[key] for number, record in records.items() if key in record}
 
 
 def averaged(values: dict[int, float], width: int) -> dict[int, float]:
-    """Means over intervals of `width` steps: its number -> the mean of its finite values, NaN without any."""
+    """Returns, for each interval of `width` steps, numbered from 0, the mean of its finite values, or NaN."""
     intervals: dict[int, list[float]] = {}
     for step, value in values.items():
         intervals.setdefault((step - 1) // width, [])
@@ -106,7 +106,7 @@ def averaged(values: dict[int, float], width: int) -> dict[int, float]:
 
 
 def stage_starts(records: dict[int, dict]) -> list[tuple[float, str]]:
-    """(where, name) of each stage but the first, among steps or epochs."""
+    """Returns (where it begins, name) of each stage after the first, on an axis of steps or epochs."""
     return [
         (number - 0.5, f"stage {stage_name(record['stage'])}")
         for (_, before), (number, record) in pairwise(records.items())
@@ -114,20 +114,20 @@ def stage_starts(records: dict[int, dict]) -> list[tuple[float, str]]:
     ]
 
 
-# ---- The page ----
+# --- The page ---
 
 
 def report_page(runs: list[Run]) -> str:
-    """The HTML of the page. Raises UserError without matplotlib."""
+    """Returns the page as HTML. Raises UserError without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the figures need matplotlib: pip install -r requirements-dev.txt")
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     sections = [training(runs), validation(runs), *evaluations(runs), configurations(runs)]
-    return page(title, "", sections, [(run.name, in_short(run)) for run in runs])
+    return page(title, "", sections, [(run.name, run_summary(run)) for run in runs])
 
 
-def in_short(run: Run) -> str:
-    """A run's progress, its last accuracy, and the keys that describe it."""
+def run_summary(run: Run) -> str:
+    """Returns a run's progress, its last accuracy, and the keys that describe it."""
     planned = f" of {run.config['num_epochs']}" if "num_epochs" in run.config else ""
     parts = [f"{len(run.epochs)}{planned} epochs, {max(run.steps, default=0):,} steps"]
     if run.epochs:
@@ -138,7 +138,7 @@ def in_short(run: Run) -> str:
 
 
 def training(runs: list[Run]) -> Section:
-    """Loss, speed and what the method measures over steps."""
+    """Returns the figures over steps: loss, speed and the method's own measures."""
     if not any(run.steps for run in runs):
         return Section("Training", "The logs hold no step.")
     texts = []
@@ -155,7 +155,7 @@ def training(runs: list[Run]) -> Section:
 
 
 def over_steps(runs: list[Run], key: str, ylabel: str, form: str) -> Figure:
-    """A line of means for each run; under it a table of means over more steps."""
+    """Draws means over intervals of steps, a line for each run, with a table of means over wider intervals."""
     values = {run.name: values_of(run.steps, key) for run in runs}
     last = max(max(run.steps, default=0) for run in runs)
     width, wide = math.ceil(last / POINTS), math.ceil(last / ROWS)
@@ -169,11 +169,11 @@ def over_steps(runs: list[Run], key: str, ylabel: str, form: str) -> Figure:
         for number, first in enumerate(range(0, last, wide))
     ]
     caption = f"{ylabel} by optimizer step" + (f", means of {width} steps each" if width > 1 else "")
-    return drawn(runs, "steps", series, ylabel, caption, rows)
+    return line_figure(runs, "steps", series, ylabel, caption, rows)
 
 
 def validation(runs: list[Run]) -> Section:
-    """Loss and accuracy over epochs, and a table of all epochs."""
+    """Returns the figures of loss and accuracy over epochs, and a table of epochs for each run."""
     if not any(run.epochs for run in runs):
         return Section("Validation", "No epoch is finished yet.")
     tables = [epoch_table(run) for run in runs if run.epochs]
@@ -181,19 +181,18 @@ def validation(runs: list[Run]) -> Section:
 
 
 def over_epochs(runs: list[Run], name: str) -> Figure:
-    """A line for each run, for one column of the epochs' table."""
+    """Draws one of EPOCH_COLUMNS over epochs, a line for each run."""
     key, form = EPOCH_COLUMNS[name]
     values = {run.name: values_of(run.epochs, key) for run in runs}
     factor, ylabel = (100, f"{name}, %") if form.endswith("%}") else (1, name)
     series = {run: [(epoch, factor * value) for epoch, value in of_run.items()] for run, of_run in values.items()}
     epochs = sorted({epoch for of_run in values.values() for epoch in of_run})
     rows = [[str(epoch), *(cell(form, of_run.get(epoch)) for of_run in values.values())] for epoch in epochs]
-    return drawn(runs, "epochs", series, ylabel, f"{name} after each epoch", rows)
+    return line_figure(runs, "epochs", series, ylabel, f"{name} after each epoch", rows)
 
 
-def drawn(runs: list[Run], over: str, series: dict, ylabel: str, caption: str, rows: list[list[str]]) -> Figure:
-    """Lines, run -> [(x, y)], over steps or epochs, with the stages of the run that has the most of them marked; on a
-    logarithmic axis if losses span more than a factor of SPAN."""
+def line_figure(runs: list[Run], over: str, series: dict, ylabel: str, caption: str, rows: list[list[str]]) -> Figure:
+    """Draws `series`, run -> [(x, y)], over steps or epochs; marks the stages of the run with the most stages."""
     from analysis import figures
 
     xlabel = {"steps": "optimizer step", "epochs": "epoch"}[over]
@@ -209,7 +208,7 @@ def drawn(runs: list[Run], over: str, series: dict, ylabel: str, caption: str, r
 
 
 def epoch_table(run: Run) -> Figure:
-    """All epochs of a run."""
+    """Returns a table of a run's epochs."""
     columns = {name: values_of(run.epochs, key) for name, (key, _) in EPOCH_COLUMNS.items()}
     filled = [name for name, values in columns.items() if values]
     rows = [
@@ -217,12 +216,12 @@ def epoch_table(run: Run) -> Figure:
         + [cell(EPOCH_COLUMNS[name][1], columns[name].get(epoch)) for name in filled]
         for epoch, record in run.epochs.items()
     ]
-    caption = f"{run.name}: tokens are those generated, with thoughts; seconds of training"
+    caption = f"{run.name}: tokens: generated, thoughts included; seconds: of training"
     return Figure("", caption, ["epoch", "stage", *filled], rows)
 
 
 def evaluations(runs: list[Run]) -> list[Section]:
-    """A table of the runs' evaluations, if there are any."""
+    """Returns a section with a table of the runs' evaluations, or none."""
     rows = [
         [run.name, checkpoint, str(one.get("file", "")), str(one["examples"]), f"{one['accuracy']:.1%}"]
         for run in runs
@@ -234,11 +233,11 @@ def evaluations(runs: list[Run]) -> list[Section]:
 
 
 def configurations(runs: list[Run]) -> Section:
-    """A run's configuration, or the keys in which several runs differ."""
+    """Returns a table of a run's configuration, or of the keys in which several runs differ."""
     known = [run for run in runs if run.config]
     text = " ".join(f"{run.name} has no config.yaml." for run in runs if not run.config)
     keys = dict.fromkeys(key for run in known for key in run.config if key != "name")
-    table = [[key, *(spelled(run.config.get(key)) for run in known)] for key in keys]
+    table = [[key, *(as_yaml(run.config.get(key)) for run in known)] for key in keys]
     rows = [row for row in table if len(runs) == 1 or len(set(row[1:])) > 1]
     if len(known) > 1 and not rows:
         text += " All keys but their names are the same."
@@ -247,8 +246,8 @@ def configurations(runs: list[Run]) -> Section:
     return Section("Configurations", text, [figure] if rows else [])
 
 
-def spelled(value) -> str:
-    """A value of a key as YAML reads it."""
+def as_yaml(value) -> str:
+    """Returns a value as a YAML file spells it."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 

@@ -1,4 +1,4 @@
-"""Shows a data file as the model sees it at a stage: sequences token by token, and how long they are.
+"""Shows a data file as the model sees it at a stage: the tokens of its sequences, and their lengths.
 
     python -m tools.show_data data/prosqa_valid.json --model openai-community/gpt2 \\
         --config args/prosqa.yaml --stage 2 row=pause
@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -20,28 +20,28 @@ from preprocessing.examples import load_examples
 from preprocessing.tokens import ANSWER_PREFIX, Tokens, markers_of, tokenize
 from utils import UserError, print_error, print_result
 
-COLOURS = {"given": "0", "latent": "1;35", "supervised": "32"}  # of a terminal
+
+def words(input_ids: list[int], tokenizer) -> str:
+    """Returns the tokens' texts, with bars between them, since a text may begin with a space."""
+    return "|".join(tokenizer.decode([token]) for token in input_ids).replace("\n", "⏎")
 
 
-def show_sequence(
-    input_ids: list[int], labels: list[int], markers: Markers, tokenizer, coloured: bool = False
-) -> list[str]:
-    """Lines of text for a training sequence, one for each run of tokens of one kind: given, latent or supervised."""
+def show_sequence(input_ids: list[int], labels: list[int], markers: Markers, tokenizer) -> list[str]:
+    """Returns a line for each run of tokens of one kind (given, latent or supervised) in a training sequence."""
 
     def kind(pair: tuple[int, int]) -> str:
         return "supervised" if pair[1] != IGNORE else "latent" if pair[0] == markers.latent else "given"
 
     lines = []
     for name, run in groupby(zip(input_ids, labels, strict=True), key=kind):
-        texts = [tokenizer.decode([token]).replace("\n", "⏎") for token, _ in run]
-        # a bar between tokens: their spaces are part of them
-        line = f"{name:>10} {len(texts):>4}  {f'{LATENT} x {len(texts)}' if name == 'latent' else '|'.join(texts)}"
-        lines.append(f"\033[{COLOURS[name]}m{line}\033[0m" if coloured else line)
+        ids = [token for token, _ in run]
+        text = f"{LATENT} x {len(ids)}" if name == "latent" else words(ids, tokenizer)
+        lines.append(f"{name:>10} {len(ids):>4}  {text}")
     return lines
 
 
 def length_table(tokens: Tokens, stage: int, config: Config, markers: Markers) -> list[str]:
-    """Lines of text: token counts of the parts of a file's examples, and of its training sequences at a stage."""
+    """Returns the lines of a table of token counts: of the parts of examples, and of training sequences at a stage."""
     names = ["steps of an example", "tokens of the question", "tokens of all steps", "tokens of the answer"]
     names += [f"sequence at stage {stage}", "  of it supervised"]
     counts = []
@@ -59,13 +59,13 @@ def length_table(tokens: Tokens, stage: int, config: Config, markers: Markers) -
     return lines
 
 
-def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool) -> str:
-    """The output of the command. Raises UserError."""
+def look(path: str, config: Config, stage: int, n_examples: int) -> str:
+    """Returns the output of the command. Raises UserError."""
     if (config.has_latents or config.method == "no_thoughts") and stage > config.last_stage:
         raise UserError(f"there is no stage {stage}: the last one of this configuration is {config.last_stage}")
     files = replace(config, val_path=path, train_path=path, load_model_path=None, only_eval=False)
-    for problem in files.problems():  # files that are missing, and how to make them
-        if problem.startswith(("val_path", "model_id")):
+    for problem in files.problems():
+        if problem.startswith(("val_path", "model_id")):  # a missing file, with the command that makes it
             raise UserError(problem.removeprefix("val_path "))
     examples = load_examples(path)
     from trainer.pretrained import load_tokenizer, mark, parts_of
@@ -81,30 +81,27 @@ def look(path: str, config: Config, stage: int, n_examples: int, coloured: bool)
         tokens.answer_prefix = tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
     dataset = parts_of(config).dataset(tokens, config, markers)
 
-    def words(ids: list[int]) -> str:
-        return "|".join(tokenizer.decode([token]) for token in ids).replace("\n", "⏎")
-
     for number in range(min(n_examples, len(examples))):
         item = dataset[number, stage]
         ids, labels = dataset.sequence(item)
         lines += ["", f"example {number}: {len(ids)} tokens"]
-        lines += show_sequence(ids, labels, markers, tokenizer, coloured)
-        for other in dataset.others(item, words):
+        lines += show_sequence(ids, labels, markers, tokenizer)
+        for other in dataset.others(item, partial(words, tokenizer=tokenizer)):
             if isinstance(other, str):
                 lines.append(other)
             else:
                 title, ids, labels = other
-                lines += [f"  {title}:", *show_sequence(ids, labels, markers, tokenizer, coloured)]
+                lines += [f"  {title}:", *show_sequence(ids, labels, markers, tokenizer)]
     return "\n".join([*lines, "", *length_table(tokens, stage, config, markers)])
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="JSON list of {question, answer, steps}")
-    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="of the configuration, as for run.py")
-    parser.add_argument("--model", metavar="ID", help="whose tokenizer (default: model_id of the configuration)")
-    parser.add_argument("--config", metavar="YAML", help="method and stages (default: Coconut, c_thought 1)")
-    parser.add_argument("--stage", type=int, metavar="S", help="(default: that of the run's first epoch)")
+    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="keys of the configuration, as for run.py")
+    parser.add_argument("--model", metavar="ID", help="model with the tokenizer (default: the key model_id)")
+    parser.add_argument("--config", metavar="YAML", help="sets method and stages (default: Coconut, c_thought 1)")
+    parser.add_argument("--stage", type=int, metavar="S", help="(default: the stage of the run's first epoch)")
     parser.add_argument("--examples", type=int, default=3, metavar="N", help="show the first N (default: %(default)s)")
     options = parser.parse_intermixed_args(arguments)
     if (options.stage or 0) < 0 or options.examples < 0:
@@ -115,8 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = Config.from_file(options.config, options.keys, needs_files=False) if options.config else Config()
         config.model_id = options.model or config.model_id
         stage = stage_of(config, config.resume) if options.stage is None else options.stage
-        coloured = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print_result(look(options.file, config, stage, options.examples, coloured))
+        print_result(look(options.file, config, stage, options.examples))
     except UserError as error:
         return print_error(error)
     return 0

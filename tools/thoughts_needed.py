@@ -1,9 +1,9 @@
-"""How many thoughts questions need: answers after each fixed number of thoughts, with the best number, with a head.
+"""Measures how many thoughts questions need: with fixed numbers, an oracle, and the stopping head's thresholds.
 
     python -m tools.thoughts_needed checkpoints/NAME data/machine/machine_test.json --out thoughts_needed.json
 
-Language is forced after k = 0..K thoughts. The oracle gives each question the fewest thoughts with which it is right. A
-model of method stopping is also evaluated at many thresholds.
+The model answers each question after k = 0..K thoughts. The oracle gives each question the fewest thoughts with which
+its answer is right. Thresholds need a model of method stopping.
 """
 
 from __future__ import annotations
@@ -22,32 +22,23 @@ from trainer.run_folder import check_checkpoint
 from utils import UserError, as_json, print_error, print_result, progress_bar
 
 if TYPE_CHECKING:
-    from coconut import Coconut  # imported when the arguments have been checked: it takes seconds
+    from coconut import Coconut  # takes seconds, so functions import it after the check of the arguments
 
 THRESHOLDS = (0.01, 0.05, *(n / 10 for n in range(1, 10)), 0.95, 0.99)
 HEADER = f"{'':24}{'accuracy':>10}{'95 %':>18}{'thoughts':>10}{'tokens':>8}"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint folder, a run's folder (its newest checkpoint), or a hub id")
-    parser.add_argument("file", help="JSON list of {question, answer, steps}")
-    parser.add_argument("--out", type=Path, default=Path("thoughts_needed.json"), help="(default: %(default)s)")
-    parser.add_argument("--thoughts", type=int, metavar="K", help="the most (default: as in training)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--answer-match", choices=("text", "number"), default="text", help="(default: %(default)s)")
-    parser.add_argument("--questions", type=int, metavar="N", help="the first so many (default: all)")
-    parser.add_argument("--batch", type=int, default=250, metavar="N", help="questions at once (default: %(default)s)")
-    return parser
-
-
 def fewest_right(right: np.ndarray) -> np.ndarray:
-    """(N, K + 1) bool, by question and number of thoughts -> (N,) the fewest with which it is right; K + 1: none."""
+    """Returns the fewest thoughts with which each of N questions is right, (N,); K + 1 if no number is enough.
+
+    right: (N, K + 1) bool, by question and number of thoughts.
+    """
     return np.where(right.any(axis=1), right.argmax(axis=1), right.shape[1])
 
 
 def stops_at(probabilities: np.ndarray, threshold: float) -> np.ndarray:
-    """(N, K + 1) -> (N,) after how many thoughts a threshold stops each question: K at the latest."""
+    """Returns the number of thoughts, at most K, after which each question's probability, (N, K + 1), is above a
+    threshold."""
     above = probabilities > threshold
     above[:, -1] = True
     return above.argmax(axis=1)
@@ -56,8 +47,11 @@ def stops_at(probabilities: np.ndarray, threshold: float) -> np.ndarray:
 def measure(
     model: Coconut, examples: list[dict], most: int | None, max_new_tokens: int, answer_match: str, batch: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """By question and number of thoughts k = 0..K, (N, K + 1) each: whether the answer is right, the new tokens, and of
-    a model with a head the probabilities p_k; else None. Raises UserError for a model without latents."""
+    """Answers all questions after k = 0..K thoughts. Raises UserError for a model without latents.
+
+    Returns, by question and k, (N, K + 1) each: whether the answer is right, the number of new tokens, and the stopping
+    head's probabilities p_k (None without a head).
+    """
     from dataset import collate_prompts
     from trainer.evaluate import generate_tokens, is_right
     from trainer.inference import prompts
@@ -78,8 +72,8 @@ def measure(
         rows = prompts(model, questions, n_thoughts=k)
         for begin in range(0, len(rows), batch):
             part = slice(begin, begin + batch)
-            written = generate_tokens(pretrained, model.config.method, rows[part], max_new_tokens, device)
-            for index, ids in enumerate(written, start=begin):
+            outputs = generate_tokens(pretrained, model.config.method, rows[part], max_new_tokens, device)
+            for index, ids in enumerate(outputs, start=begin):
                 text = model.tokenizer.decode(ids, skip_special_tokens=True)
                 gold = examples[index]["answer"].replace(",", "").strip()
                 right[index, k], tokens[index, k] = is_right(text, gold, answer_match), len(ids)
@@ -91,24 +85,26 @@ def measure(
 
 
 def summarize(right: np.ndarray, tokens: np.ndarray, probabilities: np.ndarray | None) -> dict:
-    """The rows of the table: `fixed`, one for each k; `oracle`, whose thoughts are a mean over the questions that any k
-    answers; `stopping`, one for each threshold."""
+    """Returns the rows of the table: `fixed`, one for each k; `oracle`; and `stopping`, one for each threshold.
+
+    The oracle's thoughts and tokens are means over the questions that some k answers.
+    """
     from trainer.evaluate import wilson
 
-    def row(correct: np.ndarray, thoughts: np.ndarray, written: np.ndarray) -> dict:
+    def row(correct: np.ndarray, thoughts: np.ndarray, new_tokens: np.ndarray) -> dict:
         accuracy = float(correct.mean())
         found = {"accuracy": accuracy, "accuracy_95": wilson(accuracy, len(correct))}
-        return found | {"thoughts": float(thoughts.mean()), "tokens": float(written.mean())}
+        if len(thoughts):
+            found |= {"thoughts": float(thoughts.mean()), "tokens": float(new_tokens.mean())}
+        return found
 
     every, most = np.arange(len(right)), right.shape[1] - 1
-    at = {k: row(right[:, k], np.array(k), tokens[:, k]) for k in range(most + 1)}
     fewest = fewest_right(right)
-    solved = fewest <= most
-    oracle = {"accuracy": float(solved.mean()), "accuracy_95": wilson(float(solved.mean()), len(solved))}
-    if solved.any():
-        oracle |= {"thoughts": float(fewest[solved].mean())}
-        oracle |= {"tokens": float(tokens[every[solved], fewest[solved]].mean())}
-    found = {"fixed": list(at.values()), "oracle": oracle}
+    solved = np.flatnonzero(fewest <= most)
+    found = {
+        "fixed": [row(right[:, k], np.full(len(right), k), tokens[:, k]) for k in range(most + 1)],
+        "oracle": row(fewest <= most, fewest[solved], tokens[solved, fewest[solved]]),
+    }
     if probabilities is not None:
         stops = {threshold: stops_at(probabilities, threshold) for threshold in THRESHOLDS}
         found["stopping"] = [
@@ -130,7 +126,15 @@ def table(found: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a checkpoint folder, a run's folder (its newest checkpoint), or a hub id")
+    parser.add_argument("file", help="JSON list of {question, answer, steps}")
+    parser.add_argument("--out", type=Path, default=Path("thoughts_needed.json"), help="(default: %(default)s)")
+    parser.add_argument("--thoughts", type=int, metavar="K", help="at most K thoughts (default: as in training)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--answer-match", choices=("text", "number"), default="text", help="(default: %(default)s)")
+    parser.add_argument("--questions", type=int, metavar="N", help="use the first N questions (default: all)")
+    parser.add_argument("--batch", type=int, default=250, metavar="N", help="questions at once (default: %(default)s)")
     options = parser.parse_args(arguments)
     questions = 1 if options.questions is None else options.questions
     if min(options.batch, options.max_new_tokens, questions) < 1 or (options.thoughts or 0) < 0:
