@@ -1,10 +1,10 @@
-"""One process, DDP and FSDP on the same batches: losses, final weights and generations beside each other.
+"""Compares one process, DDP and FSDP on the same batches: losses, final weights and generations.
 
     torchrun --nproc_per_node 2 benchmarks/agreement.py
 
-Tiny models of each family train for some steps of two micro-batches a rank. The ranks' rows have different numbers of
-latents in the same step, and their generations end after different numbers of tokens. One process has the micro-batches
-of all ranks. Exits with 1 where a difference is larger than the last column allows.
+Tiny models of each family train for a few steps of two micro-batches per rank. In the same step the ranks have rows
+with different numbers of latents, and they generate different numbers of tokens. The single process trains on the
+micro-batches of all ranks. The exit code is 1 if a difference is larger than the last column allows.
 """
 
 import shutil
@@ -18,12 +18,12 @@ from options import Parser
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_count("--steps", 4, "optimizer steps of each run")
+    parser.add_count("--steps", 4, "optimizer steps per run")
     return parser
 
 
 if __name__ == "__main__":
-    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+    make_parser().parse_args()  # answers --help and reports mistakes before the slow imports
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ LATENTS = ([0, 1, 2], [3, 3, 3], [0, 0, 0], [4, 1, 0])  # of the rows of a micro
 
 
 def write_model(family: str, tied: bool, folder: Path) -> None:
-    """A Hugging Face folder with large random weights: small ones make a nearly linear model, which hides mistakes."""
+    """Writes a Hugging Face model with large random weights: small ones make it nearly linear, which hides errors."""
     model = RandomModel(family, 32, 2, 4, positions=64, tied=tied, mlp=2, kv_heads=2).build(VOCABULARY)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -54,7 +54,7 @@ def write_model(family: str, tied: bool, folder: Path) -> None:
 
 
 def rows(n_latents: list[int], seed: int, markers: Markers) -> list[tuple[list[int], list[int]]]:
-    """One (input_ids, labels) pair for each number of latents."""
+    """Returns an (input_ids, labels) pair per number of latents."""
     random = np.random.default_rng(seed)
     pairs = []
     for index, count in enumerate(n_latents):
@@ -71,11 +71,11 @@ def micro_batch(step: int, number: int, rank: int, markers: Markers) -> dict:
 
 
 def train(config: Config, world: World, n_steps: int, ranks: list[int]) -> tuple[list[float], dict, list]:
-    """(losses of the steps, whole weights on rank 0, generations) of training on the micro-batches of `ranks`."""
+    """Trains on the micro-batches of `ranks`; returns (loss per step, full weights on rank 0, generations)."""
     torch.manual_seed(0)
     model, _, markers = load(config, world, None)
     wrapped = wrap(model, world)
-    # AdamW would amplify rounding where a gradient is nearly 0
+    # not AdamW, which amplifies rounding errors of gradients near 0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     losses = []
     for step in range(n_steps):
@@ -94,7 +94,7 @@ def train(config: Config, world: World, n_steps: int, ranks: list[int]) -> tuple
     gather_weights(model)  # all ranks
     model.eval()
     generations = []
-    for rank in ranks:  # ranks make different numbers of passes
+    for rank in ranks:  # the number of generations depends on the rank
         for number in range(1 + 2 * rank):
             prompts = [ids[: ids.index(markers.end) + 1] for ids, _ in rows(LATENTS[number % 4], rank, markers)]
             batch = to_device(collate_prompts(prompts, markers.eos), world.device)
@@ -105,29 +105,30 @@ def train(config: Config, world: World, n_steps: int, ranks: list[int]) -> tuple
 
 
 def compare(family: str, tied: bool, precision: str, n_steps: int, world: World, folder: Path) -> list | None:
-    """A row of the table, on rank 0."""
+    """Returns a row of the table on rank 0, None on the others."""
     if world.is_main:
         write_model(family, tied, folder)
-    torch.distributed.barrier()  # all ranks: the model is there
+    torch.distributed.barrier()  # all ranks wait for rank 0's model
     base = {"model_id": str(folder), "bf16": precision == "bf16"}
     runs = {s: train(Config(strategy=s, **base), world, n_steps, [world.rank]) for s in ("ddp", "fsdp")}
     losses = torch.tensor([runs[s][0] for s in runs])
     torch.distributed.all_reduce(losses)  # all ranks
-    theirs: list = [None] * world.size
-    torch.distributed.all_gather_object(theirs, (runs["ddp"][2], runs["fsdp"][2]))  # all ranks
+    generations: list = [None] * world.size
+    torch.distributed.all_gather_object(generations, (runs["ddp"][2], runs["fsdp"][2]))  # all ranks
     if not world.is_main:
         return None
     alone = World(0, 0, 1, world.device)
     runs["one"] = train(Config(strategy="ddp", **base), alone, n_steps, list(range(world.size)))
-    of_runs = {"ddp": losses[0] / world.size, "fsdp": losses[1] / world.size, "one": torch.tensor(runs["one"][0])}
+    mean_losses = {"ddp": losses[0] / world.size, "fsdp": losses[1] / world.size, "one": torch.tensor(runs["one"][0])}
 
     def difference(a: str, b: str) -> float:
-        """The largest, of a loss or a weight."""
-        weights, others = runs[a][1], runs[b][1]
-        pairs = [(of_runs[a], of_runs[b]), *((weights[n].float(), others[n].float()) for n in weights.keys() & others)]
-        return max((mine - other).abs().max().item() for mine, other in pairs)
+        """Returns the largest difference of a loss or a weight between two runs."""
+        first, second = runs[a][1], runs[b][1]
+        pairs = [(first[name].float(), second[name].float()) for name in first.keys() & second]
+        return max((x - y).abs().max().item() for x, y in [(mean_losses[a], mean_losses[b]), *pairs])
 
-    same = all(ddp == fsdp for ddp, fsdp in theirs) and [g for ddp, _ in theirs for g in ddp] == runs["one"][2]
+    same = all(ddp == fsdp for ddp, fsdp in generations)
+    same = same and [tokens for ddp, _ in generations for tokens in ddp] == runs["one"][2]
     largest = [difference("ddp", "one"), difference("fsdp", "one"), difference("fsdp", "ddp")]
     return [family, "tied" if tied else "untied", precision, *largest, same, TOLERANCE[precision]]
 
@@ -137,7 +138,7 @@ def main(arguments: list[str]) -> int:
     world = setup_distributed()
     table = []
     folder = [tempfile.mkdtemp() if world.is_main else None]
-    torch.distributed.broadcast_object_list(folder)  # all ranks: rank 0's
+    torch.distributed.broadcast_object_list(folder)  # all ranks get rank 0's
     for family, tied in (("gpt2", True), ("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False)):
         for precision in ("float32", "bf16"):
             where = Path(folder[0], f"{family}-{tied}-{precision}")

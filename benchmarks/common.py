@@ -1,7 +1,7 @@
-"""What the benchmarks share: models and batches of ProsQA's lengths, alternate timing, tables, JSON.
+"""Shared parts of the benchmarks: models, batches with ProsQA's lengths, timing, tables, JSON.
 
-Machines are shared and noisy: the sides of a comparison take turns in one process, and medians are compared. On a CPU,
-seconds of the process's own time (all threads) stand beside the clock's: another job on a core makes the clock lie.
+Machines are shared and noisy: the sides of a comparison run alternately in one process, and their medians are compared.
+CPU seconds (of all threads of the process) are measured too, since other jobs distort wall-clock seconds.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ MARKERS = Markers(GPT2_VOCABULARY, GPT2_VOCABULARY + 2, GPT2_VOCABULARY + 1, GPT
 
 
 def make_model(shape: str, size: str, device: torch.device, thought: str = "last") -> Coconut:
-    """GPT-2, Llama or Qwen2 of a size, with GPT-2's vocabulary and the markers."""
+    """Returns a model of a family's shape and a size, with GPT-2's vocabulary and the markers."""
     layers, width, heads = SIZES[size]
     base = RandomModel(shape, width, layers, heads, tied=True, mlp=4).build(GPT2_VOCABULARY + 3, MARKERS.eos)
     return Coconut(base, MARKERS.latent, MARKERS.start, MARKERS.end, MARKERS.eos, thought).to(device)
 
 
 def as_loaded(whole: Coconut, config: Config, world: World) -> Coconut:
-    """The model as run.py has it, under the strategy of the configuration, had it read this one from a checkpoint."""
+    """Returns the model as run.py would load it from a checkpoint under the configuration's strategy."""
     with mock.patch.object(parallel, "load_model", return_value=Pretrained(whole, None, MARKERS)):
         return parallel.load(config, world, None).model
 
@@ -52,8 +52,8 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 def prosqa_rows(n: int, stage: int, c_thought: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
-    """Training rows of random tokens with the lengths that GPT-2's tokenizer gives ProsQA: questions of 390 to 470
-    tokens, 3 to 5 steps of about 11, answers of 9."""
+    """Returns (input_ids, labels) of n training rows of random tokens, with ProsQA's lengths under GPT-2's tokenizer:
+    questions of 390 to 470 tokens, 3 to 5 steps of about 11, answers of 9."""
     random = np.random.default_rng(seed)
 
     def words(count: int) -> list[int]:
@@ -68,7 +68,8 @@ def prosqa_rows(n: int, stage: int, c_thought: int, seed: int = 0) -> list[tuple
 
 
 def alternate(sides: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Runs the sides in turn, once to warm up and then `repeats` times: medians of clock and CPU seconds of each."""
+    """Runs the sides alternately, once to warm up and then `repeats` times; returns the median wall-clock and CPU
+    seconds of each side."""
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for number in range(repeats + 1):
         for name, side in sides.items():
@@ -88,7 +89,7 @@ def alternate(sides: dict[str, Callable[[], None]], repeats: int, device: torch.
 
 
 def machine(device: torch.device) -> dict:
-    """What the numbers were taken on."""
+    """Returns a description of the machine."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
@@ -98,16 +99,16 @@ def machine(device: torch.device) -> dict:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB that this process has come to need: of the GPU's memory where there is one, else of the machine's."""
+    """Returns the peak memory of this process in GiB: on the GPU, or in main memory without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # getrusage would not do: its peak is inherited from the process that started this one
+    # not getrusage, whose peak includes the parent process before exec
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
 
 
 def print_table(header: list[str], rows: list[list]) -> None:
-    """Right-aligned columns; numbers with three digits."""
+    """Prints right-aligned columns; floats have three decimals."""
     cells = [header] + [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     for row in cells:
@@ -115,14 +116,14 @@ def print_table(header: list[str], rows: list[list]) -> None:
 
 
 def write_json(options: argparse.Namespace, where: dict, results, hidden: tuple[str, ...] = ()) -> None:
-    """The file of --json, where there is one: the options but for hidden ones, the machine, and the results."""
+    """Writes the file of --json, if given: the options except the hidden ones, the machine, the results."""
     if options.json is None:
         return
     chosen = {name: value for name, value in vars(options).items() if name not in ("json", *hidden)}
     content = {"options": chosen, "machine": where, "results": results}
     try:
         write_whole(options.json, as_json(content))
-    except UserError as error:  # the table is on the screen already
+    except UserError as error:  # the table has been printed already
         sys.exit(print_error(error))
 
 

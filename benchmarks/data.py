@@ -1,9 +1,9 @@
-"""Costs of the data: tokenizing, a second start, the first batch of an epoch, memory, padding, waiting for the loader.
+"""Measures the data's costs: tokenizing, cached start, an epoch's first batch, memory, padding, waiting for a batch.
 
     python benchmarks/data.py                       # generated ProsQA, and 385,620 generated rows of GSM8K's lengths
-    python benchmarks/data.py --quick               # a tenth of it
+    python benchmarks/data.py --quick               # with a tenth of the examples
 
-The tokenizer is a byte-level BPE trained on the data, or that of --model.
+The tokenizer is --model's, or a byte-level BPE trained on the data.
 """
 
 import argparse
@@ -14,15 +14,15 @@ from options import Parser
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, "json", repeats=3)
-    parser.add_argument("--model", help="whose tokenizer (default: one trained on the data)")
+    parser.add_argument("--model", help="model whose tokenizer is used (default: one trained on the data)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the examples")
-    parser.add_count("--steps", 20, "training steps of each order")
+    parser.add_count("--steps", 20, "training steps per order of the examples")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)  # data file, tokenizer, cache
     return parser
 
 
 if __name__ == "__main__":
-    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+    make_parser().parse_args()  # answers --help and reports mistakes before the slow imports
 
 import gc
 import json
@@ -48,11 +48,11 @@ from preprocessing.tokens import Tokens, cache_tokens, tokenize
 from trainer.data import sequence_lengths
 
 GSM8K_EXAMPLES, PROSQA_EXAMPLES = 385_620, 17_886  # of the training sets
-STAGE = 3  # of batches
+STAGE = 3  # of padding and training steps
 
 
 def gsm_like(n: int, seed: int = 0) -> list[dict]:
-    """Examples of about GSM8K's lengths: questions of 45 words, 1 to 6 steps."""
+    """Returns examples of about GSM8K's lengths: questions of 45 words on average, 1 to 6 steps."""
     random = np.random.default_rng(seed)
     words = ["".join(random.choice(list("abcdefghijklmnopqrstuvwxyz"), size)) for size in random.integers(2, 9, 4000)]
     examples = []
@@ -65,7 +65,7 @@ def gsm_like(n: int, seed: int = 0) -> list[dict]:
 
 
 def make_tokenizer(path: Path, folder: Path) -> Path:
-    """A folder with a byte-level BPE of the file's texts."""
+    """Writes a byte-level BPE trained on the file's texts to the folder, and returns the folder."""
     bpe = ByteLevelBPETokenizer()
     texts = (text for e in load_examples(path, 5000) for text in (e["question"], *e["steps"]))
     bpe.train_from_iterator(texts, vocab_size=8000, special_tokens=["<|endoftext|>"], show_progress=False)
@@ -74,30 +74,30 @@ def make_tokenizer(path: Path, folder: Path) -> Path:
 
 
 def tokenizing(path: Path, tokenizer, cache: Path, repeats: int) -> dict:
-    """Seconds to tokenize a file beside the tokenizer's own for the same texts in one batch, and to start again."""
+    """Returns the seconds to tokenize a file, with `tokenize` and in one call of the tokenizer, and to start again."""
     examples = load_examples(path)
     texts = [t for e in examples for t in (e["question"] + "\n", *(s + "\n" for s in e["steps"]), "### " + e["answer"])]
-    sides = {"theirs": lambda: tokenizer(texts), "ours": lambda: tokenize(examples, tokenizer)}
-    theirs, ours = (taken["seconds"] for taken in alternate(sides, repeats, torch.device("cpu")).values())
+    sides = {"tokenizer": lambda: tokenizer(texts), "tokenize": lambda: tokenize(examples, tokenizer)}
+    one_call, own = (medians["seconds"] for medians in alternate(sides, repeats, torch.device("cpu")).values())
     cache_tokens(str(path), tokenizer, cache, show_progress=False)
     begin = time.perf_counter()
     Tokens.open(cache_tokens(str(path), tokenizer, cache, show_progress=False))
     again = time.perf_counter() - begin
-    seconds = {"the tokenizer's own batch, s": theirs, "tokenize(), s": ours, "  ratio": ours / theirs}
+    seconds = {"one call of the tokenizer, s": one_call, "tokenize(), s": own, "  ratio": own / one_call}
     return {"examples": len(examples), **seconds, "second start, s": again}
 
 
 def batches(tokens: Tokens, config: Config, stage: int, order: np.ndarray) -> AbstractContextManager:
-    """A rank's batches of an epoch, as run.py has them."""
+    """Returns the context manager of an epoch's batches, as run.py uses it, for a single rank."""
     plan = EpochPlan(order, config, 0, 1)
     return batches_of(StageDataset(tokens, config, MARKERS, epoch=0), plan, [stage] * len(plan))
 
 
 def first_batch(cache: Path) -> float:
-    """Seconds from open tokens to an epoch's first batch, the longest of some stages."""
+    """Returns the seconds from open tokens to an epoch's first batch, the maximum over some stages."""
     tokens, config, seconds = Tokens.open(cache), Config(uniform_prob=0.3), []
     for stage in (0, 3, 7):
-        gc.collect()  # a full collection, by chance in here, would take longer than the batch
+        gc.collect()  # now: a full collection within the measurement would take longer than the batch
         begin = time.perf_counter()
         with batches(tokens, config, stage, example_order(len(tokens), config, 0)) as loader:
             next(loader)
@@ -106,7 +106,7 @@ def first_batch(cache: Path) -> float:
 
 
 def print_memory(path: str, tokenizer: str, cache: str) -> None:
-    """MiB of this process: before it has the tokens of a file, with them, and at most."""
+    """Prints the MiB of this process before it has the tokens of a file, with them, and at the peak."""
 
     def resident(name: str) -> float:
         return int(re.search(name + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
@@ -119,38 +119,39 @@ def print_memory(path: str, tokenizer: str, cache: str) -> None:
     plan = EpochPlan(order, Config(), 0, 1)
     for index in order[:5000]:
         tokens[index]
-    print(json.dumps([before, resident("VmRSS"), resident("VmHWM"), len(plan)]))
+    print(json.dumps([before, resident("VmRSS"), resident("VmHWM"), len(plan)]))  # len(plan) keeps the plan in memory
 
 
 def memory(*files: Path) -> dict[str, float]:
-    """MiB in processes of their own: above an interpreter with torch and a tokenizer, that of the rank that tokenizes
-    and that of one that finds the tokens; and at most while tokenizing, all in all."""
+    """Returns MiB, measured in separate processes: the peak of the rank that tokenizes; then what the tokens add to a
+    process with torch and a tokenizer, on that rank and on one that finds them cached."""
     command = [sys.executable, __file__, "--memory-of", *map(str, files)]
     runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2)]
     (before, after, peak, _), (other_before, other_after, *_) = map(json.loads, runs)
     return {
-        "tokenizing: most MiB, all in all": peak,
-        "afterwards: MiB more, the rank that tokenized": after - before,
+        "tokenizing: peak of the process, MiB": peak,
+        "tokens in memory: MiB, the rank that tokenized": after - before,
         "  another rank": other_after - other_before,
     }
 
 
 def padding(tokens: Tokens, grouped: bool) -> float:
-    """Share of padding in the passes of an epoch, 32 rows each."""
+    """Returns the share of padding in an epoch's micro-batches of 32 rows."""
     config = Config(batch_size_training=32, global_batch_size=128)
     lengths = sequence_lengths(tokens, config, STAGE)
     order = example_order(len(tokens), config, 0, lengths if grouped else None)
-    passes = [lengths[m.indices] for step in EpochPlan(order, config, 0, 1) for m in step.micro_batches]
-    return 1 - sum(p.sum() for p in passes) / sum(p.max() * len(p) for p in passes)
+    plan = EpochPlan(order, config, 0, 1)
+    micro_batches = [lengths[one.indices] for step in plan for one in step.micro_batches]
+    return 1 - sum(one.sum() for one in micro_batches) / sum(one.max() * len(one) for one in micro_batches)
 
 
 def steps_per_order(tokens: Tokens, n_steps: int, device: torch.device) -> dict:
-    """Seconds of a step of a tiny model, random order and grouped by length, alternately; and the share of it spent
-    waiting for a batch."""
+    """Returns the seconds of a tiny model's step in random order and grouped by length, measured alternately, and the
+    share of a step spent waiting for a batch."""
     config = Config(batch_size_training=16, gradient_accumulation_steps=1)
     model = make_model("gpt2", "tiny", device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    taken: list[list[tuple[float, float]]] = []  # of each step and order: until the batch was there, in all
+    taken: list[list[tuple[float, float]]] = []  # per step and order: (seconds until the batch, seconds of the step)
     with ExitStack() as stack:
         loaders = [
             stack.enter_context(batches(tokens, config, STAGE, example_order(len(tokens), config, 0, lengths)))
@@ -169,14 +170,14 @@ def steps_per_order(tokens: Tokens, n_steps: int, device: torch.device) -> dict:
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 taken[-1].append((waited, time.perf_counter() - begin))
-    random, grouped = (mean(seconds for _, seconds in of) for of in zip(*taken[1:], strict=True))  # the first warms up
+    random, grouped = (mean(seconds for _, seconds in of) for of in zip(*taken[1:], strict=True))  # [0] warms up
     waits = sum(waited for step in taken[1:] for waited, _ in step)
     seconds = {"step, random order, s": random, "step, group_by_length, s": grouped, "  step ratio": grouped / random}
     return {**seconds, "share of a step waiting for the loader": waits / n_steps / (random + grouped)}
 
 
 def write_files(folder: Path, share: float) -> dict[str, Path]:
-    """Name -> data file, of that share of the examples."""
+    """Writes the data files with a share of the examples; returns name -> file."""
     files = {"ProsQA": folder / "prosqa.json", "GSM8K-like": folder / "gsm.json"}
     splits = prosqa.make_splits({"train": int(PROSQA_EXAMPLES * share)}, prosqa.Settings(), 0)
     files["ProsQA"].write_text(json.dumps(splits["train"]))
@@ -185,11 +186,11 @@ def write_files(folder: Path, share: float) -> dict[str, Path]:
 
 
 def measure(path: Path, options: argparse.Namespace, repeats: int, device: torch.device) -> dict:
-    """All that is measured on one data file: what it is -> the number."""
+    """Returns all measurements of one data file, description -> number."""
     folder = path.parent
-    where = options.model or make_tokenizer(path, folder / f"{path.stem}_tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(where)
-    found = memory(path, where, folder / "one") | tokenizing(path, tokenizer, folder / "cache", repeats)
+    source = options.model or make_tokenizer(path, folder / f"{path.stem}_tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    found = memory(path, source, folder / "one") | tokenizing(path, tokenizer, folder / "cache", repeats)
     cache = cache_tokens(str(path), tokenizer, folder / "cache", show_progress=False)
     tokens = Tokens.open(cache)
     found["first batch, s"] = first_batch(cache)
@@ -204,8 +205,8 @@ def main(arguments: list[str]) -> int:
         return 0
     where = machine(device := pick_device())
     print(where, flush=True)
-    with tempfile.TemporaryDirectory() as place:
-        files = write_files(Path(place), 0.1 if options.quick else 1.0)
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_files(Path(folder), 0.1 if options.quick else 1.0)
         results = {
             name: measure(path, options, options.repeats if name == "ProsQA" else 1, device)
             for name, path in files.items()

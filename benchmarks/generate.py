@@ -1,11 +1,11 @@
-"""Evaluation by generation, against Hugging Face's own batched, cached generate without latents.
+"""Compares generation of Coconut with Hugging Face's own batched, cached generate without latents.
 
     python benchmarks/generate.py                   # tiny model, batches of 1, 8, 32, 128
     torchrun --nproc_per_node 2 benchmarks/generate.py --strategy fsdp
 
-Both sides start from the same prompts of ProsQA's lengths, sorted by length, and generate as many new tokens; neither
-stops at EOS. Examples a second of a rank, medians of alternate runs. Under torchrun every rank has as many prompts, and
-Hugging Face's side a whole model on each.
+Both sides start from the same prompts with ProsQA's lengths, sorted by length, generate the same number of tokens, and
+ignore EOS. The table has examples per second and rank, medians of alternate runs. Under torchrun each rank generates
+from all prompts, and Hugging Face's side has a full model on each.
 """
 
 import argparse
@@ -17,15 +17,15 @@ from options import Parser
 def make_parser() -> Parser:
     parser = Parser(__doc__, "model", "threads", "json", repeats=3)
     parser.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp", help="(default: %(default)s)")
-    parser.add_count("--examples", 128, "prompts of each side")
-    parser.add_count("--batches", [1, 8, 32, 128], "prompts at once")
+    parser.add_count("--examples", 128, "prompts per side")
+    parser.add_count("--batches", [1, 8, 32, 128], "prompts per batch")
     parser.add_count("--new-tokens", 64, "tokens to generate")
-    parser.add_count("--stage", 6, "latents of a prompt", at_least=0)
+    parser.add_count("--stage", 6, "latents per prompt", at_least=0)
     return parser
 
 
 if __name__ == "__main__":
-    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+    make_parser().parse_args()  # answers --help and reports mistakes before the slow imports
 
 from collections.abc import Callable
 from functools import partial
@@ -43,46 +43,43 @@ from trainer.distributed import World, cleanup_distributed, exit_process, setup_
 
 
 def make_prompts(n: int, stage: int) -> list[list[int]]:
-    """The part before the supervised tokens of ProsQA-like rows, shortest first."""
+    """Returns the unsupervised beginnings of n rows with ProsQA's lengths, shortest first."""
     rows = prosqa_rows(n, stage, c_thought=1)
     return sorted(([token for token, label in zip(*row, strict=True) if label == IGNORE] for row in rows), key=len)
 
 
 def make_models(options: argparse.Namespace, world: World) -> tuple[Coconut, Coconut]:
-    """(Hugging Face's side, ours): the same weights, ours under --strategy."""
-    theirs = make_model(options.shape, options.size, world.device).eval()
-    with torch.no_grad():  # no row generates EOS: its logit is 0
-        theirs.base_causallm.get_output_embeddings().weight[MARKERS.end] = 0
-    ours = theirs
+    """Returns two models with the same weights: a full one for Hugging Face's side, one under --strategy for ours."""
+    full = make_model(options.shape, options.size, world.device).eval()
+    with torch.no_grad():  # no row generates the token that stands for EOS here: its logit is 0
+        full.base_causallm.get_output_embeddings().weight[MARKERS.end] = 0
+    model = full
     if options.strategy == "fsdp":
-        whole = make_model(options.shape, options.size, torch.device("cpu"))
-        whole.load_state_dict(theirs.state_dict())
-        ours = as_loaded(whole, Config(strategy="fsdp"), world).eval()
-        parallel.gather_weights(ours)  # all ranks
-    ours.eos_token_id = MARKERS.end
-    return theirs, ours
+        model = make_model(options.shape, options.size, torch.device("cpu"))
+        model.load_state_dict(full.state_dict())
+        model = as_loaded(model, Config(strategy="fsdp"), world).eval()
+        parallel.gather_weights(model)  # all ranks
+    model.eos_token_id = MARKERS.end
+    return full, model
 
 
-Side = Callable[[int], None]  # generates from all prompts, in batches of a size
-
-
-def make_sides(theirs: Coconut, ours: Coconut, prompts: list[list[int]], n_new: int) -> dict[str, Side]:
-    """The sides, which generate n_new tokens after each prompt."""
+def make_sides(full: Coconut, model: Coconut, prompts: list[list[int]], n_new: int) -> dict[str, Callable[[int], None]]:
+    """Returns the sides: functions that generate n_new tokens from all prompts, in batches of the given size."""
 
     def hugging_face(batch: dict) -> torch.Tensor:
         width = batch["input_ids"].shape[1]
         del batch["position_ids"]
         eos = {"pad_token_id": MARKERS.eos, "eos_token_id": MARKERS.eos}
         limits = {"max_new_tokens": n_new, "min_new_tokens": n_new}
-        return theirs.base_causallm.generate(**batch, **limits, **eos, do_sample=False)[:, width:]
+        return full.base_causallm.generate(**batch, **limits, **eos, do_sample=False)[:, width:]
 
     def coconut(batch: dict) -> torch.Tensor:
-        return ours.generate(**batch, max_new_tokens=n_new)
+        return model.generate(**batch, max_new_tokens=n_new)
 
     def run(generate: Callable[[dict], torch.Tensor], size: int) -> None:
         for begin in range(0, len(prompts), size):
             batch = collate_prompts(prompts[begin : begin + size], MARKERS.eos)
-            new = generate(to_device(batch, theirs.base_causallm.device))
+            new = generate(to_device(batch, full.base_causallm.device))
             if new.shape[1] != n_new:
                 raise RuntimeError(f"a side stopped after {new.shape[1]} tokens")
 
@@ -90,12 +87,12 @@ def make_sides(theirs: Coconut, ours: Coconut, prompts: list[list[int]], n_new: 
 
 
 def make_rows(results: list[dict]) -> list[list]:
-    """The table: a row for each size of batch."""
+    """Returns the rows of the table, one per batch size."""
     rows = []
-    for theirs, ours in zip(results[::2], results[1::2], strict=True):
-        ratio = ours["examples_per_second"] / theirs["examples_per_second"]
-        cpu_ratio = theirs["cpu_seconds"] / ours["cpu_seconds"]
-        rows.append([ours["batch"], theirs["examples_per_second"], ours["examples_per_second"], ratio, cpu_ratio])
+    for hugging_face, coconut in zip(results[::2], results[1::2], strict=True):
+        speeds = [side["examples_per_second"] for side in (hugging_face, coconut)]
+        cpu_ratio = hugging_face["cpu_seconds"] / coconut["cpu_seconds"]
+        rows.append([coconut["batch"], *speeds, speeds[1] / speeds[0], cpu_ratio])
     return rows
 
 

@@ -1,23 +1,23 @@
-"""Fifteen minutes on one GPU: pieces of at most two minutes, the most telling first, each with files of its own.
+"""Runs all GPU measurements in fifteen minutes: pieces of at most two minutes, in order of importance.
 
     python benchmarks/gpu.py                        # all pieces, to results/gpu
-    python benchmarks/gpu.py --budget 600           # in ten minutes; the piece that they end in is stopped
-    python benchmarks/gpu.py --skip-done            # goes on: without the pieces that have ended
+    python benchmarks/gpu.py --budget 600           # stop after ten minutes
+    python benchmarks/gpu.py --skip-done            # continue with the pieces that have not ended
     python benchmarks/gpu.py --only step_32 train   # some pieces
-    python benchmarks/gpu.py --tiny                 # a rehearsal with tiny sizes on any machine; no limit to a piece
+    python benchmarks/gpu.py --tiny                 # a rehearsal with tiny sizes on any machine, without a time limit
 
-What a piece prints stands in OUT/PIECE.part at once; the file becomes OUT/PIECE.txt when the piece has ended well.
-Numbers go to OUT/PIECE.json. A piece that is stopped keeps its .part; train and table1_mini go on where they were.
+A piece prints to OUT/PIECE.part, which becomes OUT/PIECE.txt when the piece succeeds. Numbers go to OUT/PIECE.json. A
+stopped piece keeps its .part; train and table1_mini resume when started again.
 
-tests        the tests that need a GPU: a step waits for nothing, attention is never the slow path
-step_*       a step beside plain fine-tuning: batch, float32 or bfloat16, eager or compiled
-launches     kernels of a latent pass, and the model of a step's time beside what step_32 measured
-train        100 steps of each stage of ProsQA's set-up, GPT-2's size from scratch: hours for its 50 epochs
-generate     evaluation beside Hugging Face's generate
-table1_mini  20 seeds of Coconut and its controls, side by side
+tests        the tests that need a GPU: a step does not synchronise, attention never takes its slow path
+step_*       a step compared with plain fine-tuning: batch size, float32 or bfloat16, eager or compiled
+launches     kernels of a latent pass; the modelled and the measured time (step_32) of a step
+train        100 steps of each stage of the ProsQA run, GPT-2's size from scratch: estimates the hours of its 50 epochs
+generate     evaluation compared with Hugging Face's generate
+table1_mini  20 seeds of Coconut and its controls in parallel
 
-Needs torch for CUDA and the packages of requirements.txt, for `tests` pytest and hypothesis, for compiled steps triton.
-Nothing is downloaded: weights are random, and the data are generated in OUT/work.
+Requires torch with CUDA and requirements.txt; `tests` pytest and hypothesis; compiled steps triton. Nothing is
+downloaded: weights are random, and the data are generated in OUT/work.
 """
 
 import argparse
@@ -33,22 +33,22 @@ from typing import NamedTuple
 from options import ROOT, positive
 
 EXAMPLES = 17_886  # of ProsQA's training set
-EPOCHS = [5, 5, 5, 5, 5, 5, 20]  # of each stage of its 50
+EPOCHS = [5, 5, 5, 5, 5, 5, 20]  # of each stage: 50 in all
 
 
 class Piece(NamedTuple):
     name: str
-    seconds: int  # at most
-    commands: list[list]  # each after the interpreter
+    seconds: int  # limit
+    commands: list[list]  # arguments of the Python interpreter
 
 
 def make_pieces(out: Path, tiny: bool) -> list[Piece]:
-    """The pieces in order."""
+    """Returns the pieces in their order."""
     size = ["--size", "tiny", "--repeats", 1] if tiny else ["--size", "small", "--repeats", 10]
     work = out / "work"
 
     def step(name: str, batch: int, *options) -> Piece:
-        stages = [0, 1] if tiny else [0, 3, 6]
+        stages = [1] if tiny else [0, 3, 6]
         command = ["benchmarks/step.py", *size, "--batch", 2 if tiny else batch, "--stages", *stages, *options]
         command += ["--sides", "coconut", "--no-memory", "--sync-debug", "--json", out / f"{name}.json"]
         return Piece(name, 120, [command])
@@ -74,7 +74,7 @@ def make_pieces(out: Path, tiny: bool) -> list[Piece]:
     grid += ["--only", "coconut", "pause_as_thought", "no_thought", "--jobs", 2 if tiny else 20]
     grid += ["--seeds", *range(1 if tiny else 20), "--set", f"save_path={work / 'grid'}"]
     if tiny:
-        launches += ["--shapes", "gpt2", "--stages", 0, 1, "--batch", 2]
+        launches += ["--shapes", "gpt2"]
         generate += ["--examples", 2, "--batches", 2, "--new-tokens", 2]
         grid += ["max_train_examples=64", "max_eval_examples=4"]
     return [
@@ -95,15 +95,15 @@ def make_pieces(out: Path, tiny: bool) -> list[Piece]:
 
 
 def run(piece: Piece, out: Path, seconds: float) -> str:
-    """Runs a piece for so many seconds at most; returns how it ended."""
+    """Runs a piece for at most the given seconds; returns how it ended."""
     end, part = time.monotonic() + seconds, out / f"{piece.name}.part"
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     with part.open("w", encoding="utf-8") as log:
         for command in piece.commands:
-            started = [sys.executable, *map(str, command)]
-            # a session of its own, so that a signal reaches what the command has started
+            arguments = [sys.executable, *map(str, command)]
+            # a session of its own, so that a signal reaches the command's children too
             process = subprocess.Popen(
-                started, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                arguments, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
                 code = process.wait(max(end - time.monotonic(), 0))
@@ -122,7 +122,7 @@ def run(piece: Piece, out: Path, seconds: float) -> str:
 
 
 def hours(metrics: Path) -> str:
-    """What the epochs of a run with an epoch a stage say of ProsQA's 50 epochs."""
+    """Returns the hours of ProsQA's 50 epochs, estimated from the log of a run with one epoch per stage."""
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     epochs = [record for record in records if record["event"] == "epoch"]
     if not epochs:
@@ -132,7 +132,7 @@ def hours(metrics: Path) -> str:
     n_examples = 128 * max(record["step"] for record in steps.values()) / len(ended)
     lines, total = [], 0.0
     for stage, n_epochs in enumerate(EPOCHS):
-        epoch = min(epochs, key=lambda record: abs(record["stage"] - stage))  # the nearest that has ended
+        epoch = min(epochs, key=lambda record: abs(record["stage"] - stage))  # the nearest finished stage
         seconds = epoch["train_seconds"] * EXAMPLES / n_examples + epoch["seconds"]
         total += n_epochs * seconds
         speed = {name: steps[epoch["stage"]].get(name) for name in ("tokens_per_second", "mfu")}
@@ -143,10 +143,10 @@ def hours(metrics: Path) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu", help="folder (default: results/gpu)")
-    parser.add_argument("--budget", type=positive, default=900, help="seconds of all pieces (default: %(default)s)")
-    parser.add_argument("--skip-done", action="store_true", help="leave out the pieces whose .txt is there")
-    parser.add_argument("--only", nargs="+", metavar="PIECE", help="some pieces")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, and no GPU is needed")
+    parser.add_argument("--budget", type=positive, default=900, help="seconds for all pieces (default: %(default)s)")
+    parser.add_argument("--skip-done", action="store_true", help="skip the pieces that have a .txt")
+    parser.add_argument("--only", nargs="+", metavar="PIECE", help="run only these pieces")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes; needs no GPU")
     parser.add_argument("--hours", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.hours:

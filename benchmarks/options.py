@@ -1,4 +1,4 @@
-"""What the benchmarks' command lines share. Without torch: --help and mistakes are answered before it is imported."""
+"""The command-line options that benchmarks share. Imports no torch, so that --help and errors come at once."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ SIZES = {"tiny": (2, 256, 4), "small": (12, 768, 12)}  # layers, width, heads; s
 
 
 def positive(text: str) -> int:
-    """The type of an option that counts something."""
+    """Returns an option's text as an integer of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
@@ -20,7 +20,7 @@ def positive(text: str) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with the options that several benchmarks have: Parser(__doc__, "json", repeats=3)."""
+    """A parser with shared options, chosen by name: Parser(__doc__, "json", repeats=3)."""
 
     def __init__(self, description: str, *shared: str, repeats: int | None = None):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--shape", choices=SHAPES, default="gpt2", help="(default: %(default)s)")
             self.add_argument("--size", choices=list(SIZES), default="tiny", help="(default: %(default)s)")
         if repeats:
-            self.add_count("--repeats", repeats, "measured runs a side")
+            self.add_count("--repeats", repeats, "measured runs per side")
         if "threads" in shared:
             self.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
         if "bf16" in shared:

@@ -1,10 +1,10 @@
-"""From one rank to several: tokens a second, and the bytes that a rank sends for a step against the least possible.
+"""Measures scaling over ranks: tokens per second, and bytes sent per step, compared with the minimum.
 
     python benchmarks/scaling.py                    # 1 and 2 ranks, DDP and FSDP, tiny model, a thread each
 
-Every rank has as many rows, whatever their number. A ring sends 2 (n - 1) / n of the averaged bytes over n ranks (half
-to reduce, half to gather), the least for data parallelism: DDP sends that, and so does FSDP, which gathers the weights
-where DDP gathers the gradients. `exposed` is the share of a step that communication adds.
+The number of rows per rank is constant. The minimum of data parallelism on n ranks is a ring all-reduce, which sends
+2 (n - 1) / n of the gradients' bytes per rank, half to reduce and half to gather: DDP sends that, and so does FSDP,
+which gathers weights instead of gradients. `exposed` is the share of a step that communication adds.
 """
 
 import argparse
@@ -18,17 +18,17 @@ STRATEGIES = ("ddp", "fsdp")
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, "model", "bf16", "json", repeats=5)
-    parser.add_count("--batch", 8, "rows of a rank")
+    parser.add_count("--batch", 8, "rows per rank")
     parser.add_count("--stage", 3, "latents", at_least=0)
     parser.add_count("--ranks", [1, 2], "ranks of the runs")
-    parser.add_count("--accumulation", 4, "micro-batches of the second count")
+    parser.add_count("--accumulation", 4, "micro-batches of the step whose bytes are counted second")
     parser.add_argument("--strategy", choices=STRATEGIES, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
     return parser
 
 
 if __name__ == "__main__":
-    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+    make_parser().parse_args()  # answers --help and reports mistakes before the slow imports
 
 import json
 import os
@@ -50,7 +50,7 @@ from trainer.distributed import World, cleanup_distributed, exit_process, setup_
 
 
 class Sent:
-    """Counts the bytes that go into collectives."""
+    """Counts the bytes that collectives transfer."""
 
     def __init__(self):
         self.bytes = {"all-reduce": 0, "all-gather": 0, "reduce-scatter": 0}
@@ -59,7 +59,9 @@ class Sent:
 
             def counting(*tensors, name=name, original=original, **keys):
                 given = [value for value in (*tensors, *keys.values()) if isinstance(value, torch.Tensor)]
-                self.bytes[name] += max(tensor.numel() * tensor.element_size() for tensor in given)  # the whole
+                self.bytes[name] += max(
+                    tensor.numel() * tensor.element_size() for tensor in given
+                )  # the unsharded tensor
                 return original(*tensors, **keys)
 
             setattr(dist, function, counting)
@@ -73,21 +75,21 @@ class Sent:
 
             wrapped.register_comm_hook(None, hook)
 
-    def by_a_ring(self, n_ranks: int) -> float:
-        """Bytes that each rank has sent."""
+    def per_rank(self, n_ranks: int) -> float:
+        """Returns the bytes that each rank sends in ring collectives."""
         share = (n_ranks - 1) / n_ranks
         return share * (2 * self.bytes["all-reduce"] + self.bytes["all-gather"] + self.bytes["reduce-scatter"])
 
 
 def make_step(wrapped: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict, world: World, bf16: bool):
-    """step(n_passes, syncs=True): a step of so many passes over the batch; returns its seconds. Without `syncs` the
-    ranks neither exchange gradients nor change the weights."""
+    """Returns step(n_micro_batches, syncs=True): it trains on the batch n_micro_batches times in one step and returns
+    the seconds. Without `syncs` the ranks neither exchange gradients nor change the weights."""
 
-    def step(n_passes: int, syncs: bool = True) -> float:
-        dist.barrier()  # all ranks begin together
+    def step(n_micro_batches: int, syncs: bool = True) -> float:
+        dist.barrier()  # all ranks start together
         begin = time.perf_counter()
-        for number in range(n_passes):
-            with parallel.sync_gradients(wrapped, now=syncs and number + 1 == n_passes):
+        for number in range(n_micro_batches):
+            with parallel.sync_gradients(wrapped, now=syncs and number + 1 == n_micro_batches):
                 with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
                     loss = wrapped(**batch).loss
                 loss.backward()
@@ -103,7 +105,7 @@ def make_step(wrapped: torch.nn.Module, optimizer: torch.optim.Optimizer, batch:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """One rank of one run; rank 0 writes the numbers to --worker's file."""
+    """Runs one rank of a measurement; rank 0 writes the numbers to --worker's file."""
     world = setup_distributed()
     whole = make_model(options.shape, options.size, torch.device("cpu"))
     n_bytes = 4 * sum(parameter.numel() for parameter in whole.parameters())
@@ -112,24 +114,24 @@ def measure(options: argparse.Namespace) -> None:
     wrapped = parallel.wrap(model, world)
     sent.watch(wrapped)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    # other ranks have fewer latents in the same step
+    # in the same step, higher ranks have fewer latents
     rows = prosqa_rows(options.batch, max(options.stage - world.rank, 0), 1, seed=world.rank)
     batch = to_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), world.device)
     n_tokens = int(batch["attention_mask"].sum()) * world.size
     step = make_step(wrapped, optimizer, batch, world, options.bf16)
     step(1), step(1)
     results = {"ranks": world.size, "strategy": options.strategy, "parameters_bytes": n_bytes}
-    for n_passes in (1, options.accumulation):
+    for n_micro_batches in (1, options.accumulation):
         sent.bytes = dict.fromkeys(sent.bytes, 0)
-        step(n_passes)
-        results[f"sent_{n_passes}"] = sent.by_a_ring(world.size)
+        step(n_micro_batches)
+        results[f"sent_{n_micro_batches}"] = sent.per_rank(world.size)
     results["least"] = 2 * n_bytes * (world.size - 1) / world.size
     seconds = median(step(1) for _ in range(options.repeats))
     results |= {"seconds": seconds, "tokens_per_second": n_tokens / seconds}
     if world.size > 1:
         quiet = median(step(1, syncs=False) for _ in range(options.repeats))
         begin = time.perf_counter()
-        optimizer.step()  # gradients are gone: what is left is the overhead, next to nothing
+        optimizer.step()  # without gradients: its overhead
         results["exposed"] = max(0.0, 1 - (quiet + time.perf_counter() - begin) / seconds)
     if world.is_main:
         options.worker.write_text(json.dumps(results))
@@ -148,7 +150,7 @@ def run(ranks: int, strategy: str, arguments: list[str], folder: Path) -> dict:
 
 
 def make_row(result: dict, alone: dict | None, accumulation: int) -> list:
-    """A row of the table; `alone` is the same on one rank."""
+    """Returns a row of the table; `alone` is the result on one rank."""
     speed = result["tokens_per_second"]
     sent = (f"{result[name] / 2**20:.1f}" for name in ("sent_1", f"sent_{accumulation}", "least"))
     row = [result["ranks"], result["strategy"], result["seconds"], f"{speed:,.0f}"]
@@ -165,8 +167,8 @@ def main(arguments: list[str]) -> int:
         results = [run(n, strategy, arguments, Path(folder)) for n in options.ranks for strategy in STRATEGIES]
     where = machine(pick_device())
     print(f"{options.shape} {options.size}, {options.batch} rows a rank, stage {options.stage}: {where}")
-    header = ["ranks", "strategy", "seconds", "tokens/s", "x of 1 rank", "MiB sent, 1 pass"]
-    header += [f"{options.accumulation} passes", "least", "exposed"]
+    header = ["ranks", "strategy", "seconds", "tokens/s", "x of 1 rank", "MiB sent, 1 micro-batch"]
+    header += [f"{options.accumulation} micro-batches", "minimum", "exposed"]
     one = {result["strategy"]: result for result in results if result["ranks"] == 1}
     print_table(header, [make_row(result, one.get(result["strategy"]), options.accumulation) for result in results])
     write_json(options, where, results, hidden=("worker", "strategy"))

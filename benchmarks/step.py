@@ -1,14 +1,14 @@
-"""A training step of Coconut against a baseline: plain fine-tuning on the same batch, LM head on supervised positions.
+"""Compares a training step of Coconut with plain fine-tuning on the same batch, LM head on supervised positions.
 
     python benchmarks/step.py                       # tiny model, batch 16
     python benchmarks/step.py --size small --batch 8 --repeats 3 --threads 1
 
 Sides, each forward + backward + AdamW:
-    baseline     one pass over the sequence, latents taken as ordinary tokens, LM head on supervised positions
+    baseline     one pass over the sequence, latents as ordinary tokens, LM head on supervised positions
     coconut      this project's step
-    in parallel  the same with all latents at once, in --latent-passes passes after the first
-    all logits   as baseline, with the LM head on every position, as an ordinary fine-tuning script has it
-    no cache     the plain definition, which recomputes everything for each thought (only by --sides)
+    in parallel  Coconut with all latents in parallel, in --latent-passes passes after the first
+    all logits   baseline with the LM head on all positions, as in an ordinary fine-tuning script
+    no cache     the plain definition, which recomputes everything for each thought (only with --sides)
 """
 
 import argparse
@@ -24,19 +24,19 @@ def make_parser() -> Parser:
     parser = Parser(__doc__, "model", "threads", "bf16", "json", repeats=7)
     parser.add_count("--batch", 16, "rows")
     parser.add_count("--stages", [0, 3, 6], "stages", at_least=0)
-    parser.add_count("--c-thought", 1, "latents of a stage")
+    parser.add_count("--c-thought", 1, "latents per stage")
     parser.add_count("--latent-passes", 3, "of the side 'in parallel'")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks, of all sides")
-    text = "beside the baseline (default: coconut and all logits)"
+    parser.add_argument("--compile", action="store_true", help="compile the decoder blocks of all sides")
+    text = "sides beside the baseline (default: coconut and all logits)"
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=DEFAULT_SIDES, help=text)
-    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory, in processes of its own")
-    parser.add_argument("--sync-debug", action="store_true", help="fail where a step waits for the GPU")
+    parser.add_argument("--no-memory", action="store_true", help="skip peak memory, which needs a process per side")
+    parser.add_argument("--sync-debug", action="store_true", help="fail if a step synchronises with the GPU")
     parser.add_argument("--memory-of", choices=SIDES, default=None, help=argparse.SUPPRESS)
     return parser
 
 
 if __name__ == "__main__":
-    make_parser().parse_args()  # --help and mistakes are answered before the slow imports below
+    make_parser().parse_args()  # answers --help and reports mistakes before the slow imports
 
 import subprocess
 from collections.abc import Callable
@@ -90,13 +90,13 @@ def no_cache_loss(model: Coconut, batch: dict) -> torch.Tensor:
 
 
 def passes_of(side: str, n_latents: int, latent_passes: int) -> int:
-    """Forward passes that wait for each other."""
+    """Returns the number of sequential forward passes."""
     passes = {"coconut": n_latents, "no cache": n_latents, "in parallel": latent_passes * bool(n_latents)}
     return 1 + passes.get(side, 0)
 
 
 def make_sides(options: argparse.Namespace, stage: int, names: list[str]) -> dict[str, Callable[[], None]]:
-    """The sides as functions that make one step each, with one model and one optimizer."""
+    """Returns the sides: functions that make one step each, with a shared model and optimizer."""
     device = pick_device()
     model = make_model(options.shape, options.size, device)
     parallel.wrap_blocks(model, Config(compile=options.compile))
@@ -105,7 +105,7 @@ def make_sides(options: argparse.Namespace, stage: int, names: list[str]) -> dic
     in_parallel = ParallelLatents(model.base_causallm, *ids, latent_passes=options.latent_passes)
     rows = prosqa_rows(options.batch, stage, options.c_thought)
     batch = to_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), device)
-    unaligned = to_device(collate_for_device(rows, MARKERS.eos, None), device)  # padded on the right only
+    unaligned = to_device(collate_for_device(rows, MARKERS.eos, None), device)  # right-padded only
     losses = {
         "baseline": lambda: baseline_loss(model, unaligned),
         "coconut": lambda: model(**batch).loss,
@@ -125,13 +125,13 @@ def make_sides(options: argparse.Namespace, stage: int, names: list[str]) -> dic
 
 
 def memory_of(arguments: list[str], stage: int, side: str) -> float:
-    """GiB of a process that makes two steps of one side and nothing else."""
+    """Returns the peak GiB of a process that makes two steps of one side only."""
     command = [sys.executable, __file__, *arguments, "--stages", str(stage), "--memory-of", side]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def check_waits(side: Callable[[], None]) -> None:
-    """Raises RuntimeError where a step after the first waits for the GPU."""
+def check_synchronisation(side: Callable[[], None]) -> None:
+    """Raises RuntimeError if a step after the first synchronises with the GPU."""
     side()
     torch.cuda.set_sync_debug_mode("error")
     side()
@@ -146,7 +146,7 @@ def report_memory(options: argparse.Namespace) -> None:
 
 
 def add_ratios(results: list[dict]) -> list[list]:
-    """Adds to each result its ratios to the baseline of its stage; returns the table's rows."""
+    """Adds to each result its ratios to the baseline of its stage; returns the rows of the table."""
     baselines = {result["stage"]: result for result in results if result["side"] == "baseline"}
     rows = []
     for result in results:
@@ -171,7 +171,7 @@ def main(arguments: list[str]) -> int:
     for stage in options.stages:
         sides = make_sides(options, stage, names)
         if options.sync_debug and torch.cuda.is_available():
-            check_waits(sides["coconut"])
+            check_synchronisation(sides["coconut"])
         medians = alternate(sides, options.repeats, pick_device())
         for name in names:
             memory = None if options.no_memory else memory_of(arguments, stage, name)

@@ -1,9 +1,9 @@
-"""What each kind of thought costs: seconds and peak memory of training and of generation, at GPT-2's size.
+"""Measures the costs of each kind of thought: seconds and peak memory of training and generation, at GPT-2's size.
 
     python benchmarks/thoughts.py                            # ten minutes of one core; results/thoughts_costs.md, .json
     python benchmarks/thoughts.py --only last realigned --size tiny --out /tmp
 
-What they do for accuracy is an experiment: experiments/thoughts.yaml.
+experiments/thoughts.yaml measures their accuracy.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pathlib import Path
 
 from options import ROOT, SIZES, Parser
 
-THOUGHTS = ("last", "layer:-2", "suppressed", "normalised", "projected", "realigned", "pause")  # others are their sums
+# the other thoughts combine these
+THOUGHTS = ("last", "layer:-2", "suppressed", "normalised", "projected", "realigned", "pause")
 
 
 def measure(thought: str, generates: bool, size: str) -> dict[str, float]:
-    """Seconds, and peak memory of this process, of a forward and backward pass or of a generation."""
+    """Returns the CPU seconds of a forward and backward pass, or of a generation, and this process's peak memory."""
     import torch
     from common import MARKERS, alternate, make_model, peak_memory, prosqa_rows
 
@@ -40,12 +41,12 @@ def measure(thought: str, generates: bool, size: str) -> dict[str, float]:
     def generation() -> None:
         model.generate(**prompts, max_new_tokens=8)
 
-    taken = alternate({"side": generation if generates else train_pass}, 2, torch.device("cpu"))["side"]
-    return {"seconds": taken["cpu_seconds"], "peak_gib": peak_memory(torch.device("cpu"))}
+    medians = alternate({"side": generation if generates else train_pass}, 2, torch.device("cpu"))["side"]
+    return {"seconds": medians["cpu_seconds"], "peak_gib": peak_memory(torch.device("cpu"))}
 
 
 def measure_all(thoughts: list[str], size: str) -> dict[str, dict[str, float]]:
-    """thought -> its costs, each taken in a process of its own."""
+    """Returns thought -> costs; a process per measurement, so that peak memory is its own."""
     costs: dict[str, dict[str, float]] = {}
     for thought in thoughts:
         costs[thought] = {}
@@ -60,18 +61,18 @@ def measure_all(thoughts: list[str], size: str) -> dict[str, dict[str, float]]:
 
 
 def as_text(costs: dict[str, dict[str, float]], size: str) -> str:
-    """The text of results/thoughts_costs.md."""
+    """Returns the text of results/thoughts_costs.md."""
     layers, width, _ = SIZES[size]
     lines = [
         "# What thoughts cost",
         "",
         "    python benchmarks/thoughts.py" + (f" --size {size}" if size != "small" else ""),
         "",
-        f"A forward and backward pass of a model of GPT-2's shape ({layers} layers, width {width}), a batch of 2 rows "
-        f"of about 470 tokens with six latents, and a generation of 8 tokens from it, on one core in float32: CPU "
-        f"seconds, and the most memory that the process has come to need, in GiB.",
+        f"CPU seconds, and the peak memory of the process in GiB, of a forward and backward pass of a model of GPT-2's "
+        f"shape ({layers} layers, width {width}) and of a generation of 8 tokens: 2 rows of about 470 tokens with six "
+        f"latents, one core, float32.",
         "",
-        "| fed back | training | memory | generation | memory |",
+        "| thought | training | memory | generation | memory |",
         "|---|---|---|---|---|",
     ]
     for thought, cost in costs.items():

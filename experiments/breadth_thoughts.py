@@ -1,21 +1,19 @@
-"""What the thoughts of the breadth grid hold: the frontier, read off and changed. Writes breadth_thoughts.json and .md.
+"""Reads and replaces the thoughts of the breadth grid's models: do they hold the frontier? Writes breadth_thoughts.json
+and breadth_thoughts.md to results/.
 
     python experiments/breadth_thoughts.py checkpoints/breadth/last-{0,1,2} checkpoints/breadth/token_st-{0,1,2}
 
 For each checkpoint, on the test questions of experiments/breadth.yaml:
 
-- Accuracy by the size of the last frontier, the states that can be reached at the end of the word.
-- Of the position that makes thought k, how the LM head ranks the states that can be reached after k buttons above the
-  others (AUC: the mean over questions of the share of pairs that are in order), and how much of its probability is on
-  them (mass).
-- Accuracy with each thought replaced, once it is made, before the next is: by the embedding of the likeliest token
-  (what thought `token` feeds), by the mean embedding under the LM head's probabilities, by the mean embedding of the
-  states that can be reached (the frontier itself and nothing else).
-- Superposition: the first thought replaced by that of the same question with another start, and by the mean of the two.
-  Is a state that can be reached from the other start alone then preferred to one that can be reached from neither, and
-  one that can be reached from its own start alone still?
+- Accuracy by the size of the last frontier. The k-th frontier is the set of states reachable after k buttons.
+- The LM head at the position that makes thought k: AUC, the share of (reachable, unreachable) pairs of states that its
+  probabilities order correctly, mean over the questions; and mass, the probability of all reachable states.
+- Accuracy with each thought replaced before the next one is made: by the embedding of the likeliest token (what thought
+  `token` feeds back), by the mean embedding under the LM head's probabilities, or by that of the frontier's states.
+- Superposition: thought 1 replaced by that of the same question with another start, or by the mean of the two. Accuracy
+  on questions with one candidate that is reachable from exactly one of the two starts, and one reachable from neither.
 
-Legend: N questions, B of a batch, K thoughts, S states, V vocabulary, D hidden size.
+Legend: N questions, B questions of a batch, K thoughts, S states, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -41,16 +39,16 @@ from trainer.files import write_whole
 from trainer.inference import thought_logits
 from utils import UserError, as_json, print_error, read_object
 
-SEED = 0  # of the pairs of starts
+SEED = 0  # for drawing the pairs of starts
 
 
 def word_of(example: dict) -> tuple[str, str]:
-    """(start, word) of a question: what is before its two candidates."""
+    """Returns (start, word) of a question, which ends with its two candidates."""
     return example["question"][0], example["question"][1:-2]
 
 
 def auc(values: torch.Tensor, inside: torch.Tensor) -> float:
-    """Share of pairs of a state inside and one outside, (S,) each, of which the one inside has the larger value."""
+    """Returns the share of (inside, outside) pairs in which the inside state has the larger value; both are (S,)."""
     pairs = values[inside][:, None] - values[~inside][None]
     return float(((pairs > 0) + 0.5 * (pairs == 0)).double().mean())
 
@@ -68,8 +66,8 @@ def share(values) -> float | None:
     return round(sum(values) / len(values), 5) if values else None
 
 
-class Replaced(NamedTuple):
-    """In place of a `Change`: puts something else in the place of each thought as it is made, see `Coconut.forward`."""
+class Replacement(NamedTuple):
+    """A `Change` that replaces each thought when it is made; see `Coconut.forward`."""
 
     make: Callable  # (rows, number, seen) -> (B, 1, D)
 
@@ -77,7 +75,7 @@ class Replaced(NamedTuple):
         return lambda number, thought, seen: self.make(rows, number, seen).to(thought)
 
 
-def replacements(subject: Subject, frontiers: list[list[str]]) -> dict[str, Replaced]:
+def replacements(subject: Subject, frontiers: list[list[str]]) -> dict[str, Replacement]:
     model, embed = subject.model, subject.model.base_causallm.get_input_embeddings()
     states = dict(zip(STATES, subject.tokenizer.convert_tokens_to_ids(list(STATES)), strict=True))
 
@@ -90,30 +88,30 @@ def replacements(subject: Subject, frontiers: list[list[str]]) -> dict[str, Repl
         "mean token": lambda _, __, seen: model.head(seen.hidden).softmax(-1) @ embed.weight,
         "mean of the frontier": frontier,
     }
-    return {name: Replaced(make) for name, make in makers.items()}
+    return {name: Replacement(make) for name, make in makers.items()}
 
 
 @torch.no_grad()
 def read_off(subject: Subject, frontiers: list[list[str]], n_states: int) -> list[dict]:
-    """For each thought how the LM head, at the position that it is made from, values the states."""
+    """Returns AUC and mass of the LM head at the position that makes each thought."""
     ids = subject.tokenizer.convert_tokens_to_ids(list(STATES[:n_states]))
     logits = torch.cat([thought_logits(subject.model, **inputs)[0] for _, inputs in subject.batches()])  # (N, K, V)
-    shares = logits.float().softmax(-1)[..., ids]  # (N, K, S)
+    probabilities = logits.float().softmax(-1)[..., ids]  # (N, K, S)
     found = []
     for k in range(subject.n_thoughts):
         aucs, masses = [], []
-        for number, of_question in enumerate(frontiers):
-            if k < len(of_question):
-                inside = torch.tensor([state in of_question[k] for state in STATES[:n_states]])
-                aucs.append(auc(shares[number, k], inside))
-                masses.append(float(shares[number, k, inside].sum()))
+        for number, frontiers_of_question in enumerate(frontiers):
+            if k < len(frontiers_of_question):
+                inside = torch.tensor([state in frontiers_of_question[k] for state in STATES[:n_states]])
+                aucs.append(auc(probabilities[number, k], inside))
+                masses.append(float(probabilities[number, k, inside].sum()))
         found.append({"thought": k + 1, "questions": len(aucs), "auc": share(aucs), "mass": share(masses)})
     return found
 
 
 def superposed(subject: Subject, permutations: dict, n: int = 500) -> dict:
-    """Accuracy on pairs of a state that can be reached from the question's own start, or the other, alone, and one from
-    neither, with the first thought as it is, that of the other start, and the mean of the two."""
+    """Returns the accuracy with thought 1 of the question's own start, of another start, and their mean, on questions
+    with one candidate reachable from the own start only ("own"), or the other only ("other"), and one from neither."""
     rng = random.Random(SEED)
     words = sorted({word_of(example)[1] for example in subject.examples})
     states = list(next(iter(permutations.values())))
@@ -147,12 +145,12 @@ def superposed(subject: Subject, permutations: dict, n: int = 500) -> dict:
 
 
 def measure(checkpoint: str, data: Path) -> dict:
-    """Everything of one checkpoint."""
+    """Returns all measurements of one checkpoint."""
     examples = load_examples(data / "path_test.json")
     machine = read_object(data / "path_machine.json")
     subject = Subject.load(checkpoint, examples)
     frontiers = [frontiers_of(machine["permutations"], *word_of(example)) for example in examples]
-    by_size: dict[int, list[bool]] = {}
+    by_size: dict[int, list[bool]] = {}  # size of the last frontier -> whether each answer is right
     for answer, example, found in zip(subject.answers(), examples, frontiers, strict=True):
         by_size.setdefault(len(found[-1]), []).append(is_right(answer, example))
     return {
@@ -165,13 +163,13 @@ def measure(checkpoint: str, data: Path) -> dict:
 
 
 def as_text(found: dict[str, dict]) -> str:
-    """The tables of breadth_thoughts.md."""
+    """Returns the text of breadth_thoughts.md."""
     names = list(next(iter(found.values()))["replaced"])
     depth = max(len(one["read off"]) for one in found.values())
     sizes = sorted({int(size) for one in found.values() for size in one["by size"]})
     head = ["run", "accuracy", *(f"thought {k}: AUC, mass" for k in range(1, depth + 1)), *names]
     head += [
-        f"reached from {who} start alone: thought 1 its own, the other's, the mean" for who in ("its", "the other")
+        f"reachable from {whose} start only: thought 1 of its own, of the other, mean" for whose in ("its", "the other")
     ]
     rows, by_size = [], []
     for name, one in found.items():
@@ -182,22 +180,16 @@ def as_text(found: dict[str, dict]) -> str:
         rows.append([name, whole, *pairs, *others])
         cells = [one["by size"].get(str(size)) for size in sizes]
         by_size.append([name, *("" if cell is None else f"{100 * cell['accuracy']:.0f}" for cell in cells)])
-    what = " ".join(__doc__.split("\n\n", 2)[2].partition("Legend:")[0].split()).replace(" - ", "\n- ")
-    lines = [
-        "# Breadth: what the thoughts hold",
-        "",
-        "    python experiments/breadth_thoughts.py RUN ...",
-        "",
-        what,
-        "",
-    ]
-    lines += [*markdown(head, rows), "", "Accuracy by the size of the last frontier:", ""]
-    return "\n".join([*lines, *markdown(["run", *map(str, sizes)], by_size), ""])
+    about = " ".join(__doc__.split("\n\n", 2)[2].partition("Legend:")[0].split()).replace(" - ", "\n- ")
+    command = "    python experiments/breadth_thoughts.py RUN ..."
+    lines = ["# Breadth: what the thoughts hold", "", command, "", about, "", *markdown(head, rows), ""]
+    lines += ["Accuracy by the size of the last frontier:", "", *markdown(["run", *map(str, sizes)], by_size), ""]
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="folders of runs, or checkpoints")
+    parser.add_argument("runs", nargs="+", help="runs' folders, or checkpoints")
     parser.add_argument("--data", type=Path, default=Path("data/breadth"), help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="(default: results/)")
     options = parser.parse_args(arguments)

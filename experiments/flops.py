@@ -1,9 +1,9 @@
-"""FLOPs of training each run of a grid, counted by torch as a few of its batches go forward and backward.
+"""Counts the training FLOPs of each run of a grid: torch counts the forward and backward passes of a few batches.
 
     python experiments/flops.py experiments/ladder_machine.yaml
 
-`grid.py --dry-run` counts the tokens of Coconut's sequences; here a method's further passes, sequences and models count
-too, and padding as well. The last column has the max_train_examples at which a run would cost what the first one does.
+Unlike `grid.py --dry-run`, which counts the tokens of Coconut's sequences, this includes a method's further passes,
+sequences and models, and padding. The last column is the max_train_examples at which a run costs as much as the first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing")]
 import torch
-from grid import prepare
+from grid import make_data
 from grid_file import read_grid
 from jobs import Job, jobs_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,24 +31,24 @@ from trainer.distributed import World
 from trainer.pretrained import load_model, parts_of
 from utils import UserError, print_error, print_result
 
-SAMPLE = 64  # examples that are counted at each stage; the others are taken to be like them
+SAMPLE = 64  # examples that are counted at each stage, as a sample of all
 
 
 def training_flops(job: Job, sample: int = SAMPLE) -> float:
-    """Of all epochs of a job, whatever weights it begins with, without its validations."""
+    """Returns the FLOPs of all epochs of a job, without validation; they do not depend on its initial weights."""
     config = replace(job.config, load_model_path=None, from_scratch=True)
     model, tokenizer, markers = load_model(config, None)
     world = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     data = load_data(replace(config, max_train_examples=sample, max_eval_examples=1), world, tokenizer)
     examples = parts_of(config).dataset(data.train, config, markers, config.resume)
     size, total = min(config.batch_size_training, sample), 0
-    # in the middle of the epochs, where stages end within one
+    # the stage in the middle of each epoch: a method's stages may change within one
     stages = Counter(stage_of_step(config, epoch, 1, 2) for epoch in range(config.resume, config.num_epochs))
     for stage, n_epochs in stages.items():
         for begin in range(0, sample, size):
             batch = examples.micro_batch(MicroBatch(list(range(begin, begin + size)), 1.0), stage)
             arguments = {name: value for name, value in batch.items() if name not in ("weight", "loss_counts")}
-            # torch counts no FLOPs of the CPU's attention kernel
+            # the math backend: torch does not count the FLOPs of the CPU's fused attention kernel
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 output = model(**arguments)
                 (output.loss + (0 if output.auxiliary is None else output.auxiliary)).backward()
@@ -57,24 +57,23 @@ def training_flops(job: Job, sample: int = SAMPLE) -> float:
 
 
 def as_text(jobs: list[Job], flops: list[float]) -> str:
-    """A line for each run: FLOPs, as a multiple of the first, and examples for the first's FLOPs."""
-    lines = [f"{'run':20} {'FLOPs':>9} {'share':>6} {'epochs':>6} {'examples':>9} {'equal at':>9}"]
+    """Returns a line per run: FLOPs, their ratio to the first run's, and the examples for the first run's FLOPs."""
+    lines = [f"{'run':20} {'FLOPs':>9} {'ratio':>6} {'epochs':>6} {'examples':>9} {'equal at':>9}"]
     for job, found in zip(jobs, flops, strict=True):
         n = len(load_examples(job.config.train_path, job.config.max_train_examples))
-        share = found / flops[0]
-        line = f"{job.run:20} {found:9.3g} {share:6.2f} {job.config.num_epochs:6} {n:9} {n / share:9.0f}"
-        lines.append(line)
+        ratio = found / flops[0]
+        lines.append(f"{job.run:20} {found:9.3g} {ratio:6.2f} {job.config.num_epochs:6} {n:9} {n / ratio:9.0f}")
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path, help="a YAML file of experiments/")
-    parser.add_argument("--only", nargs="+", metavar="RUN", help="some of its runs, the one to compare with first")
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="only these runs, compared with the first")
     options = parser.parse_args(arguments)
     try:
         grid = read_grid(options.grid)
-        prepare(grid)
+        make_data(grid)
         jobs = [job for job in jobs_of(grid, options.only, [0], ()) if job.run in grid.runs]
         print_result(as_text(jobs, [training_flops(job) for job in jobs]))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""What a grid of experiments is: its YAML file, as an object. `grid.py` runs it."""
+"""Reads the YAML file of a grid of experiments into a `Grid`. `grid.py` runs it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from utils import UserError
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A row of a grid: one run for each seed."""
+    """A row of a grid: one run per seed."""
 
-    keys: dict = field(default_factory=dict)  # of run.py, on top of the grid's base file
-    base: str | None = None  # where it has another file than the grid
-    row: str | None = None  # of that file
-    begins_with: str | None = None  # the beginning or run whose weights it takes; it starts after that one's epochs,
-    # or, where that one was trained on other data, at epoch 0
-    seeds: tuple[int, ...] | None = None  # where it has others than the grid
-    label: str | None = None  # in tables and figures; default its name
-    paper: str | None = None  # what the paper has for it
+    keys: dict = field(default_factory=dict)  # keys of run.py, on top of the base file and the grid's keys
+    base: str | None = None  # its base file; default: the grid's
+    row: str | None = None  # a row of the base file
+    begins_with: str | None = None  # the beginning or run whose weights it starts from. It continues at the epoch where
+    # that run ends, or starts at epoch 0 if that run has other training data
+    seeds: tuple[int, ...] | None = None  # default: the grid's
+    label: str | None = None  # its name in tables and figures; default: its name in the file
+    paper: str | None = None  # the paper's accuracy
 
     @property
     def overrides(self) -> list[str]:
@@ -36,7 +36,7 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid's YAML file, read by `read_grid`."""
+    """The content of a grid's YAML file."""
 
     name: str
     title: str
@@ -44,81 +44,88 @@ class Grid:
     save_path: str
     runs: dict[str, RunSpec]
     test_path: str
+    task: str | None = None  # another grid's file in the same folder, from which this one takes the missing TASK_KEYS
     needs: dict[str, str] = field(default_factory=dict)  # file -> the script, with its arguments, that makes it
-    beginnings: dict[str, RunSpec] = field(default_factory=dict)
-    recipes: dict[str, RunSpec] = field(default_factory=dict)  # each run is made with the keys of each, as RUN.RECIPE
+    keys: dict = field(default_factory=dict)  # keys of run.py for all runs, not for beginnings
+    beginnings: dict[str, RunSpec] = field(default_factory=dict)  # runs that only provide initial weights
+    recipes: dict[str, RunSpec] = field(default_factory=dict)  # each run is made once per recipe, as RUN.RECIPE
     seeds: tuple[int, ...] = (0, 1, 2)
-    controls: tuple[str, ...] = ()  # runs that the others are compared with, question by question
-    checkpoint: str = "newest"  # which of a run's is tested, and begins another: newest | best, in validation
-    untrained: tuple[int, ...] = ()  # numbers of steps that the test has and training has not
+    controls: tuple[str, ...] = ()  # runs that the table compares each run with
+    checkpoint: str = "newest"  # newest | best (validation): the one that is tested and that other runs start from
+    untrained: tuple[int, ...] = ()  # numbers of steps that only the test split has
     chance: float | None = None  # accuracy of guessing
     prediction: str = ""  # written before the runs
     about: str = ""  # a paragraph for the report
 
 
-NAME = re.compile(r"\w[\w.-]*")  # of a run: folders and commands bear it
-OF_THE_GRID = ("name", "seed", "save_path", "debug")  # keys that are not a run's to set
+NAME = re.compile(r"\w[\w.-]*")  # of a run; part of folder names and commands
+TASK_KEYS = ("base", "save_path", "test_path", "beginnings", "untrained", "chance")  # and the union of `needs`
+GRID_KEYS = ("name", "seed", "save_path", "debug")  # keys that a run may not set
 
 
 def _spelled(value) -> str:
-    """A value as the command line takes it: text as it is, unless YAML would read it as something else."""
+    """Returns a value as the command line takes it: quoted only if YAML would read the bare text as something else."""
     if isinstance(value, str) and value.isprintable() and value == value.strip() and not value.startswith(("'", '"')):
         return value
     return json.dumps(value)
 
 
 def read_grid(path: Path) -> Grid:
-    """Reads a grid. Raises UserError that lists what is wrong with it."""
+    """Reads a grid. Raises UserError that lists all mistakes."""
     problems: list[str] = []
     values = read_yaml(path)
-    known = _known(Grid, values, str(path), problems)
-    for name in ("title", "base", "save_path", "runs", "test_path"):
-        if name not in values:
-            problems.append(f"{path} lacks {name!r}")
+    grid = _fields(Grid, values, str(path), problems)
     for name in ("runs", "beginnings", "recipes"):
-        specs = known.get(name) or {}
-        known[name] = {
-            run: RunSpec(**_known(RunSpec, {} if spec == "" else spec, f"{path}: {name}: {run}", problems))
-            for run, spec in specs.items()
-        }
-    if known["recipes"]:
-        known["runs"] = {
+        if name in grid:
+            grid[name] = {
+                run: RunSpec(**_fields(RunSpec, spec or {}, f"{path}: {name}: {run}", problems))
+                for run, spec in grid[name].items()
+            }
+    if grid.get("task"):
+        task = read_grid(path.with_name(grid["task"]))
+        grid = {key: getattr(task, key) for key in TASK_KEYS} | grid | {"needs": task.needs | grid.get("needs", {})}
+    for name in ("title", "base", "save_path", "runs", "test_path"):
+        if name not in values and name not in grid:
+            problems.append(f"{path} lacks {name!r}")
+    grid = {"runs": {}, "beginnings": {}, "recipes": {}} | grid
+    grid["runs"] = {run: replace(spec, keys=grid.get("keys", {}) | spec.keys) for run, spec in grid["runs"].items()}
+    if grid["recipes"]:
+        grid["runs"] = {
             f"{run}.{recipe}": replace(spec, keys=spec.keys | of.keys, label=f"{spec.label or run}, {recipe}")
-            for run, spec in known["runs"].items()
-            for recipe, of in known["recipes"].items()
+            for run, spec in grid["runs"].items()
+            for recipe, of in grid["recipes"].items()
         }
-    problems += [f"{path}: {text}" for text in _of_grid(known)]
+    problems += [f"{path}: {text}" for text in _grid_problems(grid)]
     if problems:
         raise UserError("; ".join(problems))
-    return Grid(**{"name": path.stem, **known})
+    return Grid(**{"name": path.stem, **grid})
 
 
-def _of_grid(known: dict) -> list[str]:
-    """What is wrong with names, keys and beginnings of runs, and with what names them."""
-    every = known["beginnings"] | known["runs"]
-    found = [f"{name!r} is both a run and a beginning" for name in known["beginnings"].keys() & known["runs"].keys()]
+def _grid_problems(grid: dict) -> list[str]:
+    """Returns the mistakes in names, keys and references of a grid, a sentence each."""
+    every = grid["beginnings"] | grid["runs"]
+    found = [f"{name!r} is both a run and a beginning" for name in grid["beginnings"].keys() & grid["runs"].keys()]
     found += [f"run {name!r}: a name is letters, digits, - _ and ." for name in every if not NAME.fullmatch(name)]
     for name, spec in every.items():
-        if fixed := [key for key in OF_THE_GRID if key in spec.keys]:
-            found.append(f"run {name!r} cannot set {' and '.join(fixed)}: these are the grid's")
+        if fixed := [key for key in GRID_KEYS if key in spec.keys]:
+            found.append(f"run {name!r} cannot set {' and '.join(fixed)}: the grid sets them")
         begin = every.get(spec.begins_with)
         if spec.begins_with is not None and (begin is None or begin.begins_with is not None):
             found.append(
-                f"run {name!r} begins with {spec.begins_with!r}, but there is no such beginning, nor a run that begins "
-                f"with nothing"
+                f"run {name!r} begins with {spec.begins_with!r}, which must be a beginning or a run without begins_with"
             )
-    for control in set(known.get("controls", ())) - known["runs"].keys():
+    for control in set(grid.get("controls", ())) - grid["runs"].keys():
         found.append(f"control {control!r} is no run of the grid")
-    if known.get("checkpoint", "newest") not in ("newest", "best"):
-        found.append(f"'checkpoint' must be newest or best, not {known['checkpoint']!r}")
-    for file, script in known.get("needs", {}).items():
+    if grid.get("checkpoint", "newest") not in ("newest", "best"):
+        found.append(f"'checkpoint' must be newest or best, not {grid['checkpoint']!r}")
+    for file, script in grid.get("needs", {}).items():
         if not isinstance(script, str) or not script:
             found.append(f"'needs' takes FILE: the script, with its arguments, that makes it; not {file!r}: {script!r}")
     return found
 
 
-def _known(cls, values, where: str, problems: list[str]) -> dict:
-    """The fields of a class that are set; what is no field of it, or of another type, is a problem."""
+def _fields(cls, values, where: str, problems: list[str]) -> dict:
+    """Returns the fields of a dataclass that a YAML mapping sets; appends unknown names and wrong types to problems."""
     kinds = typing.get_type_hints(cls)
     if not isinstance(values, dict):
         problems.append(f"{where} must hold `key: value` lines")
@@ -139,7 +146,7 @@ def _known(cls, values, where: str, problems: list[str]) -> dict:
 
 
 def _typed(value, kind):
-    """What a grid has as the annotated type of a field. Raises ValueError with what was expected."""
+    """Returns a YAML value as the annotated type of a field. Raises ValueError that says what was expected."""
     options = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
     main = options[0]
     if value in NOTHING and NoneType in options:

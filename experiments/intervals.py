@@ -1,4 +1,4 @@
-"""What can be said of a row from few seeds: 95 % intervals, without scipy.
+"""95 % confidence intervals of a row of a table, without scipy.
 
 S seeds, Q questions, R resamples.
 """
@@ -14,30 +14,29 @@ import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
-LARGEST_GAP = 0.2  # between the accuracies of neighbouring seeds, in a row that has one mode
+LARGEST_GAP = 0.2  # between the accuracies of neighbouring seeds of a row with one mode
 
 
 def clopper_pearson(k: int, n: int) -> tuple[float, float]:
-    """The exact interval of a share of which k of n were seen (Clopper and Pearson 1934): the shares for which k or
-    more, and k or less, of n have a probability of at least 2.5 %."""
+    """Returns the exact interval of a probability after k successes in n trials (Clopper and Pearson 1934): the
+    probabilities at which at least k, and at most k, successes have a probability of at least 2.5 %."""
     tail = (1 - CONFIDENCE) / 2
 
     def at_most(most: int, share: float) -> float:
         return sum(math.comb(n, i) * share**i * (1 - share) ** (n - i) for i in range(most + 1))
 
-    low = 0.0 if k == 0 else _falls_to(1 - tail, lambda share: at_most(k - 1, share), 1.0)
-    high = 1.0 if k == n else _falls_to(tail, lambda share: at_most(k, share), 1.0)
+    low = 0.0 if k == 0 else _bisect(lambda share: at_most(k - 1, share), 1 - tail, 1.0)
+    high = 1.0 if k == n else _bisect(lambda share: at_most(k, share), tail, 1.0)
     return low, high
 
 
 def t_quantile(freedom: int) -> float:
-    """How many standard errors to either side of a mean the interval reaches: t with so many degrees of freedom."""
-    outside = 1 - CONFIDENCE
-    return _falls_to(outside, lambda t: 1 - _within(t, freedom), 1e3)
+    """Returns the two-sided quantile of Student's t: half the width of a mean's interval, in standard errors."""
+    return _bisect(lambda t: 1 - _within(t, freedom), 1 - CONFIDENCE, 1e3)
 
 
 def _within(t: float, freedom: int) -> float:
-    """P(|T| <= t), a finite sum for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    """Returns P(|T| <= t), a finite sum for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
     angle = math.atan(t / math.sqrt(freedom))
     odd = freedom % 2
     term, total = (math.cos(angle), 0.0) if odd else (1.0, 0.0)
@@ -47,8 +46,8 @@ def _within(t: float, freedom: int) -> float:
     return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
 
 
-def _falls_to(level: float, function: Callable[[float], float], high: float) -> float:
-    """Where between 0 and `high` a falling function takes a value, by bisection."""
+def _bisect(function: Callable[[float], float], level: float, high: float) -> float:
+    """Returns the x in [0, high] at which a decreasing function equals `level`."""
     low = 0.0
     for _ in range(100):
         middle = (low + high) / 2
@@ -57,14 +56,13 @@ def _falls_to(level: float, function: Callable[[float], float], high: float) -> 
 
 
 def has_one_mode(values: Sequence[float]) -> bool:
-    """Whether no two neighbouring seeds are further apart than LARGEST_GAP: else a mean is no seed's."""
+    """Whether neighbouring seeds are at most LARGEST_GAP apart; otherwise the mean describes none of them."""
     ordered = sorted(values)
     return all(after - before <= LARGEST_GAP for before, after in pairwise(ordered))
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Where the mean accuracy of more seeds is to be expected, by t, within 0 to 1; None for one seed, and where the
-    seeds have more than one mode."""
+    """Returns the t interval of the mean accuracy, cut to 0..1; None for one seed, or seeds with several modes."""
     if len(values) < 2 or not has_one_mode(values):
         return None
     mean = statistics.mean(values)
@@ -73,11 +71,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def difference(rows: dict[int, np.ndarray], control: dict[int, np.ndarray]) -> tuple[float, ...] | None:
-    """(mean, low, high): accuracy less the control's over the seeds that both have; (mean,) for one such seed, None
-    for none. Of both: seed -> (Q,) 0 or 1 for each question, the same questions.
+    """Returns (mean, low, high) of the accuracy minus the control's, over the seeds that both have; (mean,) for one
+    such seed, None for none. rows, control: seed -> (Q,) 0 or 1 per question, of the same questions.
 
-    The interval is a bootstrap of two levels: R times as many seeds are drawn, and then as many questions, the same
-    for every seed and for both rows. A seed's two rows stay together, as a question's answers do.
+    The interval is a paired two-level bootstrap: each of R resamples draws S seeds with replacement, then Q questions,
+    the same ones for every seed and for both rows.
     """
     seeds = [seed for seed in rows if seed in control and len(rows[seed]) == len(control[seed])]
     if not seeds:
@@ -89,9 +87,9 @@ def difference(rows: dict[int, np.ndarray], control: dict[int, np.ndarray]) -> t
     n_questions = pairs.shape[1]
     drawn = random.integers(len(seeds), size=(RESAMPLES, len(seeds)))  # (R, S)
     means = np.empty(RESAMPLES)
-    for number, of_seeds in enumerate(drawn):
+    for number, seeds_drawn in enumerate(drawn):
         counts = np.bincount(random.integers(n_questions, size=n_questions), minlength=n_questions)  # (Q,)
-        means[number] = (pairs @ counts)[of_seeds].mean() / n_questions
+        means[number] = (pairs @ counts)[seeds_drawn].mean() / n_questions
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(pairs.mean()), float(low), float(high)

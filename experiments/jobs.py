@@ -1,4 +1,4 @@
-"""A grid's jobs: the runs of each seed, what each still needs, and what earlier reports remember of them."""
+"""The jobs of a grid: what each still has to do, and which recorded results count as finished runs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ from trainer.run_folder import checkpoints, has_ended, resolve
 from utils import UserError, as_json, read_object
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTE = "grid.json"  # in a run's folder: the digest of what it was trained on
-# keys that decide what an evaluation says, though not the weights
-OF_EVALUATION = ("max_new_tokens", "answer_match", "max_eval_examples", "mode", "eval_latents")
-OF_EVALUATION += ("eval_latents_from_steps",)
+INPUTS = "grid.json"  # in a run's folder: the digest of the files that it is trained on
+EVALUATION_KEYS = ("max_new_tokens", "answer_match", "max_eval_examples", "mode", "eval_latents")
+EVALUATION_KEYS += ("eval_latents_from_steps",)
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One run of one seed."""
+    """One run with one seed."""
 
     grid: Grid
     run: str
@@ -50,29 +49,29 @@ class Job:
 
     @property
     def begin(self) -> Job | None:
-        """The job whose weights this one takes."""
+        """The job whose weights this job starts from."""
         return replace(self, run=self.spec.begins_with) if self.spec.begins_with else None
 
     @cached_property
-    def goes_on(self) -> bool:
-        """Whether the job that it begins with is a part of its own curriculum, and not a lesson on other data."""
+    def shares_curriculum(self) -> bool:
+        """Whether `begin` has the same training data: its epochs are then the first ones of this job's curriculum."""
         if self.begin is None:
             return False
         own = Config.from_file(self.base, [*self.spec.overrides, *self.more], needs_files=False)
         return self.begin.config.train_path == own.train_path
 
     @property
-    def source(self) -> str:
-        """The checkpoint that is tested, and that others begin with, as load_model_path spells it."""
+    def checkpoint(self) -> str:
+        """The checkpoint that is tested and that other jobs start from, as a value of load_model_path."""
         return f"{self.folder}@best" if self.grid.checkpoint == "best" else str(self.folder)
 
     @cached_property
     def overrides(self) -> list[str]:
-        """All that it sets on top of the base file; of each key the last counts."""
+        """The key=value arguments on top of the base file, each key once: the last one of a key wins."""
         texts = [f"save_path={self.grid.save_path}", f"name={self.name}", f"seed={self.seed}"]
         if self.begin is not None:
-            texts += [f"load_model_path={self.begin.source}", "from_scratch=false"]
-            texts.append(f"resume={self.begin.config.num_epochs if self.goes_on else 0}")
+            texts += [f"load_model_path={self.begin.checkpoint}", "from_scratch=false"]
+            texts.append(f"resume={self.begin.config.num_epochs if self.shares_curriculum else 0}")
         texts += [*self.spec.overrides, *self.more]
         return list({text.partition("=")[0]: text for text in texts}.values())
 
@@ -82,14 +81,14 @@ class Job:
 
     @cached_property
     def config(self) -> Config:
-        """Raises UserError, that names the run, where its keys are wrong."""
+        """Raises UserError that names the run if its keys are wrong."""
         try:
             return Config.from_file(self.base, self.overrides, needs_files=False)
         except UserError as error:
             raise UserError(f"run {self.run!r} of grid {self.grid.name}: {error}") from None
 
     def check_keys(self) -> None:
-        """Raises UserError, that names the run, where its keys are wrong, with data or without."""
+        """Raises UserError that names the run if its keys are wrong; needs no data."""
         problems = self.config.problems(self.n_gpus, needs_files=False)
         if self.config.train_path is None:
             problems.append(f"{self.base} lacks train_path")
@@ -99,7 +98,7 @@ class Job:
             raise UserError(f"run {self.run!r} of grid {self.grid.name}: {'; '.join(problems)}")
 
     def problems(self) -> list[str]:
-        """What is impossible about it now that there are data. The weights that it begins with may still be missing."""
+        """Returns the configuration's problems, with data present; the weights of `begin` may still be missing."""
         config = replace(self.config, load_model_path=None) if self.begin is not None else self.config
         return [f"run {self.run!r} of grid {self.grid.name}: {text}" for text in config.problems(self.n_gpus)]
 
@@ -114,23 +113,23 @@ class Job:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether there is an evaluation, a whole one, of its last checkpoint, or its best, on the questions that are
-        now in test_path, with the keys that are now set."""
+        """Whether its folder has a complete evaluation of `checkpoint` with the current questions and keys."""
         folder = self.folder / "eval"
         try:
             metrics = read_object(folder / "metrics.json")
             keys = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
             answered = [prediction["question"] for prediction in self.predictions()]
-            tested = resolve(self.source).name
-            if any(keys[name] != getattr(self.config, name) for name in OF_EVALUATION if name in keys):
+            tested = resolve(self.checkpoint).name
+            if any(keys[name] != getattr(self.config, name) for name in EVALUATION_KEYS if name in keys):
                 return False
-            whole = isinstance(metrics["accuracy"], float) and Path(metrics["checkpoint"]).name == tested
+            is_whole = isinstance(metrics["accuracy"], float) and Path(metrics["checkpoint"]).name == tested
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, RecursionError):
-            return False  # there is none, or it was killed while it wrote
-        return whole and answered == [example["question"] for example in self.test_examples()]
+            return False  # there is none, or the evaluation was killed while it wrote
+        return is_whole and answered == [example["question"] for example in self.test_examples()]
 
     def predictions(self) -> list[dict]:
-        """Of its evaluation, in the order of the questions. Raises OSError and ValueError where it is not whole."""
+        """Returns the predictions of its evaluation in the order of the questions. Raises OSError and ValueError if the
+        file is incomplete."""
         text = (self.folder / "eval/predictions.jsonl").read_text(encoding="utf-8")
         return [json.loads(line) for line in text.removesuffix("\n").split("\n")]  # an output may hold U+2028
 
@@ -138,14 +137,14 @@ class Job:
         return load_examples(self.grid.test_path, self.config.max_eval_examples)
 
     def commands(self) -> list[list[str]]:
-        """What is still to do: to train, and to evaluate on the test split, at the stage of the checkpoint."""
-        start = [*self.launcher, str(ROOT / "run.py"), str(self.base), *self.overrides]
-        of_training = ("from_scratch", "load_model_path", "resume", "val_path")
-        of_test = [text for text in start if text.partition("=")[0] not in of_training]
-        of_test += ["only_eval=true", "from_scratch=false", "resume=0", f"load_model_path={self.source}"]
-        of_test.append(f"val_path={self.grid.test_path}")
-        commands = [] if self.is_trained else [start]
-        return commands if self.run in self.grid.beginnings or self.is_done else [*commands, of_test]
+        """Returns the commands that are left: training, and the evaluation of the checkpoint on the test split."""
+        train = [*self.launcher, str(ROOT / "run.py"), str(self.base), *self.overrides]
+        training_keys = ("from_scratch", "load_model_path", "resume", "val_path")
+        test = [text for text in train if text.partition("=")[0] not in training_keys]
+        test += ["only_eval=true", "from_scratch=false", "resume=0", f"load_model_path={self.checkpoint}"]
+        test.append(f"val_path={self.grid.test_path}")
+        commands = [] if self.is_trained else [train]
+        return commands if self.run in self.grid.beginnings or self.is_done else [*commands, test]
 
     @property
     def launcher(self) -> list[str]:
@@ -154,54 +153,54 @@ class Job:
         return ["bash", str(ROOT / "slurm/launch.sh"), "--standalone", "--nproc_per_node", str(self.n_gpus)]
 
     @cached_property
-    def _of_files(self) -> list[str]:
-        """Digests of what decides its weights beside its keys: data, the model's shape, the weights that it starts
-        from."""
-        found = [_content(self.config.train_path), _content(str(Path(self.config.model_id) / "config.json"))]
+    def _input_digests(self) -> list[str]:
+        """Digests of the files that decide its weights: training data, model shape, initial weights."""
+        shape = str(Path(self.config.model_id) / "config.json")
+        found = [_content_digest(self.config.train_path), _content_digest(shape)]
         if self.begin is not None:
-            found.append(self.begin.of_training)
+            found.append(self.begin.training_digest)
         elif not self.config.from_scratch:
-            found += [_content(self.config.model_id), _content(self.config.load_model_path)]
+            found += [_content_digest(self.config.model_id), _content_digest(self.config.load_model_path)]
         return found
 
     @cached_property
-    def of_training(self) -> str:
-        """A digest of all that decides its weights."""
+    def training_digest(self) -> str:
+        """A digest of everything that decides its weights: the keys and `_input_digests`."""
         values = asdict(self.config)
         free = {key.name for key in fields(Config) if key.metadata["free"]}
         free |= {key.name for key in fields(Config) if key.metadata["later"] and values[key.name] == key.default}
         keys = {name: value for name, value in values.items() if name not in free}
-        keys["method"] = self.config.rules.variant_of or self.config.method  # as it was before it had a name
-        return _digest(json.dumps(keys, sort_keys=True), *self._of_files)
+        keys["method"] = self.config.rules.variant_of or self.config.method  # older results recorded the variant's base
+        return _digest(json.dumps(keys, sort_keys=True), *self._input_digests)
 
     @cached_property
     def digest(self) -> str:
-        """Of all that decides its result: the above, the test split, and how it is evaluated."""
-        keys = {name: getattr(self.config, name) for name in OF_EVALUATION} | {"checkpoint": self.grid.checkpoint}
-        return _digest(self.of_training, _content(self.grid.test_path), json.dumps(keys, sort_keys=True))
+        """A digest of everything that decides its result: training, test split, evaluation keys."""
+        keys = {name: getattr(self.config, name) for name in EVALUATION_KEYS} | {"checkpoint": self.grid.checkpoint}
+        return _digest(self.training_digest, _content_digest(self.grid.test_path), json.dumps(keys, sort_keys=True))
 
-    def note(self) -> None:
-        """Notes in its folder, before the first step, what it is trained on. Raises UserError."""
+    def record_inputs(self) -> None:
+        """Writes the digest of its input files to its folder, before the first checkpoint. Raises UserError."""
         if not checkpoints(self.folder):
-            write_whole(self.folder / NOTE, as_json({"digest": _digest(*self._of_files)}))
+            write_whole(self.folder / INPUTS, as_json({"digest": _digest(*self._input_digests)}))
 
     @property
-    def others(self) -> list[str]:
-        """In what its folder's run is another than this one; empty where there is none yet."""
-        from trainer.checkpoint import changes  # which waits for torch
+    def conflicts(self) -> list[str]:
+        """How the run in its folder differs from this job; empty if the folder holds no run."""
+        from trainer.checkpoint import changes  # imports torch
 
         found = list(changes(self.config, self.folder).values())
         if found or not checkpoints(self.folder):
             return found
         try:
-            noted = read_object(self.folder / NOTE)
+            recorded = read_object(self.folder / INPUTS)
         except UserError:
-            return []  # trained by hand, or before there were notes
-        same = noted.get("digest") == _digest(*self._of_files)
-        return [] if same else ["trained on other data, or from other weights"]
+            return []  # started by hand, or before grids recorded inputs
+        is_same = recorded.get("digest") == _digest(*self._input_digests)
+        return [] if is_same else ["trained on other data, or from other weights"]
 
     def epochs(self) -> list[dict]:
-        """What metrics.jsonl says of its epochs; a restarted run repeats those that it had lost."""
+        """Returns the epoch records of metrics.jsonl, the last one of each epoch: a restart repeats epochs."""
         records = [record for record in read_log(self.folder / "metrics.jsonl") if record["event"] == "epoch"]
         return list({record["epoch"]: record for record in records}.values())
 
@@ -210,8 +209,8 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _content(path: str | None) -> str:
-    """A digest of a file, or of a folder's weights; where they are not here, their name has to do."""
+def _content_digest(path: str | None) -> str:
+    """Returns a digest of a file, or of the weights in a folder; the path itself if it is not on this machine."""
     where = Path(path or "")
     files = sorted([*where.glob("*.safetensors"), *where.glob("*.bin")]) if path and where.is_dir() else [where]
     digests = [_cached_digest(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
@@ -220,33 +219,34 @@ def _content(path: str | None) -> str:
 
 @cache
 def _cached_digest(file: Path, _size: int, _changed: int) -> str:
-    """Many jobs share a file, which may be made anew under way."""
+    """Hashes a file that many jobs share once, and again if it changes."""
     return file_digest(file)
 
 
 def read_results(grid: Grid, out: Path) -> dict[str, list[dict]]:
-    """What results/NAME.json remembers. Raises UserError where it is damaged."""
+    """Returns the recorded results of NAME.json, run -> a row per seed. Raises UserError if the file is damaged."""
     path = out / f"{grid.name}.json"
     return read_object(path) if path.is_file() else {}
 
 
 def by_digest(results: dict[str, list[dict]]) -> dict[str, dict]:
-    """Digest of a job -> its row."""
+    """Returns the rows of recorded results by the digest of their job."""
     return {row["digest"]: row for rows in results.values() for row in rows}
 
 
 def jobs_of(
     grid: Grid, only: list[str] | None, seeds: list[int] | None, more: tuple[str, ...], n_gpus: int = 1
 ) -> list[Job]:
-    """All jobs, seed by seed, so that an interrupted grid has whole seeds; a beginning before what needs it."""
+    """Returns the jobs of some runs and seeds (default: all), ordered by seed, so that an interrupted grid has complete
+    seeds; a beginning comes before the runs that start from it."""
     if unknown := set(only or ()) - grid.runs.keys():
-        raise UserError(f"{grid.name} has no run {', '.join(sorted(unknown))}; there are {', '.join(grid.runs)}")
+        raise UserError(f"{grid.name} has no run {', '.join(sorted(unknown))}; its runs are {', '.join(grid.runs)}")
     found: dict[str, Job] = {}
     every_seed = sorted({seed for spec in grid.runs.values() for seed in spec.seeds or grid.seeds})
     for seed in every_seed if seeds is None else seeds:
         for run, spec in grid.runs.items():
-            wanted = seeds is not None or seed in (spec.seeds or grid.seeds)
-            if wanted and (only is None or run in only):
+            is_chosen = seeds is not None or seed in (spec.seeds or grid.seeds)
+            if is_chosen and (only is None or run in only):
                 job = Job(grid, run, seed, more, n_gpus)
                 if job.begin is not None:
                     found.setdefault(job.begin.name, job.begin)
@@ -255,14 +255,14 @@ def jobs_of(
 
 
 def check_folders(jobs: list[Job]) -> None:
-    """Raises UserError where a job's folder holds another run, whose results would be taken for this grid's."""
+    """Raises UserError if the folder of a job holds another run, whose results would count as the job's."""
     for job in jobs:
-        if others := job.others:
-            raise UserError(f"{job.folder} holds another run ({'; '.join(others)}); move it away")
+        if conflicts := job.conflicts:
+            raise UserError(f"{job.folder} holds another run ({'; '.join(conflicts)}); move it away")
 
 
-def left_of(jobs: list[Job], recorded: dict[str, dict]) -> list[Job]:
-    """What is to be run: jobs that are neither done nor recorded, and what they begin with."""
+def unfinished(jobs: list[Job], recorded: dict[str, dict]) -> list[Job]:
+    """Returns the jobs that are neither done nor recorded, and the untrained jobs that they start from."""
     runs = [job for job in jobs if job.run in job.grid.runs and not job.is_done and job.digest not in recorded]
     needed = {job.name for job in runs} | {job.begin.name for job in runs if job.begin and not job.is_trained}
     return [job for job in jobs if job.name in needed and not job.is_done]

@@ -1,4 +1,4 @@
-"""The methods side by side on three tasks: results/ladder.md, from the numbers of the ladder's grids.
+"""Writes results/ladder.md, a table of all methods on three tasks, from the results of the ladder's grids.
 
 for task in machine breadth mirrored2; do python experiments/grid.py experiments/ladder_$task.yaml; done
 python experiments/ladder.py
@@ -27,13 +27,13 @@ TEXT = """\
 
     python experiments/ladder.py
 
-Accuracy on the test questions whose number of steps was trained on, in percent: mean over the seeds, and each seed. All
-rows of a task cost the same FLOPs in training (`python experiments/flops.py`). A cell is empty where nothing was run.
+Accuracy, in percent, on the test questions whose number of steps is in the training data: mean over the seeds, then
+each seed. All rows of a task cost the same training FLOPs (`python experiments/flops.py`). Empty cells were not run.
 """
 
 
 def as_text(grids: list[Grid], results: list[dict[str, list[dict]]]) -> str:
-    """The text of ladder.md; results: of each grid run -> its seeds."""
+    """Returns the text of ladder.md. results: for each grid, run -> a row per seed."""
     pairs = list(zip(grids, results, strict=True))
     head = ["method", *(f"[{grid.title}]({grid.name}.md)" if of else grid.title for grid, of in pairs)]
     labels = {run: spec.label or run for grid in grids for run, spec in grid.runs.items()}
@@ -49,7 +49,7 @@ def _cell(grid: Grid, rows: list[dict]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the numbers (default: results/)")
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the results (default: results/)")
     options = parser.parse_args(arguments)
     try:
         grids = [read_grid(ROOT / "experiments" / f"ladder_{task}.yaml") for task in TASKS]

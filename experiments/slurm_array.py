@@ -1,4 +1,4 @@
-"""A grid as a SLURM array job: a task for each run and seed, runs that begin with another in the task of that one."""
+"""Writes a grid as a SLURM array job: a task per run and seed; runs with the same beginning share a task."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SCRIPT = """\
 # {title}
 #
 #     sbatch {script}
-#     python experiments/grid.py {grid}{keys} --report      # once they are done, or before
+#     python experiments/grid.py {grid}{keys} --report      # at any time: the finished runs
 #
-# A task that nears its time limit, or is preempted, saves, goes back into the queue, and continues. Adapt the lines
-# below to your cluster.
+# A task that nears its time limit, or is preempted, saves, returns to the queue, and resumes. Adapt the lines below to
+# your cluster.
 #SBATCH --job-name={name}
 #SBATCH --array=0-{last}
 #SBATCH --nodes=1
@@ -45,8 +45,7 @@ run_steps on_nodes python experiments/grid.py {grid} --jobs 1 --gpus {n_gpus} "$
 
 
 def write_array(jobs: list[Job], grid: Path, script: Path) -> str:
-    """Writes the script for the jobs that are left; returns what to do with it. Raises UserError where it cannot be
-    written."""
+    """Writes the script of the given jobs; returns the command that submits it. Raises UserError."""
     groups: dict[tuple[str, int], list[str]] = {}
     for job in jobs:
         if job.run in job.grid.runs:

@@ -1,4 +1,4 @@
-"""The report of a grid: results/NAME.md, the numbers behind it in NAME.json, and its learning curves in NAME.png."""
+"""Writes the report of a grid: the table NAME.md, its numbers NAME.json and the learning curves NAME.png."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ MADE_BY = ("python", "torch", "transformers", "hardware")
 def write_report(
     grid: Grid, jobs: list[Job], before: dict[str, list[dict]], shown: set[str], out: Path, arguments: str = ""
 ) -> str:
-    """Writes what the finished runs have come to; returns the table, and where the rest is. The numbers are of all
-    jobs, and what the file held before of others; table and figure are of the jobs whose names are shown, which
-    `arguments` of the command have chosen. Raises UserError."""
+    """Writes the report of the finished jobs; returns its table and the paths. Raises UserError.
+
+    NAME.json holds the rows of all finished jobs and the older rows `before` of other keys. Table and figure hold the
+    jobs named in `shown`; `arguments` are the command's options that have chosen them.
+    """
     everything = collect(grid, jobs, before)
     results = {run: [row for row in rows if f"{run}-{row['seed']}" in shown] for run, rows in everything.items()}
     results = {run: rows for run, rows in results.items() if rows}
     if not results:
         return f"no run of {grid.name} is finished"
-    write_whole(out / f"{grid.name}.json", as_json(with_others(everything, before)))
+    write_whole(out / f"{grid.name}.json", as_json(with_older(everything, before)))
     write_whole(out / f"{grid.name}.md", as_text(grid, results, arguments))
     with replaced(out / f"{grid.name}.png") as figure:
         draw(grid, results, {job.run for job in jobs if not hasattr(job.config.rules, "stage_of_step")}, figure)
@@ -49,8 +51,8 @@ def write_report(
     return "\n".join(lines)
 
 
-def with_others(results: dict[str, list[dict]], before: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """The rows, and those of before that are of other keys."""
+def with_older(results: dict[str, list[dict]], before: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Returns the rows of each run, followed by its older rows with other keys."""
     digests = by_digest(results)
     return {
         run: results.get(run, []) + [row for row in before.get(run, []) if row["digest"] not in digests]
@@ -59,17 +61,19 @@ def with_others(results: dict[str, list[dict]], before: dict[str, list[dict]]) -
 
 
 def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """run -> for each finished seed, from its folder or as it was recorded under its digest: "seed", "digest"; of the
-    test split "accuracy", "by_steps" (number of steps -> accuracy), "tokens", "seconds_per_example" (in batches),
-    "correct" (a 0 or 1 for each question), "steps" (the number of steps of each); "seconds" of training and validation;
-    "epochs", for the curves; "made_by", commit, versions and hardware; see `flops_of` too."""
+    """Returns run -> a row per finished seed, read from its folder or, by its digest, from the rows `before`.
+
+    A row holds "seed" and "digest"; from the test split "accuracy", "by_steps" (number of steps -> accuracy), "tokens",
+    "seconds_per_example" (generation in batches), "correct" (0 or 1 per question) and "steps" (number of steps per
+    question); "seconds" of training and validation; "epochs" for the learning curves; "made_by" (commit, versions,
+    hardware); in a grid with recipes "flops" of training and evaluation.
+    """
     recorded = by_digest(before)
     results: dict[str, list[dict]] = {}
     for job in jobs:
         if job.run not in grid.runs:
             continue
-        # a folder may hold another run, of which there was no complaint as it was not asked for
-        if not job.is_done or job.others:
+        if not job.is_done or job.conflicts:  # a conflict is an error only for the jobs that --only has chosen
             if job.digest in recorded:
                 results.setdefault(job.run, []).append(recorded[job.digest])
             continue
@@ -77,44 +81,36 @@ def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[
         correct = [int(prediction["correct"]) for prediction in job.predictions()]
         metrics = json.loads((job.folder / "eval" / "metrics.json").read_text(encoding="utf-8"))
         earlier = job.begin.epochs() if job.begin else []
-        epochs = [*earlier, *job.epochs()] if job.goes_on else job.epochs()
-        by_steps = {
-            str(n): statistics.mean(right for right, steps in zip(correct, n_steps, strict=True) if steps == n)
-            for n in sorted(set(n_steps))
+        epochs = [*earlier, *job.epochs()] if job.shares_curriculum else job.epochs()
+        row = {
+            "seed": job.seed,
+            "digest": job.digest,
+            "accuracy": metrics["accuracy"],
+            "by_steps": {
+                str(n): statistics.mean(right for right, steps in zip(correct, n_steps, strict=True) if steps == n)
+                for n in sorted(set(n_steps))
+            },
+            "tokens": metrics["generated_tokens"],
+            "seconds_per_example": metrics["seconds_per_example"],
+            "seconds": sum(record["train_seconds"] + record["seconds"] for record in [*earlier, *job.epochs()]),
+            "epochs": [
+                {"epoch": epoch, "stage": record["stage"], "accuracy": record["accuracy"]}
+                for epoch, record in enumerate(epochs)
+            ],
+            "correct": "".join(map(str, correct)),
+            "steps": " ".join(map(str, n_steps)),
+            "made_by": made_by(job),
         }
-        results.setdefault(job.run, []).append(
-            flops_of(job)
-            | {
-                "seed": job.seed,
-                "digest": job.digest,
-                "accuracy": metrics["accuracy"],
-                "by_steps": by_steps,
-                "tokens": metrics["generated_tokens"],
-                "seconds_per_example": metrics["seconds_per_example"],
-                "seconds": sum(record["train_seconds"] + record["seconds"] for record in [*earlier, *job.epochs()]),
-                "epochs": [
-                    {"epoch": epoch, "stage": record["stage"], "accuracy": record["accuracy"]}
-                    for epoch, record in enumerate(epochs)
-                ],
-                "correct": "".join(map(str, correct)),
-                "steps": " ".join(map(str, n_steps)),
-                "made_by": made(job),
-            }
-        )
+        if grid.recipes:
+            from costs import job_cost  # imports transformers
+
+            row = {"flops": job_cost(job).flops, **row}
+        results.setdefault(job.run, []).append(row)
     return {run: results[run] for run in grid.runs if run in results}
 
 
-def flops_of(job: Job) -> dict[str, float]:
-    """{"flops": of training and evaluation}, of a grid that chooses among recipes."""
-    if not job.grid.recipes:
-        return {}
-    from costs import job_cost  # which waits for transformers
-
-    return {"flops": job_cost(job).flops}
-
-
-def made(job: Job) -> dict[str, str]:
-    """Commit, versions and hardware of a job's training."""
+def made_by(job: Job) -> dict[str, str]:
+    """Returns the commit, versions and hardware of a job's training; {} if its folder does not record them."""
     try:
         notes = notes_of((job.folder / "config.yaml").read_text(encoding="utf-8"))
     except OSError:
@@ -125,48 +121,48 @@ def made(job: Job) -> dict[str, str]:
 
 
 def answers(row: dict, untrained: tuple[int, ...] = ()) -> np.ndarray:
-    """(questions,) int64, 1 where an answer is right, of the questions whose number of steps training had."""
+    """Returns (questions,) int64: 1 for a right answer, over the questions whose number of steps training had."""
     right = np.array([int(digit) for digit in row["correct"]])
     return right[~np.isin(np.array(row["steps"].split(), dtype=int), untrained)] if untrained else right
 
 
 def accuracies(grid: Grid, rows: list[dict]) -> list[float]:
-    """Of each seed, on the questions whose number of steps training had."""
+    """Returns the accuracy of each seed over the questions whose number of steps training had."""
     return [float(answers(row, grid.untrained).mean()) for row in rows]
 
 
 def as_text(grid: Grid, results: dict[str, list[dict]], arguments: str) -> str:
-    """The text of results/NAME.md."""
+    """Returns the text of NAME.md."""
     one = next(iter(results.values()))[0]
     chance = f" Chance is {grid.chance:.1%}." if grid.chance is not None else ""
     lines = [f"# {grid.title}", "", f"    python experiments/grid.py experiments/{grid.name}.yaml{arguments}", ""]
     if grid.about:
         lines += [grid.about.strip(), ""]
-    of_training = f" of {' or '.join(trained_steps(grid, one))} steps, as in training" if grid.untrained else ""
+    restriction = f" of {' or '.join(trained_steps(grid, one))} steps, as in training" if grid.untrained else ""
     lines += [
-        f"Accuracy on {len(answers(one, grid.untrained))} test questions{of_training}, in percent: mean over the seeds "
-        f"with the 95 % interval for the mean over all seeds there could be (t), then each seed; no interval for one "
-        f"seed, nor where two neighbouring seeds are more than {100 * LARGEST_GAP:.0f} points apart (two modes)."
-        f"{chance} Learnt: seeds that reach {LEARNT:.0%}, and the 95 % interval for the share of such seeds "
-        f"(Clopper-Pearson). By steps: mean over the seeds, by the number of a question's steps. Less: difference to "
-        f"a control over the seeds that both have, with a 95 % bootstrap over seeds, then questions, the same for "
-        f"both; from few seeds it is rather too narrow. Tokens: as Table 1 of the paper counts them, thoughts "
-        f"included; a generation takes one more forward pass than that, each waiting for the one before. ms: "
-        f"generation for a question, in batches. Minutes: training and validation, what a run begins with included.",
+        f"Accuracy: percent of {len(answers(one, grid.untrained))} test questions{restriction}; mean over the seeds "
+        f"with its 95 % confidence interval (Student's t), then each seed. There is no interval for one seed, or if "
+        f"two neighbouring seeds are more than {100 * LARGEST_GAP:.0f} points apart (two modes).{chance} Learnt: seeds "
+        f"that reach {LEARNT:.0%}, with the 95 % interval of their share (Clopper-Pearson). By steps: mean over the "
+        f"seeds, by the number of steps of a question. Minus a control: difference over the seeds that both have, with "
+        f"a 95 % bootstrap interval over seeds, then questions, the same for both; with few seeds it is too narrow. "
+        f"Tokens: counted as in Table 1 of the paper, thoughts included; a generation takes one sequential forward "
+        f"pass more. ms: generation per question, in batches. Minutes: training and validation, with those of the run "
+        f"that it begins with.",
         "",
-        *rules(grid),
+        *shortcut_accuracies(grid),
     ]
     head, *rows = table(grid, results)
     lines += [*markdown(head, rows), *of_recipes(grid, results)]
     if grid.prediction:
         lines += ["", "## Predicted before the runs", "", grid.prediction.strip()]
     lines += ["", f"![accuracy by epoch]({grid.name}.png)", ""]
-    lines += made_by(row for rows in results.values() for row in rows)
+    lines += origins(row for rows in results.values() for row in rows)
     return "\n".join(lines) + "\n"
 
 
-def made_by(rows: Iterable[dict]) -> list[str]:
-    """A line on commits, versions and hardware of the runs; none where all were recorded before this was noted."""
+def origins(rows: Iterable[dict]) -> list[str]:
+    """Returns a line with all commits, versions and hardware; no line if no row has them, as in old results."""
     found: dict[str, set[str]] = {}
     for row in rows:
         for name, value in row.get("made_by", {}).items():
@@ -180,11 +176,11 @@ def trained_steps(grid: Grid, row: dict) -> list[str]:
 
 
 def table(grid: Grid, results: dict[str, list[dict]]) -> list[list[str]]:
-    """The cells of the report's table, the head first; without the columns that are empty."""
+    """Returns the cells of the report's table, the head first, without empty columns."""
     steps = " / ".join(trained_steps(grid, next(iter(results.values()))[0]))
     head = ["run", "paper", "accuracy (95 %)", "seeds", "learnt (95 %)", f"by steps: {steps}"]
     head += [f"{n} steps, untrained" for n in grid.untrained] + ["tokens", "ms", "minutes"]
-    head += [f"less {grid.runs[control].label or control} (95 %)" for control in grid.controls]
+    head += [f"minus {grid.runs[control].label or control} (95 %)" for control in grid.controls]
     rows = [head, *(cells_of(grid, run, results) for run in results)]
     filled = [column for column in range(len(head)) if any(row[column] for row in rows[1:])]
     return [[row[column] for column in filled] for row in rows]
@@ -205,20 +201,20 @@ def cells_of(grid: Grid, run: str, results: dict[str, list[dict]]) -> list[str]:
     return [
         spec.label or run,
         spec.paper or "",
-        with_interval(accuracy),
+        interval_cell(accuracy),
         " ".join(f"{100 * value:.1f}" for value in accuracy) if len(accuracy) > 1 else "",
         f"{learnt} of {len(rows)} ({100 * share[0]:.0f} to {100 * share[1]:.0f} %)",
         " / ".join(f"{of_steps(n):.0f}" for n in trained_steps(grid, rows[0])),
-        *(with_interval([row["by_steps"][str(n)] for row in rows]) for n in grid.untrained),
+        *(interval_cell([row["by_steps"][str(n)] for row in rows]) for n in grid.untrained),
         f"{mean_of('tokens'):.1f}",
         f"{1000 * mean_of('seconds_per_example'):.2f}",
         f"{mean_of('seconds') / 60:.1f}",
-        *("" if run == control else less(grid, rows, results.get(control, [])) for control in grid.controls),
+        *("" if run == control else difference_cell(grid, rows, results.get(control, [])) for control in grid.controls),
     ]
 
 
-def with_interval(accuracy: list[float]) -> str:
-    """Mean, in percent, with its interval over seeds or why there is none."""
+def interval_cell(accuracy: list[float]) -> str:
+    """Returns the mean in percent, with its interval over the seeds or the reason why there is none."""
     text = f"{100 * statistics.mean(accuracy):.1f}"
     if not has_one_mode(accuracy):
         return f"{text} (two modes)"
@@ -226,8 +222,8 @@ def with_interval(accuracy: list[float]) -> str:
     return text if interval is None else f"{text} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
 
 
-def less(grid: Grid, rows: list[dict], control: list[dict]) -> str:
-    """The difference to a control, in points, with its interval over seeds and questions where there are seeds."""
+def difference_cell(grid: Grid, rows: list[dict], control: list[dict]) -> str:
+    """Returns the difference to a control in points, with its interval if both have several seeds."""
     found = difference(*({row["seed"]: answers(row, grid.untrained) for row in of} for of in (rows, control)))
     if found is None:
         return ""
@@ -235,8 +231,8 @@ def less(grid: Grid, rows: list[dict], control: list[dict]) -> str:
     return f"{mean} ({' to '.join(interval)})" if interval else mean
 
 
-def rules(grid: Grid) -> list[str]:
-    """What cheap rules get on the test questions, by steps, where these have a graph to look at."""
+def shortcut_accuracies(grid: Grid) -> list[str]:
+    """Returns a line with the accuracy of shortcuts on the test questions, by number of steps; [] without graphs."""
     examples = load_examples(grid.test_path)
     if not shortcuts.has_graph(examples[0]):
         return []
@@ -244,12 +240,12 @@ def rules(grid: Grid) -> list[str]:
     groups = [[example for example in examples if len(example["steps"]) == n] for n in steps]
     right = [shortcuts.measure(group, grid.test_path) for group in groups]
     shares = (f"{name} {' / '.join(f'{of_group[name]:.0f}' for of_group in right)}" for name in right[0])
-    return [f"What cheap rules get on them, for {' / '.join(map(str, steps))} steps: {', '.join(shares)}.", ""]
+    return [f"Accuracy of shortcuts for {' / '.join(map(str, steps))} steps: {', '.join(shares)}.", ""]
 
 
 def draw(grid: Grid, results: dict[str, list[dict]], staged: set[str], path: Path) -> None:
-    """Validation accuracy by epoch: a line a seed, a colour and a marker a run; dotted where a stage begins, of the
-    runs whose stages are of steps and not of tokens."""
+    """Draws validation accuracy by epoch: a line per seed, a colour and marker per run, a dotted line where a stage of
+    the `staged` runs begins (runs whose stages count tokens, such as iCoT's, are not staged)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -258,22 +254,22 @@ def draw(grid: Grid, results: dict[str, list[dict]], staged: set[str], path: Pat
     figure, panel = plt.subplots(figsize=(8, 4.5))
     for number, (run, rows) in enumerate(results.items()):
         style = {"color": f"C{number % 10}", "marker": "osv^Dx+*"[number % 8], "markersize": 4, "linewidth": 1}
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             epochs = [record["epoch"] + 1 for record in row["epochs"]]
             accuracy = [100 * record["accuracy"] for record in row["epochs"]]
-            panel.plot(epochs, accuracy, label=(grid.runs[run].label or run) if place == 0 else None, **style)
-    courses = [row["epochs"] for run, rows in results.items() if run in staged for row in rows]
-    # some have one stage throughout
-    course = max(courses, key=lambda course: len({record["stage"] for record in course}), default=[])
-    for before, record in pairwise(course):
+            panel.plot(epochs, accuracy, label=(grid.runs[run].label or run) if index == 0 else None, **style)
+    curves = [row["epochs"] for run, rows in results.items() if run in staged for row in rows]
+    # the curve with the most stages: some runs have one stage throughout
+    curve = max(curves, key=lambda curve: len({record["stage"] for record in curve}), default=[])
+    for before, record in pairwise(curve):
         if record["stage"] != before["stage"]:
             panel.axvline(record["epoch"] + 0.5, color="0.7", linestyle=":")
-            place = {"x": record["epoch"] + 0.55, "y": 1.01, "transform": panel.get_xaxis_transform()}
-            panel.text(**place, s=f"stage {record['stage']}", fontsize=7, color="0.4")
+            where = {"x": record["epoch"] + 0.55, "y": 1.01, "transform": panel.get_xaxis_transform()}
+            panel.text(**where, s=f"stage {record['stage']}", fontsize=7, color="0.4")
     if grid.chance is not None:
         panel.axhline(100 * grid.chance, color="0.5", linestyle="--", linewidth=1)
-        place = {"x": 0.995, "y": 100 * grid.chance + 0.7, "transform": panel.get_yaxis_transform()}
-        panel.text(**place, s="chance", fontsize=7, color="0.4", ha="right")
+        where = {"x": 0.995, "y": 100 * grid.chance + 0.7, "transform": panel.get_yaxis_transform()}
+        panel.text(**where, s="chance", fontsize=7, color="0.4", ha="right")
     panel.set(xlabel="epoch", ylabel="validation accuracy, %", ylim=(0, 105))
     panel.set_title(grid.title, y=1.05)
     panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

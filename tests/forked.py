@@ -1,5 +1,8 @@
-"""Starts ranks like torchrun, but forks them from a process that has imported torch, which saves seconds each time. For
-tests of what ranks compute together; tests of launching and of dying ranks use torchrun."""
+"""Processes forked from a process that has imported torch, which saves the seconds of each import.
+
+`run` stands in for torchrun in tests of what ranks compute together; how ranks start and die needs torchrun itself.
+`Popen` stands in for `subprocess.Popen` of a Python program.
+"""
 
 import multiprocessing
 import os
@@ -57,7 +60,40 @@ def _rank(environment: dict[str, str], command: list[str], printed: list[Path]) 
     os.environ.update(environment)
     for number, path in enumerate(printed, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-    sys.argv = command
-    sys.path.insert(0, str(Path(command[0]).parent))
-    multiprocessing.set_start_method(None, force=True)  # the default again, for the data loader's processes
-    runpy.run_path(command[0], run_name="__main__")
+    multiprocessing.set_start_method(None, force=True)  # back to the default, which loader processes are started with
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        sys.path.insert(0, str(Path(command[0]).parent))
+        runpy.run_path(command[0], run_name="__main__")
+
+
+class Popen:
+    """A Python program, `[interpreter, SCRIPT or -m MODULE, ARGUMENT...]`, that prints to an open file. The Python
+    programs that it starts in this way are forked too."""
+
+    def __init__(self, command: list[str], env: dict[str, str], stdout, cwd: Path | None = None, **_):
+        arguments = (env, command[1:], [Path(stdout.name)] * 2, cwd or Path.cwd())
+        self._process = CONTEXT.Process(target=_program, args=arguments)
+        self._process.start()
+        self.pid = self._process.pid
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.is_alive():
+            raise subprocess.TimeoutExpired(self.pid, timeout)
+        return self._process.exitcode
+
+
+def _program(environment: dict[str, str], command: list[str], printed: list[Path], folder: Path) -> None:
+    class Child(subprocess.Popen):
+        def __new__(cls, command, **options):
+            is_program = command[0] == sys.executable and hasattr(options.get("stdout"), "name")
+            return Popen(command, **options) if is_program else super().__new__(cls)
+
+    os.setsid()
+    os.chdir(folder)
+    subprocess.Popen = Child
+    _rank(environment, command, printed)

@@ -1,4 +1,4 @@
-"""The benchmarks' sides compute the same thing; their numbers are not tested."""
+"""The sides of the benchmarks compute the same thing; their speeds are not tested."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ OPTIONS |= {"latent_passes": 2}
 
 @pytest.fixture
 def small(monkeypatch):
-    """A model and rows that take no time."""
+    """Makes models and rows tiny; returns their markers."""
     monkeypatch.setitem(common.SIZES, "tiny", (1, 16, 2))
     monkeypatch.setattr(common, "GPT2_VOCABULARY", 60)
     markers = common.Markers(start=60, latent=62, end=61, eos=59)
@@ -39,12 +39,12 @@ def small(monkeypatch):
 
 def test_the_sides_of_a_step_agree(small):
     model = common.make_model("gpt2", "tiny", torch.device("cpu"))
-    batch = collate_for_device(common.prosqa_rows(2, stage=2, c_thought=1), small.eos, small.latent)
+    rows = common.prosqa_rows(2, stage=2, c_thought=1)
+    batch = collate_for_device(rows, small.eos, small.latent)
     coconut = model(**batch).loss
     assert abs(step.no_cache_loss(model, batch) - coconut) < 1e-5
-    rows = common.prosqa_rows(2, stage=2, c_thought=1)
     assert abs(definition.loss(model.base_causallm, rows, small.latent) - coconut) < 1e-5
-    unaligned = collate_for_device(common.prosqa_rows(2, stage=2, c_thought=1), small.eos, None)
+    unaligned = collate_for_device(rows, small.eos, None)
     assert abs(step.baseline_loss(model, unaligned) - step.all_logits_loss(model, unaligned)) < 1e-5
     assert len(step.make_sides(argparse.Namespace(**OPTIONS), 1, list(step.SIDES))) == len(step.SIDES)
     ids = (small.latent, small.start, small.end, small.eos)
@@ -54,17 +54,17 @@ def test_the_sides_of_a_step_agree(small):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_model_is_had_as_if_loaded(small, world, strategy):
-    """scaling.py had no model under DDP: it gave parallel.load a plain tuple."""
+def test_as_loaded_keeps_the_weights(small, world, strategy):
+    """scaling.py failed under DDP: it gave parallel.load a plain tuple."""
     whole = common.make_model("llama", "tiny", torch.device("cpu"))
     weights = {name: value.clone() for name, value in whole.state_dict().items()}
     model = common.as_loaded(whole, Config(strategy=strategy), world)
-    found = whole_weights(model)  # tied weights under one name
+    found = whole_weights(model)  # tied weights have one name
     assert len(found) >= len(weights) - 1
     assert all(torch.equal(value, weights[name]) for name, value in found.items())
 
 
-def test_they_run_and_write_json(small, tmp_path, capsys):
+def test_step_and_generate_write_json(small, tmp_path, capsys):
     options = f"--batch 2 --stages 0 2 --repeats 1 --no-memory --json {tmp_path / 'a.json'}"
     assert step.main(options.split()) == 0
     results = json.loads((tmp_path / "a.json").read_text())["results"]
@@ -76,19 +76,19 @@ def test_they_run_and_write_json(small, tmp_path, capsys):
     assert "ratio" in capsys.readouterr().out
 
 
-def test_every_thought_is_compared():
+def test_the_thoughts_grid_has_every_thought():
     runs = yaml.safe_load((ROOT / "experiments" / "thoughts.yaml").read_text())["runs"]
-    fed_back = {(spec.get("keys") or {}).get("thought", "last") for spec in runs.values()}
-    assert {spelling.partition(":")[0] for spelling in fed_back} == set(THOUGHTS)
+    thoughts = {(spec.get("keys") or {}).get("thought", "last") for spec in runs.values()}
+    assert {spelling.partition(":")[0] for spelling in thoughts} == set(THOUGHTS)
 
 
-def test_costs_are_measured(monkeypatch):
+def test_thoughts_measures_costs(monkeypatch):
     monkeypatch.setitem(common.SIZES, "tiny", (1, 16, 2))
     for generates in (True, False):
         assert thoughts.measure("last+suppressed", generates, "tiny")["peak_gib"] > 0
 
 
-def test_costs_are_a_table():
+def test_thoughts_writes_a_table_of_costs():
     cost = {"seconds": 9.0, "peak_gib": 3.0, "generation_seconds": 3.5, "generation_peak_gib": 1.0}
     text = thoughts.as_text({"last": cost}, "small")
     assert "| `last` | 9.00 | 3.00 | 3.50 | 1.00 |" in text

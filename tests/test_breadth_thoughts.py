@@ -1,4 +1,4 @@
-"""What is read off the thoughts of the breadth grid, on a model that has hardly been trained."""
+"""experiments/breadth_thoughts.py, on a model that has hardly been trained."""
 
 import json
 import sys
@@ -18,15 +18,11 @@ script = load_script(ROOT / "experiments" / "breadth_thoughts.py")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("breadth")
     sizes = ["--train", "32", "--valid", "8", "--test", "20", "--out", str(folder), "--prefix", "path"]
-    assert (
-        machine.main(
-            [*sizes, "--states", "12", "--buttons", "6", "--fan-out", "2", "--min-steps", "2", "--max-steps", "3"]
-        )
-        == 0
-    )
+    machine_options = ["--states", "12", "--buttons", "6", "--fan-out", "2", "--min-steps", "2", "--max-steps", "3"]
+    assert machine.main([*sizes, *machine_options]) == 0
     tiny_model.write_model([folder / "path_train.json"], folder / "model", "char", "llama", 16, 1, 2, 64)
     keys = {"extends": str(ROOT / "args/breadth.yaml"), "model_id": str(folder / "model"), "save_path": str(folder)}
     keys |= {"train_path": str(folder / "path_train.json"), "val_path": str(folder / "path_valid.json")}
@@ -36,41 +32,39 @@ def place(tmp_path_factory):
     return folder
 
 
-def test_the_share_of_pairs_in_order():
+def test_auc():
     values, inside = torch.tensor([0.4, 0.1, 0.3, 0.1]), torch.tensor([True, True, False, False])
     assert script.auc(values, inside) == (1 + 1 + 0 + 0.5) / 4
 
 
-def test_everything_is_measured(place, tmp_path, capsys):
-    assert script.main([str(place / "last-0"), "--data", str(place), "--out", str(tmp_path)]) == 0
+def test_the_report_has_all_measurements(task, tmp_path, capsys):
+    assert script.main([str(task / "last-0"), "--data", str(task), "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "breadth_thoughts.json").read_text())["last-0"]
     assert [one["thought"] for one in found["read off"]] == [1, 2, 3]
     assert [one["questions"] for one in found["read off"]][:2] == [20, 20]
     assert sum(one["questions"] for one in found["by size"].values()) == 20
     assert set(found["replaced"]) == {"likeliest token", "mean token", "mean of the frontier"}
     assert all(0 <= value <= 1 for value in found["replaced"].values())
-    assert (
-        set(found["superposed"]["own"]) == set(found["superposed"]["other"]) == {"its own", "the other's", "the mean"}
-    )
+    assert {*found["superposed"]["own"]} == {*found["superposed"]["other"]} == {"its own", "the other's", "the mean"}
     text = (tmp_path / "breadth_thoughts.md").read_text()
     assert "\n| last-0 |" in text
     assert text in capsys.readouterr().out
 
 
-def test_a_rounded_thought_is_what_token_feeds(place):
-    """The replacement at each position, before the next thought is made, is the discrete bottleneck itself."""
-    examples = json.loads((place / "path_test.json").read_text())
-    subject = script.Subject.load(str(place / "last-0"), examples)
-    machine_of = json.loads((place / "path_machine.json").read_text())
+def test_the_likeliest_token_is_what_the_thought_token_feeds_back(task):
+    """Replacing each thought before the next one is made gives the model with `thought: token`."""
+    examples = json.loads((task / "path_test.json").read_text())
+    subject = script.Subject.load(str(task / "last-0"), examples)
+    machine_of = json.loads((task / "path_machine.json").read_text())
     frontiers = [script.frontiers_of(machine_of["permutations"], *script.word_of(one)) for one in examples]
     rounded = script.replacements(subject, frontiers)["likeliest token"]
-    written = subject.outputs(change=rounded)
+    outputs = subject.outputs(change=rounded)
     from methods.thoughts import Token
 
     subject.model.thought = Token(subject.model.base_causallm)
-    assert subject.outputs() == written
+    assert subject.outputs() == outputs
 
 
-def test_a_run_that_is_not_there_is_one_sentence(tmp_path, place, capsys):
-    assert script.main([str(tmp_path / "none"), "--data", str(place), "--out", str(tmp_path)]) == 2
+def test_a_missing_run_is_one_sentence(tmp_path, task, capsys):
+    assert script.main([str(tmp_path / "none"), "--data", str(task), "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")

@@ -390,7 +390,7 @@ def test_special_tokens_of_the_tokenizer_come_before_the_question_only(template)
         (b'{"question": "a", "answer": "b", "steps": []}\n\n{"question"', "bad.json, line 3 is not valid JSON"),
         (b"PAR1\x15\x04", "is a Parquet file; this converts it: .*pandas.read_parquet"),
         ("[]".encode("utf-16"), "is UTF-16; this converts it: iconv -f UTF-16 -t UTF-8"),
-        (gzip.compress(b"[]"), "is compressed by gzip; this converts it: gzip -dc"),
+        (gzip.compress(b"[]", mtime=0), "is compressed by gzip; this converts it: gzip -dc"),
         (b'[{"question": "a", "answer": NaN, "steps": []}]', "record 0.*'answer' that is not a string"),
         (
             b'[{"question": "a", "answer": "b", "steps": []}, {"question": "a", "answer": "b"}]',

@@ -1,9 +1,9 @@
-"""benchmarks/gpu.py: its budget, what it leaves out, and all of its pieces with tiny sizes."""
+"""benchmarks/gpu.py: its time limits, finished pieces, and all pieces with tiny sizes."""
 
 import json
 import sys
-import time
 
+import forked
 import pytest
 from conftest import ROOT
 
@@ -12,38 +12,40 @@ import gpu
 import launches
 
 
-def pieces(*codes: tuple[str, int]):
-    names = "abcd"
-    return lambda *_: [gpu.Piece(names[n], limit, [["-c", code]]) for n, (code, limit) in enumerate(codes)]
+@pytest.fixture
+def endings(tmp_path, monkeypatch, capsys):
+    """endings(pieces, option...): how the pieces a, b, ... end, each a program and its limit in seconds."""
+
+    def run(pieces: list[tuple[str, int]], *options: str) -> list[str]:
+        made = [gpu.Piece(name, limit, [["-c", code]]) for name, (code, limit) in zip("abcd", pieces, strict=False)]
+        monkeypatch.setattr(gpu, "make_pieces", lambda *_: made)
+        assert gpu.main(["--out", str(tmp_path), *options]) == 0
+        return [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()]
+
+    return run
 
 
-def test_what_is_done_is_left_out_and_the_rest_fits_the_budget(tmp_path, monkeypatch, capsys):
+def test_pieces_have_limits_and_finished_ones_are_skipped(tmp_path, endings, capsys):
     sleeps = "print('begun', flush=True); import time; time.sleep(60)"
-    monkeypatch.setattr(
-        gpu, "make_pieces", pieces(("print(1)", 30), ("raise SystemExit(3)", 30), (sleeps, 30), ("", 30))
-    )
-    begin = time.monotonic()
-    assert gpu.main(["--out", str(tmp_path), "--budget", "6"]) == 0
-    assert time.monotonic() - begin < 20
-    lines = [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == "a: done"
-    assert lines[1] == f"b: exit code 3, see {tmp_path / 'b.part'}"
-    assert lines[2].startswith("c: stopped after")
-    assert lines[3] == "d: no time left"
+    assert endings([("print(1)", 30), ("raise SystemExit(3)", 30), (sleeps, 2), ("print(4)", 30)]) == [
+        "a: done",
+        f"b: exit code 3, see {tmp_path / 'b.part'}",
+        "c: stopped after 2 s",
+        "d: done",
+    ]
     assert (tmp_path / "a.txt").read_text() == "1\n"
     assert (tmp_path / "c.part").read_text() == "begun\n"
-    monkeypatch.setattr(gpu, "make_pieces", pieces(("print(2)", 30), ("print(3)", 30), (sleeps, 1)))
-    assert gpu.main(["--out", str(tmp_path), "--skip-done"]) == 0
-    lines = [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()]
-    assert lines == ["a: done before", "b: done", "c: stopped after 1 s"]
+    found = endings([("print(2)", 30), (sleeps, 30), ("", 30)], "--skip-done", "--budget", "2")
+    assert found == ["a: done before", "b: stopped after 2 s", "c: no time left"]
     assert (tmp_path / "a.txt").read_text() == "1\n"
+    assert endings([("", 30), ("print(3)", 30)], "--skip-done") == ["a: done before", "b: done"]
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--only", "e"])
-    assert "no piece e: a, b, c" in capsys.readouterr().err
+    assert "no piece e: a, b" in capsys.readouterr().err
 
 
 def test_hours_of_fifty_epochs(tmp_path):
-    """100 steps of 128 examples in each epoch; a stage that is missing counts as the nearest."""
+    """100 steps of 128 examples per epoch; the nearest stage stands in for a missing one."""
     file = tmp_path / "metrics.jsonl"
     records = []
     for stage, seconds in ((0, 10.0), (1, 20.0)):
@@ -55,8 +57,8 @@ def test_hours_of_fifty_epochs(tmp_path):
     assert gpu.hours(file).splitlines()[-1] == f"50 epochs: {wanted:.2f} hours"
 
 
-def test_what_a_latent_pass_launches():
-    """The goal was 200 kernels forward and 300 backward for GPT-2's 12 layers; a decoding step has 235 forward."""
+def test_kernels_of_a_latent_pass():
+    """At most 200 forward and 300 backward for GPT-2's 12 layers; a decoding step has 235 forward."""
     counts = launches.passes("gpt2", "coconut", 12)
     assert counts["layer"].forward <= 16
     assert counts["layer"].backward <= 22
@@ -65,8 +67,9 @@ def test_what_a_latent_pass_launches():
 
 
 @pytest.mark.slow
-def test_all_pieces_run_with_tiny_sizes(tmp_path, capsys):
-    """But for compiled steps, which take minutes to compile."""
+def test_all_pieces_run_with_tiny_sizes(tmp_path, monkeypatch, capsys):
+    """Except compiled steps, which take minutes to compile. The programs are forked: each import takes seconds."""
+    monkeypatch.setattr("subprocess.Popen", forked.Popen)
     names = [piece.name for piece in gpu.make_pieces(tmp_path, True) if "compiled" not in piece.name]
     assert gpu.main(["--out", str(tmp_path), "--tiny", "--budget", "3600", "--only", *names]) == 0
     failed = [line for line in capsys.readouterr().out.splitlines() if not line.endswith(": done")]

@@ -1,4 +1,4 @@
-"""The grids of experiments/: each is whole; a search for recipes, the ladder's page, FLOPs by torch."""
+"""The committed grids are complete; the search for recipes, the ladder's table, FLOPs counted by torch."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from trainer.throughput import FlopCounter
 sys.path.insert(0, str(ROOT / "experiments"))
 from grid_file import read_grid
 from jobs import Job, jobs_of, read_results
-from recipes import best_recipe, of_recipes, stage_held
+from recipes import best_recipe, last_learnt_stage, of_recipes
 
 tables = load_script(ROOT / "experiments" / "tables.py")
 ladder = load_script(ROOT / "experiments" / "ladder.py")
@@ -27,7 +27,7 @@ OF_PAPER = [name for name in NAMES if name.startswith("paper_")]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_grid_can_be_run(name):
-    """Every run's keys are possible, each file of a local data set is made by a script that is there."""
+    """The keys of each run are possible, and an existing script makes each file of a local data set."""
     grid = read_grid(ROOT / "experiments" / f"{name}.yaml")
     jobs = jobs_of(grid, None, None, ())
     for job in jobs:
@@ -43,21 +43,19 @@ def test_a_grid_can_be_run(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_PAPER and name != "quickstart"])
-def test_a_grid_says_what_it_asks_and_what_was_expected(name):
+def test_a_grid_has_a_description_and_a_dated_prediction(name):
     grid = read_grid(ROOT / "experiments" / f"{name}.yaml")
     assert len(grid.about) > 100
     assert re.search(r"\bof November \d|Written on November \d", grid.prediction, re.IGNORECASE)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_page_of_experiments_lists_every_grid(name):
+def test_docs_experiments_lists_every_grid(name):
     page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
     assert f"`experiments/{name}.yaml`" in page
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Recipes
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Recipes ----
 
 
 @pytest.fixture
@@ -76,7 +74,7 @@ def search(tmp_path):
 
 
 def seed(flops: float, *accuracies: float) -> dict:
-    """What is recorded of a seed with two epochs in each of these stages, at the end of which accuracy is this."""
+    """A recorded row with two epochs per stage; accuracies: at the end of each stage."""
     epochs = [{"stage": stage, "accuracy": end} for stage, end in enumerate(accuracies) for end in (0.05, end)]
     return {"flops": flops, "epochs": epochs}
 
@@ -90,13 +88,13 @@ def test_each_run_is_made_with_each_recipe(search):
     assert [job.spec.label for job in jobs[:4:3]] == ["last, short", "pausing, deep"]
 
 
-def test_a_stage_is_held_that_ends_learnt_after_learnt_ones():
-    assert stage_held(seed(1, 1.0, 0.95, 0.5, 0.99)) == 1
-    assert stage_held(seed(1, 0.9, 0.9)) == 1
-    assert stage_held(seed(1, 0.5, 0.99)) is None
+def test_the_last_learnt_stage_follows_learnt_stages_only():
+    assert last_learnt_stage(seed(1, 1.0, 0.95, 0.5, 0.99)) == 1
+    assert last_learnt_stage(seed(1, 0.9, 0.9)) == 1
+    assert last_learnt_stage(seed(1, 0.5, 0.99)) is None
 
 
-def test_the_best_recipe_is_by_validation_then_by_flops():
+def test_the_best_recipe_has_the_best_validation_then_the_fewest_flops():
     done = {
         "dear": [seed(9, 1.0), seed(9, 0.8)],
         "cheap": [seed(2, 0.9), seed(2, 0.9)],
@@ -109,7 +107,7 @@ def test_the_best_recipe_is_by_validation_then_by_flops():
     assert best_recipe(done, most_flops=0.5) is None
 
 
-def test_a_search_reports_its_choice_and_the_keys_of_the_next_grid(search, tmp_path):
+def test_a_search_reports_its_choice_and_the_runs_of_the_next_grid(search, tmp_path):
     results = {
         "last.short": [seed(2e9, 1.0, 1.0, 0.97), seed(2e9, 1.0, 1.0, 0.99)],
         "last.deep": [seed(6e9, 1.0, 0.5, 0.5)],
@@ -128,14 +126,14 @@ def test_a_search_reports_its_choice_and_the_keys_of_the_next_grid(search, tmp_p
         "| pause | deep | 50.0 | 6.00e+09 | short | 15.0 | 2.00e+09 |",
     ):
         assert line in lines
-    runs = yaml.safe_load("\n".join(lines[lines.index("The runs of the table's own grid:") + 1 :]))
+    runs = yaml.safe_load("\n".join(lines[lines.index("The runs of the grid that compares the rows:") + 1 :]))
     assert list(runs) == ["last", "pause", "pause_flops"]
     assert runs["pause"]["keys"] == {"thought": "pause", "lr": "0.01", "model_id": "data/machine/layers_4"}
     assert runs["pause_flops"]["keys"] == {"thought": "pause", "lr": "0.1"}
     assert of_recipes(read_grid(ROOT / "experiments" / "fair.yaml"), {}) == []
 
 
-def test_the_search_is_of_equal_size_for_all_rows_and_on_other_seeds():
+def test_the_search_has_the_same_recipes_for_all_rows_and_other_seeds():
     search, fair = (read_grid(ROOT / "experiments" / f"{name}.yaml") for name in ("recipes", "fair"))
     assert {run.partition(".")[0] for run in search.runs} == {run.removesuffix("_flops") for run in fair.runs}
     assert not {*search.seeds} & {*fair.seeds}
@@ -149,30 +147,23 @@ def test_the_search_is_of_equal_size_for_all_rows_and_on_other_seeds():
         assert len({(recipe[one], recipe[other]) for recipe in recipes}) == 9
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The ladder
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The ladder ----
 
 
 def test_the_ladder_has_the_same_methods_on_every_task():
     grids = [read_grid(ROOT / "experiments" / f"ladder_{task}.yaml") for task in ladder.TASKS]
     first = grids[0]
     assert len(first.runs) == 12
+    settings = []  # of each task: (run, method, thought)
     for grid in grids:
         assert {run: spec.label for run, spec in grid.runs.items()} == {n: s.label for n, s in first.runs.items()}
         assert grid.seeds == (0, 1, 2)
-        of_tasks = [
-            {
-                (job.run, job.config.method, job.config.thought)
-                for job in jobs_of(one, None, [0], ())
-                if job.run in one.runs
-            }
-            for one in (grid, first)
-        ]
-        assert of_tasks[0] == of_tasks[1]
+        found = [job for job in jobs_of(grid, None, [0], ()) if job.run in grid.runs]
+        settings.append({(job.run, job.config.method, job.config.thought) for job in found})
+    assert settings[0] == settings[1] == settings[2]
 
 
-def test_the_ladders_page_has_the_seeds_of_each_task(tmp_path, capsys):
+def test_the_ladders_table_has_the_seeds_of_each_task(tmp_path, capsys):
     row = {"digest": "d", "accuracy": 0.5, "by_steps": {}, "tokens": 1.0, "seconds_per_example": 1.0, "seconds": 1.0}
     seeds = [
         row | {"seed": n, "correct": right, "steps": "2 2 3 3", "epochs": []} for n, right in ((0, "1100"), (1, "1000"))
@@ -181,30 +172,26 @@ def test_the_ladders_page_has_the_seeds_of_each_task(tmp_path, capsys):
     (tmp_path / "ladder_machine.json").write_text(json.dumps({"cot": seeds[:1]}))
     assert ladder.main(["--out", str(tmp_path)]) == 0
     lines = (tmp_path / "ladder.md").read_text().splitlines()
-    assert "| Coconut |  |  | 75.0 (100.0 50.0) |" in lines  # of two hops: three are not trained on
+    assert "| Coconut |  |  | 75.0 (100.0 50.0) |" in lines  # 2 hops only: training has no 3 hops
     assert "| CoT | 50.0 (50.0) |  |  |" in lines
     assert "| chance | 3.9 | 50.0 | 50.0 |" in lines
     (head,) = (line for line in lines if line.startswith("| method"))
     assert head.count("](ladder_") == 2
 
 
-def test_the_ladders_page_follows_from_its_numbers():
+def test_the_ladders_table_follows_from_its_numbers():
     grids = [read_grid(ROOT / "experiments" / f"ladder_{task}.yaml") for task in ladder.TASKS]
     text = ladder.as_text(grids, [read_results(grid, ROOT / "results") for grid in grids])
     assert text == (ROOT / "results" / "ladder.md").read_text(encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# FLOPs
-# ---------------------------------------------------------------------------------------------------------------
+# ---- FLOPs ----
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("flops")
-    splits, *_ = machine.make_splits(
-        {"train": 64, "valid": 4}, min_steps=3, max_steps=3
-    )  # all of one length: no padding
+    splits, *_ = machine.make_splits({"train": 64, "valid": 4}, min_steps=3, max_steps=3)  # one length: no padding
     for name, examples in splits.items():
         (folder / f"{name}.json").write_text(json.dumps(examples))
     tiny_model.write_model([folder / "train.json"], folder / "model", "char", "llama", 32, 2, 2, 64)
@@ -221,30 +208,30 @@ def place(tmp_path_factory):
     return folder
 
 
-def job_of(place, run: str) -> Job:
-    keys = [f"train_path={place / 'train.json'}", f"val_path={place / 'valid.json'}", f"model_id={place / 'model'}"]
+def job_of(inputs, run: str) -> Job:
+    keys = [f"train_path={inputs / 'train.json'}", f"val_path={inputs / 'valid.json'}", f"model_id={inputs / 'model'}"]
     keys += ["max_latent_stage=3", "epochs_per_stage=1", "num_epochs=4", "uniform_prob=0"]
-    (job,) = jobs_of(read_grid(place / "flops.yaml"), [run], [0], tuple(keys))
+    (job,) = jobs_of(read_grid(inputs / "flops.yaml"), [run], [0], tuple(keys))
     return job
 
 
-def test_flops_of_sequences_are_those_of_their_tokens(place):
-    """FLOPs of matrix products, by hand: CoT has Q (a state, 3 buttons, a newline), 3 states, and '### X' with EOS."""
-    job = job_of(place, "cot")
+def test_flops_of_cot_are_those_of_its_tokens(inputs):
+    """CoT's sequence: the question (a state, 3 buttons, a newline), 3 states, and '### X' with EOS."""
+    job = job_of(inputs, "cot")
     model, *_ = load_model(job.config, None)
     expected = 4 * 64 * FlopCounter.of(model).training([12], 7)
     assert flops.training_flops(job, sample=64) == pytest.approx(expected, rel=0.03)
 
 
-def test_what_a_method_adds_counts(place):
+def test_flops_include_what_a_method_adds(inputs):
     found = {
-        run: flops.training_flops(job_of(place, run), sample=64) for run in ("cot", "coconut", "parallel", "sim_cot")
+        run: flops.training_flops(job_of(inputs, run), sample=64) for run in ("cot", "coconut", "parallel", "sim_cot")
     }
-    assert found["coconut"] == pytest.approx(found["cot"], rel=0.05)  # a thought in the place of each token
+    assert found["coconut"] == pytest.approx(found["cot"], rel=0.05)  # a thought replaces each token
     assert found["parallel"] > 1.1 * found["coconut"]
     assert found["sim_cot"] > 1.1 * found["coconut"]
 
 
-def test_a_line_has_the_examples_at_which_flops_are_equal(place):
-    text = flops.as_text([job_of(place, "coconut"), job_of(place, "codi")], [4e9, 8e9])
+def test_flops_lists_the_examples_for_equal_flops(inputs):
+    text = flops.as_text([job_of(inputs, "coconut"), job_of(inputs, "codi")], [4e9, 8e9])
     assert text.splitlines()[2].split() == ["codi", "8e+09", "2.00", "4", "64", "32"]

@@ -1,4 +1,4 @@
-"""Intervals against the quantiles of the beta and t distributions, computed with mpmath."""
+"""Intervals, compared with quantiles of the beta and t distributions that mpmath computed."""
 
 import sys
 
@@ -22,7 +22,7 @@ import intervals
         (19, 20, 0.751267, 0.998735),
     ],
 )
-def test_shares_have_the_interval_of_clopper_and_pearson(k, n, low, high):
+def test_clopper_pearson(k, n, low, high):
     assert intervals.clopper_pearson(k, n) == pytest.approx((low, high), abs=1e-6)
 
 
@@ -30,11 +30,11 @@ def test_shares_have_the_interval_of_clopper_and_pearson(k, n, low, high):
     ("freedom", "t"),
     [(1, 12.706205), (2, 4.302653), (3, 3.182446), (4, 2.776445), (9, 2.262157), (19, 2.093024), (1000, 1.962339)],
 )
-def test_t_is_what_tables_have(freedom, t):
+def test_quantiles_of_students_t(freedom, t):
     assert intervals.t_quantile(freedom) == pytest.approx(t, abs=1e-6)
 
 
-def test_a_mean_has_an_interval_where_the_seeds_have_one_mode():
+def test_a_mean_has_an_interval_if_its_seeds_have_one_mode():
     low, high = intervals.mean_interval([0.70, 0.72, 0.74])
     assert (low + high) / 2 == pytest.approx(0.72)
     assert high - low == pytest.approx(2 * 4.302653 * 0.02 / 3**0.5)
@@ -43,22 +43,22 @@ def test_a_mean_has_an_interval_where_the_seeds_have_one_mode():
     assert intervals.mean_interval([0.99, 1.0, 0.05]) is None
 
 
-def test_a_difference_is_drawn_over_seeds_and_then_over_questions():
-    """The questions alone gave +76.0 to +77.1 where one seed of five had learnt nothing."""
+def test_a_difference_resamples_seeds_and_questions():
+    """Resampling questions only gave +76.0 to +77.1, though one seed of five had learnt nothing."""
     rows = {seed: np.full(1000, int(seed != 3)) for seed in range(5)}
     control = {seed: np.zeros(1000, dtype=int) for seed in range(5)}
     mean, low, high = intervals.difference(rows, control)
     assert mean == 0.8
-    assert low == pytest.approx(0.4)  # 2 of 5: fewer in 0.7 % of the draws, as few in 5.8 %
+    assert low == pytest.approx(0.4)  # 2 of 5 seeds: 0.7 % of the resamples have fewer, 5.8 % as many
     assert high == 1
     assert intervals.difference(control, control) == (0, 0, 0)
-    assert intervals.difference({0: rows[0], 7: rows[0]}, control) == (1.0,)  # the seed that both have
+    assert intervals.difference({0: rows[0], 7: rows[0]}, control) == (1.0,)  # one common seed
     assert intervals.difference({7: rows[0]}, control) is None
 
 
-def test_the_questions_drawn_are_the_same_for_all_seeds_and_rows():
-    """So that a difference that depends on the question alone is as uncertain as the questions are, however many seeds
-    there are: with 200 of 400 questions the standard deviation is 2.5 points."""
+def test_a_resample_has_the_same_questions_for_all_seeds_and_rows():
+    """A difference that depends on the question only has the uncertainty of the questions, with any number of seeds:
+    with 200 of 400 questions the standard deviation is 2.5 points."""
     right = np.arange(400) % 2
     mean, low, high = intervals.difference(dict.fromkeys(range(8), right), dict.fromkeys(range(8), 0 * right))
     assert mean == 0.5

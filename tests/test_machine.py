@@ -1,4 +1,4 @@
-"""The machine's examples follow its permutations, and no word of a split is another's."""
+"""preprocessing/machine.py: examples follow the permutations, and splits share no word."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import re
 
 import machine
 import pytest
-from conftest import refusal
+from conftest import refusal, refuses
 from files import UserError, load_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,7 +57,7 @@ def test_steps_follow_the_permutations_and_splits_share_no_word(n_states, n_butt
     assert share_nothing(*map(words, splits.values()))
 
 
-def test_files_follow_from_the_seed_and_hold_the_machine(tmp_path):
+def test_files_depend_on_the_seed_only_and_describe_the_machine(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert machine.main(["--out", str(tmp_path / name), *SMALL, "--seed", str(seed)]) == 0
     names = [f"machine_{name}.json" for name in ("train", "valid", "test", "machine")]
@@ -74,15 +74,15 @@ def test_files_follow_from_the_seed_and_hold_the_machine(tmp_path):
     assert held["buttons"] == list(machine.BUTTONS)
 
 
-def test_longer_words_can_be_asked_of_the_same_machine():
+def test_the_machine_does_not_depend_on_the_length_of_words():
     _, permutations, _ = machine.make_splits({"train": 10, "test": 5}, 7, 5, seed=3)
     splits, again, _ = machine.make_splits({"train": 1, "test": 90}, 7, 5, min_steps=40, max_steps=40, seed=3)
     assert again == permutations
     assert set(lengths(splits["test"])) == {40}
 
 
-def test_the_test_split_alone_has_longer_words():
-    """And nothing else of a call changes its splits."""
+def test_only_the_test_split_has_longer_words():
+    """--test-max-steps equal to --max-steps changes no split."""
     sizes = {"train": 900, "valid": 60, "test": 600}
     plain, *_ = machine.make_splits(sizes, min_steps=1, max_steps=3)
     splits, *_ = machine.make_splits(sizes, min_steps=1, max_steps=3, test_max_steps=5)
@@ -90,8 +90,8 @@ def test_the_test_split_alone_has_longer_words():
     assert lengths == {"train": {1, 2, 3}, "valid": {1, 2, 3}, "test": {1, 2, 3, 4, 5}}
     assert not words(splits["train"]) & words(splits["test"])
     assert machine.make_splits(sizes, min_steps=1, max_steps=3, test_max_steps=3)[0] == plain
-    with pytest.raises(UserError, match="test-max-steps 2 must be at least max-steps 3"):
-        machine.make_splits(sizes, min_steps=1, max_steps=3, test_max_steps=2)
+    short = {"min_steps": 1, "max_steps": 3, "test_max_steps": 2}
+    refuses("test-max-steps 2 must be at least max-steps 3", machine.make_splits, sizes, **short)
 
 
 def test_lengths_are_uniform_until_the_short_ones_run_out():
@@ -99,12 +99,12 @@ def test_lengths_are_uniform_until_the_short_ones_run_out():
     assert all(900 < lengths(splits["train"]).count(n) < 1100 for n in (3, 4, 5))
     splits, *_ = machine.make_splits({"train": 3000, "test": 300}, 4, 5, 2, 5, seed=0)  # 100, 500, 2,500, 12,500
     counts = [lengths(splits["train"]).count(n) for n in (2, 3, 4, 5)]
-    assert counts[0] == (25 - 2) * 4  # all that train has
+    assert counts[0] == (25 - 2) * 4  # all words of train
     assert counts[0] < counts[1] < counts[2]
     assert set(lengths(splits["test"])) == {2, 3, 4, 5}
 
 
-def test_words_are_shared_out_loud_where_they_are_few(tmp_path, capsys):
+def test_shared_words_are_reported_if_there_are_too_few(tmp_path, capsys):
     arguments = ["--states", "5", "--buttons", "3", "--min-steps", "1", "--max-steps", "3", "--prefix", "few"]
     sizes = ["--train", "80", "--valid", "5", "--test", "10"]
     assert machine.main(["--out", str(tmp_path), *arguments, *sizes]) == 0
@@ -117,7 +117,7 @@ def test_words_are_shared_out_loud_where_they_are_few(tmp_path, capsys):
     assert not longest[0] & (longest[1] | longest[2])
 
 
-def test_nearly_all_questions_can_be_asked():
+def test_the_splits_can_use_nearly_all_questions():
     splits, *_ = machine.make_splits({"train": 1500, "valid": 60, "test": 120}, 4, 5, 2, 4, seed=5)
     assert len({example["question"] for example in everything(splits)}) == 1680  # of 3,100
     splits, *_ = machine.make_splits({"train": 2800, "valid": 60, "test": 120}, 4, 5, 2, 4, seed=5)
@@ -140,7 +140,7 @@ def test_nearly_all_questions_can_be_asked():
         ),
     ],
 )
-def test_a_machine_that_cannot_be_made_is_one_sentence(tmp_path, changes, complaint, capsys):
+def test_an_impossible_machine_is_one_sentence(tmp_path, changes, complaint, capsys):
     error = refusal(machine.main, ["--out", tmp_path / "new", *SMALL, *changes.split()], capsys)
     assert re.search(f"^error: {complaint}", error)
     assert error.count("\n") == 1
@@ -151,21 +151,21 @@ BREADTH = {"n_states": 16, "n_buttons": 8, "min_steps": 2, "max_steps": 4, "fan_
 
 
 def reachable(permutations: dict, start: str, word: str) -> set[str]:
-    """By recursion over the buttons: every state at the end of a path."""
+    """Returns all states at the end of a path, by recursion over the buttons."""
     if not word:
         return {start}
     return set().union(*(reachable(permutations, after, word[1:]) for after in permutations[word[0]][start]))
 
 
 def split_choice(example: dict) -> tuple[str, str, str]:
-    """(start, word, candidates) of a question."""
+    """Returns (start, word, candidates) of a question."""
     return example["question"][0], example["question"][1:-2], example["question"][-2:]
 
 
 @settings(max_examples=30, deadline=None)
 @given(n_states=st.integers(16, 26), n_buttons=st.integers(7, 26), fan_out=st.integers(1, 3), seed=st.integers(0, 99))
-def test_exactly_one_candidate_can_be_reached(n_states, n_buttons, fan_out, seed):
-    """Whatever is drawn; and the three kinds of steps ask the same questions."""
+def test_exactly_one_candidate_is_reachable(n_states, n_buttons, fan_out, seed):
+    """The three kinds of steps have the same questions."""
     sizes = {"train": 60, "valid": 4, "test": 8}
     made = {
         steps: machine.make_splits(sizes, n_states, n_buttons, 2, 3, seed, fan_out, candidates=True, steps=steps)
@@ -175,8 +175,8 @@ def test_exactly_one_candidate_can_be_reached(n_states, n_buttons, fan_out, seed
     states = set(machine.STATES[:n_states])
     for button in permutations.values():
         assert all(len(set(after)) == len(after) == fan_out for after in button.values())
-        for place in range(fan_out):
-            assert {after[place] for after in button.values()} == set(button) == states
+        for index in range(fan_out):
+            assert {after[index] for after in button.values()} == set(button) == states
     examples = {steps: everything(splits) for steps, (splits, *_) in made.items()}
     for path, answer, frontier in zip(*examples.values(), strict=True):
         assert len({(example["question"], example["answer"]) for example in (path, answer, frontier)}) == 1
@@ -196,8 +196,8 @@ def test_exactly_one_candidate_can_be_reached(n_states, n_buttons, fan_out, seed
 
 
 def test_the_written_path_is_uniform_and_independent_of_the_answer():
-    """Each successor in half of the steps; a path ends in the answer as often as chance has it, in the other candidate
-    never; and the answer is uniform over what can be reached, at either place of the question."""
+    """A step takes each successor with probability 1/2; a path ends in the answer as often as a random path, and never
+    in the other candidate; the answer is uniform over the reachable states and over the two positions."""
     splits, permutations, _ = machine.make_splits({"train": 20_000, "valid": 500, "test": 500}, **BREADTH)
     firsts, ends, expected, ranks, is_first, count = 0, 0, 0.0, 0.0, 0, 0
     for example in splits["train"]:
@@ -221,7 +221,7 @@ def test_the_written_path_is_uniform_and_independent_of_the_answer():
     assert abs(is_first / n - 0.5) < 0.015
 
 
-def test_breadth_grows_and_words_are_held_out_of_every_length():
+def test_frontiers_grow_and_words_of_every_length_are_held_out():
     splits, permutations, shares = machine.make_splits({"train": 4000, "valid": 400, "test": 800}, **BREADTH)
     widths = {n: [] for n in range(1, 5)}
     for example in everything(splits):
@@ -243,15 +243,15 @@ def test_steps_to_the_answer_need_candidates(tmp_path, capsys):
     assert "--steps answer needs --fan-out 2 or more, or --candidates" in error
 
 
-def test_a_machine_without_candidates_is_what_it_was():
-    """Digests of what it made before there was a fan-out."""
+def test_a_machine_without_candidates_is_unchanged():
+    """The digest is of the examples from before --fan-out existed."""
     splits, permutations, _ = machine.make_splits({"train": 400, "valid": 20, "test": 40}, seed=1)
     text = json.dumps([splits, permutations], sort_keys=True)
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "33f88cd3eee4c5a9"
 
 
-def test_it_is_said_when_there_are_too_few_questions():
-    with pytest.raises(UserError, match="hardly ever a new question"):  # everything can be reached
+def test_too_few_questions_are_an_error():
+    with pytest.raises(UserError, match="hardly ever a new question"):  # all states are reachable
         machine.make_splits({"train": 60, "valid": 4, "test": 8}, 6, 7, 3, 3, fan_out=4)
     with pytest.raises(UserError, match="train: 1 examples are more than its 0 of the 20 questions"):
         machine.make_splits({"train": 1, "valid": 1, "test": 1000}, 2, 10, 1, 1)

@@ -1,4 +1,4 @@
-"""The committed tables are what the committed numbers come to."""
+"""The committed tables follow from the committed numbers."""
 
 import json
 import sys
@@ -17,10 +17,10 @@ NAMES = sorted(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_table_follows_from_its_numbers(name, monkeypatch):
-    """All of its text does, but for what cheap rules get on the questions, which takes the data."""
+    """The whole text, except for the accuracy of shortcuts, which needs the data."""
     written = (ROOT / "results" / f"{name}.md").read_text()
-    of_rules = [line for line in written.splitlines() if line.startswith("What cheap rules get")]
-    monkeypatch.setattr(tables, "rules", lambda grid: [*of_rules, ""] if of_rules else [])
+    shortcuts = [line for line in written.splitlines() if line.startswith("Accuracy of shortcuts")]
+    monkeypatch.setattr(tables, "shortcut_accuracies", lambda grid: [*shortcuts, ""] if shortcuts else [])
     grid = read_grid(ROOT / "experiments" / f"{name}.yaml")
     numbers = json.loads((ROOT / "results" / f"{name}.json").read_text())
     results = {run: numbers[run] for run in grid.runs if run in numbers}
@@ -28,7 +28,7 @@ def test_a_table_follows_from_its_numbers(name, monkeypatch):
     assert tables.as_text(grid, results, command.partition(".yaml")[2]) == written
 
 
-def test_what_the_thoughts_hold_follows_from_its_numbers():
+def test_breadth_thoughts_follows_from_its_numbers():
     script = load_script(ROOT / "experiments" / "breadth_thoughts.py")
     numbers = json.loads((ROOT / "results" / "breadth_thoughts.json").read_text())
     assert script.as_text(numbers) == (ROOT / "results" / "breadth_thoughts.md").read_text()
