@@ -212,7 +212,9 @@ class Config:
         "auto | ddp | fsdp; auto is ddp, or fsdp for a model that takes over 60 % of a GPU's memory",
         choices=("auto", "ddp", "fsdp"),
     )
-    compile: bool = setting(False, "torch.compile the decoder blocks: minutes of compilation, faster steps on GPUs")
+    compile: bool = setting(
+        False, "torch.compile the decoder blocks, for passes of several columns: minutes of compilation"
+    )
     gradient_checkpointing: bool = setting(False, "recompute the decoder blocks in the backward: less memory, slower")
     bf16: bool = key(False, "mixed precision: bfloat16 arithmetic, float32 weights and optimizer")
     bf16_weights: bool = key(False, "weights and optimizer in bfloat16 too (the reference's bf16)")
