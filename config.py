@@ -482,8 +482,12 @@ class Layer(typing.NamedTuple):
     rows: dict[str, dict]
 
 
+class RepeatedKey(yaml.YAMLError):
+    pass
+
+
 class _TextLoader(yaml.BaseLoader):
-    """Loads all scalars as text. Raises YAMLError for a key that a mapping has twice."""
+    """Loads all scalars as text. Raises RepeatedKey for a key that a mapping has twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         values = super().construct_mapping(node, deep)
@@ -491,7 +495,7 @@ class _TextLoader(yaml.BaseLoader):
         for name, _ in node.value:
             line = name.start_mark.line + 1
             if name.value in lines:
-                raise yaml.YAMLError(f"the key {name.value!r} is set twice, in lines {lines[name.value]} and {line}")
+                raise RepeatedKey(f"the key {name.value!r} is set twice, in lines {lines[name.value]} and {line}")
             lines[name.value] = line
         return values
 
@@ -502,7 +506,7 @@ def read_yaml(path: Path) -> dict:
         values = _TextLoader(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict | None):
         raise UserError(f"{path} must hold `key: value` lines")
@@ -540,8 +544,13 @@ def _command_line(overrides: Sequence[str], problems: list[str]) -> Layer:
             problems.append(f"{name} is set twice on the command line")
         values[name] = value.strip()
         if values[name].startswith(("[", "{", "'", '"')):
-            with suppress(yaml.YAMLError):
+            try:
                 values[name] = _TextLoader(value).get_single_data()
+            except RepeatedKey as error:
+                problems.append(f"{name} on the command line: {error}")
+                del values[name]
+            except (yaml.YAMLError, RecursionError):
+                pass  # taken literally
     return Layer(COMMAND_LINE, values, {})
 
 
@@ -553,7 +562,7 @@ def _choose_row(layers: list[Layer], problems: list[str]) -> list[str]:
     for layer in layers:
         if "row" in layer.values:
             chosen, chooser = layer.values.pop("row"), layer
-    if chosen not in rows:
+    if not isinstance(chosen, str) or chosen not in rows:
         if rows:
             what = "set row=NAME" if chosen is None else f"unknown row {shown(chosen)} in {chooser.origin}"
             problems.append(f"{what}: the rows are {', '.join(rows)}")

@@ -160,7 +160,7 @@ class MicroBatch(NamedTuple):
 def example_order(n_examples: int, config: Config, epoch: int, lengths: np.ndarray | None = None) -> np.ndarray:
     """Returns the order of an epoch's examples, (n_examples,) int64: a permutation drawn from (seed, epoch).
 
-    lengths: of all sequences, to group similar lengths. Windows of 50 global batches are sorted by length and cut into
+    lengths: of all sequences, to group similar lengths. Windows of 50 batches are sorted by length and cut into
         batches, and all batches are shuffled: a step has little padding, but its examples and their order stay random.
     """
     random = np.random.default_rng((config.seed, epoch))

@@ -112,7 +112,7 @@ def resume(run: Run, newest: Path | None) -> None:
             log.info("the number of ranks has changed: dropout continues with new random numbers")
     elif run.config.resume:
         run.progress.epoch = run.config.resume
-        run.progress.step = run.config.resume * run.steps_per_epoch  # curves and schedules continue where stage 0 ended
+        run.progress.step = run.config.resume * run.steps_per_epoch  # curves start at this epoch's step
 
 
 def train_epoch(run: Run, epoch: int) -> int:

@@ -55,7 +55,7 @@ class Method:
     has_latents = False  # whether its sequences have latent positions
     has_stages = True  # if False, every epoch has the latents of the last stage
     predicts_end_marker = False  # whether the model writes the end marker itself, after its latents
-    variant_of: str | None = None  # method with the same sequences; checkpoints and older results record that name
+    variant_of: str | None = None  # method with the same sequences: its checkpoints fit; older results have its name
     needs: tuple[str, ...] = ()  # other files of this folder that it imports
     n_companions = 0  # further models of the same size that are trained with it
     defaults: typing.ClassVar[dict] = {}  # key -> default, used when `method` names this method

@@ -168,12 +168,14 @@ WRONG = [
     ("<<: {lr: 1e-3, lr: 1e-4}", "the key 'lr' is set twice, in lines 3 and 3"),
     ("? [lr, seed]\n: 1", 'found unhashable key in "<unicode string>", line 3'),
     ("epochs_per_stage: &loop [*loop]", "found unconstructable recursive node"),
+    ("train_path: " + "[" * 5000, "is not valid YAML: maximum recursion depth"),
     ("name: !!python/object/apply:os.getcwd []", r"name must be text, not \[\]"),
     *((f"name: {name}", "name .* must be a plain folder name") for name in ("../a", "/tmp/a", "a/b", "..", ".")),
     ("rows: {a: {sed: 1}}\nrow: a", "unknown key 'sed' in"),
     ("rows: [a]", "rows in"),
     ("rows: {a: {extends: b}, b: {}}\nrow: a", "row a extends 'b', which is no earlier row"),
     ("rows: {a: {}, b_c: {}}", "set row=NAME: the rows are a, b_c"),
+    ("rows: {a: {}}\nrow: [a]", r"unknown row \[a\] in .*: the rows are a"),
 ]
 
 
@@ -222,6 +224,8 @@ WRONG_ON_THE_COMMAND_LINE = [
     (["extends=a.yaml"], "unknown key 'extends' in the command line: it belongs into a file"),
     (["lr=1", "seed=1", "lr=2"], "lr is set twice on the command line"),
     (["row=x"], "row 'x' in the command line: there are no rows to choose from"),
+    (["row=[x]"], r"row \[x\] in the command line: there are no rows to choose from"),
+    (["val_path=" + "[" * 5000], "val_path must be text or a mapping|val_path .* cannot be reached"),
     (["val_path={a: TMP/valid.json}"], "which needs only_eval: a training run takes one path$"),
     # AdamW raised a traceback for lr=1e38 on every rank
     *(
@@ -303,6 +307,7 @@ def test_mistakes_in_several_files_are_reported_together(write, tmp_path):
     ]
     for files, complaint in (
         (f"{{../a: {tmp_path}/valid.json}}", "'../a' must be a plain file name"),
+        ("{a: x, a: y}", "val_path on the command line: the key 'a' is set twice"),
         ("{a: YOUR_PATH}", "val_path a is still the placeholder"),
         *(
             (wrong, "val_path must be text or a mapping of names to texts")

@@ -79,6 +79,12 @@ def test_a_hanging_exit_handler_does_not_keep_a_rank(job):
     job(text + "atexit.register(time.sleep, 1000)\nranks.run_main(lambda: 7)\n", code=7)
 
 
+def test_a_message_of_sys_exit_is_printed(job):
+    """It was lost in a TypeError of os._exit."""
+    text = "import sys\nfrom trainer import distributed as ranks\nranks.run_main(lambda: sys.exit('no API key'))\n"
+    assert job(text, code=1).stderr == "no API key\n"
+
+
 ONE_RANK = """
 import os, runpy, signal, sys
 from coconut import Coconut

@@ -161,6 +161,8 @@ def test_wandbs_own_credentials_decide_whether_it_logs_online(monkeypatch, tmp_p
     netrc.write_text(machine.format("api.wandb.ai", KEY))
     netrc.chmod(0o644)
     assert reason() is None
+    netrc.write_text(machine.format("api.wandb.ai", "secret"))
+    assert "cannot be used: AuthenticationError" in reason()
     netrc.write_bytes(b"\xff\xfe\x00")
     assert "cannot be used: UnicodeDecodeError" in reason()
     netrc.write_text(machine.format("wandb.lab:8080", KEY))
@@ -169,6 +171,10 @@ def test_wandbs_own_credentials_decide_whether_it_logs_online(monkeypatch, tmp_p
     assert reason() is None
     netrc.unlink()
     assert "nobody is logged in at http://wandb.lab:8080" in reason()
+    (tmp_path / "token").write_text("a.b.c")
+    with monkeypatch.context() as patched:
+        patched.setenv("WANDB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+        assert reason() is None
     (tmp_path / "settings").unlink()
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert reason() is None

@@ -350,5 +350,5 @@ def _upcast(values: torch.Tensor) -> torch.Tensor:
 
 
 def _differs(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
-    """Whether the difference's norm exceeds `tolerance` of the norm of `theirs`, or either is not finite."""
+    """Whether the difference's norm exceeds `tolerance` of the norm of `theirs`, or either holds NaN."""
     return not bool((ours - theirs).norm() <= tolerance * theirs.norm())

@@ -79,6 +79,7 @@ def sequence_lengths(tokens: Tokens, config: Config, stage: int) -> np.ndarray:
     n_steps = ends - starts - 2
     by_steps = np.array([thoughts_and_dropped(n, stage, config) for n in range(n_steps.max() + 1)])
     latents, dropped = by_steps[n_steps].T
+    dropped = dropped.astype(np.int64)  # numbers of latents beyond int64 make an array of objects
     reasoning = kept_lengths(tokens.texts[ends - 1] - tokens.texts[starts + 1 + dropped], stage, config)
     question = tokens.texts[starts + 1] - tokens.texts[starts]
     answer = tokens.texts[ends] - tokens.texts[ends - 1] + 1  # EOS

@@ -181,6 +181,9 @@ def run_main(main: typing.Callable[..., int], *arguments) -> typing.NoReturn:
         code = 128 + signal.SIGINT
     except SystemExit as end:
         code = end.code or 0
+        if not isinstance(code, int):  # sys.exit("a message"), such as in a user's reward function
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
     exit_process(code)
@@ -405,8 +408,8 @@ class StopSignal:
     @classmethod
     def early(cls) -> StopSignal:
         """Returns a StopSignal for a program's first lines. slurm/launch.sh starts ranks with SIGUSR1 ignored; there it
-        is entered, so that a signal during imports and loading takes effect at the first step. Without a launcher such
-        an early signal just ends the program, which has nothing to save yet."""
+        is entered, so that a signal during imports and loading takes effect at the first step. Elsewhere such an early
+        signal just ends the program, which has nothing to save yet."""
         stop = cls()
         if signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN:
             stop.__enter__()
