@@ -421,8 +421,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     sizes = ["--train", "40", "--valid", "4", "--test", "12", "--out", str(folder)]
     assert machine.main([*sizes, "--states", "5", "--buttons", "5", "--min-steps", "2", "--max-steps", "3"]) == 0
-    mirror = ["--mirror", "--nodes-a-side", "4", "--hops", "2", "--template", "compact", "--prefix", "mirror"]
-    assert prosqa.main([*mirror, *sizes]) == 0
+    mirror = "--mirror --nodes-a-side 4 --min-hops 2 --max-hops 2 --template compact --prefix mirror"
+    assert prosqa.main([*mirror.split(), *sizes]) == 0
     for kind in ("machine", "mirror"):
         data, model = folder / f"{kind}_train.json", folder / f"{kind}_model"
         tiny_model.write_model([data], model, "char", "llama", 16, 1, 2, 64)
