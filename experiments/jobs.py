@@ -187,9 +187,9 @@ class Job:
     @property
     def conflicts(self) -> list[str]:
         """How the run in its folder differs from this job; empty if the folder holds no run."""
-        from trainer.checkpoint import changes  # imports torch
+        from trainer.checkpoint import changed_keys  # imports torch
 
-        found = list(changes(self.config, self.folder).values())
+        found = list(changed_keys(self.config, self.folder).values())
         if found or not checkpoints(self.folder):
             return found
         try:
