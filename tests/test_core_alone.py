@@ -8,7 +8,7 @@ from conftest import ROOT
 
 FOLDERS = ["model", "preprocessing", "tests", "tools", "trainer"]
 # tests of other thoughts than `last`
-OTHERS = "every_thought or thoughts_know or layers_are_seen or learned_thought or pause or normalised or suppressed"
+OTHERS = "every_thought or scaled_embeddings or layers_are or learned_thought or pause or normalised or suppressed"
 
 
 @pytest.fixture(scope="module")

@@ -494,7 +494,7 @@ def test_a_moved_data_file_or_another_release_of_the_tokenizer_is_no_other_data(
     if moved == "the file":
         arguments += (f"train_path={shutil.copy(place / 'train.json', place / 'moved.json')}",)
     else:
-        monkeypatch.setattr("preprocessing.tokens._what_decides_ids", lambda _: "written to disk otherwise")
+        monkeypatch.setattr("preprocessing.tokens._tokenizer_state", lambda _: "written to disk otherwise")
     assert "after 2 of 3 epochs" in here(place / "run.yaml", *arguments).stderr
 
 

@@ -209,7 +209,7 @@ def test_a_reward_of_ones_own(tmp_path):
         ({"temperature": 0.0}, "temperature must be more than 0"),
         ({"reward": "absent.py"}, "'absent.py' is neither match nor a Python file"),
         ({"method": "coconut", "group_size": 4}, "group_size is for method grpo, not coconut"),
-        ({"thought": "pause", "thought_noise": 0.1}, "thoughts that are fed back"),
+        ({"thought": "pause", "thought_noise": 0.1}, "need latents and a thought other than pause"),
         ({"latent_passes": "2", "thought_noise": 0.1}, "need sequential thoughts"),
     ],
 )

@@ -442,7 +442,7 @@ def test_a_tiny_model_replaces_an_earlier_one_only(one_example, tmp_path):
         tiny_model.write_model([one_example], tmp_path / "model", "char", "llama", width, 1, 2, 16)
         assert json.loads((tmp_path / "model/config.json").read_text())["hidden_size"] == width
     (tmp_path / "model/README.md").write_text("notes")
-    with pytest.raises(UserError, match=r"it holds README.md"):
+    with pytest.raises(UserError, match=r"it contains README.md"):
         tiny_model.write_model([one_example], tmp_path / "model", "char", "llama", 16, 1, 2, 16)
 
 

@@ -292,8 +292,8 @@ def test_the_table_has_a_line_for_each_measure(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
-        ({"thought": "pause", "thought_noise": 0.1}, "method coconut with thought pause has none"),
-        ({"method": "cot", "thought_dropout": 0.1}, "method cot with thought last has none"),
+        ({"thought": "pause", "thought_noise": 0.1}, "need latents and a thought other than pause"),
+        ({"method": "cot", "thought_dropout": 0.1}, "need latents and a thought other than pause"),
         ({"latent_passes": "3", "thought_noise": 0.1}, "unset latent_passes"),
         ({"compile": True, "thought_dropout": 0.1}, "exclude each other"),
     ],
@@ -310,10 +310,10 @@ def test_noise_needs_thoughts_that_are_fed_back(keys, problem):
 @pytest.mark.parametrize(
     ("key", "problem"),
     [
-        ("thought_noise=-1", "thought_noise must be a number from 0 on, or absolute:NUMBER"),
-        ("thought_noise=absolute", "thought_noise must be a number from 0 on, or absolute:NUMBER"),
-        ("thought_noise=nan", "thought_noise must be a number from 0 on"),
-        ("temperature=0.00001", "temperature must be 0, for greedy decoding, or at least 0.001"),
+        ("thought_noise=-1", "thought_noise must be a number of at least 0, or absolute:NUMBER"),
+        ("thought_noise=absolute", "thought_noise must be a number of at least 0, or absolute:NUMBER"),
+        ("thought_noise=nan", "thought_noise must be a number of at least 0"),
+        ("temperature=0.00001", r"temperature must be 0 \(greedy decoding\) or at least 0.001"),
         ("thought_dropout=1", "thought_dropout must be at most 0.99"),
         ("val_samples=-1", "val_samples must be at least 0"),
     ],
@@ -360,7 +360,7 @@ def test_the_command_prints_answers_with_their_counts(folders, capsys):
     [
         (["--samples", "0"], "--samples must be at least 1"),
         (["--samples", "2", "--top-k", "3"], "--samples excludes"),
-        (["--samples", "2", "--thought-noise", "much"], "--thought-noise must be a number from 0 on"),
+        (["--samples", "2", "--thought-noise", "much"], "--thought-noise must be a number of at least 0"),
         (["--temperature", "0"], "--temperature must be at least"),
     ],
 )
