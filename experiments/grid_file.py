@@ -82,7 +82,7 @@ def read_grid(path: Path) -> Grid:
                 for run, spec in grid[name].items()
             }
     if grid.get("task"):
-        task = read_grid(path.with_name(grid["task"]))
+        task = read_grid(path.parent / grid["task"])
         grid = {key: getattr(task, key) for key in TASK_KEYS} | grid | {"needs": task.needs | grid.get("needs", {})}
     for name in ("title", "base", "save_path", "runs", "test_path"):
         if name not in values and name not in grid:

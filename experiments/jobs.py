@@ -57,7 +57,7 @@ class Job:
         """Whether `begin` has the same training data: its epochs are then the first ones of this job's curriculum."""
         if self.begin is None:
             return False
-        own = Config.from_file(self.base, [*self.spec.overrides, *self.more], needs_files=False)
+        own = Config.from_file(self.base, _last_of_each_key([*self.spec.overrides, *self.more]), needs_files=False)
         return self.begin.config.train_path == own.train_path
 
     @property
@@ -72,8 +72,7 @@ class Job:
         if self.begin is not None:
             texts += [f"load_model_path={self.begin.checkpoint}", "from_scratch=false"]
             texts.append(f"resume={self.begin.config.num_epochs if self.shares_curriculum else 0}")
-        texts += [*self.spec.overrides, *self.more]
-        return list({text.partition("=")[0]: text for text in texts}.values())
+        return _last_of_each_key([*texts, *self.spec.overrides, *self.more])
 
     @property
     def base(self) -> Path:
@@ -203,6 +202,10 @@ class Job:
         """Returns the epoch records of metrics.jsonl, the last one of each epoch: a restart repeats epochs."""
         records = [record for record in read_log(self.folder / "metrics.jsonl") if record["event"] == "epoch"]
         return list({record["epoch"]: record for record in records}.values())
+
+
+def _last_of_each_key(texts: list[str]) -> list[str]:
+    return list({text.partition("=")[0]: text for text in texts}.values())
 
 
 def _digest(*parts: str) -> str:

@@ -10,13 +10,21 @@ from pathlib import Path
 
 from utils import UserError
 
-TO_JSON = """python -c 'import pandas; pandas.read_parquet("{}").to_json("NEW.json", orient="records")'"""
-UTF16 = ("UTF-16", "iconv -f UTF-16 -t UTF-8 {} > NEW")
+PANDAS = """python -c 'import pandas; pandas.read_{}("{{}}").to_json("NEW.json", orient="records")'"""
+ICONV = "iconv -f {} -t UTF-8 {{}} > NEW"
 FORMATS = {  # the first bytes of a file -> its format, a command that converts it
-    b"PAR1": ("a Parquet file", TO_JSON),
+    b"PAR1": ("a Parquet file", PANDAS.format("parquet")),
+    b"ARROW1": ("an Arrow file", PANDAS.format("feather")),
     b"\x1f\x8b": ("compressed by gzip", "gzip -dc {} > NEW"),
-    codecs.BOM_UTF16_LE: UTF16,
-    codecs.BOM_UTF16_BE: UTF16,
+    b"BZh": ("compressed by bzip2", "bzip2 -dc {} > NEW"),
+    b"\xfd7zXZ": ("compressed by xz", "xz -dc {} > NEW"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "zstd -dc {} > NEW"),
+    b"PK\x03\x04": ("a ZIP archive", "unzip -p {} > NEW"),
+    # UTF-32 first: its byte order mark begins with that of UTF-16
+    **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), ("UTF-32", ICONV.format("UTF-32"))),
+    **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), ("UTF-16", ICONV.format("UTF-16"))),
+    **dict.fromkeys((b"[\0", b"{\0"), ("UTF-16", ICONV.format("UTF-16LE"))),
+    **dict.fromkeys((b"\0[", b"\0{"), ("UTF-16", ICONV.format("UTF-16BE"))),
 }
 
 

@@ -226,7 +226,8 @@ def settings_of(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         "--mirror takes --nodes-a-side, not --nodes": mirror and options.nodes is not None,
         "--nodes-a-side is an option of --mirror": options.nodes_a_side is not None and not mirror,
         "--chains is an option of --mirror": options.chains and not mirror,
-        "--chains has as many nodes as hops take: leave --nodes-a-side out": options.chains and options.nodes_a_side,
+        "--chains sets the number of nodes from the hops: leave --nodes-a-side out": options.chains
+        and options.nodes_a_side,
         "it takes 1 <= min-hops <= max-hops": not 1 <= low <= high,
         "--test-hops takes the fewest and then the most, both at least 1": not 1 <= test_hops[0] <= test_hops[1],
         "--nodes must be at least 4, --nodes-a-side at least 2": nodes < 4 or side < 2,

@@ -1,7 +1,9 @@
 """Batches, the plan of an epoch, the token cache, data files."""
 
+import bz2
 import gzip
 import json
+import lzma
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -389,8 +391,14 @@ def test_special_tokens_of_the_tokenizer_come_before_the_question_only(template)
         (b'{"question": "a"}', "record 0.*lacks 'answer'"),
         (b'{"question": "a", "answer": "b", "steps": []}\n\n{"question"', "bad.json, line 3 is not valid JSON"),
         (b"PAR1\x15\x04", "is a Parquet file; this converts it: .*pandas.read_parquet"),
+        (b"ARROW1\0\0", "is an Arrow file; this converts it: .*pandas.read_feather"),
         ("[]".encode("utf-16"), "is UTF-16; this converts it: iconv -f UTF-16 -t UTF-8"),
+        ("[]".encode("utf-16-le"), "is UTF-16; this converts it: iconv -f UTF-16LE -t UTF-8"),
+        ("{}".encode("utf-16-be"), "is UTF-16; this converts it: iconv -f UTF-16BE -t UTF-8"),
+        ("[]".encode("utf-32"), "is UTF-32; this converts it: iconv -f UTF-32 -t UTF-8"),
         (gzip.compress(b"[]", mtime=0), "is compressed by gzip; this converts it: gzip -dc"),
+        (lzma.compress(b"[]"), "is compressed by xz; this converts it: xz -dc"),
+        (bz2.compress(b"[]"), "is compressed by bzip2; this converts it: bzip2 -dc"),
         (b'[{"question": "a", "answer": NaN, "steps": []}]', "record 0.*'answer' that is not a string"),
         (
             b'[{"question": "a", "answer": "b", "steps": []}, {"question": "a", "answer": "b"}]',

@@ -253,6 +253,9 @@ def test_keys_of_the_grid_are_those_of_every_run(small):
     assert [found[name].lr for name in ("words-3", "coconut-3", "pause-3")] == [1e-4, 0.5, 0.5]  # not of a beginning
     assert found["coconut-3"].thought == "normalised"
     assert found["pause-3"].thought == "pause"  # its own key wins
+    # bug: with a beginning, --set of a key that the run sets was an error
+    (_, job) = jobs_of(read_grid(Path(changed)), ["coconut"], [3], ("lr=0.25",))
+    assert (job.config.lr, job.shares_curriculum) == (0.25, True)
 
 
 def test_a_grid_can_share_the_task_of_another(small, tmp_path):
