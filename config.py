@@ -33,7 +33,7 @@ METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")  # keys of the ref
 MIN_TEMPERATURE = 0.001  # below it logits overflow
 COMMAND_LINE = "the command line"
 PLACEHOLDER = re.compile(r"YOUR_\w+")
-NO_FILE_NAME = re.compile(r"[/\\\0]|^\.*$")
+NO_FILE_NAME = re.compile(r"[/\\\0]|^\.*$|.{201}")  # 255 bytes are the limit, and temporary files have longer names
 NOTHING = ("", "~", "null", "Null", "NULL", "None")  # the reference writes None for YAML's null
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -129,7 +129,11 @@ class Config:
     )
     c_thought: int = key(1, "latent thoughts that replace one written step", low=0, shapes=True)
     max_latent_stage: int = key(
-        6, "last stage that adds thoughts; the stage after it drops all remaining steps", low=0, shapes=True
+        6,
+        "last stage that adds thoughts; the stage after it drops all remaining steps",
+        low=0,
+        high=100_000,
+        shapes=True,
     )
     epochs_per_stage: int | list[int] = key(
         5, "epochs of each stage, or a list with one entry per stage; the last stage lasts until num_epochs", low=1
@@ -367,13 +371,13 @@ class Config:
         elif Path(self.save_path).is_file():
             yield f"save_path {self.save_path!r} is a file, not a folder"
         if NO_FILE_NAME.search(self.name):
-            yield f"name {self.name!r} must be a plain folder name"
+            yield f"name {self.name!r} must be a plain folder name, of at most 200 characters"
         if isinstance(self.val_path, dict) and not self.only_eval:
             yield "val_path names several files, which needs only_eval: a training run takes one path"
         for option in ("val_path", "test_path"):
             paths = getattr(self, option)
             for name in filter(NO_FILE_NAME.search, paths if isinstance(paths, dict) else ()):
-                yield f"{option}: {name!r} must be a plain file name"
+                yield f"{option}: {name!r} must be a plain file name, of at most 200 characters"
 
     def _of_combinations(self) -> list[str]:
         """Checks keys that exclude or need each other."""

@@ -25,9 +25,16 @@ HOW = "(how to make it: python preprocessing/prontoqa.py --help)"
 
 
 def convert_example(example: dict) -> dict:
-    """Converts one example of the official file. Raises ValueError, or KeyError and the like, if it is malformed."""
-    example = example["test_example"]
+    """Converts one example of the official file. Raises ValueError or KeyError that says what is wrong with it."""
+    example = example.get("test_example") if isinstance(example, dict) else None
+    if not isinstance(example, dict):
+        raise ValueError("it has no 'test_example' object")
+    for field in ("question", "query", "answer"):
+        if not isinstance(example[field], str) or not example[field].strip():
+            raise ValueError(f"its {field!r} is no text")
     chain, query, answer = example["chain_of_thought"], example["query"], example["answer"]
+    if not isinstance(chain, list) or not chain or not all(isinstance(sentence, str) for sentence in chain):
+        raise ValueError("its 'chain_of_thought' is no list of texts")
     if not query.startswith(QUERY):
         raise ValueError(f"its query does not begin with {QUERY.strip()!r}")
     if answer not in ("True", "False"):

@@ -233,6 +233,9 @@ WRONG_ON_THE_COMMAND_LINE = [
         for key in ("lr", "weight_decay", "distillation", "latent_labels", "step_decoder_weight")
         for value in ("1e38", ".inf", ".nan")
     ),
+    ([f"name={'a' * 201}"], "must be a plain folder name, of at most 200 characters"),
+    (["only_eval=true", f"val_path={{{'a' * 201}: x}}"], "must be a plain file name, of at most 200 characters"),
+    (["max_latent_stage=1000000000"], "max_latent_stage must be at most 100000"),
     # an OSError
     *(([f"{key}={'a' * 300}"], f"{key} '{'a' * 300}' cannot be reached: File name too long") for key in PATHS),
 ]

@@ -482,6 +482,13 @@ def test_malformed_gsm_lines_are_named(tmp_path, content, complaint, capsys):
     assert (tmp_path / "out.json").read_text() == "before"
 
 
+def test_gsm_does_not_overwrite_its_source(tmp_path, capsys):
+    (tmp_path / "icot.txt").write_text("q||<<1+1=2>> #### 2\n")
+    error = refusal(gsm_icot.main, [tmp_path / "icot.txt", tmp_path / "." / "icot.txt"], capsys)
+    assert "is both the source and the target" in error
+    assert (tmp_path / "icot.txt").read_text() == "q||<<1+1=2>> #### 2\n"
+
+
 def test_gsm_files(tmp_path, capsys):
     (tmp_path / "in.txt").write_text("a||<<1+1=2>> #### 2\r\nb||#### 3\n", encoding="utf-8")
     assert gsm_icot.main([str(tmp_path / "in.txt"), str(tmp_path / "new" / "out.json")]) == 0
@@ -673,9 +680,11 @@ def test_prontoqa_is_split_in_order(tmp_path, capsys):
         (b"{", "is not valid JSON: .* line 1"),
         (b"\xff{}", "line 1 is not UTF-8"),
         ([], "is not from the official generator: it must hold a JSON object"),
-        ({"example1": []}, "'example1' is malformed: list indices"),
+        ({"example1": []}, "'example1' is malformed: it has no 'test_example' object"),
+        ({"example1": official(question=3)}, "'example1' is malformed: its 'question' is no text"),
+        ({"example1": official(chain_of_thought="Max.")}, ".*: its 'chain_of_thought' is no list of texts"),
         ({"example1": official(), "example2": official(query=None)}, "'example2' lacks 'query'"),
-        ({"example1": official(query=3)}, "'example1' is malformed: 'int' object has no attribute 'startswith'"),
+        ({"example1": official(query=3)}, "'example1' is malformed: its 'query' is no text"),
         ({"example1": official(answer="Yes")}, "'example1' is malformed: its answer is 'Yes', not True or False"),
         ({"example1": official(query="Is Max red?")}, ".*: its query does not begin with 'True or false"),
         ({"example1": official(answer="True")}, ".*: its answer is True, but its chain ends with 'Max is not"),

@@ -99,6 +99,12 @@ def test_the_random_state_of_any_device_is_restored(monkeypatch, tmp_path):
         ("0::/", {"cpu.max": "350000 100000"}, 3),  # a container
         ("0::/", {"cpu.max": "50000 100000"}, 1),
         ("0::/slurm/job/step", {"slurm/job/cpu.max": "200000 100000", "cpu.max": "max 100000"}, 2),  # of a group above
+        (
+            "5:cpuacct,cpu:/docker/1\n4:memory:/docker/1",
+            {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"},
+            4,
+        ),
+        ("5:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 16),
         ("", {}, 16),
     ],
 )

@@ -146,12 +146,14 @@ def allowed_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pro
     cgroup (a container, a Kubernetes limit) if that is less."""
     cores = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     for line in own.read_text().splitlines() if own.exists() else []:
-        if line.startswith("0::"):  # cgroup v2, https://man7.org/linux/man-pages/man7/cgroups.7
-            folder = cgroups / line[3:].lstrip("/")
-            for group in (folder, *folder.parents):  # a group's limit includes its descendants
-                with suppress(OSError, ValueError):  # no such file, or "max": no limit
-                    quota, period = map(int, (group / "cpu.max").read_text().split())
-                    cores.append(quota // period)
+        _, controllers, path = line.split(":", 2)  # https://man7.org/linux/man-pages/man7/cgroups.7
+        is_v1 = "cpu" in controllers.split(",")
+        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if is_v1 else ("cpu.max",)
+        folder = (cgroups / "cpu" if is_v1 else cgroups) / path.lstrip("/")
+        for group in (folder, *folder.parents):  # a group's limit includes its descendants
+            with suppress(OSError, ValueError):  # no such file, or "max": no limit
+                quota, period = map(int, " ".join((group / name).read_text() for name in files).split())
+                cores += [quota // period] if quota > 0 else []  # -1: no limit
     return max(1, min(cores))
 
 
