@@ -75,7 +75,7 @@ def raising(error: BaseException):
     return fail
 
 
-def settled(*arguments) -> list[str]:
+def last_of_each(*arguments) -> list[str]:
     """Returns the arguments of run.py, with the last value of each key: run.py rejects a key that is set twice."""
     return list({str(argument).partition("=")[0]: str(argument) for argument in arguments}.values())
 
@@ -170,12 +170,12 @@ def python(
 
 def start(*arguments, **options) -> subprocess.CompletedProcess:
     """Runs run.py. Options as in `python`."""
-    return python(ROOT / "run.py", *settled(*arguments), **options)
+    return python(ROOT / "run.py", *last_of_each(*arguments), **options)
 
 
 def together(*arguments) -> subprocess.CompletedProcess:
     """Runs run.py on two ranks, without torchrun."""
-    done = forked.run(2, ROOT / "run.py", *settled(*arguments))
+    done = forked.run(2, ROOT / "run.py", *last_of_each(*arguments))
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -185,7 +185,7 @@ def here(capsys, monkeypatch):
     """`start` in this process: a new one takes seconds to import torch."""
 
     def start_here(*arguments, code: int | None = 0) -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "argv", ["run.py", *settled(*arguments)])
+        monkeypatch.setattr(sys, "argv", ["run.py", *last_of_each(*arguments)])
         capsys.readouterr()
         try:
             ended = run.main(run.configure(run.__doc__, run.schedule, run.plan))
@@ -232,7 +232,7 @@ def with_dropout(place: Path) -> Path:
 
 def main(place: Path, *overrides, code: int = 0) -> Path:
     """Runs run.main in this process; returns the run's folder."""
-    config = Config.from_file(place / "run.yaml", settled(*overrides))
+    config = Config.from_file(place / "run.yaml", last_of_each(*overrides))
     assert run.main(config) == code
     return config.run_dir
 

@@ -10,7 +10,7 @@ import forked
 import pytest
 import tiny_model
 import yaml
-from conftest import ROOT, command, python, refuses, settled
+from conftest import ROOT, command, last_of_each, python, refuses
 from test_faults import processes_of
 
 from trainer import distributed as ranks
@@ -148,7 +148,7 @@ def test_ranks_wait_for_a_slower_rank_longer_than_the_timeout_of_collectives(pla
     """In the validation loss, at the end of a restart, and while rank 0 checks the answers."""
     arguments = (ROOT / "run.py", place / "run.yaml", "name=slow-rank", "batch_size_training=8")
     for n_epochs in (1, 2):
-        keys = settled(*SHORT, f"num_epochs={n_epochs}")
+        keys = last_of_each(*SHORT, f"num_epochs={n_epochs}")
         job(BRIEF_COLLECTIVES + SLOW_RANK + AS_RUN, *arguments, *keys, ranks=2)
 
 

@@ -35,7 +35,7 @@ BRIEF = ("num_epochs=1", "max_train_examples=32", "max_new_tokens=2")
 
 def begin(place: Path, *arguments: str, ranks: int = 0) -> subprocess.Popen:
     """Starts run.py as a cluster does: its launcher ignores SIGUSR1, which all processes of a job get."""
-    words = command(ROOT / "run.py", place / "run.yaml", *conftest.settled(*arguments), ranks=ranks)
+    words = command(ROOT / "run.py", place / "run.yaml", *conftest.last_of_each(*arguments), ranks=ranks)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     ignoring = ["bash", "-c", 'trap "" USR1; exec "$@"', "-", *words]
     return subprocess.Popen(ignoring, text=True, start_new_session=True, **pipes)
@@ -222,7 +222,9 @@ def test_a_run_continues_on_another_number_of_ranks(place, here, tmp_path, befor
     if not whole.exists():
         main(place, *arguments, "name=ranks-whole")
     (tmp_path / "job.py").write_text(STOP_AFTER_FIVE_STEPS)
-    done = forked.run(before, tmp_path / "job.py", ROOT / "run.py", place / "run.yaml", *conftest.settled(*arguments))
+    done = forked.run(
+        before, tmp_path / "job.py", ROOT / "run.py", place / "run.yaml", *conftest.last_of_each(*arguments)
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert [path.name for path in checkpoints(run)] == ["checkpoint_0_step_5"]
     strategy = "strategy=fsdp" if after == 2 else "strategy=ddp"
@@ -252,7 +254,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_rank_ends_without_finalizing_the_interpreter(place, tmp_path, changes, code):
     """A thread of gloo that runs during finalization can kill a rank that has finished its work."""
     (tmp_path / "probe.py").write_text(PROBE)
-    keys = conftest.settled("name=ending", *BRIEF, *changes)
+    keys = conftest.last_of_each("name=ending", *BRIEF, *changes)
     environment = {"PYTHONPATH": str(ROOT)}
     done = conftest.python(
         tmp_path / "probe.py", ROOT / "run.py", place / "run.yaml", *keys, code=code, environment=environment

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from conftest import ROOT, keys, lines_of, main, settled
+from conftest import ROOT, keys, last_of_each, lines_of, main
 from plain import ids, make_examples
 from test_coconut import END, EOS, LATENT, START
 from transformers import AutoTokenizer
@@ -148,7 +148,7 @@ def test_every_key_of_the_core_has_an_effect_where_it_is_used(losses, method):
 
 @pytest.mark.parametrize("method", [name for name in methods.names() if Config(method=name).rules.texts(Config())])
 def test_auxiliary_texts_belong_to_the_examples_that_are_kept(place, world, method):
-    arguments = settled(*BASE, f"method={method}", "max_train_examples=99", "max_train_tokens=30")
+    arguments = last_of_each(*BASE, f"method={method}", "max_train_examples=99", "max_train_tokens=30")
     config = Config.from_file(place / "run.yaml", arguments)
     train = load_data(config, world, AutoTokenizer.from_pretrained(place / "model")).train
     assert 0 < len(train) < 99

@@ -8,7 +8,7 @@ from pathlib import Path
 import gsm_icot
 import pytest
 import torch
-from conftest import ROOT, epochs, lines_of, read_json, settled
+from conftest import ROOT, epochs, last_of_each, lines_of, read_json
 from test_export import written_elsewhere
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -58,7 +58,7 @@ def configure(place: Path, smollm2: Path, name: str, *more: str) -> Config:
     keys = [f"name={name}", f"save_path={place}", f"model_id={smollm2}", f"train_path={place / 'train.json'}"]
     keys += [f"val_path={place / 'valid.json'}", "global_batch_size=8", "batch_size_training=8", "lr=1e-4"]
     keys += ["num_epochs=2", "max_new_tokens=48", "num_workers=0", "save_only_improve=false"]
-    return Config.from_file(ROOT / "args" / "gsm_cot.yaml", settled(*keys, *more))
+    return Config.from_file(ROOT / "args" / "gsm_cot.yaml", last_of_each(*keys, *more))
 
 
 def train(config: Config) -> list[float]:

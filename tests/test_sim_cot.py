@@ -6,7 +6,19 @@ import numpy as np
 import plain
 import pytest
 import torch
-from conftest import distance, keys, lines_of, main, read_json, refuses, settled, steps, tiny_base, together, weights
+from conftest import (
+    distance,
+    keys,
+    last_of_each,
+    lines_of,
+    main,
+    read_json,
+    refuses,
+    steps,
+    tiny_base,
+    together,
+    weights,
+)
 from test_coconut import END, EOS, LATENT, START
 from test_methods import MARKERS, make_dataset, stages_of
 
@@ -137,7 +149,9 @@ def test_ranks_and_micro_batches_share_one_mean(place):
     """Mixed stages and a last step of 4 examples: some micro-batches have no thoughts, and one rank is idle: it runs an
     example with thoughts that does not count."""
     arguments = (*KEYS, "uniform_prob=0.5", "batch_size_training=4", "max_train_examples=36")
-    plan = EpochPlan(np.arange(36), Config.from_file(place / "run.yaml", settled(*arguments)), rank=1, world_size=2)
+    plan = EpochPlan(
+        np.arange(36), Config.from_file(place / "run.yaml", last_of_each(*arguments)), rank=1, world_size=2
+    )
     assert [micro.weight for micro in plan[2].micro_batches] == [0]
     folders = [
         main(place, *arguments, "name=sim-alone"),

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_json, settled, steps
+from conftest import ROOT, last_of_each, read_json, steps
 from test_faults import LONG, SLOW_VALIDATION, ended, processes_of, wait_for
 
 SRUN = """#!/usr/bin/env bash
@@ -83,7 +83,7 @@ def cluster(tmp_path) -> dict[str, str]:
 
 def submit(script: str, cluster: dict[str, str], *arguments) -> subprocess.Popen:
     """Runs a script as sbatch would."""
-    words = ["bash", str(ROOT / "slurm" / script), *settled(*arguments)]
+    words = ["bash", str(ROOT / "slurm" / script), *last_of_each(*arguments)]
     return subprocess.Popen(words, env=cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
