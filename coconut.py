@@ -306,7 +306,7 @@ class Coconut(nn.Module):
         """Answers questions as one batch, greedily; returns {"output", "answer"} for each.
 
         options: max_new_tokens (128); n_thoughts, the number of latents (by default that of the model's stage); mode,
-        of a multi_mode model; show_thoughts, which adds "thoughts": for each latent the five likeliest [token,
+        of a model that has several; show_thoughts, which adds "thoughts": for each latent the five likeliest [token,
         probability] pairs at the position before it (paper, Section 5.2); sampling options of `generate`. Raises
         UserError.
         """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 IGNORE = -100  # the label of a position that is not supervised, torch's default ignore_index
 START, END, LATENT = "<|start-latent|>", "<|end-latent|>", "<|latent|>"  # the reference's marker tokens
-NO_REASONING = 1 << 30  # the stage of iCoT in which every reasoning token is removed
+NO_REASONING = 1 << 30  # a stage in which every reasoning token is removed
 
 
 class Markers(NamedTuple):
@@ -72,7 +72,8 @@ def stage_name(stage: int) -> str:
 
 @replaceable
 def stage_of_step(config: Config, epoch: int, step: int, steps_per_epoch: int) -> int:
-    """Returns the stage of an optimizer step, counted from 0 in its epoch. iCoT changes it within an epoch."""
+    """Returns the stage of an optimizer step, counted from 0 in its epoch: the epoch's, unless a method changes it
+    within an epoch."""
     return stage_of(config, epoch)
 
 
@@ -207,8 +208,8 @@ def should_reset_optimizer(
 ) -> bool:
     """Returns whether AdamW is re-initialised before this step, as reset_optimizer says.
 
-    trained_on(epoch, step) returns (index, [S_1..S_n]) of each example of a step: iCoT, whose stages end within an
-    epoch, asks whether they have reasoning left.
+    trained_on(epoch, step) returns (index, [S_1..S_n]) of each example of a step: a method whose stages end within an
+    epoch asks whether they have reasoning left.
     """
     return step == 0 and optimizer_is_reset(config, epoch)
 

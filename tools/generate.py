@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("question", nargs="?")
     parser.add_argument("--file", type=Path, help="questions: a JSON list as in data/, or one on each line")
     parser.add_argument("--thoughts", type=int, metavar="K", help="latent thoughts (default: as in training)")
-    parser.add_argument("--mode", help="the key mode, of a multi_mode model (default: latent)")
+    parser.add_argument("--mode", help="the key mode, of a model that has several (default: latent)")
     parser.add_argument("--show-thoughts", action="store_true", help="print the likeliest tokens at each thought")
     parser.add_argument("--sample", action="store_true", help="sample instead of greedy decoding")
     parser.add_argument("--samples", type=int, metavar="N", help="sample N answers and print each with its count")
