@@ -446,7 +446,7 @@ def bad_files(place):
     torch.save(AutoModelForCausalLM.from_pretrained(place / "other_model").state_dict(), place / "other.bin")
     state = AutoModelForCausalLM.from_pretrained(place / "model").state_dict()
     torch.save({name: value * math.nan for name, value in state.items()}, place / "nan.bin")
-    shutil.copytree(place / "model", place / "odd")
+    shutil.copytree(place / "model", place / "odd", dirs_exist_ok=True)  # the fixture may run again
     (place / "odd" / "coconut.json").write_text('{"stage": -3, "validated_on": "x"}')
 
 
@@ -472,7 +472,6 @@ BAD = {
     ),
     "a marker in the data": (["train_path={place}/marked.json", "name=new"], "record 1 .* has the text '<.latent.>'"),
     "no text": (["val_path={place}/half.json", "name=new"], "half.json: record 0 .* half a character"),
-    "a long name": (["name=" + "a" * 300], "cannot be written to: File name too long"),
     "weights that are not numbers": (
         ["only_eval=true", "load_model_path={place}/nan.bin", "name=new"],
         "the weights of .*nan.bin are not finite",
