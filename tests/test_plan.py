@@ -33,7 +33,6 @@ from utils import UserError
 
 MIB = 2**20
 TOLERANCE = 0.1
-approx = partial(pytest.approx, rel=TOLERANCE)
 DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout")
 
 
@@ -67,19 +66,27 @@ def write_config(
 def check_peaks(folder: Path, configs: list[Config]) -> None:
     """Compares counted bytes with those of rank 1; rank 0 also holds the whole model that it has read for FSDP.
 
-    One pair of ranks measures all configurations. What differs is measured again, at most seven times, and the least
-    counts: a thread that still holds a tensor can only add.
+    One pair of ranks measures all configurations. What differs is measured again, at most four times, and the least
+    counts: a thread that still holds a tensor can only add. In a validation under FSDP it may hold what it has gathered
+    of a decoder block and of the other weights, a large share of models of two blocks.
     """
-    counted, measured = {}, {}
+    counted, measured, held = {}, {}, {}
     for config in configs:
         found = estimate(config, Machine(2, None), config.strategy, read_source(config))
         (folder / f"{config.name}.stage").write_text(str(found.stage))
         counted |= {(config.name, kind): getattr(found, kind).total for kind in ("training", "validation")}
-    for _ in range(8):
-        differing = [row for row in counted if row not in measured or counted[row] != approx(measured[row])]
-        if not differing:
+        held[config.name, "validation"] = found.training.gathered / 2  # of two blocks and the other weights
+
+    def differs(row: tuple[str, str]) -> bool:
+        return row not in measured or not (
+            counted[row] <= measured[row] * (1 + TOLERANCE)
+            and measured[row] <= counted[row] * (1 + TOLERANCE) + held.get(row, 0)
+        )
+
+    for _ in range(5):
+        names = dict.fromkeys(name for name, _ in filter(differs, counted))
+        if not names:
             break
-        names = dict.fromkeys(name for name, _ in differing)
         done = forked.run(2, ROOT / "tests" / "peak.py", *(folder / f"{name}.yaml" for name in names))
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]
         for name in names:
@@ -87,7 +94,7 @@ def check_peaks(folder: Path, configs: list[Config]) -> None:
                 measured[name, kind] = min(measured.get((name, kind), n_bytes), n_bytes)
     for (name, kind), n_bytes in counted.items():
         print(f"{name} {kind}: {n_bytes / MIB:.2f} MiB counted, {measured[name, kind] / MIB:.2f} measured")
-    assert counted == approx(measured)
+    assert not list(filter(differs, counted))
 
 
 def measurable(data: Path, folder: Path, family: str, strategy: str, **keys) -> Config:
