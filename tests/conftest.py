@@ -1,5 +1,6 @@
 """Shared by the tests: tiny models, short runs, helpers that start programs. Nothing is downloaded."""
 
+import gc
 import hashlib
 import importlib.util
 import json
@@ -127,6 +128,14 @@ def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype 
 @pytest.fixture(params=["gpt2", "llama", "qwen2"])
 def family(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def no_collection():
+    """For tests that fill the stack: a collection there would run the finalizers of other tests' objects, which fail."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

@@ -173,6 +173,7 @@ def test_a_checkpoint_that_cannot_be_removed_is_a_warning(saving, monkeypatch, c
     assert [path.name for path in config.run_dir.iterdir()] == ["checkpoint_4"]  # removed by a later save
 
 
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("content", ["[]", '"x"', "{}", "[" * 100_000], ids=lambda content: content[:20])
 def test_a_checkpoint_whose_manifest_is_not_an_object_of_files_is_damaged(saving, content):
     """A traceback each."""

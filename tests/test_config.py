@@ -213,6 +213,7 @@ def test_overrides_win_and_extends_is_read(write, tmp_path):
     assert config.epochs_per_stage == [1, 2]
 
 
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize(("text", "complaint"), WRONG, ids=lambda value: str(value)[:40])
 def test_mistakes_in_a_file_are_reported(write, text, complaint):
     found = problem(write(text))
@@ -241,6 +242,7 @@ WRONG_ON_THE_COMMAND_LINE = [
 ]
 
 
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize(("overrides", "complaint"), WRONG_ON_THE_COMMAND_LINE, ids=lambda value: str(value)[:40])
 def test_mistakes_on_the_command_line_are_reported(write, tmp_path, overrides, complaint):
     found = problem(write(""), *(text.replace("TMP", str(tmp_path)) for text in overrides))

@@ -382,6 +382,7 @@ def test_special_tokens_of_the_tokenizer_come_before_the_question_only(template)
     assert all(token not in text for text in [*steps, answer])
 
 
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

@@ -127,6 +127,7 @@ def test_a_closed_pipe_is_no_error_and_a_full_disk_one_sentence(folders, capfd, 
     assert capfd.readouterr().err == "error: standard output cannot be written: No space left on device\n"
 
 
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
