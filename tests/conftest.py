@@ -132,7 +132,7 @@ def family(request) -> str:
 
 @pytest.fixture
 def no_collection():
-    """For tests that fill the stack: a collection there would run the finalizers of other tests' objects, which fail."""
+    """For tests that fill the stack: a collection there would fail in finalizers of what other tests left."""
     gc.disable()
     yield
     gc.enable()
