@@ -431,7 +431,7 @@ def trained(tmp_path_factory):
             keys += [f"save_path={folder}", f"name={kind}-{thought}", f"thought={thought}", "num_epochs=1"]
             keys += ["epochs_per_stage=[1]", "max_latent_stage=2", "curriculum=none"]
             keys += ["global_batch_size=20", "batch_size_training=20"]
-            assert run.main(Config.from_file(ROOT / "args" / "machine.yaml", keys)) == 0
+            assert run.main(Config.from_file(ROOT / "args" / "machine_fixed.yaml", keys)) == 0
     return folder
 
 

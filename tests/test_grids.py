@@ -62,7 +62,7 @@ def test_docs_experiments_lists_every_grid(name):
 def search(tmp_path):
     content = {
         "title": "Search",
-        "base": "args/machine.yaml",
+        "base": "args/machine_fixed.yaml",
         "save_path": "runs",
         "test_path": "test.json",
         "seeds": [100, 101],
@@ -202,7 +202,7 @@ def inputs(tmp_path_factory):
         "sim_cot": {"method": "sim_cot", "step_decoder": "copy"},
         "codi": {"method": "codi", "uniform_prob": 0},
     }
-    content = {"title": "FLOPs", "base": "args/machine.yaml", "save_path": str(folder / "runs"), "test_path": "x"}
+    content = {"title": "FLOPs", "base": "args/machine_fixed.yaml", "save_path": str(folder / "runs"), "test_path": "x"}
     content["runs"] = {name: {"keys": keys} for name, keys in rows.items()}
     (folder / "flops.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return folder
