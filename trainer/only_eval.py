@@ -20,7 +20,7 @@ def evaluate_only(config: Config, world: World) -> None:
     run = setup_run(config, world, source, checkpoint.Progress(), stage)
     if not parallel.weights_are_finite(run.model):  # all ranks
         raise UserError.of_all(f"the weights of {source} are not finite")
-    sets, results = config.by_set(), {}
+    sets, results, evaluate_set = config.by_set(), {}, run.parts.validate or evaluate.evaluate
     warnings += more + checkpoint.warn_if_seen(source, {sets[n].val_path: run.sets[n].val_digest for n in sets})
     with run.logger:
         for text in warnings:
@@ -29,7 +29,7 @@ def evaluate_only(config: Config, world: World) -> None:
         for name, set_config in sets.items():  # all ranks evaluate their share of each set
             data = run.sets[name]
             log.info(f"evaluating {source} at stage {stage} on {set_config.val_path} ({len(data.val)} examples)")
-            metrics, predictions = evaluate.evaluate(run.pretrained, data, stage, set_config, world, "evaluating")
+            metrics, predictions = evaluate_set(run.pretrained, data, stage, set_config, world, "evaluating")
             metrics |= {"stage": stage, "checkpoint": str(source), "file": set_config.val_path}
             results[name] = metrics, predictions
         with ranks.agree(world):  # all ranks

@@ -71,15 +71,17 @@ def parts_of(config: Config) -> Parts:
     the core's model instead of the method's own."""
     own = None if config.only_eval or config.method in methods.CORE else methods.implementation(config.method)
     model, dataset = getattr(own, "MODEL", Coconut), getattr(own, "DATASET", StageDataset)
+    validate = getattr(own, "validate", None)
     options = config.rules.options(config) if own is not None else {}
     for name, rules in methods.all_rules().items():
         if rules.mixes_in(config):
             other = methods.implementation(name)
             model = _mixed(model, other.MODEL)
             dataset = _mixed(dataset, getattr(other, "DATASET", StageDataset))
+            validate = getattr(other, "validate", validate)
             options |= rules.options(config)
     on_device = getattr(own, "on_device", lambda _, batch: batch)
-    return Parts(model, options, dataset, getattr(own, "validate", None), on_device)
+    return Parts(model, options, dataset, validate, on_device)
 
 
 def _mixed(own: type, other: type) -> type:
