@@ -75,7 +75,7 @@ from dataset import MicroBatch, StageDataset, collate_prompts, latent_columns
 from model.layout import Rows, take
 from model.thought import Seen
 from preprocessing.tokens import batched
-from trainer.evaluate import autocast, evaluate
+from trainer.evaluate import autocast, before_eos, evaluate
 from trainer.files import read_weights
 from trainer.pretrained import read_description
 from utils import UserError
@@ -100,7 +100,7 @@ class ForcedDataset(StageDataset):
     def collate(self, rows: list[tuple]) -> dict:
         """Returns the arguments of `Stopping.forward`. No token is supervised."""
         batch = collate_prompts([one for _, _, prompts in rows for one in prompts], self.markers.eos)
-        answers = [_before(self.markers.eos, ids[len(prompts[-1]) :]) for ids, _, prompts in rows]
+        answers = [before_eos(self.markers.eos, ids[len(prompts[-1]) :]) for ids, _, prompts in rows]
         return batch | {"answers": answers, "supervised": torch.tensor([], dtype=torch.int64)}
 
 
@@ -176,7 +176,7 @@ class Stopping(Coconut):
         each = len(rows) // len(answers)  # K + 1
         gold = [answer for answer in answers for _ in range(each)]
         right = [
-            _before(self.eos_token_id, row)[-len(answer) :] == answer for row, answer in zip(rows, gold, strict=True)
+            before_eos(self.eos_token_id, row)[-len(answer) :] == answer for row, answer in zip(rows, gold, strict=True)
         ]
         return torch.tensor(right, device=input_ids.device).view(-1, each)
 
@@ -256,10 +256,6 @@ class Stopping(Coconut):
         cache = self.backbone.make_cache(ids.shape[1] + max_new_tokens, keeps=True)
         hidden = self.backbone.span(take(embeds, order), *rows.part(0, ids.shape[1]), cache)
         return self._decode(hidden, rows, cache, max_new_tokens)
-
-
-def _before(eos: int, ids: list[int]) -> list[int]:
-    return ids[: ids.index(eos)] if eos in ids else ids
 
 
 MODEL, DATASET = Stopping, ForcedDataset

@@ -20,7 +20,7 @@ from analysis.subject import Change, Subject
 from analysis.tasks import Graphs, Machine, load_task
 from coconut import Coconut
 from config import Config
-from trainer.pretrained import load_tokenizer, mark
+from trainer.pretrained import add_marker_tokens, load_tokenizer
 
 SURE = -30.0  # a logit of other tokens
 
@@ -120,7 +120,7 @@ def make_subject(examples, folder, make_base, stage=2, n_thoughts=2, batch=6, **
     tiny_model.write_model([folder / "data.json"], folder / "model", "char", "llama", 16, 2, 2, 1024)
     config = Config(model_id=str(folder / "model"), **keys)
     tokenizer = load_tokenizer(config)
-    markers = mark(tokenizer, "coconut")
+    markers = add_marker_tokens(tokenizer, "coconut")
     model = Coconut(make_base(tokenizer), markers.latent, markers.start, markers.end, markers.eos).eval()
     model.tokenizer, model.markers, model.config, model.stage = tokenizer, markers, config, stage
     return Subject(model, examples, n_thoughts, batch)

@@ -69,10 +69,10 @@ def test_markers_do_not_take_ids_of_other_tokens(tiny, gap, fits):
     tokenizer = pretrained.load_tokenizer(coconut_config(tiny))
     before = set(tokenizer.get_vocab().values())
     if fits:
-        assert before.isdisjoint(pretrained.mark(tokenizer, "coconut")[:3])
+        assert before.isdisjoint(pretrained.add_marker_tokens(tokenizer, "coconut")[:3])
         return
     sentence = "its ids have gaps, and a marker would get the id .* of the token"
-    refuses(sentence, pretrained.mark, tokenizer, "coconut")
+    refuses(sentence, pretrained.add_marker_tokens, tokenizer, "coconut")
 
 
 def test_methods_without_latents_do_not_change_the_vocabulary(tiny):

@@ -68,10 +68,10 @@ def look(path: str, config: Config, stage: int, n_examples: int) -> str:
         if problem.startswith(("val_path", "model_id")):  # a missing file, with the command that makes it
             raise UserError(problem.removeprefix("val_path "))
     examples = load_examples(path)
-    from trainer.pretrained import load_tokenizer, mark, parts_of
+    from trainer.pretrained import add_marker_tokens, load_tokenizer, parts_of
 
     tokenizer = load_tokenizer(config)
-    markers = mark(tokenizer, config.method)
+    markers = add_marker_tokens(tokenizer, config.method)
     shown = len(examples) > 20_000
     tokens = tokenize(examples, tokenizer, shown, config.step_separator, path, markers_of(tokenizer))
     lines = [f"{path}: {len(examples):,} examples; method {config.method}, stage {stage}, model {config.model_id}"]

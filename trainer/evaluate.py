@@ -208,7 +208,7 @@ def warn_unscorable_answers(tokenizer, data: Data, config: Config, stages: Itera
 
     def decode(index: int, kept: Sequence[int] = ()) -> str:
         ids = [*kept, *data.val[index][2]][: config.max_new_tokens]
-        return tokenizer.decode(_before(tokenizer.eos_token_id, ids), skip_special_tokens=True)
+        return tokenizer.decode(before_eos(tokenizer.eos_token_id, ids), skip_special_tokens=True)
 
     def warn(problem: str, found: dict[int, str]) -> None:  # found: index of a record -> its problem
         if found:
@@ -240,7 +240,7 @@ def warn_unscorable_answers(tokenizer, data: Data, config: Config, stages: Itera
     return warnings
 
 
-def _before(eos: int, ids: list[int]) -> list[int]:
+def before_eos(eos: int, ids: list[int]) -> list[int]:
     """Returns the ids before the first EOS."""
     return ids[: ids.index(eos)] if eos in ids else ids
 
@@ -259,7 +259,7 @@ def _batches_of_rank(lengths: list[int], size: int, world: World) -> list[list[i
 def texts_of(rows: list[list[int]], method: str, pretrained: Pretrained) -> list[str]:
     """Decodes generated tokens, each row up to its EOS."""
     _, tokenizer, markers = pretrained
-    outputs = [rules_of(method).output(_before(markers.eos, row), markers) for row in rows]
+    outputs = [rules_of(method).output(before_eos(markers.eos, row), markers) for row in rows]
     return [tokenizer.decode(output, skip_special_tokens=True) for output in outputs]
 
 
@@ -283,7 +283,7 @@ def generate_tokens(
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         rows = model.generate(**batch, max_new_tokens=n_new, **sampling).tolist()
         for index, row in zip(indices, rows, strict=True):
-            found[index] = rules_of(method).output(_before(markers.eos, row), markers)
+            found[index] = rules_of(method).output(before_eos(markers.eos, row), markers)
     return [found[index] for index in range(len(prompts))]
 
 

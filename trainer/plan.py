@@ -70,7 +70,7 @@ def cost_of(config: Config, epochs: Sequence[int] | None = None, test_path: str 
     from transformers import AutoModelForCausalLM
 
     from coconut import Coconut
-    from trainer.pretrained import mark, shape_of
+    from trainer.pretrained import add_marker_tokens, shape_of
     from trainer.setup import checkpoint_bytes
     from trainer.throughput import FlopCounter
 
@@ -78,7 +78,7 @@ def cost_of(config: Config, epochs: Sequence[int] | None = None, test_path: str 
     model = _Model(config.model_id, config.trust_remote_code)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(shape_of(config, None), trust_remote_code=model.trust_remote_code)
-    markers = mark(_data(config.train_path, model, config.step_separator)[1], config.method)
+    markers = add_marker_tokens(_data(config.train_path, model, config.step_separator)[1], config.method)
     counter = FlopCounter.of(Coconut(base, markers.latent, markers.start, markers.end, markers.eos, config.thought))
 
     def count(path: str, limit: int | None, config: Config, epoch: int) -> tuple[float, float]:
@@ -180,11 +180,11 @@ def read_source(config: Config) -> Source:
     import torch
     from transformers.utils import logging
 
-    from trainer.pretrained import load_tokenizer, mark, shape_of
+    from trainer.pretrained import add_marker_tokens, load_tokenizer, shape_of
 
     logging.set_verbosity_error()
     tokenizer, shape = load_tokenizer(config), shape_of(config, None)
-    markers = mark(tokenizer, config.method)
+    markers = add_marker_tokens(tokenizer, config.method)
     text = shape.get_text_config(decoder=True)
     text.vocab_size = max(text.vocab_size, len(tokenizer))  # rows for the markers
     shape.dtype = torch.bfloat16 if config.bf16_weights else torch.float32

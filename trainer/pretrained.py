@@ -129,7 +129,7 @@ def load_model(config: Config, source: Path | None, cached: bool = False) -> Pre
         # LoRA does not train the rows: equal ones could never tell a marker from the others or from "<<"
         markers = add_markers(tokenizer, base, initialise=not has_marker_rows, distinct=config.lora_rank is not None)
     else:
-        markers = mark(tokenizer, config.method)
+        markers = add_marker_tokens(tokenizer, config.method)
     base.config.use_cache = True
     _stop_at(base, markers.eos)
     model = make_model(config, base, markers)
@@ -298,7 +298,7 @@ def _http_status(error: BaseException | None) -> int | None:
     return None
 
 
-def mark(tokenizer, method: str) -> Markers:
+def add_marker_tokens(tokenizer, method: str) -> Markers:
     """Adds missing markers to a tokenizer, in the reference's order, and returns all ids; for a method without latents
     only EOS. Raises UserError if the tokenizer would give a marker the id of another token."""
     if not rules_of(method).has_latents:
@@ -326,7 +326,7 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True, disti
     """
     known = min(len(tokenizer), base.get_input_embeddings().weight.shape[0])
     missing = [marker for marker in (START, END, LATENT) if marker not in tokenizer.get_vocab()]
-    markers = mark(tokenizer, "coconut")
+    markers = add_marker_tokens(tokenizer, "coconut")
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if missing and initialise:
