@@ -84,6 +84,10 @@ class Coconut(nn.Module):
         """Whether latent positions are fed thoughts, not the latent token's embedding."""
         return self.thought.sequential
 
+    def shortened(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Returns prompts as generation runs them: a method may leave out latents."""
+        return prompts
+
     @property
     def family(self) -> dict:
         """Returns the arguments of model/layout.py that depend on the model."""

@@ -32,6 +32,7 @@ def teacher_steps(steps: Sequence[str]) -> list[str]:
 class Method(methods.Method):
     has_latents = True
     has_stages = False
+    defaults = {"thought": "mlp"}
     distillation: float = key(
         1.0,
         "codi: weight of the distance between the student's and the teacher's hidden states",

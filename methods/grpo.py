@@ -57,6 +57,8 @@ class Method(methods.Method):
                 if getattr(config, name) != field.default:
                     yield f"{name} is for method grpo, not {config.method}"
         elif not config.only_eval:
+            if getattr(config, "positions", "plain") != "plain":
+                yield "method grpo numbers the positions of sampled answers from 0: unset positions"
             if config.temperature == 0:
                 yield "method grpo samples its answers: temperature must be more than 0"
             if config.reward != "match" and not Path(config.reward).is_file():

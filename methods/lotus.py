@@ -1,8 +1,8 @@
 """LOTUS (arXiv 2606.31779): latents computed in parallel, with the tokens of their steps as labels.
 
 Index 0 is the position before the first latent (the start marker). Position k c + j predicts token j of step k through
-the base's LM head. A step of more than c tokens continues in the next group, whose first positions then have two
-targets. The labels' cross-entropy is a mean over all labels of an optimizer step on all ranks; the cross-entropy of the
+the base's LM head. A step of more than c tokens continues at the positions of the following groups, which then have
+several targets. The labels' cross-entropy is a mean over all labels of an optimizer step on all ranks; the cross-entropy of the
 written part is a mean over all of its tokens. methods/parallel_latents.py computes the latents, in one pass more than
 there are groups.
 
@@ -51,6 +51,11 @@ class Method(methods.Method):
         return min(curriculum.stage_of.paper(config, epoch), config.max_latent_stage)
 
     @staticmethod
+    def thoughts_and_dropped(n_steps: int, stage: int, config) -> tuple[int, int]:
+        """Caps the stages that uniform_prob draws too."""
+        return curriculum.thoughts_and_dropped.paper(n_steps, min(stage, config.max_latent_stage), config)
+
+    @staticmethod
     def options(config) -> dict:
         return {"latent_labels": config.latent_labels}
 
@@ -72,12 +77,10 @@ from dataset import StageDataset
 
 def latent_labels(steps: Sequence[Sequence[int]], n_latents: int, c_thought: int) -> list[tuple[int, int]]:
     """Returns (index, token) of each label of a row with this number of latents; index 0 is the position before the
-    first latent. A step in the last group is cut to that group, since no group follows."""
+    first latent. A step is cut only where the latents end: position n_latents, the last latent, is its last one."""
     labels = []
     for group, step in zip(range(n_latents // c_thought if c_thought else 0), steps, strict=False):
-        begin = group * c_thought
-        end = min(begin + 2 * c_thought, n_latents)
-        labels += zip(range(begin, end), step, strict=False)
+        labels += zip(range(group * c_thought, n_latents + 1), step, strict=False)
     return labels
 
 

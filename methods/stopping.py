@@ -45,6 +45,8 @@ class Method(methods.Method):
         if config.thought == "pause" or passes != "sequential":
             how = "thought pause has none" if config.thought == "pause" else f"latent_passes {passes} runs all at once"
             yield f"method stopping decides after each thought, and {how}"
+        if getattr(config, "positions", "plain") != "plain" and not config.only_eval:
+            yield "method stopping trains on no sequence of the model: unset positions"
         if config.lora_rank is not None:
             yield "method stopping trains only its head: unset lora_rank; LoRA updates of a checkpoint are merged"
 
@@ -171,8 +173,14 @@ class Stopping(Coconut):
     def right(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, answers: list[list[int]]) -> torch.Tensor:
         """Returns (B, K + 1) bool: whether greedy decoding after 0..K thoughts ends with the answer. Arguments as in
         `forward`."""
-        n_new = min(self.max_new_tokens, (self.max_positions or math.inf) - input_ids.shape[1])
-        rows = super().generate(input_ids, attention_mask, n_new).tolist()
+        limit = self.max_positions or math.inf
+        n_new = [min(self.max_new_tokens, limit - length) for length in attention_mask.sum(dim=1).tolist()]
+        rows: list[list[int]] = [[] for _ in n_new]
+        for n in set(n_new):  # a label must not depend on the lengths of other rows
+            indices = [index for index, own in enumerate(n_new) if own == n]
+            tokens = super().generate(input_ids[indices], attention_mask[indices], n).tolist()
+            for index, row in zip(indices, tokens, strict=True):
+                rows[index] = row
         each = len(rows) // len(answers)  # K + 1
         gold = [answer for answer in answers for _ in range(each)]
         right = [
@@ -194,6 +202,15 @@ class Stopping(Coconut):
     def _probability(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, t, D) -> (B, t)."""
         return self.stop_head(hidden)[..., 0].float().sigmoid()
+
+    def shortened(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Returns prompts without the latents that come after each one's stop."""
+        if self.stop_threshold == 1:
+            return prompts
+        batch, device = collate_prompts(prompts, self.eos_token_id), self.stop_head.weight.device
+        _, takes_part = self.think(*(batch[name].to(device) for name in ("input_ids", "attention_mask")))
+        rows = zip(batch["input_ids"], takes_part.cpu(), strict=True)
+        return [ids[columns].tolist() for ids, columns in rows]
 
     @torch.no_grad()
     def think(

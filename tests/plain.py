@@ -199,15 +199,15 @@ def sim_cot_loss(base, decoder, rows: list[Row], texts, c: int, mean: bool = Fal
 
 
 def lotus_labels(base, rows: list[Row], examples, c: int) -> tuple[torch.Tensor, int]:
-    """Returns (sum, number of terms). Counting from the start marker, position k c + j predicts token j of step k; a
-    step of more than c tokens continues in the next group, if there is one."""
+    """Returns (sum, number of terms). Counting from the start marker, position k c + j predicts token j of step k, as
+    far as there are latents."""
     total, count = torch.zeros(()), 0
     for (input_ids, _), example in zip(rows, examples, strict=True):
         n_groups, start = input_ids.count(LATENT) // c, input_ids.index(START)
         scores = base.lm_head(states(base, filled(base, input_ids, group=c))[0])
         for k, step in enumerate(example["steps"][:n_groups]):
             for j, token in enumerate(ids(step + "\n")):
-                if j < c or (j < 2 * c and k + 1 < n_groups):
+                if k * c + j <= n_groups * c:
                     total = total + F.cross_entropy(scores[start + k * c + j], torch.tensor(token))
                     count += 1
     return total, count

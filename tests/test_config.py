@@ -276,6 +276,8 @@ MISTAKES = [
     ({"thought": "looped"}, "looped"),
     ({"latent_passes": "2", "thought": "pause"}, "pause"),
     ({"latent_passes": "stage", "c_thought": 0}, "c_thought"),
+    ({"method": "grpo", "positions": "offset"}, "positions of sampled answers"),  # they had no effect
+    ({"method": "stopping", "positions": "offset"}, "unset positions"),
     ({"latent_passes": "0", "step_decoder": "copy"}, "it needs a thought that is fed back"),
 ]
 

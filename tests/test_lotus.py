@@ -25,7 +25,8 @@ def test_loss_and_all_gradients_equal_the_plain_definition(family, tied, stage, 
     config = Config(**KEYS, pad_latent_to_max=False, uniform_prob=mixed)
     dataset, examples = make_dataset(config, [1, 5, 3, 2])
     stages = stages_of(config, examples, stage)
-    rows = [plain.coconut_row(one, its, 3, 2, padded=False) for one, its in zip(examples, stages, strict=True)]
+    # a stage above 3, which uniform_prob draws for five steps, keeps the steps beyond the third (bug: it dropped them)
+    rows = [plain.coconut_row(one, min(its, 3), 3, 2) for one, its in zip(examples, stages, strict=True)]
     model = make_lotus(config, family, tied)
     batch = dataset.collate([dataset[index, stage] for index in range(4)])
     counts = batch.pop("loss_counts")
@@ -61,9 +62,11 @@ def test_steps_beyond_the_last_stage_with_latents_stay_written():
 def test_labels_of_latents():
     steps = [[10, 11, 12], [20, 21], [30, 31, 32, 33, 34]]
     assert latent_labels(steps, 0, 2) == []
-    assert latent_labels(steps, 2, 2) == [(0, 10), (1, 11)]  # no next group for the third token
+    assert latent_labels(steps, 2, 2) == [(0, 10), (1, 11), (2, 12)]
     assert latent_labels(steps, 4, 2) == [(0, 10), (1, 11), (2, 12), (2, 20), (3, 21)]
-    assert latent_labels(steps, 8, 2)[5:] == [(4, 30), (5, 31), (6, 32), (7, 33)]  # not in the group after the next
+    assert latent_labels(steps, 6, 2)[5:] == [(4, 30), (5, 31), (6, 32)]  # no latent for the other two tokens
+    assert latent_labels(steps, 8, 2)[5:] == [(4, 30), (5, 31), (6, 32), (7, 33), (8, 34)]
+    assert latent_labels([[1, 2, 3, 4, 5, 6]], 4, 1) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
     assert latent_labels(steps, 8, 2)[:5] == latent_labels(steps, 4, 2)
     assert latent_labels(steps[:1], 6, 3) == [(0, 10), (1, 11), (2, 12)]
 

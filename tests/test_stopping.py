@@ -23,7 +23,8 @@ from config import Config
 from dataset import MicroBatch, collate_prompts
 from methods.stopping import Stopping
 from tools import export, thoughts_needed
-from trainer import inference
+from trainer import inference, samples
+from trainer.evaluate import before_eos
 from trainer.pretrained import make_model
 from utils import UserError
 
@@ -118,6 +119,30 @@ def test_labels_and_loss_equal_a_loop_over_k(family, markers):
     assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) < 1e-9
     trained = [name for name, value in model.named_parameters() if value.requires_grad]
     assert trained == ["stop_head.weight", "stop_head.bias"]
+
+
+def test_a_label_does_not_depend_on_the_other_rows(family):
+    """Bug: near the model's last position a longer row cut the generations of all others short."""
+    model, short, long = make_stopping(family), [5, START, LATENT, END], [*[6] * 58, START, LATENT, END]
+    answer = [token for token in plain_tokens(model, forced(short, 0)) if token != EOS]
+    assert len(answer) > 3
+    rows = [forced(prompt, k) for prompt in (short, long) for k in (0, 1)]
+    alone, together = (collate_prompts(some, EOS) for some in (rows[:2], rows))
+    found = model.right(together["input_ids"], together["attention_mask"], [answer, [1]])
+    assert found[:1].equal(model.right(alone["input_ids"], alone["attention_mask"], [answer]))
+    assert found[0, 0]
+
+
+def test_samples_stop_too(family):
+    """Bug: they had all thoughts, so pass@k was another model's."""
+    rows = make_prompts()
+    model = make_stopping(family, rows=rows)
+    batch, keys = collate_prompts(rows, EOS), [(0, row) for row in range(len(rows))]
+    greedy = model.generate(batch["input_ids"], batch["attention_mask"], N_NEW).tolist()
+    sampled = samples.generate(model, rows, keys, 2, samples.Policy(0.0), N_NEW).tokens
+    pairs = zip(greedy, sampled[::2], sampled[1::2], strict=True)
+    assert all(before_eos(EOS, row) == before_eos(EOS, one) == before_eos(EOS, other) for row, one, other in pairs)
+    assert [forced(row, plain_stop(model, plain_states(model, row))) for row in rows] == model.shortened(rows)
 
 
 def test_the_frozen_model_has_no_dropout():

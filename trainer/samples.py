@@ -207,6 +207,7 @@ def generate(
     model's family decodes without a cache.
     """
     backbone, device = model.backbone, model.base_causallm.device
+    prompts = model.shortened(prompts)
     batch = {name: value.to(device) for name, value in collate_prompts(prompts, model.eos_token_id).items()}
     rows = lay_out_prompts(**batch, **model.family)
     keys = [(*key, sample) for key in keys for sample in range(n_samples)]
