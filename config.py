@@ -226,7 +226,9 @@ class Config:
 
     # --- Evaluation and checkpoints ---
     eval_batch_size: int = setting(32, "prompts of one generation batch on one rank", low=1)
-    max_new_tokens: int = setting(128, "maximum number of generated tokens", low=1)
+    max_new_tokens: int = setting(
+        128, "maximum number of generated tokens (unset, with gsm in val_path: 64, as in the reference)", low=1
+    )
     val_samples: int = setting(
         0, "sampled answers per validation question, beside the greedy one, for pass@k and vote (0: none)", low=0
     )
@@ -290,6 +292,8 @@ class Config:
             raise TypeError(f"no keys of a configuration: {', '.join(sorted(unknown))}")
         for name, field in fields.items():
             setattr(self, name, values.get(name, field.default))
+        if "max_new_tokens" not in values and "gsm" in str(self.val_path):
+            self.max_new_tokens = 64
         if isinstance(self.reset_optimizer, bool):
             self.reset_optimizer = "epoch" if self.reset_optimizer else "never"
 

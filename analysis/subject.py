@@ -84,7 +84,7 @@ class Subject:
         return Subject(self.model, examples, self.n_thoughts, self.batch)
 
     def _prompt(self, question: list[int], n_thoughts: int | None) -> list[int]:
-        config = replace(self.model.config, eval_latents=n_thoughts)
+        config = replace(config_for(self.model), eval_latents=n_thoughts)
         return prompt(question, [], self.model.stage, config, self.markers)
 
     def batches(

@@ -2,9 +2,9 @@
 
 Index 0 is the position before the first latent (the start marker). Position k c + j predicts token j of step k through
 the base's LM head. A step of more than c tokens continues at the positions of the following groups, which then have
-several targets. The labels' cross-entropy is a mean over all labels of an optimizer step on all ranks; the cross-entropy of the
-written part is a mean over all of its tokens. methods/parallel_latents.py computes the latents, in one pass more than
-there are groups.
+several targets. The labels' cross-entropy is a mean over all labels of an optimizer step on all ranks; the
+cross-entropy of the written part is a mean over all of its tokens. methods/parallel_latents.py computes the latents,
+in one pass more than there are groups.
 
 Legend: B rows, T columns of a batch, c latents of a group, S labels.
 """

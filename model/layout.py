@@ -48,7 +48,7 @@ def lay_out(
 
     padding_first: whether the family needs padding before the question (see Backbone.makes_masks); rows with latents
     are rearranged accordingly. The columns from the first latent on stay in place. Raises ValueError for a latent in
-    the first column.
+    the first column, and for padding directly before a latent unless all rows' first latents are in one column.
     """
     is_collated = latent_columns is not None
     columns = latent_columns if is_collated else find_latent_columns(input_ids, latent_token_id)
@@ -60,6 +60,11 @@ def lay_out(
     if position_ids is None:
         position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0) * attention_mask.long()
     if not is_collated:
+        if columns:
+            is_latent = input_ids[:, first:] == latent_token_id
+            is_padding = ~is_latent & (attention_mask[:, first:] == 0)
+            if (is_padding[:, :-1] & is_latent[:, 1:]).any():
+                raise ValueError("padding before a latent: put the first latents of all rows in one column")
         before, masks = last_attended(attention_mask[:, :first]), (True, True)
     else:
         before = None if prefix_lengths is None else prefix_lengths - 1

@@ -285,6 +285,13 @@ def test_a_latent_cannot_come_first():
         make_model("gpt2")(torch.tensor([[LATENT, 5, 6]]))
 
 
+def test_padding_cannot_stand_before_a_later_latent():
+    """Bug: its hidden state was the thought."""
+    rows = torch.tensor([[5, 7, LATENT, LATENT, 6, 9], [4, 6, START, EOS, LATENT, 9]])
+    with pytest.raises(ValueError, match="padding before a latent"):
+        make_model("gpt2")(rows, torch.tensor([[1] * 6, [1, 1, 1, 0, 1, 1]]))
+
+
 def prompts(n_latents: list[int]) -> list[list[int]]:
     return [row[: row.index(END) + 1] for row, _ in make_rows(n_latents)]
 

@@ -398,6 +398,12 @@ def test_older_spellings_of_a_method_are_read(write, method):
     assert dataclasses.replace(Config(**older), seed=1).method == method
 
 
+def test_gsm_generates_as_many_tokens_as_in_the_reference():
+    assert Config(val_path="data/gsm_valid.json").max_new_tokens == 64
+    assert Config(val_path="data/gsm_valid.json", max_new_tokens=128).max_new_tokens == 128
+    assert Config(val_path="data/prosqa_valid.json").max_new_tokens == 128
+
+
 def test_a_method_has_the_defaults_of_its_paper(write):
     lotus = Config(method="lotus")
     found = [lotus.thought, lotus.latent_passes, lotus.latent_labels, lotus.c_thought, lotus.max_latent_stage]

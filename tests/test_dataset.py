@@ -238,6 +238,21 @@ def test_lengths_are_those_of_the_sequences(cached, method, pad):
     assert longest_sequence(tokens, config)[0] >= max(wanted(0))
 
 
+def test_only_stages_that_are_run_count_for_the_longest_sequence(cached):
+    """Bug: an example was refused for its length with all steps, which no stage of the run wrote."""
+    tokens = Tokens.open(cached())
+
+    def longest(stage: int | None = None, **keys) -> int:
+        return longest_sequence(tokens, Config(max_latent_stage=3, **keys), stage)[0]
+
+    lengths = [max(sequence_lengths(tokens, Config(max_latent_stage=3), stage)) for stage in range(5)]
+    assert lengths[0] > max(lengths[3:])
+    assert longest() == longest(curriculum="none", uniform_prob=0.1) == longest(method="codi") == lengths[0]
+    assert longest(stage=3) == lengths[3]
+    assert longest(curriculum="none") == lengths[4]
+    assert longest(epochs_per_stage=1, resume=3, num_epochs=5) == max(lengths[3:])
+
+
 def test_forced_thoughts_count_for_the_longest_sequence(cached):
     """A prompt that was too long was an error in the middle of the evaluation."""
     tokens = Tokens.open(cached())

@@ -1,6 +1,7 @@
 """Coconut.from_pretrained, ask, answers, save_pretrained, push_to_hub."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,13 @@ def test_ask_and_answers_generate_like_generate(run):
     assert model.ask("3+4", max_new_tokens=6, do_sample=True, top_k=1) == text
     with pytest.raises(TypeError, match=r"a question must be a str, not list: answers\(\[...\]\) takes several"):
         model.ask(["3+4", "5"])
+
+
+def test_a_question_without_steps_gets_the_thoughts_of_the_stage(run):
+    """Bug: with pad_latent_to_max false, the last stage had as many thoughts as there are steps: none."""
+    model = Coconut.from_pretrained(run)
+    model.stage, model.config = 4, replace(model.config, pad_latent_to_max=False)
+    assert [row.count(model.markers.latent) for row in inference.prompts(model, ["3+4", "5"])] == [6, 6]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Config
-from curriculum import kept_lengths, thoughts_and_dropped
+from curriculum import kept_lengths, stage_of, thoughts_and_dropped
 from methods import Texts
 from preprocessing.examples import content_digest, load_examples
 from preprocessing.tokens import ANSWER_PREFIX, Tokens, cache_tokens
@@ -58,12 +58,15 @@ def load_data(config: Config, world: World, tokenizer) -> Data:
     return data
 
 
-def check_lengths(config: Config, max_positions: int | None, data: Data) -> None:
-    """Raises UserError if an example does not fit the model, before training rather than in the middle of an epoch."""
+def check_lengths(config: Config, max_positions: int | None, data: Data, stage: int | None = None) -> None:
+    """Raises UserError if an example does not fit the model, before training rather than in the middle of an epoch.
+
+    stage: the only one that is run; None for those of a training run.
+    """
     for path, tokens in ((config.train_path, data.train), (config.val_path, data.val)):
         if tokens is None or max_positions is None:
             continue
-        length, index = longest_sequence(tokens, config)
+        length, index = longest_sequence(tokens, config, stage)
         if length > max_positions:
             raise UserError(
                 f"{path}: record {index} (counted from 0) makes {length} tokens, but {config.model_id} has only "
@@ -88,10 +91,17 @@ def sequence_lengths(tokens: Tokens, config: Config, stage: int) -> np.ndarray:
     return question + latents + reasoning + answer
 
 
-def longest_sequence(tokens: Tokens, config: Config) -> tuple[int, int]:
-    """Returns (length, index in the file) of the longest training sequence of any stage or, with eval_latents, of the
-    longest evaluated sequence."""
-    stages = range(config.last_stage + 1) if config.has_latents or config.method == "no_thoughts" else [0]
+def longest_sequence(tokens: Tokens, config: Config, stage: int | None = None) -> tuple[int, int]:
+    """Returns (length, index in the file) of the longest sequence of this stage, by default of a training run's stages,
+    or with eval_latents of the longest evaluated sequence."""
+    if not config.has_latents and config.method != "no_thoughts":
+        stages = {0}
+    elif stage is not None:
+        stages = {stage}
+    elif config.uniform_prob or config.rules.texts(config) is not None:  # a method's texts may be as long as all steps
+        stages = {*range(config.last_stage + 1)}
+    else:
+        stages = {stage_of(config, epoch) for epoch in range(config.resume, max(config.num_epochs, config.resume + 1))}
     variants = [config] if config.only_eval else config.rules.variants(config)
     of_stages = [sequence_lengths(tokens, variant, stage) for variant in variants for stage in stages]
     if config.eval_latents is not None:

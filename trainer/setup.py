@@ -108,7 +108,7 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
         sets[name] = data = data_files.load_data(set_config, world, loaded.tokenizer)  # a training run has one set
     ranks.check_same(world, read_by_rank(config, loaded, sets) if world.size > 1 else {})  # all ranks
     for name, set_config in by_set.items():
-        data_files.check_lengths(set_config, loaded.model.max_positions, sets[name])
+        data_files.check_lengths(set_config, loaded.model.max_positions, sets[name], stage)
     if progress.token_ids not in (None, data.train_digest) and not config.continue_changed:
         raise UserError(
             f"{source} was trained on other data than {config.train_path} now holds: choose another name, or set "
