@@ -421,9 +421,11 @@ class Config:
         if source and not (continues or but_weights or is_on_hub(source)):
             yield from _missing("load_model_path", str(split_choice(source)[0]))
         has_shape = continues or (source and _holds(split_choice(source)[0], "config.json", "checkpoint_*/config.json"))
+        problem = why_unreadable(self.model_id)
         is_path = model.is_absolute() or self.model_id.startswith(".")
-        is_path |= len(model.parts) > 1 and not why_unreadable(self.model_id) and model.parents[-2].is_dir()
-        if why_unreadable(self.model_id) or (is_path and not has_shape):
+        if not (is_path or problem) and len(model.parts) > 1:
+            is_path = model.parents[-2].is_dir()  # org/name on the hub has no folder org here
+        if problem or (is_path and not has_shape):
             yield from _missing("model_id", self.model_id)
 
     @classmethod
@@ -523,6 +525,8 @@ def read_yaml(path: Path) -> dict:
 
 def _layers_of(path: Path, seen: tuple[Path, ...] = ()) -> list[Layer]:
     """Returns the files that `path` extends, outermost first, then `path` itself. Raises UserError."""
+    if problem := why_unreadable(path):
+        raise UserError(f"cannot read {shown(str(path))}: {problem}")
     if path.resolve() in seen:
         raise UserError(f"{path} extends itself")
     values, layers = read_yaml(path), []
@@ -609,6 +613,7 @@ def _merge(values: dict, layer: Layer, problems: list[str]) -> None:
             close = difflib.get_close_matches(name, [*known, *METHOD_BOOLEANS, "extends", "row", "rows"], 1)
             hint = f": did you mean {close[0]!r}?" if close else " (run.py --help lists the keys)"
             hint = ": it belongs into a file" if name in ("extends", "rows") else hint
+            hint = ": a row cannot choose another one, but extend it" if name == "row" else hint
             problems.append(f"unknown key {name!r} in {layer.origin}{hint}")
     chosen = {name for name, on in booleans.items() if on}
     if {"coconut", "no_thoughts"} <= chosen:  # in the reference, no_thoughts is a switch of coconut
@@ -644,11 +649,12 @@ def _as(kind, value):
     """Converts a value to one type. Raises ValueError or KeyError."""
     if kind is bool:
         return BOOLEANS[str(value).lower()]
-    if kind is int and type(value) in (int, str):
+    if kind is int and type(value) in (int, str) and abs(int(value)) < 1 << 63:
         return int(value)
     if kind is float and type(value) in (int, float, str):
         return float(value)
     if kind is str and isinstance(value, str):
+        value.encode()  # raises UnicodeEncodeError, a ValueError, if it is no UTF-8
         return value
     if kind == list[int] and isinstance(value, list) and value:
         return [_as(int, item) for item in value]
@@ -658,10 +664,13 @@ def _as(kind, value):
 
 
 def expanded(path: str) -> str:
-    """Replaces ~, $NAME and ${NAME} in a path. Raises ValueError for an unset variable or an unknown user."""
-    if unset := [name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ]:
+    """Replaces ~, $NAME and ${NAME} in a path. Raises ValueError for an unset or empty variable, another form of `${`,
+    or an unknown user."""
+    if unset := [name for name in re.findall(r"\$\{?(\w+)", path) if not os.environ.get(name)]:
         raise ValueError(f"must be a path whose variables are set ({', '.join(unset)} is not)")
     found = os.path.expanduser(os.path.expandvars(path))
+    if "${" in found:
+        raise ValueError("must be a path with variables as $NAME or ${NAME}")
     if found.startswith("~"):
         raise ValueError(f"must be a path of a user who exists ({found.partition('/')[0]} does not)")
     return found
@@ -694,9 +703,10 @@ def _checked(values: dict, problems: list[str]) -> dict:
         try:
             value = converted(values[field.name], annotations[field.name], field.metadata["empty"])
             _check_limits(value, field.metadata)
-            if field.name in PATHS and isinstance(value, dict):
+            is_path = field.name in PATHS or field.metadata["file"]
+            if is_path and isinstance(value, dict):
                 value = {name: expanded(path) for name, path in value.items()}
-            elif field.name in PATHS and value is not None:
+            elif is_path and value is not None:
                 value = expanded(value)
             result[field.name] = value
         except ValueError as error:
@@ -745,9 +755,8 @@ def configure(
         if options.plan and is_main:
             print_result(plan(config, options.gpus, options.gpu_memory))
     except UserError as error:
-        # the ranks of a node read the same files, so its first rank prints for all of them
-        error.is_shared |= int(os.environ.get("LOCAL_RANK", 0)) > 0
-        sys.exit(print_error(error))
+        # the ranks of a node mostly read the same files: rank 0 has long printed when another one does
+        sys.exit(print_error(error, seconds=10))
     if options.schedule or options.plan:
         sys.exit()
     return config

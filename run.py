@@ -49,7 +49,8 @@ def main(config: Config, stop: StopSignal | None = None) -> int:
         world = ranks.setup_distributed()
         ranks.check_same(world, vars(config))
         ranks.check_shared(world, Path(config.save_path))
-        with ranks.lock_run_dir(world, config.run_dir), explains_out_of_memory(config, world):
+        lock, memory = ranks.lock_run_dir(world, config.run_dir), explains_out_of_memory(config, world)
+        with ranks.exits_with_others(world), lock, memory:
             if config.only_eval:
                 evaluate_only(config, world)
             else:

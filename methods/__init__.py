@@ -28,17 +28,29 @@ LARGEST_FACTOR = 1e30  # upper limit of a loss weight or learning rate: products
 
 
 def key(
-    default, text, *, choices=(), low=-inf, high=inf, check=None, free=False, later=False, empty=False, shapes=False
+    default,
+    text,
+    *,
+    choices=(),
+    low=-inf,
+    high=inf,
+    check=None,
+    free=False,
+    later=False,
+    empty=False,
+    shapes=False,
+    file=False,
 ):
     """Returns the dataclass field of a key: its default, its text for --help and its limits.
 
     choices, low, high: the allowed values. check: a function of the value that raises ValueError. free: the key does
     not affect the trained weights, so it may change when a run is continued. later: the key was added after results in
     experiments/ were recorded; those results had its default. empty: `key=` sets the empty string instead of nothing.
-    shapes: the key affects a model's sequences, so checkpoints record it.
+    shapes: the key affects a model's sequences, so checkpoints record it. file: it may be a path.
     """
     limits = {"choices": choices, "low": low, "high": high, "check": check, "free": free, "later": later}
-    return dataclasses.field(default=default, metadata={"help": text, "empty": empty, "shapes": shapes, **limits})
+    limits |= {"empty": empty, "shapes": shapes, "file": file}
+    return dataclasses.field(default=default, metadata={"help": text, **limits})
 
 
 class Texts(typing.NamedTuple):

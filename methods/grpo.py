@@ -48,6 +48,7 @@ class Method(methods.Method):
         "grpo: match | FILE: 1 for a right answer by answer_match and 0 otherwise, or the result of the function "
         "reward(question, gold, outputs) in a Python file",
         later=True,
+        file=True,
     )
 
     @staticmethod
@@ -214,7 +215,10 @@ def reward_function(name: str, answer_match: str) -> Reward:
 
 def checked(name: str, rewards: Sequence[float], size: int) -> list[float]:
     """Returns the rewards of a group as floats. Raises UserError unless there is one finite number per answer."""
-    numbers = [float(value) for value in rewards]
+    try:
+        numbers = [float(value) for value in rewards]
+    except (TypeError, ValueError):
+        raise UserError(f"reward {name!r} returned {rewards!r:.200}, not one number per answer") from None
     if len(numbers) != size:
         raise UserError(f"reward {name!r} returned {len(numbers)} numbers for {size} answers")
     if not all(map(math.isfinite, numbers)):

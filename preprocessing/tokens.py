@@ -148,6 +148,7 @@ def question_ids(tokenizer, questions: list[str]) -> list[list[int]]:
     after it, because reasoning and answer follow: some tokenizers end every text with EOS."""
     encoded = tokenizer([question + "\n" for question in questions], return_special_tokens_mask=True)
     for ids, is_special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+        is_special = [*is_special, *[1] * (len(ids) - len(is_special))]  # Python tokenizers may leave out what they add
         while is_special and is_special.pop():
             ids.pop()
     return encoded["input_ids"]

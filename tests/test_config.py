@@ -163,6 +163,14 @@ WRONG = [
     ("- a list", "not valid YAML|must hold"),
     ("extends: run.yaml", "extends itself"),
     ("extends: none.yaml", "cannot read .*none.yaml"),
+    ('extends: "a\\0b"', "cannot read .*: embedded null byte"),
+    ('name: !!str "\\ud800"', "name must be text|is not valid YAML"),
+    ("batch_size_training: 999999999999999999999999", "batch_size_training must be a whole number"),
+    ("rows: {a: {row: b}}\nrow: a", "a row cannot choose another one"),
+    ("save_path: ${HOME:-/tmp}/runs", "must be a path with variables as"),
+    ("save_path: ${HOME", "must be a path with variables as"),
+    ("save_path: $EMPTY", "save_path must be a path whose variables are set .EMPTY is not."),
+    ("method: grpo\nreward: $EMPTY/r.py", "reward must be a path whose variables are set"),
     ("extends: [a]", r"extends in .* must be text, not \[a\]"),
     ("lr: 1e-3\nseed: 1\nlr: 1e-4", "run.yaml is not valid YAML: the key 'lr' is set twice, in lines 3 and 5"),
     ("<<: {lr: 1e-3, lr: 1e-4}", "the key 'lr' is set twice, in lines 3 and 3"),
@@ -177,6 +185,11 @@ WRONG = [
     ("rows: {a: {}, b_c: {}}", "set row=NAME: the rows are a, b_c"),
     ("rows: {a: {}}\nrow: [a]", r"unknown row \[a\] in .*: the rows are a"),
 ]
+
+
+def test_a_model_may_be_a_folder_of_the_root(write):
+    """An IndexError."""
+    assert Config.from_file(write("model_id: /tmp")).model_id == "/tmp"
 
 
 def test_home_and_variables_in_paths_are_expanded(write, tmp_path, monkeypatch):
@@ -215,7 +228,8 @@ def test_overrides_win_and_extends_is_read(write, tmp_path):
 
 @pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize(("text", "complaint"), WRONG, ids=lambda value: str(value)[:40])
-def test_mistakes_in_a_file_are_reported(write, text, complaint):
+def test_mistakes_in_a_file_are_reported(write, monkeypatch, text, complaint):
+    monkeypatch.setenv("EMPTY", "")
     found = problem(write(text))
     assert re.search(complaint, found), found
 

@@ -170,7 +170,10 @@ DIFFERING = {
         *("lr is 0.001 on rank 0 but 0.002 on rank 1", "log_every_steps is 10 on rank 0 but 7 on rank 1"),
         *("strategy is 'auto' on rank 0", "method is 'coconut' on rank 0 but 'cot'"),
     ],
-    "files": ["SHA-256 of val_path", "SHA-256 of train_path", "SHA-256 of the vocabulary", "norm of the weights"],
+    "files": [
+        *("SHA-256 of val_path", "SHA-256 of train_path", "SHA-256 of the vocabulary", "norm of the weights"),
+        *("SHA-256 of the model's config.json", "SHA-256 of reward"),
+    ],
 }
 
 
@@ -182,10 +185,14 @@ def test_ranks_that_read_different_files_are_an_error_that_names_them(place, tmp
         for name in ("train", "valid"):
             examples = json.loads((place / f"{name}.json").read_text())[number:][:16]
             (tmp_path / folder / f"{name}.json").write_text(json.dumps(examples))
+        (tmp_path / folder / "reward.py").write_text(f"def reward(question, gold, outputs): return [{number}] * 8")
         files = [tmp_path / folder / "train.json"]
         tiny_model.write_model(files, tmp_path / folder / "model", pieces, "gpt2", 32, 1, 2, 128)
     paths = {"train_path": "train.json", "val_path": "valid.json", "model_id": "./model", "wandb": "disabled"}
     keys = yaml.safe_load((place / "run.yaml").read_text()) | paths | {"name": tmp_path.name, "num_epochs": 1}
+    keys |= (
+        {"method": "grpo", "coconut": False, "reward": "reward.py", "uniform_prob": 0} if differing == "files" else {}
+    )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(keys))
     script = tmp_path / "job.py"
     script.write_text(OTHER_FILES.format(run=str(ROOT / "run.py")))

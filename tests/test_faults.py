@@ -518,6 +518,12 @@ def test_evaluations_under_one_name_have_separate_folders(place, two_epochs):
     assert found[:2] == [("checkpoint_1", "valid.json"), ("checkpoint_2", "valid.json")]
     assert found[2:] == [("checkpoint_2", "train.json")] * 2
     assert not (folder / "eval_4").exists()
+    examples = conftest.read_json(place / "valid.json")
+    for n_examples in (2, 2, 1):  # the same path with other content
+        (place / "changing.json").write_text(json.dumps(examples[:n_examples]))
+        folder = main(place, *keys, "name=two", f"load_model_path={run}@2", f"val_path={place}/changing.json")
+    sizes = [conftest.read_json(path)["examples"] for path in sorted(folder.glob("*/metrics.json"))]
+    assert sizes == [1, 2]
 
 
 HOLDER = """

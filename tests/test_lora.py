@@ -124,6 +124,8 @@ def test_a_damaged_adapter_is_rejected(place, tuned, tmp_path):
     for text in (None, "{", "{}"):
         path.unlink() if text is None else path.write_text(text)
         refuses(r"adapter_config\.json", loaded, place, folder)
+    shutil.rmtree(folder / "adapter")  # bug: the base alone was evaluated
+    refuses("was trained with lora_rank, but lacks adapter/", loaded, place, folder)
 
 
 def adapter(checkpoint: Path) -> dict[str, torch.Tensor]:

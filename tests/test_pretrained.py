@@ -75,6 +75,13 @@ def test_markers_do_not_take_ids_of_other_tokens(tiny, gap, fits):
     refuses(sentence, pretrained.add_marker_tokens, tokenizer, "coconut")
 
 
+def test_the_shapes_of_weights_that_do_not_fit_are_named(tiny):
+    """The message pointed at a report that nobody saw."""
+    config = read_json(Path(tiny) / "config.json")
+    (Path(tiny) / "config.json").write_text(json.dumps(config | {"vocab_size": 500}))
+    refuses(r"of another shape: .*wte.weight \[.*\] instead of \[500, ", load_model, coconut_config(tiny), None)
+
+
 def test_methods_without_latents_do_not_change_the_vocabulary(tiny):
     model, tokenizer, markers = load_model(coconut_config(tiny, method="cot"), None)
     assert markers[:3] == (None, None, None)

@@ -175,6 +175,8 @@ def test_wandbs_own_credentials_decide_whether_it_logs_online(monkeypatch, tmp_p
     with monkeypatch.context() as patched:
         patched.setenv("WANDB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
         assert reason() is None
+        (tmp_path / "token").unlink()
+        assert "cannot be used: FileNotFoundError" in reason()
     (tmp_path / "settings").unlink()
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert reason() is None

@@ -6,9 +6,10 @@ import stat
 import subprocess
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, refuses
+from conftest import ROOT, raising, refuses
 
 from trainer.files import replaced, write_whole
 
@@ -66,7 +67,7 @@ def test_writing_follows_a_symbolic_link(tmp_path):
     assert (tmp_path / "elsewhere").read_text() == "text"
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.ENOSYS, errno.EIO])
 def test_file_systems_that_do_not_sync_folders(tmp_path, monkeypatch, number):
     """The first save failed on virtiofs, CIFS and WSL. An I/O error must still be raised."""
     sync, refused = os.fsync, []
@@ -91,6 +92,14 @@ def test_file_systems_that_do_not_sync_folders(tmp_path, monkeypatch, number):
     monkeypatch.setattr(os, "fsync", lambda handle: refuse(handle, stat.S_ISREG))
     refuses("file cannot be written", write_whole, tmp_path / "file", "text")
     assert not (tmp_path / "file").exists()
+
+
+def test_file_systems_without_modes(tmp_path, monkeypatch):
+    """The first save failed."""
+    monkeypatch.setattr(Path, "chmod", raising(OSError(errno.ENOTSUP, "Operation not supported")))
+    with replaced(tmp_path / "folder", ()) as folder:
+        (folder / "file").write_text("text")
+    assert (tmp_path / "folder" / "file").read_text() == "text"
 
 
 def test_a_folder_with_other_files_is_not_overwritten(tmp_path):

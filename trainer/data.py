@@ -74,6 +74,16 @@ def check_lengths(config: Config, max_positions: int | None, data: Data, stage: 
             )
 
 
+def check_ids(config: Config, n_rows: int, data: Data) -> None:
+    """Raises UserError if the tokenizer gives ids for which the model has no embedding row."""
+    for path, tokens in ((config.train_path, data.train), (config.val_path, data.val)):
+        if tokens is not None and (highest := int(tokens.ids.max())) >= n_rows:
+            raise UserError(
+                f"{path}: the tokenizer makes tokens with ids up to {highest}, but {config.model_id} has only {n_rows} "
+                "embedding rows: the tokenizer belongs to another model, or its ids have gaps"
+            )
+
+
 def sequence_lengths(tokens: Tokens, config: Config, stage: int) -> np.ndarray:
     """Returns the length of each example's training sequence at a stage, (examples,) int64."""
     starts, ends = tokens.examples[:-1], tokens.examples[1:]

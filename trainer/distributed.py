@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import platform
+import re
 import signal
 import socket
 import sys
@@ -309,10 +310,25 @@ def barrier(world: World) -> None:
         pause = min(2 * pause, 0.25)
     try:
         work.wait()
-    except RuntimeError:  # the failed rank prints the reason
-        time.sleep(3)  # torchrun reports the rank that exits first
-        print(f"rank {world.rank} exits because another rank has failed", file=sys.stderr)
-        sys.exit(1)
+    except RuntimeError:
+        _exit_after_another(world)
+
+
+def _exit_after_another(world: World) -> typing.NoReturn:
+    time.sleep(3)  # torchrun reports the rank that exits first, which prints the reason
+    print(f"rank {world.rank} exits because another rank has failed", file=sys.stderr)
+    sys.exit(1)
+
+
+@contextmanager
+def exits_with_others(world: World) -> typing.Iterator[None]:
+    """Exits without a traceback when a collective fails because another rank has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world.size == 1 or not re.search("Connection (closed|reset) by peer", str(error)):
+            raise
+        _exit_after_another(world)
 
 
 # --- Locks and shared folders ---
@@ -399,7 +415,8 @@ class StopSignal:
     It may be entered before `world` is set (`early`).
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+    # SLURM, SGE and LSF announce the end of a job by SIGTERM, SIGUSR1, SIGUSR2 or SIGXCPU
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP, signal.SIGINT)
 
     def __init__(self, world: World | None = None):
         self.world = world

@@ -36,8 +36,9 @@ def file_digest(path: Path) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns the first line of an exception's message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """Returns the first line of an exception's message, with the next one if it announces that."""
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join([first, *(line.strip() for line in others[:1] if first.rstrip().endswith(":"))])
 
 
 def read_weights(path: Path, own: dict, what: str) -> dict:
@@ -164,7 +165,7 @@ def sync_to_disk(path: Path, deep: bool = True) -> None:
     for part in [*parts, path]:
         is_folder = part.is_dir()
         if part != path and not is_folder:
-            with suppress(PermissionError):
+            with suppress(OSError):  # a file system without modes
                 part.chmod(mode)
         try:
             handle = os.open(part, os.O_RDONLY)
@@ -173,5 +174,5 @@ def sync_to_disk(path: Path, deep: bool = True) -> None:
             finally:
                 os.close(handle)
         except OSError as error:
-            if not (is_folder and error.errno in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)):
+            if not is_folder or error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
                 raise

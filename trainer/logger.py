@@ -120,6 +120,8 @@ def _start_wandb(mode: str, config: dict, folder: Path, run_id: str | None):
         mode = "offline"
     # send only the configuration and the numbers: no code, no console output, no machine metadata
     settings = {"init_timeout": 30, "silent": True, "console": "off", "save_code": False, "x_disable_meta": True}
+    if mode == "offline":
+        settings["identity_token_file"] = None
     options = {"project": config["project"], "name": config["name"], "config": config, "dir": str(folder)}
     options |= {"id": run_id, "resume": "allow" if run_id else None}
     try:
@@ -153,8 +155,11 @@ def why_offline() -> str | None:
     from wandb.sdk import wandb_setup
     from wandb.sdk.lib.wbauth import authenticate_session
 
-    host = wandb_setup.singleton().settings.base_url
+    settings = wandb_setup.singleton().settings
+    host = settings.base_url
     try:
+        if settings.identity_token_file:  # wandb's helper process would crash on an unreadable one
+            Path(settings.identity_token_file).read_bytes()
         found = authenticate_session(host=host, source="run.py", prompt=False, update_session=False)
     except (AuthenticationError, OSError, ValueError) as error:
         return f"the credentials for {host} cannot be used: {_one_line(error)}"

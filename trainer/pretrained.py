@@ -118,9 +118,10 @@ def load_model(config: Config, source: Path | None, cached: bool = False) -> Pre
         else:
             if folder is not None:
                 _check_same_shape(config, folder)
-            options = {"dtype": dtype, "output_loading_info": True} | hub_options(config, where, cached)
-            base, report = AutoModelForCausalLM.from_pretrained(where, **options)
-            check_names(where, report["missing_keys"], report["unexpected_keys"] if folder else ())
+            options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            base, report = AutoModelForCausalLM.from_pretrained(where, **options, **hub_options(config, where, cached))
+            shapes = [f"{name} {[*saved]} instead of {[*own]}" for name, saved, own in report["mismatched_keys"]]
+            check_names(where, report["missing_keys"], report["unexpected_keys"] if folder else (), shapes)
     has_marker_rows = False
     if source is not None and folder is None:
         n_markers = len({START, END, LATENT} - set(tokenizer.get_vocab()))
@@ -135,6 +136,8 @@ def load_model(config: Config, source: Path | None, cached: bool = False) -> Pre
     model = make_model(config, base, markers)
     if folder is not None:
         _load_thought(model.thought, config.thought, folder)
+        if (read_description(folder) or {}).get("lora_rank") and not (folder / lora.FOLDER).is_dir():
+            raise UserError(f"{folder} was trained with lora_rank, but lacks {lora.FOLDER}/")
     check_family(model, config.gradient_checkpointing and not config.only_eval)
     if hasattr(model, "load_companion"):
         model.load_companion(config, folder, partial(_load_another, config, base.dtype, cached))
@@ -329,6 +332,11 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True, disti
     markers = add_marker_tokens(tokenizer, "coconut")
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    rows = base.get_input_embeddings().weight.shape[0]
+    if max(markers[:3]) >= rows:
+        raise UserError(
+            f"the tokenizer's ids have gaps: a marker has the id {max(markers[:3])}, and the model {rows} rows"
+        )
     if missing and initialise:
         like = tokenizer.convert_tokens_to_ids("<<")
         is_token = like is not None and like != tokenizer.unk_token_id

@@ -139,15 +139,17 @@ def _downloaded(load_model_path: str, cached: bool) -> Path:
         raise UserError(f"load_model_path {load_model_path!r} cannot be downloaded from the hub: {reason}") from None
 
 
-def keep_results(folder: Path, values: dict, checkpoint: str) -> None:
+def keep_results(folder: Path, values: dict, checkpoint: str, notes: dict[str, str]) -> None:
     """Renames an evaluation's folder to FOLDER_1, FOLDER_2 ..., unless it evaluated the same checkpoint with the same
-    configuration, so that a second evaluation under one name does not overwrite the first. Raises UserError."""
+    configuration and notes, so that a second evaluation under one name does not overwrite the first. Raises
+    UserError."""
     if not (folder / "metrics.json").is_file():
         return
     try:
-        metrics, (before, _) = read_object(folder / "metrics.json"), read_config(folder / "config.yaml")
+        metrics, (before, written) = read_object(folder / "metrics.json"), read_config(folder / "config.yaml")
         evaluated = {one["checkpoint"] for one in metrics.get("sets", {"": metrics}).values()}
-        if evaluated == {checkpoint} and all(before[name] == values[name] for name in before.keys() & values.keys()):
+        same = evaluated == {checkpoint} and written.items() >= notes.items()
+        if same and all(before[name] == values[name] for name in before.keys() & values.keys()):
             return
     except (UserError, KeyError, TypeError, AttributeError):
         pass  # damaged: treat it as another evaluation
@@ -157,9 +159,10 @@ def keep_results(folder: Path, values: dict, checkpoint: str) -> None:
     log.info(f"moved {folder}, which had results of another checkpoint, set or configuration, to {kept}")
 
 
-def write_config(values: dict, folder: Path, world_size: int, hardware: str = "unknown") -> None:
-    """Writes a resolved configuration, the commit, the hardware and the library versions to folder/config.yaml, which
-    is itself a configuration: `python run.py FOLDER/config.yaml` repeats the run. Raises UserError."""
+def write_config(values: dict, folder: Path, world_size: int, hardware: str = "unknown", **notes: str) -> None:
+    """Writes a resolved configuration, the commit, the hardware, the library versions and further notes to
+    folder/config.yaml, which is itself a configuration: `python run.py FOLDER/config.yaml` repeats the run. Raises
+    UserError."""
     comments = [f"git commit: {_git_commit()}", f"python: {sys.version.split()[0]}"]
     comments += [f"world size: {world_size}", f"hardware: {hardware}"]
     for package in ("torch", "transformers", "numpy", "wandb"):
@@ -167,6 +170,7 @@ def write_config(values: dict, folder: Path, world_size: int, hardware: str = "u
             comments.append(f"{package}: {version(package)}")
         except PackageNotFoundError:
             comments.append(f"{package}: not installed")
+    comments += [f"{name}: {note}" for name, note in notes.items()]
     text = "".join(f"# {line}\n" for line in comments) + yaml.safe_dump(values, sort_keys=False)
     write_whole(folder / "config.yaml", text)
 

@@ -108,6 +108,7 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
         sets[name] = data = data_files.load_data(set_config, world, loaded.tokenizer)  # a training run has one set
     ranks.check_same(world, read_by_rank(config, loaded, sets) if world.size > 1 else {})  # all ranks
     for name, set_config in by_set.items():
+        data_files.check_ids(set_config, len(loaded.model.base_causallm.get_input_embeddings().weight), sets[name])
         data_files.check_lengths(set_config, loaded.model.max_positions, sets[name], stage)
     if progress.token_ids not in (None, data.train_digest) and not config.continue_changed:
         raise UserError(
@@ -128,28 +129,44 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
                     log.warning(text)
 
     def open_log() -> str | None:
-        values = dataclasses.asdict(config)
+        values, notes = dataclasses.asdict(config), {}
         if config.only_eval:
-            keep_results(logger.folder, values, str(source))
-        write_config(values, logger.folder, world.size, ranks.hardware(world))
+            keep_results(logger.folder, values, str(source), notes := versions(source, sets))
+        write_config(values, logger.folder, world.size, ranks.hardware(world), **notes)
         return logger.open(values, progress.wandb_id)
 
     progress.wandb_id = ranks.on_main_rank(world, open_log)  # all ranks
     return Run(config, world, loaded, sets, logger, progress)
 
 
+def versions(source: Path, sets: dict[str, Data]) -> dict[str, str]:
+    """Returns what tells the files of an evaluation from others that had the same names."""
+    weights = [*source.glob("*.safetensors")] if source.is_dir() else [source]
+    changed = max((path.stat().st_mtime for path in weights), default=0.0)
+    found = {f"SHA-256 of val_path {name}".strip(): data.val_digest for name, data in sets.items()}
+    return {"weights changed at": f"{changed:.6f}", **found}
+
+
 def read_by_rank(config: Config, loaded: Pretrained, sets: dict[str, Data]) -> dict[str, str]:
     """Returns short digests of the files that this rank has read. Sharded weights come from rank 0; other weights are
-    compared by their norm, because different processors may round the rows of new tokens differently."""
+    compared by a few digits, because different processors may round the rows of new tokens differently."""
     found = {f"the SHA-256 of val_path {name}".strip(): data.val_digest for name, data in sets.items()}
     if not config.only_eval:
-        found["the SHA-256 of train_path"] = content_digest(config.train_path)
-    vocabulary = sorted(loaded.tokenizer.get_vocab().items())
-    found["the SHA-256 of the vocabulary"] = hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+        files = [key.name for key in dataclasses.fields(Config) if key.metadata["file"]]
+        for name in ["train_path", *(name for name in files if Path(getattr(config, name)).is_file())]:
+            found[f"the SHA-256 of {name}"] = content_digest(getattr(config, name))
+    shape = loaded.model.base_causallm.config.to_dict() | {"_name_or_path": None}
+    for name, value in (("vocabulary", loaded.tokenizer.get_vocab()), ("model's config.json", shape)):
+        found[f"the SHA-256 of the {name}"] = hashlib.sha256(repr(sorted(value.items())).encode()).hexdigest()
     found = {name: digest[:16] for name, digest in found.items()}
     if not parallel.is_sharded(loaded.model):
-        norms = [torch.linalg.vector_norm(weight, dtype=torch.float64) for weight in loaded.model.parameters()]
-        found["the norm of the weights"] = f"{sum(norms):.9e}"
+        norm, sums = 0.0, 0.0  # the sums depend on signs and order
+        for weight in loaded.model.parameters():
+            rows = weight.detach().reshape(len(weight), -1) if weight.ndim else weight.detach().reshape(1, 1)
+            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+            signed = norms + rows.sum(dim=1, dtype=torch.float64)
+            norm, sums = norm + norms.norm(), sums + signed @ torch.arange(len(rows), device=rows.device).double().cos()
+        found["the norm of the weights"] = f"{norm:.9e} {sums / norm:.5f}"
     return found
 
 
