@@ -649,7 +649,7 @@ def _as(kind, value):
     """Converts a value to one type. Raises ValueError or KeyError."""
     if kind is bool:
         return BOOLEANS[str(value).lower()]
-    if kind is int and type(value) in (int, str) and abs(int(value)) < 1 << 63:
+    if kind is int and type(value) in (int, str):
         return int(value)
     if kind is float and type(value) in (int, float, str):
         return float(value)

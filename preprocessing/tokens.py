@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice, pairwise
@@ -163,7 +164,7 @@ def markers_of(tokenizer) -> dict[int, str]:
 def batched(items: Iterable, size: int) -> Iterator[list]:
     """Yields consecutive lists of at most `size` items."""
     rest = iter(items)
-    while part := list(islice(rest, size)):
+    while part := list(islice(rest, min(size, sys.maxsize))):
         yield part
 
 

@@ -554,8 +554,7 @@ def changed_keys(config: Config, run_dir: Path) -> dict[str, str]:
     """Returns the keys that affect the weights and differ from the run's config.yaml: key -> "key 1, not 2"."""
     try:
         before = modern(run_folder.read_config(run_dir / "config.yaml")[0])
-    except UserError as error:
-        log.warning(f"{error}: whether keys that affect the weights have changed is unknown")
+    except UserError:
         return {}
     free = {key.name for key in fields(Config) if key.metadata["free"]}
     if config.global_batch_size is not None:
