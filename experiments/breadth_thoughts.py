@@ -37,7 +37,7 @@ from analysis.subject import Change, Subject
 from preprocessing.examples import load_examples
 from trainer.files import write_whole
 from trainer.inference import thought_logits
-from utils import UserError, as_json, print_error, read_object
+from utils import UserError, as_json, print_error, print_result, read_object
 
 SEED = 0  # for drawing the pairs of starts
 
@@ -197,9 +197,9 @@ def main(arguments: list[str] | None = None) -> int:
         found = {Path(run).name: measure(run, options.data) for run in options.runs}
         write_whole(options.out / "breadth_thoughts.json", as_json(found))
         write_whole(options.out / "breadth_thoughts.md", as_text(found))
+        print_result(as_text(found))
     except UserError as error:
         return print_error(error)
-    print(as_text(found))
     return 0
 
 
