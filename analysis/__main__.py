@@ -33,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of donors and noise (default: 0)")
     add("--steps", type=int, metavar="N", help="use only questions with N steps (default: all)")
     add("--show", type=int, nargs="+", default=range(8), metavar="N", help="graphs to draw (default: 0 to 7)")
+    add("--trust-remote-code", action="store_true", help="run Python code that the model brings: read it first")
     add("--page", action="store_true", help="only make the page from the numbers in FOLDER")
     return parser
 
@@ -104,7 +105,8 @@ def measure(options: argparse.Namespace) -> None:
     """Writes FOLDER/about.json and a FOLDER/PART.json for each part. Raises UserError."""
     task = load_task(options.data, options.questions, options.steps)
     checkpoints = dict(zip(NAMES, filter(None, (options.checkpoint, options.control)), strict=False))
-    subjects = {name: Subject.load(path, task.examples, options.thoughts) for name, path in checkpoints.items()}
+    how = (task.examples, options.thoughts, options.trust_remote_code)
+    subjects = {name: Subject.load(path, *how) for name, path in checkpoints.items()}
     about = {
         "kind": task.kind,
         "data": str(options.data),

@@ -51,6 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="with --file (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each question")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the model brings: read it first"
+    )
     return parser
 
 
@@ -116,7 +119,7 @@ def _checked(record, where: str) -> dict:
     return record
 
 
-def load(checkpoint: str, seed: int = 0) -> Coconut:
+def load(checkpoint: str, seed: int = 0, trust_remote_code: bool = False) -> Coconut:
     """Loads a model, as Coconut.from_pretrained, onto a GPU if there is one. Raises UserError."""
     import torch
     from transformers.utils import logging
@@ -126,7 +129,8 @@ def load(checkpoint: str, seed: int = 0) -> Coconut:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     torch.manual_seed(seed)
-    return Coconut.from_pretrained(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Coconut.from_pretrained(checkpoint, trust_remote_code).to(device)
 
 
 def make_asker(model: Coconut, options: argparse.Namespace) -> Callable[[list[str]], list[dict]]:
@@ -194,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
             records = iter(read_questions(options.file))
         else:
             records = questions_of_lines(sys.stdin, "standard input")
-        model = load(options.checkpoint, options.seed)
+        model = load(options.checkpoint, options.seed, options.trust_remote_code)
         ask = make_asker(model, options)
         if options.question is None and options.file is None and sys.stdin.isatty():
             converse(ask, form)
