@@ -31,6 +31,15 @@ if TYPE_CHECKING:
     from coconut import Coconut  # takes seconds, so `load` imports it after all checks of arguments
 
 
+USERS = {  # option -> the options without which it would have no effect
+    "thought_noise": ["samples"],
+    "top_k": ["sample"],
+    "top_p": ["sample"],
+    "temperature": ["sample", "samples"],
+    "seed": ["sample", "samples"],
+}
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint folder, a run's folder (its newest checkpoint), or a hub id")
@@ -74,6 +83,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--samples must be at least 1")
     if options.samples and (options.sample or options.top_k or options.top_p or options.show_thoughts):
         parser.error("--samples excludes --sample, --top-k, --top-p and --show-thoughts")
+    for name, users in USERS.items():
+        is_given = getattr(options, name) != parser.get_default(name)
+        if is_given and not any(getattr(options, user) for user in users):
+            parser.error(f"--{name.replace('_', '-')} needs {' or '.join(f'--{user}' for user in users)}")
     try:
         split_noise(options.thought_noise)
     except ValueError as error:
