@@ -16,6 +16,10 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from preprocessing.examples import load_examples, read_json
+from trainer.run_folder import check_checkpoint
+from utils import UserError, as_json, print_error, print_result
+
 NAMES = ("Coconut", "pause as thought")  # of checkpoint and control in the page
 
 
@@ -33,14 +37,36 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of donors and noise (default: 0)")
     add("--steps", type=int, metavar="N", help="use only questions with N steps (default: all)")
     add("--show", type=int, nargs="+", default=range(8), metavar="N", help="graphs to draw (default: 0 to 7)")
+    add("--trust-remote-code", action="store_true", help="run Python code that the model brings: read it first")
     add("--page", action="store_true", help="only make the page from the numbers in FOLDER")
     return parser
 
 
-if __name__ == "__main__":
-    make_parser().parse_args()  # answers --help and wrong arguments before the slow imports below
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if min(options.show) < 0 or options.questions < 2 or (options.thoughts is not None and options.thoughts < 1):
+        parser.error("--questions must be at least 2, --thoughts at least 1, --show at least 0")
+    return options
+
+
+def check_files(options: argparse.Namespace) -> None:
+    """Raises UserError for what needs no model: missing checkpoints, data or numbers, and a missing matplotlib."""
     if find_spec("matplotlib") is None:
-        make_parser().exit(2, "error: the figures need matplotlib: pip install -r requirements-dev.txt\n")
+        raise UserError("the figures need matplotlib: pip install -r requirements-dev.txt")
+    if options.page:
+        read_json(options.out / "about.json")
+        return
+    for checkpoint in filter(None, (options.checkpoint, options.control)):
+        check_checkpoint(checkpoint)
+    load_examples(options.data)
+
+
+if __name__ == "__main__":  # answers --help and errors before the slow imports below
+    try:
+        check_files(parse())
+    except UserError as error:
+        sys.exit(print_error(error))
 
 from tqdm import tqdm
 from transformers.utils import logging
@@ -50,7 +76,6 @@ from analysis.report import write_page
 from analysis.subject import Subject
 from analysis.tasks import Graphs, Machine, Task, load_task
 from trainer.files import write_whole
-from utils import UserError, as_json, print_error, print_result
 
 
 def measure_probe(subject: Subject, task: Task, options: argparse.Namespace) -> dict:
@@ -104,7 +129,8 @@ def measure(options: argparse.Namespace) -> None:
     """Writes FOLDER/about.json and a FOLDER/PART.json for each part. Raises UserError."""
     task = load_task(options.data, options.questions, options.steps)
     checkpoints = dict(zip(NAMES, filter(None, (options.checkpoint, options.control)), strict=False))
-    subjects = {name: Subject.load(path, task.examples, options.thoughts) for name, path in checkpoints.items()}
+    how = (task.examples, options.thoughts, options.trust_remote_code)
+    subjects = {name: Subject.load(path, *how) for name, path in checkpoints.items()}
     about = {
         "kind": task.kind,
         "data": str(options.data),
@@ -133,10 +159,7 @@ def write_json(path: Path, content) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser()
-    options = parser.parse_args(arguments)
-    if min(options.show) < 0 or options.questions < 2 or (options.thoughts is not None and options.thoughts < 1):
-        parser.error("--questions must be at least 2, --thoughts at least 1, --show at least 0")
+    options = parse(arguments)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:

@@ -56,10 +56,12 @@ class Subject:
         self.n_thoughts = self._prompt([], n_thoughts).count(model.markers.latent)
 
     @classmethod
-    def load(cls, checkpoint: str, examples: list[dict], n_thoughts: int | None = None) -> Subject:
+    def load(
+        cls, checkpoint: str, examples: list[dict], n_thoughts: int | None = None, trust_remote_code: bool = False
+    ) -> Subject:
         """Loads a checkpoint. Raises UserError if it does not exist, or if it does not make one thought a step, one
         after the other, with text right after the last one."""
-        model = load(checkpoint)
+        model = load(checkpoint, trust_remote_code=trust_remote_code)
         config = config_for(model, n_thoughts)  # raises UserError for an impossible number
         subject = cls(model, examples, n_thoughts)
         if config.rules.predicts_end_marker or not model.one_by_one:

@@ -26,18 +26,42 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing")]
+from preprocessing.examples import load_examples
+from trainer.run_folder import check_checkpoint
+from utils import UserError, as_json, print_error, print_result, read_object
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="runs' folders, or checkpoints")
+    parser.add_argument("--data", type=Path, default=Path("data/breadth"), help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="(default: results/)")
+    return parser.parse_args(arguments)
+
+
+def read_data(folder: Path) -> tuple[list[dict], dict]:
+    """Returns the test questions and their machine. Raises UserError."""
+    return load_examples(folder / "path_test.json"), read_object(folder / "path_machine.json")
+
+
+if __name__ == "__main__":  # answers --help and errors before the slow imports below
+    try:
+        options = parse()
+        read_data(options.data)
+        for run in options.runs:
+            check_checkpoint(run)
+    except UserError as error:
+        sys.exit(print_error(error))
+
+import torch
 from machine import STATES, frontiers_of
 from tables import markdown
 
 from analysis.subject import Change, Subject
-from preprocessing.examples import load_examples
 from trainer.files import write_whole
 from trainer.inference import thought_logits
-from utils import UserError, as_json, print_error, read_object
 
 SEED = 0  # for drawing the pairs of starts
 
@@ -146,8 +170,7 @@ def superposed(subject: Subject, permutations: dict, n: int = 500) -> dict:
 
 def measure(checkpoint: str, data: Path) -> dict:
     """Returns all measurements of one checkpoint."""
-    examples = load_examples(data / "path_test.json")
-    machine = read_object(data / "path_machine.json")
+    examples, machine = read_data(data)
     subject = Subject.load(checkpoint, examples)
     frontiers = [frontiers_of(machine["permutations"], *word_of(example)) for example in examples]
     by_size: dict[int, list[bool]] = {}  # size of the last frontier -> whether each answer is right
@@ -188,18 +211,14 @@ def as_text(found: dict[str, dict]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="runs' folders, or checkpoints")
-    parser.add_argument("--data", type=Path, default=Path("data/breadth"), help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="(default: results/)")
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     try:
         found = {Path(run).name: measure(run, options.data) for run in options.runs}
         write_whole(options.out / "breadth_thoughts.json", as_json(found))
         write_whole(options.out / "breadth_thoughts.md", as_text(found))
+        print_result(as_text(found))
     except UserError as error:
         return print_error(error)
-    print(as_text(found))
     return 0
 
 

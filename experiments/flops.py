@@ -16,19 +16,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing")]
-import torch
 from grid import make_data
 from grid_file import read_grid
 from jobs import Job, jobs_of
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from curriculum import stage_of_step
-from dataset import MicroBatch
 from preprocessing.examples import load_examples
-from trainer.data import load_data
-from trainer.distributed import World
-from trainer.pretrained import load_model, parts_of
 from utils import UserError, print_error, print_result
 
 SAMPLE = 64  # examples that are counted at each stage, as a sample of all
@@ -36,6 +29,15 @@ SAMPLE = 64  # examples that are counted at each stage, as a sample of all
 
 def training_flops(job: Job, sample: int = SAMPLE) -> float:
     """Returns the FLOPs of all epochs of a job, without validation; they do not depend on its initial weights."""
+    import torch  # takes seconds: after the check of the grid
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from dataset import MicroBatch
+    from trainer.data import load_data
+    from trainer.distributed import World
+    from trainer.pretrained import load_model, parts_of
+
     config = replace(job.config, load_model_path=None, from_scratch=True)
     model, tokenizer, markers = load_model(config, None)
     world = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import shlex
 import typing
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -60,6 +61,7 @@ class Grid:
 
 NAME = re.compile(r"\w[\w.-]*")  # of a run; part of folder names and commands
 TASK_KEYS = ("base", "save_path", "test_path", "beginnings", "untrained", "chance")  # and the union of `needs`
+PATHS = ("base", "task", "save_path", "test_path")
 GRID_KEYS = ("name", "seed", "save_path", "debug")  # keys that a run may not set
 
 
@@ -70,8 +72,10 @@ def _spelled(value) -> str:
     return json.dumps(value)
 
 
-def read_grid(path: Path) -> Grid:
-    """Reads a grid. Raises UserError that lists all mistakes."""
+def read_grid(path: Path, seen: tuple[Path, ...] = ()) -> Grid:
+    """Reads a grid. `seen`: the grids that take its task. Raises UserError that lists all mistakes."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: 'task' leads back to this file")
     problems: list[str] = []
     values = read_yaml(path)
     grid = _fields(Grid, values, str(path), problems)
@@ -82,7 +86,7 @@ def read_grid(path: Path) -> Grid:
                 for run, spec in grid[name].items()
             }
     if grid.get("task"):
-        task = read_grid(path.parent / grid["task"])
+        task = read_grid(path.parent / grid["task"], (*seen, path.resolve()))
         grid = {key: getattr(task, key) for key in TASK_KEYS} | grid | {"needs": task.needs | grid.get("needs", {})}
     for name in ("title", "base", "save_path", "runs", "test_path"):
         if name not in values and name not in grid:
@@ -119,9 +123,16 @@ def _grid_problems(grid: dict) -> list[str]:
     if grid.get("checkpoint", "newest") not in ("newest", "best"):
         found.append(f"'checkpoint' must be newest or best, not {grid['checkpoint']!r}")
     for file, script in grid.get("needs", {}).items():
-        if not isinstance(script, str) or not script:
+        if not _is_command(script):
             found.append(f"'needs' takes FILE: the script, with its arguments, that makes it; not {file!r}: {script!r}")
     return found
+
+
+def _is_command(text) -> bool:
+    """Returns whether a value is a text that a shell splits into words."""
+    with suppress(ValueError):  # an open quotation
+        return isinstance(text, str) and bool(shlex.split(text))
+    return False
 
 
 def _fields(cls, values, where: str, problems: list[str]) -> dict:
@@ -137,12 +148,23 @@ def _fields(cls, values, where: str, problems: list[str]) -> dict:
             problems.append(f"{where}: unknown key {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
             continue
         try:
-            found[name] = _typed(value, kinds[name])
-            if name in ("save_path", "test_path"):
-                found[name] = expanded(found[name])
+            found[name] = _checked(name, _typed(value, kinds[name]))
         except ValueError as error:
             problems.append(f"{where}: {name!r} {error}, not {shown(value)}")
     return found
+
+
+def _checked(name: str, value):
+    """Returns the value of a field, a path expanded. Raises ValueError for a value of the right type that is wrong."""
+    if value is None:
+        return None
+    if name == "runs" and not value:
+        raise ValueError("must hold a run")
+    if name == "seeds" and not 0 < len(value) == len(set(value)):
+        raise ValueError("must be a list of different whole numbers")
+    if name == "chance" and not 0 <= value <= 1:
+        raise ValueError("must be from 0 to 1")
+    return expanded(value) if name in PATHS else value
 
 
 def _typed(value, kind):

@@ -229,7 +229,12 @@ def _cached_digest(file: Path, _size: int, _changed: int) -> str:
 def read_results(grid: Grid, out: Path) -> dict[str, list[dict]]:
     """Returns the recorded results of NAME.json, run -> a row per seed. Raises UserError if the file is damaged."""
     path = out / f"{grid.name}.json"
-    return read_object(path) if path.is_file() else {}
+    results = read_object(path) if path.is_file() else {}
+    for run, rows in results.items():
+        rows = rows if isinstance(rows, list) else [None]
+        if not all(isinstance(row, dict) and {"seed", "digest"} <= row.keys() for row in rows):
+            raise UserError(f"{path}: {run!r} must be a list of objects with a seed and a digest")
+    return results
 
 
 def by_digest(results: dict[str, list[dict]]) -> dict[str, dict]:

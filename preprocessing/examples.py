@@ -11,21 +11,28 @@ from pathlib import Path
 from utils import UserError
 
 PANDAS = """python -c 'import pandas; pandas.read_{}("{{}}").to_json("NEW.json", orient="records")'"""
+ARROW = (
+    """python -c 'import pyarrow; pyarrow.ipc.open_stream("{}").read_pandas().to_json("NEW.json", orient="records")'"""
+)
 ICONV = "iconv -f {} -t UTF-8 {{}} > NEW"
 FORMATS = {  # the first bytes of a file -> its format, a command that converts it
     b"PAR1": ("a Parquet file", PANDAS.format("parquet")),
     b"ARROW1": ("an Arrow file", PANDAS.format("feather")),
+    b"\xff\xff\xff\xff": ("an Arrow stream", ARROW),
     b"\x1f\x8b": ("compressed by gzip", "gzip -dc {} > NEW"),
     b"BZh": ("compressed by bzip2", "bzip2 -dc {} > NEW"),
     b"\xfd7zXZ": ("compressed by xz", "xz -dc {} > NEW"),
     b"\x28\xb5\x2f\xfd": ("compressed by zstd", "zstd -dc {} > NEW"),
     b"PK\x03\x04": ("a ZIP archive", "unzip -p {} > NEW"),
-    # UTF-32 first: its byte order mark begins with that of UTF-16
+    # UTF-32 first: it begins as UTF-16
     **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), ("UTF-32", ICONV.format("UTF-32"))),
+    **dict.fromkeys((b"[\0\0\0", b"{\0\0\0"), ("UTF-32", ICONV.format("UTF-32LE"))),
+    **dict.fromkeys((b"\0\0\0[", b"\0\0\0{"), ("UTF-32", ICONV.format("UTF-32BE"))),
     **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), ("UTF-16", ICONV.format("UTF-16"))),
     **dict.fromkeys((b"[\0", b"{\0"), ("UTF-16", ICONV.format("UTF-16LE"))),
     **dict.fromkeys((b"\0[", b"\0{"), ("UTF-16", ICONV.format("UTF-16BE"))),
 }
+TABLES = {".csv": ("a CSV file", PANDAS.format("csv")), ".tsv": ("a TSV file", PANDAS.format("table"))}
 
 
 def load_examples(path: str | Path, limit: int | None = None) -> list[dict]:
@@ -34,9 +41,14 @@ def load_examples(path: str | Path, limit: int | None = None) -> list[dict]:
     A numeric answer becomes its text. Raises UserError that names the file, the record and the wrong field.
     """
     text = read_text(path)
-    if text.lstrip().startswith("{"):
+    first_line = text.lstrip().partition("\n")[0].rstrip()
+    if first_line.startswith("{") and first_line.endswith("}"):
         lines = enumerate(text.split("\n"), start=1)
         examples = [read_json(f"{path}, line {number}", line) for number, line in lines if line.strip()]
+    elif first_line.startswith("{"):  # an object on several lines
+        examples = [read_json(path, text)]
+    elif not first_line.startswith("[") and (table := TABLES.get(Path(path).suffix.lower())):
+        raise _other_format(path, *table)
     else:
         examples = read_json(path, text)
     if not isinstance(examples, list) or not examples:
@@ -65,7 +77,7 @@ def read_text(path: str | Path) -> str:
     content = read_bytes(path)
     for first_bytes, (name, command) in FORMATS.items():
         if content.startswith(first_bytes):
-            raise UserError(f"{path} is {name}; this converts it: {command.format(path)}")
+            raise _other_format(path, name, command)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -74,6 +86,10 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise UserError(f"{path} is empty")
     return text
+
+
+def _other_format(path: str | Path, name: str, command: str) -> UserError:
+    return UserError(f"{path} is {name}; this converts it: {command.format(path)}")
 
 
 def read_json(path: str | Path, text: str | None = None):

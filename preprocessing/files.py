@@ -11,10 +11,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from preprocessing.examples import load_examples, read_bytes, read_json, read_text
 from trainer.files import replaced
-from utils import UserError, print_error
+from utils import UserError, print_error, print_result
 
-__all__ = ["UserError", "command", "each", "load_examples", "make_parser", "publish", "read_bytes", "read_json"]
-__all__ += ["read_text", "refuse"]
+__all__ = ["UserError", "command", "each", "load_examples", "make_parser", "print_result", "publish", "read_bytes"]
+__all__ += ["read_json", "read_text", "refuse"]
 
 
 def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:

@@ -9,7 +9,7 @@ where the reference's converter makes one empty step. `gsm_icot.bash` downloads 
 import sys
 from pathlib import Path
 
-from files import UserError, command, each, make_parser, publish, read_text
+from files import UserError, command, each, make_parser, print_result, publish, read_text
 
 
 def parse_line(line: str) -> dict:
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"{options.source} holds {len(examples):,} examples, not {options.expect:,}")
     publish({options.target: examples})
     without = sum(not example["steps"] for example in examples)
-    print(f"{options.target}: {len(examples)} examples, {without} of them without steps")
+    print_result(f"{options.target}: {len(examples)} examples, {without} of them without steps")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import string
 import sys
 from typing import NamedTuple
 
-from files import UserError, command, refuse
+from files import UserError, command, print_result, refuse
 from splits import MAX_STEPS, Splits, draw, parse_splits, publish_splits, splits_parser
 
 STATES, BUTTONS = string.ascii_uppercase, string.ascii_lowercase
@@ -235,7 +235,8 @@ def main(arguments: list[str] | None = None) -> None:
     publish_splits(splits, o.out, o.prefix, {o.out / f"{o.prefix}_machine.json": machine})
     for share in shares:
         if share.starts == 1:
-            print(f"steps {share.length}: too few words to hold any out; splits share words there, but no question")
+            text = "too few words to hold any out; splits share words there, but no question"
+            print_result(f"steps {share.length}: {text}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-from files import UserError, command, make_parser, publish, read_bytes, refuse
+from files import UserError, command, make_parser, print_result, publish, read_bytes, refuse
 
 GITHUB = "https://raw.githubusercontent.com"
 CODI_180 = """
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
                 raise UserError(f"{path} exists with other content: move it away, or name another folder by --out")
         publish(made)
         for path, examples in made.items():
-            print(f"{path}: {summary(examples)}")
+            print_result(f"{path}: {summary(examples)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ within two back' is not a shortcut. Rules at 50 % exclude only these shortcuts, 
 
 import sys
 
-from files import command, each, load_examples, make_parser
+from files import command, each, load_examples, make_parser, print_result
 from graphs import fewest_edges
 
 
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="data file of prosqa.py or of the authors")
     options = parser.parse_args(arguments)
-    print(table({path: load_examples(path) for path in options.files}))
+    print_result(table({path: load_examples(path) for path in options.files}))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable
 from operator import itemgetter
 from pathlib import Path
 
-from files import UserError, make_parser, publish, refuse
+from files import UserError, make_parser, print_result, publish, refuse
 from tqdm import tqdm
 
 Splits = dict[str, list[dict]]  # name of the split -> its examples
@@ -78,4 +78,4 @@ def publish_splits(splits: Splits, folder: Path, prefix: str, others: dict[Path,
     files = {folder / f"{prefix}_{name}.json": examples for name, examples in splits.items()}
     publish(files | (others or {}))
     for path, examples in files.items():
-        print(f"{path}: {len(examples)} examples")
+        print_result(f"{path}: {len(examples)} examples")

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from files import UserError, command, load_examples, make_parser, read_json, refuse
+from files import UserError, command, load_examples, make_parser, print_result, read_json, refuse
 
 from trainer.files import replaced
 
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     refuse(parser, problems)
     model = {field.name: vars(o)[field.name] for field in fields(RandomModel) if field.name in o}
     vocabulary, parameters = write_model(o.data, o.out, o.tokenizer, **model)
-    print(f"{o.out}: {o.shape}, {parameters:,} parameters, {vocabulary} {o.tokenizer} tokens")
+    print_result(f"{o.out}: {o.shape}, {parameters:,} parameters, {vocabulary} {o.tokenizer} tokens")
 
 
 if __name__ == "__main__":

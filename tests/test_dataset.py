@@ -411,6 +411,15 @@ def test_special_tokens_of_the_tokenizer_come_before_the_question_only(template)
         ("[]".encode("utf-16"), "is UTF-16; this converts it: iconv -f UTF-16 -t UTF-8"),
         ("[]".encode("utf-16-le"), "is UTF-16; this converts it: iconv -f UTF-16LE -t UTF-8"),
         ("{}".encode("utf-16-be"), "is UTF-16; this converts it: iconv -f UTF-16BE -t UTF-8"),
+        *(
+            (text.encode(f"utf-32-{end}e"), f"is UTF-32; this converts it: iconv -f UTF-32{end.upper()}E -t UTF-8")
+            for text in ("[]", "{}")
+            for end in "lb"
+        ),
+        (b"\xff\xff\xff\xff\xf8\0\0\0", "is an Arrow stream; this converts it: .*pyarrow.ipc.open_stream"),
+        # bug: "line 1 is not valid JSON"
+        (b'{\n "question": "a",\n "answer": "b"\n}\n', "record 0.*lacks 'steps'"),
+        (b'{"data": [\n{"question": "a", "answer": "b", "steps": []}\n]}', "record 0.*lacks 'question'"),
         ("[]".encode("utf-32"), "is UTF-32; this converts it: iconv -f UTF-32 -t UTF-8"),
         (gzip.compress(b"[]", mtime=0), "is compressed by gzip; this converts it: gzip -dc"),
         (lzma.compress(b"[]"), "is compressed by xz; this converts it: xz -dc"),
@@ -442,11 +451,20 @@ def test_bad_files_are_named(tmp_path, content, complaint):
     refuses("cannot read", load_examples, tmp_path)
 
 
+@pytest.mark.parametrize(("suffix", "reader"), [("csv", "read_csv"), ("TSV", "read_table")])
+def test_tables_are_named(tmp_path, suffix, reader):
+    (tmp_path / f"a.{suffix}").write_text("question,steps,answer\na,[],b\n")
+    sentence = f"a.{suffix} is a {suffix.upper()} file; this converts it: .*pandas.{reader}"
+    refuses(sentence, load_examples, tmp_path / f"a.{suffix}")
+
+
 def test_lists_and_lines_are_read(tmp_path):
     """JSON lines and a byte order mark were refused. A number as an answer becomes text."""
     records = [{"question": "a\u2028é", "answer": answer, "steps": [], "n": 1} for answer in ("b", 3, 3.5)]
     lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     wanted = [{**record, "answer": answer} for record, answer in zip(records, ("b", "3", "3.5"), strict=True)]
+    (tmp_path / "one.json").write_text(json.dumps(records[0], indent=1))  # one example, on several lines
+    assert load_examples(tmp_path / "one.json") == wanted[:1]
     for text in (json.dumps(records, indent=1), lines, f"\n{lines}\n\n"):
         for encoding in ("utf-8", "utf-8-sig"):
             (tmp_path / "data.json").write_text(text, encoding=encoding)

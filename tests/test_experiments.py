@@ -210,6 +210,13 @@ def test_a_full_standard_output_is_a_user_error(small, capsys, monkeypatch):
         ({"runs": ["coconut"]}, "'runs' must be `key: value` lines, not [coconut]"),
         ({"seeds": 3}, "'seeds' must be a list of whole numbers, not '3'"),
         ({"seeds": ["a"]}, "'seeds' must be a list of whole numbers, not [a]"),
+        ({"seeds": []}, "small.yaml: 'seeds' must be a list of different whole numbers, not []"),  # was a traceback
+        ({"seeds": [0, 0]}, "small.yaml: 'seeds' must be a list of different whole numbers, not [0, 0]"),
+        ({"runs": {"pause": {"seeds": []}}}, "pause: 'seeds' must be a list of different whole numbers, not []"),
+        ({"runs": {}, "controls": []}, "small.yaml: 'runs' must hold a run, not {}"),  # was a traceback
+        ({"chance": 5}, "small.yaml: 'chance' must be from 0 to 1, not '5'"),
+        ({"task": "small.yaml"}, "small.yaml: 'task' leads back to this file"),  # was a RecursionError
+        ({"task": "$NONE/a.yaml"}, "small.yaml: 'task' must be a path whose variables are set (NONE is not)"),
         ({"controls": "pause"}, "'controls' must be a list of texts, not 'pause'"),
         ({"runs": {"coconut": {"paper": [97.0]}}}, "coconut: 'paper' must be text, not [97.0]"),
         ({"runs": {"coconut": {"keys": None}}}, "coconut: 'keys' must be `key: value` lines, not 'null'"),
@@ -218,6 +225,7 @@ def test_a_full_standard_output_is_a_user_error(small, capsys, monkeypatch):
         ({"runs": {"a b": {}}, "controls": []}, "run 'a b': a name is letters, digits"),
         ({"beginnings": {"pause": {}}}, "'pause' is both a run and a beginning"),
         ({"needs": {"x": [3]}}, "'needs' takes FILE: the script, with its arguments, that makes it; not 'x': ['3']"),
+        ({"needs": {"x": "a.py 'y"}}, "small.yaml: 'needs' takes FILE: the script"),  # was shlex's traceback
         ({"checkpoint": "first"}, "'checkpoint' must be newest or best, not 'first'"),
         ({"runs": {"pause": {"keys": {"lrr": 3}}}}, "run 'pause' of grid small: "),
         ({"runs": {"pause": {"keys": {"train_path": None}}}}, "lacks train_path"),
@@ -243,8 +251,10 @@ def test_a_mistake_is_one_sentence_before_data_are_made(small, tmp_path, change,
 
 def test_a_grid_expands_home_and_variables_in_its_paths(small, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    read = read_grid(Path(small(save_path="~/runs", test_path="$HOME/t.json")[0]))
+    (tmp_path / "t.yaml").write_text("{title: t, base: b, save_path: s, test_path: t, runs: {a: {}}}")
+    read = read_grid(Path(small(save_path="~/runs", test_path="$HOME/t.json", base="~/b", task="~/t.yaml")[0]))
     assert (read.save_path, read.test_path) == (f"{tmp_path}/runs", f"{tmp_path}/t.json")
+    assert (read.base, read.task) == (f"{tmp_path}/b", f"{tmp_path}/t.yaml")
 
 
 def test_keys_of_the_grid_are_those_of_every_run(small):
@@ -314,6 +324,10 @@ def test_a_recorded_result_is_not_run_again(inputs, small, tmp_path, capsys):
     assert small.run(*options, "--set", "lr=0.002", "--dry-run") == []
     (tmp_path / "small.json").write_text("[]")
     assert "small.json cannot be read: it is not a JSON object" in one_error(grid.main, [*small(), *options], capsys)
+    for text in ('{"pause": 3}', '{"pause": [3]}', '{"pause": [{"seed": 3}]}'):  # bug: tracebacks
+        (tmp_path / "small.json").write_text(text)
+        sentence = "small.json: 'pause' must be a list of objects with a seed and a digest"
+        assert sentence in one_error(grid.main, [*small(), "--report"], capsys)
 
 
 def test_a_report_keeps_the_results_of_other_runs(small, tmp_path):

@@ -19,12 +19,13 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
-from conftest import command, python, refusal
+from conftest import command, python, refusal, refuses
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from analysis.subject import Subject
 from coconut import Coconut
 from config import Config
-from tools import generate
+from tools import export, generate, thoughts_needed
 from trainer import inference
 from trainer.pretrained import Pretrained, load_model
 
@@ -161,6 +162,28 @@ def test_errors_are_one_sentence(folders, tmp_path, capsys, arguments, sentence)
     error = refusal(generate.main, arguments.format(place=tmp_path, **folders), capsys)
     assert error.startswith("usage: " if "--sample" in arguments else "error: ")
     assert re.search(sentence, error), error
+
+
+def test_a_models_own_code_runs_if_it_is_trusted(folders, tmp_path, capsys, monkeypatch):
+    """Bug: the message was to set trust_remote_code: true, and these commands had no such option."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own, data = shutil.copytree(folders["coconut"], tmp_path / "own"), tmp_path / "data.json"
+    config = json.loads((own / "config.json").read_text()) | {"model_type": "own_llama"}
+    config |= {"auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}}
+    (own / "config.json").write_text(json.dumps(config))
+    text = (
+        "from transformers import LlamaConfig, LlamaForCausalLM\nclass Own(LlamaConfig):\n    model_type = 'own_llama'"
+    )
+    (own / "own.py").write_text(text + "\nclass OwnModel(LlamaForCausalLM):\n    config_class = Own\n")
+    assert ask(capsys, own, "3+4", "--trust-remote-code") == ask(capsys, folders["coconut"], "3+4")
+    data.write_text('[{"question": "3+4", "answer": "7", "steps": []}]')
+    how = [str(own), str(data), "--out", str(tmp_path / "out.json"), "--max-new-tokens", "2"]
+    assert thoughts_needed.main([*how, "--trust-remote-code"]) == 0
+    refuses("has 2 thoughts a step", Subject.load, str(own), [{"question": "3+4"}], None, True)
+    assert "set trust_remote_code: true" in refusal(thoughts_needed.main, how, capsys)
+    assert "Python code of its own, which the exported folder would lack" in refusal(
+        export.main, [own, tmp_path / "exported"], capsys
+    )
 
 
 def test_wrong_arguments_raise_before_the_import_of_torch(tmp_path):

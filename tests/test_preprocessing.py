@@ -3,7 +3,9 @@
 import hashlib
 import http.client
 import json
+import os
 import re
+import sys
 import urllib.error
 from collections import Counter
 from itertools import pairwise
@@ -20,6 +22,7 @@ import prontoqa
 import prontoqa_generate
 import prosqa
 import pytest
+import shortcuts
 import tiny_model
 from conftest import DATA, SMALL, needs_data, refusal
 from hypothesis import given, settings
@@ -49,6 +52,31 @@ def test_a_file_in_place_of_the_folder_is_an_error(script, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     error = refusal(script.main, ["--out", tmp_path / "file", *SMALL], capsys)
     assert re.search("^error: .*file.* cannot be written: ", error.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        (arithmetic, ["--out", "{place}", *SMALL]),
+        (machine, ["--out", "{place}", *SMALL]),
+        (gsm_icot, ["{place}/in.txt", "{place}/out.json"]),
+        (tiny_model, ["{place}/data.json", "--out", "{place}/model", "--width", "8"]),
+        (shortcuts, ["{place}/data.json"]),
+    ],
+)
+def test_a_closed_pipe_is_no_error_and_a_full_disk_one_sentence(script, arguments, tmp_path, capfd, monkeypatch):
+    """Bug: tracebacks of `preprocessing/arithmetic.py | true` and `> /dev/full`."""
+    (tmp_path / "in.txt").write_text("q||<<1+1=2>> #### 2\n")
+    example = {"question": "q", "steps": [], "answer": "a", "idx_to_symbol": "abc", "edges": [[0, 1]]}
+    (tmp_path / "data.json").write_text(json.dumps([example | {"root": 0, "target": 1, "neg_target": 2}]))
+    reading, writing = os.pipe()
+    os.close(reading)
+    for target, code in ((writing, 0), ("/dev/full", 2)):
+        with open(target, "w") as output:
+            monkeypatch.setattr(sys, "stdout", output)
+            assert script.main([argument.format(place=tmp_path) for argument in arguments]) == code
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error == "error: standard output cannot be written: No space left on device"
 
 
 # --- Arithmetic ---

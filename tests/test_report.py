@@ -86,8 +86,10 @@ def test_one_run_has_its_configuration_and_its_evaluations(make_run, capsys):
     assert "<td>lr</td><td>0.5</td>" in html
     assert "<td>one</td><td>checkpoint_1</td><td>a.json</td><td>8</td><td>12.5%</td>" in html
     assert "<td>one</td><td>checkpoint_2</td><td></td><td>4</td><td>75.0%</td>" in html
-    (folder / "eval" / "metrics.json").write_text('{"accuracy": 1}')
-    assert "a record is damaged: KeyError('checkpoint')" in complaint(folder, capsys=capsys)
+    for text in ("{}", '{"sets": {"a": 3}}', '{"checkpoint": "x", "examples": 8, "accuracy": "a"}'):
+        (folder / "eval" / "metrics.json").write_text(text)
+        sentence = f"error: {folder}/eval/metrics.json is damaged: "  # bug: metrics.jsonl was named
+        assert complaint(folder, capsys=capsys).startswith(sentence)
 
 
 def test_the_page_of_several_runs(make_run, capsys):
@@ -147,8 +149,8 @@ def test_errors_are_one_sentence(make_run, tmp_path, monkeypatch, capsys):
     for text, sentence in (("lr: [1\n", "cannot read {}"), ("- 1\n", "{} must hold")):
         (run / "config.yaml").write_text(text)
         assert sentence.format(run / "config.yaml") in complaint(run, capsys=capsys)
-    damaged = {"event": "step", "step": 1, "loss": "a", "stage": 0}
-    for number, record in enumerate(({"event": "step"}, damaged, {"event": "epoch", "epoch": None})):
+    damaged = ({"event": "step"}, step(1, "a"), {"event": "epoch", "epoch": None}, step(0, 4.0), step(10**400, 4.0))
+    for number, record in enumerate((*damaged, step(1, 10**400))):
         error = complaint(make_run(f"damaged-{number}", [record]), capsys=capsys)
         assert re.search("metrics.jsonl.*damaged: ", error), error
     (run / "config.yaml").unlink()

@@ -362,6 +362,13 @@ def test_the_command_prints_answers_with_their_counts(folders, capsys):
         (["--samples", "2", "--top-k", "3"], "--samples excludes"),
         (["--samples", "2", "--thought-noise", "much"], "--thought-noise must be a number of at least 0"),
         (["--temperature", "0"], "--temperature must be at least"),
+        # bug: these were ignored
+        (["--temperature", "2"], "--temperature needs --sample or --samples"),
+        (["--seed", "2"], "--seed needs --sample or --samples"),
+        (["--top-k", "2"], "--top-k needs --sample"),
+        (["--top-p", "0.5"], "--top-p needs --sample"),
+        (["--thought-noise", "0.5"], "--thought-noise needs --samples"),
+        (["--sample", "--thought-noise", "0.5"], "--thought-noise needs --samples"),
     ],
 )
 def test_invalid_options_are_rejected(folders, options, problem, capsys):

@@ -6,7 +6,10 @@ import pytest
 from conftest import ROOT, python
 
 OF_A_TEST = "peak.py"  # not a command
-FOLDERS = [ROOT, *(ROOT / name for name in ("analysis", "benchmarks", "preprocessing", "tests", "tools"))]
+FOLDERS = [
+    ROOT,
+    *(ROOT / name for name in ("analysis", "benchmarks", "experiments", "preprocessing", "tests", "tools")),
+]
 SCRIPTS = [
     str(path.relative_to(ROOT))
     for folder in FOLDERS
@@ -26,8 +29,8 @@ def without_torch(tmp_path_factory) -> dict[str, str]:
 
 def start(script: str, environment: dict[str, str], *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
     words = [script]
-    if script.startswith("tools/"):
-        words = ["-m", script.removesuffix(".py").replace("/", ".")]
+    if script.startswith(("tools/", "analysis/")):
+        words = ["-m", script.removesuffix(".py").removesuffix("/__main__").replace("/", ".")]
     return python(*words, *arguments, environment=environment, code=code)
 
 
@@ -53,6 +56,11 @@ MISTAKES = [
     ("preprocessing/arithmetic.py", "--train", "0"),
     ("preprocessing/prontoqa_generate.py", "--seed", "-1"),
     ("tools/report.py", "no_such_run"),
+    ("analysis/__main__.py", "no_such_run", "--data", "no_such_file.json", "--out", "no_such_folder"),
+    ("analysis/__main__.py", "a/b", "--data", "no_such_file.json", "--out", "no_such_folder"),
+    ("analysis/__main__.py", "a/b", "--data", "no_such_file.json", "--out", "no_such_folder", "--page"),
+    ("experiments/breadth_thoughts.py", "no_such_run", "--data", "data"),
+    ("experiments/flops.py", "no_such_grid.yaml"),
     ("benchmarks/step.py", "--repeats", "0"),
     ("benchmarks/thoughts.py", "--only", "no_such_thought"),
 ]

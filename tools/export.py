@@ -61,7 +61,13 @@ def export(checkpoint: str, out: Path, force: bool = False, license: str | None 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     with replaced(out, EXPORTED if force else ()) as aside, TemporaryDirectory() as code:
-        model = Coconut.from_pretrained(checkpoint)
+        try:
+            model = Coconut.from_pretrained(checkpoint)
+        except UserError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            problem = "its model brings Python code of its own, which the exported folder would lack"
+            raise UserError(f"{checkpoint} cannot be exported: {problem}") from None
         folder = Path(model.config.model_id).resolve()  # Path('.') has no name and no parent
         if (folder / "trainer").is_dir() and (problem := damage(folder)):
             raise UserError(f"{folder} is damaged: {problem}")

@@ -31,6 +31,15 @@ if TYPE_CHECKING:
     from coconut import Coconut  # takes seconds, so `load` imports it after all checks of arguments
 
 
+USERS = {  # option -> the options without which it would have no effect
+    "thought_noise": ["samples"],
+    "top_k": ["sample"],
+    "top_p": ["sample"],
+    "temperature": ["sample", "samples"],
+    "seed": ["sample", "samples"],
+}
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint folder, a run's folder (its newest checkpoint), or a hub id")
@@ -51,6 +60,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="with --file (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each question")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the model brings: read it first"
+    )
     return parser
 
 
@@ -71,6 +83,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--samples must be at least 1")
     if options.samples and (options.sample or options.top_k or options.top_p or options.show_thoughts):
         parser.error("--samples excludes --sample, --top-k, --top-p and --show-thoughts")
+    for name, users in USERS.items():
+        is_given = getattr(options, name) != parser.get_default(name)
+        if is_given and not any(getattr(options, user) for user in users):
+            parser.error(f"--{name.replace('_', '-')} needs {' or '.join(f'--{user}' for user in users)}")
     try:
         split_noise(options.thought_noise)
     except ValueError as error:
@@ -116,7 +132,7 @@ def _checked(record, where: str) -> dict:
     return record
 
 
-def load(checkpoint: str, seed: int = 0) -> Coconut:
+def load(checkpoint: str, seed: int = 0, trust_remote_code: bool = False) -> Coconut:
     """Loads a model, as Coconut.from_pretrained, onto a GPU if there is one. Raises UserError."""
     import torch
     from transformers.utils import logging
@@ -126,7 +142,8 @@ def load(checkpoint: str, seed: int = 0) -> Coconut:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     torch.manual_seed(seed)
-    return Coconut.from_pretrained(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Coconut.from_pretrained(checkpoint, trust_remote_code).to(device)
 
 
 def make_asker(model: Coconut, options: argparse.Namespace) -> Callable[[list[str]], list[dict]]:
@@ -194,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
             records = iter(read_questions(options.file))
         else:
             records = questions_of_lines(sys.stdin, "standard input")
-        model = load(options.checkpoint, options.seed)
+        model = load(options.checkpoint, options.seed, options.trust_remote_code)
         ask = make_asker(model, options)
         if options.question is None and options.file is None and sys.stdin.isatty():
             converse(ask, form)

@@ -46,6 +46,8 @@ EPOCH_COLUMNS = {  # name -> key of an epoch's record, format
     "skipped steps": ("skipped", "{}"),
 }
 
+DAMAGE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)  # what a damaged record may raise
+
 # --- Reading runs ---
 
 
@@ -57,7 +59,7 @@ class Run:
     steps: dict[int, dict]  # optimizer step, from 1 -> record
     epochs: dict[int, dict]  # epoch, from 1 -> record
     config: dict  # of config.yaml; {} without that file
-    evaluations: list[tuple[str, dict]]  # (checkpoint, metrics)
+    evaluations: list[list[str]]  # checkpoint, data file, number of examples, accuracy
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
@@ -86,8 +88,19 @@ def read_run(folder: Path, name: str) -> Run:
     if not steps and not epochs:
         raise UserError(f"{path} has no step and no epoch yet")
     config = read_config(folder / "config.yaml")[0] if (folder / "config.yaml").exists() else {}
-    evaluations = [(Path(metrics["checkpoint"]).name, metrics) for _, metrics in evaluations_in(folder)]
-    return Run(name, dict(sorted(steps.items())), dict(sorted(epochs.items())), config, evaluations)
+    return Run(name, dict(sorted(steps.items())), dict(sorted(epochs.items())), config, read_evaluations(folder))
+
+
+def read_evaluations(folder: Path) -> list[list[str]]:
+    """Returns the cells of each evaluation: checkpoint, data file, examples, accuracy. Raises UserError."""
+    rows = []
+    for path, one in evaluations_in(folder):
+        try:
+            cells = [Path(one["checkpoint"]).name, str(one.get("file", "")), str(one["examples"])]
+            rows.append([*cells, f"{one['accuracy']:.1%}"])
+        except DAMAGE as error:
+            raise UserError(f"{path / 'metrics.json'} is damaged: {error!r}") from None
+    return rows
 
 
 def values_of(records: dict[int, dict], key: str) -> dict[int, float]:
@@ -222,11 +235,7 @@ def epoch_table(run: Run) -> Figure:
 
 def evaluations(runs: list[Run]) -> list[Section]:
     """Returns a section with a table of the runs' evaluations, or none."""
-    rows = [
-        [run.name, checkpoint, str(one.get("file", "")), str(one["examples"]), f"{one['accuracy']:.1%}"]
-        for run in runs
-        for checkpoint, one in run.evaluations
-    ]
+    rows = [[run.name, *cells] for run in runs for cells in run.evaluations]
     head = ["run", "checkpoint", "data", "n", "accuracy"]
     table = Figure("", "accuracy of checkpoints on other data", head, rows)
     return [Section("Evaluations", "", [table])] if rows else []
@@ -266,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
         print_result(f"the page: {out}")
     except UserError as error:
         return print_error(error)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except DAMAGE as error:
         logs = ", ".join(str(folder / "metrics.jsonl") for folder in options.runs)
         return print_error(UserError(f"{logs}: a record is damaged: {error!r}"))
     return 0

@@ -135,6 +135,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--answer-match", choices=("text", "number"), default="text", help="(default: %(default)s)")
     parser.add_argument("--questions", type=int, metavar="N", help="use the first N questions (default: all)")
     parser.add_argument("--batch", type=int, default=250, metavar="N", help="questions at once (default: %(default)s)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the model brings: read it first"
+    )
     options = parser.parse_args(arguments)
     questions = 1 if options.questions is None else options.questions
     if min(options.batch, options.max_new_tokens, questions) < 1 or (options.thoughts or 0) < 0:
@@ -144,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
         examples = load_examples(options.file, options.questions)
         from tools.generate import load
 
-        model = load(options.checkpoint)
+        model = load(options.checkpoint, trust_remote_code=options.trust_remote_code)
         how = (options.max_new_tokens, options.answer_match)
         right, tokens, probabilities = measure(model, examples, options.thoughts, *how, options.batch)
         found = summarize(right, tokens, probabilities)
