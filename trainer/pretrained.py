@@ -277,7 +277,8 @@ def loading(key: str, source) -> Iterator[None]:
 def _why_not_loadable(source, error: Exception) -> str:
     reason = reason_of(error)
     if "trust_remote_code" in str(error):
-        return "it has Python code of its own: read that code, and set trust_remote_code: true, or --trust-remote-code, to run it"
+        how = "set trust_remote_code: true, or --trust-remote-code, to run it"
+        return f"it has Python code of its own: read that code, and {how}"
     if isinstance(error, ImportError):
         return f"it needs a package that is not installed: {reason}"
     if not isinstance(error, (OSError, ValueError)):
