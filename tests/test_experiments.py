@@ -610,6 +610,8 @@ CONTENTS = {
     "data/machine/untied/config.json": "d48f53cd392e22e3",
     "data/breadth/path_train.json": "cd4f3f7b13794f10",
     "data/breadth/path_test.json": "6cf36ac5eb1403d9",
+    "data/breadth/five_train.json": "cf1b327d484b2f74",
+    "data/breadth/five_test.json": "5dedb809cc0334da",
     "data/breadth/answer_train.json": "a4618ff53fdc46ce",
     "data/breadth/frontier_train.json": "4be79a538d94b64c",
     "data/breadth/model/config.json": "0a8f83abcd87b064",
