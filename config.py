@@ -755,7 +755,7 @@ def configure(
         if options.plan and is_main:
             print_result(plan(config, options.gpus, options.gpu_memory))
     except UserError as error:
-        # the ranks of a node mostly read the same files: rank 0 has long printed when another one does
+        # the ranks of a node mostly read the same files: rank 0 prints first, and torchrun ends the others
         sys.exit(print_error(error, seconds=10))
     if options.schedule or options.plan:
         sys.exit()

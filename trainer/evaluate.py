@@ -219,9 +219,8 @@ def warn_unscorable_answers(tokenizer, data: Data, config: Config, stages: Itera
     alone = {}
     for index, wanted in enumerate(gold):
         if not is_right(text := decode(index), wanted, config.answer_match):
-            cut = f" (max_new_tokens {config.max_new_tokens} cuts it)" * (
-                len(data.val[index][2]) > config.max_new_tokens
-            )
+            is_cut = len(data.val[index][2]) > config.max_new_tokens
+            cut = f" (max_new_tokens {config.max_new_tokens} cuts it)" if is_cut else ""
             alone[index] = f"whose answer {wanted!r} is decoded from its tokens as {extract_answer(text)!r}{cut}"
     warn("answers cannot be right, whatever the model generates", alone)
     variants = [config] if config.only_eval else config.rules.variants(config)

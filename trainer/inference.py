@@ -199,7 +199,7 @@ def unknown_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 def config_for(model: Coconut, n_thoughts: int | None = None, mode: str | None = None) -> Config:
     """Returns the model's configuration with another number of latents or another mode. Raises UserError."""
-    config = replace(model.config, pad_latent_to_max=True)  # a question alone does not tell its number of steps
+    config = replace(model.config, pad_latent_to_max=True)  # the number of steps is unknown
     if mode is not None:
         problems, config = Config.problems_of({"mode": mode}), replace(config, mode=mode)
         problems += [text for text in config.problems(needs_files=False) if text.startswith("mode")]

@@ -140,7 +140,7 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
 
 
 def versions(source: Path, sets: dict[str, Data]) -> dict[str, str]:
-    """Returns what tells the files of an evaluation from others that had the same names."""
+    """Returns what identifies the files of an evaluation beside their names: they may change."""
     weights = [*source.glob("*.safetensors")] if source.is_dir() else [source]
     changed = max((path.stat().st_mtime for path in weights), default=0.0)
     found = {f"SHA-256 of val_path {name}".strip(): data.val_digest for name, data in sets.items()}
