@@ -47,10 +47,6 @@ def as_loaded(whole: Coconut, config: Config, world: World) -> Coconut:
         return parallel.load(config, world, None).model
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
-
 def prosqa_rows(n: int, stage: int, c_thought: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
     """Returns (input_ids, labels) of n training rows of random tokens, with ProsQA's lengths under GPT-2's tokenizer:
     questions of 390 to 470 tokens, 3 to 5 steps of about 11, answers of 9."""

@@ -39,12 +39,12 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-from common import MARKERS, as_loaded, machine, make_model, pick_device, print_table, prosqa_rows, to_device, write_json
+from common import MARKERS, as_loaded, machine, make_model, pick_device, print_table, prosqa_rows, write_json
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
-from dataset import collate_for_device
+from dataset import collate_for_device, on_device
 from trainer import parallel
 from trainer.distributed import World, cleanup_distributed, exit_process, setup_distributed
 
@@ -116,7 +116,7 @@ def measure(options: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     # in the same step, higher ranks have fewer latents
     rows = prosqa_rows(options.batch, max(options.stage - world.rank, 0), 1, seed=world.rank)
-    batch = to_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), world.device)
+    batch = on_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), world.device)
     n_tokens = int(batch["attention_mask"].sum()) * world.size
     step = make_step(wrapped, optimizer, batch, world, options.bf16)
     step(1), step(1)
