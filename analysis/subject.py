@@ -17,9 +17,9 @@ from transformers import DynamicCache
 from coconut import Coconut, Edit
 from curriculum import prompt
 from dataset import collate_prompts, on_device
-from preprocessing.tokens import question_ids
+from preprocessing.tokens import ANSWER_PREFIX, question_ids
 from tools.generate import load
-from trainer.evaluate import extract_answer
+from trainer.evaluate import before_eos, extract_answer
 from trainer.inference import config_for
 from utils import UserError
 
@@ -141,8 +141,8 @@ class Subject:
             edit = change.of(rows) if change is not None else None
             n_new = min(longest, (self.model.max_positions or math.inf) - inputs["input_ids"].shape[1])
             for row in self.model.generate(**inputs, max_new_tokens=n_new, edit=edit).tolist():
-                new = itertools.takewhile(lambda token: token != self.markers.eos, row)
-                texts.append(self.tokenizer.decode([*new], skip_special_tokens=True))
+                new = before_eos(self.markers.eos, row)
+                texts.append(self.tokenizer.decode(new, skip_special_tokens=True))
         return texts
 
     def answers(self, **options) -> list[str]:
@@ -153,7 +153,7 @@ class Subject:
         """Returns the largest number of tokens of an example's steps, answer and EOS."""
         separator = self.model.config.step_separator
         texts = [
-            "".join(step + separator for step in example["steps"]) + "### " + example["answer"]
+            "".join(step + separator for step in example["steps"]) + ANSWER_PREFIX + example["answer"]
             for example in self.examples
         ]
         return 1 + max(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))

@@ -18,7 +18,7 @@ import numpy as np
 
 from curriculum import END, LATENT, START
 from methods import Texts
-from preprocessing.examples import load_examples
+from preprocessing.examples import load_examples, read_bytes
 from trainer.files import retried, sync_to_disk, writing
 from utils import UserError, progress_bar
 
@@ -182,11 +182,7 @@ def cache_tokens(
     Its name is a digest of the file's bytes, the tokenizer, the limit, the separator and the auxiliary texts, which
     replace the steps. It appears only when complete.
     """
-    try:
-        with Path(path).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    digest = hashlib.sha256(read_bytes(path))
     identity = [type(tokenizer).__name__, _tokenizer_state(tokenizer), limit, CACHE_VERSION]
     if step_separator != "\n":
         identity.append(step_separator)

@@ -53,7 +53,7 @@ def measure(
     head's probabilities p_k (None without a head).
     """
     from dataset import collate_prompts
-    from trainer.evaluate import generate_tokens, is_right
+    from trainer.evaluate import generate_tokens, gold_answer, is_right
     from trainer.inference import prompts
     from trainer.pretrained import Pretrained
 
@@ -75,8 +75,8 @@ def measure(
             outputs = generate_tokens(pretrained, model.config.method, rows[part], max_new_tokens, device)
             for index, ids in enumerate(outputs, start=begin):
                 text = model.tokenizer.decode(ids, skip_special_tokens=True)
-                gold = examples[index]["answer"].replace(",", "").strip()
-                right[index, k], tokens[index, k] = is_right(text, gold, answer_match), len(ids)
+                right[index, k] = is_right(text, gold_answer(examples[index]), answer_match)
+                tokens[index, k] = len(ids)
             if k == most > 0 and probabilities is not None:
                 inputs = collate_prompts(rows[part], eos)
                 ids, mask = (inputs[name].to(device) for name in ("input_ids", "attention_mask"))
