@@ -2,8 +2,8 @@
 
 Legend: Q question, S_i written step i, A answer, n number of written steps.
 
-Stages, learning rates, optimizer resets and sequences are functions of (config, epoch, step, example) alone: neither
-the number of ranks nor a restart changes them. This module imports neither torch nor transformers.
+Stages, learning rates, optimizer resets and sequences are functions of (config, epoch, step, steps per epoch, example)
+alone: a restart does not change them. This module imports neither torch nor transformers.
 """
 
 from __future__ import annotations

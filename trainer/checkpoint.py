@@ -116,8 +116,8 @@ def save(
     """Writes a checkpoint of the current state; returns its folder. Collective: every rank must call it.
 
     Rank 0 writes the model and `files` (name -> text), the results of a finished epoch; without `files` it is a step
-    checkpoint, which is removed once two newer ones exist. Each rank writes its random state, all ranks together the
-    optimizer.
+    checkpoint, which is removed once two newer ones, or its epoch's, exist. Each rank writes its random state, all
+    ranks together the optimizer.
 
     Raises UserError, on every rank, if it cannot be written; earlier checkpoints are then unchanged.
     """
