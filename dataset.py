@@ -254,7 +254,7 @@ def batches_of(dataset: StageDataset, plan: EpochPlan, stages: Sequence[int]) ->
         yield (future.result() for future, _ in pairwise(chain(futures, [None])))
 
 
-def on_device(batch: dict, device: torch.device) -> dict:
+def to_device(batch: dict, device: torch.device) -> dict:
     """Copies the tensors of a batch to a device, asynchronously."""
     return _map(batch, lambda tensor: tensor.to(device, non_blocking=True))
 

@@ -226,7 +226,7 @@ def next_batch(run: Run, batches: Iterator[dict]) -> dict:
     run.throughput.waiting += time.perf_counter() - begin
     for sequences in dataset.sequences_in(batch):
         run.throughput.add(sequences["attention_mask"].sum(dim=1).tolist(), len(sequences["supervised"]))
-    return run.parts.on_device(run, dataset.on_device(batch, run.world.device))
+    return run.parts.on_device(run, dataset.to_device(batch, run.world.device))
 
 
 def update_weights(run: Run, loss: torch.Tensor) -> None:

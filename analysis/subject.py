@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from coconut import Coconut, Edit
 from curriculum import prompt
-from dataset import collate_prompts, on_device
+from dataset import collate_prompts, to_device
 from preprocessing.tokens import ANSWER_PREFIX, question_ids
 from tools.generate import load
 from trainer.evaluate import before_eos, extract_answer
@@ -105,7 +105,7 @@ class Subject:
         device, size = self.model.base_causallm.device, size or self.batch
         for begin in range(0, len(rows), size):
             chosen = slice(begin, begin + size)
-            yield chosen, on_device(collate_prompts(rows[chosen], self.markers.eos), device)
+            yield chosen, to_device(collate_prompts(rows[chosen], self.markers.eos), device)
 
     def thoughts(self, n_thoughts: int | None = None) -> torch.Tensor:
         """Returns the input embeddings at the latent positions, (N, K, D) float32."""

@@ -32,7 +32,7 @@ from tiny_model import RandomModel, make_tokenizer
 
 from config import Config
 from curriculum import Markers
-from dataset import collate_for_device, collate_prompts, on_device
+from dataset import collate_for_device, collate_prompts, to_device
 from trainer.distributed import World, cleanup_distributed, exit_process, setup_distributed
 from trainer.evaluate import autocast
 from trainer.parallel import gather_weights, load, sync_gradients, whole_weights, wrap
@@ -82,7 +82,7 @@ def train(config: Config, world: World, n_steps: int, ranks: list[int]) -> tuple
         batches = [micro_batch(step, number, rank, markers) for number in range(2) for rank in ranks]
         total = 0.0
         for number, batch in enumerate(batches):
-            batch = on_device(batch, world.device)
+            batch = to_device(batch, world.device)
             with sync_gradients(wrapped, now=number + 1 == len(batches)):
                 with autocast(config, world):
                     loss = wrapped(**batch).loss / len(batches)
@@ -97,7 +97,7 @@ def train(config: Config, world: World, n_steps: int, ranks: list[int]) -> tuple
     for rank in ranks:  # the number of generations depends on the rank
         for number in range(1 + 2 * rank):
             prompts = [ids[: ids.index(markers.end) + 1] for ids, _ in rows(LATENTS[number % 4], rank, markers)]
-            batch = on_device(collate_prompts(prompts, markers.eos), world.device)
+            batch = to_device(collate_prompts(prompts, markers.eos), world.device)
             with autocast(config, world):
                 generations.append(model.generate(**batch, max_new_tokens=3 + 4 * rank).tolist())
     weights = whole_weights(model)  # all ranks

@@ -42,7 +42,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from config import Config
-from dataset import EpochPlan, StageDataset, batches_of, example_order, on_device
+from dataset import EpochPlan, StageDataset, batches_of, example_order, to_device
 from preprocessing.examples import load_examples
 from preprocessing.tokens import Tokens, cache_tokens, tokenize
 from trainer.data import sequence_lengths
@@ -164,7 +164,7 @@ def steps_per_order(tokens: Tokens, n_steps: int, device: torch.device) -> dict:
                 batch = next(loader)
                 waited = time.perf_counter() - begin
                 batch.pop("weight")
-                model(**on_device(batch, device)).loss.backward()
+                model(**to_device(batch, device)).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 if device.type == "cuda":

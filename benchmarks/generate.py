@@ -37,7 +37,7 @@ from common import MARKERS, alternate, as_loaded, machine, make_model, print_tab
 from coconut import Coconut
 from config import Config
 from curriculum import IGNORE
-from dataset import collate_prompts, on_device
+from dataset import collate_prompts, to_device
 from trainer import parallel
 from trainer.distributed import World, cleanup_distributed, exit_process, setup_distributed
 
@@ -79,7 +79,7 @@ def make_sides(full: Coconut, model: Coconut, prompts: list[list[int]], n_new: i
     def run(generate: Callable[[dict], torch.Tensor], size: int) -> None:
         for begin in range(0, len(prompts), size):
             batch = collate_prompts(prompts[begin : begin + size], MARKERS.eos)
-            new = generate(on_device(batch, full.base_causallm.device))
+            new = generate(to_device(batch, full.base_causallm.device))
             if new.shape[1] != n_new:
                 raise RuntimeError(f"a side stopped after {new.shape[1]} tokens")
 

@@ -59,7 +59,7 @@ from transformers import DynamicCache
 from coconut import Coconut
 from config import Config
 from curriculum import IGNORE
-from dataset import collate_for_device, on_device
+from dataset import collate_for_device, to_device
 from trainer import parallel
 from trainer.throughput import FlopCounter, peak_flops
 
@@ -126,7 +126,7 @@ def coconut_loss(model: Coconut, n_latents: int):
         ([*words[:length], *[MARKERS.latent] * n_latents, *words], [IGNORE] * (length + n_latents) + words)
         for length in (4, 6)
     ]
-    batch = on_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), pick_device())
+    batch = to_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), pick_device())
     return lambda: model(**batch).loss
 
 

@@ -44,7 +44,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
-from dataset import collate_for_device, on_device
+from dataset import collate_for_device, to_device
 from trainer import parallel
 from trainer.distributed import World, cleanup_distributed, exit_process, setup_distributed
 
@@ -116,7 +116,7 @@ def measure(options: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     # in the same step, higher ranks have fewer latents
     rows = prosqa_rows(options.batch, max(options.stage - world.rank, 0), 1, seed=world.rank)
-    batch = on_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), world.device)
+    batch = to_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), world.device)
     n_tokens = int(batch["attention_mask"].sum()) * world.size
     step = make_step(wrapped, optimizer, batch, world, options.bf16)
     step(1), step(1)

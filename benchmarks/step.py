@@ -57,7 +57,7 @@ from common import (
 
 from coconut import Coconut
 from config import Config
-from dataset import collate_for_device, on_device
+from dataset import collate_for_device, to_device
 from methods.parallel_latents import ParallelLatents
 from model.layout import column_of, last_attended
 from trainer import parallel
@@ -103,8 +103,8 @@ def make_sides(options: argparse.Namespace, stage: int, names: list[str]) -> dic
     ids = (MARKERS.latent, MARKERS.start, MARKERS.end, MARKERS.eos)
     in_parallel = ParallelLatents(model.base_causallm, *ids, latent_passes=options.latent_passes)
     rows = prosqa_rows(options.batch, stage, options.c_thought)
-    batch = on_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), device)
-    unaligned = on_device(collate_for_device(rows, MARKERS.eos, None), device)  # right-padded only
+    batch = to_device(collate_for_device(rows, MARKERS.eos, MARKERS.latent), device)
+    unaligned = to_device(collate_for_device(rows, MARKERS.eos, None), device)  # right-padded only
     losses = {
         "baseline": lambda: baseline_loss(model, unaligned),
         "coconut": lambda: model(**batch).loss,

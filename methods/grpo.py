@@ -186,7 +186,7 @@ def on_device(run, batch: dict) -> dict:
     rows = [(ids + new, [IGNORE] * len(ids) + new) for ids, new in zip(prompts, drawn.tokens, strict=True)]
     update = collate_for_device(rows, markers.eos, markers.latent)
     run.throughput.add([len(ids) for ids, _ in rows], len(update["supervised"]))
-    update = dataset.on_device(update, run.world.device)
+    update = dataset.to_device(update, run.world.device)
     update |= {"advantages": advantages(rewards, config.advantage).flatten().tolist(), "weight": batch["weight"]}
     if split_noise(config.thought_noise)[0]:
         is_latent = update["input_ids"][:, update["latent_columns"]] == markers.latent  # (R, C)

@@ -73,7 +73,7 @@ from torch import nn
 
 from coconut import Coconut, CoconutOutput, Edit
 from curriculum import prefix, prompt
-from dataset import MicroBatch, StageDataset, collate_prompts, latent_columns
+from dataset import MicroBatch, StageDataset, collate_prompts, latent_columns, to_device
 from model.layout import Rows, take
 from model.thought import Seen
 from preprocessing.tokens import batched
@@ -285,7 +285,7 @@ def validate(pretrained, data, stage: int, config, world, title: str = "validati
     model, _, markers = pretrained
     for part in batched(predictions, config.eval_batch_size):
         prompts = [prompt(*data.val[prediction["index"]][:2], stage, config, markers) for prediction in part]
-        batch = {name: value.to(world.device) for name, value in collate_prompts(prompts, markers.eos).items()}
+        batch = to_device(collate_prompts(prompts, markers.eos), world.device)
         with autocast(config, world):
             _, takes_part = model.think(batch["input_ids"], batch["attention_mask"])
         is_latent = batch["input_ids"] == markers.latent

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from coconut import Coconut
 from curriculum import IGNORE
-from dataset import collate_for_device, collate_prompts, on_device
+from dataset import collate_for_device, collate_prompts, to_device
 from definition import filled_embeddings
 from methods import all_rules
 from model.backbone import decoder_blocks, decoder_of
@@ -249,7 +249,7 @@ def _problem_of_decoding(model: Coconut, tolerance: Tolerance, seed: int) -> str
     if not all(logits.isfinite().all() for logits in wanted):
         return None
     prompts = [ids[:-2] for ids, _ in rows]
-    batch = on_device(collate_prompts(prompts, prompts[0][0]), probe.base_causallm.device)
+    batch = to_device(collate_prompts(prompts, prompts[0][0]), probe.base_causallm.device)
     laid_out = lay_out_prompts(**batch, **probe.family)
     whole, _, cache = probe._run(laid_out, new_columns=2)
     hidden, mask = [column_of(whole, laid_out.before)], laid_out.attention_mask
@@ -296,7 +296,7 @@ def _problem_of_steps(probe: _Probe, rows: list[Row], tolerance: Tolerance, how:
 def _step(probe: Coconut, rows: list[Row]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Returns a training step's loss and the gradients of each row's embeddings, (T, D)."""
     batch = collate_for_device(rows, pad_token_id=rows[0][0][0], latent_token_id=probe.latent_token_id)
-    batch = on_device(batch, probe.base_causallm.device)
+    batch = to_device(batch, probe.base_causallm.device)
     loss = probe(**batch).loss
     if not isinstance(probe, _Probe):
         return loss, []

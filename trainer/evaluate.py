@@ -20,7 +20,7 @@ import numpy as np
 
 from config import Config
 from curriculum import IGNORE, kept_reasoning, prompt, stage_name
-from dataset import StageDataset, collate, collate_prompts, on_device
+from dataset import StageDataset, collate, collate_prompts, to_device
 from methods import rules_of
 from preprocessing.tokens import Tokens, batched
 from trainer.data import Data
@@ -281,7 +281,7 @@ def generate_tokens(
         batches.setdefault(min(max_new_tokens, (model.max_positions or math.inf) - len(ids)), []).append(index)
     found: dict[int, list[int]] = {}
     for n_new, indices in batches.items():
-        batch = on_device(collate_prompts([prompts[index] for index in indices], markers.eos), device)
+        batch = to_device(collate_prompts([prompts[index] for index in indices], markers.eos), device)
         rows = model.generate(**batch, max_new_tokens=n_new, **sampling).tolist()
         for index, row in zip(indices, rows, strict=True):
             found[index] = rules_of(method).output(before_eos(markers.eos, row), markers)
@@ -303,7 +303,7 @@ def validation_loss(pretrained: Pretrained, tokens: Tokens, stage: int, config: 
         count = int((batch["labels"][:, 1:] != IGNORE).sum())
         with torch.no_grad(), autocast(config, world):
             total += torch.tensor(
-                [model(**on_device(batch, world.device)).loss.item() * count, count], dtype=torch.float64
+                [model(**to_device(batch, world.device)).loss.item() * count, count], dtype=torch.float64
             )
     barrier(world)  # all ranks: some may take longer than a collective's timeout
     dist.all_reduce(total)  # all ranks

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from coconut import Coconut, Edit
 from config import Config
 from curriculum import prompt
-from dataset import collate_prompts, latent_columns, on_device
+from dataset import collate_prompts, latent_columns, to_device
 from preprocessing.tokens import batched, question_ids
 from trainer.checkpoint import DESCRIBED, write_model
 from trainer.evaluate import extract_answer, generate_tokens, texts_of
@@ -127,7 +127,7 @@ def answers(
         text = tokenizer.decode(new, skip_special_tokens=True)
         results.append({"output": text, "answer": extract_answer(text)})
     if show_thoughts:
-        batch = on_device(collate_prompts(rows, model.markers.eos), device)
+        batch = to_device(collate_prompts(rows, model.markers.eos), device)
         for result, thoughts in zip(results, decoded_thoughts(model, tokenizer, batch), strict=True):
             result["thoughts"] = thoughts
     return results

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from coconut import Coconut
 from config import Config, split_noise
-from dataset import collate_prompts, on_device
+from dataset import collate_prompts, to_device
 from model.backbone import Backbone
 from model.layout import Rows, column_of, lay_out_prompts
 from model.thought import Seen
@@ -208,7 +208,7 @@ def generate(
     """
     backbone, device = model.backbone, model.base_causallm.device
     prompts = model.shortened(prompts)
-    batch = on_device(collate_prompts(prompts, model.eos_token_id), device)
+    batch = to_device(collate_prompts(prompts, model.eos_token_id), device)
     rows = lay_out_prompts(**batch, **model.family)
     keys = [(*key, sample) for key in keys for sample in range(n_samples)]
     disturbed = bool(split_noise(policy.noise)[0] or policy.dropout)
