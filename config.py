@@ -203,7 +203,7 @@ class Config:
     weight_decay: float = key(0.01, "weight decay of AdamW, on every parameter", low=0, high=LARGEST_FACTOR)
     lr_scheduler: str = key("constant", "constant | linear | cosine", choices=("constant", "linear", "cosine"))
     warmup_steps: int = key(0, "optimizer steps of linear warm-up", low=0)
-    max_grad_norm: float | None = key(None, "clip the gradient norm to this value (0 or null: no clipping)", low=0)
+    max_grad_norm: float | None = key(None, "clip the gradient norm to this value, log it (0 or null: neither)", low=0)
     reset_optimizer: bool | str = key(
         "stage",
         "never | stage | epoch: when AdamW is re-initialised; True = epoch, False = never, as in the reference's code",

@@ -231,7 +231,7 @@ def reasoning_left(stage: int, config: Config) -> str:
     _, dropped = thoughts_and_dropped(config.max_latent_stage, stage, config)
     if config.method == "no_cot" or (config.method != "cot" and stage > config.max_latent_stage):
         return "none"
-    return f"all but {dropped} steps" if dropped else "all"
+    return f"from step {dropped + 1} on" if dropped else "all"
 
 
 def schedule(config: Config, world_size: int) -> str:

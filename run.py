@@ -137,7 +137,7 @@ def train_epoch(run: Run, epoch: int) -> int:
                 run.optimizer = make_optimizer(run)
             lr = config.lr * curriculum.lr_factor(config, epoch - progress.passed_over, step, n_steps)
             losses = train_step(run, planned, batches, lr)
-            run.unlogged.append(Step(losses, lr, stages[step], plan.examples(step - first)))
+            run.unlogged.append(Step(losses, run.grad_norm, lr, stages[step], plan.examples(step - first)))
             progress.seen += planned.n_examples
             is_last = step + 1 == n_steps
             save_now = not is_last and config.save_every_steps and progress.step % config.save_every_steps == 0
@@ -231,10 +231,10 @@ def next_batch(run: Run, batches: Iterator[dict]) -> dict:
 
 def update_weights(run: Run, loss: torch.Tensor) -> None:
     """Clips the gradient and steps the optimizer. With skip_nonfinite, skips a non-finite loss or gradient instead."""
-    config, norm = run.config, None
+    config, run.grad_norm = run.config, None
     if config.max_grad_norm is not None or config.skip_nonfinite:
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
-    if config.skip_nonfinite and not parallel.step_is_finite(norm, loss):
+        run.grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
+    if config.skip_nonfinite and not parallel.step_is_finite(run.grad_norm, loss):
         run.progress.skipped += 1
     else:
         run.optimizer.step()

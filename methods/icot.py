@@ -24,7 +24,9 @@ def _check_smoothing(smoothing: float | None) -> None:
 
 
 class Method(methods.Method):
-    icot_tokens_per_epoch: int = key(8, "icot: how many more reasoning tokens each epoch removes", low=1)
+    icot_tokens_per_epoch: int = key(
+        8, "icot: how many more reasoning tokens each epoch removes; at most one per step", low=1
+    )
     icot_remove_all_after: int | None = key(None, "icot: remove everything once this many tokens are removed", low=1)
     icot_smoothing: float | None = key(
         4.0, "icot: o more tokens are removed with probability ~ exp(-this * o)", low=0, check=_check_smoothing
@@ -39,7 +41,7 @@ class Method(methods.Method):
 
     @staticmethod
     def stage_of(config, epoch: int) -> int:
-        """Returns the number of tokens removed in the last step of the epoch."""
+        """Returns the number of tokens removed by an epoch's end, but for the rounding in `stage_of_step`."""
         return Method.stage_of_step(config, epoch, config.icot_tokens_per_epoch - 1, config.icot_tokens_per_epoch)
 
     @staticmethod
@@ -71,7 +73,7 @@ class Method(methods.Method):
 
     @staticmethod
     def reasoning_left(stage: int, config) -> str:
-        return "none" if stage == NO_REASONING else f"all but {stage} tokens"
+        return "none" if stage == NO_REASONING else f"from token {stage + 1} on"
 
     @staticmethod
     def should_reset_optimizer(config, epoch: int, step: int, steps_per_epoch: int, trained_on: Callable) -> bool:

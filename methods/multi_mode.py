@@ -64,7 +64,7 @@ class Method(methods.Method):
     @staticmethod
     def reasoning_left(stage: int, config) -> str:
         _, dropped = Method.thoughts_and_dropped(config.max_latent_stage, stage, config)
-        return f"all but {dropped} steps" if dropped else "all"
+        return f"from step {dropped + 1} on" if dropped else "all"
 
     @staticmethod
     def problems(config) -> Iterator[str]:

@@ -146,8 +146,13 @@ def test_icot_smoothing_removes_a_few_more_tokens():
 def test_the_schedule_of_gsm8k():
     lines = schedule(Config.from_file(ROOT / "args" / "gsm_coconut.yaml", needs_files=False), 4).splitlines()
     assert len(lines) == 1 + 22  # epochs 0 to 2, those of the CoT model, are skipped
-    assert lines[1].split() == ["3", "1", "2", "all", "but", "1", "steps", "new", "128"]
+    assert lines[1].split() == ["3", "1", "2", "from", "step", "2", "on", "new", "128"]
     assert lines[10].split() == ["12", "4", "6", "none", "new", "128"]
+
+
+def test_the_learning_rate_decays_over_the_epochs_from_resume_on():
+    config = Config(resume=1, num_epochs=3, lr_scheduler="linear")
+    assert [curriculum.lr_factor(config, *moment, 4) for moment in ((1, 0), (1, 2), (2, 3))] == [1, 0.75, 0.125]
 
 
 def test_mixing_depends_on_seed_epoch_and_example_only():

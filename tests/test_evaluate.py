@@ -13,6 +13,7 @@ from coconut import Coconut
 from config import Config
 from curriculum import Markers
 from dataset import StageDataset, collate
+from model.thought import make_thought
 from preprocessing.tokens import tokenize
 from tools.evaluate import main
 from trainer import evaluate as scores
@@ -135,6 +136,13 @@ def test_metrics_and_predictions(world):
     assert scores.validation_loss(loaded, tokens, 1, config, world) == metrics["loss"]
     files = as_files(metrics, predictions)
     assert json.loads(files["predictions.jsonl"].splitlines()[1])["gold"] == "1007"
+
+
+def test_pause_tokens_do_not_count_as_generated(world):
+    loaded = scripted(SCRIPT)
+    loaded.model.thought = make_thought("pause", loaded.model.base_causallm)
+    _, predictions = evaluate(loaded, Data(EXAMPLES, tokenize(EXAMPLES, loaded.tokenizer)), 1, Config(), world)
+    assert predictions[0]["generated_tokens"] == 3
 
 
 @pytest.mark.parametrize(("answer_match", "accuracy"), [("text", 0.25), ("number", 0.75)])

@@ -75,13 +75,17 @@ def test_the_prompt_is_the_one_of_training(folders, capsys):
     assert found["output"]
 
 
-def test_a_long_question_does_not_cut_the_answers_of_others(folders):
+def test_a_long_question_does_not_cut_the_answers_of_others(folders, monkeypatch):
     """Bug: it limited the answers of its whole batch."""
     model = generate.load(str(folders["coconut"]))
     n_prompt = len(inference.prompts(model, [""])[0])
     questions = ["1+2", "1" * (model.max_positions - n_prompt - 2)]
     alone = [model.answers([question], max_new_tokens=6)[0] for question in questions]
     assert model.answers(questions, max_new_tokens=6) == alone
+    generated, asked = model.generate, []
+    monkeypatch.setattr(model, "generate", lambda **given: asked.append(given) or generated(**given))
+    model.answers(questions, max_new_tokens=6)
+    assert sorted(given["max_new_tokens"] for given in asked) == [2, 6]  # up to the model's last position
     assert model.answers([]) == []
 
 
@@ -223,7 +227,7 @@ def test_sampling_is_from_all_tokens():
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=1, n_positions=600))
     with torch.no_grad():
-        base.lm_head.weight.zero_()  # a uniform distribution
+        base.lm_head.weight.mul_(1e-3)  # nearly uniform: of equal probabilities top_k would keep all
     model = Coconut(base, 297, 298, 299, 0).eval()
     found = model.generate(torch.tensor([[5, 298, 297, 299]]), max_new_tokens=500, do_sample=True, eos_token_id=[])
     assert len(set(found[0].tolist())) > 150

@@ -8,6 +8,7 @@ from plain import ids, make_examples
 from test_coconut import END, EOS, LATENT, START
 from transformers import AutoTokenizer
 
+import curriculum
 import methods
 import run
 from config import Config
@@ -100,6 +101,14 @@ UNUSED = {
     "stopping": STAGES | {"pad_latent_to_max", "step_separator", "lora_rank", "lora_alpha", "lora_dropout"},
     "grpo": {"epochs_per_stage", "curriculum", "step_separator", "lora_dropout"},
 }
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_each_public_function_of_a_method_replaces_something(name):
+    """A misspelt name would be ignored."""
+    replaceable = {name for name, value in vars(curriculum).items() if hasattr(value, "paper")}
+    own = {name for name, value in vars(methods.rules_of(name)).items() if isinstance(value, staticmethod)}
+    assert {name for name in own if not name.startswith("_")} <= {*vars(methods.Method), *replaceable}
 
 
 @pytest.fixture(scope="module")

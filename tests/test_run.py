@@ -252,6 +252,10 @@ def test_learning_rates_and_clipping(place):
     assert lrs("lr-early", "lr_scheduler=linear", *early) == [1, 0.875, 0.75, 0.625]
     # AdamW ignores the scale of a gradient, unless it is as small as AdamW's epsilon
     lrs("clipped", "max_grad_norm=1e-12")
+    norms = [step.get("grad_norm") for step in conftest.steps(place / "runs" / "clipped")]
+    assert all(norm > 0.01 for norm in norms)  # before clipping
+    assert len(set(norms)) == 4
+    assert "grad_norm" not in conftest.steps(place / "runs" / "lr-constant")[0]
     folders = [place / "model", *(place / "runs" / name / "checkpoint_2" for name in ("clipped", "lr-constant"))]
     begin, clipped, plain = (weights(folder)["transformer.h.0.mlp.c_fc.weight"] for folder in folders)
     assert (clipped - begin).abs().max() < 0.1 * (plain - begin).abs().max()

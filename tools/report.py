@@ -28,7 +28,8 @@ from utils import UserError, print_error, print_result
 POINTS = 500  # at most, of a line over steps
 ROWS = 12  # at most, of the table under it
 SPAN = 100  # if the largest loss is more than SPAN times the smallest, the axis is logarithmic
-STEP_COLUMNS = {  # key of a step's record -> name, format; only methods that sample answers record them
+STEP_COLUMNS = {  # key of a step's record -> name, format; only runs that clip, or sample answers, record them
+    "grad_norm": ("norm of the gradient, before clipping", "{:.3g}"),
     "reward": ("mean reward", "{:.3f}"),
     "reward_std": ("standard deviation of rewards in a group", "{:.3f}"),
     "groups_without_signal": ("share of groups without signal", "{:.3f}"),

@@ -271,9 +271,13 @@ def weights_are_finite(model: nn.Module) -> bool:
     return bool(finite)
 
 
+def whole_norm(norm: torch.Tensor) -> torch.Tensor:
+    """Returns a gradient's norm as a plain tensor. Collective if FSDP has sharded the gradient."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
 def step_is_finite(norm: torch.Tensor, loss: torch.Tensor) -> bool:
     """Whether the gradient's norm and the losses of all ranks are finite. Collective; waits for the device."""
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # all ranks, if it is sharded
-    both = loss + norm
+    both = loss + whole_norm(norm)  # all ranks, if it is sharded
     all_reduce(both)  # all ranks
     return bool(both.isfinite())

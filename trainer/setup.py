@@ -35,6 +35,7 @@ class Step(NamedTuple):
     """A finished step that is not yet in the log."""
 
     losses: torch.Tensor  # this rank's share of the step's (main, auxiliary) loss, (1,) or (2,), on the device
+    grad_norm: torch.Tensor | None  # of all ranks' gradient before clipping; FSDP shards it. None if not computed
     lr: float
     stage: int
     examples: list[int]  # their indices, over all ranks
@@ -54,6 +55,7 @@ class Run:
     throughput: Throughput | None = None
     wrapped: torch.nn.Module | None = None  # the model that training calls: wrapped in DDP, or the model itself
     optimizer: torch.optim.Optimizer | None = None
+    grad_norm: torch.Tensor | None = None  # of the last step (see Step)
     unlogged: list[Step] = field(default_factory=list)  # steps since the last write to the log
     measured: dict[str, tuple[float, float]] = field(default_factory=dict)  # name -> (sum, count) since then
     saved: Path | None = None  # the newest checkpoint

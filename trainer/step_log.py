@@ -9,23 +9,28 @@ import torch
 
 from trainer import distributed as ranks
 from trainer.files import writing
+from trainer.parallel import whole_norm
 from trainer.setup import Run, Step
 from utils import UserError, log
 
 
 def log_steps(run: Run, epoch: int) -> float:
-    """Logs the losses since the last call, each the mean over the step's examples on all ranks; returns the last one.
+    """Logs the steps since the last call, each with the mean loss of its examples on all ranks; returns the last loss.
     Checks losses for NaN here rather than at every step, to avoid a device sync each time. Raises UserError on every
     rank if one is not finite, unless skip_nonfinite is set. Collective."""
     losses = torch.stack([step.losses for step in run.unlogged])  # (steps, 1), or (steps, 2) with an auxiliary loss
     ranks.all_reduce(losses)  # all ranks: each holds its share of every step's loss
     losses = (losses / run.world.size).tolist()
+    norms = [whole_norm(step.grad_norm).item() for step in run.unlogged if step.grad_norm is not None]  # all ranks
     speed = run.throughput.report(run.world.size) | _means(run)  # all ranks
+    if run.world.device.type == "cuda":
+        speed["peak_memory_gib"] = torch.cuda.max_memory_allocated(run.world.device) / 2**30
     first = run.progress.step - len(losses) + 1
     numbered = list(enumerate(zip(losses, run.unlogged, strict=True), start=first))
     with ranks.agree(run.world):  # all ranks
         for number, ((loss, *auxiliary), step) in numbered if run.world.is_main else ():
             added = {"auxiliary_loss": auxiliary[0]} if auxiliary else {}
+            added |= {"grad_norm": norms[number - first]} if norms else {}
             run.logger.log("step", step=number, epoch=epoch, stage=step.stage, loss=loss, **added, lr=step.lr, **speed)
     for number, (both, step) in numbered:
         if math.isfinite(sum(both)):
