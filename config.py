@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import os
 import re
 import sys
@@ -342,15 +343,16 @@ class Config:
     def micro_batches(self, world_size: int) -> tuple[int, int]:
         """Returns (micro-batches of one optimizer step on one rank, examples of a micro-batch).
 
-        A micro-batch has batch_size_training examples, or fewer if a rank's share of the global batch is smaller.
-        Raises UserError if the global batch cannot be divided so.
+        A micro-batch has batch_size_training examples. If a rank's share of the global batch is smaller, it has as many
+        as divide the share and the examples of one mean over tokens (dataset.EpochPlan). Raises UserError if the global
+        batch cannot be divided so.
         """
         batch, most = self.global_batch_size, self.batch_size_training
         if batch is None:
             return self.gradient_accumulation_steps, most
         share, rest = divmod(batch, world_size)
-        size = min(share, most)
-        if rest or not size or share % size:
+        size = most if share > most else math.gcd(share, min(batch, most))
+        if rest or not share or share % size:
             raise UserError(
                 f"global_batch_size {batch} is no multiple of {world_size} ranks x batch_size_training {most}"
             )

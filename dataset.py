@@ -199,16 +199,16 @@ class EpochPlan(Sequence):
 
     Gradients are averaged over ranks and summed over a rank's micro-batches, so a micro-batch weighs
     world_size x (its examples) / (the step's examples). If many ranks make micro-batches smaller than
-    batch_size_training, the loss is still one mean over the supervised tokens of batch_size_training examples: their
-    `group`, by which `StageDataset.weight` corrects the weight.
+    batch_size_training, the loss is still one mean over the supervised tokens of batch_size_training examples, or of
+    the whole step: their `group`, by which `StageDataset.weight` corrects the weight.
     """
 
     def __init__(self, order: np.ndarray, config: Config, rank: int, world_size: int, seen: int = 0):
         self.order, self.rank, self.world_size = order[seen:], rank, world_size
         accumulation, self.size = config.micro_batches(world_size)
         self.per_step = accumulation * world_size * self.size
-        whole = config.batch_size_training
-        self.group_size = whole if self.size < whole and whole % self.size == 0 else 0
+        whole = min(config.batch_size_training, self.per_step)
+        self.group_size = whole if self.size < whole else 0
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.per_step)

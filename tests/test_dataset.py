@@ -159,11 +159,12 @@ def test_batches_follow_the_plan_with_one_prefetched():
     assert found == [[(i, 5 + (i > 7)) for i in indices] for indices in wanted]
 
 
-@pytest.mark.parametrize("n_examples", [16, 24, 21, 3])
-def test_the_loss_of_a_step_does_not_depend_on_the_number_of_ranks(n_examples):
+@pytest.mark.parametrize("n_examples", [96, 24, 101, 3])
+@pytest.mark.parametrize(("batch", "size"), [(16, 8), (24, 32), (12, 16), (48, 32), (96, 32), (24, 16), (24, 4)])
+def test_the_loss_of_a_step_does_not_depend_on_the_number_of_ranks(n_examples, batch, size):
     """Ranks with a share below batch_size_training computed a mean of means over smaller micro-batches."""
-    losses = np.random.default_rng(0).normal(size=(n_examples, 40))  # of each token
-    config = Config(global_batch_size=16, batch_size_training=8)
+    losses = np.random.default_rng(0).normal(size=(n_examples, n_examples + 1))  # of each token
+    config = Config(global_batch_size=batch, batch_size_training=size)
 
     def mean(batch: dict) -> float:
         return np.concatenate([losses[index][: index + 1] for index, _ in batch["rows"]]).mean()
@@ -173,8 +174,12 @@ def test_the_loss_of_a_step_does_not_depend_on_the_number_of_ranks(n_examples):
         micro = [[Recorded().micro_batch(m, 0) for m in flat(step)] for step in zip(*plans, strict=True)]
         return [sum(batch["weight"] * mean(batch) for batch in step) / world_size for step in micro]
 
-    for world_size in (2, 4, 8, 16):
-        assert steps_on(world_size) == pytest.approx(steps_on(1), abs=1e-12)
+    found = []
+    for world_size in (1, 2, 3, 4, 6, 8):
+        with suppress(UserError):  # some shares are larger than `size`, but no multiple
+            found.append(steps_on(world_size))
+    assert len(found) > 2
+    assert all(steps == pytest.approx(found[0], abs=1e-12) for steps in found)
 
 
 def test_an_exception_in_the_dataset_ends_the_loop_and_its_thread():
