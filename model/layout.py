@@ -57,8 +57,9 @@ def lay_out(
     first = columns[0] if columns else input_ids.shape[1]
     if attention_mask is None:
         attention_mask, is_collated = torch.ones_like(input_ids), True
+    attention_mask = attention_mask.long()  # a caller's may be bool or float
     if position_ids is None:
-        position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0) * attention_mask.long()
+        position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0) * attention_mask
     if not is_collated:
         if columns:
             is_latent = input_ids[:, first:] == latent_token_id

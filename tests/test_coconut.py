@@ -243,7 +243,13 @@ def test_unaligned_rows_and_batches_without_positions_or_labels(family):
     loss, labels = model(**batch).loss, batch.pop("labels")
     del batch["position_ids"]
     assert torch.equal(loss, model(**batch, labels=labels).loss)
-    output = model(**batch)
+    mask = batch.pop("attention_mask")
+    for dtype in (torch.bool, torch.int32, torch.float32):
+        assert torch.equal(loss, model(**batch, attention_mask=mask.to(dtype), labels=labels).loss)
+        rows = collate_prompts(prompts([2, 3]), EOS)
+        found = model.generate(**(rows | {"attention_mask": rows["attention_mask"].to(dtype)}), max_new_tokens=3)
+        assert torch.equal(found, model.generate(**rows, max_new_tokens=3))
+    output = model(**batch, attention_mask=mask)
     assert output.loss is None
     assert abs(loss - F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())) < 1e-9
 

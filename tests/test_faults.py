@@ -419,7 +419,7 @@ def test_a_checkpoint_does_not_need_the_model_that_training_started_from(place, 
     run = main(place, *arguments)
     (tmp_path / "model").rename(tmp_path / "elsewhere")
     gone = f"load_model_path={tmp_path / 'gone'}"  # it may no longer exist either
-    main(place, *arguments, "num_epochs=2", gone)
+    main(place, *arguments, "num_epochs=2", gone, "resume=1")  # as users of the reference do after a crash
     main(place, *arguments, f"model_id={tmp_path / 'elsewhere'}", "num_epochs=3")  # the same model in another folder
     assert [record["epoch"] for record in epochs(run)] == [0, 1, 2]
     for source, name in ((run, "evaluated-moved"), (run / "checkpoint_3", "evaluated-moved-3")):

@@ -99,8 +99,8 @@ def reference_state(base, wrapped: bool) -> dict:
     return {**{f"base_causallm.{name}": value for name, value in state.items()}, "embedding.weight": embedding}
 
 
-# the reference's wrapper always has the markers' rows
-@pytest.mark.parametrize(("wrapped", "resized"), [(True, True), (False, True), (False, False)])
+# the reference's own wrapper always has the markers' rows
+@pytest.mark.parametrize(("wrapped", "resized"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_files_of_the_reference_load(tiny, tmp_path, wrapped, resized, dtype, legacy):
@@ -124,6 +124,32 @@ def test_files_of_the_reference_load(tiny, tmp_path, wrapped, resized, dtype, le
     if not resized:
         like = load_model(coconut_config(tiny), None)[1].convert_tokens_to_ids("<<")
         assert torch.equal(table[old], table[like])
+
+
+def test_markers_that_only_the_tokenizer_has_get_rows_like_new_ones(tiny):
+    tokenizer = load_model(coconut_config(tiny), None).tokenizer
+    tokenizer.save_pretrained(tiny)
+    model, _, markers = load_model(coconut_config(tiny), None)
+    table = model.base_causallm.get_input_embeddings().weight
+    like = table[tokenizer.convert_tokens_to_ids("<<")]
+    assert all(torch.equal(table[marker], like) for marker in markers[:3])
+
+
+def test_prefixes_of_wrappers_do_not_matter(tiny, tmp_path):
+    state = reference_state(AutoModelForCausalLM.from_pretrained(tiny), wrapped=True)
+    renamed = {
+        f"_fsdp_wrapped_module.{name}".replace(".h.0.", ".h.0._fsdp_wrapped_module."): state[name] for name in state
+    }
+    torch.save(renamed, tmp_path / "file")
+    model = load_model(coconut_config(tiny), tmp_path / "file").model
+    wanted = {name: value for name, value in state.items() if name != "embedding.weight"}
+    assert all(torch.equal(model.state_dict()[name][: len(value)], value) for name, value in wanted.items())
+
+
+def test_weights_of_a_coconut_do_not_load_without_latents(tiny, tmp_path):
+    """The evaluation gave a wrong number; the reference refuses it."""
+    torch.save(reference_state(AutoModelForCausalLM.from_pretrained(tiny), wrapped=True), tmp_path / "file")
+    refuses("weights of a Coconut, which method cot", load_model, coconut_config(tiny, method="cot"), tmp_path / "file")
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ import pickle
 import random
 import shutil
 import socket
+import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -222,7 +223,8 @@ def _publish(aside: Path, target: Path, world_size: int) -> None:
     sync_to_disk(aside)
     if target.exists():  # an unrelated file, such as a reference checkpoint, or a damaged one: rename it
         number = next(n for n in range(1, 1 << 20) if not target.with_name(f"{target.name}.replaced-{n}").exists())
-        target.rename(target.with_name(f"{target.name}.replaced-{number}"))
+        moved = target.rename(target.with_name(f"{target.name}.replaced-{number}"))
+        log.warning(f"{target} was there already; it is now {moved.name}")
     aside.rename(target)
     sync_to_disk(target.parent, deep=False)
 
@@ -422,6 +424,7 @@ def find_newest(config: Config, world: World) -> Path | None:
 def _newest_to_continue(config: Config) -> Path | None:
     newest = newest_whole(config.run_dir)
     if newest is None:
+        _check_no_run_of_the_reference(config)
         return None
     described = differences(config, newest)
     others = described if config.continue_changed else changed_keys(config, config.run_dir) | described
@@ -436,6 +439,18 @@ def _newest_to_continue(config: Config) -> Path | None:
             f"weights, choose another name, load_model_path={newest} and resume={read_progress(newest).epoch}"
         )
     return newest
+
+
+def _check_no_run_of_the_reference(config: Config) -> None:
+    """Raises UserError if the run's folder holds files of the reference, which would continue from the newest one, and
+    load_model_path does not name one of them."""
+    files = [path for path in config.run_dir.glob("checkpoint_*") if path.is_file() and zipfile.is_zipfile(path)]
+    epochs = {int(path.name[11:]): path for path in files if path.name[11:].isdecimal()}
+    if epochs and Path(config.load_model_path or "").resolve() not in [path.resolve() for path in files]:
+        raise UserError(
+            f"{config.run_dir} holds a run of facebookresearch/coconut: to continue from its weights, set "
+            f"load_model_path={epochs[max(epochs)]} and resume={max(epochs)}; to start anew, choose another name"
+        )
 
 
 def find_weights(config: Config, world: World) -> Path | None:
@@ -560,5 +575,5 @@ def changed_keys(config: Config, run_dir: Path) -> dict[str, str]:
     if config.global_batch_size is not None:
         free |= {"batch_size_training", "gradient_accumulation_steps"}
     if config.lr_scheduler == "constant":
-        free.add("num_epochs")
+        free |= {"num_epochs"} | ({"resume"} if not config.warmup_steps else set())
     return _differing(config, before, [key.name for key in fields(Config) if key.name not in free])

@@ -125,7 +125,8 @@ def load_model(config: Config, source: Path | None, cached: bool = False) -> Pre
     has_marker_rows = False
     if source is not None and folder is None:
         n_markers = len({START, END, LATENT} - set(tokenizer.get_vocab()))
-        has_marker_rows = _load_reference_file(base, source, rows_with_markers=len(tokenizer) + n_markers)
+        rows = len(tokenizer) + n_markers
+        has_marker_rows = _load_reference_file(base, source, rows_with_markers=rows, method=config.method)
     if config.has_latents:
         # LoRA does not train the rows: equal ones could never tell a marker from the others or from "<<"
         markers = add_markers(tokenizer, base, initialise=not has_marker_rows, distinct=config.lora_rank is not None)
@@ -328,8 +329,9 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True, disti
     initialise: False if the markers' rows have been loaded.
     distinct: draw new rows from a normal distribution with mean and standard deviation of all rows instead.
     """
-    known = min(len(tokenizer), base.get_input_embeddings().weight.shape[0])
-    missing = [marker for marker in (START, END, LATENT) if marker not in tokenizer.get_vocab()]
+    rows, vocabulary = base.get_input_embeddings().weight.shape[0], tokenizer.get_vocab()
+    known = min(len(tokenizer), rows)
+    missing = [marker for marker in (START, END, LATENT) if vocabulary.get(marker, rows) >= rows]
     markers = add_marker_tokens(tokenizer, "coconut")
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -356,9 +358,10 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True, disti
 # --- Files of the reference ---
 
 
-def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: int) -> bool:
+def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: int, method: str) -> bool:
     """Loads a state dict of the reference, of the bare model or of its Coconut wrapper; returns whether it holds the
-    markers' rows. If its embeddings have `rows_with_markers` rows, the model's are resized first."""
+    markers' rows. If its embeddings have `rows_with_markers` rows, the model's are resized first. Raises UserError, as
+    the reference does for a Coconut's weights under a method without latents."""
     try:
         # only a zip archive, the format since torch 1.6, can be memory-mapped
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -374,8 +377,10 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
         for name, value in pairs
     ):
         raise UserError(f"{path} is no state dict: it must map names to dense tensors")
-    saved = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in saved.items()}
+    saved = {re.sub(r"^(module\.|_orig_mod\.)+|_fsdp_wrapped_module\.", "", name): saved[name] for name in saved}
     wrapped = any(name.startswith("base_causallm.") for name in saved)
+    if wrapped and not rules_of(method).has_latents:
+        raise UserError(f"{path} holds the weights of a Coconut, which method {method} would run without its thoughts")
     if wrapped:
         # the reference's wrapper registers the input embedding twice, the second time as `embedding.weight`
         saved.pop("embedding.weight", None)
@@ -394,4 +399,4 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
     untied = {name: value for name, value in own.items() if name in saved or value.data_ptr() not in given}
     check_weights(path, untied, saved)
     base.load_state_dict(saved, strict=False)
-    return resized or wrapped
+    return (resized or wrapped) and len(saved.get(row_name, ())) >= rows_with_markers
