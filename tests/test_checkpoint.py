@@ -70,7 +70,7 @@ def test_only_complete_checkpoints_are_found(saving, tmp_path):
     refuses("is no checkpoint", resolve, str(tmp_path))
 
 
-def test_a_checkpoint_can_be_chosen(saving, tmp_path):
+def test_a_checkpoint_can_be_chosen(saving, tmp_path, capsys):
     """In a run with two stages, where accuracy is higher in the first, easier one."""
     config, _, save = saving()
     for epoch, stage, accuracy in ((1, 0, 0.9), (2, 1, 0.5), (3, 1, 0.7), (4, 1, 0.7), (5, 1, 0.1)):
@@ -81,6 +81,11 @@ def test_a_checkpoint_can_be_chosen(saving, tmp_path):
     assert resolve(f"{run}@2").name == "checkpoint_2"
     (run / "checkpoint_4" / "metrics.json").write_text("{")
     assert resolve(f"{run}@best").name == "checkpoint_3"
+    assert f"{run / 'checkpoint_4'} is damaged" in capsys.readouterr().err
+    (run / "checkpoint_5" / "coconut.json").rename(tmp_path / "taken")
+    assert resolve(str(run)).name == "checkpoint_4"
+    assert f"{run / 'checkpoint_5'} is damaged" in capsys.readouterr().err
+    (tmp_path / "taken").rename(run / "checkpoint_5" / "coconut.json")
     refuses(r"expected RUN@best or RUN@EPOCHS; .* has the epochs 1, 2, 3, 4, 5", resolve, f"{run}@last")
     refuses("is no run's folder with a complete checkpoint", resolve, f"{tmp_path}@best")
     strange = run.rename(tmp_path / "a@best")

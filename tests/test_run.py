@@ -364,7 +364,15 @@ def test_the_best_checkpoint_is_named_and_all_can_be_evaluated(place, trained, c
     assert "checkpoint_2 could not be evaluated: " in printed.err
     assert printed.err.count("it has chosen the checkpoint, so accuracy on it is too high") == 1
     assert evaluate_tool.main([str(run), "--all", "none.json"]) == 2
-    assert re.search("checkpoint_1 could not be evaluated: .*none.json", capsys.readouterr().err)
+    printed = capsys.readouterr()
+    assert re.fullmatch("error: .*none.json.*\n", printed.err)
+    assert not printed.out
+    (odd / "checkpoint_3" / "coconut.json").unlink()
+    assert evaluate_tool.main([str(odd), "--all", str(place / "valid.json")]) == 2
+    printed = capsys.readouterr()
+    assert ", best" not in printed.out.replace("checkpoint_1, stage 0, best", "")
+    assert "checkpoint_3 could not be evaluated: it is damaged" in printed.err
+    assert "checkpoint_3 is damaged" in printed.err
     assert evaluate_tool.main([str(tmp_path), "--all", "none.json"]) == 2
     assert "holds no checkpoint of a finished epoch" in capsys.readouterr().err
 

@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 from curriculum import stage_name
+from preprocessing.examples import load_examples
 from trainer.evaluate import HEADER, named_best, row_of, summary
 from trainer.files import why_unreadable
-from trainer.run_folder import best, checkpoints, is_epoch_checkpoint
+from trainer.run_folder import best_with_warnings, checkpoints, is_epoch_checkpoint, run_checkpoints
 from utils import UserError, print_error, print_result, progress_bar, read_object
 
 
@@ -25,10 +26,12 @@ def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
     Returns a table that marks the best checkpoint in validation, and a sentence for each failed evaluation. Prints the
     warnings of run.py, each once. Raises UserError without a checkpoint.
     """
-    paths = [path for path in checkpoints(run_dir) if is_epoch_checkpoint(path)]
+    paths, everything = ([*filter(is_epoch_checkpoint, find(run_dir))] for find in (checkpoints, run_checkpoints))
     if not paths:
         raise UserError(f"{run_dir} holds no checkpoint of a finished epoch")
-    rows, failed, folder, chosen = [HEADER], [], run_dir / "evaluations" / Path(file).stem, best(run_dir)
+    load_examples(file)  # its mistakes would be those of every evaluation
+    failed = [f"{path} could not be evaluated: it is damaged" for path in everything if path not in paths]
+    rows, folder, chosen = [HEADER], run_dir / "evaluations" / Path(file).stem, best_with_warnings(run_dir)
     warned: set[str] = set()
     for path in progress_bar(paths, "evaluating", "checkpoint", shown=True):
         keys = {"only_eval": True, "from_scratch": False, "load_model_path": str(path), "val_path": file, "resume": 0}

@@ -27,7 +27,7 @@ from trainer.data import Data
 from trainer.distributed import World, barrier
 from trainer.files import replaced
 from trainer.logger import read_log
-from trainer.run_folder import best, rating
+from trainer.run_folder import best_with_warnings, rating
 from utils import UserError, as_json, progress_bar, read_object
 
 if TYPE_CHECKING:
@@ -441,7 +441,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 def named_best(run_dir: Path) -> str | None:
     """Returns a line about the checkpoint RUN@best; None if the run has none."""
-    if (found := best(run_dir)) is None:
+    if (found := best_with_warnings(run_dir)) is None:
         return None
     stage, accuracy = rating(found)
     name = f"{found.name}, stage {stage_name(stage)}, {accuracy:.1%}"

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -73,6 +74,19 @@ def best(run_dir: Path) -> Path | None:
     return max((pair for pair in rated if pair[1] is not None), key=lambda pair: pair[1], default=(None, None))[0]
 
 
+def best_with_warnings(run_dir: Path) -> Path | None:
+    """Same as `best`; warns of epoch checkpoints that it cannot compare: one of them may be the best."""
+    for path in run_checkpoints(run_dir):
+        if is_epoch_checkpoint(path) and rating(path) is None:
+            _warn_skipped(path)
+    return best(run_dir)
+
+
+@cache
+def _warn_skipped(path: Path) -> None:
+    log.warning(f"{path} is damaged (coconut.json, metrics.json or trainer/state.json) and skipped")
+
+
 @reading()
 def resolve(load_model_path: str, cached: bool = False) -> Path:
     """Resolves load_model_path to a folder or file: a reference checkpoint, a Hugging Face folder, a run's newest
@@ -90,6 +104,8 @@ def resolve(load_model_path: str, cached: bool = False) -> Path:
     if path.is_file() or (path / "config.json").is_file():
         return path
     if found := checkpoints(path):
+        for damaged in run_checkpoints(path)[run_checkpoints(path).index(found[-1]) + 1 :]:
+            _warn_skipped(damaged)
         return next((folder for folder in reversed(found) if is_epoch_checkpoint(folder)), found[-1])
     if is_on_hub(load_model_path):
         return _downloaded(load_model_path, cached)
@@ -110,7 +126,7 @@ def _chosen(load_model_path: str, run: Path, which: str) -> Path:
     if not there:
         raise UserError(f"load_model_path {load_model_path!r}: {run} is no run's folder with a complete checkpoint")
     if which == "best":
-        if found := best(run):
+        if found := best_with_warnings(run):
             return found
         raise UserError(f"load_model_path {load_model_path!r}: no checkpoint of {run} has a validation accuracy")
     if which not in there:
