@@ -362,6 +362,19 @@ def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint(place, two_e
     assert not (run / "checkpoint_3").exists()
 
 
+def test_accuracies_of_another_validation_are_not_compared(place, two_epochs, here):
+    """An epoch was judged by the best accuracy on the earlier file, without a word."""
+    run, arguments = two_epochs
+    state = run / "checkpoint_2" / "trainer" / "state.json"
+    assert json.loads(state.read_text())["best"]
+    arguments = (place / "run.yaml", *arguments, "num_epochs=3")
+    assert "accuracies differ" not in here(*arguments).stderr
+    shutil.rmtree(run / "checkpoint_3")
+    printed = here(*arguments, "max_eval_examples=3", "answer_match=number").stderr
+    assert printed.count("answer_match and max_eval_examples changed: accuracies differ") == 1
+    assert [*json.loads((run / "checkpoint_3" / "trainer" / "state.json").read_text())["best"]] == ["2"]
+
+
 FULL_DISKS = {  # a file on a full disk -> keys of the run
     "metrics.jsonl": (),
     "config.yaml": (),

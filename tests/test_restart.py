@@ -118,8 +118,8 @@ def without_updates(monkeypatch) -> None:
     )
 
 
-# setup_run compares `token_ids` (test_faults.py) and sets `val` anew
-PROGRESS = [field.name for field in fields(Progress) if field.name not in ("token_ids", "val")]
+# setup_run compares `token_ids` and `scored_by` (test_faults.py)
+PROGRESS = [field.name for field in fields(Progress) if field.name not in ("token_ids", "scored_by")]
 OTHER_KEYS = {"at_goal": AGAIN, "passed_over": EARLY}
 PARTS = {
     **{f"progress: {name}": (OTHER_KEYS.get(name, KEYS), without_field(name)) for name in PROGRESS},

@@ -84,7 +84,7 @@ class Progress:
     best: dict[int, float] = field(default_factory=dict)  # stage -> best validation accuracy
     wandb_id: str | None = None
     token_ids: str | None = None  # digest of the training data's token ids (`Tokens.digest`)
-    val: str | None = None  # SHA-256 of the validation file
+    scored_by: dict | None = None  # SHA-256 of the validation file ("val_path"), and the keys that affect accuracies
     started_from: str | None = None  # the checkpoint that load_model_path resolved to when the run began
 
 
@@ -136,7 +136,8 @@ def save(
             retried((aside / OPTIMIZER).stat)  # rank 0 has made it, perhaps on another node
             save_random_state(aside, world)
             if world.is_main:
-                validated_on = {"file": config.val_path, "sha256": progress.val}  # it also chooses the best checkpoint
+                digest = (progress.scored_by or {}).get("val_path")
+                validated_on = {"file": config.val_path, "sha256": digest}  # it also chooses the best checkpoint
                 write_model(aside, config, pretrained, stage, weights, validated_on)
                 for file, text in (files or {}).items():
                     (aside / file).write_text(text, encoding="utf-8")

@@ -117,7 +117,8 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
             f"{source} was trained on other data than {config.train_path} now holds: choose another name, or set "
             f"continue_changed=true"
         )
-    progress.token_ids, progress.val = data.train_digest, data.val_digest
+    progress.token_ids = data.train_digest
+    _forget_other_scores(progress, config, data.val_digest)
     if source is not None and not progress.step:
         progress.started_from = str(source)
     logger = RunLogger(config.run_dir / "eval" if config.only_eval else config.run_dir)
@@ -139,6 +140,19 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
 
     progress.wandb_id = ranks.on_main_rank(world, open_log)  # all ranks
     return Run(config, world, loaded, sets, logger, progress)
+
+
+def _forget_other_scores(progress: Progress, config: Config, val_digest: str | None) -> None:
+    """Clears the accuracies in `progress` if they were measured otherwise than from now on, with a warning."""
+    names = ("answer_match", "max_eval_examples", "max_new_tokens", "eval_latents_from_steps")
+    now = {"val_path": val_digest, **{name: getattr(config, name) for name in names}}
+    before, progress.scored_by = progress.scored_by or now, now
+    if changed := [name for name in now if before.get(name) != now[name]]:
+        progress.best, progress.at_goal = {}, 0
+        log.warning(
+            f"{' and '.join(changed)} changed: accuracies differ from those of earlier epochs. save_only_improve "
+            f"and advance_at begin anew, but RUN@best compares all of them"
+        )
 
 
 def versions(source: Path, sets: dict[str, Data]) -> dict[str, str]:
