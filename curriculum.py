@@ -246,7 +246,5 @@ def schedule(config: Config, world_size: int) -> str:
         left = reasoning_left(stage, config)
         lines.append(f"{epoch:>5} {stage_name(stage):>5} {latents:>8} {left:>20} {optimizer:>10} {batch:>6}")
     if config.advance_at is not None:
-        lines.append(
-            f"a stage ends early after {config.advance_after} epochs in a row with accuracy >= {config.advance_at:g}"
-        )
+        lines.append(f"a stage ends early after {config.advance_after} epochs in a row at >= {config.advance_at:.1%}")
     return "\n".join(lines)

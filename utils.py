@@ -54,6 +54,8 @@ log.addFilter(lambda _: launched_ranks()[0] == 0)
 
 def print_result(text: str) -> None:
     """Prints to standard output. Ignores a closed pipe (`| head`); raises UserError if the disk is full."""
+    with suppress(AttributeError):  # closed, or no file
+        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may not be UTF-8
     try:
         print(text, flush=True)
     except OSError as error:

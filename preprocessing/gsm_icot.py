@@ -42,9 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("target", type=Path, help="JSON file to write")
     parser.add_argument("--expect", type=int, metavar="N", help="write the file only if there are N examples")
     options = parser.parse_args(arguments)
+    examples = convert(options.source)
     if options.target.exists() and options.target.samefile(options.source):
         raise UserError(f"{options.target} is both the source and the target")
-    examples = convert(options.source)
     if options.expect not in (None, len(examples)):
         raise UserError(f"{options.source} holds {len(examples):,} examples, not {options.expect:,}")
     publish({options.target: examples})

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
-from conftest import command, python, refusal, refuses
+from conftest import command, one_error, python, refusal, refuses
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from analysis.subject import Subject
@@ -28,6 +28,7 @@ from config import Config
 from tools import export, generate, thoughts_needed
 from trainer import inference
 from trainer.pretrained import Pretrained, load_model
+from utils import print_result
 
 QUESTIONS = ["3+4", "5*6-0*2"]
 
@@ -220,6 +221,28 @@ def test_sampling_is_from_the_models_own_distribution(folders, tmp_path, capsys)
     assert plain[0] == plain[1]
     assert len(set(plain)) > 1
     assert sampled(folders["coconut"], 5, "--top-k", 1) == ask(capsys, folders["coconut"], "3+4")[0]["output"]
+
+
+def test_any_text_is_printed_in_any_encoding(folders, monkeypatch):
+    """A terminal that is not UTF-8 ended the program with a traceback."""
+    for prints in (
+        lambda: generate.main([str(folders["coconut"]), "é?", "--json", "--max-new-tokens", "1"]),
+        lambda: print_result('"question": "é?"'),
+    ):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+        prints()
+        sys.stdout.flush()
+        assert rb'"question": "\xe9?"' in sys.stdout.buffer.getvalue()
+
+
+def test_damaged_weights_do_not_answer(folders, tmp_path, capsys):
+    damaged = shutil.copytree(folders["coconut"], tmp_path / "damaged")
+    if not (damaged / "trainer" / "manifest.json").is_file():
+        (damaged / "trainer").mkdir()
+        (damaged / "trainer" / "manifest.json").write_text(
+            json.dumps({"model.safetensors": 1, "trainer/state.json": 1})
+        )
+    assert "is damaged: model.safetensors differs" in one_error(generate.main, [damaged, "1+2"], capsys)
 
 
 def test_sampling_is_from_all_tokens():

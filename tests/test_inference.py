@@ -35,6 +35,7 @@ def run(tmp_path_factory) -> Path:
         folder = place / "run" / f"checkpoint_{epoch}"
         (folder / "trainer").mkdir(parents=True)
         (folder / "trainer" / "state.json").write_text("{}")
+        (folder / "trainer" / "manifest.json").write_text('{"trainer/state.json": 2}')
         checkpoint.write_model(folder, config, pretrained, epoch, pretrained.model.state_dict())
     return place / "run"
 

@@ -512,6 +512,7 @@ def test_malformed_gsm_lines_are_named(tmp_path, content, complaint, capsys):
 
 def test_gsm_does_not_overwrite_its_source(tmp_path, capsys):
     (tmp_path / "icot.txt").write_text("q||<<1+1=2>> #### 2\n")
+    assert "cannot read" in refusal(gsm_icot.main, [tmp_path / "gone", tmp_path / "icot.txt"], capsys)
     error = refusal(gsm_icot.main, [tmp_path / "icot.txt", tmp_path / "." / "icot.txt"], capsys)
     assert "is both the source and the target" in error
     assert (tmp_path / "icot.txt").read_text() == "q||<<1+1=2>> #### 2\n"

@@ -202,6 +202,8 @@ def converse(ask: Callable[[list[str]], list[dict]], form: Callable[[dict, dict]
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    with suppress(AttributeError):  # closed, or no file
+        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may not be UTF-8
     form = as_json if options.json else as_text
     try:
         check_checkpoint(options.checkpoint)

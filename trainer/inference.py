@@ -24,7 +24,7 @@ from config import Config
 from curriculum import prompt
 from dataset import collate_prompts, latent_columns, to_device
 from preprocessing.tokens import batched, question_ids
-from trainer.checkpoint import DESCRIBED, write_model
+from trainer.checkpoint import DESCRIBED, damage, write_model
 from trainer.evaluate import extract_answer, generate_tokens, texts_of
 from trainer.files import replaced
 from trainer.pretrained import Pretrained, hub_problem, load_model, loading, read_description, shape_of
@@ -52,6 +52,8 @@ saved it:
 def load(source: str | Path, trust_remote_code: bool = False, **hub_options) -> Coconut:
     """Loads a checkpoint, a run's newest checkpoint or a hub id: see Coconut.from_pretrained."""
     folder = _local_folder(source, hub_options)
+    if (folder / "trainer").is_dir() and (problem := damage(folder, model_only=True)):
+        raise UserError(f"{folder} is damaged: {problem}")
     description = read_description(folder)
     if description is None:
         raise UserError(f"{folder} lacks coconut.json, which describes the training: it is no checkpoint of run.py")
