@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config import Config
-from curriculum import IGNORE, kept_reasoning, prompt, stage_name
-from dataset import StageDataset, collate, collate_prompts, to_device
+from curriculum import kept_reasoning, prompt, stage_name
+from dataset import StageDataset, collate_for_device, collate_prompts, to_device
 from methods import rules_of
 from preprocessing.tokens import Tokens, batched
 from trainer.data import Data
@@ -299,12 +299,10 @@ def validation_loss(pretrained: Pretrained, tokens: Tokens, stage: int, config: 
     rows = [dataset[index, stage] for index in range(len(tokens))]
     lengths = [len(input_ids) for input_ids, _ in rows]
     for indices in _batches_of_rank(lengths, config.batch_size_training, world):
-        batch = collate([rows[index] for index in indices], markers.eos, markers.latent)
-        count = int((batch["labels"][:, 1:] != IGNORE).sum())
+        batch = collate_for_device([rows[index] for index in indices], markers.eos, markers.latent)
+        batch, count = to_device(batch, world.device), len(batch["supervised"])
         with torch.no_grad(), autocast(config, world):
-            total += torch.tensor(
-                [model(**to_device(batch, world.device)).loss.item() * count, count], dtype=torch.float64
-            )
+            total += torch.tensor([model(**batch).loss.item() * count, count], dtype=torch.float64)
     barrier(world)  # all ranks: some may take longer than a collective's timeout
     dist.all_reduce(total)  # all ranks
     return (total[0] / total[1]).item()
