@@ -136,7 +136,7 @@ def slow(module, name):
     setattr(module, name, slowly)
 
 if os.environ["RANK"] == "1":
-    slow(evaluate, "collate")  # of the validation loss
+    slow(evaluate, "collate_for_device")  # of the validation loss
     slow(checkpoint, "load_random_state")
 else:
     slow(evaluate, "warn_unscorable_answers")

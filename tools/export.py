@@ -55,6 +55,7 @@ def export(checkpoint: str, out: Path, force: bool = False, license: str | None 
     from coconut import Coconut
     from curriculum import END
     from tools.model_card import make_card
+    from trainer.checkpoint import damage
     from trainer.pretrained import read_tokenizer
 
     logging.disable_progress_bar()
@@ -68,6 +69,8 @@ def export(checkpoint: str, out: Path, force: bool = False, license: str | None 
             problem = "its model brings Python code of its own, which the exported folder would lack"
             raise UserError(f"{checkpoint} cannot be exported: {problem}") from None
         folder = Path(model.config.model_id).resolve()  # Path('.') has no name and no parent
+        if (folder / "trainer").is_dir() and (problem := damage(folder)):
+            raise UserError(f"{folder} is damaged: {problem}")
         write_code(Path(code), type(model.thought))
         exported = build_exported(model, import_code(Path(code)))
         warnings = differing_prompts(model, exported, folder)

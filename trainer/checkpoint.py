@@ -509,15 +509,14 @@ def newest_whole(run_dir: Path) -> Path | None:
 
 
 @reading()
-def damage(folder: Path, model_only: bool = False) -> str | None:
+def damage(folder: Path, weights_only: bool = False) -> str | None:
     """Describes what is wrong with a checkpoint's files; None if nothing is. Raises UserError for missing permissions.
-    model_only: whether to leave out what only a restart or an evaluation needs."""
-    left_out = ("trainer/", "metrics.json", "predictions.jsonl") if model_only else ()
+    weights_only: whether to check the weights alone; a user may have edited the other files."""
     try:
         listed = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(listed, dict) or STATE not in listed:
             raise ValueError
-        listed = {name: value for name, value in listed.items() if not name.startswith(left_out)}
+        listed = {name: listed[name] for name in listed if not weights_only or name.endswith(".safetensors")}
         sizes = {name: (folder / name).stat().st_size for name in listed}
         hashed = [name for name, value in listed.items() if isinstance(value, str)]
         found = sizes | dict(zip(hashed, _digests([folder / name for name in hashed]), strict=True))

@@ -52,7 +52,7 @@ saved it:
 def load(source: str | Path, trust_remote_code: bool = False, **hub_options) -> Coconut:
     """Loads a checkpoint, a run's newest checkpoint or a hub id: see Coconut.from_pretrained."""
     folder = _local_folder(source, hub_options)
-    if (folder / "trainer").is_dir() and (problem := damage(folder, model_only=True)):
+    if (folder / "trainer").is_dir() and (problem := damage(folder, weights_only=True)):
         raise UserError(f"{folder} is damaged: {problem}")
     description = read_description(folder)
     if description is None:
