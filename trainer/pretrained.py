@@ -333,7 +333,7 @@ def add_markers(tokenizer, base: PreTrainedModel, initialise: bool = True, disti
     known = min(len(tokenizer), rows)
     missing = [marker for marker in (START, END, LATENT) if vocabulary.get(marker, rows) >= rows]
     markers = add_marker_tokens(tokenizer, "coconut")
-    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > rows:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     rows = base.get_input_embeddings().weight.shape[0]
     if max(markers[:3]) >= rows:

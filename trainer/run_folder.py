@@ -32,8 +32,11 @@ def split_choice(load_model_path: str) -> tuple[Path, str | None]:
 def checkpoints(run_dir: Path) -> list[Path]:
     """Returns the checkpoints of a run, oldest first, without those that lack essential files; `checkpoint.damage`
     checks the rest. Ignores unrelated files."""
-    needed = ("coconut.json", "trainer/state.json")
-    return [path for path in run_checkpoints(run_dir) if all((path / name).is_file() for name in needed)]
+    return [*filter(_is_complete, run_checkpoints(run_dir))]
+
+
+def _is_complete(path: Path) -> bool:
+    return all((path / name).is_file() for name in ("coconut.json", "trainer/state.json"))
 
 
 @reading()
@@ -103,8 +106,9 @@ def resolve(load_model_path: str, cached: bool = False) -> Path:
         )
     if path.is_file() or (path / "config.json").is_file():
         return path
-    if found := checkpoints(path):
-        for damaged in run_checkpoints(path)[run_checkpoints(path).index(found[-1]) + 1 :]:
+    everything = run_checkpoints(path)  # one listing: a run that goes on adds and removes checkpoints
+    if found := [*filter(_is_complete, everything)]:
+        for damaged in everything[everything.index(found[-1]) + 1 :]:
             _warn_skipped(damaged)
         return next((folder for folder in reversed(found) if is_epoch_checkpoint(folder)), found[-1])
     if is_on_hub(load_model_path):
