@@ -80,7 +80,7 @@ from preprocessing.tokens import batched
 from trainer.evaluate import autocast, before_eos, evaluate
 from trainer.files import read_weights
 from trainer.pretrained import read_description
-from utils import UserError
+from utils import UserError, log
 
 
 class ForcedDataset(StageDataset):
@@ -143,6 +143,8 @@ class Stopping(Coconut):
             raise UserError(
                 f"{folder or config.load_model_path} has no stop_head.safetensors: method stopping trains it"
             )
+        elif config.load_model_path is None:
+            log.warning("method stopping trains a head for a Coconut that is not trained: set load_model_path to one")
 
     def forward(
         self,

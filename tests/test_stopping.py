@@ -400,6 +400,13 @@ def test_a_run_trains_the_head_and_nothing_else(place, coconut_run, capsys):
     assert "has no stop_head.safetensors: method stopping trains it" in capsys.readouterr().err
 
 
+def test_a_head_for_an_untrained_model_is_a_warning(capsys):
+    model = make_stopping("gpt2")
+    for source, count in ((None, 1), ("a Coconut", 0)):
+        model.load_companion(Config(method="stopping", load_model_path=source), None, None)
+        assert capsys.readouterr().err.count("a Coconut that is not trained: set load_model_path") == count
+
+
 @pytest.mark.slow
 def test_ranks_train_the_same_head(place, coconut_run):
     # in the last step one rank has no example
