@@ -46,6 +46,8 @@ from dataset import EpochPlan, StageDataset, batches_of, example_order, to_devic
 from preprocessing.examples import load_examples
 from preprocessing.tokens import Tokens, cache_tokens, tokenize
 from trainer.data import sequence_lengths
+from trainer.pretrained import load_tokenizer
+from utils import UserError, print_error
 
 GSM8K_EXAMPLES, PROSQA_EXAMPLES = 385_620, 17_886  # of the training sets
 STAGE = 3  # of padding and training steps
@@ -203,6 +205,11 @@ def main(arguments: list[str]) -> int:
     if options.memory_of:
         print_memory(*options.memory_of)
         return 0
+    try:
+        if options.model:
+            load_tokenizer(Config(model_id=options.model))
+    except UserError as error:
+        return print_error(error)
     where = machine(device := pick_device())
     print(where, flush=True)
     with tempfile.TemporaryDirectory() as folder:

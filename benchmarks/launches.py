@@ -45,7 +45,6 @@ def make_parser() -> Parser:
 if __name__ == "__main__":
     make_parser().parse_args()  # answers --help and rejects mistakes before the slow imports below
 
-import json
 from functools import cache
 from typing import NamedTuple
 
@@ -62,6 +61,7 @@ from curriculum import IGNORE
 from dataset import collate_for_device, to_device
 from trainer import parallel
 from trainer.throughput import FlopCounter, peak_flops
+from utils import UserError, print_error, read_object
 
 ALLOCATIONS = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "resize_", "_unsafe_view"}
 SIDES = ("transformers", "coconut", "compiled")
@@ -193,20 +193,26 @@ def modelled(shape: str, counts: dict[str, Count], stage: int, options: argparse
 
 def take_measured(options: argparse.Namespace) -> dict[tuple, float]:
     """Returns (shape, side, stage) -> seconds from the file --measured, and sets the options to the file's batch,
-    stages, size and arithmetic."""
+    stages, size and arithmetic. Raises UserError for another file."""
     if not options.measured:
         return {}
-    content = json.loads(options.measured.read_text(encoding="utf-8"))
-    theirs, results = content["options"], content["results"]
-    options.batch, options.stages, options.size = theirs["batch"], theirs["stages"], theirs["size"]
-    options.arithmetic = "bf16" if theirs["bf16"] else "float32"
-    side = "compiled" if theirs["compile"] else "coconut"
-    return {(theirs["shape"], side, one["stage"]): one["seconds"] for one in results if one["side"] == "coconut"}
+    content = read_object(options.measured)
+    try:
+        theirs, results = content["options"], content["results"]
+        options.batch, options.stages, options.size = theirs["batch"], theirs["stages"], theirs["size"]
+        options.arithmetic = "bf16" if theirs["bf16"] else "float32"
+        side = "compiled" if theirs["compile"] else "coconut"
+        return {(theirs["shape"], side, one["stage"]): one["seconds"] for one in results if one["side"] == "coconut"}
+    except (KeyError, TypeError):
+        raise UserError(f"{options.measured} is no file of benchmarks/step.py --json") from None
 
 
 def main(arguments: list[str]) -> int:
     options = make_parser().parse_args(arguments)
-    measured = take_measured(options)
+    try:
+        measured = take_measured(options)
+    except UserError as error:
+        return print_error(error)
     layers, where = SIZES[options.size][0], machine(pick_device())
     results, counted, times = [], [], []
     for shape in options.shapes:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 
 import pytest
@@ -20,7 +21,8 @@ from dataset import collate_for_device
 from methods.parallel_latents import ParallelLatents
 from trainer.parallel import whole_weights
 
-generate, thoughts = (load_script(ROOT / "benchmarks" / f"{name}.py") for name in ("generate", "thoughts"))
+NAMES = ("data", "generate", "launches", "thoughts")
+data, generate, launches, thoughts = (load_script(ROOT / "benchmarks" / f"{name}.py") for name in NAMES)
 
 OPTIONS = {"shape": "gpt2", "size": "tiny", "batch": 2, "c_thought": 1, "bf16": False, "compile": False}
 OPTIONS |= {"latent_passes": 2}
@@ -93,3 +95,12 @@ def test_thoughts_writes_a_table_of_costs():
     text = thoughts.as_text({"last": cost}, "small")
     assert "| `last` | 9.00 | 3.00 | 3.50 | 1.00 |" in text
     assert "12 layers, width 768" in text
+
+
+def test_wrong_files_are_one_sentence(tmp_path, capsys):
+    (tmp_path / "other.json").write_text("{}")
+    for file, why in (("other.json", "is no file of benchmarks/step.py --json"), ("none.json", "cannot be read")):
+        assert launches.main(["--measured", str(tmp_path / file)])
+        assert re.search(rf"{file} {why}.*\n$", capsys.readouterr().err)
+    assert data.main(["--model", str(tmp_path)])
+    assert re.search("has no tokenizer\n$", capsys.readouterr().err)
