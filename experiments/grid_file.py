@@ -39,7 +39,7 @@ class RunSpec:
 class Grid:
     """The content of a grid's YAML file."""
 
-    name: str
+    name: str  # the file's name, without its suffix
     title: str
     base: str  # a file of args/
     save_path: str
@@ -102,7 +102,7 @@ def read_grid(path: Path, seen: tuple[Path, ...] = ()) -> Grid:
     problems += [f"{path}: {text}" for text in _grid_problems(grid)]
     if problems:
         raise UserError("; ".join(problems))
-    return Grid(**{"name": path.stem, **grid})
+    return Grid(name=path.stem, **grid)
 
 
 def _grid_problems(grid: dict) -> list[str]:
@@ -138,6 +138,7 @@ def _is_command(text) -> bool:
 def _fields(cls, values, where: str, problems: list[str]) -> dict:
     """Returns the fields of a dataclass that a YAML mapping sets; appends unknown names and wrong types to problems."""
     kinds = typing.get_type_hints(cls)
+    kinds.pop("name", None)  # a grid has the name of its file
     if not isinstance(values, dict):
         problems.append(f"{where} must hold `key: value` lines")
         return {}

@@ -203,6 +203,7 @@ def test_a_full_standard_output_is_a_user_error(small, capsys, monkeypatch):
     ("change", "complaint"),
     [
         ({"runs": {"coconut": {"begins_with": "nobody"}}}, "begins with 'nobody', which must be a beginning"),
+        ({"name": "../elsewhere"}, "unknown key 'name'"),
         ({"seds": [1]}, "unknown key 'seds': did you mean 'seeds'?"),
         ({"runs": {"coconut": {"key": {}}}}, "coconut: unknown key 'key': did you mean 'keys'?"),
         ({"controls": ["nobody"]}, "control 'nobody' is no run of the grid"),
