@@ -24,13 +24,14 @@ from pathlib import Path
 import yaml
 
 import methods
-from methods import LARGEST_FACTOR, key
+from methods import LARGEST_FACTOR, LARGEST_SAMPLE, key
 from trainer.files import why_unreadable
 from trainer.run_folder import is_on_hub, split_choice
 from utils import UserError, launched_ranks, print_error, print_result
 
 METHODS = methods.names()
 METHOD_BOOLEANS = ("coconut", "cot", "no_thoughts", "no_cot")  # keys of the reference, replaced by `method`
+LARGEST_INTEGER = 2**63 - 1  # the largest that torch and numpy take
 MIN_TEMPERATURE = 0.001  # below it logits overflow
 COMMAND_LINE = "the command line"
 PLACEHOLDER = re.compile(r"YOUR_\w+")
@@ -173,7 +174,12 @@ class Config:
         "run the Python code in model_id, for a family that transformers does not include: read the code first",
     )
     lora_rank: int | None = key(
-        None, "LoRA: rank of the updates of linear layers, which alone are trained", low=1, later=True, shapes=True
+        None,
+        "LoRA: rank of the updates of linear layers, which alone are trained",
+        low=1,
+        high=65_536,
+        later=True,
+        shapes=True,
     )
     lora_alpha: int = key(32, "LoRA: the updates are scaled by lora_alpha / lora_rank", low=1, later=True, shapes=True)
     lora_dropout: float = key(0.0, "LoRA: dropout on the input of the updates", low=0, high=1, later=True)
@@ -194,7 +200,7 @@ class Config:
     num_workers: int = setting(1, "no effect, accepted for older files: a thread prepares the next batch", low=0)
 
     # --- The optimisation ---
-    num_epochs: int = key(50, "total number of epochs, counted from epoch 0 of the curriculum", low=1)
+    num_epochs: int = key(50, "total number of epochs, counted from epoch 0 of the curriculum", low=1, high=1_000_000)
     batch_size_training: int = key(32, "examples of one micro-batch: a forward pass on one rank", low=1)
     gradient_accumulation_steps: int = key(1, "micro-batches of one optimizer step on one rank", low=1)
     global_batch_size: int | None = key(
@@ -231,7 +237,10 @@ class Config:
         128, "maximum number of generated tokens (unset, with gsm in val_path: 64, as in the reference)", low=1
     )
     val_samples: int = setting(
-        0, "sampled answers per validation question, beside the greedy one, for pass@k and vote (0: none)", low=0
+        0,
+        "sampled answers per validation question, beside the greedy one, for pass@k and vote (0: none)",
+        low=0,
+        high=LARGEST_SAMPLE,
     )
     temperature: float = key(
         0.0, "temperature of sampled answers (0: greedy)", low=0, check=_check_temperature, later=True
@@ -376,6 +385,8 @@ class Config:
             yield f"save_path {self.save_path!r} cannot be reached: {reason}"
         elif Path(self.save_path).is_file():
             yield f"save_path {self.save_path!r} is a file, not a folder"
+        elif Path(self.save_path).is_symlink() and not Path(self.save_path).exists():
+            yield f"save_path {self.save_path!r} is a link to {os.readlink(self.save_path)!r}, which does not exist"
         if NO_FILE_NAME.search(self.name):
             yield f"name {self.name!r} must be a plain folder name, of at most 200 characters"
         if isinstance(self.val_path, dict) and not self.only_eval:
@@ -499,17 +510,29 @@ class RepeatedKey(yaml.YAMLError):
 
 
 class _TextLoader(yaml.BaseLoader):
-    """Loads all scalars as text. Raises RepeatedKey for a key that a mapping has twice."""
+    """Loads all scalars as text, and merges `<<: *anchor` as yaml.safe_load, with which the reference reads its files.
+    Raises RepeatedKey for a key that a mapping has twice."""
+
+    flatten_mapping = yaml.SafeLoader.flatten_mapping
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        values = super().construct_mapping(node, deep)
+        self.flatten_mapping(node)
+        return super().construct_mapping(node, deep)
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for name, _ in node.value:
+            if not isinstance(name, yaml.ScalarNode):
+                continue
             line = name.start_mark.line + 1
             if name.value in lines:
                 raise RepeatedKey(f"the key {name.value!r} is set twice, in lines {lines[name.value]} and {line}")
             lines[name.value] = line
-        return values
+        return node
+
+
+_TextLoader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile("<<"), ["<"])
 
 
 def read_yaml(path: Path) -> dict:
@@ -692,8 +715,9 @@ def _check_limits(value, limits) -> None:
     for number in value if isinstance(value, list) else [value]:
         if type(number) in (int, float) and not number >= limits["low"]:  # also NaN
             raise ValueError(f"must be at least {limits['low']}")
-        if type(number) in (int, float) and not number <= limits["high"]:
-            raise ValueError(f"must be at most {limits['high']}")
+        high = min(limits["high"], LARGEST_INTEGER) if type(number) is int else limits["high"]
+        if type(number) in (int, float) and not number <= high:
+            raise ValueError(f"must be at most {high}")
 
 
 def _checked(values: dict, problems: list[str]) -> dict:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SLOW = {"torch", "transformers", "coconut", "dataset", "model", "trainer"}  # importing one of these ends the upper part
+LARGEST_SAMPLE = 100_000  # upper limit of the answers to one question
 LARGEST_FACTOR = 1e30  # upper limit of a loss weight or learning rate: products with gradients must fit float32
 
 

@@ -29,14 +29,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import methods
-from methods import key
+from methods import LARGEST_SAMPLE, key
 
 
 class Method(methods.Method):
     has_latents = True
     variant_of = "coconut"
     defaults = {"temperature": 1.0, "curriculum": "none"}
-    group_size: int = key(8, "grpo: number of answers sampled for each question", low=2, later=True)
+    group_size: int = key(8, "grpo: answers sampled for each question", low=2, high=LARGEST_SAMPLE, later=True)
     advantage: str = key(
         "mean",
         "grpo: mean | std: an answer's reward minus its group's mean, or that over the group's standard deviation",

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, python, refuses
 
 import config as config_module
@@ -250,9 +251,30 @@ WRONG_ON_THE_COMMAND_LINE = [
     ([f"name={'a' * 201}"], "must be a plain folder name, of at most 200 characters"),
     (["only_eval=true", f"val_path={{{'a' * 201}: x}}"], "must be a plain file name, of at most 200 characters"),
     (["max_latent_stage=1000000000"], "max_latent_stage must be at most 100000"),
+    # num_epochs never ended, a sample took all memory, a rank was a traceback
+    *(
+        ([f"{key}=1000000000000"], rf"{key} must be at most \d+, not")
+        for key in ("num_epochs", "val_samples", "group_size", "lora_rank")
+    ),
+    ([f"batch_size_training={2**63}"], f"batch_size_training must be at most {2**63 - 1}, not"),
     # an OSError
     *(([f"{key}={'a' * 300}"], f"{key} '{'a' * 300}' cannot be reached: File name too long") for key in PATHS),
 ]
+
+
+def test_yaml_merges_mappings_as_the_reference_reads_them(write, tmp_path):
+    text = "rows:\n  a: &a {lr: 0.1, seed: 3}\n  b: &b {<<: *a, seed: 5}\n  c: {<<: [*b, {num_epochs: 7}]}\nrow: c"
+    path = write(text)
+    values = yaml.safe_load(path.read_text())["rows"]["c"]
+    config = Config.from_file(path)
+    assert {name: getattr(config, name) for name in values} == values == {"lr": 0.1, "seed": 5, "num_epochs": 7}
+
+
+def test_save_path_is_no_link_to_nowhere(write, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "scratch")
+    assert re.search(
+        "link' is a link to .*scratch', which does not exist$", problem(write(""), f"save_path={tmp_path}/link")
+    )
 
 
 @pytest.mark.usefixtures("no_collection")

@@ -247,8 +247,12 @@ def small_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
 
 
+def on(kind: str, world) -> SimpleNamespace:
+    return SimpleNamespace(size=world.size, device=torch.device(kind))
+
+
 def out_of_memory(config: Config, world) -> str:
-    with pytest.raises(UserError) as error, explains_out_of_memory(config, world):
+    with pytest.raises(UserError) as error, explains_out_of_memory(config, on("cuda", world)):
         raise torch.OutOfMemoryError(OF_TORCH)
     begin, end = "CUDA is out of memory: ", f" ({OF_TORCH.splitlines()[0]})"
     assert str(error.value).startswith(begin)
@@ -269,3 +273,15 @@ def test_out_of_memory_is_one_sentence_without_a_count(data, tmp_path, world, sm
     assert out_of_memory(config, world).startswith("try a smaller batch_size_training")
     with pytest.raises(ZeroDivisionError), explains_out_of_memory(config, world):
         raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match="a shape"), explains_out_of_memory(config, world):
+        raise RuntimeError("a shape")
+
+
+def test_out_of_memory_without_cuda_is_one_sentence(data, tmp_path, world):
+    """Regression: on a CPU it was a traceback, on another accelerator a second one that hid it."""
+    config = write_config(data, tmp_path, "gpt2")
+    begin = "CPU is out of memory: try a smaller batch_size_training"
+    with pytest.raises(UserError, match=begin), explains_out_of_memory(config, world):
+        torch.empty(2**50, dtype=torch.float64)
+    with pytest.raises(UserError, match="XPU is out of memory"), explains_out_of_memory(config, on("xpu", world)):
+        raise torch.OutOfMemoryError("XPU out of memory")

@@ -358,7 +358,7 @@ def test_the_command_prints_answers_with_their_counts(folders, capsys):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--samples", "0"], "--samples must be at least 1"),
+        (["--samples", "0"], "--samples must be from 1 to 100000"),
         (["--samples", "2", "--top-k", "3"], "--samples excludes"),
         (["--samples", "2", "--thought-noise", "much"], "--thought-noise must be a number of at least 0"),
         (["--temperature", "0"], "--temperature must be at least"),

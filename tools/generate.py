@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from config import MIN_TEMPERATURE, split_noise
+from methods import LARGEST_SAMPLE
 from trainer.run_folder import check_checkpoint
 from utils import UserError, parse_json, print_error
 
@@ -79,8 +80,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     is_greedy = options.samples and options.temperature == 0
     if not (options.temperature >= MIN_TEMPERATURE or is_greedy) or not 0 <= options.seed < 2**63:
         parser.error(f"--temperature must be at least {MIN_TEMPERATURE}, --seed at least 0 and less than 2^63")
-    if options.samples is not None and options.samples < 1:
-        parser.error("--samples must be at least 1")
+    if options.samples is not None and not 1 <= options.samples <= LARGEST_SAMPLE:
+        parser.error(f"--samples must be from 1 to {LARGEST_SAMPLE}")
     if options.samples and (options.sample or options.top_k or options.top_p or options.show_thoughts):
         parser.error("--samples excludes --sample, --top-k, --top-p and --show-thoughts")
     for name, users in USERS.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -113,10 +114,10 @@ def longest_sequence(tokens: Tokens, config: Config, stage: int | None = None) -
     else:
         stages = {stage_of(config, epoch) for epoch in range(config.resume, max(config.num_epochs, config.resume + 1))}
     variants = [config] if config.only_eval else config.rules.variants(config)
-    of_stages = [sequence_lengths(tokens, variant, stage) for variant in variants for stage in stages]
+    pairs = [(variant, stage) for variant in variants for stage in stages]
     if config.eval_latents is not None:
         forced = replace(config, c_thought=1, max_latent_stage=config.eval_latents, pad_latent_to_max=True)
-        of_stages.append(sequence_lengths(tokens, forced, forced.last_stage))
-    lengths = np.max(of_stages, axis=0)
+        pairs.append((forced, forced.last_stage))
+    lengths = reduce(np.maximum, (sequence_lengths(tokens, variant, stage) for variant, stage in pairs))
     index = int(lengths.argmax())
     return int(lengths[index]), index if tokens.chosen is None else int(tokens.chosen[index])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from multiprocessing import get_context
@@ -24,6 +24,7 @@ from preprocessing.examples import load_examples
 from preprocessing.tokens import tokenize
 from trainer.data import Data, check_lengths, load_data, sequence_lengths
 from trainer.distributed import World
+from trainer.files import reason_of
 from utils import UserError, launched_ranks
 
 if TYPE_CHECKING:
@@ -338,20 +339,23 @@ def _gib(n_bytes: float) -> str:
 
 @contextmanager
 def explains_out_of_memory(config: Config, world: World) -> Iterator[None]:
-    """Turns CUDA's OutOfMemoryError into a UserError that names settings that would fit."""
+    """Turns a lack of memory into a UserError that names settings that need less, on CUDA those that would fit."""
     import torch
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        memory = torch.cuda.get_device_properties(world.device).total_memory
-        machine = Machine(world.size, torch.cuda.get_device_name(world.device), memory)
-        try:  # in another process, since this one has a process group
+    except (MemoryError, RuntimeError) as error:
+        of_cpu = "can't allocate memory" in str(error)  # in a plain RuntimeError
+        if not (of_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)):
+            raise
+        advice = "try a smaller batch_size_training (the global batch stays) or gradient_checkpointing=true"
+        with suppress(Exception):  # a family may fail on fake tensors, which must not hide the lack of memory
+            memory = torch.cuda.get_device_properties(world.device).total_memory
+            machine = Machine(world.size, torch.cuda.get_device_name(world.device), memory)
+            # in another process, since this one has a process group
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 advice = pool.submit(what_would_fit, config, machine).result()
-        except Exception:  # a family may fail on fake tensors, which must not hide the lack of memory
-            advice = "try a smaller batch_size_training (the global batch stays) or gradient_checkpointing=true"
-        raise UserError(f"CUDA is out of memory: {advice} ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{world.device.type.upper()} is out of memory: {advice} ({reason_of(error)})") from None
 
 
 def what_would_fit(config: Config, machine: Machine) -> str:
