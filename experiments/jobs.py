@@ -15,7 +15,7 @@ from grid_file import Grid, RunSpec
 from config import Config
 from preprocessing.examples import load_examples
 from trainer.files import file_digest, write_whole
-from trainer.logger import read_log
+from trainer.logger import last_epochs, read_log
 from trainer.run_folder import checkpoints, has_ended, resolve
 from utils import UserError, as_json, read_object
 
@@ -199,9 +199,8 @@ class Job:
         return [] if is_same else ["trained on other data, or from other weights"]
 
     def epochs(self) -> list[dict]:
-        """Returns the epoch records of metrics.jsonl, the last one of each epoch: a restart repeats epochs."""
-        records = [record for record in read_log(self.folder / "metrics.jsonl") if record["event"] == "epoch"]
-        return list({record["epoch"]: record for record in records}.values())
+        """Returns the epoch records of metrics.jsonl, the last one of each epoch."""
+        return list(last_epochs(read_log(self.folder / "metrics.jsonl")).values())
 
 
 def _last_of_each_key(texts: list[str]) -> list[str]:

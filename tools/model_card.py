@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from curriculum import stage_name
 from methods import implementation
 from trainer.files import file_digest
-from trainer.logger import read_log
+from trainer.logger import last_epochs, read_log
 from trainer.run_folder import evaluations_in, read_config
 from utils import UserError, read_object
 
@@ -136,8 +136,7 @@ def _training(checkpoint: Path, config: dict, notes: dict[str, str]) -> str:
 
 def _hours(run_dir: Path, trained: range) -> str:
     """Returns the hours of training and validation in these epochs, counted from 0, as text."""
-    # a restart repeats epochs, and the last record counts; advance_at skips epochs
-    epochs = {r["epoch"]: r for r in read_log(run_dir / "metrics.jsonl") if r["event"] == "epoch"}
+    epochs = last_epochs(read_log(run_dir / "metrics.jsonl"))  # not all, if advance_at has skipped some
     seconds = [r["train_seconds"] + r["seconds"] for epoch, r in epochs.items() if epoch in trained]
     return f"{sum(seconds) / 3600:.2f}, of {len(seconds)} epochs with their validations" if seconds else "unknown"
 

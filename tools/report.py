@@ -21,7 +21,7 @@ from pathlib import Path
 from analysis.page import Figure, Section, page
 from curriculum import stage_name
 from trainer.files import write_whole
-from trainer.logger import read_log
+from trainer.logger import last_epochs, read_log
 from trainer.run_folder import evaluations_in, read_config
 from utils import UserError, print_error, print_result
 
@@ -80,10 +80,9 @@ def read_run(folder: Path, name: str) -> Run:
     records = read_log(path)
     if not path.is_file():
         raise UserError(f"{folder} is not the folder of a run: it holds no metrics.jsonl")
-    # a restart repeats steps and epochs, and the last record counts
     try:
-        steps = {record["step"]: record for record in records if record["event"] == "step"}
-        epochs = {record["epoch"] + 1: record for record in records if record["event"] == "epoch"}
+        steps = {record["step"]: record for record in records if record["event"] == "step"}  # the last of each, too
+        epochs = {epoch + 1: record for epoch, record in last_epochs(records).items()}
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
     if not steps and not epochs:

@@ -26,7 +26,7 @@ from preprocessing.tokens import Tokens, batched
 from trainer.data import Data
 from trainer.distributed import World, barrier
 from trainer.files import replaced
-from trainer.logger import read_log
+from trainer.logger import last_epochs, read_log
 from trainer.run_folder import best_with_warnings, rating
 from utils import UserError, as_json, progress_bar, read_object
 
@@ -370,9 +370,7 @@ def summary(run_dir: Path, evaluation: dict | None = None) -> str:
 
 def _summary(run_dir: Path, evaluation: dict | None) -> str:
     by_stage: dict[int, list[dict]] = {}
-    # a restarted run repeats the epochs that it lost: the last record of an epoch counts
-    epochs = {record["epoch"]: record for record in read_log(run_dir / "metrics.jsonl") if record["event"] == "epoch"}
-    for _, record in sorted(epochs.items()):
+    for _, record in sorted(last_epochs(read_log(run_dir / "metrics.jsonl")).items()):
         by_stage.setdefault(record["stage"], []).append(record)
     rows = []
     for stage, records in by_stage.items():

@@ -176,3 +176,8 @@ def read_log(path: Path) -> list[dict]:
         with suppress(ValueError):
             records.append(parse_json(line))
     return [record for record in records if isinstance(record, dict) and "event" in record]
+
+
+def last_epochs(records: list[dict]) -> dict[int, dict]:
+    """Returns epoch -> its last record: a restarted run repeats the epochs that it lost."""
+    return {record["epoch"]: record for record in records if record["event"] == "epoch"}
