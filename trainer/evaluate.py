@@ -24,7 +24,7 @@ from dataset import StageDataset, collate_for_device, collate_prompts, to_device
 from methods import rules_of
 from preprocessing.tokens import Tokens, batched
 from trainer.data import Data
-from trainer.distributed import World, barrier
+from trainer.distributed import World, barrier, on_every_rank
 from trainer.files import replaced
 from trainer.logger import last_epochs, read_log
 from trainer.run_folder import best_with_warnings, rating
@@ -181,11 +181,7 @@ def _share_of_rank(
 
 def _gathered(share: dict, world: World) -> dict:
     """Merges the results of all ranks, by index. Collective: every rank must call it."""
-    import torch.distributed as dist
-
-    barrier(world)  # all ranks: some may generate for longer than a collective's timeout
-    shares: list = [None] * world.size
-    dist.all_gather_object(shares, share)  # all ranks
+    shares = on_every_rank(world, lambda: share)  # all ranks
     return {index: result for share in shares for index, result in share.items()}
 
 
