@@ -155,7 +155,7 @@ class FakeRank:
             options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": on_gpu}
             self.optimizer = torch.optim.AdamW(model.parameters(), **options)
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            self.gradients = sum(_local(parameter).nbytes for parameter in trained)
+            self.gradients = sum(parallel.local(parameter).nbytes for parameter in trained)
             before = self.live.now
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
@@ -237,11 +237,6 @@ class FakeRank:
             size = 2 if self.config.bf16 or self.config.bf16_weights else 4
             gathered = size * sum(parameter.numel() for parameter in self.model.parameters())
         return Need(self.weights, gradients, self.states, gathered, self.live.peak)
-
-
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    """Returns this rank's shard of a parameter."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 @contextmanager

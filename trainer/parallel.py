@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -146,6 +147,11 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def local(values: torch.Tensor) -> torch.Tensor:
+    """Returns this rank's shard of a parameter or gradient; one that is not sharded stays unchanged."""
+    return values.to_local() if isinstance(values, DTensor) else values
+
+
 def _shape(model: Coconut, tokenizer, markers) -> tuple:
     """Returns what another rank needs to build the same model without its weights."""
     for part in with_companions(model):
@@ -265,15 +271,14 @@ def _after_first_pass(model: Coconut, action: Callable[[], None]) -> Iterator[No
 
 def weights_are_finite(model: nn.Module) -> bool:
     """Whether the weights of all ranks are finite; the loss only tells about those before its step. Collective."""
-    shares = [getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters()]
-    finite = torch.stack([share.isfinite().all() for share in shares]).all().int()
+    finite = torch.stack([local(parameter).isfinite().all() for parameter in model.parameters()]).all().int()
     all_reduce(finite, op=dist.ReduceOp.MIN)  # all ranks
     return bool(finite)
 
 
 def whole_norm(norm: torch.Tensor) -> torch.Tensor:
     """Returns a gradient's norm as a plain tensor. Collective if FSDP has sharded the gradient."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def step_is_finite(norm: torch.Tensor, loss: torch.Tensor) -> bool:
