@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
+from trainer.files import free_bytes
 from trainer.plan import Cost, cost_of, is_counted_in_part
 from trainer.throughput import peak_flops
 
@@ -37,8 +37,7 @@ def plan_of(jobs: list[Job], left: list[Job], peak: float | None, utilisation: f
         f"\n{len(left)} of {len(jobs)} runs are left: {tokens:,.0f} tokens, {flops:.2e} FLOPs, {disk / 1e9:.3g} GB"
     )
     save_path = Path(jobs[0].config.save_path).absolute()
-    free = shutil.disk_usage(next(path for path in (save_path, *save_path.parents) if path.exists())).free
-    if disk > free:
+    if disk > (free := free_bytes(save_path)):
         lines.append(f"warning: {save_path} has {free / 1e9:.3g} GB free: see keep_checkpoints")
     if speeds:
         speed = statistics.median(speeds)

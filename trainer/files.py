@@ -35,6 +35,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def free_bytes(folder: Path) -> int:
+    """Returns the free space of the disk that holds a folder, which may not exist yet."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
 def reason_of(error: BaseException) -> str:
     """Returns the first line of an exception's message, with the next one if it announces that."""
     first, *others = str(error).strip().splitlines() or [type(error).__name__]

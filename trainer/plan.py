@@ -5,7 +5,6 @@ torch is imported inside functions, because run.py imports this module before it
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ from preprocessing.examples import load_examples
 from preprocessing.tokens import tokenize
 from trainer.data import Data, check_lengths, load_data, sequence_lengths
 from trainer.distributed import World
-from trainer.files import reason_of
+from trainer.files import free_bytes, reason_of
 from utils import UserError, launched_ranks
 
 if TYPE_CHECKING:
@@ -320,13 +319,11 @@ def _what_fits(config: Config, machine: Machine, found: Estimate) -> str:
 def _disk(config: Config, found: Estimate, cost: Cost) -> str:
     n_kept = config.keep_checkpoints
     kept = f"the newest {n_kept} and the best are kept" if n_kept else "all are kept: see keep_checkpoints"
-    folder = Path(config.save_path).absolute()
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     gb = (2 if config.bf16_weights else 4) / 1e9  # a parameter
     return (
         f"a checkpoint {gb * found.parameters:.3g} GB, with its optimizer "
         f"{gb * (found.parameters + 2 * found.trained):.3g} GB; the run "
-        f"{cost.disk / 1e9:.3g} GB at most ({kept}), {free / 1e9:.3g} GB are free"
+        f"{cost.disk / 1e9:.3g} GB at most ({kept}), {free_bytes(Path(config.save_path)) / 1e9:.3g} GB are free"
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 import threading
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +23,7 @@ from trainer import evaluate, parallel
 from trainer.checkpoint import Progress, add_digests
 from trainer.data import Data
 from trainer.distributed import StopSignal, World
+from trainer.files import free_bytes
 from trainer.logger import RunLogger
 from trainer.pretrained import Parts, Pretrained, parts_of
 from trainer.run_folder import keep_results, write_config
@@ -223,7 +223,7 @@ def announce_disk(run: Run) -> None:
     weights, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     needed = checkpoint_bytes(run.config, weights, trained)
     there = sum(path.stat().st_size for path in run.config.run_dir.rglob("*") if path.is_file())
-    free = shutil.disk_usage(run.config.run_dir).free
+    free = free_bytes(run.config.run_dir)
     log.info(f"checkpoints take at most {needed / 1e9:.3g} GB")
     if needed - there > free:
         log.warning(
