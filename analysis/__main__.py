@@ -75,6 +75,7 @@ from analysis import interventions, probe, search
 from analysis.report import write_page
 from analysis.subject import Subject
 from analysis.tasks import Graphs, Machine, Task, load_task
+from trainer.commands import command
 from trainer.files import write_whole
 
 
@@ -158,17 +159,14 @@ def write_json(path: Path, content) -> None:
     write_whole(path, as_json(exact))
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command
+def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    try:
-        if not options.page:
-            measure(options)
-        print_result(f"the page: {write_page(options.out)}")
-    except UserError as error:
-        return print_error(error)
-    return 0
+    if not options.page:
+        measure(options)
+    print_result(f"the page: {write_page(options.out)}")
 
 
 if __name__ == "__main__":

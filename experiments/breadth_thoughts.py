@@ -29,12 +29,13 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing")]
 from preprocessing.examples import load_examples
+from trainer.commands import command, make_parser
 from trainer.run_folder import check_checkpoint
 from utils import UserError, as_json, print_error, print_result, read_object
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", help="runs' folders, or checkpoints")
     parser.add_argument("--data", type=Path, default=Path("data/breadth"), help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="(default: results/)")
@@ -210,16 +211,13 @@ def as_text(found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command
+def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    try:
-        found = {Path(run).name: measure(run, options.data) for run in options.runs}
-        write_whole(options.out / "breadth_thoughts.json", as_json(found))
-        write_whole(options.out / "breadth_thoughts.md", as_text(found))
-        print_result(as_text(found))
-    except UserError as error:
-        return print_error(error)
-    return 0
+    found = {Path(run).name: measure(run, options.data) for run in options.runs}
+    write_whole(options.out / "breadth_thoughts.json", as_json(found))
+    write_whole(options.out / "breadth_thoughts.md", as_text(found))
+    print_result(as_text(found))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ sequences and models, and padding. The last column is the max_train_examples at 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -22,7 +21,8 @@ from jobs import Job, jobs_of
 
 from curriculum import stage_of_step
 from preprocessing.examples import load_examples
-from utils import UserError, print_error, print_result
+from trainer.commands import command, make_parser
+from utils import print_result
 
 SAMPLE = 64  # examples that are counted at each stage, as a sample of all
 
@@ -68,19 +68,16 @@ def as_text(jobs: list[Job], flops: list[float]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("grid", type=Path, help="a YAML file of experiments/")
     parser.add_argument("--only", nargs="+", metavar="RUN", help="only these runs, compared with the first")
     options = parser.parse_args(arguments)
-    try:
-        grid = read_grid(options.grid)
-        make_data(grid)
-        jobs = [job for job in jobs_of(grid, options.only, [0], ()) if job.run in grid.runs]
-        print_result(as_text(jobs, [training_flops(job) for job in jobs]))
-    except UserError as error:
-        return print_error(error)
-    return 0
+    grid = read_grid(options.grid)
+    make_data(grid)
+    jobs = [job for job in jobs_of(grid, options.only, [0], ()) if job.run in grid.runs]
+    print_result(as_text(jobs, [training_flops(job) for job in jobs]))
 
 
 if __name__ == "__main__":

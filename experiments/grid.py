@@ -31,9 +31,10 @@ from grid_file import Grid, read_grid
 from jobs import Job, by_digest, check_folders, jobs_of, read_results, unfinished
 
 from curriculum import stage_name
+from trainer import commands
 from trainer.distributed import allowed_cores
 from trainer.files import writing
-from utils import UserError, print_error, print_result
+from utils import UserError, print_result
 
 
 def make_data(grid: Grid) -> None:
@@ -187,7 +188,7 @@ CHILDREN = Children()
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.make_parser(__doc__)
     add = parser.add_argument
     add("grid", type=Path, help="a YAML file of experiments/")
     add("--only", nargs="+", metavar="RUN", help="run only these runs")
@@ -206,7 +207,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+@commands.command
+def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(arguments)
     numbers = (options.jobs, options.gpus, options.peak, options.utilisation)
@@ -227,14 +229,14 @@ def main(arguments: list[str] | None = None) -> int:
 
             n_parallel = options.jobs or max(1, len(visible_gpus()) // options.gpus)
             print_result(plan_of(jobs, left, options.peak, options.utilisation, n_parallel))
-            return 0
+            return
         if problems := [text for job in jobs for text in job.problems()]:
             raise UserError("; ".join(problems))  # before the first run
         if options.slurm is not None:
             from slurm_array import write_array
 
             print_result(write_array(left, options.grid, options.slurm))
-            return 0
+            return
         check_folders(jobs)
         try:
             if left and not options.report:
@@ -243,11 +245,8 @@ def main(arguments: list[str] | None = None) -> int:
                 run_jobs(left, options.jobs)
         finally:
             print_result(report_of(grid, options))
-    except UserError as error:
-        return print_error(error)
     except KeyboardInterrupt:  # while data are made
-        return print_error(UserError("stopped by Ctrl-C; start the same command again to continue"))
-    return 0
+        raise UserError("stopped by Ctrl-C; start the same command again to continue") from None
 
 
 def report_of(grid: Grid, options: argparse.Namespace) -> str:

@@ -6,7 +6,6 @@ python experiments/ladder.py
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -18,8 +17,9 @@ from jobs import read_results
 from recipes import markdown
 from tables import accuracies
 
+from trainer.commands import command, make_parser
 from trainer.files import write_whole
-from utils import UserError, print_error, print_result
+from utils import print_result
 
 TASKS = ("machine", "breadth", "mirrored2")
 TEXT = """\
@@ -47,18 +47,15 @@ def _cell(grid: Grid, rows: list[dict]) -> str:
     return f"{statistics.mean(found):.1f} ({' '.join(f'{one:.1f}' for one in found)})" if found else ""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the results (default: results/)")
     options = parser.parse_args(arguments)
-    try:
-        grids = [read_grid(ROOT / "experiments" / f"ladder_{task}.yaml") for task in TASKS]
-        text = as_text(grids, [read_results(grid, options.out) for grid in grids])
-        write_whole(options.out / "ladder.md", text)
-        print_result(text)
-    except UserError as error:
-        return print_error(error)
-    return 0
+    grids = [read_grid(ROOT / "experiments" / f"ladder_{task}.yaml") for task in TASKS]
+    text = as_text(grids, [read_results(grid, options.out) for grid in grids])
+    write_whole(options.out / "ladder.md", text)
+    print_result(text)
 
 
 if __name__ == "__main__":

@@ -5,35 +5,16 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from functools import wraps
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from preprocessing.examples import load_examples, read_bytes, read_json, read_text
+from trainer.commands import command, make_parser
 from trainer.files import replaced
-from utils import UserError, print_error, print_result
+from utils import UserError, print_result
 
 __all__ = ["UserError", "command", "each", "load_examples", "make_parser", "print_result", "publish", "read_bytes"]
 __all__ += ["read_json", "read_text", "refuse"]
-
-
-def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
-    """Decorates main(arguments) to return the exit code: 0, or 2 after a UserError, which it prints."""
-
-    @wraps(main)
-    def run(arguments: list[str] | None = None) -> int:
-        try:
-            main(arguments)
-        except UserError as error:
-            return print_error(error)
-        return 0
-
-    return run
-
-
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """Returns a parser whose --help prints the description with its line breaks."""
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def refuse(parser: argparse.ArgumentParser, problems: dict[str, object]) -> None:

@@ -6,7 +6,6 @@ python -m tools.evaluate checkpoints/NAME --all data/gsm_test.json     # evaluat
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -14,10 +13,11 @@ from pathlib import Path
 
 from curriculum import stage_name
 from preprocessing.examples import load_examples
+from trainer.commands import command, make_parser
 from trainer.evaluate import HEADER, named_best, row_of, summary
 from trainer.files import why_unreadable
 from trainer.run_folder import best_with_warnings, checkpoints, is_epoch_checkpoint, run_checkpoints
-from utils import UserError, print_error, print_result, progress_bar, read_object
+from utils import UserError, print_result, progress_bar, read_object
 
 
 def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
@@ -58,24 +58,21 @@ def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
     return "\n".join(rows), failed
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a run: save_path/name")
     parser.add_argument("--all", metavar="FILE", help="evaluate all of its checkpoints on this data file")
     options = parser.parse_args(arguments)
-    try:
-        if reason := why_unreadable(options.run):
-            raise UserError(f"{options.run} cannot be reached: {reason}")
-        if options.all is not None:
-            found, failed = evaluate_all(options.run, options.all)
-        else:
-            found, failed = summary(options.run), []
-        print_result("\n".join(filter(None, (found, named_best(options.run)))))
-        if failed:
-            raise UserError("; ".join(failed))
-    except UserError as error:
-        return print_error(error)
-    return 0
+    if reason := why_unreadable(options.run):
+        raise UserError(f"{options.run} cannot be reached: {reason}")
+    if options.all is not None:
+        found, failed = evaluate_all(options.run, options.all)
+    else:
+        found, failed = summary(options.run), []
+    print_result("\n".join(filter(None, (found, named_best(options.run)))))
+    if failed:
+        raise UserError("; ".join(failed))
 
 
 if __name__ == "__main__":

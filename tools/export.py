@@ -9,7 +9,6 @@ the folder's tokenizer and returns the same tokens as this repository's model. T
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import shutil
 import sys
@@ -20,9 +19,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from tools.portable import MODELLING, THOUGHT, write_code
+from trainer.commands import command, make_parser
 from trainer.files import replaced
 from trainer.run_folder import check_checkpoint
-from utils import UserError, parse_json, print_error, print_result
+from utils import UserError, parse_json, print_result
 
 if TYPE_CHECKING:  # these take seconds, so functions import them after the check of the arguments
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -205,22 +205,19 @@ def differing_prompts(model: Coconut, exported: PreTrainedModel, folder: Path) -
     return [f"{what}, because the exported model appends the newline after tokenization"] if n_differ else []
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint folder, a run's folder (its newest checkpoint), or a hub id")
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace an exported model")
     parser.add_argument("--license", help="license of the weights in the model card (default: the base model's)")
     options = parser.parse_args(arguments)
-    try:
-        check_checkpoint(options.checkpoint)
-        for text in export(options.checkpoint, options.out, options.force, options.license):
-            print(f"warning: {text}", file=sys.stderr)
-        call = f"AutoModelForCausalLM.from_pretrained({str(options.out)!r}, trust_remote_code=True)"
-        print_result(f"{options.out}: {call} reads it")
-    except UserError as error:
-        return print_error(error)
-    return 0
+    check_checkpoint(options.checkpoint)
+    for text in export(options.checkpoint, options.out, options.force, options.license):
+        print(f"warning: {text}", file=sys.stderr)
+    call = f"AutoModelForCausalLM.from_pretrained({str(options.out)!r}, trust_remote_code=True)"
+    print_result(f"{options.out}: {call} reads it")
 
 
 if __name__ == "__main__":

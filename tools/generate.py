@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING
 
 from config import MIN_TEMPERATURE, split_noise
 from methods import LARGEST_SAMPLE
+from trainer import commands
 from trainer.run_folder import check_checkpoint
-from utils import UserError, parse_json, print_error
+from utils import UserError, parse_json
 
 if TYPE_CHECKING:
     from coconut import Coconut  # takes seconds, so `load` imports it after all checks of arguments
@@ -42,7 +43,7 @@ USERS = {  # option -> the options without which it would have no effect
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.make_parser(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint folder, a run's folder (its newest checkpoint), or a hub id")
     parser.add_argument("question", nargs="?")
     parser.add_argument("--file", type=Path, help="questions: a JSON list as in data/, or one on each line")
@@ -201,7 +202,8 @@ def converse(ask: Callable[[list[str]], list[dict]], form: Callable[[dict, dict]
     print()
 
 
-def main(arguments: list[str] | None = None) -> int:
+@commands.command
+def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     with suppress(AttributeError):  # closed, or no file
         sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may not be UTF-8
@@ -218,18 +220,15 @@ def main(arguments: list[str] | None = None) -> int:
         ask = make_asker(model, options)
         if options.question is None and options.file is None and sys.stdin.isatty():
             converse(ask, form)
-            return 0
+            return
         while batch := list(islice(records, options.batch if options.file else 1)):
             results = ask([record["question"] for record in batch])
             for record, result in zip(batch, results, strict=True):
                 print(form(record, result), flush=True)
-    except UserError as error:
-        return print_error(error)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at its exit
         if not isinstance(error, BrokenPipeError):  # `| head -1` closes the pipe
-            return print_error(UserError(f"standard output cannot be written: {error.strerror or error}"))
-    return 0
+            raise UserError(f"standard output cannot be written: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

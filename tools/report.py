@@ -8,7 +8,6 @@ The page is one self-contained HTML file. The command also works while a run is 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import math
@@ -20,10 +19,11 @@ from pathlib import Path
 
 from analysis.page import Figure, Section, page
 from curriculum import stage_name
+from trainer.commands import command, make_parser
 from trainer.files import write_whole
 from trainer.logger import last_epochs, read_log
 from trainer.run_folder import evaluations_in, read_config
-from utils import UserError, print_error, print_result
+from utils import UserError, print_result
 
 POINTS = 500  # at most, of a line over steps
 ROWS = 12  # at most, of the table under it
@@ -264,8 +264,9 @@ def cell(form: str, value: float | None) -> str:
     return "" if value is None else form.format(value)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run: save_path/name")
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: report.html in the first run's folder)")
     options = parser.parse_args(arguments)
@@ -273,12 +274,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         write_whole(out, report_page(read_runs(options.runs)))
         print_result(f"the page: {out}")
-    except UserError as error:
-        return print_error(error)
+    except UserError:
+        raise
     except DAMAGE as error:
         logs = ", ".join(str(folder / "metrics.jsonl") for folder in options.runs)
-        return print_error(UserError(f"{logs}: a record is damaged: {error!r}"))
-    return 0
+        raise UserError(f"{logs}: a record is damaged: {error!r}") from None
 
 
 if __name__ == "__main__":

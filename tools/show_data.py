@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,8 @@ from config import Config
 from curriculum import IGNORE, LATENT, Markers, stage_of, training_sequence
 from preprocessing.examples import load_examples
 from preprocessing.tokens import ANSWER_PREFIX, Tokens, markers_of, tokenize
-from utils import UserError, print_error, print_result
+from trainer.commands import command, make_parser
+from utils import UserError, print_result
 
 
 def words(input_ids: list[int], tokenizer) -> str:
@@ -95,8 +95,9 @@ def look(path: str, config: Config, stage: int, n_examples: int) -> str:
     return "\n".join([*lines, "", *length_table(tokens, stage, config, markers)])
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("file", help="JSON list of {question, answer, steps}")
     parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="keys of the configuration, as for run.py")
     parser.add_argument("--model", metavar="ID", help="model with the tokenizer (default: the key model_id)")
@@ -106,16 +107,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     if (options.stage or 0) < 0 or options.examples < 0:
         parser.error("--stage and --examples must not be negative")
-    try:
-        if options.keys and not options.config:
-            raise UserError(f"{options.keys[0]}: keys need --config YAML")
-        config = Config.from_file(options.config, options.keys, needs_files=False) if options.config else Config()
-        config.model_id = options.model or config.model_id
-        stage = stage_of(config, config.resume) if options.stage is None else options.stage
-        print_result(look(options.file, config, stage, options.examples))
-    except UserError as error:
-        return print_error(error)
-    return 0
+    if options.keys and not options.config:
+        raise UserError(f"{options.keys[0]}: keys need --config YAML")
+    config = Config.from_file(options.config, options.keys, needs_files=False) if options.config else Config()
+    config.model_id = options.model or config.model_id
+    stage = stage_of(config, config.resume) if options.stage is None else options.stage
+    print_result(look(options.file, config, stage, options.examples))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ its answer is right. Thresholds need a model of method stopping.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from preprocessing.examples import load_examples
+from trainer.commands import command, make_parser
 from trainer.files import write_whole
 from trainer.run_folder import check_checkpoint
-from utils import UserError, as_json, print_error, print_result, progress_bar
+from utils import UserError, as_json, print_result, progress_bar
 
 if TYPE_CHECKING:
     from coconut import Coconut  # takes seconds, so functions import it after the check of the arguments
@@ -125,8 +125,9 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint folder, a run's folder (its newest checkpoint), or a hub id")
     parser.add_argument("file", help="JSON list of {question, answer, steps}")
     parser.add_argument("--out", type=Path, default=Path("thoughts_needed.json"), help="(default: %(default)s)")
@@ -142,23 +143,19 @@ def main(arguments: list[str] | None = None) -> int:
     questions = 1 if options.questions is None else options.questions
     if min(options.batch, options.max_new_tokens, questions) < 1 or (options.thoughts or 0) < 0:
         parser.error("--batch, --max-new-tokens and --questions must be positive, --thoughts at least 0")
-    try:
-        check_checkpoint(options.checkpoint)
-        examples = load_examples(options.file, options.questions)
-        from tools.generate import load
+    check_checkpoint(options.checkpoint)
+    examples = load_examples(options.file, options.questions)
+    from tools.generate import load
 
-        model = load(options.checkpoint, trust_remote_code=options.trust_remote_code)
-        how = (options.max_new_tokens, options.answer_match)
-        right, tokens, probabilities = measure(model, examples, options.thoughts, *how, options.batch)
-        found = summarize(right, tokens, probabilities)
-        fewest = [k if k < right.shape[1] else None for k in fewest_right(right).tolist()]
-        about = {"checkpoint": options.checkpoint, "file": options.file, "examples": len(examples)}
-        about |= {"max_new_tokens": options.max_new_tokens, "answer_match": options.answer_match}
-        write_whole(options.out, as_json(about | found | {"fewest": fewest}))
-        print_result(table(found))
-    except UserError as error:
-        return print_error(error)
-    return 0
+    model = load(options.checkpoint, trust_remote_code=options.trust_remote_code)
+    how = (options.max_new_tokens, options.answer_match)
+    right, tokens, probabilities = measure(model, examples, options.thoughts, *how, options.batch)
+    found = summarize(right, tokens, probabilities)
+    fewest = [k if k < right.shape[1] else None for k in fewest_right(right).tolist()]
+    about = {"checkpoint": options.checkpoint, "file": options.file, "examples": len(examples)}
+    about |= {"max_new_tokens": options.max_new_tokens, "answer_match": options.answer_match}
+    write_whole(options.out, as_json(about | found | {"fewest": fewest}))
+    print_result(table(found))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,28 @@
+"""Shared by the command lines of all folders: a parser, and the exit code of a `main`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import wraps
+
+from utils import UserError, print_error
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Returns a parser whose --help prints the description with its line breaks."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
+    """Decorates main(arguments) to return the exit code: 0, or 2 after a UserError, which it prints."""
+
+    @wraps(main)
+    def run(arguments: list[str] | None = None) -> int:
+        try:
+            main(arguments)
+        except UserError as error:
+            return print_error(error)
+        return 0
+
+    return run
