@@ -107,10 +107,10 @@ def under_debugger() -> bool:
     return any(frame.f_globals.get("__name__") == "bdb" for frame, _ in traceback.walk_stack(None))
 
 
-def parse_json(text: str):
+def parse_json(text: str, **options):
     """Parses JSON. Raises ValueError for any mistake: `json.loads` raises RecursionError for deeply nested brackets."""
     try:
-        return json.loads(text)
+        return json.loads(text, **options)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -8,7 +8,7 @@ import json
 import math
 from pathlib import Path
 
-from utils import UserError
+from utils import UserError, parse_json
 
 PANDAS = """python -c 'import pandas; pandas.read_{}("{{}}").to_json("NEW.json", orient="records")'"""
 ARROW = (
@@ -96,12 +96,9 @@ def read_json(path: str | Path, text: str | None = None):
     """Parses a JSON file, or `text` in its place. Raises UserError that names the file and the problem."""
     text = read_text(path) if text is None else text
     try:
-        return json.loads(text, object_pairs_hook=_object)
-    except RecursionError:
-        problem = "it is nested too deeply"
+        return parse_json(text, object_pairs_hook=_object)
     except ValueError as error:  # also for a number of thousands of digits and for a repeated key
-        problem = str(error)
-    raise UserError(f"{path} is not valid JSON: {problem}")
+        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
