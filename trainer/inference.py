@@ -130,7 +130,7 @@ def answers(
         results.append({"output": text, "answer": extract_answer(text)})
     if show_thoughts:
         batch = to_device(collate_prompts(rows, model.markers.eos), device)
-        for result, thoughts in zip(results, decoded_thoughts(model, tokenizer, batch), strict=True):
+        for result, thoughts in zip(results, decoded_thoughts(model, batch), strict=True):
             result["thoughts"] = thoughts
     return results
 
@@ -227,14 +227,12 @@ def thought_logits(
     return model.head(hidden[:, [column - 1 for column in columns]]), embeds[:, columns]
 
 
-def decoded_thoughts(
-    model: Coconut, tokenizer: PreTrainedTokenizerBase, batch: dict[str, torch.Tensor]
-) -> list[list[list[tuple[str, float]]]]:
+def decoded_thoughts(model: Coconut, batch: dict[str, torch.Tensor]) -> list[list[list[tuple[str, float]]]]:
     """Returns, for each row and each latent, the TOP likeliest (token, probability) pairs at the position before it."""
     top = thought_logits(model, **batch)[0].float().softmax(dim=-1).topk(TOP)  # (B, K, TOP) each
 
     def pairs(ids: list[int], shares: list[float]) -> list[tuple[str, float]]:
-        return [(tokenizer.decode([token]), round(share, 4)) for token, share in zip(ids, shares, strict=True)]
+        return [(model.tokenizer.decode([token]), round(share, 4)) for token, share in zip(ids, shares, strict=True)]
 
     rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [[pairs(ids, shares) for ids, shares in zip(*row, strict=True)] for row in rows]
