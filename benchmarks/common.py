@@ -98,9 +98,13 @@ def peak_memory(device: torch.device) -> float:
     """Returns the peak memory of this process in GiB: on the GPU, or in main memory without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # not getrusage, whose peak includes the parent process before exec
+    return resident("VmHWM") / 1024  # not getrusage, whose peak includes the parent process before exec
+
+
+def resident(name: str) -> float:
+    """Returns the main memory of this process in MiB: VmRSS, now, or VmHWM, its peak."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
+    return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) / 1024
 
 
 def print_table(header: list[str], rows: list[list]) -> None:

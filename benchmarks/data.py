@@ -26,7 +26,6 @@ if __name__ == "__main__":
 
 import gc
 import json
-import re
 import subprocess
 import tempfile
 import time
@@ -37,7 +36,7 @@ from statistics import mean
 import numpy as np
 import prosqa
 import torch
-from common import MARKERS, alternate, machine, make_model, pick_device, print_table, write_json
+from common import MARKERS, alternate, machine, make_model, pick_device, print_table, resident, write_json
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -109,10 +108,6 @@ def first_batch(cache: Path) -> float:
 
 def print_memory(path: str, tokenizer: str, cache: str) -> None:
     """Prints the MiB of this process before it has the tokens of a file, with them, and at the peak."""
-
-    def resident(name: str) -> float:
-        return int(re.search(name + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-
     tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     tokenizer(["warm"] * 1000)
     before = resident("VmRSS")

@@ -19,6 +19,9 @@ from pathlib import Path
 
 from options import ROOT, SIZES, Parser
 
+from trainer.files import write_whole
+from utils import as_json
+
 # the other thoughts combine these
 THOUGHTS = ("last", "layer:-2", "suppressed", "normalised", "projected", "realigned", "pause")
 
@@ -94,9 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(measure(options.cost_of, options.generation, options.size)))
         return 0
     costs = measure_all(options.only, options.size)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "thoughts_costs.json").write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
-    (options.out / "thoughts_costs.md").write_text(as_text(costs, options.size), encoding="utf-8")
+    write_whole(options.out / "thoughts_costs.json", as_json(costs))
+    write_whole(options.out / "thoughts_costs.md", as_text(costs, options.size))
     return 0
 
 
