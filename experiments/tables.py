@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable
 from itertools import pairwise
@@ -18,7 +17,7 @@ from recipes import LEARNT, markdown, of_recipes
 from preprocessing.examples import load_examples
 from trainer.files import replaced, write_whole
 from trainer.run_folder import notes_of
-from utils import as_json
+from utils import as_json, read_object
 
 if TYPE_CHECKING:
     from grid_file import Grid
@@ -79,7 +78,7 @@ def collect(grid: Grid, jobs: list[Job], before: dict[str, list[dict]]) -> dict[
             continue
         n_steps = [len(example["steps"]) for example in job.test_examples()]
         correct = [int(prediction["correct"]) for prediction in job.predictions()]
-        metrics = json.loads((job.folder / "eval" / "metrics.json").read_text(encoding="utf-8"))
+        metrics = read_object(job.folder / "eval" / "metrics.json")
         earlier = job.begin.epochs() if job.begin else []
         epochs = [*earlier, *job.epochs()] if job.shares_curriculum else job.epochs()
         row = {
