@@ -19,10 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from config import Config, configure
 from trainer.memory import SHARE_OF_GPU, largest_that_fits
-from trainer.parallel import BYTES_PER_PARAMETER, bytes_under_ddp
+from trainer.parallel import BYTES_PER_PARAMETER, bytes_under_ddp, strategy_of
 from trainer.plan import (
     Machine,
-    choose_strategy,
     estimate,
     explains_out_of_memory,
     plan,
@@ -196,9 +195,9 @@ def test_auto_shards_where_the_model_is_too_large(data, tmp_path):
     n_parameters = bytes_under_ddp(config, shape) // BYTES_PER_PARAMETER
     for per_parameter, strategy in ((16 / 0.6 - 0.1, "fsdp"), (16 / 0.6 + 0.1, "ddp")):
         machine = Machine(2, "H100", int(per_parameter * n_parameters))
-        assert choose_strategy(config, machine, shape)[0] == strategy
-    assert choose_strategy(config, Machine(2, None), shape)[0] == "ddp"
-    assert choose_strategy(replace(config, strategy="fsdp"), Machine(1, None), shape)[0] == "fsdp"
+        assert strategy_of(config, machine.ranks, machine.memory, shape)[0] == strategy
+    assert strategy_of(config, 2, None, shape)[0] == "ddp"
+    assert strategy_of(replace(config, strategy="fsdp"), 1, None, shape)[0] == "fsdp"
 
 
 def test_shards_take_less(data, tmp_path):

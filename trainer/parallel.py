@@ -91,15 +91,30 @@ def in_turn(world: World, action: Callable[[bool], Any]) -> Any:
 
 
 def choose_strategy(config: Config, world: World, source: Path | None) -> str:
-    """Returns ddp or fsdp, also for a world of one; auto is ddp unless the model is too large. Collective."""
+    """Returns ddp or fsdp, also for a world of one, by `strategy_of`. Collective."""
+    shape = memory = None
+    if config.strategy == "auto" and world.size > 1 and world.device.type == "cuda":
+        shape = in_turn(world, lambda cached: shape_of(config, source, cached))
+        # the smallest GPU counts: all ranks must choose the same
+        memory = min(on_every_rank(world, lambda: torch.cuda.get_device_properties(world.device).total_memory))
+    return strategy_of(config, world.size, memory, shape)[0]
+
+
+def strategy_of(config: Config, n_ranks: int, memory: int | None, shape: PreTrainedConfig | None) -> tuple[str, str]:
+    """Returns (ddp or fsdp, the reason); auto is ddp unless the model is too large for a GPU's `memory` in bytes, which
+    is None on CPUs."""
     if config.strategy != "auto":
-        return config.strategy
-    if world.size == 1 or world.device.type != "cuda":
-        return "ddp"
-    shape = in_turn(world, lambda cached: shape_of(config, source, cached))
-    # the smallest GPU counts: all ranks must choose the same
-    memory = on_every_rank(world, lambda: torch.cuda.get_device_properties(world.device).total_memory)
-    return "fsdp" if bytes_under_ddp(config, shape) > SHARE_OF_MEMORY * min(memory) else "ddp"
+        return config.strategy, "as the key strategy says"
+    if n_ranks == 1:
+        return "ddp", "auto: one rank has the whole model"
+    if memory is None:
+        return "ddp", "auto: on CPUs each rank has the whole model"
+    needed, most = bytes_under_ddp(config, shape), SHARE_OF_MEMORY * memory
+    strategy, how = ("fsdp", "more") if needed > most else ("ddp", "no more")
+    sizes = [f"{n_bytes / 2**30:.3g} GiB" for n_bytes in (needed, memory)]
+    return strategy, (
+        f"auto: weights, gradients and AdamW take {sizes[0]}, {how} than {SHARE_OF_MEMORY:.0%} of a GPU's {sizes[1]}"
+    )
 
 
 def bytes_under_ddp(config: Config, shape: PreTrainedConfig) -> int:

@@ -229,30 +229,13 @@ def sizes_of_a_pass(config: Config, n_ranks: int) -> list[int]:
     return [size for size in range(1, share + 1) if share % size == 0]
 
 
-def choose_strategy(config: Config, machine: Machine, shape) -> tuple[str, str]:
-    """Returns (ddp or fsdp, the reason), by the rule of `parallel.choose_strategy`."""
-    from trainer.parallel import SHARE_OF_MEMORY, bytes_under_ddp
-
-    if config.strategy != "auto":
-        return config.strategy, "as the key strategy says"
-    if machine.ranks == 1:
-        return "ddp", "auto: one rank has the whole model"
-    if machine.memory is None:
-        return "ddp", "auto: on CPUs each rank has the whole model"
-    needed, most = bytes_under_ddp(config, shape), SHARE_OF_MEMORY * machine.memory
-    is_more = needed > most
-    return "fsdp" if is_more else "ddp", (
-        f"auto: weights, gradients and AdamW take {_gib(needed)}, {'more' if is_more else 'no more'} than "
-        f"{SHARE_OF_MEMORY:.0%} of a GPU's {_gib(machine.memory)}"
-    )
-
-
 # --- Text ---
 
 
 def plan(config: Config, gpus: int | None = None, gpu_memory: float | None = None) -> str:
     """Returns the text of `run.py FILE --plan` for this number of GPUs and GiB per GPU, by default those of this
     machine. Raises UserError if data or model are missing."""
+    from trainer.parallel import strategy_of
     from trainer.throughput import peak_flops
 
     if config.only_eval:
@@ -261,7 +244,7 @@ def plan(config: Config, gpus: int | None = None, gpu_memory: float | None = Non
         raise UserError("; ".join(missing))
     machine = machine_of(gpus, gpu_memory)
     source = read_source(config)
-    strategy, why = choose_strategy(config, machine, source.shape)
+    strategy, why = strategy_of(config, machine.ranks, machine.memory, source.shape)
     found, cost = estimate(config, machine, strategy, source), cost_of(config)
     n_ranks, (accumulation, size) = machine.ranks, config.micro_batches(machine.ranks)
     beside = f" and {config.rules.n_companions} more beside it" if config.rules.n_companions else ""
@@ -357,8 +340,10 @@ def explains_out_of_memory(config: Config, world: World) -> Iterator[None]:
 
 def what_would_fit(config: Config, machine: Machine) -> str:
     """Returns a sentence with settings that fit into the machine's memory."""
+    from trainer.parallel import strategy_of
+
     source = read_source(config)
-    strategy, _ = choose_strategy(config, machine, source.shape)
+    strategy, _ = strategy_of(config, machine.ranks, machine.memory, source.shape)
     found = estimate(config, machine, strategy, source)
     size = config.micro_batches(machine.ranks)[1]
     if found.largest >= size:
