@@ -214,7 +214,7 @@ def _problem_without_latents(model: Coconut, tolerance: Tolerance, seed: int) ->
     return _problem_of_steps(probe, rows, tolerance, "without latents")
 
 
-def _is_head_known(probe: Coconut, seed: int, tolerance: float) -> bool:
+def _is_head_known(probe: _Probe, seed: int, tolerance: float) -> bool:
     """Whether the model's forward and `Coconut.head` agree on the logits of random hidden states that are large enough
     to show a soft cap."""
     base, given = probe.base_causallm, []
@@ -293,13 +293,15 @@ def _problem_of_steps(probe: _Probe, rows: list[Row], tolerance: Tolerance, how:
     return f"{how} its gradients differ from the definition's" if any(differ) else None
 
 
-def _step(probe: Coconut, rows: list[Row]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _batch(model: Coconut, rows: list[Row]) -> dict:
+    batch = collate_for_device(rows, pad_token_id=rows[0][0][0], latent_token_id=model.latent_token_id)
+    return to_device(batch, model.base_causallm.device)
+
+
+def _step(probe: _Probe, rows: list[Row]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Returns a training step's loss and the gradients of each row's embeddings, (T, D)."""
-    batch = collate_for_device(rows, pad_token_id=rows[0][0][0], latent_token_id=probe.latent_token_id)
-    batch = to_device(batch, probe.base_causallm.device)
+    batch = _batch(probe, rows)
     loss = probe(**batch).loss
-    if not isinstance(probe, _Probe):
-        return loss, []
     (gradient,) = torch.autograd.grad(loss, [probe.embeds])
     layout = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
     attended = lay_out(**layout, **probe.family, latent_columns=batch["latent_columns"]).attention_mask.bool()
@@ -326,7 +328,7 @@ def _plain_logits(probe: _Probe, ids: list[int]) -> tuple[torch.Tensor, torch.Te
 
 def _note_unused_parameters(model: Coconut, tolerance: Tolerance, seed: int) -> None:
     """Sets `leaves_parameters_out`: whether the loss's graph lacks a parameter that requires a gradient."""
-    loss, _ = _step(model, _rows(model, seed, [(1, 0, 7)]))
+    loss = model(**_batch(model, _rows(model, seed, [(1, 0, 7)]))).loss
     reached, seen, waiting = set(), set(), [loss.grad_fn]
     while waiting:
         node = waiting.pop()
