@@ -145,6 +145,26 @@ def divide(rng: random.Random, n_states: int, n_buttons: int, length: int, sizes
     return Share(length, words * n_states, starts, held, frozenset(taken))
 
 
+def check_settings(
+    n_states: int, n_buttons: int, min_steps: int, max_steps: int, test_max_steps: int | None, fan_out: int
+) -> None:
+    """Raises UserError if there is no such machine, or no such words."""
+    if not 2 <= n_states <= len(STATES) or not 1 <= n_buttons <= len(BUTTONS):
+        raise UserError(
+            f"{n_states} states and {n_buttons} buttons cannot be named: the names of 2 to {len(STATES)} states are "
+            f"upper-case letters, those of 1 to {len(BUTTONS)} buttons lower-case letters"
+        )
+    if test_max_steps is not None and not max_steps <= test_max_steps <= MAX_STEPS:
+        raise UserError(f"test-max-steps {test_max_steps} must be at least max-steps {max_steps}, at most {MAX_STEPS}")
+    if not 1 <= min_steps <= max_steps <= MAX_STEPS:
+        raise UserError(
+            f"words of {min_steps} to {max_steps} buttons cannot be made: 1 <= min-steps <= max-steps <= {MAX_STEPS}"
+        )
+    most = min(MAX_FAN_OUT, n_states - 1)
+    if not 1 <= fan_out <= most:
+        raise UserError(f"a button of {n_states} states leads to 1 to {most} states, not to {fan_out}")
+
+
 def make_splits(
     sizes: dict[str, int],
     n_states: int = 26,
@@ -162,20 +182,7 @@ def make_splits(
     A fan_out above 1 implies candidates. The test split has words of up to test_max_steps buttons (default: max_steps).
     Raises UserError if no such machine exists or a split has too few questions.
     """
-    if not 2 <= n_states <= len(STATES) or not 1 <= n_buttons <= len(BUTTONS):
-        raise UserError(
-            f"{n_states} states and {n_buttons} buttons cannot be named: the names of 2 to {len(STATES)} states are "
-            f"upper-case letters, those of 1 to {len(BUTTONS)} buttons lower-case letters"
-        )
-    if test_max_steps is not None and not max_steps <= test_max_steps <= MAX_STEPS:
-        raise UserError(f"test-max-steps {test_max_steps} must be at least max-steps {max_steps}, at most {MAX_STEPS}")
-    if not 1 <= min_steps <= max_steps <= MAX_STEPS:
-        raise UserError(
-            f"words of {min_steps} to {max_steps} buttons cannot be made: 1 <= min-steps <= max-steps <= {MAX_STEPS}"
-        )
-    most = min(MAX_FAN_OUT, n_states - 1)
-    if not 1 <= fan_out <= most:
-        raise UserError(f"a button of {n_states} states leads to 1 to {most} states, not to {fan_out}")
+    check_settings(n_states, n_buttons, min_steps, max_steps, test_max_steps, fan_out)
     rng = random.Random(seed)
     permutations = make_machine(rng, STATES[:n_states], BUTTONS[:n_buttons], fan_out)
     with_candidates = candidates or fan_out > 1
