@@ -104,14 +104,7 @@ def evaluate(
     seconds = torch.tensor(time.perf_counter() - begin)
     outputs = _gathered(share, world)  # all ranks
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)  # all ranks: the slowest one counts
-    predictions = []
-    for index, example in enumerate(data.val_examples):
-        (text, n_tokens), gold = outputs[index], gold_answer(example)
-        kept = tokenizer.decode(kept_reasoning(data.val[index][1], stage, config)).strip()
-        prediction = {"index": index, "question": example["question"], "gold": gold, "output": text}
-        prediction |= {"answer": extract_answer(text), "correct": is_right(text, gold, config.answer_match)}
-        prediction |= {"cot_correct": extract_steps(text) == kept, "generated_tokens": n_tokens}
-        predictions.append(prediction)
+    predictions = _predictions(outputs, tokenizer, data, stage, config)
     means = {"accuracy": "correct", "cot_match": "cot_correct", "generated_tokens": "generated_tokens"}
     if all(number_of(prediction["gold"]) is not None for prediction in predictions):
         for rule in ("text", "number"):
@@ -128,6 +121,19 @@ def evaluate(
     if config.val_samples:
         metrics |= _add_samples(predictions, prompts, pretrained, config, world, title)  # all ranks
     return metrics, predictions
+
+
+def _predictions(outputs: dict[int, tuple[str, int]], tokenizer, data: Data, stage: int, config: Config) -> list[dict]:
+    """Scores the outputs, index of the example -> (text, number of tokens); returns a prediction for each example."""
+    predictions = []
+    for index, example in enumerate(data.val_examples):
+        (text, n_tokens), gold = outputs[index], gold_answer(example)
+        kept = tokenizer.decode(kept_reasoning(data.val[index][1], stage, config)).strip()
+        prediction = {"index": index, "question": example["question"], "gold": gold, "output": text}
+        prediction |= {"answer": extract_answer(text), "correct": is_right(text, gold, config.answer_match)}
+        prediction |= {"cot_correct": extract_steps(text) == kept, "generated_tokens": n_tokens}
+        predictions.append(prediction)
+    return predictions
 
 
 def _add_samples(
