@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from tools.portable import MODELLING, THOUGHT, write_code
 from trainer.commands import command, make_parser
-from trainer.files import replaced
+from trainer.files import parsing, replaced
 from trainer.run_folder import check_checkpoint
 from utils import UserError, parse_json, print_result
 
@@ -192,11 +192,9 @@ def differing_prompts(model: Coconut, exported: PreTrainedModel, folder: Path) -
     path = folder / "predictions.jsonl"
     if not path.is_file():
         return []
-    try:
+    with parsing(path):
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a question may hold U+2028
         questions = [str(parse_json(line)["question"]) for line in lines if lines != [""]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error!r}") from None
     n_differ = 0
     for question, wanted in zip(questions, prompts(model, questions), strict=True):
         ids, _ = exported.prompts(torch.tensor([model.tokenizer(question)["input_ids"]], dtype=torch.long))

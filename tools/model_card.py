@@ -11,10 +11,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 
 from curriculum import stage_name
 from methods import implementation
-from trainer.files import file_digest
+from trainer.files import file_digest, parsing
 from trainer.logger import last_epochs, read_log
 from trainer.run_folder import evaluations_in, read_config
-from utils import UserError, read_object
+from utils import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,12 +59,8 @@ def make_card(
         folder: with the weights of the model `exported`.
         license: of the weights; default: the one in the base model's card.
     """
-    try:
+    with parsing(f"no model card: a file in {checkpoint.parent}", OSError):
         return _card(checkpoint, name, folder, exported, license)
-    except UserError:
-        raise
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"no model card: a file in {checkpoint.parent} is damaged: {error!r}") from None
 
 
 def _card(checkpoint: Path, name: str, folder: Path, exported: PreTrainedModel, license: str | None) -> ModelCard:

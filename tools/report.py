@@ -20,7 +20,7 @@ from pathlib import Path
 from analysis.page import Figure, Section, page
 from curriculum import stage_name
 from trainer.commands import command, make_parser
-from trainer.files import write_whole
+from trainer.files import parsing, write_whole
 from trainer.logger import last_epochs, read_log
 from trainer.run_folder import evaluations_in, read_config
 from utils import UserError, print_result
@@ -46,8 +46,6 @@ EPOCH_COLUMNS = {  # name -> key of an epoch's record, format
     "seconds": ("train_seconds", "{:.0f}"),
     "skipped steps": ("skipped", "{}"),
 }
-
-DAMAGE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)  # what a damaged record may raise
 
 # --- Reading runs ---
 
@@ -80,11 +78,9 @@ def read_run(folder: Path, name: str) -> Run:
     records = read_log(path)
     if not path.is_file():
         raise UserError(f"{folder} is not the folder of a run: it holds no metrics.jsonl")
-    try:
+    with parsing(path):
         steps = {record["step"]: record for record in records if record["event"] == "step"}  # the last of each, too
         epochs = {epoch + 1: record for epoch, record in last_epochs(records).items()}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error!r}") from None
     if not steps and not epochs:
         raise UserError(f"{path} has no step and no epoch yet")
     config = read_config(folder / "config.yaml")[0] if (folder / "config.yaml").exists() else {}
@@ -95,11 +91,9 @@ def read_evaluations(folder: Path) -> list[list[str]]:
     """Returns the cells of each evaluation: checkpoint, data file, examples, accuracy. Raises UserError."""
     rows = []
     for path, one in evaluations_in(folder):
-        try:
+        with parsing(path / "metrics.json"):
             cells = [Path(one["checkpoint"]).name, str(one.get("file", "")), str(one["examples"])]
             rows.append([*cells, f"{one['accuracy']:.1%}"])
-        except DAMAGE as error:
-            raise UserError(f"{path / 'metrics.json'} is damaged: {error!r}") from None
     return rows
 
 
@@ -271,14 +265,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="(default: report.html in the first run's folder)")
     options = parser.parse_args(arguments)
     out = options.out or options.runs[0] / "report.html"
-    try:
+    logs = ", ".join(str(folder / "metrics.jsonl") for folder in options.runs)
+    with parsing(f"{logs}: a record"):
         write_whole(out, report_page(read_runs(options.runs)))
-        print_result(f"the page: {out}")
-    except UserError:
-        raise
-    except DAMAGE as error:
-        logs = ", ".join(str(folder / "metrics.jsonl") for folder in options.runs)
-        raise UserError(f"{logs}: a record is damaged: {error!r}") from None
+    print_result(f"the page: {out}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from methods import rules_of
 from preprocessing.tokens import Tokens, batched
 from trainer.data import Data
 from trainer.distributed import World, barrier, on_every_rank
-from trainer.files import replaced
+from trainer.files import parsing, replaced
 from trainer.logger import last_epochs, read_log
 from trainer.run_folder import best_with_warnings, rating
 from utils import UserError, as_json, progress_bar, read_object
@@ -362,12 +362,8 @@ def summary(run_dir: Path, evaluation: dict | None = None) -> str:
 
     Raises UserError if the folder holds no finished epoch and no evaluation, or a damaged file.
     """
-    try:
+    with parsing(f"metrics.jsonl or eval/metrics.json in {run_dir}"):
         return _summary(run_dir, evaluation)
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"metrics.jsonl or eval/metrics.json in {run_dir} is damaged: {error!r}") from None
 
 
 def _summary(run_dir: Path, evaluation: dict | None) -> str:

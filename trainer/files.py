@@ -105,6 +105,17 @@ def reading() -> Iterator[None]:
 
 
 @contextmanager
+def parsing(what: object, *others: type[Exception]) -> Iterator[None]:
+    """Raises UserError, which says that `what` is damaged, for what damaged records may raise, and for `others`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, *others) as error:
+        raise UserError(f"{what} is damaged: {error!r}") from None
+
+
+@contextmanager
 def writing(path: Path | str) -> Iterator[None]:
     """Raises UserError for a full or broken disk or missing permissions while writing a file or folder."""
     try:
