@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 
-import yaml
 from grid_file import Grid, RunSpec
 
 from config import Config
 from preprocessing.examples import load_examples
 from trainer.files import file_digest, write_whole
 from trainer.logger import last_epochs, read_log
-from trainer.run_folder import checkpoints, has_ended, resolve
+from trainer.run_folder import checkpoints, has_ended, read_config, resolve
 from utils import UserError, as_json, read_object
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,13 +115,13 @@ class Job:
         folder = self.folder / "eval"
         try:
             metrics = read_object(folder / "metrics.json")
-            keys = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            keys, _ = read_config(folder / "config.yaml")
             answered = [prediction["question"] for prediction in self.predictions()]
             tested = resolve(self.checkpoint).name
             if any(keys[name] != getattr(self.config, name) for name in EVALUATION_KEYS if name in keys):
                 return False
             is_whole = isinstance(metrics["accuracy"], float) and Path(metrics["checkpoint"]).name == tested
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             return False  # there is none, or the evaluation was killed while it wrote
         return is_whole and answered == [example["question"] for example in self.test_examples()]
 
