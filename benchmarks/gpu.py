@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from options import ROOT, positive
+from options import ROOT, Parser, positive
 
 EXAMPLES = 17_886  # of ProsQA's training set
 EPOCHS = [5, 5, 5, 5, 5, 5, 20]  # of each stage: 50 in all
@@ -141,7 +141,7 @@ def hours(metrics: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu", help="folder (default: results/gpu)")
     parser.add_argument("--budget", type=positive, default=900, help="seconds for all pieces (default: %(default)s)")
     parser.add_argument("--skip-done", action="store_true", help="skip the pieces that have a .txt")

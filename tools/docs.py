@@ -6,7 +6,6 @@ docs/configuration.md.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import methods
 from config import Config
+from trainer.commands import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTED = re.compile(r"^(\| \[`([\w./]+\.py)`\]\(\2\) \| )\d+( \|)", re.MULTILINE)  # | [`run.py`](run.py) | 340 |
@@ -61,7 +61,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "configuration.md")
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    make_parser(__doc__).parse_args()
     for path in PAGES:
         text = updated(path)
         if text != path.read_text(encoding="utf-8"):
