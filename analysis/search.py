@@ -25,6 +25,13 @@ def parallelism(values: np.ndarray) -> dict:
     return {"mean": shares.mean(0).tolist()}
 
 
+def auc(inside, outside) -> float:
+    """Returns the area under the ROC curve: the share of pairs in which the inside value is larger; a tie counts as
+    half. Takes two arrays or tensors, of at least one value each."""
+    pairs = inside[:, None] - outside
+    return float((pairs > 0).sum() + 0.5 * (pairs == 0).sum()) / (len(inside) * len(outside))
+
+
 def frontier(task: Graphs, values: np.ndarray, k: int) -> dict:
     """Compares, after k thoughts, the values of a breadth-first search's frontier and of unreachable nodes at the same
     depth: the mean area under the ROC curve within a question, and both mean values, renormalised over the names."""
@@ -35,7 +42,7 @@ def frontier(task: Graphs, values: np.ndarray, k: int) -> dict:
         inside = np.array([value[name] for name in sorted(paths.frontier(graph, distance))])
         outside = np.array([value[name] for name in sorted(paths.same_depth_unreachable(graph, distance))])
         if len(inside) and len(outside):
-            areas.append(((inside[:, None] > outside).mean() + (inside[:, None] >= outside).mean()) / 2)
+            areas.append(auc(inside, outside))
             of_frontier.extend(inside)
             of_others.extend(outside)
     found = {"thoughts": k, "questions": len(areas)}

@@ -60,6 +60,7 @@ import torch
 from machine import STATES, frontiers_of
 from tables import markdown
 
+from analysis.search import auc
 from analysis.subject import Change, Subject
 from trainer.files import write_whole
 from trainer.inference import thought_logits
@@ -70,12 +71,6 @@ SEED = 0  # for drawing the pairs of starts
 def word_of(example: dict) -> tuple[str, str]:
     """Returns (start, word) of a question, which ends with its two candidates."""
     return example["question"][0], example["question"][1:-2]
-
-
-def auc(values: torch.Tensor, inside: torch.Tensor) -> float:
-    """Returns the share of (inside, outside) pairs in which the inside state has the larger value; both are (S,)."""
-    pairs = values[inside][:, None] - values[~inside][None]
-    return float(((pairs > 0) + 0.5 * (pairs == 0)).double().mean())
 
 
 def accuracy(subject: Subject, **options) -> float | None:
@@ -128,7 +123,7 @@ def read_off(subject: Subject, frontiers: list[list[str]], n_states: int) -> lis
         for number, frontiers_of_question in enumerate(frontiers):
             if k < len(frontiers_of_question):
                 inside = torch.tensor([state in frontiers_of_question[k] for state in STATES[:n_states]])
-                aucs.append(auc(probabilities[number, k], inside))
+                aucs.append(auc(probabilities[number, k, inside], probabilities[number, k, ~inside]))
                 masses.append(float(probabilities[number, k, inside].sum()))
         found.append({"thought": k + 1, "questions": len(aucs), "auc": share(aucs), "mass": share(masses)})
     return found

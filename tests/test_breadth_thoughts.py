@@ -34,7 +34,7 @@ def task(tmp_path_factory):
 
 def test_auc():
     values, inside = torch.tensor([0.4, 0.1, 0.3, 0.1]), torch.tensor([True, True, False, False])
-    assert script.auc(values, inside) == (1 + 1 + 0 + 0.5) / 4
+    assert script.auc(values[inside], values[~inside]) == (1 + 1 + 0 + 0.5) / 4
 
 
 def test_the_report_has_all_measurements(task, tmp_path, capsys):
