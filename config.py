@@ -108,8 +108,7 @@ class Config:
     )
     seed: int = key(0, "seeds new weights, data order, dropout and stage mixing", low=0)
     debug: bool = setting(
-        False,
-        "quick look, in folder NAME-debug: 5000 training and 32 validation examples, no checkpoints, no wandb",
+        False, "quick look, in folder NAME-debug: 5000 training and 32 validation examples, no checkpoints, no wandb"
     )
     wandb: str = setting(
         "online",
@@ -170,8 +169,7 @@ class Config:
         "RUN@12 (after 12 epochs), a Hugging Face folder, a weight file of the reference, or org/name:file on the hub",
     )
     trust_remote_code: bool = setting(
-        False,
-        "run the Python code in model_id, for a family that transformers does not include: read the code first",
+        False, "run the Python code in model_id, for a family that transformers does not include: read the code first"
     )
     lora_rank: int | None = key(
         None,

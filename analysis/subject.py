@@ -125,10 +125,7 @@ class Subject:
         return (inputs["input_ids"][0] == self.markers.latent).nonzero()[:, 0]
 
     def outputs(
-        self,
-        n_thoughts: int | None = None,
-        change: Change | None = None,
-        masked_thoughts: frozenset[int] = frozenset(),
+        self, n_thoughts: int | None = None, change: Change | None = None, masked_thoughts: frozenset[int] = frozenset()
     ) -> list[str]:
         """Generates the text after each question, at most twice as long as the longest steps and answer.
 

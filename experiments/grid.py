@@ -60,10 +60,7 @@ def run_jobs(jobs: list[Job], n_parallel: int | None) -> None:
     waiting, n_printed = jobs, {job.name: len(job.epochs()) for job in jobs}
     free_slots = gpu_slots(n_parallel, jobs[0].n_gpus)
     running: dict[Future, tuple[Job, str | None]] = {}
-    with (
-        ThreadPoolExecutor(len(free_slots)) as pool,
-        tqdm(total=len(jobs), unit="run", desc=jobs[0].grid.name) as bar,
-    ):
+    with ThreadPoolExecutor(len(free_slots)) as pool, tqdm(total=len(jobs), unit="run", desc=jobs[0].grid.name) as bar:
         while waiting or running:
             while free_slots and (job := next_startable(waiting, [job for job, _ in running.values()])):
                 waiting = [other for other in waiting if other is not job]

@@ -20,14 +20,7 @@ from transformers import AutoModelForCausalLM
 from config import Config, configure
 from trainer.memory import SHARE_OF_GPU, largest_that_fits
 from trainer.parallel import BYTES_PER_PARAMETER, bytes_under_ddp, strategy_of
-from trainer.plan import (
-    Machine,
-    estimate,
-    explains_out_of_memory,
-    plan,
-    read_source,
-    what_would_fit,
-)
+from trainer.plan import Machine, estimate, explains_out_of_memory, plan, read_source, what_would_fit
 from utils import UserError
 
 MIB = 2**20

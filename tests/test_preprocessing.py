@@ -385,11 +385,7 @@ def test_impossible_mirrors_are_one_error(tmp_path, arguments, complaint, capsys
         (prosqa, "--mirror --nodes-a-side 1", "--nodes-a-side at least 2"),
         (prosqa, "--min-hops 0", "it takes 1 <= min-hops <= max-hops"),
         (prosqa, "--test-hops 3 2", "--test-hops takes the fewest and then the most"),
-        (
-            arithmetic,
-            "--max-steps 101",
-            "<= max-steps <= 100",
-        ),  # was an OverflowError, or took minutes
+        (arithmetic, "--max-steps 101", "<= max-steps <= 100"),  # was an OverflowError, or took minutes
         (machine, "--max-steps 101", "<= max-steps <= 100"),
         (
             machine,
@@ -582,7 +578,7 @@ def test_test_sets_are_downloaded_and_converted(originals, tmp_path, capsys):
     assert ood.main([*ORIGINALS, "--out", str(out)]) == 0
     made = {path.stem: load_examples(path) for path in out.iterdir()}
     assert [example["answer"] for example in made["gsm_hard"]] == [
-        *("-9867630", "5186630.6", "9284017268534.4", "0.0000020107", "64", "0"),
+        *("-9867630", "5186630.6", "9284017268534.4", "0.0000020107", "64", "0")
     ]
     assert made["gsm_hard"][1] == {"question": "1: 1  and é\u2028?", "steps": [], "answer": "5186630.6"}
     assert made["svamp"] == [

@@ -156,8 +156,7 @@ def test_tokens_are_sampled_with_any_thoughts(family, keys):
 
 
 @pytest.mark.parametrize(
-    ("policy", "widths"),
-    [(Policy(1.0), [2] * 4), (Policy(1.0, 0.3), [2, 6, 6, 6]), (Policy(0, 0, 0.1), [6] * 4)],
+    ("policy", "widths"), [(Policy(1.0), [2] * 4), (Policy(1.0, 0.3), [2, 6, 6, 6]), (Policy(0, 0, 0.1), [6] * 4)]
 )
 def test_questions_run_once_and_without_noise_thoughts_too(monkeypatch, policy, widths):
     model, seen, original = make_model("gpt2"), [], Backbone.span

@@ -381,11 +381,7 @@ def load_companions(folder: Path, model: Coconut) -> list[str]:
 def save_random_state(folder: Path, world: World) -> None:
     """Writes this rank's random state."""
     kind, keys, *rest = np.random.get_state()
-    state = {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-    }
+    state = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
     if world.device.type != "cpu":
         state[world.device.type] = torch.get_device_module(world.device).get_rng_state()
     torch.save(state, folder / "trainer" / f"random_{world.rank}.pt")

@@ -268,12 +268,7 @@ def texts_of(rows: list[list[int]], method: str, pretrained: Pretrained) -> list
 
 
 def generate_tokens(
-    pretrained: Pretrained,
-    method: str,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    device: torch.device,
-    **sampling,
+    pretrained: Pretrained, method: str, prompts: list[list[int]], max_new_tokens: int, device: torch.device, **sampling
 ) -> list[list[int]]:
     """Generates up to max_new_tokens tokens, without EOS, after each prompt. One batch holds all prompts; those that
     leave fewer of the model's positions are in further batches, since their generations end earlier."""
