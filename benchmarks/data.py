@@ -44,9 +44,9 @@ from config import Config
 from dataset import EpochPlan, StageDataset, batches_of, example_order, to_device
 from preprocessing.examples import load_examples
 from preprocessing.tokens import Tokens, cache_tokens, tokenize
+from trainer.commands import command
 from trainer.data import sequence_lengths
 from trainer.pretrained import load_tokenizer
-from utils import UserError, print_error
 
 GSM8K_EXAMPLES, PROSQA_EXAMPLES = 385_620, 17_886  # of the training sets
 STAGE = 3  # of padding and training steps
@@ -195,16 +195,14 @@ def measure(path: Path, options: argparse.Namespace, repeats: int, device: torch
     return found | steps_per_order(tokens, options.steps, device)
 
 
-def main(arguments: list[str]) -> int:
+@command
+def main(arguments: list[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
     if options.memory_of:
         print_memory(*options.memory_of)
-        return 0
-    try:
-        if options.model:
-            load_tokenizer(Config(model_id=options.model))
-    except UserError as error:
-        return print_error(error)
+        return
+    if options.model:
+        load_tokenizer(Config(model_id=options.model))  # fails before the data are made
     where = machine(device := pick_device())
     print(where, flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -215,7 +213,6 @@ def main(arguments: list[str]) -> int:
         }
     print_table(["", *results], [[name, *(of[name] for of in results.values())] for name in results["ProsQA"]])
     write_json(options, where, results, hidden=("memory_of",))
-    return 0
 
 
 if __name__ == "__main__":

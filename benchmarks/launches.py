@@ -60,8 +60,9 @@ from config import Config
 from curriculum import IGNORE
 from dataset import collate_for_device, to_device
 from trainer import parallel
+from trainer.commands import command
 from trainer.throughput import FlopCounter, peak_flops
-from utils import UserError, print_error, read_object
+from utils import UserError, read_object
 
 ALLOCATIONS = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "resize_", "_unsafe_view"}
 SIDES = ("transformers", "coconut", "compiled")
@@ -207,12 +208,10 @@ def take_measured(options: argparse.Namespace) -> dict[tuple, float]:
         raise UserError(f"{options.measured} is no file of benchmarks/step.py --json") from None
 
 
-def main(arguments: list[str]) -> int:
+@command
+def main(arguments: list[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
-    try:
-        measured = take_measured(options)
-    except UserError as error:
-        return print_error(error)
+    measured = take_measured(options)
     layers, where = SIZES[options.size][0], machine(pick_device())
     results, counted, times = [], [], []
     for shape in options.shapes:
@@ -232,7 +231,6 @@ def main(arguments: list[str]) -> int:
     header = ["shape", "side", "stage", "wide passes", "latent passes", "optimizer", "step", "measured", "utilisation"]
     print_table(header, times)
     write_json(options, where, results, hidden=("measured",))
-    return 0
 
 
 if __name__ == "__main__":

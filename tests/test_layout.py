@@ -8,7 +8,13 @@ from conftest import ROOT, python
 # a module imports only modules of its own line or of earlier lines
 LAYERS = [
     ["utils"],
-    ["methods", "trainer.files", "trainer.logger", "trainer.run_folder"],  # methods: the protocol alone
+    [
+        "methods",
+        "trainer.commands",
+        "trainer.files",
+        "trainer.logger",
+        "trainer.run_folder",
+    ],  # methods: the protocol alone
     ["config"],
     ["curriculum", "trainer.distributed"],
     ["preprocessing.*"],
