@@ -9,7 +9,13 @@ For each checkpoint, on the test questions of experiments/breadth.yaml:
 - The LM head at the position that makes thought k: AUC, the share of (reachable, unreachable) pairs of states that its
   probabilities order correctly, mean over the questions; and mass, the probability of all reachable states.
 - Accuracy with each thought replaced before the next one is made: by the embedding of the likeliest token (what thought
-  `token` feeds back), by the mean embedding under the LM head's probabilities, or by that of the frontier's states.
+  `token` feeds back), by the mean embedding under the LM head's probabilities, or by that of the frontier's states. A
+  thought of `last` is ten times as long as an embedding, so also by these vectors with the norm of the thought they
+  replace, and by the thought itself with the norm of the likeliest token's embedding. An answer that is no candidate
+  is wrong, so accuracy may be below 50 %.
+- The accuracy of rules that know the machine: follow one random path, or one to the last button and then both of its
+  states, and guess if no candidate is reached; take the candidate that more starts reach by this word, or that more
+  orders of the word's buttons reach from this start.
 - Superposition: thought 1 replaced by that of the same question with another start, or by the mean of the two. Accuracy
   on questions with one candidate that is reachable from exactly one of the two starts, and one reachable from neither.
 
@@ -23,8 +29,9 @@ import random
 import sys
 from collections.abc import Callable
 from itertools import chain
+from itertools import permutations as orders_of
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing")]
@@ -86,29 +93,74 @@ def share(values) -> float | None:
     return round(sum(values) / len(values), 5) if values else None
 
 
+def by_rules(examples: list[dict], permutations: dict) -> dict[str, dict[str, float]]:
+    """Returns rule -> number of buttons, or "all" -> accuracy; a rule that cannot decide is right in half of the
+    questions."""
+
+    def paths(start: str, word: str) -> list[str]:
+        """Returns where each path ends."""
+        return [end for state in paths(start, word[:-1]) for end in permutations[word[-1]][state]] if word else [start]
+
+    def reached(candidate: str, questions) -> float:
+        return sum(candidate in frontiers_of(permutations, *one)[-1] for one in questions)
+
+    found: dict[str, dict[str, list[float]]] = {}
+    for example in examples:
+        start, word = word_of(example)
+        wrong = next(state for state in example["question"][-2:] if state != example["answer"])
+        ends, before = paths(start, word), paths(start, word[:-1])
+        both = sum(example["answer"] in permutations[word[-1]][state] for state in before) / len(before)
+        starts = [(state, word) for state in next(iter(permutations.values()))]
+        orders = [(start, order) for order in orders_of(word)]
+        right = {"one path": 0.5 + 0.5 * ends.count(example["answer"]) / len(ends)}
+        right["one path, both last states"] = 0.5 + 0.5 * both
+        for rule, questions in (("any start", starts), ("any order", orders)):
+            margin = reached(example["answer"], questions) - reached(wrong, questions)
+            right[rule] = 0.5 + 0.5 * ((margin > 0) - (margin < 0))
+        for rule, value in right.items():
+            for group in (str(len(word)), "all"):
+                found.setdefault(rule, {}).setdefault(group, []).append(value)
+    return {rule: {group: share(values) for group, values in sorted(of.items())} for rule, of in found.items()}
+
+
 class Replacement(NamedTuple):
     """A `Change` that replaces each thought when it is made; see `Coconut.forward`."""
 
-    make: Callable  # (rows, number, seen) -> (B, 1, D)
+    make: Callable  # (rows, number, thought, seen) -> (B, 1, D)
 
     def of(self, rows: slice):
-        return lambda number, thought, seen: self.make(rows, number, seen).to(thought)
+        return lambda number, thought, seen: self.make(rows, number, thought, seen).to(thought)
+
+
+def with_norm_of(content: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Returns the content, rescaled to the norm of `other`; both are (B, 1, D)."""
+    return content * (other.norm(dim=-1, keepdim=True) / content.norm(dim=-1, keepdim=True))
 
 
 def replacements(subject: Subject, frontiers: list[list[str]]) -> dict[str, Replacement]:
     model, embed = subject.model, subject.model.base_causallm.get_input_embeddings()
     states = dict(zip(STATES, subject.tokenizer.convert_tokens_to_ids(list(STATES)), strict=True))
 
-    def frontier(rows: slice, number: int, _) -> torch.Tensor:
+    def likeliest(_, __, ___, seen) -> torch.Tensor:
+        return embed(model.head(seen.hidden).argmax(-1))
+
+    def mean(_, __, ___, seen) -> torch.Tensor:
+        return model.head(seen.hidden).softmax(-1) @ embed.weight
+
+    def frontier(rows: slice, number: int, *_) -> torch.Tensor:
         sets = [found[min(number, len(found) - 1)] for found in frontiers[rows]]
         return torch.stack([embed.weight[[states[state] for state in one]].mean(0) for one in sets])[:, None]
 
-    makers = {
-        "likeliest token": lambda _, __, seen: embed(model.head(seen.hidden).argmax(-1)),
-        "mean token": lambda _, __, seen: model.head(seen.hidden).softmax(-1) @ embed.weight,
-        "mean of the frontier": frontier,
-    }
-    return {name: Replacement(make) for name, make in makers.items()}
+    def own_short(*seen_by: Any) -> torch.Tensor:
+        return with_norm_of(seen_by[2], likeliest(*seen_by))
+
+    makers = {"likeliest token": likeliest, "mean token": mean, "mean of the frontier": frontier}
+    found = {name: Replacement(make) for name, make in makers.items()}
+    for name, make in makers.items():
+        found[f"{name}, as long as the thought"] = Replacement(
+            lambda *seen_by, make=make: with_norm_of(make(*seen_by), seen_by[2])
+        )
+    return found | {"the thought, as long as a token": Replacement(own_short)}
 
 
 @torch.no_grad()
@@ -183,6 +235,7 @@ def measure(checkpoint: str, data: Path) -> dict:
 
 def as_text(found: dict[str, dict]) -> str:
     """Returns the text of breadth_thoughts.md."""
+    rules, found = found["rules"], found["runs"]
     names = list(next(iter(found.values()))["replaced"])
     depth = max(len(one["read off"]) for one in found.values())
     sizes = sorted({int(size) for one in found.values() for size in one["by size"]})
@@ -203,13 +256,18 @@ def as_text(found: dict[str, dict]) -> str:
     command = "    python experiments/breadth_thoughts.py RUN ..."
     lines = ["# Breadth: what the thoughts hold", "", command, "", about, "", *markdown(head, rows), ""]
     lines += ["Accuracy by the size of the last frontier:", "", *markdown(["run", *map(str, sizes)], by_size), ""]
+    groups = list(next(iter(rules.values())))
+    of_rules = [[rule, *(f"{100 * of[group]:.1f}" for group in groups)] for rule, of in rules.items()]
+    lines += ["Accuracy of the rules, by number of buttons:", "", *markdown(["rule", *groups], of_rules), ""]
     return "\n".join(lines)
 
 
 @command
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    found = {Path(run).name: measure(run, options.data) for run in options.runs}
+    examples, machine = read_data(options.data)
+    runs = {Path(run).name: measure(run, options.data) for run in options.runs}
+    found = {"rules": by_rules(examples, machine["permutations"]), "runs": runs}
     write_whole(options.out / "breadth_thoughts.json", as_json(found))
     write_whole(options.out / "breadth_thoughts.md", as_text(found))
     print_result(as_text(found))

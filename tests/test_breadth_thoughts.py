@@ -39,11 +39,15 @@ def test_auc():
 
 def test_the_report_has_all_measurements(task, tmp_path, capsys):
     assert script.main([str(task / "last-0"), "--data", str(task), "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "breadth_thoughts.json").read_text())["last-0"]
+    content = json.loads((tmp_path / "breadth_thoughts.json").read_text())
+    assert all([*of] == ["2", "3", "all"] for of in content["rules"].values())
+    found = content["runs"]["last-0"]
     assert [one["thought"] for one in found["read off"]] == [1, 2, 3]
     assert [one["questions"] for one in found["read off"]][:2] == [20, 20]
     assert sum(one["questions"] for one in found["by size"].values()) == 20
-    assert set(found["replaced"]) == {"likeliest token", "mean token", "mean of the frontier"}
+    names = ["likeliest token", "mean token", "mean of the frontier"]
+    names += [*(f"{name}, as long as the thought" for name in names), "the thought, as long as a token"]
+    assert list(found["replaced"]) == names
     assert all(0 <= value <= 1 for value in found["replaced"].values())
     assert {*found["superposed"]["own"]} == {*found["superposed"]["other"]} == {"its own", "the other's", "the mean"}
     text = (tmp_path / "breadth_thoughts.md").read_text()
@@ -63,6 +67,45 @@ def test_the_likeliest_token_is_what_the_thought_token_feeds_back(task):
 
     subject.model.thought = Token(subject.model.base_causallm)
     assert subject.outputs() == outputs
+
+
+def test_replacements_have_the_norms_that_their_names_say(task):
+    examples = json.loads((task / "path_test.json").read_text())
+    subject = script.Subject.load(str(task / "last-0"), examples)
+    machine_of = json.loads((task / "path_machine.json").read_text())
+    frontiers = [script.frontiers_of(machine_of["permutations"], *script.word_of(one)) for one in examples]
+    edits, checked = script.replacements(subject, frontiers), []
+
+    def check(number, thought, seen):
+        made = {name: edit.make(slice(0, len(thought)), number, thought, seen) for name, edit in edits.items()}
+        token = made["likeliest token"]
+        for name, content in made.items():
+            if name.endswith("as long as the thought"):
+                assert torch.allclose(content.norm(dim=-1), thought.norm(dim=-1), rtol=1e-5)
+                short = made[name.removesuffix(", as long as the thought")]
+                assert torch.cosine_similarity(content, short, dim=-1).min() > 0.9999
+        own = made["the thought, as long as a token"]
+        assert torch.allclose(own.norm(dim=-1), token.norm(dim=-1), rtol=1e-5)
+        assert torch.cosine_similarity(own, thought, dim=-1).min() > 0.9999
+        checked.append(number)
+        return thought
+
+    _, inputs = next(iter(subject.batches()))
+    with torch.no_grad():
+        subject.model(**inputs, edit=check)
+    assert checked == [0, 1, 2]
+
+
+def test_rules_on_a_small_machine():
+    """Button a leads from each state to the two others, b swaps X and Y."""
+    permutations = {"a": {"X": "YZ", "Y": "XZ", "Z": "XY"}, "b": {"X": "YY", "Y": "XX", "Z": "ZZ"}}
+    one, two = {"question": "XaXY", "answer": "Y"}, {"question": "XabYX", "answer": "X"}
+    assert script.by_rules([one, two], permutations) == {
+        "one path": {"1": 0.75, "2": 0.75, "all": 0.75},  # two: X, then Y or Z, then X or Z
+        "one path, both last states": {"1": 1.0, "2": 0.75, "all": 0.875},
+        "any start": {"1": 0.5, "2": 0.5, "all": 0.5},  # both candidates are reached from two starts
+        "any order": {"1": 1.0, "2": 1.0, "all": 1.0},  # ba: X, then Y, then X or Z
+    }
 
 
 def test_a_missing_run_is_one_sentence(tmp_path, task, capsys):
