@@ -140,14 +140,14 @@ def as_text(grid: Grid, results: dict[str, list[dict]], arguments: str) -> str:
     restriction = f" of {' or '.join(trained_steps(grid, one))} steps, as in training" if grid.untrained else ""
     lines += [
         f"Accuracy: percent of {len(answers(one, grid.untrained))} test questions{restriction}; mean over the seeds "
-        f"with its 95 % confidence interval (Student's t), then each seed. There is no interval for one seed, or if "
-        f"two neighbouring seeds are more than {100 * LARGEST_GAP:.0f} points apart (two modes).{chance} Learnt: seeds "
-        f"that reach {LEARNT:.0%}, with the 95 % interval of their share (Clopper-Pearson). By steps: mean over the "
-        f"seeds, by the number of steps of a question. Minus a control: difference over the seeds that both have, with "
-        f"a 95 % bootstrap interval over seeds, then questions, the same for both; with few seeds it is too narrow. "
-        f"Tokens: counted as in Table 1 of the paper, thoughts included; a generation takes one sequential forward "
-        f"pass more. ms: generation per question, in batches. Minutes: training and validation, with those of the run "
-        f"that it begins with.",
+        f"with its 95 % confidence interval (Student's t over seeds, for these questions), then each seed. There is no "
+        f"interval for one seed, or if two neighbouring seeds are more than {100 * LARGEST_GAP:.0f} points apart (two "
+        f"modes).{chance} Learnt: seeds that reach {LEARNT:.0%}, with the 95 % interval of their share "
+        f"(Clopper-Pearson). By steps: mean over the seeds, by the number of steps of a question. Minus a control: "
+        f"difference over the seeds that both have, with a 95 % bootstrap interval over seeds, then questions, the "
+        f"same for both; with few seeds it is too narrow. Tokens: counted as in Table 1 of the paper, thoughts "
+        f"included; a generation takes one sequential forward pass more. ms: generation per question, in batches. "
+        f"Minutes: training and validation, with those of the run that it begins with.",
         "",
         *shortcut_accuracies(grid),
     ]
