@@ -492,7 +492,7 @@ BAD = {
         "configuration .method 'coconut', not 'cot'",
     ),
     "too long": (["name=long", "c_thought=60", "max_latent_stage=3"], "makes .* tokens, but .* has only 128 positions"),
-    "far too long": (["name=long", f"c_thought={10**20}"], "makes .* tokens, but .* has only 128 positions"),
+    "far too long": (["name=long", f"c_thought={10**18}"], "makes .* tokens, but .* has only 128 positions"),
     "no numbers": (
         ["only_eval=true", "load_model_path={place}/runs/run", "answer_match=number", f"val_path={SETS}", "name=new"],
         "needs numbers, but the answer of record 0 .counted from 0. of .*words.json is '.-'",
