@@ -152,14 +152,16 @@ def test_the_search_has_the_same_recipes_for_all_rows_and_other_seeds():
 
 def test_the_ladder_has_the_same_methods_on_every_task():
     grids = [read_grid(ROOT / "experiments" / f"ladder_{task}.yaml") for task in ladder.TASKS]
-    first = grids[0]
-    assert len(first.runs) == 12
-    settings = []  # of each task: (run, method, thought)
+    methods = [run for run in grids[0].runs if all(run in grid.runs for grid in grids)]
+    assert len(methods) == 12
+    settings = []  # of each task: (run, label, method, thought)
     for grid in grids:
-        assert {run: spec.label for run, spec in grid.runs.items()} == {n: s.label for n, s in first.runs.items()}
+        assert list(grid.runs)[:12] == methods
         assert grid.seeds == (0, 1, 2)
         found = [job for job in jobs_of(grid, None, [0], ()) if job.run in grid.runs]
-        settings.append({(job.run, job.config.method, job.config.thought) for job in found})
+        of_run = {job.run: (grid.runs[job.run].label, job.config.method, job.config.thought) for job in found}
+        settings.append({run: of_run.pop(run) for run in methods})
+        assert {method for _, method, _ in of_run.values()} <= {method for _, method, _ in settings[-1].values()}
     assert settings[0] == settings[1] == settings[2]
 
 
