@@ -31,7 +31,7 @@ from collections.abc import Callable
 from itertools import chain
 from itertools import permutations as orders_of
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "preprocessing")]
@@ -141,26 +141,26 @@ def replacements(subject: Subject, frontiers: list[list[str]]) -> dict[str, Repl
     model, embed = subject.model, subject.model.base_causallm.get_input_embeddings()
     states = dict(zip(STATES, subject.tokenizer.convert_tokens_to_ids(list(STATES)), strict=True))
 
-    def likeliest(_, __, ___, seen) -> torch.Tensor:
+    def likeliest(rows, number, thought, seen) -> torch.Tensor:
         return embed(model.head(seen.hidden).argmax(-1))
 
-    def mean(_, __, ___, seen) -> torch.Tensor:
+    def mean(rows, number, thought, seen) -> torch.Tensor:
         return model.head(seen.hidden).softmax(-1) @ embed.weight
 
-    def frontier(rows: slice, number: int, *_) -> torch.Tensor:
+    def frontier(rows, number, thought, seen) -> torch.Tensor:
         sets = [found[min(number, len(found) - 1)] for found in frontiers[rows]]
         return torch.stack([embed.weight[[states[state] for state in one]].mean(0) for one in sets])[:, None]
 
-    def own_short(*seen_by: Any) -> torch.Tensor:
-        return with_norm_of(seen_by[2], likeliest(*seen_by))
+    def own_short(rows, number, thought, seen) -> torch.Tensor:
+        return with_norm_of(thought, likeliest(rows, number, thought, seen))
+
+    def as_long(make: Callable) -> Callable:
+        return lambda rows, number, thought, seen: with_norm_of(make(rows, number, thought, seen), thought)
 
     makers = {"likeliest token": likeliest, "mean token": mean, "mean of the frontier": frontier}
-    found = {name: Replacement(make) for name, make in makers.items()}
-    for name, make in makers.items():
-        found[f"{name}, as long as the thought"] = Replacement(
-            lambda *seen_by, make=make: with_norm_of(make(*seen_by), seen_by[2])
-        )
-    return found | {"the thought, as long as a token": Replacement(own_short)}
+    makers |= {f"{name}, as long as the thought": as_long(make) for name, make in makers.items()}
+    makers["the thought, as long as a token"] = own_short
+    return {name: Replacement(make) for name, make in makers.items()}
 
 
 @torch.no_grad()
