@@ -52,7 +52,7 @@ from model import lora
 from trainer import parallel, run_folder
 from trainer.distributed import World, agree, on_main_rank
 from trainer.files import file_digest, reading, retried, sync_to_disk, write_whole
-from trainer.pretrained import Pretrained, read_description
+from trainer.pretrained import BASE, Pretrained, read_description
 from trainer.run_folder import best, checkpoints, is_epoch_checkpoint, is_on_hub, rating, resolve, run_checkpoints
 from utils import UserError, as_json, log, parse_json, read_object
 
@@ -62,7 +62,6 @@ STATE = "trainer/state.json"
 MANIFEST = "trainer/manifest.json"  # file -> its size; its SHA-256 once `add_digests` has run
 # keys that decide what a model's sequences look like
 DESCRIBED = [field.name for field in fields(Config) if field.metadata["shapes"]]
-PREFIX = "base_causallm."
 Weights = dict[str, torch.Tensor]
 
 
@@ -162,7 +161,7 @@ def write_model(
 ) -> None:
     """Writes model, thought, tokenizer and coconut.json, which describes the model's sequences and names the file it
     was validated on. weights: the unsharded state dict of pretrained.model."""
-    base_weights, updates = lora.split(_with_prefix(PREFIX, weights))
+    base_weights, updates = lora.split(_with_prefix(BASE, weights))
     base = pretrained.model.base_causallm
     # transformers refuses to save contradictory settings, such as a temperature without do_sample, once one of them
     # has changed; here the stop tokens change, and many published models have such settings

@@ -45,6 +45,7 @@ from utils import UserError, read_object
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # every kind of tokenizer has one of these
 THOUGHT_FILE = "thought.safetensors"
+BASE = "base_causallm."  # prefix of the base model's names in a Coconut's state dict
 HUB_TIMEOUT = 5  # seconds
 
 
@@ -378,13 +379,13 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
     ):
         raise UserError(f"{path} is no state dict: it must map names to dense tensors")
     saved = {re.sub(r"^(module\.|_orig_mod\.)+|_fsdp_wrapped_module\.", "", name): saved[name] for name in saved}
-    wrapped = any(name.startswith("base_causallm.") for name in saved)
+    wrapped = any(name.startswith(BASE) for name in saved)
     if wrapped and not rules_of(method).has_latents:
         raise UserError(f"{path} holds the weights of a Coconut, which method {method} would run without its thoughts")
     if wrapped:
         # the reference's wrapper registers the input embedding twice, the second time as `embedding.weight`
         saved.pop("embedding.weight", None)
-        saved = {name.removeprefix("base_causallm."): value for name, value in saved.items()}
+        saved = {name.removeprefix(BASE): value for name, value in saved.items()}
     # buffers that older transformers releases saved, such as GPT-2's causal mask
     ignored = "|".join([*(base._keys_to_ignore_on_load_unexpected or ()), r"\.masked_bias$", "inv_freq$"])
     names = base.state_dict().keys()
