@@ -5,7 +5,6 @@ This module imports neither torch nor transformers, so that `run.py --help` and 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import json
@@ -25,6 +24,7 @@ import yaml
 
 import methods
 from methods import LARGEST_FACTOR, LARGEST_SAMPLE, key
+from trainer.commands import make_parser
 from trainer.files import why_unreadable
 from trainer.run_folder import is_on_hub, split_choice
 from utils import UserError, launched_ranks, print_error, print_result
@@ -231,8 +231,8 @@ class Config:
 
     # --- Evaluation and checkpoints ---
     eval_batch_size: int = setting(32, "prompts of one generation batch on one rank", low=1)
-    max_new_tokens: int = setting(
-        128, "maximum number of generated tokens (unset, with gsm in val_path: 64, as in the reference)", low=1
+    max_new_tokens: int | None = setting(
+        None, "maximum number of generated tokens (null: 64 with gsm in val_path, else 128, as in the reference)", low=1
     )
     val_samples: int = setting(
         0,
@@ -300,8 +300,6 @@ class Config:
             raise TypeError(f"no keys of a configuration: {', '.join(sorted(unknown))}")
         for name, field in fields.items():
             setattr(self, name, values.get(name, field.default))
-        if "max_new_tokens" not in values and "gsm" in str(self.val_path):
-            self.max_new_tokens = 64
         if isinstance(self.reset_optimizer, bool):
             self.reset_optimizer = "epoch" if self.reset_optimizer else "never"
 
@@ -331,6 +329,11 @@ class Config:
         """Returns one configuration for each file of val_path, by the file's name; "" is the name of a single path."""
         paths = self.val_path if isinstance(self.val_path, dict) else {"": self.val_path}
         return {name: dataclasses.replace(self, val_path=path) for name, path in paths.items()}
+
+    @property
+    def n_new_tokens(self) -> int:
+        """The maximum number of generated tokens."""
+        return self.max_new_tokens or (64 if "gsm" in str(self.val_path) else 128)
 
     @property
     def has_latents(self) -> bool:
@@ -749,11 +752,7 @@ def configure(
     """Returns the configuration that the command line asks for. Exits after an error, and after --help, --schedule or
     --plan, whose texts the functions `schedule` and `plan` make."""
     is_main = launched_ranks()[0] == 0
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=f"keys and their defaults:\n{Config.describe()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(description, epilog=f"keys and their defaults:\n{Config.describe()}")
     parser.add_argument("config", help="a YAML file, such as those in args/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides a key of the file")
     parser.add_argument("--schedule", action="store_true", help="print what each epoch will do, and stop")

@@ -232,7 +232,7 @@ def next_batch(run: Run, batches: Iterator[dict]) -> dict:
 def update_weights(run: Run, loss: torch.Tensor) -> None:
     """Clips the gradient and steps the optimizer. With skip_nonfinite, skips a non-finite loss or gradient instead."""
     config, run.grad_norm = run.config, None
-    if config.max_grad_norm is not None or config.skip_nonfinite:
+    if config.max_grad_norm or config.skip_nonfinite:
         run.grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
     if config.skip_nonfinite and not parallel.step_is_finite(run.grad_norm, loss):
         run.progress.skipped += 1
@@ -245,7 +245,8 @@ def update_weights(run: Run, loss: torch.Tensor) -> None:
 def validate(run: Run, epoch: int, stage: int) -> tuple[dict, list[dict]]:
     """Evaluates after an epoch; logs the result together with the epoch's training loss and time."""
     progress = run.progress
-    trained = {"train_loss": progress.losses / len(run.data.train), "train_seconds": progress.seconds}
+    n_scored = len(run.data.train) - progress.lost
+    trained = {"train_loss": progress.losses / (n_scored or math.nan), "train_seconds": progress.seconds}
     if run.config.skip_nonfinite:
         trained["skipped"] = progress.skipped
     parallel.gather_weights(run.model)  # all ranks: from here on they need no common pace
@@ -270,7 +271,7 @@ def save_epoch(run: Run, epoch: int, stage: int, metrics: dict, predictions: lis
     progress = run.progress
     progress.epoch, progress.at_goal = curriculum.next_epoch(run.config, epoch, metrics["accuracy"], progress.at_goal)
     progress.passed_over += progress.epoch - epoch - 1
-    progress.seen, progress.losses, progress.seconds = 0, 0.0, 0.0
+    progress.seen, progress.losses, progress.lost, progress.seconds = 0, 0.0, 0, 0.0
     improved = metrics["accuracy"] > progress.best.get(stage, -1.0)
     if improved:
         progress.best[stage] = metrics["accuracy"]

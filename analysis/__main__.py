@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from preprocessing.examples import load_examples, read_json
+from trainer import commands
 from trainer.run_folder import check_checkpoint
 from utils import UserError, as_json, print_error, print_result
 
@@ -24,9 +25,7 @@ NAMES = ("Coconut", "pause as thought")  # of checkpoint and control in the page
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m analysis", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = commands.make_parser(__doc__, prog="python -m analysis")
     add = parser.add_argument
     add("checkpoint", help="a checkpoint folder, or a run's folder (its newest checkpoint)")
     add("--control", metavar="CHECKPOINT", help="a model without feedback, shown beside it in every figure")

@@ -266,7 +266,9 @@ def as_text(found: dict[str, dict]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     examples, machine = read_data(options.data)
-    runs = {Path(run).name: measure(run, options.data) for run in options.runs}
+    names = [Path(run).name for run in options.runs]
+    names = names if len({*names}) == len(names) else options.runs
+    runs = {name: measure(run, options.data) for name, run in zip(names, options.runs, strict=True)}
     found = {"rules": by_rules(examples, machine["permutations"]), "runs": runs}
     write_whole(options.out / "breadth_thoughts.json", as_json(found))
     write_whole(options.out / "breadth_thoughts.md", as_text(found))

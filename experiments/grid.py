@@ -32,7 +32,7 @@ from jobs import Job, by_digest, check_folders, jobs_of, read_results, unfinishe
 
 from curriculum import stage_name
 from trainer import commands
-from trainer.distributed import allowed_cores
+from trainer.distributed import StopSignal, allowed_cores
 from trainer.files import writing
 from utils import UserError, print_result
 
@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_folders(jobs)
         try:
             if left and not options.report:
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+                for number in StopSignal.numbers():
                     signal.signal(number, CHILDREN.forward)
                 run_jobs(left, options.jobs)
         finally:

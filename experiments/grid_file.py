@@ -69,7 +69,7 @@ def _spelled(value) -> str:
     """Returns a value as the command line takes it: quoted only if YAML would read the bare text as something else."""
     if isinstance(value, str) and value.isprintable() and value == value.strip() and not value.startswith(("'", '"')):
         return value
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)  # YAML reads an escaped pair of surrogates as two characters
 
 
 def read_grid(path: Path, seen: tuple[Path, ...] = ()) -> Grid:

@@ -152,14 +152,15 @@ class Job:
 
     @cached_property
     def _input_digests(self) -> list[str]:
-        """Digests of the files that decide its weights: training data, model shape, initial weights."""
+        """Digests of the files that decide its weights: training data, model shape, initial weights, method's files."""
         shape = str(Path(self.config.model_id) / "config.json")
         found = [_content_digest(self.config.train_path), _content_digest(shape)]
         if self.begin is not None:
             found.append(self.begin.training_digest)
         elif not self.config.from_scratch:
             found += [_content_digest(self.config.model_id), _content_digest(self.config.load_model_path)]
-        return found
+        own = [getattr(self.config, key.name) for key in fields(Config) if key.metadata["file"]]
+        return found + [_content_digest(path) for path in own if Path(path).is_file()]
 
     @cached_property
     def training_digest(self) -> str:
@@ -175,6 +176,7 @@ class Job:
     def digest(self) -> str:
         """A digest of everything that decides its result: training, test split, evaluation keys."""
         keys = {name: getattr(self.config, name) for name in EVALUATION_KEYS} | {"checkpoint": self.grid.checkpoint}
+        keys["max_new_tokens"] = self.config.n_new_tokens
         return _digest(self.training_digest, _content_digest(self.grid.test_path), json.dumps(keys, sort_keys=True))
 
     def record_inputs(self) -> None:

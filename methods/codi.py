@@ -9,7 +9,7 @@ is `mlp`; any other works too.
     D = mean over the layers j, embeddings and final norm included, of SmoothL1(student_j, teacher_j) / std(teacher_j)
 
 No gradient reaches the teacher's states in D. The std is over the (B, 1, D) states of the batch. The three terms are
-means over a batch, which is weighted by its number of examples, as Coconut's loss is. Unlike in the published code, no
+means over a micro-batch, which is weighted by its number of examples. Unlike in the published code, no
 position attends to padding.
 
 Legend: B rows, T columns of a batch, D hidden size, L decoder blocks.
@@ -67,7 +67,7 @@ import torch.nn.functional as F
 
 from coconut import Coconut, CoconutOutput
 from curriculum import IGNORE
-from dataset import StageDataset, collate_for_device
+from dataset import MicroBatch, StageDataset, collate_for_device
 from model.layout import column_of
 
 
@@ -84,6 +84,10 @@ class TeacherDataset(StageDataset):
         shared = len([*takewhile(lambda pair: pair[0] == pair[1], zip(prefix, answer, strict=False))])
         student_position, position = (len(ids) - 1 - len(answer) + shared - 1 for ids in (input_ids, teacher))
         return input_ids, labels, student_position, teacher, [IGNORE] * len(question) + written, position
+
+    def weight(self, micro: MicroBatch, stage: int) -> float:
+        """Returns its share of the step's examples: each loss counts other tokens."""
+        return micro.weight
 
     def others(self, item: tuple, words) -> list:
         ids, _, position, teacher, labels, teacher_position = item

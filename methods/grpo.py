@@ -173,7 +173,7 @@ def on_device(run, batch: dict) -> dict:
         model.generate(batch["input_ids"][:1, :1], max_new_tokens=0)  # all ranks
     policy, size = samples.Policy(config.temperature, config.thought_noise), config.group_size
     with evaluate.autocast(config, run.world):
-        drawn = samples.generate(model, batch["prompts"], batch["keys"], size, policy, config.max_new_tokens)
+        drawn = samples.generate(model, batch["prompts"], batch["keys"], size, policy, config.n_new_tokens)
     outputs = evaluate.texts_of(drawn.tokens, config.method, run.pretrained)
     reward = reward_function(config.reward, config.answer_match)
     rewards = []

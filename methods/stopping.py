@@ -52,7 +52,7 @@ class Method(methods.Method):
 
     @staticmethod
     def options(config) -> dict:
-        return {"stop_threshold": config.stop_threshold, "max_new_tokens": config.max_new_tokens}
+        return {"stop_threshold": config.stop_threshold, "max_new_tokens": config.n_new_tokens}
 
     @staticmethod
     def mixes_in(config) -> bool:

@@ -37,6 +37,14 @@ def test_auc():
     assert script.auc(values[inside], values[~inside]) == (1 + 1 + 0 + 0.5) / 4
 
 
+def test_checkpoints_of_one_name_are_kept_apart(monkeypatch, task, tmp_path):
+    monkeypatch.setattr(script, "measure", lambda run, _: run)
+    monkeypatch.setattr(script, "as_text", lambda found: "")
+    runs = ["a/checkpoint_1", "b/checkpoint_1"]
+    assert script.main([*runs, "--data", str(task), "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "breadth_thoughts.json").read_text())["runs"] == {run: run for run in runs}
+
+
 def test_the_report_has_all_measurements(task, tmp_path, capsys):
     assert script.main([str(task / "last-0"), "--data", str(task), "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "breadth_thoughts.json").read_text())

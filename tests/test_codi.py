@@ -10,6 +10,7 @@ from test_latent_block import largest
 from test_methods import MARKERS, make_dataset
 
 from config import Config
+from dataset import MicroBatch
 from methods.codi import Codi, TeacherDataset
 from methods.parallel_latents import ParallelLatents
 from preprocessing.tokens import tokenize
@@ -67,6 +68,12 @@ def test_the_compared_position_if_a_blank_belongs_to_the_answers_first_token():
     tokens.auxiliary, tokens.answer_prefix = tokens, words["### "]
     student, _, at, teacher, _, teacher_at = TeacherDataset(tokens, config, MARKERS)[0, 2]
     assert student[at : at + 2] == teacher[teacher_at : teacher_at + 2] == [30, 32]
+
+
+def test_examples_not_tokens_weight_a_micro_batch():
+    """Coconut's rule, the tokens of the student's answer, would weight all three losses."""
+    dataset, _ = make_dataset(Config(method="codi", max_latent_stage=1), [1, 5, 0, 2])
+    assert dataset.weight(MicroBatch([1], 0.5, (0, 1)), stage=2) == 0.5
 
 
 # --- PCCoT: CODI with parallel latents, comparing the outputs of the decoder blocks only ---

@@ -422,6 +422,28 @@ def test_a_run_on_other_data_or_weights_is_another_run(inputs, small, tmp_path, 
     assert small.started == []
 
 
+def test_a_run_with_another_reward_is_another_run(inputs, small, tmp_path):
+    reward = tmp_path / "reward.py"
+    small(beginnings={}, runs={"pause": {"keys": {"method": "grpo", "reward": str(reward)}}})
+    digests = []
+    for number in range(2):
+        reward.write_text(f"def reward(question, gold, outputs):\n    return [{number} for _ in outputs]\n")
+        (job,) = jobs_of(read_grid(tmp_path / "small.yaml"), None, [3], ())
+        digests.append(job.training_digest)
+    assert digests[0] != digests[1]
+
+
+def test_the_number_of_generated_tokens_depends_on_the_evaluated_file(inputs, small, tmp_path):
+    """Bug: after a validation on gsm, the test on another file counted as one with other keys, again and again."""
+    base = yaml.safe_load((inputs / "base.yaml").read_text()) | {"max_new_tokens": None}
+    base["val_path"] = shutil.copy(inputs / "valid.json", tmp_path / "gsm_valid.json")
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base | {"val_path": str(base["val_path"])}))
+    small(base=str(tmp_path / "base.yaml"), beginnings={}, runs={"pause": {}})
+    assert small.run() == ["pause-3", "pause-3 test"]
+    assert small.run() == []
+    assert len(small.results["pause"]) == 1
+
+
 def test_a_run_can_be_extended(small, tmp_path):
     """More epochs were an error (another run), or the old evaluation counted as the new one."""
     small(beginnings={}, runs={"pause": {}})
@@ -515,7 +537,7 @@ def test_the_figure_marks_stages_of_steps_only(inputs, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
 def test_a_signal_stops_the_runs_and_starts_no_further_one(small, tmp_path, number):
     """The runs continued without the grid, and their folders were locked when it was started again."""
     arguments = small(beginnings={}, runs={"pause": {"keys": {"num_epochs": 5000}}, "coconut": {}})

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import conftest
 import forked
+import numpy as np
 import pytest
 import tiny_model
 import torch
@@ -78,10 +79,23 @@ def wait_for(condition, seconds: float = 600) -> None:
 @pytest.fixture
 def handlers():
     """Restores the signal handlers that a test sets."""
-    before = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
+    before = {number: signal.getsignal(number) for number in StopSignal.numbers()}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def test_only_sigxcpu_may_come_again(monkeypatch):
+    """Bug: the kernel repeats SIGXCPU every second of CPU time, which ended the run before it had saved."""
+    ends = []
+    monkeypatch.setattr("os._exit", ends.append)
+    stop = StopSignal()
+    stop._receive(signal.SIGXCPU, None)
+    stop.received -= 2
+    stop._receive(signal.SIGXCPU, None)
+    assert ends == []
+    stop._receive(signal.SIGUSR2, None)
+    assert ends == [128 + signal.SIGUSR2]
 
 
 @pytest.mark.slow
@@ -608,7 +622,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(place, here, rank
     assert re.search(sentence, complaint_of(done))
     shutil.rmtree(run)
     assert "skipped, its examples are in" in (together if ranks else here)(*arguments, "skip_nonfinite=true").stderr
-    assert epochs(run)[-1]["skipped"] == 1
+    record = epochs(run)[-1]
+    assert record["skipped"] == 1
+    losses = [step["loss"] for step in steps(run)]  # of 8 examples each
+    assert record["train_loss"] == pytest.approx(np.nanmean(losses))  # bug: the skipped examples counted as 0
     after, before = weights(run / "checkpoint_1"), weights(folder)
     assert all(value.isfinite().all() for name, value in after.items() if "embed" not in name and "lm_head" not in name)
     assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])

@@ -122,6 +122,14 @@ def test_the_source_of_questions_makes_no_difference(folders, tmp_path, capsys, 
         assert ask(capsys, folders["coconut"], "--file", tmp_path / "examples.json", "--batch", "1") == wanted
 
 
+def test_a_question_may_hold_a_line_separator(tmp_path):
+    """Bug: str.splitlines divided the question."""
+    question = "3\u20284"
+    for name, line in (("a.txt", question), ("a.jsonl", json.dumps({"question": question}, ensure_ascii=False))):
+        (tmp_path / name).write_text(line + "\n", encoding="utf-8")
+        assert generate.read_questions(tmp_path / name) == [{"question": question}]
+
+
 def test_a_closed_pipe_is_no_error_and_a_full_disk_one_sentence(folders, capfd, monkeypatch):
     """As in `python -m tools.generate ... | head -1`."""
     reading, writing = os.pipe()
@@ -149,6 +157,7 @@ def test_a_closed_pipe_is_no_error_and_a_full_disk_one_sentence(folders, capfd, 
         ("{coconut} 3+4 --thoughts 99999999999999999999", "thoughts do not fit into 40 positions"),
         ("{coconut} 3+4 --thoughts 40", "40 thoughts do not fit into 40 positions"),
         ("{coconut} --file none.json", "cannot read none.json"),
+        ("{coconut}", "standard input is closed: name a question, or a --file"),
         ("{coconut} --file {place}/bad.json", r"record 1 \(counted from 0\) has no 'question'"),
         ("{coconut} --file {place}/worse.jsonl", "line 2 is not valid JSON"),
         # bug: tracebacks, or meaningless samples
@@ -159,7 +168,8 @@ def test_a_closed_pipe_is_no_error_and_a_full_disk_one_sentence(folders, capfd, 
     ],
     ids=lambda value: value[:40],
 )
-def test_errors_are_one_sentence(folders, tmp_path, capsys, arguments, sentence):
+def test_errors_are_one_sentence(folders, tmp_path, capsys, monkeypatch, arguments, sentence):
+    monkeypatch.setattr("sys.stdin", None)  # as with `<&-`
     (tmp_path / "bad.json").write_text('[{"question": "1"}, {"answer": "1"}]')
     (tmp_path / "worse.jsonl").write_text("3+4\n{question: 1}\n")
     (tmp_path / "deep.json").write_text("[" * 100_000)

@@ -16,7 +16,7 @@ from preprocessing.examples import load_examples
 from trainer.commands import command, make_parser
 from trainer.evaluate import HEADER, named_best, row_of, summary
 from trainer.files import why_unreadable
-from trainer.run_folder import best_with_warnings, checkpoints, is_epoch_checkpoint, run_checkpoints
+from trainer.run_folder import all_checkpoints, best_with_warnings, checkpoints, is_epoch_checkpoint
 from utils import UserError, print_result, progress_bar, read_object
 
 
@@ -26,7 +26,7 @@ def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
     Returns a table that marks the best checkpoint in validation, and a sentence for each failed evaluation. Prints the
     warnings of run.py, each once. Raises UserError without a checkpoint.
     """
-    paths, everything = ([*filter(is_epoch_checkpoint, find(run_dir))] for find in (checkpoints, run_checkpoints))
+    paths, everything = ([*filter(is_epoch_checkpoint, find(run_dir))] for find in (checkpoints, all_checkpoints))
     if not paths:
         raise UserError(f"{run_dir} holds no checkpoint of a finished epoch")
     load_examples(file)  # its mistakes would be those of every evaluation
@@ -37,7 +37,8 @@ def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
         keys = {"only_eval": True, "from_scratch": False, "load_model_path": str(path), "val_path": file, "resume": 0}
         keys |= {"max_eval_examples": None}  # the run's own value limits its validation
         keys |= {"save_path": str(folder), "name": path.name, "wandb": "disabled"}
-        overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+        # without escapes: YAML reads a pair of surrogates as two characters
+        overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
         command = [sys.executable, Path(__file__).parent.parent / "run.py", run_dir / "config.yaml", *overrides]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         lines = [line for line in done.stderr.splitlines() if line.strip()]

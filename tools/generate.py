@@ -25,15 +25,16 @@ from typing import TYPE_CHECKING
 
 from config import MIN_TEMPERATURE, split_noise
 from methods import LARGEST_SAMPLE
+from preprocessing.examples import read_json, read_text
 from trainer import commands
 from trainer.run_folder import check_checkpoint
-from utils import UserError, parse_json
+from utils import UserError
 
 if TYPE_CHECKING:
     from coconut import Coconut  # takes seconds, so `load` imports it after all checks of arguments
 
 
-USERS = {  # option -> the options without which it would have no effect
+NEEDS = {  # option -> the options without which it would have no effect
     "thought_noise": ["samples"],
     "top_k": ["sample"],
     "top_p": ["sample"],
@@ -85,10 +86,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--samples must be from 1 to {LARGEST_SAMPLE}")
     if options.samples and (options.sample or options.top_k or options.top_p or options.show_thoughts):
         parser.error("--samples excludes --sample, --top-k, --top-p and --show-thoughts")
-    for name, users in USERS.items():
+    for name, needed in NEEDS.items():
         is_given = getattr(options, name) != parser.get_default(name)
-        if is_given and not any(getattr(options, user) for user in users):
-            parser.error(f"--{name.replace('_', '-')} needs {' or '.join(f'--{user}' for user in users)}")
+        if is_given and not any(getattr(options, one) for one in needed):
+            parser.error(f"--{name.replace('_', '-')} needs {' or '.join(f'--{one}' for one in needed)}")
     try:
         split_noise(options.thought_noise)
     except ValueError as error:
@@ -98,13 +99,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def read_questions(path: Path) -> list[dict]:
     """Reads the records of a file: a JSON list as in data/, or one record on each line. Raises UserError."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    text = read_text(path)
     if not text.lstrip().startswith("["):
-        return list(questions_of_lines(text.splitlines(), str(path)))
-    records = _parsed(text, str(path))
+        return list(questions_of_lines(text.split("\n"), str(path)))  # a question may hold U+2028
+    records = read_json(path, text)
     return [_checked(record, f"{path}: record {number} (counted from 0)") for number, record in enumerate(records)]
 
 
@@ -114,18 +112,11 @@ def questions_of_lines(lines: Iterable[str], name: str) -> Iterator[dict]:
         for number, line in enumerate(map(str.strip, lines), start=1):
             where = f"{name}: line {number}"
             if line.startswith("{"):
-                yield _checked(_parsed(line, where), where)
+                yield _checked(read_json(where, line), where)
             elif line:
                 yield {"question": line}
     except UnicodeDecodeError:
         raise UserError(f"{name} is not UTF-8") from None
-
-
-def _parsed(text: str, where: str):
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise UserError(f"{where} is not valid JSON: {error}") from None
 
 
 def _checked(record, where: str) -> dict:
@@ -214,6 +205,8 @@ def main(arguments: list[str] | None = None) -> None:
             records = iter([{"question": options.question}])
         elif options.file is not None:
             records = iter(read_questions(options.file))
+        elif sys.stdin is None:
+            raise UserError("standard input is closed: name a question, or a --file")
         else:
             records = questions_of_lines(sys.stdin, "standard input")
         model = load(options.checkpoint, options.seed, options.trust_remote_code)

@@ -53,7 +53,7 @@ from trainer import parallel, run_folder
 from trainer.distributed import World, agree, on_main_rank
 from trainer.files import file_digest, reading, retried, sync_to_disk, write_whole
 from trainer.pretrained import BASE, Pretrained, read_description
-from trainer.run_folder import best, checkpoints, is_epoch_checkpoint, is_on_hub, rating, resolve, run_checkpoints
+from trainer.run_folder import all_checkpoints, best, checkpoints, is_epoch_checkpoint, is_on_hub, rating, resolve
 from utils import UserError, as_json, log, parse_json, read_object
 
 FORMAT = 2  # of state.json, and of coconut.json beside it
@@ -76,6 +76,7 @@ class Progress:
     step: int = 0  # finished optimizer steps
     seen: int = 0  # examples of the unfinished epoch trained on so far, in the epoch's order
     losses: float = 0.0  # sum over these examples of their step's loss
+    lost: int = 0  # those of these examples whose step had a loss that is not finite
     seconds: float = 0.0  # training time of the unfinished epoch
     skipped: int = 0  # steps that skip_nonfinite has skipped in the whole run
     at_goal: int = 0  # consecutive epochs of the current stage whose accuracy has reached advance_at
@@ -489,7 +490,7 @@ def newest_whole(run_dir: Path) -> Path | None:
     """Returns the newest undamaged checkpoint, None if there are no checkpoints; skips damaged ones with a warning.
     Raises UserError if all are damaged: training from scratch would overwrite what can perhaps be restored."""
     damaged = []
-    for path in reversed(run_checkpoints(run_dir)):
+    for path in reversed(all_checkpoints(run_dir)):
         problem = damage(path)
         if problem is None:
             return path

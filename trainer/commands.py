@@ -9,9 +9,10 @@ from functools import wraps
 from utils import UserError, print_error
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """Returns a parser whose --help prints the description with its line breaks."""
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str, **options) -> argparse.ArgumentParser:
+    """Returns a parser whose --help prints the description with its line breaks. options: of ArgumentParser."""
+    shape = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=shape, **options)
 
 
 def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:

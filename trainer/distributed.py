@@ -20,6 +20,7 @@ import time
 import traceback
 import typing
 import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -405,8 +406,8 @@ def check_shared(world: World, folder: Path) -> None:
 
 
 class StopSignal:
-    """A context that turns SIGTERM, SIGUSR1 (preemption, a time limit), SIGHUP (a closed terminal) and SIGINT (Ctrl-C)
-    into a request: all ranks stop at the same step, save and exit.
+    """A context that turns SIGTERM, SIGUSR1, SIGUSR2 or SIGXCPU (preemption, a time limit), SIGHUP (a closed terminal)
+    and SIGINT (Ctrl-C) into a request: all ranks stop at the same step, save and exit.
 
     A second signal exits at once, unless it comes within a second of the first: launchers forward signals that the
     cluster has also sent to every process. SIGHUP and SIGINT stay ignored if the process was started so (nohup, a
@@ -415,14 +416,20 @@ class StopSignal:
     It may be entered before `world` is set (`early`).
     """
 
-    # SLURM, SGE and LSF announce the end of a job by SIGTERM, SIGUSR1, SIGUSR2 or SIGXCPU
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP, signal.SIGINT)
-
     def __init__(self, world: World | None = None):
         self.world = world
         self.received: float | None = None  # when this rank received the first one (time.monotonic)
         self._pending = None  # (flag, work) of the last all-reduce
         self._before = {}
+
+    @staticmethod
+    def numbers() -> Iterator[int]:
+        """Yields the signals that stop a program which saves first."""
+        # SLURM, SGE and LSF announce the end of a job by one of these
+        yield from (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+        for number in (signal.SIGHUP, signal.SIGINT):
+            if signal.getsignal(number) != signal.SIG_IGN and not (number == signal.SIGINT and under_debugger()):
+                yield number
 
     @classmethod
     def early(cls) -> StopSignal:
@@ -437,11 +444,7 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         if self._before or threading.current_thread() is not threading.main_thread():
             return self
-        for number in self.SIGNALS:
-            of_user = number in (signal.SIGHUP, signal.SIGINT)
-            kept = signal.getsignal(number) == signal.SIG_IGN or (number == signal.SIGINT and under_debugger())
-            if not (of_user and kept):
-                self._before[number] = signal.signal(number, self._receive)
+        self._before = {number: signal.signal(number, self._receive) for number in self.numbers()}
         return self
 
     def __exit__(self, *_) -> None:
@@ -450,7 +453,8 @@ class StopSignal:
         self._before = {}
 
     def _receive(self, number: int, _) -> None:
-        if self.received is not None and time.monotonic() - self.received > 1:
+        repeats = number == signal.SIGXCPU  # the kernel sends it again after each further second of CPU time
+        if self.received is not None and not repeats and time.monotonic() - self.received > 1:
             os._exit(128 + number)
         self.received = self.received or time.monotonic()
 

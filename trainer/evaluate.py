@@ -93,7 +93,7 @@ def evaluate(
     loss = validation_loss(pretrained, data.val, stage, config, world)  # all ranks
 
     def generate(_, prompts: list[list[int]]) -> list[tuple[str, int]]:
-        rows = generate_tokens(pretrained, config.method, prompts, config.max_new_tokens, world.device)
+        rows = generate_tokens(pretrained, config.method, prompts, config.n_new_tokens, world.device)
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
         n_latents = [ids.count(markers.latent) if model.thinks else 0 for ids in prompts]
         return [(text, len(row) + n) for text, row, n in zip(texts, rows, n_latents, strict=True)]
@@ -167,7 +167,7 @@ def draw_samples(
     from trainer import samples
 
     keys, policy = [(config.seed, index) for index in indices], samples.Policy.of(config)
-    drawn = samples.generate(pretrained.model, prompts, keys, config.val_samples, policy, config.max_new_tokens)
+    drawn = samples.generate(pretrained.model, prompts, keys, config.val_samples, policy, config.n_new_tokens)
     return list(batched(texts_of(drawn.tokens, config.method, pretrained), config.val_samples))
 
 
@@ -176,7 +176,7 @@ def _share_of_rank(
 ) -> dict[int, Any]:
     """Returns what `generate`, called with (indices, their prompts), makes of each prompt of this rank, by index. The
     ranks share the batches, of at most `size` prompts."""
-    size = min(size, -(-len(prompts) // world.size))  # small enough that every rank has a batch
+    size = min(size, -(-len(prompts) // world.size))  # the ranks share few prompts, too
     found, batches = {}, _batches_of_rank([len(ids) for ids in prompts], size, world)
     for indices in progress_bar(batches, title, "batch", shown=world.is_main):
         with autocast(config, world):
@@ -209,7 +209,7 @@ def warn_unscorable_answers(tokenizer, data: Data, config: Config, stages: Itera
     warnings: list[str] = []
 
     def decode(index: int, kept: Sequence[int] = ()) -> str:
-        ids = [*kept, *data.val[index][2]][: config.max_new_tokens]
+        ids = [*kept, *data.val[index][2]][: config.n_new_tokens]
         return tokenizer.decode(before_eos(tokenizer.eos_token_id, ids), skip_special_tokens=True)
 
     def warn(problem: str, found: dict[int, str]) -> None:  # found: index of a record -> its problem
@@ -221,8 +221,8 @@ def warn_unscorable_answers(tokenizer, data: Data, config: Config, stages: Itera
     alone = {}
     for index, wanted in enumerate(gold):
         if not is_right(text := decode(index), wanted, config.answer_match):
-            is_cut = len(data.val[index][2]) > config.max_new_tokens
-            cut = f" (max_new_tokens {config.max_new_tokens} cuts it)" if is_cut else ""
+            is_cut = len(data.val[index][2]) > config.n_new_tokens
+            cut = f" (max_new_tokens {config.n_new_tokens} cuts it)" if is_cut else ""
             alone[index] = f"whose answer {wanted!r} is decoded from its tokens as {extract_answer(text)!r}{cut}"
     warn("answers cannot be right, whatever the model generates", alone)
     variants = [config] if config.only_eval else config.rules.variants(config)
@@ -235,7 +235,7 @@ def warn_unscorable_answers(tokenizer, data: Data, config: Config, stages: Itera
             if not is_right(text, gold[index], config.answer_match):
                 wrong[index] = (
                     f"whose steps and answer, {len(kept) + len(answer)} tokens with max_new_tokens "
-                    f"{config.max_new_tokens}, are decoded as {extract_answer(text)[-60:]!r}"
+                    f"{config.n_new_tokens}, are decoded as {extract_answer(text)[-60:]!r}"
                 )
             elif extract_steps(text) != reasoning:
                 unmatched[index] = f"whose steps {reasoning[-60:]!r} are decoded as {extract_steps(text)[-60:]!r}"

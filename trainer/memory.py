@@ -210,7 +210,7 @@ class FakeRank:
             "lay_out_prompts": lay_out_prompts(**given, **family),
         }
         left = (self.model.max_positions or 1 << 30) - given["input_ids"].shape[1]
-        options = {"max_new_tokens": max(min(self.config.max_new_tokens, left), 1)}
+        options = {"max_new_tokens": max(min(self.config.n_new_tokens, left), 1)}
         batch, given, layouts = self._faked((batch, given, layouts))
 
         def validate() -> None:

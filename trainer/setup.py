@@ -144,8 +144,9 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
 
 def _forget_other_scores(progress: Progress, config: Config, val_digest: str | None) -> None:
     """Clears the accuracies in `progress` if they were measured otherwise than from now on, with a warning."""
-    names = ("answer_match", "max_eval_examples", "max_new_tokens", "eval_latents_from_steps")
+    names = ("answer_match", "max_eval_examples", "eval_latents_from_steps")
     now = {"val_path": val_digest, **{name: getattr(config, name) for name in names}}
+    now["max_new_tokens"] = config.n_new_tokens
     before, progress.scored_by = progress.scored_by or now, now
     if changed := [name for name in now if before.get(name) != now[name]]:
         progress.best, progress.at_goal = {}, 0

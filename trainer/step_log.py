@@ -36,6 +36,7 @@ def log_steps(run: Run, epoch: int) -> float:
         if math.isfinite(sum(both)):
             run.progress.losses += both[0] * len(step.examples)
         else:
+            run.progress.lost += len(step.examples)
             report_nonfinite(run, epoch, number, sum(both), step)
     run.unlogged.clear()
     return losses[-1][0]
