@@ -147,7 +147,7 @@ def train_epoch(run: Run, epoch: int) -> int:
                 progress.seconds = before + time.perf_counter() - begin
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             if stop_now:
-                break
+                return stages[step]
             if save_now:
                 save_checkpoint(run, stages[step])
                 run.throughput.start()
@@ -249,9 +249,9 @@ def validate(run: Run, epoch: int, stage: int) -> tuple[dict, list[dict]]:
     trained = {"train_loss": progress.losses / (n_scored or math.nan), "train_seconds": progress.seconds}
     if run.config.skip_nonfinite:
         trained["skipped"] = progress.skipped
-    parallel.gather_weights(run.model)  # all ranks: from here on they need no common pace
     validate_epoch = run.parts.validate or evaluate.evaluate
-    metrics, predictions = validate_epoch(run.pretrained, run.data, stage, run.config, run.world)  # all ranks
+    with parallel.gathered(run.model):  # all ranks: inside it they need no common pace
+        metrics, predictions = validate_epoch(run.pretrained, run.data, stage, run.config, run.world)  # all ranks
     metrics = {"epoch": epoch, "stage": stage, **trained, **metrics}
     with ranks.agree(run.world):  # all ranks
         if run.world.is_main:

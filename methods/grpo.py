@@ -34,6 +34,7 @@ from methods import LARGEST_SAMPLE, key
 
 class Method(methods.Method):
     has_latents = True
+    generates = True
     variant_of = "coconut"
     defaults = {"temperature": 1.0, "curriculum": "none"}
     group_size: int = key(8, "grpo: answers sampled for each question", low=2, high=LARGEST_SAMPLE, later=True)

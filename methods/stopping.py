@@ -23,6 +23,7 @@ from methods import key
 
 class Method(methods.Method):
     has_latents = True
+    generates = True
     has_stages = False
     variant_of = "coconut"
     defaults = {"stop_threshold": 0.6}

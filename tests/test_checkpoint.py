@@ -70,6 +70,17 @@ def test_only_complete_checkpoints_are_found(saving, tmp_path):
     refuses("is no checkpoint", resolve, str(tmp_path))
 
 
+def test_an_optimizer_without_state_is_saved_without_it(saving, tmp_path):
+    """Bug: torch made the state by a step, which later bias corrections counted; with skip_nonfinite, if all steps
+    before a save were skipped."""
+    model = saving()[1].model
+    optimizer, other = (torch.optim.AdamW(model.parameters()) for _ in range(2))
+    checkpoint.save_optimizer(tmp_path, model, optimizer)
+    assert not optimizer.state
+    checkpoint.load_optimizer(tmp_path, model, other)
+    assert not any(values for values in other.state.values())
+
+
 def test_a_checkpoint_can_be_chosen(saving, tmp_path, capsys):
     """In a run with two stages, where accuracy is higher in the first, easier one."""
     config, _, save = saving()
@@ -192,7 +203,7 @@ def test_only_errors_of_the_disk_become_a_user_error(saving, monkeypatch):
     _, _, save = saving()
 
     def save_with(error: Exception) -> None:
-        monkeypatch.setattr(checkpoint, "get_optimizer_state_dict", raising(error))
+        monkeypatch.setattr(checkpoint.dcp, "save", raising(error))
         save(1)
 
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

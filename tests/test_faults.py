@@ -330,6 +330,21 @@ def test_a_damaged_checkpoint_is_skipped(place, two_epochs, here, capsys):
     assert len(list(run.glob("checkpoint_2.replaced-*"))) == 1
 
 
+def test_checkpoints_after_a_damaged_one_are_kept(place, two_epochs, here, monkeypatch):
+    """Bug: the damaged checkpoint counted as the newest. Each step checkpoint was removed as soon as it was saved, and
+    with keep_checkpoints=1 the last whole checkpoint too."""
+    run, arguments = two_epochs
+    flip(run / "checkpoint_2" / "model.safetensors")
+    train_step, count = run_module.train_step, []
+    monkeypatch.setattr(run_module, "train_step", lambda *a: count.append(1) or train_step(*a))
+    monkeypatch.setattr(StopSignal, "requested", lambda *_, **__: len(count) == 2)
+    here(place / "run.yaml", *arguments, "save_every_steps=1", "keep_checkpoints=1")
+    found = [path.name for path in checkpoints(run)]
+    assert found[0] == "checkpoint_1"
+    assert found[-2].startswith("checkpoint_1_step_")
+    assert checkpoint.newest_whole(run).name == found[-2]
+
+
 @pytest.mark.parametrize("file", ["metrics.json", "coconut.json"])
 def test_a_damaged_old_checkpoint_does_not_prevent_pruning(place, two_epochs, here, file):
     """With keep_checkpoints every save ended in a traceback."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from conftest import ROOT, tiny_base
+from conftest import ROOT, main, steps, tiny_base, together
 from test_coconut import END, EOS, LATENT, START, largest_difference, make_model, make_rows
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -247,6 +247,8 @@ def test_flops_equal_torchs_count(family):
         ("NVIDIA H100 80GB HBM3", {"bf16": True, "tf32": True}, 989e12),
         ("NVIDIA A100-SXM4-80GB", {"bf16_weights": True}, 312e12),
         ("NVIDIA A100-SXM4-80GB", {"tf32": True}, 156e12),
+        ("NVIDIA L40", {"bf16": True}, 181e12),  # bug: that of the L4
+        ("NVIDIA RTX A1000", {"bf16": True}, None),  # bug: that of the A100
         ("CPU, x86_64, 2 cores", {}, None),
     ],
 )
@@ -277,3 +279,23 @@ def test_only_one_rank_per_node_asks_the_hub(three_ranks, monkeypatch):
     config = Config(load_model_path="somebody/coconut:gsm.pt")
     assert [checkpoint.find_weights(config, world) for world in three_ranks] == [Path("/cache/gsm.pt")] * 3
     assert asked[3:] == [("somebody/coconut", "gsm.pt", cached) for cached in (False, True, False)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keys",
+    [
+        # bug: a rank without samples waited forever for another that gathered weights in the order of its samples
+        ("max_train_examples=8", "max_eval_examples=1", "val_samples=2", "temperature=1.0"),
+        # bug: the optimizer held the weights gathered for validation, which got no gradient
+        ("max_train_examples=8", "max_eval_examples=2", "reset_optimizer=epoch", "debug=true"),
+    ],
+    ids=["samples", "debug"],
+)
+def test_training_goes_on_after_a_validation(place, keys):
+    name = f"after-validation-{keys[-1].partition('=')[0]}"
+    keys += ("num_epochs=2", "batch_size_training=4", "global_batch_size=8", "max_new_tokens=2", "log_every_steps=1")
+    wanted = steps(main(place, *keys, f"name={name}"))
+    together(place / "run.yaml", *keys, f"name={name}-fsdp", "strategy=fsdp")
+    folder = place / "runs" / f"{name}-fsdp{'-debug' * ('debug=true' in keys)}"
+    assert [step["loss"] for step in steps(folder)] == pytest.approx([step["loss"] for step in wanted], abs=1e-5)

@@ -14,12 +14,12 @@ import pytest
 import tiny_model
 import torch
 import yaml
-from conftest import ROOT, read_json
+from conftest import ROOT, read_json, refuses
 from transformers import AutoModelForCausalLM
 
 from config import Config, configure
 from trainer.memory import SHARE_OF_GPU, largest_that_fits
-from trainer.parallel import BYTES_PER_PARAMETER, bytes_under_ddp, strategy_of
+from trainer.parallel import bytes_under_ddp, strategy_of
 from trainer.plan import Machine, estimate, explains_out_of_memory, plan, read_source, what_would_fit
 from utils import UserError
 
@@ -141,6 +141,12 @@ def test_every_method_can_be_planned(data, tmp_path, keys):
     assert "a rank at the peak" in plan(config, gpus=2)
 
 
+@pytest.mark.parametrize("method", ["grpo", "stopping"])
+def test_a_plan_of_steps_that_generate_is_one_sentence(data, tmp_path, method):
+    """Bug: tracebacks."""
+    refuses("--plan cannot count the steps of method", plan, write_config(data, tmp_path, "llama", method=method))
+
+
 @pytest.mark.parametrize("limit", [0, 102, 103, 200, 249, 255, 258, 10_000])
 def test_largest_that_fits_finds_the_largest_size(limit):
     calls = []
@@ -185,12 +191,15 @@ def test_the_text_of_a_plan(data, tmp_path):
 def test_auto_shards_where_the_model_is_too_large(data, tmp_path):
     config = write_config(data, tmp_path, "llama")
     shape = read_source(config).shape
-    n_parameters = bytes_under_ddp(config, shape) // BYTES_PER_PARAMETER
+    n_parameters = bytes_under_ddp(config, shape) // 16
     for per_parameter, strategy in ((16 / 0.6 - 0.1, "fsdp"), (16 / 0.6 + 0.1, "ddp")):
         machine = Machine(2, "H100", int(per_parameter * n_parameters))
         assert strategy_of(config, machine.ranks, machine.memory, shape)[0] == strategy
     assert strategy_of(config, 2, None, shape)[0] == "ddp"
     assert strategy_of(replace(config, strategy="fsdp"), 1, None, shape)[0] == "fsdp"
+    # bug: all runs counted as full trainings in float32
+    for keys, per_parameter in (({"only_eval": True}, 4), ({"lora_rank": 2}, 4), ({"bf16_weights": True}, 8)):
+        assert bytes_under_ddp(replace(config, **keys), shape) == per_parameter * n_parameters
 
 
 def test_shards_take_less(data, tmp_path):

@@ -1,5 +1,6 @@
 """A restart is bitwise the undisturbed run, and needs every part of the saved state for that."""
 
+import math
 import random
 import shutil
 from dataclasses import fields
@@ -35,10 +36,10 @@ WRITTEN = (
 
 
 class Steps:
-    """Replaces the clock, the check of a step, wandb and signals by functions of the number of optimizer steps."""
+    """Replaces the clock, a loss, the check of a step, wandb and signals by functions of the number of steps."""
 
     def __init__(self, monkeypatch, stop_after: int | None = None, done: int = 0):
-        self.done, original, open_log = done, run.update_weights, RunLogger.open
+        self.done, original, open_log, train_step = done, run.update_weights, RunLogger.open, run.train_step
 
         def update_weights(*arguments) -> None:
             original(*arguments)
@@ -48,7 +49,12 @@ class Steps:
             open_log(logger, config)
             return wandb_id or f"begun after {self.done} steps"
 
+        def train_step_with_nan(*arguments) -> torch.Tensor:
+            losses = train_step(*arguments)
+            return losses * math.nan if self.done == 6 else losses  # in the second epoch
+
         monkeypatch.setattr(run, "update_weights", update_weights)
+        monkeypatch.setattr(run, "train_step", train_step_with_nan)
         monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: float(self.done)))
         monkeypatch.setattr(run.parallel, "step_is_finite", lambda *_: self.done != 1)
         monkeypatch.setattr(RunLogger, "open", open_as)
@@ -67,7 +73,7 @@ def outcome(folder) -> dict:
     records = lines_of(folder / "metrics.jsonl")
     return {
         "tensors": {name: value.numpy().tobytes() for name, value in state.items()},
-        "log": [{name: record[name] for name in WRITTEN if name in record} for record in records],
+        "log": [{name: repr(record[name]) for name in WRITTEN if name in record} for record in records],
         "progress": read_json(last / "trainer" / "state.json"),
         "checkpoints": [path.name for path in checkpoints(folder)],
     }

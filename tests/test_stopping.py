@@ -388,6 +388,9 @@ def test_a_run_trains_the_head_and_nothing_else(place, coconut_run, capsys):
     main(place, *KEYS, "name=stopping-parts", f"load_model_path={coconut_run}", "num_epochs=1")
     parts = main(place, *KEYS, "name=stopping-parts", f"load_model_path={coconut_run}")
     assert equal(heads(parts / "checkpoint_2"), heads(whole / "checkpoint_2"))
+    capsys.readouterr()  # bug: a run could not go on with another threshold, which no weight depends on
+    assert main(place, *KEYS, "name=stopping-parts", f"load_model_path={coconut_run}", "stop_threshold=0.9") == parts
+    assert "stop_threshold changed: accuracies differ" in capsys.readouterr().err
     evaluated = main(place, *KEYS, "name=stopping-eval", "only_eval=true", f"load_model_path={whole}")
     found, wanted = read_json(evaluated / "eval" / "metrics.json"), epochs(whole)[-1]
     for name in ("accuracy", "thoughts", "generated_tokens"):  # bug: an eval-only run counted all latents

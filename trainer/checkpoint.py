@@ -153,7 +153,7 @@ def save(
         raise
     with agree(world):  # all ranks
         if world.is_main:
-            _prune(config)
+            _prune(config, target)
     return target
 
 
@@ -245,11 +245,12 @@ def _digests(paths: list[Path]) -> list[str]:
         return list(pool.map(file_digest, paths))
 
 
-def _prune(config: Config) -> None:
-    """Removes old checkpoints: step checkpoints, except the newest two since the last finished epoch; the optimizers of
-    all epoch checkpoints but the newest two; epoch checkpoints beyond keep_checkpoints, except the best
-    (`run_folder.best`)."""
+def _prune(config: Config, newest: Path) -> None:
+    """Removes old checkpoints once `newest` is saved: step checkpoints, except the newest two since the last finished
+    epoch; the optimizers of all epoch checkpoints but the newest two; epoch checkpoints beyond keep_checkpoints, except
+    the best (`run_folder.best`)."""
     everything = checkpoints(config.run_dir)
+    del everything[everything.index(newest) + 1 :]  # damaged ones, which the run has passed over
     finished = [path for path in everything if is_epoch_checkpoint(path)]
     since = everything.index(finished[-1]) if finished else 0
     for path in everything[: max(since, len(everything) - 2)]:
@@ -344,7 +345,9 @@ class MetadataReader(dcp.FileSystemReader):
 
 def save_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Writes the optimizer's state, and the weights of the model's companions. Collective: every rank must call it."""
-    state = {"optimizer": {"state": get_optimizer_state_dict(model, optimizer)["state"]}}
+    # torch would make the state of an optimizer without any by a step, which counts in later bias corrections
+    averages = get_optimizer_state_dict(model, optimizer)["state"] if optimizer.state else {}
+    state = {"optimizer": {"state": averages}}
     state |= {name: get_model_state_dict(companion) for name, companion in model.companions.items()}
     dcp.save(state, checkpoint_id=folder / OPTIMIZER)
 
@@ -529,7 +532,8 @@ def damage(folder: Path, weights_only: bool = False) -> str | None:
 def differences(config: Config, folder: Path) -> dict[str, str]:
     """Returns the keys in which a configuration differs from a checkpoint's coconut.json: key -> "key 1, not 2"."""
     description = read_description(folder) or {}
-    others = _differing(config, description, DESCRIBED)
+    free = {key.name for key in fields(Config) if key.metadata["free"]}
+    others = _differing(config, description, [name for name in DESCRIBED if name not in free])
     if "method" in others:  # variants of a method train differently, on the same sequences
         theirs = rules_of(description["method"]).variant_of or description["method"]
         if theirs == (config.rules.variant_of or config.method):

@@ -28,7 +28,8 @@ def evaluate_only(config: Config, world: World) -> None:
         parallel.gather_weights(run.model)  # all ranks
         for name, set_config in sets.items():  # all ranks evaluate their share of each set
             data = run.sets[name]
-            log.info(f"evaluating {source} at stage {stage} on {set_config.val_path} ({len(data.val)} examples)")
+            where = f"at stage {curriculum.stage_name(stage)} on {set_config.val_path} ({len(data.val)} examples)"
+            log.info(f"evaluating {source} {where}")
             metrics, predictions = evaluate_set(run.pretrained, data, stage, set_config, world, "evaluating")
             metrics |= {"stage": stage, "checkpoint": str(source), "file": set_config.val_path}
             results[name] = metrics, predictions
@@ -48,8 +49,10 @@ def stage_to_evaluate(config: Config, description: dict) -> tuple[int, list[str]
     folder or file without a stage, such as a reference checkpoint, is evaluated at the last one."""
     recorded, scheduled = description.get("stage"), curriculum.stage_of(config, config.resume)
     if config.resume:
-        text = f"the checkpoint's stage is {recorded}, but resume={config.resume} asks for {scheduled}"
-        return scheduled, [text] if recorded not in (None, scheduled) else []
+        if recorded in (None, scheduled):
+            return scheduled, []
+        theirs, asked = curriculum.stage_name(recorded), curriculum.stage_name(scheduled)
+        return scheduled, [f"the checkpoint's stage is {theirs}, but resume={config.resume} asks for {asked}"]
     if recorded is not None:
         return recorded, []
     last = curriculum.stage_of(config, config.num_epochs - 1)

@@ -34,7 +34,6 @@ from trainer.distributed import World, all_reduce, on_every_rank, on_main_rank
 from trainer.pretrained import Pretrained, load_model, make_model, shape_of
 from utils import UserError
 
-BYTES_PER_PARAMETER = 16  # float32 weights, gradients and AdamW's two averages
 SHARE_OF_MEMORY = 0.6  # share of a GPU's memory for these under DDP; activations need the rest
 
 
@@ -121,8 +120,11 @@ def bytes_under_ddp(config: Config, shape: PreTrainedConfig) -> int:
     """Returns the bytes of weights, gradients and AdamW's averages on a rank that has the whole model."""
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
-    n_models = 1 if config.only_eval else 1 + config.rules.n_companions
-    return n_models * BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in whole.parameters())
+    # weights, then for what is trained gradients and AdamW's two averages of the same size
+    model = 1 if config.only_eval or config.lora_rank else 4
+    companions = 0 if config.only_eval else 4 * config.rules.n_companions
+    size = 2 if config.bf16_weights else 4
+    return size * (model + companions) * sum(parameter.numel() for parameter in whole.parameters())
 
 
 def blocks_of(model: Coconut, purpose: str) -> list[nn.Module]:
@@ -185,6 +187,10 @@ def shard(model: Coconut, config: Config, mesh: DeviceMesh | None = None) -> Non
         fully_shard(block, **options)
     for part in reversed(with_companions(model)):
         fully_shard(part, **options)
+    for module in _sharded_modules(model):
+        # torch would prefetch in the order of the last forward passes, which may differ between ranks: they share
+        # validation batches. The weights of a step stay gathered, so nothing is lost
+        module.set_modules_to_backward_prefetch([module])
     register_fsdp_forward_method(model, "generate")
 
 
@@ -220,9 +226,23 @@ def whole_weights(model: Coconut) -> dict[str, torch.Tensor]:
 def gather_weights(model: Coconut) -> None:
     """Gathers sharded weights, so that passes until the next training step need no communication and ranks may make
     different numbers of them. Collective: every rank must call it."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
+    for module in _sharded_modules(model):
+        module.unshard()
+
+
+@contextmanager
+def gathered(model: Coconut) -> Iterator[None]:
+    """`gather_weights` for the time of the context; an optimizer has to be made outside it, from sharded weights."""
+    gather_weights(model)  # all ranks
+    try:
+        yield
+    finally:
+        for module in _sharded_modules(model):
+            module.reshard()
+
+
+def _sharded_modules(model: Coconut) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 # --- Training ---

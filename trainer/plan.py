@@ -240,6 +240,8 @@ def plan(config: Config, gpus: int | None = None, gpu_memory: float | None = Non
 
     if config.only_eval:
         raise UserError("--plan is for training runs: leave only_eval out")
+    if config.rules.generates:
+        raise UserError(f"--plan cannot count the steps of method {config.method}, which generate answers")
     if missing := list(config.missing_files(but_weights=True)):  # an earlier run may still have to make the weights
         raise UserError("; ".join(missing))
     machine = machine_of(gpus, gpu_memory)

@@ -144,11 +144,12 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
 
 def _forget_other_scores(progress: Progress, config: Config, val_digest: str | None) -> None:
     """Clears the accuracies in `progress` if they were measured otherwise than from now on, with a warning."""
-    names = ("answer_match", "max_eval_examples", "eval_latents_from_steps")
+    names = ["answer_match", "max_eval_examples", "eval_latents_from_steps"]
+    names += [key.name for key in dataclasses.fields(Config) if key.metadata["free"] and key.metadata["shapes"]]
     now = {"val_path": val_digest, **{name: getattr(config, name) for name in names}}
     now["max_new_tokens"] = config.n_new_tokens
     before, progress.scored_by = progress.scored_by or now, now
-    if changed := [name for name in now if before.get(name) != now[name]]:
+    if changed := [name for name in now if name in before and before[name] != now[name]]:
         progress.best, progress.at_goal = {}, 0
         log.warning(
             f"{' and '.join(changed)} changed: accuracies differ from those of earlier epochs. save_only_improve "
@@ -214,7 +215,7 @@ def announce(run: Run, newest: Path | None) -> None:
     if newest is None and progress.epoch:
         if config.load_model_path is None:
             log.warning("resume skips epochs, but no load_model_path names a model that was trained for them")
-        stage = curriculum.stage_of(config, progress.epoch)
+        stage = curriculum.stage_name(curriculum.stage_of(config, progress.epoch))
         log.info(f"starting with epoch {progress.epoch}, stage {stage} (resume)")
 
 
@@ -235,8 +236,8 @@ def announce_disk(run: Run) -> None:
 
 def checkpoint_bytes(config: Config, weights: int, trained: int) -> int:
     """Returns the most disk space that a run's checkpoints take, in bytes, given the bytes of all and of the trained
-    weights: the epoch checkpoints, two of them with AdamW's two averages, and two step or partial checkpoints.
+    weights: the epoch checkpoints, two of them with AdamW's two averages, two step checkpoints, and a new one.
     """
     finished = config.num_epochs - config.resume
-    kept = min(finished, config.keep_checkpoints + 1) if config.keep_checkpoints else finished
-    return (kept + 2) * weights + 4 * 2 * trained
+    kept = min(finished, config.keep_checkpoints + 2) if config.keep_checkpoints else finished
+    return (kept + 3) * weights + 5 * 2 * trained

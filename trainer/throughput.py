@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, field
 
@@ -21,8 +22,10 @@ PEAKS = {
     "H100 PCIe": (756e12, 378e12, 51e12),
     "H100": (989e12, 494e12, 67e12),
     "H200": (989e12, 494e12, 67e12),
+    "GH200": (989e12, 494e12, 67e12),
     "A100": (312e12, 156e12, 19.5e12),
     "L40S": (362e12, 183e12, 91.6e12),
+    "L40": (181e12, 90.5e12, 90.5e12),
     "L4": (121e12, 60e12, 30.3e12),
     "A10": (125e12, 62.5e12, 31.2e12),
     "RTX 4090": (165e12, 82.6e12, 82.6e12),
@@ -32,7 +35,7 @@ PEAKS = {
 
 def peak_flops(card: str, arithmetic: str) -> float | None:
     """Returns the peak FLOP/s of a card in this arithmetic (Config.arithmetic); None if unknown."""
-    peaks = next((peaks for part, peaks in PEAKS.items() if part in card), None)
+    peaks = next((peaks for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b", card)), None)
     return peaks and peaks[("bf16", "tf32", "float32").index(arithmetic)]
 
 
