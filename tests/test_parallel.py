@@ -5,6 +5,7 @@ from pathlib import Path
 
 import forked
 import pytest
+import tiny_model
 import torch
 from conftest import ROOT, main, steps, tiny_base, together
 from test_coconut import END, EOS, LATENT, START, largest_difference, make_model, make_rows
@@ -294,7 +295,9 @@ def test_only_one_rank_per_node_asks_the_hub(three_ranks, monkeypatch):
 )
 def test_training_goes_on_after_a_validation(place, keys):
     name = f"after-validation-{keys[-1].partition('=')[0]}"
-    keys += ("num_epochs=2", "batch_size_training=4", "global_batch_size=8", "max_new_tokens=2", "log_every_steps=1")
+    tiny_model.write_model([place / "train.json"], place / "two_layers", "char", "llama", 32, 2, 2, 128)
+    keys += (f"model_id={place / 'two_layers'}",)
+    keys += ("num_epochs=3", "batch_size_training=4", "global_batch_size=8", "max_new_tokens=2", "log_every_steps=1")
     wanted = steps(main(place, *keys, f"name={name}"))
     together(place / "run.yaml", *keys, f"name={name}-fsdp", "strategy=fsdp")
     folder = place / "runs" / f"{name}-fsdp{'-debug' * ('debug=true' in keys)}"
