@@ -20,7 +20,7 @@ help:
 	@echo "make torture         kill a small run again and again and compare it with an undisturbed one (10 minutes)"
 	@echo "make test-multinode  run two nodes in network namespaces and cut the connection; needs root"
 	@echo "make lint            run ruff and shellcheck"
-	@echo "make clean           delete generated data, and all runs on the tasks of quickstart, table1 and analysis"
+	@echo "make clean           delete data and runs of quickstart, table1, analysis and prosqa_mini"
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

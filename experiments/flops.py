@@ -43,12 +43,13 @@ def training_flops(job: Job, sample: int = SAMPLE) -> float:
     world = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     data = load_data(replace(config, max_train_examples=sample, max_eval_examples=1), world, tokenizer)
     examples = parts_of(config).dataset(data.train, config, markers, config.resume)
+    sample = min(sample, len(data.train))
     size, total = min(config.batch_size_training, sample), 0
     # the stage in the middle of each epoch: a method's stages may change within one
     stages = Counter(stage_of_step(config, epoch, 1, 2) for epoch in range(config.resume, config.num_epochs))
     for stage, n_epochs in stages.items():
         for begin in range(0, sample, size):
-            batch = examples.micro_batch(MicroBatch(list(range(begin, begin + size)), 1.0), stage)
+            batch = examples.micro_batch(MicroBatch(list(range(begin, min(begin + size, sample))), 1.0), stage)
             arguments = {name: value for name, value in batch.items() if name not in ("weight", "loss_counts")}
             # the math backend: torch does not count the FLOPs of the CPU's fused attention kernel
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

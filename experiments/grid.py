@@ -23,6 +23,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,6 +77,9 @@ def run_jobs(jobs: list[Job], n_parallel: int | None) -> None:
             for line in new_epochs(jobs, n_printed):
                 tqdm.write(line, file=sys.stderr)
     if CHILDREN.stopping.is_set():
+        if file := os.environ.get("INTERRUPTED_FILE"):  # a run creates it only while it trains
+            with suppress(OSError):
+                Path(file).touch()
         raise UserError("stopped by a signal; start the same command again to continue")
     if failures:
         raise UserError("; ".join(failures))

@@ -14,6 +14,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+SMALLEST_SPREAD = 5e-4  # standard deviation over seeds: less is no width in a table
 LARGEST_GAP = 0.2  # between the accuracies of neighbouring seeds of a row with one mode
 
 
@@ -62,8 +63,9 @@ def has_one_mode(values: Sequence[float]) -> bool:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Returns the t interval of the mean accuracy, cut to 0..1; None for one seed, or seeds with several modes."""
-    if len(values) < 2 or not has_one_mode(values):
+    """Returns the t interval of the mean accuracy, cut to 0..1; None for one seed, seeds with several modes, and seeds
+    that are equal in a table: their spread is then that of the questions, which the interval leaves out."""
+    if len(values) < 2 or not has_one_mode(values) or statistics.stdev(values) < SMALLEST_SPREAD:
         return None
     mean = statistics.mean(values)
     reach = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))

@@ -40,7 +40,7 @@ tasks=(
 )
 read -ra chosen <<< "${{tasks[$SLURM_ARRAY_TASK_ID]}}"
 run_steps on_nodes python experiments/grid.py {grid} --jobs 1 --gpus {n_gpus} "${{chosen[@]}}"{keys} \\
-    --out "{save_path}/reports/$SLURM_ARRAY_TASK_ID"
+    --out {reports}/"$SLURM_ARRAY_TASK_ID"
 """
 
 
@@ -56,10 +56,10 @@ def write_array(jobs: list[Job], grid: Path, script: Path) -> str:
     tasks = [f"--only {' '.join(runs)} --seeds {seed}" for (_, seed), runs in groups.items()]
     text = SCRIPT.format(
         title=" ".join(jobs[0].grid.title.split()),
-        name=jobs[0].grid.name,
-        grid=grid,
-        script=script,
-        save_path=jobs[0].config.save_path,
+        name="-".join(jobs[0].grid.name.split()),
+        grid=shlex.quote(str(grid)),
+        script=shlex.quote(str(script)),
+        reports=shlex.quote(f"{jobs[0].config.save_path}/reports"),
         keys=f" --set {shlex.join(jobs[0].more)}" if jobs[0].more else "",
         n_gpus=jobs[0].n_gpus,
         n_cpus=8 * jobs[0].n_gpus,
@@ -67,4 +67,4 @@ def write_array(jobs: list[Job], grid: Path, script: Path) -> str:
         tasks="\n".join(f'    "{task}"' for task in tasks),
     )
     write_whole(script, text)
-    return f"{len(tasks)} tasks; start them with: sbatch {script}"
+    return f"{len(tasks)} tasks; start them with: sbatch {shlex.quote(str(script))}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from recipes import LEARNT, markdown, of_recipes
 from preprocessing.examples import load_examples
 from trainer.files import replaced, write_whole
 from trainer.run_folder import notes_of
-from utils import as_json, read_object
+from utils import as_json, log, read_object
 
 if TYPE_CHECKING:
     from grid_file import Grid
@@ -41,8 +42,11 @@ def write_report(
         return f"no run of {grid.name} is finished"
     write_whole(out / f"{grid.name}.json", as_json(with_older(everything, before)))
     write_whole(out / f"{grid.name}.md", as_text(grid, results, arguments))
-    with replaced(out / f"{grid.name}.png") as figure:
-        draw(grid, results, {job.run for job in jobs if not hasattr(job.config.rules, "stage_of_step")}, figure)
+    if find_spec("matplotlib") is None:
+        log.warning("no figure, which needs matplotlib: pip install -r requirements-dev.txt, then --report")
+    else:
+        with replaced(out / f"{grid.name}.png") as figure:
+            draw(grid, results, {job.run for job in jobs if not hasattr(job.config.rules, "stage_of_step")}, figure)
     rows = table(grid, results)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -138,16 +142,22 @@ def as_text(grid: Grid, results: dict[str, list[dict]], arguments: str) -> str:
     if grid.about:
         lines += [grid.about.strip(), ""]
     restriction = f" of {' or '.join(trained_steps(grid, one))} steps, as in training" if grid.untrained else ""
-    lines += [
+    sentences = [
         f"Accuracy: percent of {len(answers(one, grid.untrained))} test questions{restriction}; mean over the seeds "
-        f"with its 95 % confidence interval (Student's t over seeds, for these questions), then each seed. There is no "
-        f"interval for one seed, or if two neighbouring seeds are more than {100 * LARGEST_GAP:.0f} points apart (two "
-        f"modes).{chance} Learnt: seeds that reach {LEARNT:.0%}, with the 95 % interval of their share "
-        f"(Clopper-Pearson). By steps: mean over the seeds, by the number of steps of a question. Minus a control: "
-        f"difference over the seeds that both have, with a 95 % bootstrap interval over seeds, then questions, the "
-        f"same for both; with few seeds it is too narrow. Tokens: counted as in Table 1 of the paper, thoughts "
-        f"included; a generation takes one sequential forward pass more. ms: generation per question, in batches. "
-        f"Minutes: training and validation, with those of the run that it begins with.",
+        f"with its 95 % confidence interval (Student's t over seeds, for these questions), then each seed.",
+        f"There is no interval for one seed, for seeds that are equal in this table, or if two neighbouring seeds are "
+        f"more than {100 * LARGEST_GAP:.0f} points apart (two modes).{chance}",
+        f"Learnt: seeds that reach {LEARNT:.0%}, with the 95 % interval of their share (Clopper-Pearson).",
+        "By steps: mean over the seeds, by the number of steps of a question.",
+        "Minus a control: difference over the seeds that both have, with a 95 % bootstrap interval over seeds, then "
+        "questions, the same for both; with few seeds it is too narrow.",
+        "Tokens: counted as in Table 1 of the paper, thoughts included; a generation takes one sequential forward pass "
+        "more.",
+        "ms: generation per question, in batches.",
+        "Minutes: training and validation, with those of the run that it begins with.",
+    ]
+    lines += [
+        " ".join(sentences),
         "",
         *shortcut_accuracies(grid),
     ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import signal
@@ -178,7 +179,7 @@ def test_a_plan_estimates_hours_and_disk(inputs, small, tmp_path, capsys, monkey
     assert hours == pytest.approx(flops / 3600 / 67e12 / 0.5, rel=0.02)
     assert n_gpus == 1
     weights = (inputs / "model" / "model.safetensors").stat().st_size / 1e9
-    assert disk == pytest.approx((2 + 2 + 4 * 2) * weights, rel=0.1)
+    assert disk == pytest.approx((2 + 3 + 5 * 2) * weights, rel=0.1)
     assert plan("--set", "bf16=true")[-1].endswith("9.89e+14 FLOP/s (bf16)")
     assert plan("--set", "tf32=true")[-1].endswith("4.94e+14 FLOP/s (tf32)")
     assert plan("--gpus", "2", "--jobs", "3")[3] == 6
@@ -542,13 +543,15 @@ def test_a_signal_stops_the_runs_and_starts_no_further_one(small, tmp_path, numb
     """The runs continued without the grid, and their folders were locked when it was started again."""
     arguments = small(beginnings={}, runs={"pause": {"keys": {"num_epochs": 5000}}, "coconut": {}})
     command = [sys.executable, str(ROOT / "experiments/grid.py"), *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"INTERRUPTED_FILE": str(tmp_path / "interrupted")}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     while not (tmp_path / "runs/pause-3/metrics.jsonl").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
     process.send_signal(number)
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 2
+    assert (tmp_path / "interrupted").exists()
     assert "stopped by a signal; start the same command again to continue" in printed
     assert "stopped by a signal" in (tmp_path / "runs/logs/pause-3.log").read_text()  # the run's own last line
     assert not (tmp_path / "runs/coconut-3").exists()

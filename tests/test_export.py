@@ -406,6 +406,9 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
     text = card(run, tmp_path / "sets")
     for name, rule in (("data/test.json", "number"), ("b.json", "number"), ("data/hard.json", "text")):
         assert f"| `{name}` | 1000 | 50.0% | {rule} |" in text
+    (one / "metrics.json").write_text(json.dumps(tested | {"file": config.val_path}))  # bug: that was a test
+    splits = [result.dataset_split for result in ModelCard(card(run, tmp_path / "seen")).data.eval_results]
+    assert sorted(splits) == ["test", "test", "validation", "validation"]
 
 
 def test_the_card_has_a_row_for_each_mode(checkpoints, folders, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import machine
 import pytest
@@ -223,6 +224,8 @@ def test_flops_of_cot_are_those_of_its_tokens(inputs):
     model, *_ = load_model(job.config, None)
     expected = 4 * 64 * FlopCounter.of(model).training([12], 7)
     assert flops.training_flops(job, sample=64) == pytest.approx(expected, rel=0.03)
+    odd = replace(job, more=(*job.more, "batch_size_training=24", "global_batch_size=24"))
+    assert flops.training_flops(odd, sample=100) == pytest.approx(expected, rel=0.03)  # bug: an IndexError
 
 
 def test_flops_include_what_a_method_adds(inputs):

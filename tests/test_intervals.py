@@ -40,6 +40,7 @@ def test_a_mean_has_an_interval_if_its_seeds_have_one_mode():
     assert high - low == pytest.approx(2 * 4.302653 * 0.02 / 3**0.5)
     assert intervals.mean_interval([0.97, 0.99]) == (pytest.approx(0.98 - 12.706205 * 0.01), 1.0)
     assert intervals.mean_interval([0.97]) is None
+    assert intervals.mean_interval([1.0, 1.0, 1.0]) is None  # bug: an interval without width
     assert intervals.mean_interval([0.99, 1.0, 0.05]) is None
 
 

@@ -424,6 +424,9 @@ def test_evaluate_all_ignores_max_eval_examples(place, trained, tmp_path):
     file = shutil.copy(place / "valid.json", tmp_path / "\U0001f600")
     assert evaluate_tool.main([str(run), "--all", str(file)]) == 0
     assert read_json(run / "evaluations/valid/checkpoint_3/eval/metrics.json")["examples"] == 30
+    # bug: another file of the same name took its place
+    assert evaluate_tool.main([str(run), "--all", str(place / "valid.json")]) == 0
+    assert {one["file"] for _, one in load_path.evaluations_in(run)} == {str(file), str(place / "valid.json")}
 
 
 def test_results_of_an_evaluation_appear_together(place, trained, tmp_path):

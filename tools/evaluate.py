@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import chain, count
 from pathlib import Path
 
 from curriculum import stage_name
@@ -23,6 +24,8 @@ from utils import UserError, print_result, progress_bar, read_object
 def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
     """Evaluates every checkpoint of a finished epoch with run.py, and writes RUN/evaluations/FILE/CHECKPOINT/eval.
 
+    Another file of the same name gets the folder FILE_2, and so on.
+
     Returns a table that marks the best checkpoint in validation, and a sentence for each failed evaluation. Prints the
     warnings of run.py, each once. Raises UserError without a checkpoint.
     """
@@ -31,7 +34,7 @@ def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
         raise UserError(f"{run_dir} holds no checkpoint of a finished epoch")
     load_examples(file)  # its mistakes would be those of every evaluation
     failed = [f"{path} could not be evaluated: it is damaged" for path in everything if path not in paths]
-    rows, folder, chosen = [HEADER], run_dir / "evaluations" / Path(file).stem, best_with_warnings(run_dir)
+    rows, folder, chosen = [HEADER], _folder_of(run_dir / "evaluations", file), best_with_warnings(run_dir)
     warned: set[str] = set()
     for path in progress_bar(paths, "evaluating", "checkpoint", shown=True):
         keys = {"only_eval": True, "from_scratch": False, "load_model_path": str(path), "val_path": file, "resume": 0}
@@ -57,6 +60,18 @@ def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
             row_of(f"{path.name}, stage {stage_name(metrics['stage'])}{mark}", "", metrics, f"{metrics['seconds']:.1f}")
         )
     return "\n".join(rows), failed
+
+
+def _folder_of(evaluations: Path, file: str) -> Path:
+    """Returns the first of STEM, STEM_2, ... that holds evaluations of this file or none."""
+
+    def holds_others(folder: Path) -> bool:
+        files = (str(read_object(path).get("file")) for path in folder.glob("*/eval/metrics.json"))
+        return any(Path(other).resolve() != Path(file).resolve() for other in files)
+
+    stem = evaluations / Path(file).stem
+    folders = chain([stem], (stem.with_name(f"{stem.name}_{number}") for number in count(2)))
+    return next(folder for folder in folders if not holds_others(folder))
 
 
 @command

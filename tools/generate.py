@@ -103,6 +103,8 @@ def read_questions(path: Path) -> list[dict]:
     if not text.lstrip().startswith("["):
         return list(questions_of_lines(text.split("\n"), str(path)))  # a question may hold U+2028
     records = read_json(path, text)
+    if not records:
+        raise UserError(f"{path} is empty")
     return [_checked(record, f"{path}: record {number} (counted from 0)") for number, record in enumerate(records)]
 
 

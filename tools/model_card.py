@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,6 +142,8 @@ def _results(checkpoint: Path, config: dict) -> Iterator[tuple[dict, str, str, s
     """Yields (metrics, data file, split, rule, mode) of the validation at the checkpoint, and of each evaluation of it
     in the run's folder, by `only_eval` or by `python -m tools.evaluate --all`."""
     evaluations = []
+    splits = {"train": config.get("train_path"), "validation": config.get("val_path")}
+    seen = {os.path.abspath(path): split for split, path in splits.items() if isinstance(path, str)}
     if (checkpoint / "metrics.json").is_file():
         found = read_object(checkpoint / "metrics.json")
         evaluations.append((found, str(config.get("val_path")), "validation", config.get("answer_match")))
@@ -148,7 +151,8 @@ def _results(checkpoint: Path, config: dict) -> Iterator[tuple[dict, str, str, s
         if Path(found["checkpoint"]).name == checkpoint.name:
             file = folder / "config.yaml"
             how = read_config(file)[0] if file.is_file() else {}
-            evaluations.append((found, found["file"], "test", how.get("answer_match")))
+            split = seen.get(os.path.abspath(found["file"]), "test")
+            evaluations.append((found, found["file"], split, how.get("answer_match")))
     for found, file, split, rule in evaluations:
         modes = [key.removeprefix("accuracy") for key in found if re.fullmatch(r"accuracy_[a-z]+", key)]
         # with several modes `accuracy` is their mean, so each mode has a row; older runs have the other metrics only of
