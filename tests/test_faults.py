@@ -121,6 +121,16 @@ def test_a_signal_saves_and_the_next_job_continues_inside_the_epoch(place, tmp_p
     assert not list(run.glob("checkpoint_*_step_*"))  # removed at the end of the run
 
 
+def test_a_checkpoint_of_a_signal_has_the_stage_of_its_step(place, monkeypatch):
+    """Bug: that of the epoch's last step. iCoT's stages change within an epoch."""
+    train_step, stages = run_module.train_step, []
+    monkeypatch.setattr(run_module, "train_step", lambda *a: stages.append(len(stages)) or train_step(*a))
+    monkeypatch.setattr(StopSignal, "requested", lambda *_, **__: len(stages) == 3)
+    keys = ("method=icot", "icot_tokens_per_epoch=4", "icot_smoothing=0", "uniform_prob=0", "max_train_examples=32")
+    run = main(place, *keys, "name=icot-signal", "max_new_tokens=2")
+    assert conftest.read_json(run / "checkpoint_0_step_3" / "coconut.json")["stage"] == stages[-1]
+
+
 def test_a_signal_during_validation_ends_the_run_after_it(place, monkeypatch):
     """And not after another step."""
     original, keys = run_module.validate, (*LONG, "name=validating")
