@@ -247,8 +247,7 @@ def validate(run: Run, epoch: int, stage: int) -> tuple[dict, list[dict]]:
     progress = run.progress
     n_scored = len(run.data.train) - progress.lost
     trained = {"train_loss": progress.losses / (n_scored or math.nan), "train_seconds": progress.seconds}
-    if run.config.skip_nonfinite:
-        trained["skipped"] = progress.skipped
+    trained |= {"skipped": progress.skipped} if run.config.skip_nonfinite else {}
     validate_epoch = run.parts.validate or evaluate.evaluate
     with parallel.gathered(run.model):  # all ranks: inside it they need no common pace
         metrics, predictions = validate_epoch(run.pretrained, run.data, stage, run.config, run.world)  # all ranks

@@ -64,19 +64,20 @@ def print_result(text: str) -> None:
             raise UserError(f"standard output cannot be written: {error.strerror}") from None
 
 
-def print_error(error: UserError, seconds: float = 3) -> int:
+def print_error(error: UserError, seconds: float = 5) -> int:
     """Prints an error to standard error, once if all ranks raise it within `seconds`; returns the exit code 2."""
-    rank = launched_ranks()[0]
+    rank, n_ranks = launched_ranks()
     if rank > 0:
         with suppress(ValueError):  # raised outside the main thread
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ranks started by slurm/launch.sh ignore SIGTERM
-        # torchrun ends a node's ranks when one of them exits, so rank 0 prints first. A rank that is still alive after
-        # this sleep raised the error alone, or is on another node, where the ranks print in turn.
+        # rank 0 prints first: torchrun ends a node's ranks when one exits. A rank that is still alive after this sleep
+        # raised the error alone, or is on another node, where the ranks print in turn
         time.sleep(seconds + int(os.environ.get("LOCAL_RANK", 0)))
         if error.is_shared:
             return 2
         error = UserError(f"{error} (rank {rank} on {socket.gethostname()})")
     print(f"error: {error}", file=sys.stderr, flush=True)
+    time.sleep(2 if rank == 0 < n_ranks - 1 else 0)  # ranks that start later must not miss torchrun's SIGTERM
     return 2
 
 
