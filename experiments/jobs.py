@@ -152,7 +152,7 @@ class Job:
 
     @cached_property
     def _input_digests(self) -> list[str]:
-        """Digests of the files that decide its weights: training data, model shape, initial weights, method's files."""
+        """Digests of the files that decide its weights: data, model shape, initial weights, its method's files."""
         shape = str(Path(self.config.model_id) / "config.json")
         found = [_content_digest(self.config.train_path), _content_digest(shape)]
         if self.begin is not None:

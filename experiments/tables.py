@@ -42,15 +42,17 @@ def write_report(
         return f"no run of {grid.name} is finished"
     write_whole(out / f"{grid.name}.json", as_json(with_older(everything, before)))
     write_whole(out / f"{grid.name}.md", as_text(grid, results, arguments))
+    drawn = ""
     if find_spec("matplotlib") is None:
         log.warning("no figure, which needs matplotlib: pip install -r requirements-dev.txt, then --report")
     else:
         with replaced(out / f"{grid.name}.png") as figure:
             draw(grid, results, {job.run for job in jobs if not hasattr(job.config.rules, "stage_of_step")}, figure)
+        drawn = f"; its figure: {out / grid.name}.png"
     rows = table(grid, results)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [*of_recipes(grid, results), "", f"the report: {out / grid.name}.md; its figure: {out / grid.name}.png"]
+    lines += [*of_recipes(grid, results), "", f"the report: {out / grid.name}.md{drawn}"]
     return "\n".join(lines)
 
 

@@ -9,8 +9,8 @@ is `mlp`; any other works too.
     D = mean over the layers j, embeddings and final norm included, of SmoothL1(student_j, teacher_j) / std(teacher_j)
 
 No gradient reaches the teacher's states in D. The std is over the (B, 1, D) states of the batch. The three terms are
-means over a micro-batch, which is weighted by its number of examples. Unlike in the published code, no
-position attends to padding.
+means over a micro-batch, which is weighted by its number of examples. Unlike in the published code, no position attends
+to padding.
 
 Legend: B rows, T columns of a batch, D hidden size, L decoder blocks.
 """

@@ -423,6 +423,16 @@ def test_a_run_on_other_data_or_weights_is_another_run(inputs, small, tmp_path, 
     assert small.started == []
 
 
+def test_a_report_needs_no_matplotlib(small, tmp_path, monkeypatch, capsys):
+    """Bug: a traceback, after all training."""
+    small(beginnings={}, runs={"pause": {}})
+    monkeypatch.setattr("tables.find_spec", lambda _: None)
+    small.run()
+    assert "no figure, which needs matplotlib" in capsys.readouterr().err
+    assert "| pause |" in small.report
+    assert not list(tmp_path.rglob("small.png"))
+
+
 def test_a_run_with_another_reward_is_another_run(inputs, small, tmp_path):
     reward = tmp_path / "reward.py"
     small(beginnings={}, runs={"pause": {"keys": {"method": "grpo", "reward": str(reward)}}})

@@ -17,7 +17,7 @@ from preprocessing.examples import load_examples
 from trainer.commands import command, make_parser
 from trainer.evaluate import HEADER, named_best, row_of, summary
 from trainer.files import why_unreadable
-from trainer.run_folder import all_checkpoints, best_with_warnings, checkpoints, is_epoch_checkpoint
+from trainer.run_folder import best_with_warnings, checkpoints, is_epoch_checkpoint, run_checkpoints
 from utils import UserError, print_result, progress_bar, read_object
 
 
@@ -29,7 +29,7 @@ def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
     Returns a table that marks the best checkpoint in validation, and a sentence for each failed evaluation. Prints the
     warnings of run.py, each once. Raises UserError without a checkpoint.
     """
-    paths, everything = ([*filter(is_epoch_checkpoint, find(run_dir))] for find in (checkpoints, all_checkpoints))
+    paths, everything = ([*filter(is_epoch_checkpoint, find(run_dir))] for find in (checkpoints, run_checkpoints))
     if not paths:
         raise UserError(f"{run_dir} holds no checkpoint of a finished epoch")
     load_examples(file)  # its mistakes would be those of every evaluation

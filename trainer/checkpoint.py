@@ -53,7 +53,7 @@ from trainer import parallel, run_folder
 from trainer.distributed import World, agree, on_main_rank
 from trainer.files import file_digest, reading, retried, sync_to_disk, write_whole
 from trainer.pretrained import BASE, Pretrained, read_description
-from trainer.run_folder import all_checkpoints, best, checkpoints, is_epoch_checkpoint, is_on_hub, rating, resolve
+from trainer.run_folder import best, checkpoints, is_epoch_checkpoint, is_on_hub, rating, resolve, run_checkpoints
 from utils import UserError, as_json, log, parse_json, read_object
 
 FORMAT = 2  # of state.json, and of coconut.json beside it
@@ -493,7 +493,7 @@ def newest_whole(run_dir: Path) -> Path | None:
     """Returns the newest undamaged checkpoint, None if there are no checkpoints; skips damaged ones with a warning.
     Raises UserError if all are damaged: training from scratch would overwrite what can perhaps be restored."""
     damaged = []
-    for path in reversed(all_checkpoints(run_dir)):
+    for path in reversed(run_checkpoints(run_dir)):
         problem = damage(path)
         if problem is None:
             return path

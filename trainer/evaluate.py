@@ -176,7 +176,7 @@ def _share_of_rank(
 ) -> dict[int, Any]:
     """Returns what `generate`, called with (indices, their prompts), makes of each prompt of this rank, by index. The
     ranks share the batches, of at most `size` prompts."""
-    size = min(size, -(-len(prompts) // world.size))  # the ranks share few prompts, too
+    size = min(size, -(-len(prompts) // world.size))  # the ranks share a small set too
     found, batches = {}, _batches_of_rank([len(ids) for ids in prompts], size, world)
     for indices in progress_bar(batches, title, "batch", shown=world.is_main):
         with autocast(config, world):

@@ -32,7 +32,7 @@ def split_choice(load_model_path: str) -> tuple[Path, str | None]:
 def checkpoints(run_dir: Path) -> list[Path]:
     """Returns the checkpoints of a run, oldest first, without those that lack essential files; `checkpoint.damage`
     checks the rest. Ignores unrelated files."""
-    return [*filter(_is_complete, all_checkpoints(run_dir))]
+    return [*filter(_is_complete, run_checkpoints(run_dir))]
 
 
 def _is_complete(path: Path) -> bool:
@@ -40,7 +40,7 @@ def _is_complete(path: Path) -> bool:
 
 
 @reading()
-def all_checkpoints(run_dir: Path) -> list[Path]:
+def run_checkpoints(run_dir: Path) -> list[Path]:
     """Returns the checkpoints that this program has written, damaged or not, oldest first."""
     found = []
     for path in run_dir.glob("checkpoint_*"):
@@ -79,7 +79,7 @@ def best(run_dir: Path) -> Path | None:
 
 def best_with_warnings(run_dir: Path) -> Path | None:
     """Same as `best`; warns of epoch checkpoints that it cannot compare: one of them may be the best."""
-    for path in all_checkpoints(run_dir):
+    for path in run_checkpoints(run_dir):
         if is_epoch_checkpoint(path) and rating(path) is None:
             _warn_skipped(path)
     return best(run_dir)
@@ -106,7 +106,7 @@ def resolve(load_model_path: str, cached: bool = False) -> Path:
         )
     if path.is_file() or (path / "config.json").is_file():
         return path
-    everything = all_checkpoints(path)  # one listing: a run that goes on adds and removes checkpoints
+    everything = run_checkpoints(path)  # one listing: a run that goes on adds and removes checkpoints
     if found := [*filter(_is_complete, everything)]:
         for damaged in everything[everything.index(found[-1]) + 1 :]:
             _warn_skipped(damaged)
