@@ -31,6 +31,7 @@ def teacher_steps(steps: Sequence[str]) -> list[str]:
 
 class Method(methods.Method):
     has_latents = True
+    evaluates_as_coconut = True
     has_stages = False
     defaults = {"thought": "mlp"}
     distillation: float = key(

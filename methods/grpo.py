@@ -34,6 +34,7 @@ from methods import LARGEST_SAMPLE, key
 
 class Method(methods.Method):
     has_latents = True
+    evaluates_as_coconut = True
     generates = True
     variant_of = "coconut"
     defaults = {"temperature": 1.0, "curriculum": "none"}

@@ -20,6 +20,7 @@ from methods import LARGEST_FACTOR, key
 
 class Method(methods.Method):
     has_latents = True
+    evaluates_as_coconut = True
     variant_of = "coconut"
     needs = ("parallel_latents",)
     defaults = {

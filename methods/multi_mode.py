@@ -23,6 +23,7 @@ MODES = ("direct", "written", "latent")  # Q end A; Q start S_1..S_n end A; Q st
 class Method(methods.Method):
     has_latents = True
     predicts_end_marker = True
+    evaluates_as_coconut = True
     mode: str = key(
         "latent",
         "multi_mode: latent | written | direct, what an eval-only run generates: the answer after thoughts, after "

@@ -14,6 +14,7 @@ from methods import key
 
 class Method(methods.Method):
     has_latents = True
+    evaluates_as_coconut = True
     has_stages = False
     variant_of = "codi"
     needs = ("codi", "parallel_latents")

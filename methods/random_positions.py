@@ -19,6 +19,7 @@ from methods import key
 
 class Method(methods.Method):
     has_latents = True
+    evaluates_as_coconut = True
     variant_of = "coconut"
     defaults = {"positions": "spaced"}
     positions: str = key(

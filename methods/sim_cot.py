@@ -45,6 +45,7 @@ def group_targets(
 
 class Method(methods.Method):
     has_latents = True
+    evaluates_as_coconut = True
     n_companions = 1
     variant_of = "coconut"
     defaults = {"step_decoder": "pretrained", "c_thought": 2, "max_latent_stage": 5, "epochs_per_stage": 3}

@@ -55,11 +55,6 @@ class Method(methods.Method):
     def options(config) -> dict:
         return {"stop_threshold": config.stop_threshold, "max_new_tokens": config.n_new_tokens}
 
-    @staticmethod
-    def mixes_in(config) -> bool:
-        """The head is part of the model, also in an eval-only run."""
-        return config.method == "stopping"
-
 
 # --- With torch ---
 

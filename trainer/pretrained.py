@@ -69,8 +69,9 @@ class Parts(NamedTuple):
 
 def parts_of(config: Config) -> Parts:
     """Returns the parts of config.method, mixed with those of methods whose `mixes_in` is true. An eval-only run uses
-    the core's model instead of the method's own."""
-    own = None if config.only_eval or config.method in methods.CORE else methods.implementation(config.method)
+    Coconut if the method says `evaluates_as_coconut`."""
+    is_plain = config.method in methods.CORE or (config.only_eval and config.rules.evaluates_as_coconut)
+    own = None if is_plain else methods.implementation(config.method)
     model, dataset = getattr(own, "MODEL", Coconut), getattr(own, "DATASET", StageDataset)
     validate = getattr(own, "validate", None)
     options = config.rules.options(config) if own is not None else {}
