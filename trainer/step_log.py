@@ -43,13 +43,14 @@ def log_steps(run: Run, epoch: int) -> float:
 
 
 def _means(run: Run) -> dict[str, float]:
-    """Returns the means of `Run.measure` since the last call, over all ranks. Collective if the method measures."""
-    if not run.measured:
-        return {}
-    totals = torch.tensor(list(run.measured.values()), dtype=torch.float64)  # (names, 2)
-    ranks.all_reduce(totals)  # all ranks, in the same order
-    names, run.measured = list(run.measured), {}
-    return {name: total / number for name, (total, number) in zip(names, totals.tolist(), strict=True) if number}
+    """Returns the means of `Run.measure` since the last call, over all ranks. Collective."""
+    sums: dict[str, tuple[float, float]] = {}
+    for measured in ranks.on_every_rank(run.world, lambda: run.measured):  # all ranks, each with names of its own
+        for name, (total, number) in measured.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = before[0] + total, before[1] + number
+    run.measured = {}
+    return {name: total / number for name, (total, number) in sums.items() if number}
 
 
 def report_nonfinite(run: Run, epoch: int, number: int, loss: float, step: Step) -> None:
