@@ -158,7 +158,7 @@ WRONG = [
     ("resume: 50", "resume 50 leaves no epoch of num_epochs 50"),
     ("model_id: ./no/such", "model_id './no/such' does not exist"),
     ("reset_optimizer: sometimes", "reset_optimizer must be one of never, stage, epoch"),
-    ("thought: nothing", "thought must be one of last, pause, .*, projected, .*, layer:N, .*, not .nothing."),
+    ("thought: nothing", "thought must be one of last, .*pause, .*, projected, .*, layer:N, .*, not .nothing."),
     ("thought: layer:half", "thought must be one of"),
     ("bf16: True\nbf16_weights: True", "exclude each other"),
     ("- a list", "not valid YAML|must hold"),

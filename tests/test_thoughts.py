@@ -58,7 +58,7 @@ def test_every_spelling_makes_a_thought(family, spelling):
     ],
 )
 def test_an_unknown_thought_raises_an_error_that_lists_all(spelling):
-    known = r"must be one of last, pause, .*token\[:st\], layer:N, .*embedding\+suppressed\[:T\]"
+    known = r"must be one of last, .*pause, .*token\[:st\], layer:N, .*embedding\+suppressed\[:T\]"
     refuses(known, make_thought, spelling, tiny_base("llama", layers=4))
 
 
