@@ -31,24 +31,10 @@ help:
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-data/arithmetic_train.json data/arithmetic_valid.json data/arithmetic_test.json &: preprocessing/arithmetic.py | .venv/installed
-	$(BIN)/python preprocessing/arithmetic.py
-
-data/tiny_arithmetic/config.json: data/arithmetic_train.json preprocessing/tiny_model.py
-	$(BIN)/python preprocessing/tiny_model.py data/arithmetic_train.json --out data/tiny_arithmetic \
-		--tokenizer char --shape llama --width 64 --untied
-
 quickstart: .venv/installed-dev
 	$(BIN)/python experiments/grid.py experiments/quickstart.yaml --jobs 3 --out checkpoints/breadth
 
-data/machine/machine_train.json: preprocessing/machine.py | .venv/installed
-	$(BIN)/python preprocessing/machine.py --out data/machine
-
-data/machine/model/config.json: data/machine/machine_train.json preprocessing/tiny_model.py
-	$(BIN)/python preprocessing/tiny_model.py data/machine/machine_train.json --out data/machine/model \
-		--tokenizer char --shape llama --width 64 --positions 64
-
-table1: data/machine/model/config.json .venv/installed-dev
+table1: .venv/installed-dev
 	$(BIN)/python experiments/grid.py experiments/table1_mini.yaml
 
 # Analyses checkpoints of table1_mini and mirrored2. The grids train the missing ones.
