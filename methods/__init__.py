@@ -70,7 +70,7 @@ class Method:
     predicts_end_marker = False  # whether the model writes the end marker itself, after its latents
     variant_of: str | None = None  # method with the same sequences: its checkpoints fit; older results have its name
     needs: tuple[str, ...] = ()  # other files of this folder that it imports
-    evaluates_as_coconut = False  # whether only its training differs: evaluation then runs its weights in a plain Coconut
+    evaluates_as_coconut = False  # whether only its training differs: evaluation runs its weights in a plain Coconut
     generates = False  # whether its training steps generate answers; `run.py --plan` cannot count these
     n_companions = 0  # further models of the same size that are trained with it
     defaults: typing.ClassVar[dict] = {}  # key -> default, used when `method` names this method
