@@ -111,6 +111,14 @@ def test_each_public_function_of_a_method_replaces_something(name):
     assert {name for name in own if not name.startswith("_")} <= {*vars(methods.Method), *replaceable}
 
 
+def test_a_methods_own_model_is_evaluated(monkeypatch):
+    """An eval-only run took a plain Coconut for every method, without the weights that a method adds."""
+    config = Config(method="lotus", only_eval=True)
+    assert not issubclass(parts_of(config).model, methods.implementation("lotus").MODEL)
+    monkeypatch.setattr(methods.rules_of("lotus"), "evaluates_as_coconut", False)
+    assert issubclass(parts_of(config).model, methods.implementation("lotus").MODEL)
+
+
 @pytest.fixture(scope="module")
 def losses(place):
     """A function that returns the losses which a short run logs, of its steps and its epochs."""
