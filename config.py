@@ -79,6 +79,8 @@ def _with_keys_of_methods(cls):
     """Adds the keys that each method declares in methods/."""
     for rules in methods.all_rules().values():
         for name, annotation, field in methods.own_keys(rules):
+            if name in cls.__annotations__:  # it would change the default for every method
+                raise TypeError(f"{rules.__module__} defines the key {name}, which exists already")
             cls.__annotations__[name] = annotation
             setattr(cls, name, field)
     return cls
