@@ -225,14 +225,16 @@ def main(arguments: list[str] | None = None) -> None:
         make_data(grid)
         results = read_results(grid, options.out)
         left = unfinished(jobs, {} if options.anew else by_digest(results))
+        if problems := dict.fromkeys(
+            text for job in jobs for text in job.problems()
+        ):  # each once; before the first run
+            raise UserError(f"grid {grid.name}: {'; '.join(problems)}")
         if options.dry_run:
             from costs import plan_of
 
             n_parallel = options.jobs or max(1, len(visible_gpus()) // options.gpus)
             print_result(plan_of(jobs, left, options.peak, options.utilisation, n_parallel))
             return
-        if problems := [text for job in jobs for text in job.problems()]:
-            raise UserError("; ".join(problems))  # before the first run
         if options.slurm is not None:
             from slurm_array import write_array
 

@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 INPUTS = "grid.json"  # in a run's folder: the digest of the files that it is trained on
 EVALUATION_KEYS = ("max_new_tokens", "answer_match", "max_eval_examples", "mode", "eval_latents")
 EVALUATION_KEYS += ("eval_latents_from_steps",)
+# a method's keys that change what its trained model generates, such as stop_threshold
+GENERATION_KEYS = {key.name: key.default for key in fields(Config) if key.metadata["free"] and key.metadata["shapes"]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +100,7 @@ class Job:
     def problems(self) -> list[str]:
         """Returns the configuration's problems, with data present; the weights of `begin` may still be missing."""
         config = replace(self.config, load_model_path=None) if self.begin is not None else self.config
-        return [f"run {self.run!r} of grid {self.grid.name}: {text}" for text in config.problems(self.n_gpus)]
+        return config.problems(self.n_gpus)
 
     @property
     def is_trained(self) -> bool:
@@ -118,7 +120,8 @@ class Job:
             keys, _ = read_config(folder / "config.yaml")
             answered = [prediction["question"] for prediction in self.predictions()]
             tested = resolve(self.checkpoint).name
-            if any(keys[name] != getattr(self.config, name) for name in EVALUATION_KEYS if name in keys):
+            names = [name for name in (*EVALUATION_KEYS, *GENERATION_KEYS) if name in keys]
+            if any(keys[name] != getattr(self.config, name) for name in names):
                 return False
             is_whole = isinstance(metrics["accuracy"], float) and Path(metrics["checkpoint"]).name == tested
         except (OSError, ValueError, KeyError, TypeError):
@@ -177,6 +180,8 @@ class Job:
         """A digest of everything that decides its result: training, test split, evaluation keys."""
         keys = {name: getattr(self.config, name) for name in EVALUATION_KEYS} | {"checkpoint": self.grid.checkpoint}
         keys["max_new_tokens"] = self.config.n_new_tokens
+        own = {name: getattr(self.config, name) for name in GENERATION_KEYS}
+        keys |= {name: value for name, value in own.items() if value != GENERATION_KEYS[name]}
         return _digest(self.training_digest, _content_digest(self.grid.test_path), json.dumps(keys, sort_keys=True))
 
     def record_inputs(self) -> None:
