@@ -379,7 +379,8 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
         for name, value in pairs
     ):
         raise UserError(f"{path} is no state dict: it must map names to dense tensors")
-    saved = {re.sub(r"^(module\.|_orig_mod\.)+|_fsdp_wrapped_module\.", "", name): saved[name] for name in saved}
+    wrappers = r"^(module\.|_orig_mod\.)+|(_fsdp_wrapped_module|_orig_mod)\."  # of DDP, FSDP and torch.compile
+    saved = {re.sub(wrappers, "", name): saved[name] for name in saved}
     wrapped = any(name.startswith(BASE) for name in saved)
     if wrapped and not rules_of(method).has_latents:
         raise UserError(f"{path} holds the weights of a Coconut, which method {method} would run without its thoughts")
