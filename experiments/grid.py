@@ -225,9 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
         make_data(grid)
         results = read_results(grid, options.out)
         left = unfinished(jobs, {} if options.anew else by_digest(results))
-        if problems := dict.fromkeys(
-            text for job in jobs for text in job.problems()
-        ):  # each once; before the first run
+        if problems := dict.fromkeys(text for job in jobs for text in job.problems()):  # before the first run
             raise UserError(f"grid {grid.name}: {'; '.join(problems)}")
         if options.dry_run:
             from costs import plan_of

@@ -180,8 +180,9 @@ class Job:
         """A digest of everything that decides its result: training, test split, evaluation keys."""
         keys = {name: getattr(self.config, name) for name in EVALUATION_KEYS} | {"checkpoint": self.grid.checkpoint}
         keys["max_new_tokens"] = self.config.n_new_tokens
-        own = {name: getattr(self.config, name) for name in GENERATION_KEYS}
-        keys |= {name: value for name, value in own.items() if value != GENERATION_KEYS[name]}
+        for name, default in GENERATION_KEYS.items():
+            if (value := getattr(self.config, name)) != default:  # so older results keep their digest
+                keys[name] = value
         return _digest(self.training_digest, _content_digest(self.grid.test_path), json.dumps(keys, sort_keys=True))
 
     def record_inputs(self) -> None:
