@@ -161,12 +161,12 @@ class Coconut(nn.Module):
             return_thoughts: whether to return (tokens, thoughts), thoughts (B, K, D).
             generation_options: of Hugging Face's `generate` (do_sample, temperature, num_beams, ...), which then
                 continues from the embeddings with the thoughts filled in. The model's own generation_config is ignored,
-                and top_k is off unless it is given.
+                and top_k is off unless given. Raises UserError for a family of which it takes no embeddings.
         """
         rows = lay_out_prompts(input_ids, attention_mask, position_ids, **self.family)
         if generation_options:
+            self.backbone.check_takes_embeds()
             _, embeds, _ = self._run(rows, edit=edit)
-            # Hugging Face's default for top_k is 50
             plain = {"eos_token_id": self.eos_token_id, "pad_token_id": self.eos_token_id, "top_k": 0, "top_p": 1.0}
             with self.backbone.own_generation_config():
                 tokens = self.base_causallm.generate(

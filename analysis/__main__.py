@@ -21,8 +21,6 @@ from trainer import commands
 from trainer.run_folder import check_checkpoint
 from utils import UserError, as_json, print_error, print_result
 
-NAMES = ("Coconut", "pause as thought")  # of checkpoint and control in the page
-
 
 def make_parser() -> argparse.ArgumentParser:
     parser = commands.make_parser(__doc__, prog="python -m analysis")
@@ -128,9 +126,11 @@ MEASURES = {
 def measure(options: argparse.Namespace) -> None:
     """Writes FOLDER/about.json and a FOLDER/PART.json for each part. Raises UserError."""
     task = load_task(options.data, options.questions, options.steps)
-    checkpoints = dict(zip(NAMES, filter(None, (options.checkpoint, options.control)), strict=False))
-    how = (task.examples, options.thoughts, options.trust_remote_code)
-    subjects = {name: Subject.load(path, *how) for name, path in checkpoints.items()}
+    paths, subjects = [path for path in (options.checkpoint, options.control) if path], {}
+    for path in paths:
+        subject = Subject.load(path, task.examples, options.thoughts, options.trust_remote_code)
+        name = "Coconut" if subject.model.thinks else "pause as thought"
+        subjects["control" if name in subjects else name] = subject
     about = {
         "kind": task.kind,
         "data": str(options.data),
@@ -138,7 +138,7 @@ def measure(options: argparse.Namespace) -> None:
         "steps": options.steps,
         "seed": options.seed,
         "classes": task.classes,
-        "checkpoints": checkpoints,
+        "checkpoints": dict(zip(subjects, paths, strict=True)),
         "thoughts": {name: subject.n_thoughts for name, subject in subjects.items()},
     }
     if isinstance(task, Machine):

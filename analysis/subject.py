@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from coconut import Coconut, Edit
 from curriculum import prompt
 from dataset import collate_prompts, to_device
+from model.kv_cache import can_fork
 from preprocessing.tokens import ANSWER_PREFIX, question_ids
 from tools.generate import load
 from trainer.evaluate import before_eos, extract_answer
@@ -200,8 +201,12 @@ class Subject:
             return total
         mask, positions = inputs["attention_mask"], inputs["position_ids"]
         cache = DynamicCache(config=self.model.base_causallm.config)
-        self.model.backbone.span(embeds, mask, positions, masked=True, cache=cache)
-        cache.batch_repeat_interleave(count)
+        before, forks = (embeds, mask, positions), can_fork(cache)
+        if not forks:
+            before = [value.repeat_interleave(count, 0) for value in before]
+        self.model.backbone.span(*before, masked=True, cache=cache)
+        if forks:
+            cache.batch_repeat_interleave(count)
         flat = names.flatten(0, 1)  # (B * C, n)
         after = positions[:, -1:].repeat_interleave(count, 0) + 1 + torch.arange(width - 1, device=mask.device)
         mask = torch.cat([mask.repeat_interleave(count, 0), torch.ones_like(flat[:, :-1])], dim=1)

@@ -165,6 +165,14 @@ class Backbone(Vocabulary):
         finally:
             self.base.generation_config = brought
 
+    def check_takes_embeds(self) -> None:
+        """Raises UserError if Hugging Face's `generate` does not take embeddings from this family."""
+        if "inputs_embeds" not in inspect.signature(self.base.prepare_inputs_for_generation).parameters:
+            raise UserError(
+                f"transformers' generate takes no thoughts for a {self.base.config.model_type}: decode greedily, or "
+                "sample with --samples or val_samples"
+            )
+
     def generate_uncached(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, max_new_tokens: int, eos_token_id: int
     ) -> torch.Tensor:

@@ -39,6 +39,12 @@ def make_cache(config: PretrainedConfig, capacity: int, keeps: bool = True) -> C
     return Cache(layers=[_differentiable(layer, capacity) for layer in layers])
 
 
+def can_fork(cache: Cache) -> bool:
+    """Returns whether `batch_repeat_interleave` repeats all that the cache holds: it leaves out recurrent states."""
+    layers = cache.layers
+    return all(isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionLayer) for layer in layers)
+
+
 def has_attention(config: PretrainedConfig) -> bool:
     """Returns whether any layer has attention; the other layers only have a recurrent state."""
     return any(type(layer) is not LinearAttentionLayer for layer in DynamicCache(config=config).layers)

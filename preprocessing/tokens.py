@@ -46,12 +46,19 @@ class Tokens:
 
     def leave_out_longer_than(self, length: int) -> None:
         """Leaves out examples whose question, steps, answer and EOS together have more tokens than `length`."""
+        self.chosen = np.flatnonzero(self.written_lengths() <= length)
+
+    def written_lengths(self) -> np.ndarray:
+        """Returns each example's number of tokens: question, steps, answer and EOS, (examples,) int64."""
         lengths = np.diff(self.texts[self.examples]) + 1
-        self.chosen = np.flatnonzero(lengths <= length)
+        return lengths if self.chosen is None else lengths[self.chosen]
+
+    def record(self, index: int) -> int:
+        """Returns the number of an example's record in the file, counted from 0."""
+        return index if self.chosen is None else int(self.chosen[index])
 
     def __getitem__(self, index: int) -> tuple[list[int], list[list[int]], list[int]]:
-        if self.chosen is not None:
-            index = self.chosen[index]
+        index = self.record(index)
         bounds = self.texts[self.examples[index] : self.examples[index + 1] + 1].tolist()
         ids = self.ids[bounds[0] : bounds[-1]].tolist()
         question, *steps, answer = (ids[begin - bounds[0] : end - bounds[0]] for begin, end in pairwise(bounds))

@@ -1,9 +1,11 @@
 """Analyses of hand-made models, whose thoughts are known."""
 
+import itertools
 import json
 import re
 import shutil
 
+import family_table
 import machine
 import numpy as np
 import prosqa
@@ -311,10 +313,14 @@ def test_twins_and_reordered_questions_of_sentences():
 # --- Values of names of several tokens ---
 
 
-def random_subject(folder, examples, markers="both") -> Subject:
-    """A subject with a randomly initialised model."""
+def random_subject(folder, examples, markers="both", family=None) -> Subject:
+    """A subject with a randomly initialised model, by default a Llama."""
 
     def make_base(tokenizer):
+        if family is not None:
+            return family_table.tiny_model(
+                family, torch.float32, vocab_size=len(tokenizer), max_position_embeddings=1024
+            )
         torch.manual_seed(1)
         shape = LlamaConfig.from_pretrained(folder / "model", vocab_size=len(tokenizer), torch_dtype="float32")
         return LlamaForCausalLM(shape).float()
@@ -338,6 +344,17 @@ def log_probability(subject: Subject, index: int, forced: str, name: str, change
     with torch.no_grad():
         logits = model(torch.tensor([ids]), edit=edit).logits[0].log_softmax(-1)
     return sum(logits[place - 1, ids[place]] for place in range(len(before), len(ids))).item()
+
+
+@pytest.mark.parametrize("family", ["mamba2", "falcon_h1"])
+def test_values_need_no_cache_that_forks(tmp_path, family):
+    """Bug: a recurrent family ended the analysis in a traceback."""
+    subject = random_subject(tmp_path, sentences_of(3), family=family)
+    names = ["lempus", "rorpus"]
+    found = subject.values([names] * 3, "Every ")
+    for index, number in itertools.product(range(3), range(2)):
+        wanted = np.exp(log_probability(subject, index, "Every ", names[number]))
+        assert found[index, number] == pytest.approx(wanted, rel=1e-3)
 
 
 @pytest.mark.parametrize("markers", ["both", "none"])
@@ -441,6 +458,7 @@ def test_the_page_has_every_part_and_is_the_same_from_its_numbers(trained, tmp_p
     arguments += ["--data", str(trained / f"{kind}_test.json"), "--out", str(tmp_path), "--questions", "10"]
     assert command.main(arguments) == 0
     text = (tmp_path / "index.html").read_text()
+    assert list(read_json(tmp_path / "about.json")["checkpoints"]) == ["Coconut", "pause as thought"]
     titles = ["What thoughts hold", "Are thoughts used?", "With another number of thoughts"]
     for title in titles if kind == "machine" else [*titles, "Is it a search?"]:
         assert f">{title}</h2>" in text

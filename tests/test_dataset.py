@@ -6,6 +6,7 @@ import json
 import lzma
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from curriculum import END, IGNORE, LATENT, NO_REASONING, START, Markers, traini
 from dataset import EpochPlan, StageDataset, batches_of, collate, collate_prompts, example_order
 from preprocessing.examples import load_examples
 from preprocessing.tokens import Tokens, cache_tokens, tokenize
-from trainer.data import longest_sequence, sequence_lengths
+from trainer.data import Data, check_lengths, longest_sequence, sequence_lengths
 from utils import UserError
 
 M = Markers(start=90, latent=91, end=92, eos=99)
@@ -239,6 +240,7 @@ def test_lengths_are_those_of_the_sequences(cached, method, pad):
         assert sequence_lengths(tokens, config, stage).tolist() == wanted(stage)
     tokens.leave_out_longer_than(20)
     assert 0 < len(tokens) < 3
+    assert all(tokens[i] == Tokens.open(cached())[tokens.record(i)] for i in range(len(tokens)))
     assert sequence_lengths(tokens, config, 0).tolist() == wanted(0)
     assert longest_sequence(tokens, config)[0] >= max(wanted(0))
 
@@ -252,10 +254,25 @@ def test_only_stages_that_are_run_count_for_the_longest_sequence(cached):
 
     lengths = [max(sequence_lengths(tokens, Config(max_latent_stage=3), stage)) for stage in range(5)]
     assert lengths[0] > max(lengths[3:])
-    assert longest() == longest(curriculum="none", uniform_prob=0.1) == longest(method="codi") == lengths[0]
+    assert longest() == longest(curriculum="none", uniform_prob=0.1) == lengths[0]
     assert longest(stage=3) == lengths[3]
     assert longest(curriculum="none") == lengths[4]
     assert longest(epochs_per_stage=1, resume=3, num_epochs=5) == max(lengths[3:])
+
+
+def test_a_methods_own_texts_count_for_the_longest_sequence(cached):
+    """Bug: CODI's teacher, whose texts may have more tokens than the steps, was too long in the first step."""
+    tokens, config = Tokens.open(cached()), Config(method="codi", max_latent_stage=3)
+    alone = longest_sequence(tokens, config)[0]
+    tokens.auxiliary = Tokens.open(cached(folder="auxiliary", step_separator=" " * 40))
+    assert longest_sequence(tokens, config)[0] == max(tokens.auxiliary.written_lengths()) > alone
+
+
+def test_validation_needs_no_room_for_the_stages_that_training_mixes_in(cached):
+    tokens, config = Tokens.open(cached()), Config(max_latent_stage=3, curriculum="none", uniform_prob=0.1)
+    longest = longest_sequence(tokens, replace(config, uniform_prob=0.0))[0]
+    check_lengths(config, longest, Data([], tokens))
+    refuses("record . .counted from 0. makes .* tokens", check_lengths, config, longest, Data([], tokens, train=tokens))
 
 
 def test_forced_thoughts_count_for_the_longest_sequence(cached):

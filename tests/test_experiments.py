@@ -634,6 +634,10 @@ def test_a_later_key_changes_the_digest_only_if_it_is_set(inputs):
     ]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
+    stopping = ("method=stopping", "thought=last")  # has a key that only the evaluation uses
+    tested = [jobs_of(small_grid, ["pause"], [3], more)[0] for more in (stopping, (*stopping, "stop_threshold=0.5"))]
+    assert tested[0].training_digest == tested[1].training_digest
+    assert tested[0].digest != tested[1].digest
 
 
 # digests of the training and test files of the recorded runs, as the grids' scripts make them

@@ -494,8 +494,16 @@ def test_errors_are_one_sentence(checkpoints, tmp_path, capsys, monkeypatch):
             code.write("\nLast.forward = lambda _, s: s[0] + 1")
 
     monkeypatch.setattr(export, "write_code", wrong)
-    sentence = "a llama cannot be exported: with transformers' cache its logits differ"
+    sentence = "a llama of method coconut cannot be exported: in transformers' code its logits differ"
     assert sentence in one_error(export.main, [own, out], capsys)
+
+    def mute(folder: Path, thought: type) -> None:
+        portable.write_code(folder, thought)
+        with (folder / "modeling_coconut.py").open("a") as code:
+            code.write("\nCoconutForCausalLM.generate = None")
+
+    monkeypatch.setattr(export, "write_code", mute)
+    assert "in transformers' code it raises TypeError" in one_error(export.main, [own, out], capsys)
     (own / "trainer").mkdir()
     assert "is damaged: trainer/manifest.json: No such file" in one_error(export.main, [own, out], capsys)
     assert not out.exists()

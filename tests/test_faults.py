@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import resource
@@ -24,10 +25,13 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import run as run_module
+from preprocessing.tokens import Tokens
 from trainer import checkpoint, distributed
 from trainer.checkpoint import checkpoints
 from trainer.distributed import StopSignal, World
 from trainer.logger import read_log
+from trainer.setup import Step
+from trainer.step_log import report_nonfinite
 
 SLOW_VALIDATION = ("max_new_tokens=100", "eval_batch_size=1")  # takes seconds, so that a signal comes before the end
 LONG = ("num_epochs=3", "max_train_examples=144", "max_new_tokens=4", "global_batch_size=16", "log_every_steps=1")
@@ -629,6 +633,17 @@ def model_with_a_broken_token(place: Path) -> Path:
     state["model.embed_tokens.weight"][token] = float("nan")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def test_nonfinite_examples_are_named_by_their_records(world, tmp_path):
+    """Bug: with max_train_tokens it named the index among the examples that were left."""
+    tokens = Tokens(np.zeros(12, np.int32), np.array([0, 1, 5, 6, 7, 8, 9, 10]), np.array([0, 2, 4, 6]))
+    tokens.leave_out_longer_than(4)
+    config = SimpleNamespace(run_dir=tmp_path, skip_nonfinite=True)
+    step = Step(torch.zeros(1), None, 0.1, 0, [1, 0])
+    run = SimpleNamespace(config=config, world=world, data=SimpleNamespace(train=tokens))
+    report_nonfinite(run, 0, 3, math.nan, step)
+    assert conftest.read_json(tmp_path / "nonfinite.jsonl")["examples"] == [1, 2]
 
 
 @pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])

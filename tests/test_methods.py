@@ -1,6 +1,7 @@
 """Every key of every method changes the losses of a run, or is listed here as one that the method does not use."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, keys, last_of_each, lines_of, main
@@ -8,6 +9,7 @@ from plain import ids, make_examples
 from test_coconut import END, EOS, LATENT, START
 from transformers import AutoTokenizer
 
+import config as config_module
 import curriculum
 import methods
 import run
@@ -15,6 +17,7 @@ from config import Config
 from curriculum import Markers, prompt, stage_of_example
 from dataset import StageDataset
 from preprocessing.tokens import tokenize
+from trainer import step_log
 from trainer.data import load_data
 from trainer.pretrained import parts_of
 from utils import UserError
@@ -117,6 +120,20 @@ def test_a_methods_own_model_is_evaluated(monkeypatch):
     assert not issubclass(parts_of(config).model, methods.implementation("lotus").MODEL)
     monkeypatch.setattr(methods.rules_of("lotus"), "evaluates_as_coconut", False)
     assert issubclass(parts_of(config).model, methods.implementation("lotus").MODEL)
+
+
+def test_a_method_cannot_change_the_default_of_another_key(monkeypatch):
+    rules = type("Method", (methods.Method,), {"__annotations__": {"lr": "float"}, "lr": methods.key(0.1, "a rate")})
+    monkeypatch.setattr(methods, "all_rules", lambda: {"own": rules})
+    with pytest.raises(TypeError, match="defines the key lr, which exists already"):
+        config_module._with_keys_of_methods(type("Config", (), {"__annotations__": {"lr": "float"}}))
+
+
+def test_means_are_over_all_ranks_which_measure_what_they_have(monkeypatch):
+    """Bug: a rank without a measure skipped the collective, and the others waited for it."""
+    of_ranks = [{}, {"reward": (3.0, 4), "norm": (1.0, 1)}, {"norm": (2.0, 1), "reward": (1.0, 4), "empty": (0.0, 0)}]
+    monkeypatch.setattr(step_log.ranks, "on_every_rank", lambda world, action: of_ranks)
+    assert step_log._means(SimpleNamespace(world=None, measured={})) == {"reward": 0.5, "norm": 1.5}
 
 
 @pytest.fixture(scope="module")

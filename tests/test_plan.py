@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from config import Config, configure
 from trainer.memory import SHARE_OF_GPU, largest_that_fits
 from trainer.parallel import bytes_under_ddp, strategy_of
-from trainer.plan import Machine, estimate, explains_out_of_memory, plan, read_source, what_would_fit
+from trainer.plan import Cost, Machine, cost_of, estimate, explains_out_of_memory, plan, read_source, what_would_fit
 from utils import UserError
 
 MIB = 2**20
@@ -186,6 +186,27 @@ def test_the_text_of_a_plan(data, tmp_path):
     for spare, largest in ((1, 16), (-1, 8)):
         memory = int(needed / SHARE_OF_GPU) + spare * 2**10
         assert estimate(config, Machine(2, "H100", memory), "ddp", source).largest == largest
+
+
+def test_a_cost_counts_the_examples_and_models_that_a_run_trains(data, tmp_path):
+    """Bugs: no example was left out, the first ones were taken to be as long as all, and a decoder took no disk."""
+
+    def cost(**keys) -> Cost:
+        return cost_of(replace(write_config(data, tmp_path, "gpt2"), **keys))
+
+    def length(example: dict) -> int:
+        steps = sum(len(step) + 1 for step in example["steps"])
+        return len(example["question"]) + 1 + steps + len("### " + example["answer"]) + 1
+
+    def of(name: str, chosen: list[dict]) -> float:
+        (tmp_path / name).write_text(json.dumps(chosen))
+        return cost(train_path=str(tmp_path / name)).tokens
+
+    examples, whole = read_json(data / "train.json"), cost()
+    limit = sorted(map(length, examples))[60]
+    assert cost(max_train_tokens=limit).tokens == of("short.json", [e for e in examples if length(e) <= limit])
+    assert cost(max_train_examples=20).tokens == of("first.json", examples[:20]) < whole.tokens
+    assert cost(method="sim_cot", step_decoder="copy").disk == 2 * whole.disk
 
 
 def test_auto_shards_where_the_model_is_too_large(data, tmp_path):

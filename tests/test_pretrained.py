@@ -138,7 +138,8 @@ def test_markers_that_only_the_tokenizer_has_get_rows_like_new_ones(tiny):
 def test_prefixes_of_wrappers_do_not_matter(tiny, tmp_path):
     state = reference_state(AutoModelForCausalLM.from_pretrained(tiny), wrapped=True)
     renamed = {
-        f"_fsdp_wrapped_module.{name}".replace(".h.0.", ".h.0._fsdp_wrapped_module."): state[name] for name in state
+        f"_fsdp_wrapped_module.{name}".replace(".h.0.", ".h.0._fsdp_wrapped_module._orig_mod."): state[name]
+        for name in state
     }
     torch.save(renamed, tmp_path / "file")
     model = load_model(coconut_config(tiny), tmp_path / "file").model

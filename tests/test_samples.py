@@ -11,11 +11,13 @@ import plain
 import pytest
 import torch
 from conftest import keys, main, read_json, refusal, tiny_base, together
+from family_table import tiny_model
 from test_coconut import END, EOS, LATENT, START, make_model, make_rows
 from test_evaluate import scripted
 from test_generate import folders as folders  # a fixture
 from test_methods import MARKERS
 
+from coconut import Coconut
 from config import Config
 from curriculum import prompt
 from model.backbone import Backbone
@@ -141,6 +143,25 @@ def test_the_cache_of_a_sliding_window_is_forked_too():
         plainly(model, r, (*key, j), Policy(1.0, 0.5), 5) for r, key in zip(rows, keys, strict=True) for j in (0, 1)
     ]
     assert found.tokens == wanted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("thought", ["layer:0.5", "last+suppressed"])
+def test_thoughts_from_layers_take_noise(family, thought):
+    """Bug: the first pass ran once for all samples, and recorded one row where there were several."""
+    model, rows, keys = make_model(family, thought=thought), prompts([2, 0, 4]), [(1, index) for index in range(3)]
+    found = generate(model, rows, keys, 3, Policy(1.0, 0.5), max_new_tokens=5).tokens
+    assert found[::3] == generate(model, rows, keys, 1, Policy(1.0, 0.5), max_new_tokens=5).tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", [Policy(), Policy(0, 0.5)], ids=str)
+def test_recurrent_states_beside_keys_and_values_are_not_forked(policy):
+    """Bug: falcon_h1 has both in each layer, and its cache was forked without the recurrent states."""
+    model = Coconut(tiny_model("falcon_h1"), LATENT, START, END, EOS).eval()
+    rows, keys = prompts([2, 0, 4]), [(1, index) for index in range(3)]
+    found = generate(model, rows, keys, 2, policy, max_new_tokens=5).tokens
+    assert found[::2] == generate(model, rows, keys, 1, policy, max_new_tokens=5).tokens
 
 
 @pytest.mark.parametrize("keys", [{"latent_passes": "2"}, {"thought": "projected"}, {"method": "cot"}])

@@ -161,7 +161,8 @@ def with_newline(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[in
 
 
 def check_same_logits(model: Coconut, exported: PreTrainedModel) -> None:
-    """Raises UserError if the two models' logits differ after two questions, one of them padded."""
+    """Raises UserError if the two models' logits differ after two questions, one of them padded, or if the exported
+    model cannot generate."""
     import torch
 
     from trainer.check_family import COARSE, ORDINARY
@@ -169,18 +170,20 @@ def check_same_logits(model: Coconut, exported: PreTrainedModel) -> None:
     n_tokens = min(len(model.base_causallm.get_input_embeddings().weight), len(model.tokenizer))
     questions = torch.randint(n_tokens, (2, N_TRIED), generator=torch.Generator().manual_seed(0))
     attended = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
-    ids, mask = exported.prompts(questions.masked_fill(questions == (model.latent_token_id or -1), 0), attended)
+    questions = questions.masked_fill(questions == (model.latent_token_id or -1), 0)
+    ids, mask = exported.prompts(questions, attended)
     with torch.no_grad():
         wanted = model.head(model.states(ids, mask)[0][:, -1])  # (B, V)
         tolerance = (COARSE if wanted.dtype.itemsize == 2 else ORDINARY).logits
         try:
             found = exported(input_ids=ids, attention_mask=mask).logits[:, -1]
             problem = None if (found - wanted).norm() <= tolerance * wanted.norm() else "its logits differ"
+            exported.generate(input_ids=questions[:, -1:], max_new_tokens=1)
         except Exception as error:  # an unknown family may raise anything
             problem = f"it raises {type(error).__name__}"
     if problem is not None:
-        family = model.base_causallm.config.model_type
-        raise UserError(f"a {family} cannot be exported: with transformers' cache {problem}")
+        what = f"a {model.base_causallm.config.model_type} of method {model.config.method}"
+        raise UserError(f"{what} cannot be exported: in transformers' code {problem}")
 
 
 def differing_prompts(model: Coconut, exported: PreTrainedModel, folder: Path) -> list[str]:

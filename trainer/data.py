@@ -67,10 +67,12 @@ def check_lengths(config: Config, max_positions: int | None, data: Data, stage: 
     for path, tokens in ((config.train_path, data.train), (config.val_path, data.val)):
         if tokens is None or max_positions is None:
             continue
-        length, index = longest_sequence(tokens, config, stage)
+        # only training mixes stages
+        own = config if tokens is data.train else replace(config, uniform_prob=0.0)
+        length, record = longest_sequence(tokens, own, stage)
         if length > max_positions:
             raise UserError(
-                f"{path}: record {index} (counted from 0) makes {length} tokens, but {config.model_id} has only "
+                f"{path}: record {record} (counted from 0) makes {length} tokens, but {config.model_id} has only "
                 f"{max_positions} positions" + ("; see max_train_tokens" if tokens is data.train else "")
             )
 
@@ -103,13 +105,13 @@ def sequence_lengths(tokens: Tokens, config: Config, stage: int) -> np.ndarray:
 
 
 def longest_sequence(tokens: Tokens, config: Config, stage: int | None = None) -> tuple[int, int]:
-    """Returns (length, index in the file) of the longest sequence of this stage, by default of a training run's stages,
-    or with eval_latents of the longest evaluated sequence."""
+    """Returns (length, record in the file) of the longest sequence of this stage, by default of a training run's stages
+    and of a method's own texts, or with eval_latents of the longest evaluated sequence."""
     if not config.has_latents and config.method != "no_thoughts":
         stages = {0}
     elif stage is not None:
         stages = {stage}
-    elif config.uniform_prob or config.rules.texts(config) is not None:  # a method's texts may be as long as all steps
+    elif config.uniform_prob:
         stages = {*range(config.last_stage + 1)}
     else:
         stages = {stage_of(config, epoch) for epoch in range(config.resume, max(config.num_epochs, config.resume + 1))}
@@ -119,5 +121,7 @@ def longest_sequence(tokens: Tokens, config: Config, stage: int | None = None) -
         forced = replace(config, c_thought=1, max_latent_stage=config.eval_latents, pad_latent_to_max=True)
         pairs.append((forced, forced.last_stage))
     lengths = reduce(np.maximum, (sequence_lengths(tokens, variant, stage) for variant, stage in pairs))
+    if tokens.auxiliary is not None:
+        lengths = np.maximum(lengths, tokens.auxiliary.written_lengths())
     index = int(lengths.argmax())
-    return int(lengths[index]), index if tokens.chosen is None else int(tokens.chosen[index])
+    return int(lengths[index]), tokens.record(index)

@@ -19,12 +19,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
 from coconut import Coconut
 from config import Config, split_noise
 from dataset import collate_prompts, to_device
 from model.backbone import Backbone
+from model.kv_cache import can_fork
 from model.layout import Rows, column_of, lay_out_prompts
 from model.thought import Seen
 from utils import UserError
@@ -217,7 +217,7 @@ def generate(
     if (cache := backbone.make_cache(1, keeps=True)) is None:
         family = model.base_causallm.config.model_type
         raise UserError.of_all(f"answers are sampled over a cache, and the model family {family} decodes without one")
-    forks = all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+    forks = can_fork(cache)
     is_latent = batch["input_ids"][:, rows.columns] == (-1 if model.latent_token_id is None else model.latent_token_id)
     is_latent = is_latent.repeat_interleave(n_samples, dim=0)  # (R, C)
     eps = edit = None
@@ -231,7 +231,8 @@ def generate(
         rows = _repeated(rows, n_samples)
     else:
         rows = _repeated(rows, n_samples)
-        how = first_pass_once(backbone, n_samples) if forks and not policy.dropout else nullcontext()
+        once = forks and not policy.dropout and not model.thought.needs_layers  # these are recorded row by row
+        how = first_pass_once(backbone, n_samples) if once else nullcontext()
         dropout = thought_dropout(model, policy.dropout, keys, rows) if policy.dropout else nullcontext()
         with how, dropout:
             hidden, embeds, cache = model._run(rows, max_new_tokens, edit)

@@ -56,8 +56,8 @@ def _means(run: Run) -> dict[str, float]:
 def report_nonfinite(run: Run, epoch: int, number: int, loss: float, step: Step) -> None:
     """Appends the examples of a step with a NaN or infinite loss to nonfinite.jsonl. Raises UserError on every rank,
     unless skip_nonfinite is set. Collective: every rank must call it."""
-    file = run.config.run_dir / "nonfinite.jsonl"
-    record = {"epoch": epoch, "step": number, "loss": str(loss), "examples": sorted(step.examples)}
+    file, records = run.config.run_dir / "nonfinite.jsonl", sorted(map(run.data.train.record, step.examples))
+    record = {"epoch": epoch, "step": number, "loss": str(loss), "examples": records}
     with ranks.agree(run.world):  # all ranks
         if run.world.is_main:
             with writing(file), file.open("a", encoding="utf-8") as lines:
