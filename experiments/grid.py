@@ -215,8 +215,8 @@ def main(arguments: list[str] | None = None) -> None:
     numbers = (options.jobs, options.gpus, options.peak, options.utilisation)
     if not all(number is None or number > 0 for number in numbers):
         parser.error("--jobs, --gpus, --peak and --utilisation must be above 0")
-    if fixed := {"name", "seed", "debug"} & {text.partition("=")[0] for text in options.set}:
-        parser.error(f"--set cannot set {' and '.join(sorted(fixed))}: each run has its own")
+    if fixed := {"name", "seed", "debug", "test_path"} & {text.partition("=")[0] for text in options.set}:
+        parser.error(f"--set cannot set {' and '.join(sorted(fixed))}: the grid sets them")
     try:
         grid = read_grid(options.grid)
         jobs = jobs_of(grid, options.only, options.seeds, tuple(options.set), options.gpus)

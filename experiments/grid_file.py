@@ -62,7 +62,7 @@ class Grid:
 NAME = re.compile(r"\w[\w.-]*")  # of a run; part of folder names and commands
 TASK_KEYS = ("base", "save_path", "test_path", "beginnings", "untrained", "chance")  # and the union of `needs`
 PATHS = ("base", "task", "save_path", "test_path")
-GRID_KEYS = ("name", "seed", "save_path", "debug")  # keys that a run may not set
+GRID_KEYS = ("name", "seed", "save_path", "test_path", "debug")  # keys that a run may not set
 
 
 def _spelled(value) -> str:
@@ -99,6 +99,9 @@ def read_grid(path: Path, seen: tuple[Path, ...] = ()) -> Grid:
             for run, spec in grid["runs"].items()
             for recipe, of in grid["recipes"].items()
         }
+    for recipe, of in grid["recipes"].items():
+        if of != RunSpec(keys=of.keys):
+            problems.append(f"{path}: recipe {recipe!r} can only set 'keys'")
     problems += [f"{path}: {text}" for text in _grid_problems(grid)]
     if problems:
         raise UserError("; ".join(problems))

@@ -59,6 +59,7 @@ class Texts(typing.NamedTuple):
 
     name: dict  # identifies them in the token cache
     steps: Callable[[Sequence[str]], list[str]]  # the example's steps -> the texts that replace them
+    in_one_sequence: bool = False  # whether the model reads the question, all texts and the answer together
 
 
 class Method:

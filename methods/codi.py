@@ -54,7 +54,7 @@ class Method(methods.Method):
 
     @staticmethod
     def texts(config) -> Texts:
-        return Texts({"teacher": "all steps but the last, blanks between them"}, teacher_steps)
+        return Texts({"teacher": "all steps but the last, blanks between them"}, teacher_steps, True)
 
     @staticmethod
     def options(config) -> dict:

@@ -279,7 +279,19 @@ def test_forced_thoughts_count_for_the_longest_sequence(cached):
     """A prompt that was too long was an error in the middle of the evaluation."""
     tokens = Tokens.open(cached())
     wanted = max(len(question) + 2 + 50 + len(answer) + 1 for question, _, answer in tokens)
-    assert longest_sequence(tokens, Config(only_eval=True, eval_latents=50))[0] == wanted
+    for method in ("coconut", "latents_by_steps"):
+        assert longest_sequence(tokens, Config(method=method, only_eval=True, eval_latents=50))[0] == wanted
+
+
+def test_only_sequences_that_exist_count_for_the_longest_one(cached):
+    """Bugs: iCoT's last stage had its steps, and SIM-CoT's targets were all in one sequence."""
+    tokens, icot = Tokens.open(cached()), Config(method="icot", only_eval=True)
+    wanted = max(len(question) + len(answer) + 1 for question, _, answer in tokens)
+    assert longest_sequence(tokens, icot, NO_REASONING)[0] == wanted
+    sim_cot = Config(method="sim_cot", c_thought=1, max_latent_stage=1, epochs_per_stage=1)
+    alone = longest_sequence(tokens, sim_cot)[0]
+    tokens.auxiliary = Tokens.open(cached(folder="auxiliary", step_separator=" " * 40))
+    assert longest_sequence(tokens, sim_cot)[0] == alone
 
 
 # --- Files ---

@@ -223,6 +223,8 @@ def test_a_full_standard_output_is_a_user_error(small, capsys, monkeypatch):
         ({"runs": {"coconut": {"paper": [97.0]}}}, "coconut: 'paper' must be text, not [97.0]"),
         ({"runs": {"coconut": {"keys": None}}}, "coconut: 'keys' must be `key: value` lines, not 'null'"),
         ({"runs": {"coconut": {"keys": {"seed": 7, "name": "x"}}}}, "run 'coconut' cannot set name and seed"),
+        ({"runs": {"coconut": {"keys": {"test_path": "x"}}}}, "run 'coconut' cannot set test_path"),  # never ended
+        ({"recipes": {"r": {"keys": {"lr": 0.1}, "label": "x"}}}, "recipe 'r' can only set 'keys'"),  # was ignored
         ({"runs": {"+": {}}, "controls": []}, "run '+': a name is letters, digits"),
         ({"runs": {"a b": {}}, "controls": []}, "run 'a b': a name is letters, digits"),
         ({"beginnings": {"pause": {}}}, "'pause' is both a run and a beginning"),

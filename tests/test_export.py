@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT, one_error, python, raising, read_json, refuses
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.dynamic_module_utils import check_imports, get_imports
 
@@ -199,6 +200,16 @@ def test_prompts_are_the_same(case, checkpoints, folders):
 def tokenizer_arguments(tokenizer, questions: list[str]) -> dict[str, torch.Tensor]:
     found = tokenizer(questions, padding=True, return_tensors="pt")
     return {"questions": found["input_ids"], "attention_mask": found["attention_mask"]}
+
+
+def test_a_tokenizer_that_appends_eos_is_refused(checkpoints):
+    """Bug: EOS itself ended as a text with a newline does, and each question was exported with EOS at its end."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints("llama"))
+    assert export.with_newline(tokenizer)[0]
+    eos = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {eos[0]}", special_tokens=[eos])
+    assert tokenizer("x")["input_ids"][-1] == tokenizer.eos_token_id
+    refuses("the tokenizer appends tokens to each text", export.with_newline, tokenizer)
 
 
 def test_the_export_warns_of_different_prompts(checkpoints, tmp_path, monkeypatch):
@@ -427,6 +438,12 @@ def test_the_card_has_a_row_for_each_mode(checkpoints, folders, tmp_path):
     found |= {"cot_match_direct": 1.0, "generated_tokens_direct": 3.0}
     (run / "checkpoint_4" / "metrics.json").write_text(json.dumps(found))
     assert "asked in mode direct | 300 | 10.0% | text | 100.0% | 3.0 |" in card(run, tmp_path / "again")
+    # an evaluation in one mode, or with another number of thoughts
+    run_folder.write_config({"mode": "written", "eval_latents": 3}, run / "eval", 1)
+    tested = {"accuracy": 0.5, "examples": 10, "file": "data/test.json", "checkpoint": "mine/checkpoint_4"}
+    (run / "eval" / "metrics.json").write_text(json.dumps(tested))
+    row = "| `data/test.json`, asked in mode written, with 3 thoughts | 10 | 50.0% | text |"
+    assert row in card(run, tmp_path / "third")
 
 
 @pytest.mark.parametrize(

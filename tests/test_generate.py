@@ -76,6 +76,10 @@ def test_the_prompt_is_the_one_of_training(folders, capsys):
     assert found["output"]
 
 
+def test_options_may_stand_before_the_question():
+    assert generate.parse(["run", "--thoughts", "2", "3+4"]).question == "3+4"
+
+
 def test_a_long_question_does_not_cut_the_answers_of_others(folders, monkeypatch):
     """Bug: it limited the answers of its whole batch."""
     model = generate.load(str(folders["coconut"]))

@@ -66,6 +66,14 @@ def test_a_question_without_steps_gets_the_thoughts_of_the_stage(run):
     assert [row.count(model.markers.latent) for row in inference.prompts(model, ["3+4", "5"])] == [6, 6]
 
 
+def test_a_number_of_thoughts_that_follows_the_steps_has_to_be_chosen(run):
+    """Bug: such a model was asked without thoughts, and exported so."""
+    model = Coconut.from_pretrained(str(run))
+    model.config = replace(model.config, method="latents_by_steps")
+    refuses("as many thoughts as an example has steps.*--thoughts", model.ask, "1+2=")
+    assert inference.prompts(model, ["1+2="], n_thoughts=2)[0].count(model.latent_token_id) == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_model_loads_unchanged(run, tmp_path, dtype):
     model = Coconut.from_pretrained(run).to(dtype)

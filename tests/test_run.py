@@ -373,6 +373,12 @@ def test_the_best_checkpoint_is_named_and_all_can_be_evaluated(place, trained, c
     assert ", best" not in printed.out.replace("checkpoint_1, stage 0, best", "")
     assert "checkpoint_3 could not be evaluated: it is damaged" in printed.err
     assert "checkpoint_3 is damaged" in printed.err
+    with (odd / "config.yaml").open("a") as file:
+        file.write("\nfirst_unknown: 1\nsecond_unknown: 2\n")
+    assert evaluate_tool.main([str(odd), "--all", str(place / "valid.json")]) == 2
+    printed = capsys.readouterr().err
+    assert "first_unknown" in printed  # bug: with two problems none was named
+    assert "second_unknown" in printed
     assert evaluate_tool.main([str(tmp_path), "--all", "none.json"]) == 2
     assert "holds no checkpoint of a finished epoch" in capsys.readouterr().err
 

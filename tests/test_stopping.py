@@ -349,6 +349,10 @@ def test_a_checkpoint_without_its_head_is_rejected(checkpoint, tmp_path, capsys)
     questions.write_text(json.dumps([{"question": "3+4", "answer": "7", "steps": []}]))
     assert "no checkpoint" in refusal(thoughts_needed.main, ["none", questions], capsys)
     assert "must be positive" in refusal(thoughts_needed.main, [checkpoint, questions, "--batch", 0], capsys)
+    words = questions.with_name("words.json")
+    words.write_text(json.dumps([{"question": "1", "answer": "a word", "steps": []}]))
+    found = refusal(thoughts_needed.main, [checkpoint, words, "--answer-match", "number"], capsys)
+    assert "answer_match number needs numbers, but the answer of record 0" in found
     written, out = make_checkpoint(tmp_path / "cot", method="cot"), ["--out", tmp_path / "out.json"]
     assert "the model has 64 positions" in refusal(
         thoughts_needed.main, [checkpoint, questions, "--thoughts", 62, *out], capsys

@@ -7,6 +7,7 @@ python -m tools.evaluate checkpoints/NAME --all data/gsm_test.json     # evaluat
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from itertools import chain, count
@@ -51,8 +52,9 @@ def evaluate_all(run_dir: Path, file: str) -> tuple[str, list[str]]:
                 print(general, file=sys.stderr, flush=True)
             warned.add(general)
         if done.returncode:
-            errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-            failed.append(f"{path} could not be evaluated: {[*errors, *lines[-1:], 'no reason given'][0]}")
+            error = re.search("^error: (.*)", done.stderr, re.MULTILINE | re.DOTALL)  # a line for each problem
+            reason = error[1].strip() if error else [*lines[-1:], "no reason given"][0]
+            failed.append(f"{path} could not be evaluated: {reason}")
             continue
         metrics = read_object(folder / path.name / "eval" / "metrics.json")
         mark = ", best" if path == chosen else ""

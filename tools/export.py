@@ -146,7 +146,7 @@ def build_exported(model: Coconut, code: ModuleType) -> PreTrainedModel:
 def with_newline(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[int, list[int]]]:
     """Returns what a newline at the end of a text does to its tokens: the tokens that it adds and, for each token that
     the tokenizer joins with a newline (in Llama 3, "?" and a newline are one token), the tokens of both together."""
-    tokens = sorted(set(tokenizer.get_vocab().values()))
+    tokens = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))  # no question ends with these
     texts = tokenizer.batch_decode([[token] for token in tokens])
     alone, ended = (tokenizer([text + end for text in texts])["input_ids"] for end in ("", "\n"))
     joined, added = {}, Counter()

@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parses the arguments and checks what needs no model."""
     parser = make_parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.question is not None and options.file is not None:
         parser.error("a question and --file exclude each other")
     if min(options.batch, options.max_new_tokens) < 1 or (options.thoughts or 0) < 0:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
+from config import Config
 from curriculum import stage_name
 from methods import implementation
 from trainer.files import file_digest, parsing
@@ -73,6 +74,8 @@ def _card(checkpoint: Path, name: str, folder: Path, exported: PreTrainedModel, 
         appended += f", then {most}{n_latents} latent positions (thought `{description.get('thought', 'last')}`)"
         n_markers = len(settings.appended) - n_latents
         appended += {0: "", 1: " after a start marker", 2: " between a start and an end marker"}[n_markers]
+    elif settings.appended:
+        appended += f", then {len(settings.appended)} markers"
     size, stage = f"{exported.num_parameters():,}", stage_name(description["stage"])
     what = f"A model of {size} parameters, trained by the method `{method}`: {_about(method)}. Its stage is {stage}."
     digests = "\n".join(f"    {file_digest(path)}  {path.name}" for path in sorted(folder.glob("*.safetensors")))
@@ -139,31 +142,34 @@ def _hours(run_dir: Path, trained: range) -> str:
 
 
 def _results(checkpoint: Path, config: dict) -> Iterator[tuple[dict, str, str, str, str]]:
-    """Yields (metrics, data file, split, rule, mode) of the validation at the checkpoint, and of each evaluation of it
-    in the run's folder, by `only_eval` or by `python -m tools.evaluate --all`."""
+    """Yields (metrics, data file, split, rule, how it was asked) of the validation at the checkpoint, and of each
+    evaluation of it in the run's folder, by `only_eval` or by `python -m tools.evaluate --all`."""
     evaluations = []
     splits = {"train": config.get("train_path"), "validation": config.get("val_path")}
     seen = {os.path.abspath(path): split for split, path in splits.items() if isinstance(path, str)}
     if (checkpoint / "metrics.json").is_file():
         found = read_object(checkpoint / "metrics.json")
-        evaluations.append((found, str(config.get("val_path")), "validation", config.get("answer_match")))
+        evaluations.append((found, str(config.get("val_path")), "validation", config.get("answer_match"), []))
     for folder, found in evaluations_in(checkpoint.parent, checkpoint.name):
         if Path(found["checkpoint"]).name == checkpoint.name:
             file = folder / "config.yaml"
             how = read_config(file)[0] if file.is_file() else {}
             split = seen.get(os.path.abspath(found["file"]), "test")
-            evaluations.append((found, found["file"], split, how.get("answer_match")))
-    for found, file, split, rule in evaluations:
+            asked = [f"in mode {how['mode']}"] if how.get("mode", Config.mode) != Config.mode else []
+            asked += [] if how.get("eval_latents") is None else [f"with {how['eval_latents']} thoughts"]
+            evaluations.append((found, found["file"], split, how.get("answer_match"), asked))
+    for found, file, split, rule, asked in evaluations:
         modes = [key.removeprefix("accuracy") for key in found if re.fullmatch(r"accuracy_[a-z]+", key)]
         # with several modes `accuracy` is their mean, so each mode has a row; older runs have the other metrics only of
         # the latent mode
         for suffix in [mode for mode in modes if mode[1:] not in RULES] or [""]:
             metrics = {key: found.get(key + suffix) for key in ("accuracy", "cot_match", "generated_tokens")}
-            yield {**metrics, "examples": found["examples"]}, file, split, rule or "text", suffix[1:]
+            ways = ", ".join([f"in mode {suffix[1:]}"] * bool(suffix) + asked)
+            yield {**metrics, "examples": found["examples"]}, file, split, rule or "text", ways
 
 
-def _eval_result(found: dict, file: str, split: str, rule: str, mode: str) -> EvalResult:
-    name = f"accuracy ({rule}){f', mode {mode}' if mode else ''}"
+def _eval_result(found: dict, file: str, split: str, rule: str, asked: str) -> EvalResult:
+    name = f"accuracy ({rule}){f', {asked}' if asked else ''}"
     return EvalResult(
         task_type="text-generation",
         dataset_type=Path(file).stem,
@@ -179,8 +185,8 @@ def _accuracies(results: list) -> str:
     if not results:
         return ""
     lines = ["| data | n | accuracy | compared as | CoT match | generated tokens |", "|---|---|---|---|---|---|"]
-    for found, file, split, rule, mode in results:
-        title = f"`{file}`{' (validation)' if split == 'validation' else ''}{f', asked in mode {mode}' if mode else ''}"
+    for found, file, split, rule, asked in results:
+        title = f"`{file}`{' (validation)' if split == 'validation' else ''}{f', asked {asked}' if asked else ''}"
         match, tokens = found["cot_match"], found["generated_tokens"]
         match, tokens = "" if match is None else f"{match:.1%}", "" if tokens is None else f"{tokens:.1f}"
         lines.append(f"| {title} | {found['examples']} | {found['accuracy']:.1%} | {rule} | {match} | {tokens} |")

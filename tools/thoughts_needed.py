@@ -146,7 +146,9 @@ def main(arguments: list[str] | None = None) -> None:
     check_checkpoint(options.checkpoint)
     examples = load_examples(options.file, options.questions)
     from tools.generate import load
+    from trainer.evaluate import gold_answers
 
+    gold_answers(examples, options.answer_match, options.file)
     model = load(options.checkpoint, trust_remote_code=options.trust_remote_code)
     how = (options.max_new_tokens, options.answer_match)
     right, tokens, probabilities = measure(model, examples, options.thoughts, *how, options.batch)

@@ -107,10 +107,10 @@ def sequence_lengths(tokens: Tokens, config: Config, stage: int) -> np.ndarray:
 def longest_sequence(tokens: Tokens, config: Config, stage: int | None = None) -> tuple[int, int]:
     """Returns (length, record in the file) of the longest sequence of this stage, by default of a training run's stages
     and of a method's own texts, or with eval_latents of the longest evaluated sequence."""
-    if not config.has_latents and config.method != "no_thoughts":
-        stages = {0}
-    elif stage is not None:
+    if stage is not None:
         stages = {stage}
+    elif not config.has_latents and config.method != "no_thoughts":
+        stages = {0}
     elif config.uniform_prob:
         stages = {*range(config.last_stage + 1)}
     else:
@@ -118,10 +118,11 @@ def longest_sequence(tokens: Tokens, config: Config, stage: int | None = None) -
     variants = [config] if config.only_eval else config.rules.variants(config)
     pairs = [(variant, stage) for variant in variants for stage in stages]
     if config.eval_latents is not None:
-        forced = replace(config, c_thought=1, max_latent_stage=config.eval_latents, pad_latent_to_max=True)
+        latents = {"c_thought": 1, "max_latent_stage": config.eval_latents, "pad_latent_to_max": True}
+        forced = replace(config, method="coconut", **latents)
         pairs.append((forced, forced.last_stage))
     lengths = reduce(np.maximum, (sequence_lengths(tokens, variant, stage) for variant, stage in pairs))
-    if tokens.auxiliary is not None:
+    if tokens.auxiliary is not None and config.rules.texts(config).in_one_sequence:
         lengths = np.maximum(lengths, tokens.auxiliary.written_lengths())
     index = int(lengths.argmax())
     return int(lengths[index]), tokens.record(index)

@@ -191,6 +191,17 @@ def _gathered(share: dict, world: World) -> dict:
     return {index: result for share in shares for index, result in share.items()}
 
 
+def gold_answers(examples: list[dict], answer_match: str, file: str) -> list[str]:
+    """Returns the gold answers. Raises UserError if answer_match is number and one is none."""
+    gold = [gold_answer(example) for example in examples]
+    if answer_match == "number" and (others := [i for i, text in enumerate(gold) if number_of(text) is None]):
+        raise UserError(
+            f"answer_match number needs numbers, but the answer of record {others[0]} (counted from 0) of {file} is "
+            f"{gold[others[0]]!r}"
+        )
+    return gold
+
+
 def warn_unscorable_answers(tokenizer, data: Data, config: Config, stages: Iterable[int] = ()) -> list[str]:
     """Returns warnings about examples on which even a perfect model would be scored as wrong.
 
@@ -200,12 +211,7 @@ def warn_unscorable_answers(tokenizer, data: Data, config: Config, stages: Itera
 
     Raises UserError if answer_match is number and a gold answer is none.
     """
-    gold = [gold_answer(example) for example in data.val_examples]
-    if config.answer_match == "number" and (others := [i for i, text in enumerate(gold) if number_of(text) is None]):
-        raise UserError(
-            f"answer_match number needs numbers, but the answer of record {others[0]} (counted from 0) of "
-            f"{config.val_path} is {gold[others[0]]!r}"
-        )
+    gold = gold_answers(data.val_examples, config.answer_match, config.val_path)
     warnings: list[str] = []
 
     def decode(index: int, kept: Sequence[int] = ()) -> str:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from coconut import Coconut, Edit
 from config import Config
-from curriculum import prompt
+from curriculum import prompt, thoughts_and_dropped
 from dataset import collate_prompts, latent_columns, to_device
 from preprocessing.tokens import batched, question_ids
 from trainer.checkpoint import DESCRIBED, damage, write_model
@@ -208,6 +208,12 @@ def config_for(model: Coconut, n_thoughts: int | None = None, mode: str | None =
         if problems:
             raise UserError(f"{problems[0]}: this model is of method {config.method}")
     if n_thoughts is None:
+        numbers = {thoughts_and_dropped(n, model.stage, config)[0] for n in range(1, config.max_latent_stage + 2)}
+        if len(numbers) > 1:
+            raise UserError(
+                f"method {config.method} makes as many thoughts as an example has steps, which are unknown: choose a "
+                "number with --thoughts (n_thoughts)"
+            )
         return config
     if not config.has_latents:
         raise UserError(f"a number of thoughts is for models with latents, and this one is of method {config.method}")
