@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 LEARNT = 0.9  # a seed, or a stage, that reaches this accuracy counts as learnt
 TEXT = (
     "Validation accuracy after the last epoch, in percent, mean over the seeds. In brackets, per seed: the last stage "
-    f"up to which all stages ended with at least {LEARNT:.0%}, that is, the number of steps that the row replaces "
-    "without writing them; - if stage 0 did not."
+    f"that ended with at least {LEARNT:.0%}, that is, the number of steps that the row replaces without writing them; "
+    "- if none did."
 )
 
 
@@ -26,13 +26,10 @@ def validation(rows: list[dict]) -> float:
 
 
 def last_learnt_stage(row: dict) -> int | None:
-    """Returns the last stage up to which all stages ended with accuracy LEARNT; None if stage 0 did not."""
-    last = None
-    for stage, accuracy in sorted({record["stage"]: record["accuracy"] for record in row["epochs"]}.items()):
-        if accuracy < LEARNT:
-            break
-        last = stage
-    return last
+    """Returns the last stage that ended with accuracy LEARNT, None if none did. A model may learn to write the steps
+    only in a later stage."""
+    ended = {record["stage"]: record["accuracy"] for record in row["epochs"]}
+    return max((stage for stage, accuracy in ended.items() if accuracy >= LEARNT), default=None)
 
 
 def best_recipe(finished: dict[str, list[dict]], most_flops: float = math.inf) -> str | None:

@@ -89,10 +89,12 @@ def test_each_run_is_made_with_each_recipe(search):
     assert [job.spec.label for job in jobs[:4:3]] == ["last, short", "pausing, deep"]
 
 
-def test_the_last_learnt_stage_follows_learnt_stages_only():
-    assert last_learnt_stage(seed(1, 1.0, 0.95, 0.5, 0.99)) == 1
+def test_a_stage_may_be_learnt_after_others_were_not():
+    """Bug: a model that had not learnt to write in stage 0, and replaced all steps in the end, counted as failed."""
+    assert last_learnt_stage(seed(1, 1.0, 0.95, 0.5, 0.99)) == 3
     assert last_learnt_stage(seed(1, 0.9, 0.9)) == 1
-    assert last_learnt_stage(seed(1, 0.5, 0.99)) is None
+    assert last_learnt_stage(seed(1, 0.5, 0.99)) == 1
+    assert last_learnt_stage(seed(1, 0.5, 0.4)) is None
 
 
 def test_the_best_recipe_has_the_best_validation_then_the_fewest_flops():
