@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import arithmetic
@@ -556,7 +557,8 @@ def test_a_signal_stops_the_runs_and_starts_no_further_one(small, tmp_path, numb
     arguments = small(beginnings={}, runs={"pause": {"keys": {"num_epochs": 5000}}, "coconut": {}})
     command = [sys.executable, str(ROOT / "experiments/grid.py"), *arguments]
     environment = os.environ | {"INTERRUPTED_FILE": str(tmp_path / "interrupted")}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    heeded = partial(signal.signal, number, signal.SIG_DFL)  # nohup, or a shell's &, may have the tests ignore it
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heeded)
     while not (tmp_path / "runs/pause-3/metrics.jsonl").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
