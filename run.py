@@ -133,7 +133,8 @@ def train_epoch(run: Run, epoch: int) -> int:
         begin, before = time.perf_counter(), progress.seconds
         run.throughput.start()
         for step, planned in enumerate(bar, start=first):
-            if curriculum.should_reset_optimizer(config, epoch, step, n_steps, partial(trained_on, run)):
+            begun = step == 0 and progress.seen  # by fewer ranks, before a restart
+            if not begun and curriculum.should_reset_optimizer(config, epoch, step, n_steps, partial(trained_on, run)):
                 run.optimizer = make_optimizer(run)
             lr = config.lr * curriculum.lr_factor(config, epoch - progress.passed_over, step, n_steps)
             losses = train_step(run, planned, batches, lr)
@@ -188,9 +189,8 @@ def train_step(run: Run, planned: PlannedStep, batches: Iterator[dict], lr: floa
             sum(losses).backward()  # all ranks, in the last micro-batch
         for index, loss in enumerate(losses):
             total[index] += loss.detach()
-    total = total[: len(losses)]
     update_weights(run, total.sum())
-    return total
+    return total[: len(losses)]
 
 
 def weighted_batches(run: Run, planned: PlannedStep, batches: Iterator[dict]) -> Iterator[tuple[dict, tuple]]:

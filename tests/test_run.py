@@ -238,6 +238,22 @@ def test_the_optimizer_is_reset_when_it_should_be(place, monkeypatch, reset, epo
     assert sorted(set(made)) == [2 * epoch for epoch in epochs_of_new]
 
 
+def test_an_epoch_that_was_begun_with_smaller_steps_does_not_reset_the_optimizer_again(place, monkeypatch):
+    """More ranks make larger steps, as more micro-batches do: what was a whole step may be a part of the first one."""
+    keys = (*TINY, "name=reset-again", "reset_optimizer=epoch", "num_epochs=2")
+    with monkeypatch.context() as patched:
+        done = []
+        patched.setattr(
+            run_module, "update_weights", lambda run, _: done.append(run) or setattr(run.progress, "step", 1)
+        )
+        patched.setattr(run_module.StopSignal, "requested", lambda *_, **__: bool(done))
+        main(place, *keys)
+    made, original = [], run_module.make_optimizer
+    monkeypatch.setattr(run_module, "make_optimizer", lambda r: made.append(r.progress.step) or original(r))
+    main(place, *keys, "gradient_accumulation_steps=2", "continue_changed=true")
+    assert made == [1, 2]  # in the restart, then in the second epoch
+
+
 def test_learning_rates_and_clipping(place):
     def lrs(name: str, *overrides: str) -> list[float]:
         folder = main(place, *TINY, f"name={name}", "num_epochs=2", *overrides)
