@@ -19,9 +19,8 @@ from curriculum import prompt
 from dataset import collate_prompts, to_device
 from model.kv_cache import can_fork
 from preprocessing.tokens import ANSWER_PREFIX, question_ids
-from tools.generate import load
 from trainer.evaluate import before_eos, extract_answer
-from trainer.inference import config_for
+from trainer.inference import config_for, load_for_use
 from utils import UserError
 
 
@@ -62,7 +61,7 @@ class Subject:
     ) -> Subject:
         """Loads a checkpoint. Raises UserError if it does not exist, or if it does not make one thought a step, one
         after the other, with text right after the last one."""
-        model = load(checkpoint, trust_remote_code=trust_remote_code)
+        model = load_for_use(checkpoint, trust_remote_code=trust_remote_code)
         config = config_for(model, n_thoughts)  # raises UserError for an impossible number
         subject = cls(model, examples, n_thoughts)
         if config.rules.predicts_end_marker or not model.one_by_one:

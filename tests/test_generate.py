@@ -82,7 +82,7 @@ def test_options_may_stand_before_the_question():
 
 def test_a_long_question_does_not_cut_the_answers_of_others(folders, monkeypatch):
     """Bug: it limited the answers of its whole batch."""
-    model = generate.load(str(folders["coconut"]))
+    model = inference.load_for_use(str(folders["coconut"]))
     n_prompt = len(inference.prompts(model, [""])[0])
     questions = ["1+2", "1" * (model.max_positions - n_prompt - 2)]
     alone = [model.answers([question], max_new_tokens=6)[0] for question in questions]

@@ -31,7 +31,7 @@ from trainer.run_folder import check_checkpoint
 from utils import UserError
 
 if TYPE_CHECKING:
-    from coconut import Coconut  # takes seconds, so `load` imports it after all checks of arguments
+    from coconut import Coconut  # takes seconds, so it is imported after all checks of arguments
 
 
 NEEDS = {  # option -> the options without which it would have no effect
@@ -127,20 +127,6 @@ def _checked(record, where: str) -> dict:
     return record
 
 
-def load(checkpoint: str, seed: int = 0, trust_remote_code: bool = False) -> Coconut:
-    """Loads a model, as Coconut.from_pretrained, onto a GPU if there is one. Raises UserError."""
-    import torch
-    from transformers.utils import logging
-
-    from coconut import Coconut
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    torch.manual_seed(seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Coconut.from_pretrained(checkpoint, trust_remote_code).to(device)
-
-
 def make_asker(model: Coconut, options: argparse.Namespace) -> Callable[[list[str]], list[dict]]:
     """Returns a function from questions to results: those of Coconut.answers or, with --samples, for each question
     {"samples": {answer: count}}, drawn with random numbers of (seed, index of the question). Raises UserError if the
@@ -211,7 +197,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError("standard input is closed: name a question, or a --file")
         else:
             records = questions_of_lines(sys.stdin, "standard input")
-        model = load(options.checkpoint, options.seed, options.trust_remote_code)
+        from trainer.inference import load_for_use
+
+        model = load_for_use(options.checkpoint, options.seed, options.trust_remote_code)
         ask = make_asker(model, options)
         if options.question is None and options.file is None and sys.stdin.isatty():
             converse(ask, form)

@@ -145,11 +145,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--batch, --max-new-tokens and --questions must be positive, --thoughts at least 0")
     check_checkpoint(options.checkpoint)
     examples = load_examples(options.file, options.questions)
-    from tools.generate import load
     from trainer.evaluate import gold_answers
+    from trainer.inference import load_for_use
 
     gold_answers(examples, options.answer_match, options.file)
-    model = load(options.checkpoint, trust_remote_code=options.trust_remote_code)
+    model = load_for_use(options.checkpoint, trust_remote_code=options.trust_remote_code)
     how = (options.max_new_tokens, options.answer_match)
     right, tokens, probabilities = measure(model, examples, options.thoughts, *how, options.batch)
     found = summarize(right, tokens, probabilities)

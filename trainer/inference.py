@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from coconut import Coconut, Edit
 from config import Config
@@ -65,6 +66,14 @@ def load(source: str | Path, trust_remote_code: bool = False, **hub_options) -> 
     model, tokenizer, markers = load_model(config, folder)
     model.tokenizer, model.markers, model.config, model.stage = tokenizer, markers, config, description["stage"]
     return model.eval()
+
+
+def load_for_use(source: str, seed: int = 0, trust_remote_code: bool = False) -> Coconut:
+    """Loads, without progress bars, onto a GPU if there is one, and seeds torch. Raises UserError."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    torch.manual_seed(seed)
+    return load(source, trust_remote_code).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def save(
