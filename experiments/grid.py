@@ -227,6 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
         left = unfinished(jobs, {} if options.anew else by_digest(results))
         if problems := dict.fromkeys(text for job in jobs for text in job.problems()):  # before the first run
             raise UserError(f"grid {grid.name}: {'; '.join(problems)}")
+        check_folders(jobs)
         if options.dry_run:
             from costs import plan_of
 
@@ -238,7 +239,6 @@ def main(arguments: list[str] | None = None) -> None:
 
             print_result(write_array(left, options.grid, options.slurm))
             return
-        check_folders(jobs)
         try:
             if left and not options.report:
                 for number in StopSignal.numbers():

@@ -100,6 +100,8 @@ def read_grid(path: Path, seen: tuple[Path, ...] = ()) -> Grid:
             for recipe, of in grid["recipes"].items()
         }
     for recipe, of in grid["recipes"].items():
+        if "." in recipe:  # recipes.py splits RUN.RECIPE at the last one
+            problems.append(f"{path}: recipe {recipe!r}: a name is letters, digits, - and _")
         if of != RunSpec(keys=of.keys):
             problems.append(f"{path}: recipe {recipe!r} can only set 'keys'")
     problems += [f"{path}: {text}" for text in _grid_problems(grid)]

@@ -113,20 +113,20 @@ class Job:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether its folder has a complete evaluation of `checkpoint` with the current questions and keys."""
+        """Whether its folder has a complete evaluation of `checkpoint` with the current test file and keys."""
         folder = self.folder / "eval"
         try:
             metrics = read_object(folder / "metrics.json")
-            keys, _ = read_config(folder / "config.yaml")
-            answered = [prediction["question"] for prediction in self.predictions()]
+            keys, notes = read_config(folder / "config.yaml")
+            is_same = notes.get("SHA-256 of val_path") == file_digest(Path(self.grid.test_path))
             tested = resolve(self.checkpoint).name
             names = [name for name in (*EVALUATION_KEYS, *GENERATION_KEYS) if name in keys]
             if any(keys[name] != getattr(self.config, name) for name in names):
                 return False
-            is_whole = isinstance(metrics["accuracy"], float) and Path(metrics["checkpoint"]).name == tested
+            is_whole = isinstance(metrics["accuracy"], float) and len(self.predictions()) == metrics["examples"]
+            return is_same and is_whole and Path(metrics["checkpoint"]).name == tested
         except (OSError, ValueError, KeyError, TypeError):
             return False  # there is none, or the evaluation was killed while it wrote
-        return is_whole and answered == [example["question"] for example in self.test_examples()]
 
     def predictions(self) -> list[dict]:
         """Returns the predictions of its evaluation in the order of the questions. Raises OSError and ValueError if the

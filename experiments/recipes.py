@@ -45,7 +45,7 @@ def of_recipes(grid: Grid, results: dict[str, list[dict]]) -> list[str]:
         return []
     by_row: dict[str, dict[str, list[dict]]] = {}
     for run, rows in results.items():
-        row, _, recipe = run.partition(".")
+        row, _, recipe = run.rpartition(".")
         by_row.setdefault(row, {})[recipe] = rows
     cells = ([recipe, *(_validation_cell(of.get(recipe)) for of in by_row.values())] for recipe in grid.recipes)
     lines = ["", "## Recipes", "", TEXT, "", *markdown(["recipe", *by_row], cells)]

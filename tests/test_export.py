@@ -355,10 +355,10 @@ def test_padding_without_an_attention_mask(folders):
     assert whole.prompts(first)[1].all()
 
 
-def copied(source: Path, folder: Path, config: Config, state: str | None = "{}") -> Path:
-    """Copies a run to `folder`, with a configuration and with the trainer's state in its checkpoint."""
+def copied(source: Path, folder: Path, config: Config, state: str | None = "{}", **notes: str) -> Path:
+    """Copies a run to `folder`, with a configuration, notes, and the trainer's state in its checkpoint."""
     run = shutil.copytree(source.parent, folder)
-    run_folder.write_config(dataclasses.asdict(config), run, 2, "a fast one")
+    run_folder.write_config(dataclasses.asdict(config), run, 2, "a fast one", **notes)
     if state is not None:
         (run / "checkpoint_4" / "trainer").mkdir()
         (run / "checkpoint_4" / "trainer" / "state.json").write_text(state)
@@ -374,11 +374,10 @@ def card(run: Path, out: Path) -> str:
 def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
     config = Config(
         **{"name": "mine", "c_thought": 2, "seed": 7},
-        **{"train_path": str(tmp_path / "some_train.json"), "val_path": "data/some_valid.json"},
+        **{"train_path": "data/some_train.json", "val_path": "data/some_valid.json"},
     )
-    Path(config.train_path).write_text("[]")
     state = '{"epoch": 2, "step": 90}'
-    run = copied(checkpoints("two a step"), tmp_path / "mine", config, state)
+    run = copied(checkpoints("two a step"), tmp_path / "mine", config, state, **{"SHA-256 of train_path": "f8db6e"})
     epochs = [{"event": "epoch", "epoch": n, "train_seconds": 1700.0, "seconds": 100.0} for n in (0, 1, 1, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
     found = {"accuracy": 0.3456, "cot_match": 0.1, "generated_tokens": 8.25, "examples": 300}
@@ -390,7 +389,7 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
     digest = hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
     for part in (
         *("# out\n", "`coconut`: Coconut (chain of continuous thought", "Its stage is 2.", "4 latent positions"),
-        *(f"`{config.train_path}`", f"`{hashlib.sha256(b'[]').hexdigest()}`", "| seed | 7 |"),
+        *(f"`{config.train_path}`", "| SHA-256 of the data | f8db6e |", "| seed | 7 |"),
         *("| hours | 1.00, of 2 epochs with their validations |", "| hardware | a fast one; ranks: 2 |"),
         *("| epochs, optimizer steps | 2, 90 |", "torch 2.", f"\n    {digest}  model.safetensors\n"),
         "| `data/some_valid.json` (validation) | 300 | 34.6% | text | 10.0% | 8.2 |",
@@ -398,7 +397,7 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
     ):
         assert part in text, part
     data = ModelCard(text).data
-    assert (data.library_name, data.language, data.datasets) == ("transformers", "en", ["some_train"])
+    assert (data.library_name, data.datasets) == ("transformers", ["some_train"])
     assert (data.base_model, data.license) == ("openai-community/gpt2", None)
     results = [(r.dataset_type, r.dataset_split, r.metric_value) for r in data.eval_results]
     assert results == [("some_valid", "validation", 0.3456), ("test", "test", 0.5)]
@@ -420,6 +419,36 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
     (one / "metrics.json").write_text(json.dumps(tested | {"file": config.val_path}))  # bug: that was a test
     splits = [result.dataset_split for result in ModelCard(card(run, tmp_path / "seen")).data.eval_results]
     assert sorted(splits) == ["test", "test", "validation", "validation"]
+
+
+def test_the_card_says_how_an_accuracy_was_measured_otherwise(checkpoints, tmp_path):
+    """Bugs: it gave such accuracies as those of the exported model, and an older validation as one on the new file."""
+    scored_by = {"answer_match": "number", "eval_latents_from_steps": True}
+    run = copied(
+        checkpoints("llama"), tmp_path / "mine", Config(val_path="new.json"), json.dumps({"scored_by": scored_by})
+    )
+    described = read_json(run / "checkpoint_4" / "coconut.json")
+    described |= {"validated_on": {"file": "old.json"}, "stop_threshold": 0.6}
+    (run / "checkpoint_4" / "coconut.json").write_text(json.dumps(described))
+    found = {"accuracy": 0.5, "examples": 10}
+    (run / "checkpoint_4" / "metrics.json").write_text(json.dumps(found))
+    tested = found | {"file": "test.json", "checkpoint": "mine/checkpoint_4", "stage": 0}
+    for folder in (run / "eval", run / "evaluations" / "test" / "checkpoint_4" / "eval"):
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps(tested))
+        run_folder.write_config({"stop_threshold": 0.0}, folder, 1)
+    text = card(run, tmp_path / "out")
+    assert "| `old.json` (validation), asked with as many thoughts as its steps need | 10 | 50.0% | number |" in text
+    assert text.count("| `test.json`, asked at stage 0, with stop_threshold 0.0 | 10 | 50.0% | text |") == 1
+
+
+@pytest.mark.parametrize("model_id", ["/scratch/me/model", "data/ar/model", "data/model"])
+def test_a_run_whose_base_model_was_a_folder_is_exported(checkpoints, tmp_path, model_id):
+    """Bugs: no export, or a card that named a model of the hub."""
+    run = copied(checkpoints("llama"), tmp_path / "mine", Config(model_id=model_id), **{"base model": "a folder"})
+    text = card(run, tmp_path / "out")
+    assert f"| starts from | `{model_id}` |" in text
+    assert ModelCard(text).data.base_model is None
 
 
 def test_the_card_has_a_row_for_each_mode(checkpoints, folders, tmp_path):

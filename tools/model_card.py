@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from config import Config
 from curriculum import stage_name
@@ -81,16 +84,14 @@ def _card(checkpoint: Path, name: str, folder: Path, exported: PreTrainedModel, 
     digests = "\n".join(f"    {file_digest(path)}  {path.name}" for path in sorted(folder.glob("*.safetensors")))
     parts = [CARD.format(name=name, what=what, appended=appended, digests=digests)]
     tags = ["coconut", "latent-reasoning", method.replace("_", "-")]
-    data = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=tags, language="en", license=license
-    )
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, license=license)
     run_dir = checkpoint.parent
     config_file = run_dir / "config.yaml"
     if re.fullmatch(r"checkpoint_\d+(_step_\d+)?", checkpoint.name) and config_file.is_file():
         config, notes = read_config(config_file)
         results = list(_results(checkpoint, config))
         model_id, scratch = str(config.get("model_id")), config.get("from_scratch")
-        if not scratch and not Path(model_id).exists():
+        if not scratch and _is_on_hub(model_id, notes):
             data.base_model = model_id
         data.license = license or (None if scratch else _license_of(model_id))
         if config.get("train_path"):
@@ -107,22 +108,31 @@ def _about(method: str) -> str:
     return METHODS.get(method) or implementation(method).__doc__.splitlines()[0].rstrip(".")
 
 
+def _is_on_hub(model_id: str, notes: dict[str, str]) -> bool:
+    """Returns whether a run's model_id is a hub id, and not a folder here or where it was trained."""
+    with suppress(HFValidationError):
+        validate_repo_id(model_id)
+        return notes.get("base model") is None and not Path(model_id).exists()
+    return False
+
+
 def _license_of(model_id: str) -> str | None:
     """Returns the license in the base model's card, from its folder or the hub's cache."""
-    local = Path(model_id) / "README.md"
-    path = local if Path(model_id).is_dir() else try_to_load_from_cache(model_id, "README.md")
-    return ModelCard.load(path).data.license if path and Path(path).is_file() else None
+    path = Path(model_id) / "README.md"
+    if not path.is_file():
+        with suppress(HFValidationError):  # model_id is the path of a folder that is gone
+            path = try_to_load_from_cache(model_id, "README.md")
+    return ModelCard.load(path).data.license if isinstance(path, str | Path) and Path(path).is_file() else None
 
 
 def _training(checkpoint: Path, config: dict, notes: dict[str, str]) -> str:
     state = read_object(checkpoint / "trainer" / "state.json")
-    train_path = Path(str(config.get("train_path")))
     rows = {
         "method": f"`{config.get('method')}`, thought `{config.get('thought')}`, c_thought {config.get('c_thought')}",
         "starts from": f"`{state.get('started_from') or config.get('load_model_path') or config.get('model_id')}`"
         + (", its shape only" if config.get("from_scratch") and not config.get("load_model_path") else ""),
-        "data": f"`{train_path}`",
-        "SHA-256 of the data": f"`{file_digest(train_path)}`" if train_path.is_file() else "the file is not here",
+        "data": f"`{config.get('train_path')}`",
+        "SHA-256 of the data": notes.get("SHA-256 of train_path", "unknown"),
         "epochs, optimizer steps": f"{state.get('epoch', 'unknown')}, {state.get('step', 'unknown')}",
         "seed": config.get("seed"),
         "hours": _hours(checkpoint.parent, range(config.get("resume") or 0, state.get("epoch", 0))),
@@ -144,28 +154,48 @@ def _hours(run_dir: Path, trained: range) -> str:
 def _results(checkpoint: Path, config: dict) -> Iterator[tuple[dict, str, str, str, str]]:
     """Yields (metrics, data file, split, rule, how it was asked) of the validation at the checkpoint, and of each
     evaluation of it in the run's folder, by `only_eval` or by `python -m tools.evaluate --all`."""
-    evaluations = []
-    splits = {"train": config.get("train_path"), "validation": config.get("val_path")}
-    seen = {os.path.abspath(path): split for split, path in splits.items() if isinstance(path, str)}
+    evaluations, described, listed = [], read_object(checkpoint / "coconut.json"), []
+    validated = (described.get("validated_on") or {}).get("file", config.get("val_path"))
+    splits = (("train", config.get("train_path")), ("validation", config.get("val_path")), ("validation", validated))
+    seen = {os.path.abspath(path): split for split, path in splits if isinstance(path, str)}
     if (checkpoint / "metrics.json").is_file():
-        found = read_object(checkpoint / "metrics.json")
-        evaluations.append((found, str(config.get("val_path")), "validation", config.get("answer_match"), []))
+        found, state = read_object(checkpoint / "metrics.json"), read_object(checkpoint / "trainer" / "state.json")
+        how = {"answer_match": config.get("answer_match")} | (state.get("scored_by") or {})  # config.yaml may be newer
+        evaluations.append((found, str(validated), "validation", how))
     for folder, found in evaluations_in(checkpoint.parent, checkpoint.name):
         if Path(found["checkpoint"]).name == checkpoint.name:
             file = folder / "config.yaml"
             how = read_config(file)[0] if file.is_file() else {}
             split = seen.get(os.path.abspath(found["file"]), "test")
-            asked = [f"in mode {how['mode']}"] if how.get("mode", Config.mode) != Config.mode else []
-            asked += [] if how.get("eval_latents") is None else [f"with {how['eval_latents']} thoughts"]
-            evaluations.append((found, found["file"], split, how.get("answer_match"), asked))
-    for found, file, split, rule, asked in evaluations:
+            evaluations.append((found, found["file"], split, how))
+    for found, file, split, how in evaluations:
         modes = [key.removeprefix("accuracy") for key in found if re.fullmatch(r"accuracy_[a-z]+", key)]
         # with several modes `accuracy` is their mean, so each mode has a row; older runs have the other metrics only of
         # the latent mode
         for suffix in [mode for mode in modes if mode[1:] not in RULES] or [""]:
             metrics = {key: found.get(key + suffix) for key in ("accuracy", "cot_match", "generated_tokens")}
-            ways = ", ".join([f"in mode {suffix[1:]}"] * bool(suffix) + asked)
-            yield {**metrics, "examples": found["examples"]}, file, split, rule or "text", ways
+            ways = ", ".join([f"in mode {suffix[1:]}"] * bool(suffix) + list(_ways(how, found, described)))
+            result = ({**metrics, "examples": found["examples"]}, file, split, how.get("answer_match") or "text", ways)
+            if result not in listed:  # only_eval and tools.evaluate may have read the same file
+                listed.append(result)
+                yield result
+
+
+def _ways(how: dict, found: dict, described: dict) -> Iterator[str]:
+    """Yields how an evaluation, with the keys `how` and the metrics `found`, asked otherwise than the exported model
+    is asked."""
+    if how.get("mode", Config.mode) != Config.mode:
+        yield f"in mode {how['mode']}"
+    if how.get("eval_latents") is not None:
+        yield f"with {how['eval_latents']} thoughts"
+    if how.get("eval_latents_from_steps"):
+        yield "with as many thoughts as its steps need"
+    if (stage := found.get("stage", described["stage"])) != described["stage"]:
+        yield f"at stage {stage_name(stage)}"
+    for key in fields(Config):  # such as stop_threshold
+        default = described.get(key.name, key.default)
+        if key.metadata["free"] and key.metadata["shapes"] and how.get(key.name, default) != default:
+            yield f"with {key.name} {how[key.name]}"
 
 
 def _eval_result(found: dict, file: str, split: str, rule: str, asked: str) -> EvalResult:

@@ -132,9 +132,10 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
                     log.warning(text)
 
     def open_log() -> str | None:
-        values, notes = dataclasses.asdict(config), {}
+        values = dataclasses.asdict(config)
+        notes = versions(source, sets) if config.only_eval else notes_of_training(config)
         if config.only_eval:
-            keep_results(logger.folder, values, str(source), notes := versions(source, sets))
+            keep_results(logger.folder, values, str(source), notes)
         write_config(values, logger.folder, world.size, ranks.hardware(world), **notes)
         return logger.open(values, progress.wandb_id)
 
@@ -163,6 +164,12 @@ def versions(source: Path, sets: dict[str, Data]) -> dict[str, str]:
     changed = max((path.stat().st_mtime for path in weights), default=0.0)
     found = {f"SHA-256 of val_path {name}".strip(): data.val_digest for name, data in sets.items()}
     return {"weights changed at": f"{changed:.6f}", **found}
+
+
+def notes_of_training(config: Config) -> dict[str, str]:
+    """Returns what a model card says of a training run's files, which may be elsewhere by then."""
+    found = {"SHA-256 of train_path": content_digest(config.train_path)}
+    return found | ({"base model": "a folder"} if Path(config.model_id).exists() else {})
 
 
 def read_by_rank(config: Config, loaded: Pretrained, sets: dict[str, Data]) -> dict[str, str]:
