@@ -226,6 +226,7 @@ def test_a_full_standard_output_is_a_user_error(small, capsys, monkeypatch):
         ({"runs": {"coconut": {"keys": {"seed": 7, "name": "x"}}}}, "run 'coconut' cannot set name and seed"),
         ({"runs": {"coconut": {"keys": {"test_path": "x"}}}}, "run 'coconut' cannot set test_path"),  # never ended
         ({"recipes": {"r": {"keys": {"lr": 0.1}, "label": "x"}}}, "recipe 'r' can only set 'keys'"),  # was ignored
+        ({"recipes": {"lr0.1": {}}}, "recipe 'lr0.1': a name is letters, digits, - and _"),  # rows were merged
         ({"runs": {"+": {}}, "controls": []}, "run '+': a name is letters, digits"),
         ({"runs": {"a b": {}}, "controls": []}, "run 'a b': a name is letters, digits"),
         ({"beginnings": {"pause": {}}}, "'pause' is both a run and a beginning"),
@@ -326,7 +327,9 @@ def test_a_recorded_result_is_not_run_again(inputs, small, tmp_path, capsys):
     assert small.results["coconut"] == before
     assert "| seeds |" not in small.report  # one seed is shown
     assert small.run(*options, "--set", "lr=0.001") == ["words-3", "coconut-3", "coconut-3 test"]  # another run
-    assert small.run(*options, "--set", "lr=0.002", "--dry-run") == []
+    for what in (["--dry-run"], ["--slurm", str(tmp_path / "array.sbatch")]):  # bug: nothing was left to run
+        arguments = [*small(), *options, "--set", "lr=0.002", *what]
+        assert "holds another run (lr 0.001, not 0.002)" in one_error(grid.main, arguments, capsys)
     (tmp_path / "small.json").write_text("[]")
     assert "small.json cannot be read: it is not a JSON object" in one_error(grid.main, [*small(), *options], capsys)
     for text in ('{"pause": 3}', '{"pause": [3]}', '{"pause": [{"seed": 3}]}'):  # bug: tracebacks
@@ -377,6 +380,7 @@ def test_an_incomplete_or_outdated_evaluation_is_repeated(inputs, small, tmp_pat
         lambda: metrics.write_text(metrics.read_text()[:-20]),
         lambda: metrics.write_text(metrics.read_text().replace("checkpoint_2", "checkpoint_1")),
         lambda: questions.write_text(json.dumps(read_json(questions)[:4])),
+        lambda: questions.write_text(json.dumps([row | {"answer": "9"} for row in read_json(questions)])),
     ):
         damage()
         assert small.run("--only", "pause", "--anew") == ["pause-3 test"]
@@ -385,7 +389,7 @@ def test_an_incomplete_or_outdated_evaluation_is_repeated(inputs, small, tmp_pat
         assert small.run("--only", "pause", "--set", option) == ["pause-3 test"]
         assert len(small.results["pause"][0]["correct"]) == count
     digests = {row["digest"] for row in small.results["pause"]}
-    assert [len(digest) for digest in digests] == [16] * 4  # six questions, four, and four with each option
+    assert [len(digest) for digest in digests] == [16] * 5  # six questions, four, with other answers, and each option
     with_separator = predictions.read_text().replace('"output": "', '"output": "\u2028')  # str.splitlines breaks there
     predictions.write_text(with_separator)
     (job,) = jobs_of(read_grid(tmp_path / "small.yaml"), ["pause"], [3], ("max_eval_examples=2",))

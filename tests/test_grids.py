@@ -133,6 +133,8 @@ def test_a_search_reports_its_choice_and_the_runs_of_the_next_grid(search, tmp_p
     assert list(runs) == ["last", "pause", "pause_flops"]
     assert runs["pause"]["keys"] == {"thought": "pause", "lr": "0.01", "model_id": "data/machine/layers_4"}
     assert runs["pause_flops"]["keys"] == {"thought": "pause", "lr": "0.1"}
+    runs, found = ({run.replace("pause", "a0.5"): of[run] for run in of} for of in (search.runs, results))
+    assert "| recipe | last | a0.5 |" in of_recipes(replace(search, runs=runs), found)  # bug: the row was "a0"
     assert of_recipes(read_grid(ROOT / "experiments" / "fair.yaml"), {}) == []
 
 
