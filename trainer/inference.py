@@ -221,7 +221,7 @@ def config_for(model: Coconut, n_thoughts: int | None = None, mode: str | None =
         if len(numbers) > 1:
             raise UserError(
                 f"method {config.method} makes as many thoughts as an example has steps, which are unknown: choose a "
-                "number with --thoughts (n_thoughts)"
+                "number with --thoughts (n_thoughts); it cannot be exported"
             )
         return config
     if not config.has_latents:
