@@ -311,12 +311,12 @@ class Config:
         if self.test_path is not None and ("test_path" in beside or "val_path" not in beside):
             self.val_path = self.test_path
         elif not beside & {"load_model_path", "val_path"}:
-            problems.append(f"only_eval evaluates {self.run_dir}@best on test_path: set test_path")
+            problems.append(f"only_eval evaluates {Path(self.save_path) / self.name}@best on test_path: set test_path")
         self.test_path = None
         for name in {"load_model_path", "resume", "from_scratch"} - beside:
             setattr(self, name, getattr(Config, name))  # the default
         if self.load_model_path is None:
-            self.load_model_path = f"{self.run_dir}@best"
+            self.load_model_path = f"{Path(self.save_path) / self.name}@best"  # a debug run saves no checkpoint
 
     @property
     def rules(self) -> type[methods.Method]:

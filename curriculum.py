@@ -214,11 +214,11 @@ def should_reset_optimizer(
     return step == 0 and optimizer_is_reset(config, epoch)
 
 
-def lr_factor(config: Config, epoch: int, step: int, steps_per_epoch: int) -> float:
+def lr_factor(config: Config, begun: int, epoch: int, step: int, steps_per_epoch: int) -> float:
     """Returns the learning rate of a step divided by config.lr: linear warm-up from the first trained step (of epoch
-    config.resume), then constant, or linear or cosine decay to 0."""
-    step += (epoch - config.resume) * steps_per_epoch
-    total_steps = (config.num_epochs - config.resume) * steps_per_epoch
+    `begun`), then constant, or linear or cosine decay to 0."""
+    step += (epoch - begun) * steps_per_epoch
+    total_steps = (config.num_epochs - begun) * steps_per_epoch
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)

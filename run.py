@@ -136,7 +136,7 @@ def train_epoch(run: Run, epoch: int) -> int:
             begun = step == 0 and progress.seen  # by fewer ranks, before a restart
             if not begun and curriculum.should_reset_optimizer(config, epoch, step, n_steps, partial(trained_on, run)):
                 run.optimizer = make_optimizer(run)
-            lr = config.lr * curriculum.lr_factor(config, epoch - progress.passed_over, step, n_steps)
+            lr = config.lr * curriculum.lr_factor(config, progress.begun, epoch - progress.passed_over, step, n_steps)
             losses = train_step(run, planned, batches, lr)
             run.unlogged.append(Step(losses, run.grad_norm, lr, stages[step], plan.examples(step - first)))
             progress.seen += planned.n_examples
@@ -245,7 +245,7 @@ def update_weights(run: Run, loss: torch.Tensor) -> None:
 def validate(run: Run, epoch: int, stage: int) -> tuple[dict, list[dict]]:
     """Evaluates after an epoch; logs the result together with the epoch's training loss and time."""
     progress = run.progress
-    n_scored = len(run.data.train) - progress.lost
+    n_scored = progress.seen - progress.lost
     trained = {"train_loss": progress.losses / (n_scored or math.nan), "train_seconds": progress.seconds}
     trained |= {"skipped": progress.skipped} if run.config.skip_nonfinite else {}
     validate_epoch = run.parts.validate or evaluate.evaluate

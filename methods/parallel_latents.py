@@ -46,6 +46,8 @@ class Method(methods.Method):
     @staticmethod
     def problems(config) -> Iterator[str]:
         in_parallel = config.latent_passes != "sequential"
+        if config.method == "parallel_latents" and not in_parallel:
+            yield "method parallel_latents needs latent_passes, a number or stage: sequential ones are method coconut"
         if in_parallel and not config.has_latents:
             yield f"latent_passes {config.latent_passes} needs latents, and method {config.method} has none"
         if in_parallel and config.thought == "pause":

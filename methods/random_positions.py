@@ -13,6 +13,8 @@ of more than R tokens. A draw is a function of (seed, epoch, example), like the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import methods
 from methods import key
 
@@ -29,6 +31,11 @@ class Method(methods.Method):
         later=True,
     )
     position_range: int = key(1024, "offset, spaced: random positions are below this", low=1, later=True)
+
+    @staticmethod
+    def problems(config) -> Iterator[str]:
+        if config.method == "random_positions" and config.positions == "plain" and not config.only_eval:
+            yield "method random_positions needs positions, offset or spaced: with plain ones it is method coconut"
 
     @staticmethod
     def options(config) -> dict:

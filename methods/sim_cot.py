@@ -71,7 +71,11 @@ class Method(methods.Method):
 
     @staticmethod
     def problems(config) -> Iterator[str]:
-        if config.step_decoder == "none" or config.only_eval:
+        if config.only_eval:
+            return
+        if config.step_decoder == "none":
+            if config.method == "sim_cot":
+                yield "method sim_cot needs a step_decoder, pretrained or copy: without one it is method coconut"
             return
         if config.method != "sim_cot":
             yield f"step_decoder is for method sim_cot, not {config.method}"

@@ -585,6 +585,7 @@ def test_what_only_eval_evaluates(write, tmp_path):
     assert evaluated(path) == (best, train, 0, False)
     assert evaluated(path, "load_model_path=x", "resume=2") == ("x", train, 2, False)
     assert evaluated(path, f"val_path={other}") == (best, other, 0, False)
+    assert evaluated(path, "debug=true") == (best, train, 0, False)  # bug: the checkpoint of a debug run
     assert evaluated(path, f"test_path={{a: {other}}}") == (best, {"a": other}, 0, False)
     assert evaluated(write(""), "load_model_path=x") == ("x", valid, 0, False)  # no test_path
     with pytest.raises(UserError, match=r"only_eval evaluates .*/run@best on test_path: set test_path"):

@@ -152,7 +152,7 @@ def test_the_schedule_of_gsm8k():
 
 def test_the_learning_rate_decays_over_the_epochs_from_resume_on():
     config = Config(resume=1, num_epochs=3, lr_scheduler="linear")
-    assert [curriculum.lr_factor(config, *moment, 4) for moment in ((1, 0), (1, 2), (2, 3))] == [1, 0.75, 0.125]
+    assert [curriculum.lr_factor(config, 1, *moment, 4) for moment in ((1, 0), (1, 2), (2, 3))] == [1, 0.75, 0.125]
 
 
 def test_mixing_depends_on_seed_epoch_and_example_only():

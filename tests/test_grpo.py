@@ -272,6 +272,8 @@ def test_a_restart_is_bitwise_an_undisturbed_run_and_micro_batches_of_any_size_t
     parts = main(place, *RUN, "name=grpo-parts")
     first = weights(whole / "checkpoint_3")
     assert equal(first, weights(parts / "checkpoint_3"))
+    for key in ("max_new_tokens=2", "answer_match=number"):  # bug: the run went on, with other samples or rewards
+        main(place, *RUN, "name=grpo-parts", key, code=2)
     cut = main(place, *RUN, "name=grpo-cut", "batch_size_training=4")
     assert difference(first, weights(cut / "checkpoint_3")) < 1e-5
     assert logged_means(cut) == [pytest.approx(means, rel=1e-4) for means in logged_means(whole)]

@@ -129,6 +129,35 @@ def test_a_method_cannot_change_the_default_of_another_key(monkeypatch):
         config_module._with_keys_of_methods(type("Config", (), {"__annotations__": {"lr": "float"}}))
 
 
+# a method's own key -> whether its value under other methods is refused under this one, where it would mean coconut
+SWITCHES = {
+    ("sim_cot", "step_decoder"): True,
+    ("random_positions", "positions"): True,
+    ("parallel_latents", "latent_passes"): True,
+    ("lotus", "latent_labels"): False,  # 0: without labels
+    ("pccot", "distilled_layers"): False,  # all: those of CODI
+    ("stopping", "stop_threshold"): False,  # 1: never
+}
+
+
+def test_a_method_that_its_own_key_switches_off_is_refused():
+    """Bugs: SIM-CoT without a decoder trained one, plain random positions were spaced, and sequential parallel latents
+    ended in a traceback after stage 0."""
+    found = {
+        (name, key): (default, rules.defaults[key])
+        for name, rules in methods.all_rules().items()
+        for key, default in ((key, field.default) for key, _, field in methods.own_keys(rules))
+        if rules.defaults.get(key, default) != default
+    }
+    assert found.keys() == SWITCHES.keys()
+    for (name, key), (off, on) in found.items():
+        refused = [
+            any("method coconut" in text for text in Config(method=name, **{key: value}).problems(needs_files=False))
+            for value in (off, on)
+        ]
+        assert refused == [SWITCHES[name, key], False]
+
+
 def test_means_are_over_all_ranks_which_measure_what_they_have(monkeypatch):
     """Bug: a rank without a measure skipped the collective, and the others waited for it."""
     of_ranks = [{}, {"reward": (3.0, 4), "norm": (1.0, 1)}, {"norm": (2.0, 1), "reward": (1.0, 4), "empty": (0.0, 0)}]

@@ -124,8 +124,8 @@ def without_updates(monkeypatch) -> None:
     )
 
 
-# setup_run compares `token_ids` and `scored_by` (test_faults.py)
-PROGRESS = [field.name for field in fields(Progress) if field.name not in ("token_ids", "scored_by")]
+# setup_run compares `token_ids` and `scored_by` (test_faults.py); `begun` is for another `resume` (test_run.py)
+PROGRESS = [field.name for field in fields(Progress) if field.name not in ("token_ids", "scored_by", "begun")]
 OTHER_KEYS = {"at_goal": AGAIN, "passed_over": EARLY}
 PARTS = {
     **{f"progress: {name}": (OTHER_KEYS.get(name, KEYS), without_field(name)) for name in PROGRESS},

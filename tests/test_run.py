@@ -266,6 +266,11 @@ def test_learning_rates_and_clipping(place):
     # if stages end early, the schedule counts the steps that were trained
     early = ("epochs_per_stage=2", "num_epochs=4", "advance_at=0")
     assert lrs("lr-early", "lr_scheduler=linear", *early) == [1, 0.875, 0.75, 0.625]
+    # a run that goes on counts from where it began, whatever resume says by then (bugs: negative rates, a traceback)
+    lrs("lr-later", "lr_scheduler=linear")
+    later = ("num_epochs=4", "resume=3", "continue_changed=true")
+    assert lrs("lr-later", "lr_scheduler=linear", *later)[4:] == [0.5, 0.375, 0.25, 0.125]
+    assert lrs("lr-constant", *later) == [1] * 8
     # AdamW ignores the scale of a gradient, unless it is as small as AdamW's epsilon
     lrs("clipped", "max_grad_norm=1e-12")
     norms = [step.get("grad_norm") for step in conftest.steps(place / "runs" / "clipped")]
@@ -280,7 +285,9 @@ def test_learning_rates_and_clipping(place):
 def test_a_debug_run_does_not_touch_the_real_one(place, trained):
     run, _ = trained
     before = digest(run)
-    folder = main(place, "debug=true", "num_epochs=1", "max_new_tokens=2")
+    for n_epochs in (2, 1):
+        folder = main(place, "debug=true", f"num_epochs={n_epochs}", "max_new_tokens=2")
+        assert len(epochs(folder)) == n_epochs  # bug: the table had the epochs of the earlier run too
     assert folder.name == "run-debug"
     assert not list(folder.glob("checkpoint_*"))
     assert digest(run) == before

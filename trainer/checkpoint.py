@@ -73,6 +73,7 @@ class Progress:
     """How far a run is. Part of every checkpoint."""
 
     epoch: int = 0  # finished epochs: the number of the next one
+    begun: int | None = None  # the epoch in which the run began: `resume` of that time, from which lr_factor counts
     step: int = 0  # finished optimizer steps
     seen: int = 0  # examples of the unfinished epoch trained on so far, in the epoch's order
     losses: float = 0.0  # sum over these examples of their step's loss
@@ -578,4 +579,6 @@ def changed_keys(config: Config, run_dir: Path) -> dict[str, str]:
         free |= {"batch_size_training", "gradient_accumulation_steps"}
     if config.lr_scheduler == "constant":
         free |= {"num_epochs"} | ({"resume"} if not config.warmup_steps else set())
+    if config.rules.generates:  # its training answers questions
+        free -= {"max_new_tokens", "answer_match", "eval_latents_from_steps"}
     return _differing(config, before, [key.name for key in fields(Config) if key.name not in free])

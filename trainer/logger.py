@@ -41,6 +41,8 @@ class RunLogger:
         path = self.folder / "metrics.jsonl"
         with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
+            if config["debug"]:  # it continues from no checkpoint: an earlier run's epochs are no part of it
+                path.unlink(missing_ok=True)
             torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
             self.file = path.open("a", encoding="utf-8", buffering=1)
             if torn:

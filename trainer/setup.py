@@ -119,6 +119,7 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
         )
     progress.token_ids = data.train_digest
     _forget_other_scores(progress, config, data.val_digest)
+    progress.begun = config.resume if progress.begun is None else progress.begun
     if source is not None and not progress.step:
         progress.started_from = str(source)
     logger = RunLogger(config.run_dir / "eval" if config.only_eval else config.run_dir)
