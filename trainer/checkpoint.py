@@ -73,7 +73,6 @@ class Progress:
     """How far a run is. Part of every checkpoint."""
 
     epoch: int = 0  # finished epochs: the number of the next one
-    begun: int | None = None  # the epoch in which the run began: `resume` of that time, from which lr_factor counts
     step: int = 0  # finished optimizer steps
     seen: int = 0  # examples of the unfinished epoch trained on so far, in the epoch's order
     losses: float = 0.0  # sum over these examples of their step's loss
@@ -81,6 +80,7 @@ class Progress:
     seconds: float = 0.0  # training time of the unfinished epoch
     skipped: int = 0  # steps that skip_nonfinite has skipped in the whole run
     at_goal: int = 0  # consecutive epochs of the current stage whose accuracy has reached advance_at
+    begun: int | None = None  # the epoch in which the run began: `resume` of that time, from which lr_factor counts
     passed_over: int = 0  # epochs left out because a stage ended early; the learning rate schedule ignores them
     best: dict[int, float] = field(default_factory=dict)  # stage -> best validation accuracy
     wandb_id: str | None = None
