@@ -28,10 +28,11 @@ def test_a_table_follows_from_its_numbers(name, monkeypatch):
     assert tables.as_text(grid, results, command.partition(".yaml")[2]) == written
 
 
-def test_breadth_thoughts_follows_from_its_numbers():
-    script = load_script(ROOT / "experiments" / "breadth_thoughts.py")
-    numbers = json.loads((ROOT / "results" / "breadth_thoughts.json").read_text())
-    assert script.as_text(numbers) == (ROOT / "results" / "breadth_thoughts.md").read_text()
+@pytest.mark.parametrize("folder", ["", "breadth_recipes_thoughts"])
+def test_breadth_thoughts_follows_from_its_numbers(folder):
+    script, written = load_script(ROOT / "experiments" / "breadth_thoughts.py"), ROOT / "results" / folder
+    numbers = json.loads((written / "breadth_thoughts.json").read_text())
+    assert script.as_text(numbers) == (written / "breadth_thoughts.md").read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)
