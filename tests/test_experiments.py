@@ -663,6 +663,7 @@ CONTENTS = {
     "data/breadth/answer_train.json": "a4618ff53fdc46ce",
     "data/breadth/frontier_train.json": "4be79a538d94b64c",
     "data/breadth/model/config.json": "0a8f83abcd87b064",
+    "data/breadth/layers_4/config.json": "ca1a3ed9b99e9477",
     "data/breadth_f1/path_train.json": "98fc01b4d9a2f9b1",
     "data/breadth_f1/path_test.json": "91330f72676d45eb",
     "data/breadth_f1/model/config.json": "f7473f5cbf7fb0d1",
