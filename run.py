@@ -133,8 +133,8 @@ def train_epoch(run: Run, epoch: int) -> int:
         begin, before = time.perf_counter(), progress.seconds
         run.throughput.start()
         for step, planned in enumerate(bar, start=first):
-            begun = step == 0 and progress.seen  # by fewer ranks, before a restart
-            if not begun and curriculum.should_reset_optimizer(config, epoch, step, n_steps, partial(trained_on, run)):
+            partly = step == 0 and progress.seen  # trained on fewer ranks, before a restart
+            if not partly and curriculum.should_reset_optimizer(config, epoch, step, n_steps, partial(trained_on, run)):
                 run.optimizer = make_optimizer(run)
             lr = config.lr * curriculum.lr_factor(config, progress.begun, epoch - progress.passed_over, step, n_steps)
             losses = train_step(run, planned, batches, lr)
