@@ -88,10 +88,10 @@ class Coconut(nn.Module):
         """Returns prompts as generation runs them: a method may leave out latents."""
         return prompts
 
-    @property
-    def family(self) -> dict:
-        """Returns the arguments of model/layout.py that depend on the model."""
-        return {"latent_token_id": self.latent_token_id, "padding_first": not self.backbone.makes_masks}
+    def lay_out(self, *batch: torch.Tensor | None, prompts: bool = False, **hints) -> Rows:
+        """Returns (input_ids, attention_mask, position_ids) in the layout of the passes (model/layout.py)."""
+        arrange, padding_first = lay_out_prompts if prompts else lay_out, not self.backbone.makes_masks
+        return arrange(*batch, **hints, latent_token_id=self.latent_token_id, padding_first=padding_first)
 
     @property
     def max_positions(self) -> int | None:
@@ -130,7 +130,7 @@ class Coconut(nn.Module):
         the supervised positions only.
         """
         hints = {"latent_columns": latent_columns, "prefix_lengths": prefix_lengths}
-        rows = lay_out(input_ids, attention_mask, position_ids, **self.family, **hints)
+        rows = self.lay_out(input_ids, attention_mask, position_ids, **hints)
         hidden, embeds, _ = self._run(rows, edit=edit)
         thoughts = embeds[:, rows.columns] if return_thoughts else None
         hidden, embeds = restored(hidden, rows), restored(embeds, rows)
@@ -163,7 +163,7 @@ class Coconut(nn.Module):
                 continues from the embeddings with the thoughts filled in. The model's own generation_config is ignored,
                 and top_k is off unless given. Raises UserError for a family of which it takes no embeddings.
         """
-        rows = lay_out_prompts(input_ids, attention_mask, position_ids, **self.family)
+        rows = self.lay_out(input_ids, attention_mask, position_ids, prompts=True)
         if generation_options:
             self.backbone.check_takes_embeds()
             _, embeds, _ = self._run(rows, edit=edit)
@@ -213,7 +213,7 @@ class Coconut(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns last hidden states and input embeddings with the thoughts filled in, (B, T, D) each. Arguments as in
         `generate`; `head` turns hidden states into logits."""
-        rows = lay_out_prompts(input_ids, attention_mask, position_ids, **self.family)
+        rows = self.lay_out(input_ids, attention_mask, position_ids, prompts=True)
         hidden, embeds, _ = self._run(rows, edit=edit)
         return restored(hidden, rows), restored(embeds, rows)
 

@@ -24,7 +24,7 @@ from definition import filled_embeddings
 from methods import all_rules
 from model.backbone import decoder_blocks, decoder_of
 from model.checkpointing import checkpoint_blocks
-from model.layout import column_of, lay_out, lay_out_prompts
+from model.layout import column_of
 from trainer.files import reason_of
 from utils import UserError
 
@@ -250,7 +250,7 @@ def _problem_of_decoding(model: Coconut, tolerance: Tolerance, seed: int) -> str
         return None
     prompts = [ids[:-2] for ids, _ in rows]
     batch = to_device(collate_prompts(prompts, prompts[0][0]), probe.base_causallm.device)
-    laid_out = lay_out_prompts(**batch, **probe.family)
+    laid_out = probe.lay_out(**batch, prompts=True)
     whole, _, cache = probe._run(laid_out, new_columns=2)
     hidden, mask = [column_of(whole, laid_out.before)], laid_out.attention_mask
     position = column_of(laid_out.position_ids, laid_out.before)
@@ -304,7 +304,7 @@ def _step(probe: _Probe, rows: list[Row]) -> tuple[torch.Tensor, list[torch.Tens
     loss = probe(**batch).loss
     (gradient,) = torch.autograd.grad(loss, [probe.embeds])
     layout = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    attended = lay_out(**layout, **probe.family, latent_columns=batch["latent_columns"]).attention_mask.bool()
+    attended = probe.lay_out(**layout, latent_columns=batch["latent_columns"]).attention_mask.bool()
     return _upcast(loss.detach()), [_upcast(one[seen]) for one, seen in zip(gradient, attended, strict=True)]
 
 

@@ -36,7 +36,6 @@ from coconut import Coconut
 from config import Config
 from curriculum import Markers
 from dataset import collate_for_device, collate_prompts
-from model.layout import lay_out, lay_out_prompts
 from trainer import evaluate, parallel
 from trainer.distributed import World
 
@@ -200,14 +199,14 @@ class FakeRank:
     def validate(self, rows: Sequence[tuple], prompts: Sequence[Sequence[int]]) -> Need:
         """Counts a validation: the loss of (input_ids, labels) pairs and a generation from prompts. Needs a `train`
         before."""
-        eos, family = self.model.eos_token_id, self.model.family
+        eos = self.model.eos_token_id
         batch = collate_for_device(list(rows), eos, self.model.latent_token_id)
         batch = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "labels", "supervised")}
         given = collate_prompts(list(prompts), eos)
         # laid out with real values: the positions of latents and padding depend on them
         layouts = {
-            "lay_out": lay_out(*(batch[name] for name in given), **family),
-            "lay_out_prompts": lay_out_prompts(**given, **family),
+            "lay_out": self.model.lay_out(*(batch[name] for name in given)),
+            "lay_out_prompts": self.model.lay_out(**given, prompts=True),
         }
         left = (self.model.max_positions or 1 << 30) - given["input_ids"].shape[1]
         options = {"max_new_tokens": max(min(self.config.n_new_tokens, left), 1)}

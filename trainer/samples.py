@@ -25,7 +25,7 @@ from config import Config, split_noise
 from dataset import collate_prompts, to_device
 from model.backbone import Backbone
 from model.kv_cache import can_fork
-from model.layout import Rows, column_of, lay_out_prompts
+from model.layout import Rows, column_of
 from model.thought import Seen
 from utils import UserError
 
@@ -209,7 +209,7 @@ def generate(
     backbone, device = model.backbone, model.base_causallm.device
     prompts = model.shortened(prompts)
     batch = to_device(collate_prompts(prompts, model.eos_token_id), device)
-    rows = lay_out_prompts(**batch, **model.family)
+    rows = model.lay_out(**batch, prompts=True)
     keys = [(*key, sample) for key in keys for sample in range(n_samples)]
     disturbed = bool(split_noise(policy.noise)[0] or policy.dropout)
     if disturbed and not (model.latent_token_id is not None and model.thinks and model.one_by_one):
