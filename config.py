@@ -282,6 +282,8 @@ class Config:
         for layer in layers:
             evaluates = BOOLEANS.get(str(layer.values.get("only_eval", evaluates)).lower(), False)
             beside = beside | layer.values.keys() if evaluates else set()
+            if "val_path" in layer.values:
+                beside -= {"test_path"} - layer.values.keys()  # an earlier one
             _merge(values, layer, problems)
         valid = _checked(values, problems)
         config = cls(**valid)
@@ -652,6 +654,8 @@ def _merge(values: dict, layer: Layer, problems: list[str]) -> None:
         problems.append(f"two methods at once in {layer.origin}: {' and '.join(sorted(chosen))}")
     elif chosen:
         values["method"] = layer.values.get("method", *chosen)
+    elif booleans.keys() == {*METHOD_BOOLEANS}:  # all false, in the reference: latents without feedback
+        values |= {"method": "coconut", "thought": values.get("thought", "pause")}
     elif booleans and ("method" not in values or values["method"] in booleans):
         problems.append(f"no method in {layer.origin}: set method to one of {', '.join(METHODS)}")
 

@@ -90,6 +90,8 @@ def test_a_checkpoint_can_be_chosen(saving, tmp_path, capsys):
     assert resolve(str(run)).name == "checkpoint_5"
     assert resolve(f"{run}@best").name == "checkpoint_4"  # the last stage; the later of equals
     assert resolve(f"{run}@2").name == "checkpoint_2"
+    # bug: read as a file of the reference, without stage, thought and adapter, with new rows for the markers
+    assert resolve(f"{run}/checkpoint_2/model.safetensors") == run / "checkpoint_2"
     (run / "checkpoint_4" / "metrics.json").write_text("{")
     assert resolve(f"{run}@best").name == "checkpoint_3"
     assert f"{run / 'checkpoint_4'} is damaged" in capsys.readouterr().err

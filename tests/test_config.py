@@ -92,6 +92,10 @@ READ = [
     ("coconut: False\ncot: True", [], {"method": "cot"}),
     ("no_cot: True", [], {"method": "no_cot"}),
     ("method: no_thoughts", [], {"method": "no_thoughts"}),
+    *(
+        (f"coconut: False\ncot: False\nno_cot: False\nno_thoughts: False{more}", [], {"method": "coconut"} | wanted)
+        for more, wanted in (("", {"thought": "pause"}), ("\nthought: token", {"thought": "token"}))
+    ),
     ("", [], {"method": "coconut"}),
     # the shell turns `step_separator=""` into `step_separator=`; quotes that reach the program are YAML's
     ("step_separator: ''", [], {"step_separator": ""}),
@@ -585,6 +589,9 @@ def test_what_only_eval_evaluates(write, tmp_path):
     assert evaluated(path) == (best, train, 0, False)
     assert evaluated(path, "load_model_path=x", "resume=2") == ("x", train, 2, False)
     assert evaluated(path, f"val_path={other}") == (best, other, 0, False)
+    both = write(f"only_eval: True\n{training}", "both.yaml")
+    assert evaluated(both, f"val_path={other}")[1] == other  # bug: the file's test_path
+    assert evaluated(both)[1] == evaluated(both, f"val_path={other}", f"test_path={train}")[1] == train
     assert evaluated(path, "debug=true") == (best, train, 0, False)  # bug: the checkpoint of a debug run
     assert evaluated(path, f"test_path={{a: {other}}}") == (best, {"a": other}, 0, False)
     assert evaluated(write(""), "load_model_path=x") == ("x", valid, 0, False)  # no test_path

@@ -262,6 +262,7 @@ def test_steps_that_hide_the_answer_are_named():
         ({}, {"stage": 2}, 2, None),
         ({"resume": 4}, {"stage": 2}, 1, "stage is 2, but resume=4 asks for 1"),
         ({"method": "cot"}, {}, 0, None),
+        ({"num_epochs": 1}, {}, 0, "the last one of this configuration, 0"),
         ({"resume": 4}, {"stage": 1 << 30}, 1, "stage is all, but resume=4 asks for 1"),  # of iCoT
         ({"num_epochs": 8}, {}, 2, "the last one of this configuration, 2"),
     ],

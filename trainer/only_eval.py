@@ -60,4 +60,4 @@ def stage_to_evaluate(config: Config, description: dict) -> tuple[int, list[str]
         f"{config.load_model_path} records no stage: evaluating at the last one of this configuration, "
         f"{curriculum.stage_name(last)}; resume=EPOCH chooses the stage of that epoch"
     )
-    return last, [text] if last else []
+    return last, [] if config.method in ("cot", "no_cot") else [text]

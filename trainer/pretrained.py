@@ -401,5 +401,11 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
     given = {own[name].data_ptr() for name in own.keys() & saved.keys()}
     untied = {name: value for name, value in own.items() if name in saved or value.data_ptr() not in given}
     check_weights(path, untied, saved)
+    n_rows = len(saved.get(row_name, ()))
+    if wrapped and n_rows < rows_with_markers:
+        raise UserError(
+            f"{path} holds a Coconut without rows for the markers: its embedding has {n_rows} rows, and the "
+            f"tokenizer with the markers has {rows_with_markers} tokens"
+        )
     base.load_state_dict(saved, strict=False)
-    return (resized or wrapped) and len(saved.get(row_name, ())) >= rows_with_markers
+    return wrapped or (resized and n_rows >= rows_with_markers)
