@@ -132,7 +132,7 @@ def measure(
         found["gold"] = float(shares[:, 0].mean())
         if others[0] is not None:
             both = shares.sum(1)
-            found["T"] = float((shares[:, 0] / np.maximum(both, 1e-12)).mean())
+            found["T"] = float((shares[:, 0] / np.maximum(both, np.finfo(float).tiny)).mean())
             found["escape"] = float((1 - both).mean())
     return found
 

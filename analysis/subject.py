@@ -18,6 +18,7 @@ from coconut import Coconut, Edit
 from curriculum import prompt
 from dataset import collate_prompts, to_device
 from model.kv_cache import can_fork
+from model.layout import restored
 from preprocessing.tokens import ANSWER_PREFIX, question_ids
 from trainer.evaluate import before_eos, extract_answer
 from trainer.inference import config_for, load_for_use
@@ -62,6 +63,8 @@ class Subject:
         """Loads a checkpoint. Raises UserError if it does not exist, or if it does not make one thought a step, one
         after the other, with text right after the last one."""
         model = load_for_use(checkpoint, trust_remote_code=trust_remote_code)
+        if hasattr(model, "stop_threshold"):
+            model.stop_threshold = 1.0  # never: as many thoughts as asked for
         config = config_for(model, n_thoughts)  # raises UserError for an impossible number
         subject = cls(model, examples, n_thoughts)
         if config.rules.predicts_end_marker or not model.one_by_one:
@@ -159,7 +162,7 @@ class Subject:
     def values(
         self, names: list[list[str]], forced: str = "", n_thoughts: int | None = None, change: Change | None = None
     ) -> torch.Tensor:
-        """Returns the probability of each of a question's C names, (N, C) float32, when the text after the thoughts
+        """Returns the probability of each of a question's C names, (N, C) float64, when the text after the thoughts
         begins with `forced` and continues with the name (paper, Section 5.2): the product of its tokens' probabilities.
 
         A question with fewer names has 0 in the columns that remain. Where the tokenizer joins a space at the end of
@@ -178,7 +181,8 @@ class Subject:
         size = self.batch if width == 1 else max(1, self.batch // count)
         for rows, inputs in self.batches(n_thoughts, common, size):
             edit = change.of(rows) if change is not None else None
-            found.append(self._log_probabilities(inputs, rest[rows].to(inputs["input_ids"].device), edit).exp().cpu())
+            logs = self._log_probabilities(inputs, rest[rows].to(inputs["input_ids"].device), edit)
+            found.append(logs.cpu().double().exp())  # a sentence's probability may be too small for float32
         values = torch.cat(found)
         for index, row in enumerate(names):
             values[index, len(row) :] = 0
@@ -198,7 +202,8 @@ class Subject:
         n_rows, count, width = names.shape
         if width == 1:
             return total
-        mask, positions = inputs["attention_mask"], inputs["position_ids"]
+        rows = self.model.lay_out(**inputs, prompts=True)  # a method may mask latents
+        mask, positions = restored(rows.attention_mask, rows), inputs["position_ids"]
         cache = DynamicCache(config=self.model.base_causallm.config)
         before, forks = (embeds, mask, positions), can_fork(cache)
         if not forks:

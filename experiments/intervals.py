@@ -59,7 +59,7 @@ def _bisect(function: Callable[[float], float], level: float, high: float) -> fl
 def has_one_mode(values: Sequence[float]) -> bool:
     """Whether neighbouring seeds are at most LARGEST_GAP apart; otherwise the mean describes none of them."""
     ordered = sorted(values)
-    return all(after - before <= LARGEST_GAP for before, after in pairwise(ordered))
+    return all(after - before <= LARGEST_GAP + 1e-9 for before, after in pairwise(ordered))
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:

@@ -14,7 +14,7 @@ from grid_file import Grid, RunSpec
 from config import Config
 from preprocessing.examples import load_examples
 from trainer.files import file_digest, write_whole
-from trainer.logger import last_epochs, read_log
+from trainer.logger import latest, read_log
 from trainer.run_folder import checkpoints, has_ended, read_config, resolve
 from utils import UserError, as_json, read_object
 
@@ -206,8 +206,8 @@ class Job:
         return [] if is_same else ["trained on other data, or from other weights"]
 
     def epochs(self) -> list[dict]:
-        """Returns the epoch records of metrics.jsonl, the last one of each epoch."""
-        return list(last_epochs(read_log(self.folder / "metrics.jsonl")).values())
+        """Returns the epoch records of metrics.jsonl, without those that a restart repeated."""
+        return list(latest(read_log(self.folder / "metrics.jsonl"), "epoch").values())
 
 
 def _last_of_each_key(texts: list[str]) -> list[str]:

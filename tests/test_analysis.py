@@ -20,9 +20,8 @@ from analysis import __main__ as command
 from analysis import interventions, paths, probe, report, search
 from analysis.subject import Change, Subject
 from analysis.tasks import Graphs, Machine, load_task
-from coconut import Coconut
 from config import Config
-from trainer.pretrained import add_marker_tokens, load_tokenizer
+from trainer.pretrained import add_marker_tokens, load_tokenizer, make_model
 
 SURE = -30.0  # a logit of other tokens
 
@@ -123,7 +122,7 @@ def make_subject(examples, folder, make_base, stage=2, n_thoughts=2, batch=6, **
     config = Config(model_id=str(folder / "model"), **keys)
     tokenizer = load_tokenizer(config)
     markers = add_marker_tokens(tokenizer, "coconut")
-    model = Coconut(make_base(tokenizer), markers.latent, markers.start, markers.end, markers.eos).eval()
+    model = make_model(config, make_base(tokenizer), markers).eval()
     model.tokenizer, model.markers, model.config, model.stage = tokenizer, markers, config, stage
     return Subject(model, examples, n_thoughts, batch)
 
@@ -313,7 +312,7 @@ def test_twins_and_reordered_questions_of_sentences():
 # --- Values of names of several tokens ---
 
 
-def random_subject(folder, examples, markers="both", family=None) -> Subject:
+def random_subject(folder, examples, markers="both", family=None, method="coconut") -> Subject:
     """A subject with a randomly initialised model, by default a Llama."""
 
     def make_base(tokenizer):
@@ -325,7 +324,7 @@ def random_subject(folder, examples, markers="both", family=None) -> Subject:
         shape = LlamaConfig.from_pretrained(folder / "model", vocab_size=len(tokenizer), torch_dtype="float32")
         return LlamaForCausalLM(shape).float()
 
-    return make_subject(examples, folder, make_base, latent_markers=markers)
+    return make_subject(examples, folder, make_base, latent_markers=markers, method=method)
 
 
 def sentences_of(count: int) -> list[dict]:
@@ -354,22 +353,37 @@ def test_values_need_no_cache_that_forks(tmp_path, family):
     found = subject.values([names] * 3, "Every ")
     for index, number in itertools.product(range(3), range(2)):
         wanted = np.exp(log_probability(subject, index, "Every ", names[number]))
-        assert found[index, number] == pytest.approx(wanted, rel=1e-3)
+        assert found[index, number] == pytest.approx(wanted, rel=1e-3, abs=0)
 
 
-@pytest.mark.parametrize("markers", ["both", "none"])
-def test_a_value_is_the_product_of_its_tokens_probabilities(tmp_path, markers):
-    """Compared with whole sequences without a cache, for questions of different lengths and with edited thoughts."""
-    subject = random_subject(tmp_path, sentences_of(5), markers)
+@pytest.mark.parametrize(("markers", "method"), [("both", "coconut"), ("none", "coconut"), ("both", "markov")])
+def test_a_value_is_the_product_of_its_tokens_probabilities(tmp_path, markers, method):
+    """Compared with whole sequences without a cache, for questions of different lengths and with edited thoughts. Bug:
+    the last tokens of a name attended to all thoughts of a markov model."""
+    subject = random_subject(tmp_path, sentences_of(5), markers, method=method)
     names = [["lempus", "rorpus", "tumpus"][: 2 + index % 2] for index in range(5)]
     content = torch.randn(5, 2, 16)
     for change in (None, Change(content, frozenset({1}))):
         found = subject.values(names, "Every ", change=change)
         for index, row in enumerate(names):
             for number, name in enumerate(row):
-                wanted = np.exp(log_probability(subject, index, "Every ", name, change))
-                assert found[index, number] == pytest.approx(wanted, rel=1e-4)
+                wanted = log_probability(subject, index, "Every ", name, change)
+                assert found[index, number].log().item() == pytest.approx(wanted, abs=1e-4)
         assert found[0, 2] == 0
+
+
+def test_the_share_of_an_unlikely_answer(tmp_path):
+    """Bug: T was 0 where both answers have less than 1e-12."""
+    subject, task = random_subject(tmp_path, sentences_of(3)), Graphs(sentences_of(3))
+    itself = interventions.interventions(subject, task)[0]
+    assert itself.name == "itself"
+    found = interventions.measure(subject, task, itself, frozenset({0}))
+    logs = [
+        [log_probability(subject, index, "### ", name) for name in (example["answer"], other)]
+        for index, (example, other) in enumerate(zip(task.examples, task.others(), strict=True))
+    ]
+    assert max(map(max, logs)) < np.log(1e-12)
+    assert found["T"] == pytest.approx(np.mean([1 / (1 + np.exp(other - gold)) for gold, other in logs]), rel=1e-3)
 
 
 def test_values_of_names_with_a_common_beginning_in_small_batches(tmp_path):
@@ -381,7 +395,7 @@ def test_values_of_names_with_a_common_beginning_in_small_batches(tmp_path):
     found = subject.values([["Alex is a lempus.", "Alex is a lorpus.", "Alex is a tumpus."]] * 5, "### ")
     assert sizes == [2, 2, 1]
     wanted = np.exp(log_probability(subject, 1, "### ", "Alex is a lorpus."))
-    assert found[1, 1] == pytest.approx(wanted, rel=1e-4)
+    assert found[1, 1] == pytest.approx(wanted, rel=1e-4, abs=0)
 
 
 def test_a_sentence_begins_with_the_parent(tmp_path):

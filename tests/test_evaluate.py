@@ -134,6 +134,7 @@ def test_metrics_and_predictions(world):
         whole = model(**collate(rows, 0, markers.latent)).loss.item()
     assert metrics["loss"] == pytest.approx(whole, rel=1e-5)
     assert scores.validation_loss(loaded, tokens, 1, config, world) == metrics["loss"]
+    assert metrics["seconds"] > 4 * metrics["seconds_per_example"]  # bug: without the loss and the samples
     files = as_files(metrics, predictions)
     assert json.loads(files["predictions.jsonl"].splitlines()[1])["gold"] == "1007"
 

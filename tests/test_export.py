@@ -376,9 +376,10 @@ def test_the_card_is_made_from_the_run(checkpoints, tmp_path):
         **{"name": "mine", "c_thought": 2, "seed": 7},
         **{"train_path": "data/some_train.json", "val_path": "data/some_valid.json"},
     )
-    state = '{"epoch": 2, "step": 90}'
+    # two epochs of 45 steps; bug: those before `resume` and those that advance_at has left out counted as trained
+    state = '{"epoch": 6, "begun": 3, "passed_over": 1, "step": 225}'
     run = copied(checkpoints("two a step"), tmp_path / "mine", config, state, **{"SHA-256 of train_path": "f8db6e"})
-    epochs = [{"event": "epoch", "epoch": n, "train_seconds": 1700.0, "seconds": 100.0} for n in (0, 1, 1, 2)]
+    epochs = [{"event": "epoch", "epoch": n, "train_seconds": 1700.0, "seconds": 100.0} for n in (0, 3, 3, 5, 6)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
     found = {"accuracy": 0.3456, "cot_match": 0.1, "generated_tokens": 8.25, "examples": 300}
     (run / "checkpoint_4" / "metrics.json").write_text(json.dumps(found))

@@ -13,6 +13,7 @@ from conftest import ROOT, load_script
 
 from trainer.pretrained import load_model
 from trainer.throughput import FlopCounter
+from utils import UserError
 
 sys.path.insert(0, str(ROOT / "experiments"))
 from grid_file import read_grid
@@ -208,6 +209,8 @@ def inputs(tmp_path_factory):
         "parallel": {"method": "parallel_latents", "latent_passes": 2},
         "sim_cot": {"method": "sim_cot", "step_decoder": "copy"},
         "codi": {"method": "codi", "uniform_prob": 0},
+        "icot": {"method": "icot", "icot_tokens_per_epoch": 4, "icot_smoothing": None, "icot_remove_all_after": None},
+        "grpo": {"method": "grpo"},
     }
     content = {"title": "FLOPs", "base": "args/machine_fixed.yaml", "save_path": str(folder / "runs"), "test_path": "x"}
     content["runs"] = {name: {"keys": keys} for name, keys in rows.items()}
@@ -230,6 +233,25 @@ def test_flops_of_cot_are_those_of_its_tokens(inputs):
     assert flops.training_flops(job, sample=64) == pytest.approx(expected, rel=0.03)
     odd = replace(job, more=(*job.more, "batch_size_training=24", "global_batch_size=24"))
     assert flops.training_flops(odd, sample=100) == pytest.approx(expected, rel=0.03)  # bug: an IndexError
+
+
+def test_flops_of_stages_within_an_epoch_and_of_examples_that_are_left_out(inputs):
+    """Bugs: iCoT was counted at the middle of each epoch, and examples too long for max_train_tokens as trained."""
+    job = job_of(inputs, "icot")
+    one_epoch = replace(job, more=(*job.more, "num_epochs=1"))
+    model, *_ = load_model(job.config, None)
+    counter = FlopCounter.of(model)
+    expected = 16 * sum(counter.training([9 + n], 4 + n) for n in (3, 2, 1, 0))  # tokens left of the steps
+    assert flops.training_flops(one_epoch) == pytest.approx(expected, rel=0.03)
+    shorter = [example | {"steps": []} for example in json.loads((inputs / "train.json").read_text())[:8]]
+    mixed = [*json.loads((inputs / "train.json").read_text())[8:], *shorter]
+    (inputs / "mixed.json").write_text(json.dumps(mixed))
+    short = replace(
+        job_of(inputs, "cot"), more=(*job.more, f"train_path={inputs / 'mixed.json'}", "max_train_tokens=10")
+    )
+    assert flops.training_flops(short) == pytest.approx(4 * 8 * counter.training([9], 4), rel=0.03)
+    with pytest.raises(UserError, match="the FLOPs of grpo depend on the answers"):
+        flops.training_flops(job_of(inputs, "grpo"))
 
 
 def test_flops_include_what_a_method_adds(inputs):

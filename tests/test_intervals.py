@@ -42,6 +42,7 @@ def test_a_mean_has_an_interval_if_its_seeds_have_one_mode():
     assert intervals.mean_interval([0.97]) is None
     assert intervals.mean_interval([1.0, 1.0, 1.0]) is None  # bug: an interval without width
     assert intervals.mean_interval([0.99, 1.0, 0.05]) is None
+    assert intervals.mean_interval([0.7, 0.9]) is not None  # bug: 20 points apart, and a little more in floats
 
 
 def test_a_difference_resamples_seeds_and_questions():

@@ -207,6 +207,19 @@ def test_a_cost_counts_the_examples_and_models_that_a_run_trains(data, tmp_path)
     assert cost(max_train_tokens=limit).tokens == of("short.json", [e for e in examples if length(e) <= limit])
     assert cost(max_train_examples=20).tokens == of("first.json", examples[:20]) < whole.tokens
     assert cost(method="sim_cot", step_decoder="copy").disk == 2 * whole.disk
+    low_rank, with_decoder = cost(lora_rank=2), cost(lora_rank=2, method="sim_cot", step_decoder="copy")
+    assert with_decoder.disk == low_rank.disk + whole.disk  # bug: without AdamW's averages of the decoder
+
+
+def test_the_cost_of_icot_counts_the_stages_within_an_epoch(data, tmp_path):
+    """Bug: each epoch was counted at the stage of its end."""
+    (example, *_) = read_json(data / "train.json")
+    (tmp_path / "one.json").write_text(json.dumps([example] * 40))
+    config = replace(write_config(data, tmp_path, "gpt2"), method="icot", icot_tokens_per_epoch=4, num_epochs=1)
+    config = replace(config, train_path=str(tmp_path / "one.json"), icot_smoothing=None)
+    whole = cost_of(replace(config, method="cot"), epochs=[0]).tokens
+    # for ten examples each
+    assert cost_of(config, epochs=[0]).tokens == whole - 10 * (0 + 1 + 2 + 3)
 
 
 def test_auto_shards_where_the_model_is_too_large(data, tmp_path):

@@ -55,6 +55,11 @@ def test_the_last_record_of_a_restarted_run_counts(make_run, capsys):
     folder = make_run("again", records)
     (run,) = report.read_runs([folder])
     assert {number: record["loss"] for number, record in run.steps.items()} == {1: 4.0, 2: 3.0, 3: 2.0}
+    # bug: a run that began again, with fewer steps and epochs, had the later ones of the first time
+    records = [*(step(n, 9.0) for n in range(1, 9)), *(epoch(n, 0.9) for n in range(4))]
+    records += [step(2, 5.0), epoch(0, 0.1), step(5, 4.0), epoch(2, 0.2)]
+    (anew,) = report.read_runs([make_run("anew", records)])
+    assert ([*anew.steps], [*anew.epochs]) == ([1, 2, 5], [1, 3])
     text = written(folder, capsys=capsys).text
     assert "2 epochs, 3 steps; stage 0, validation accuracy 50.0%" in text
     assert "75.0%" not in text
@@ -81,10 +86,14 @@ def test_one_run_has_its_configuration_and_its_evaluations(make_run, capsys):
     ):
         (folder / place).mkdir(parents=True)
         (folder / place / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "eval" / "config.yaml").write_text("eval_latents: 2\nmode: written\n")  # bug: the table did not say so
     written(folder, capsys=capsys)
     html = (folder / "report.html").read_text(encoding="utf-8").replace(' class="number"', "")
     assert "<td>lr</td><td>0.5</td>" in html
-    assert "<td>one</td><td>checkpoint_1</td><td>a.json</td><td>8</td><td>12.5%</td>" in html
+    assert (
+        "<td>one</td><td>checkpoint_1</td><td>a.json, in mode written, with 2 thoughts</td><td>8</td><td>12.5%</td>"
+        in html
+    )
     assert "<td>one</td><td>checkpoint_2</td><td></td><td>4</td><td>75.0%</td>" in html
     for text in ("{}", '{"sets": {"a": 3}}', '{"checkpoint": "x", "examples": 8, "accuracy": "a"}'):
         (folder / "eval" / "metrics.json").write_text(text)

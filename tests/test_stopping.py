@@ -18,6 +18,7 @@ from test_methods import MARKERS, make_dataset
 from transformers import AutoTokenizer
 
 import run
+from analysis.subject import Subject
 from coconut import Coconut
 from config import Config
 from dataset import MicroBatch, collate_prompts
@@ -211,6 +212,13 @@ def test_with_edit_or_return_thoughts_no_row_stops():
     numbers = []
     model.generate(**batch, edit=lambda number, thought, _: numbers.append(number) or thought)
     assert numbers == [*range(N_THOUGHTS)]
+
+
+def test_the_analysis_makes_as_many_thoughts_as_asked(tmp_path):
+    """Bug: with other numbers of thoughts, and with thoughts removed, rows stopped by themselves."""
+    path = make_checkpoint(tmp_path, stage=4, shape="llama", method="stopping", stop_threshold=0.0)
+    subject = Subject.load(str(path), [{"question": "12+34", "steps": ["1", "2"], "answer": "5"}])
+    assert thoughts_made(subject.model, ["12+34"]) == [subject.n_thoughts]
 
 
 # --- Checkpoints and the exported model ---

@@ -17,7 +17,7 @@ from config import Config
 from curriculum import stage_name
 from methods import implementation
 from trainer.files import file_digest, parsing
-from trainer.logger import last_epochs, read_log
+from trainer.logger import latest, read_log
 from trainer.run_folder import evaluations_in, read_config
 from utils import read_object
 
@@ -133,9 +133,9 @@ def _training(checkpoint: Path, config: dict, notes: dict[str, str]) -> str:
         + (", its shape only" if config.get("from_scratch") and not config.get("load_model_path") else ""),
         "data": f"`{config.get('train_path')}`",
         "SHA-256 of the data": notes.get("SHA-256 of train_path", "unknown"),
-        "epochs, optimizer steps": f"{state.get('epoch', 'unknown')}, {state.get('step', 'unknown')}",
+        "epochs, optimizer steps": _trained(state),
         "seed": config.get("seed"),
-        "hours": _hours(checkpoint.parent, range(config.get("resume") or 0, state.get("epoch", 0))),
+        "hours": _hours(checkpoint.parent, range(state.get("begun") or 0, state.get("epoch", 0))),
         "hardware": f"{notes.get('hardware', 'unknown')}; ranks: {notes.get('world size', 'unknown')}",
         "commit of the trainer": notes.get("git commit", "unknown"),
         "versions": ", ".join(f"{name} {notes[name]}" for name in ("python", "torch", "transformers") if name in notes),
@@ -144,9 +144,18 @@ def _training(checkpoint: Path, config: dict, notes: dict[str, str]) -> str:
     return f"## Training\n\n`config.yaml` is the configuration of the run.\n\n| | |\n|---|---|\n{table}"
 
 
+def _trained(state: dict) -> str:
+    """Returns the numbers of epochs and optimizer steps that a run has trained; its state counts from epoch 0."""
+    if "step" not in state:
+        return "unknown"
+    counted = state["epoch"] - state.get("passed_over", 0)
+    epochs = counted - (state.get("begun") or 0)
+    return f"{epochs}, {state['step'] * epochs // counted if counted else state['step']}"
+
+
 def _hours(run_dir: Path, trained: range) -> str:
     """Returns the hours of training and validation in these epochs, counted from 0, as text."""
-    epochs = last_epochs(read_log(run_dir / "metrics.jsonl"))  # not all, if advance_at has skipped some
+    epochs = latest(read_log(run_dir / "metrics.jsonl"), "epoch")  # not all, if advance_at has skipped some
     seconds = [r["train_seconds"] + r["seconds"] for epoch, r in epochs.items() if epoch in trained]
     return f"{sum(seconds) / 3600:.2f}, of {len(seconds)} epochs with their validations" if seconds else "unknown"
 
@@ -174,16 +183,16 @@ def _results(checkpoint: Path, config: dict) -> Iterator[tuple[dict, str, str, s
         # the latent mode
         for suffix in [mode for mode in modes if mode[1:] not in RULES] or [""]:
             metrics = {key: found.get(key + suffix) for key in ("accuracy", "cot_match", "generated_tokens")}
-            ways = ", ".join([f"in mode {suffix[1:]}"] * bool(suffix) + list(_ways(how, found, described)))
-            result = ({**metrics, "examples": found["examples"]}, file, split, how.get("answer_match") or "text", ways)
+            asked = ", ".join([f"in mode {suffix[1:]}"] * bool(suffix) + list(ways(how, found, described)))
+            result = ({**metrics, "examples": found["examples"]}, file, split, how.get("answer_match") or "text", asked)
             if result not in listed:  # only_eval and tools.evaluate may have read the same file
                 listed.append(result)
                 yield result
 
 
-def _ways(how: dict, found: dict, described: dict) -> Iterator[str]:
-    """Yields how an evaluation, with the keys `how` and the metrics `found`, asked otherwise than the exported model
-    is asked."""
+def ways(how: dict, found: dict, described: dict) -> Iterator[str]:
+    """Yields how an evaluation, with the keys `how` and the metrics `found`, asked otherwise than a checkpoint with the
+    coconut.json `described` is asked by default."""
     if how.get("mode", Config.mode) != Config.mode:
         yield f"in mode {how['mode']}"
     if how.get("eval_latents") is not None:

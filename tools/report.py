@@ -19,11 +19,12 @@ from pathlib import Path
 
 from analysis.page import Figure, Section, page
 from curriculum import stage_name
+from tools.model_card import ways
 from trainer.commands import command, make_parser
 from trainer.files import parsing, write_whole
-from trainer.logger import last_epochs, read_log
+from trainer.logger import latest, read_log
 from trainer.run_folder import evaluations_in, read_config
-from utils import UserError, print_result
+from utils import UserError, print_result, read_object
 
 POINTS = 500  # at most, of a line over steps
 ROWS = 12  # at most, of the table under it
@@ -44,7 +45,7 @@ EPOCH_COLUMNS = {  # name -> key of an epoch's record, format
     "CoT match": ("cot_match", "{:.1%}"),
     "tokens": ("generated_tokens", "{:.1f}"),
     "seconds": ("train_seconds", "{:.0f}"),
-    "skipped steps": ("skipped", "{}"),
+    "steps skipped so far": ("skipped", "{}"),
 }
 
 # --- Reading runs ---
@@ -79,21 +80,25 @@ def read_run(folder: Path, name: str) -> Run:
     if not path.is_file():
         raise UserError(f"{folder} is not the folder of a run: it holds no metrics.jsonl")
     with parsing(path):
-        steps = {record["step"]: record for record in records if record["event"] == "step"}  # the last of each, too
-        epochs = {epoch + 1: record for epoch, record in last_epochs(records).items()}
+        steps = latest(records, "step")
+        epochs = {epoch + 1: record for epoch, record in latest(records, "epoch").items()}
     if not steps and not epochs:
         raise UserError(f"{path} has no step and no epoch yet")
     config = read_config(folder / "config.yaml")[0] if (folder / "config.yaml").exists() else {}
-    return Run(name, dict(sorted(steps.items())), dict(sorted(epochs.items())), config, read_evaluations(folder))
+    return Run(name, steps, epochs, config, read_evaluations(folder))
 
 
 def read_evaluations(folder: Path) -> list[list[str]]:
-    """Returns the cells of each evaluation: checkpoint, data file, examples, accuracy. Raises UserError."""
+    """Returns the cells of each evaluation: checkpoint, data file and how it was asked, examples, accuracy. Raises
+    UserError."""
     rows = []
     for path, one in evaluations_in(folder):
         with parsing(path / "metrics.json"):
-            cells = [Path(one["checkpoint"]).name, str(one.get("file", "")), str(one["examples"])]
-            rows.append([*cells, f"{one['accuracy']:.1%}"])
+            how = read_config(path / "config.yaml")[0] if (path / "config.yaml").is_file() else {}
+            described = Path(one["checkpoint"]) / "coconut.json"
+            described = read_object(described) if described.is_file() else {"stage": one.get("stage")}
+            asked = ", ".join([str(one.get("file", "")), *ways(how, one, described)])
+            rows.append([Path(one["checkpoint"]).name, asked, str(one["examples"]), f"{one['accuracy']:.1%}"])
     return rows
 
 

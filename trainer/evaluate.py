@@ -26,7 +26,7 @@ from preprocessing.tokens import Tokens, batched
 from trainer.data import Data
 from trainer.distributed import World, barrier, on_every_rank
 from trainer.files import parsing, replaced
-from trainer.logger import last_epochs, read_log
+from trainer.logger import latest, read_log
 from trainer.run_folder import best_with_warnings, rating
 from utils import UserError, as_json, progress_bar, read_object
 
@@ -82,13 +82,12 @@ def evaluate(
         cot_match: share of outputs whose reasoning steps equal those that the stage leaves
         generated_tokens: mean number of new tokens without EOS, plus latent thoughts, as Table 1 counts them; pause
             tokens do not count, since the model generates nothing for them
-        seconds, seconds_per_example: of generation, until the slowest rank is done
+        seconds: of the whole evaluation, until the slowest rank is done
+        seconds_per_example: of greedy generation, likewise
         those of `_add_samples`, if config.val_samples is set
     """
-    import torch
-    import torch.distributed as dist
-
     model, tokenizer, markers = pretrained
+    start = time.perf_counter()
     model.eval()
     loss = validation_loss(pretrained, data.val, stage, config, world)  # all ranks
 
@@ -101,9 +100,8 @@ def evaluate(
     prompts = [prompt(*data.val[index][:2], stage, config, markers) for index in range(len(data.val))]
     begin = time.perf_counter()
     share = _share_of_rank(generate, prompts, config.eval_batch_size, config, world, title)
-    seconds = torch.tensor(time.perf_counter() - begin)
+    generating = _of_slowest(time.perf_counter() - begin)  # all ranks
     outputs = _gathered(share, world)  # all ranks
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)  # all ranks: the slowest one counts
     predictions = _predictions(outputs, tokenizer, data, stage, config)
     means = {"accuracy": "correct", "cot_match": "cot_correct", "generated_tokens": "generated_tokens"}
     if all(number_of(prediction["gold"]) is not None for prediction in predictions):
@@ -115,12 +113,21 @@ def evaluate(
         "loss": loss,
         **{name: float(np.mean([prediction[key] for prediction in predictions])) for name, key in means.items()},
         "examples": len(predictions),
-        "seconds": seconds.item(),
-        "seconds_per_example": seconds.item() / len(predictions),
+        "seconds_per_example": generating / len(predictions),
     }
     if config.val_samples:
         metrics |= _add_samples(predictions, prompts, pretrained, config, world, title)  # all ranks
-    return metrics, predictions
+    return metrics | {"seconds": _of_slowest(time.perf_counter() - start)}, predictions  # all ranks
+
+
+def _of_slowest(seconds: float) -> float:
+    """Returns the largest of the ranks' seconds. Collective: every rank must call it."""
+    import torch
+    import torch.distributed as dist
+
+    largest = torch.tensor(seconds)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)  # all ranks
+    return largest.item()
 
 
 def _predictions(outputs: dict[int, tuple[str, int]], tokenizer, data: Data, stage: int, config: Config) -> list[dict]:
@@ -369,7 +376,7 @@ def summary(run_dir: Path, evaluation: dict | None = None) -> str:
 
 def _summary(run_dir: Path, evaluation: dict | None) -> str:
     by_stage: dict[int, list[dict]] = {}
-    for _, record in sorted(last_epochs(read_log(run_dir / "metrics.jsonl")).items()):
+    for record in latest(read_log(run_dir / "metrics.jsonl"), "epoch").values():
         by_stage.setdefault(record["stage"], []).append(record)
     rows = []
     for stage, records in by_stage.items():

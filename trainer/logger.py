@@ -180,6 +180,11 @@ def read_log(path: Path) -> list[dict]:
     return [record for record in records if isinstance(record, dict) and "event" in record]
 
 
-def last_epochs(records: list[dict]) -> dict[int, dict]:
-    """Returns epoch -> its last record: a restarted run repeats the epochs that it lost."""
-    return {record["epoch"]: record for record in records if record["event"] == "epoch"}
+def latest(records: list[dict], event: str) -> dict[int, dict]:
+    """Returns number -> record of the events of a kind, "epoch" or "step", in ascending order. A restarted run repeats
+    those that it lost: a record replaces all earlier ones with its number or a higher one."""
+    found: dict[int, dict] = {}
+    for record in reversed([record for record in records if record["event"] == event]):
+        if not found or record[event] < next(reversed(found)):
+            found[record[event]] = record
+    return dict(reversed(found.items()))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from config import Config
-from curriculum import IGNORE, Markers, prompt, stage_name, stage_of
+from curriculum import IGNORE, Markers, prompt, stage_name, stage_of, stage_of_step
 from dataset import StageDataset
 from preprocessing.examples import load_examples
 from preprocessing.tokens import tokenize
@@ -81,27 +81,30 @@ def cost_of(config: Config, epochs: Sequence[int] | None = None, test_path: str 
     markers = add_marker_tokens(_data(config.train_path, model, config.step_separator)[1], config.method)
     counter = FlopCounter.of(Coconut(base, markers.latent, markers.start, markers.end, markers.eos, config.thought))
 
-    def count(path: str, limit: int | None, config: Config, epoch: int) -> tuple[float, float]:
-        """Returns (tokens, FLOPs) of training on a file once, at this epoch's stage."""
+    def count(path: str, limit: int | None, config: Config, epoch: int, trains: bool = False) -> tuple[float, float]:
+        """Returns (tokens, FLOPs) of training on a file once, at this epoch's stage or, if it `trains`, at the stages
+        of its steps."""
         n_examples, _, tokens = _data(path, model, config.step_separator)
         n_examples = min(n_examples, limit or n_examples)
         n_tried = min(len(tokens), n_examples)
         tried = np.flatnonzero(tokens.written_lengths()[:n_tried] <= (config.max_train_tokens or np.inf))
         rows, scale = StageDataset(tokens, config, markers, epoch), n_examples / n_tried
-        pairs = [rows[index, stage_of(config, epoch)] for index in tried.tolist()]
+        stages = [stage_of_step(config, epoch, step, len(tried)) for step in range(len(tried))]
+        stages = stages if trains else [stage_of(config, epoch)] * len(tried)
+        pairs = [rows[key] for key in zip(tried.tolist(), stages, strict=True)]
         lengths = [len(ids) for ids, _ in pairs]
         supervised = sum(label != IGNORE for _, labels in pairs for label in labels)
         return scale * sum(lengths), scale * counter.training(lengths, supervised)
 
-    trained = [count(config.train_path, config.max_train_examples, config, epoch) for epoch in epochs]
+    trained = [count(config.train_path, config.max_train_examples, config, epoch, True) for epoch in epochs]
     at_stage = replace(config, uniform_prob=0.0, max_train_tokens=None)
     evaluated = [count(config.val_path, config.max_eval_examples, at_stage, epoch) for epoch in epochs]
     if test_path is not None:
         evaluated.append(count(test_path, config.max_eval_examples, at_stage, config.num_epochs - 1))
     flops = sum(flops for _, flops in trained) + sum(flops for _, flops in evaluated) * 2 / 3
     weights = sum(parameter.numel() for parameter in base.parameters()) * (2 if config.bf16_weights else 4)
-    weights *= 1 + config.rules.n_companions
-    disk = checkpoint_bytes(config, weights, 0 if config.lora_rank else weights)
+    beside = weights * config.rules.n_companions
+    disk = checkpoint_bytes(config, weights + beside, beside if config.lora_rank else weights + beside)
     return Cost(len(epochs), sum(tokens for tokens, _ in trained), flops, disk)
 
 
