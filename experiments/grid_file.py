@@ -123,6 +123,8 @@ def _grid_problems(grid: dict) -> list[str]:
             found.append(
                 f"run {name!r} begins with {spec.begins_with!r}, which must be a beginning or a run without begins_with"
             )
+    if len({spec.keys.get("max_eval_examples") for spec in grid["runs"].values()}) > 1:
+        found.append("all runs need the same max_eval_examples: a table compares them on the same questions")
     for control in set(grid.get("controls", ())) - grid["runs"].keys():
         found.append(f"control {control!r} is no run of the grid")
     if grid.get("checkpoint", "newest") not in ("newest", "best"):

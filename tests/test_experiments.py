@@ -225,6 +225,10 @@ def test_a_full_standard_output_is_a_user_error(small, capsys, monkeypatch):
         ({"runs": {"coconut": {"keys": None}}}, "coconut: 'keys' must be `key: value` lines, not 'null'"),
         ({"runs": {"coconut": {"keys": {"seed": 7, "name": "x"}}}}, "run 'coconut' cannot set name and seed"),
         ({"runs": {"coconut": {"keys": {"test_path": "x"}}}}, "run 'coconut' cannot set test_path"),  # never ended
+        (
+            {"runs": {"coconut": {}, "pause": {"keys": {"max_eval_examples": 2}}}},
+            "all runs need the same max_eval_examples",  # a row of the table was about other questions
+        ),
         ({"recipes": {"r": {"keys": {"lr": 0.1}, "label": "x"}}}, "recipe 'r' can only set 'keys'"),  # was ignored
         ({"recipes": {"lr0.1": {}}}, "recipe 'lr0.1': a name is letters, digits, - and _"),  # rows were merged
         ({"runs": {"+": {}}, "controls": []}, "run '+': a name is letters, digits"),
