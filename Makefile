@@ -20,7 +20,7 @@ help:
 	@echo "make torture         kill a small run again and again and compare it with an undisturbed one (10 minutes)"
 	@echo "make test-multinode  run two nodes in network namespaces and cut the connection; needs root"
 	@echo "make lint            run ruff and shellcheck"
-	@echo "make clean           delete data and runs of quickstart, table1, analysis and prosqa_mini"
+	@echo "make clean           delete data and runs of quickstart, table1, analysis, prosqa_mini, and of all grids in the same folders"
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -117,7 +117,9 @@ class Config:
         "online | offline | disabled; online becomes offline without a login; the variable WANDB_MODE overrides this",
         choices=("online", "offline", "disabled"),
     )
-    log_every_steps: int = setting(10, "optimizer steps between two records in metrics.jsonl and wandb", low=1)
+    log_every_steps: int = setting(
+        10, "optimizer steps between two writes to metrics.jsonl and wandb, which have a record of every step", low=1
+    )
 
     # --- The method ---
     method: str = key(
@@ -158,7 +160,8 @@ class Config:
     )
     step_separator: str = key("\n", 'text after each written step; "" for single-token steps', empty=True, shapes=True)
     eval_latents_from_steps: bool = setting(
-        False, "with pad_latent_to_max off, evaluate with at most as many thoughts as the example has steps (reference)"
+        False,
+        "with pad_latent_to_max off, evaluate with at most c_thought thoughts for each step of the example (reference)",
     )
     eval_latents: int | None = setting(None, "with only_eval: number of latents, instead of the stage's", low=0)
 
@@ -167,8 +170,9 @@ class Config:
     from_scratch: bool = key(False, "take only the architecture of model_id and initialise its weights from seed")
     load_model_path: str | None = setting(
         None,
-        "weights to start from or to evaluate: a checkpoint folder, a run's folder (its newest checkpoint), RUN@best, "
-        "RUN@12 (after 12 epochs), a Hugging Face folder, a weight file of the reference, or org/name:file on the hub",
+        "weights to start from or to evaluate: a checkpoint folder, a run's folder (its newest epoch checkpoint), "
+        "RUN@best, RUN@12 (after 12 epochs), a Hugging Face folder, a weight file of the reference, or org/name:file on "
+        "the hub",
     )
     trust_remote_code: bool = setting(
         False, "run the Python code in model_id, for a family that transformers does not include: read the code first"
@@ -195,7 +199,9 @@ class Config:
     test_path: str | dict[str, str] | None = setting(None, "the same, for only_eval")
     max_train_examples: int | None = key(None, "use only the first N training examples", low=1)
     max_train_tokens: int | None = key(None, "leave out training examples with more tokens, counting all steps", low=1)
-    max_eval_examples: int | None = setting(None, "use only the first N validation examples", low=1)
+    max_eval_examples: int | None = setting(
+        None, "use only the first N validation examples; of each test set, too", low=1
+    )
     group_by_length: bool = key(False, "batches of similar lengths in random order: less padding (paper: random)")
     num_workers: int = setting(1, "no effect, accepted for older files: a thread prepares the next batch", low=0)
 

@@ -25,7 +25,7 @@ from utils import UserError, as_json, print_error, print_result
 def make_parser() -> argparse.ArgumentParser:
     parser = commands.make_parser(__doc__, prog="python -m analysis")
     add = parser.add_argument
-    add("checkpoint", help="a checkpoint folder, or a run's folder (its newest checkpoint)")
+    add("checkpoint", help="a checkpoint folder, or a run's folder (its newest epoch checkpoint)")
     add("--control", metavar="CHECKPOINT", help="a model without feedback, shown beside it in every figure")
     add("--data", type=Path, required=True, help="questions of state tracking, or graphs with ProsQA's fields")
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder of the page and its numbers")

@@ -209,7 +209,9 @@ def differing_prompts(model: Coconut, exported: PreTrainedModel, folder: Path) -
 @command
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("checkpoint", help="a checkpoint folder, a run's folder (its newest checkpoint), or a hub id")
+    parser.add_argument(
+        "checkpoint", help="a checkpoint folder, a run's folder (its newest epoch checkpoint), or a hub id"
+    )
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace an exported model")
     parser.add_argument("--license", help="license of the weights in the model card (default: the base model's)")

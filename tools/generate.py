@@ -45,7 +45,9 @@ NEEDS = {  # option -> the options without which it would have no effect
 
 def make_parser() -> argparse.ArgumentParser:
     parser = commands.make_parser(__doc__)
-    parser.add_argument("checkpoint", help="a checkpoint folder, a run's folder (its newest checkpoint), or a hub id")
+    parser.add_argument(
+        "checkpoint", help="a checkpoint folder, a run's folder (its newest epoch checkpoint), or a hub id"
+    )
     parser.add_argument("question", nargs="?")
     parser.add_argument("--file", type=Path, help="questions: a JSON list as in data/, or one on each line")
     parser.add_argument("--thoughts", type=int, metavar="K", help="latent thoughts (default: as in training)")

@@ -128,7 +128,9 @@ def table(found: dict) -> str:
 @command
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("checkpoint", help="a checkpoint folder, a run's folder (its newest checkpoint), or a hub id")
+    parser.add_argument(
+        "checkpoint", help="a checkpoint folder, a run's folder (its newest epoch checkpoint), or a hub id"
+    )
     parser.add_argument("file", help="JSON list of {question, answer, steps}")
     parser.add_argument("--out", type=Path, default=Path("thoughts_needed.json"), help="(default: %(default)s)")
     parser.add_argument("--thoughts", type=int, metavar="K", help="at most K thoughts (default: as in training)")
