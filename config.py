@@ -171,8 +171,8 @@ class Config:
     load_model_path: str | None = setting(
         None,
         "weights to start from or to evaluate: a checkpoint folder, a run's folder (its newest epoch checkpoint), "
-        "RUN@best, RUN@12 (after 12 epochs), a Hugging Face folder, a weight file of the reference, or org/name:file on "
-        "the hub",
+        "RUN@best, RUN@12 (after 12 epochs), a Hugging Face folder, a weight file of the reference, or org/name:file "
+        "on the hub",
     )
     trust_remote_code: bool = setting(
         False, "run the Python code in model_id, for a family that transformers does not include: read the code first"
