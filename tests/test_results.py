@@ -28,7 +28,7 @@ def test_a_table_follows_from_its_numbers(name, monkeypatch):
     assert tables.as_text(grid, results, command.partition(".yaml")[2]) == written
 
 
-@pytest.mark.parametrize("folder", ["", "breadth_recipes_thoughts"])
+@pytest.mark.parametrize("folder", ["", "breadth_recipes_thoughts", "breadth_markov_thoughts"])
 def test_breadth_thoughts_follows_from_its_numbers(folder):
     script, written = load_script(ROOT / "experiments" / "breadth_thoughts.py"), ROOT / "results" / folder
     numbers = json.loads((written / "breadth_thoughts.json").read_text())
