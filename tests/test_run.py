@@ -124,7 +124,7 @@ def test_an_evaluation_of_a_single_file_keeps_its_format(place, trained, words, 
     files = {"config.yaml", "metrics.json", "metrics.jsonl", "predictions.jsonl"}
     assert {path.name for path in folder.iterdir()} == files
     assert list(read_json(folder / "metrics.json")) == [
-        *("loss", "accuracy", "cot_match", "generated_tokens", "examples", "seconds", "seconds_per_example"),
+        *("loss", "accuracy", "cot_match", "generated_tokens", "examples", "seconds_per_example", "seconds"),
         *("stage", "checkpoint", "file"),
     ]
     keys = ["index", "question", "gold", "output", "answer", "correct", "cot_correct", "generated_tokens"]

@@ -100,8 +100,9 @@ def evaluate(
     prompts = [prompt(*data.val[index][:2], stage, config, markers) for index in range(len(data.val))]
     begin = time.perf_counter()
     share = _share_of_rank(generate, prompts, config.eval_batch_size, config, world, title)
-    generating = _of_slowest(time.perf_counter() - begin)  # all ranks
-    outputs = _gathered(share, world)  # all ranks
+    seconds = time.perf_counter() - begin
+    outputs = _gathered(share, world)  # all ranks; the first collective: it notices a rank that has failed
+    generating = _of_slowest(seconds)  # all ranks
     predictions = _predictions(outputs, tokenizer, data, stage, config)
     means = {"accuracy": "correct", "cot_match": "cot_correct", "generated_tokens": "generated_tokens"}
     if all(number_of(prediction["gold"]) is not None for prediction in predictions):
