@@ -68,10 +68,8 @@ def as_text(jobs: list[Job], flops: list[float]) -> str:
     """Returns a line per run: FLOPs, their ratio to the first run's, and the examples for the first run's FLOPs."""
     lines = [f"{'run':20} {'FLOPs':>9} {'ratio':>6} {'epochs':>6} {'examples':>9} {'equal at':>9}"]
     for job, found in zip(jobs, flops, strict=True):
-        epochs, n = (
-            job.config.num_epochs - job.config.resume,
-            len(load_examples(job.config.train_path, job.config.max_train_examples)),
-        )
+        epochs = job.config.num_epochs - job.config.resume
+        n = len(load_examples(job.config.train_path, job.config.max_train_examples))
         ratio = found / flops[0]
         lines.append(f"{job.run:20} {found:9.3g} {ratio:6.2f} {epochs:6} {n:9} {n / ratio:9.0f}")
     return "\n".join(lines)
