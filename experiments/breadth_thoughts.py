@@ -12,7 +12,8 @@ For each checkpoint, on the test questions of experiments/breadth.yaml:
   `token` feeds back), by the mean embedding under the LM head's probabilities, or by that of the frontier's states. A
   thought of `last` is ten times as long as an embedding, so also by these vectors with the norm of the thought they
   replace, and by the thought itself with the norm of the likeliest token's embedding. An answer that is no candidate
-  is wrong, so accuracy may be below 50 %.
+  is wrong, so accuracy may be below 50 %. Also by the thought that another question with as many buttons has there: a
+  model that answers as before does not use its thoughts.
 - The accuracy of rules that know the machine: follow one random path, or one to the last button and then both of its
   states, and guess if no candidate is reached; take the candidate that more starts reach by this word, or that more
   orders of the word's buttons reach from this start.
@@ -137,7 +138,18 @@ def with_norm_of(content: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return content * (other.norm(dim=-1, keepdim=True) / content.norm(dim=-1, keepdim=True))
 
 
+def donors_of(lengths: list[int]) -> list[int]:
+    """Returns for each question another one of the same length, drawn at random; itself if there is none."""
+    donors, order = [0] * len(lengths), random.Random(SEED).sample(range(len(lengths)), len(lengths))
+    for length in {*lengths}:
+        group = [index for index in order if lengths[index] == length]
+        for index, donor in zip(group, group[1:] + group[:1], strict=True):
+            donors[index] = donor
+    return donors
+
+
 def replacements(subject: Subject, frontiers: list[list[str]]) -> dict[str, Replacement]:
+    others = subject.thoughts()[donors_of([len(found) for found in frontiers])]  # (N, K, D)
     model, embed = subject.model, subject.model.base_causallm.get_input_embeddings()
     states = dict(zip(STATES, subject.tokenizer.convert_tokens_to_ids(list(STATES)), strict=True))
 
@@ -160,6 +172,7 @@ def replacements(subject: Subject, frontiers: list[list[str]]) -> dict[str, Repl
     makers = {"likeliest token": likeliest, "mean token": mean, "mean of the frontier": frontier}
     makers |= {f"{name}, as long as the thought": as_long(make) for name, make in makers.items()}
     makers["the thought, as long as a token"] = own_short
+    makers["the thoughts of another question"] = lambda rows, number, *_: others[rows, number, None]
     return {name: Replacement(make) for name, make in makers.items()}
 
 
@@ -236,7 +249,7 @@ def measure(checkpoint: str, data: Path) -> dict:
 def as_text(found: dict[str, dict]) -> str:
     """Returns the text of breadth_thoughts.md."""
     rules, found = found["rules"], found["runs"]
-    names = list(next(iter(found.values()))["replaced"])
+    names = [*dict.fromkeys(name for one in found.values() for name in one["replaced"])]  # older runs have fewer
     depth = max(len(one["read off"]) for one in found.values())
     sizes = sorted({int(size) for one in found.values() for size in one["by size"]})
     head = ["run", "accuracy", *(f"thought {k}: AUC, mass" for k in range(1, depth + 1)), *names]
@@ -247,7 +260,8 @@ def as_text(found: dict[str, dict]) -> str:
     for name, one in found.items():
         pairs = [f"{of['auc']:.2f}, {of['mass']:.2f}" for of in one["read off"]]
         mixed = [one["superposed"][who].values() for who in ("own", "other")]
-        shares = ([one["accuracy"]], *([one["replaced"][n]] for n in names), *mixed)
+        replaced = ([one["replaced"][n]] if n in one["replaced"] else [] for n in names)
+        shares = ([one["accuracy"]], *replaced, *mixed)
         whole, *others = (", ".join(f"{100 * value:.1f}" for value in of) for of in shares)
         rows.append([name, whole, *pairs, *others])
         cells = [one["by size"].get(str(size)) for size in sizes]

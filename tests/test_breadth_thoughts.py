@@ -55,6 +55,7 @@ def test_the_report_has_all_measurements(task, tmp_path, capsys):
     assert sum(one["questions"] for one in found["by size"].values()) == 20
     names = ["likeliest token", "mean token", "mean of the frontier"]
     names += [*(f"{name}, as long as the thought" for name in names), "the thought, as long as a token"]
+    names += ["the thoughts of another question"]
     assert list(found["replaced"]) == names
     assert all(0 <= value <= 1 for value in found["replaced"].values())
     assert {*found["superposed"]["own"]} == {*found["superposed"]["other"]} == {"its own", "the other's", "the mean"}
@@ -102,6 +103,23 @@ def test_replacements_have_the_norms_that_their_names_say(task):
     with torch.no_grad():
         subject.model(**inputs, edit=check)
     assert checked == [0, 1, 2]
+
+
+def test_a_donor_is_another_question_of_the_same_length(task):
+    lengths = [2, 3, 3, 2, 3, 4]
+    donors = script.donors_of(lengths)
+    assert sorted(donors) == [0, 1, 2, 3, 4, 5]
+    assert [lengths[donor] for donor in donors] == lengths
+    assert [index for index, donor in enumerate(donors) if index == donor] == [5]  # the only one with four buttons
+    examples = json.loads((task / "path_test.json").read_text())
+    subject = script.Subject.load(str(task / "last-0"), examples)
+    frontiers = [[""] * len(one["steps"]) for one in examples]
+    edit, seen = script.replacements(subject, frontiers)["the thoughts of another question"].of(slice(3, 5)), []
+    _, inputs = next(subject.batches(size=5))
+    inputs = {name: value[3:5] for name, value in inputs.items()}
+    subject.model.generate(**inputs, max_new_tokens=1, edit=lambda *seen_: seen.append(edit(*seen_)) or seen[-1])
+    wanted = subject.thoughts()[script.donors_of([len(found) for found in frontiers])[3:5]]
+    assert torch.equal(torch.cat(seen, dim=1), wanted)
 
 
 def test_rules_on_a_small_machine():
