@@ -101,7 +101,7 @@ def evaluate(
     begin = time.perf_counter()
     share = _share_of_rank(generate, prompts, config.eval_batch_size, config, world, title)
     seconds = time.perf_counter() - begin
-    outputs = _gathered(share, world)  # all ranks; the first collective: it notices a rank that has failed
+    outputs = _gathered(share, world)  # all ranks; notices a rank that has failed, so it comes first
     generating = _of_slowest(seconds)  # all ranks
     predictions = _predictions(outputs, tokenizer, data, stage, config)
     means = {"accuracy": "correct", "cot_match": "cot_correct", "generated_tokens": "generated_tokens"}

@@ -104,7 +104,7 @@ def resolve(load_model_path: str, cached: bool = False) -> Path:
         raise UserError(
             f"{path} is an exported model: load it by AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)"
         )
-    if path.name in ("model.safetensors", "pytorch_model.bin") and (path.parent / "config.json").is_file():
+    if path.name == "model.safetensors" and (path.parent / "config.json").is_file():
         return path.parent  # a file of a checkpoint, which alone lacks the stage, the thought and the adapter
     if path.is_file() or (path / "config.json").is_file():
         return path
