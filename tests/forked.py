@@ -10,7 +10,9 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -74,17 +76,21 @@ class Popen:
     """A Python program, `[interpreter, SCRIPT or -m MODULE, ARGUMENT...]`, that prints to an open file. The Python
     programs that it starts in this way are forked too."""
 
+    # starting a process reads the exit codes of all ended ones; of two threads that read one, the second gets 255
+    _lock = threading.Lock()
+
     def __init__(self, command: list[str], env: dict[str, str], stdout, cwd: Path | None = None, **_):
         arguments = (env, command[1:], [Path(stdout.name)] * 2, cwd or Path.cwd())
         self._process = CONTEXT.Process(target=_program, args=arguments)
-        self._process.start()
+        with self._lock:
+            self._process.start()
         self.pid = self._process.pid
 
     def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self._process.is_alive():
+        if not wait([self._process.sentinel], timeout):
             raise subprocess.TimeoutExpired(self.pid, timeout)
-        return self._process.exitcode
+        with self._lock:
+            return self._process.exitcode
 
 
 def _program(environment: dict[str, str], command: list[str], printed: list[Path], folder: Path) -> None:

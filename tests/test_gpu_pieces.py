@@ -1,7 +1,9 @@
 """benchmarks/gpu.py: its time limits, finished pieces, and all pieces with tiny sizes."""
 
 import json
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import forked
 import pytest
@@ -64,6 +66,19 @@ def test_kernels_of_a_latent_pass():
     assert counts["layer"].backward <= 22
     assert counts["pass"].forward <= 200
     assert counts["pass"].backward <= 300
+
+
+def test_threads_get_the_exit_codes_of_forked_programs(tmp_path):
+    """Bug: of programs that end while another thread starts one, a sixth seemed to exit with 255."""
+    program = tmp_path / "program.py"
+    program.write_text("raise SystemExit(3)")
+
+    def code(_) -> int:
+        with (tmp_path / "log").open("a") as log:
+            return forked.Popen([sys.executable, str(program)], dict(os.environ), log).wait()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(code, range(60))) == {3}
 
 
 @pytest.mark.slow
