@@ -224,7 +224,7 @@ def next_batch(run: Run, batches: Iterator[dict]) -> dict:
     begin = time.perf_counter()
     batch = next(batches)
     run.throughput.waiting += time.perf_counter() - begin
-    for sequences in dataset.sequences_in(batch):
+    for sequences in dataset.sequences_in(batch) if batch["weight"] else ():
         run.throughput.add(sequences["attention_mask"].sum(dim=1).tolist(), len(sequences["supervised"]))
     return run.parts.on_device(run, dataset.to_device(batch, run.world.device))
 

@@ -187,7 +187,8 @@ def on_device(run, batch: dict) -> dict:
     prompts = [ids for ids in batch["prompts"] for _ in range(size)]
     rows = [(ids + new, [IGNORE] * len(ids) + new) for ids, new in zip(prompts, drawn.tokens, strict=True)]
     update = collate_for_device(rows, markers.eos, markers.latent)
-    run.throughput.add([len(ids) for ids, _ in rows], len(update["supervised"]))
+    if batch["weight"]:
+        run.throughput.add([len(ids) for ids, _ in rows], len(update["supervised"]))
     update = dataset.to_device(update, run.world.device)
     update |= {"advantages": advantages(rewards, config.advantage).flatten().tolist(), "weight": batch["weight"]}
     if split_noise(config.thought_noise)[0]:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import ROOT, VOCABULARY, distance, equal, keys, main, steps, tiny_base, together, weights
 from test_coconut import END, EOS, LATENT, START, gradients
-from test_methods import MARKERS
+from test_methods import MARKERS, make_dataset
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from config import Config
-from dataset import collate_for_device
+from dataset import MicroBatch, collate_for_device
 from methods import grpo
 from methods.grpo import Grpo, Replay, advantages, checked
 from tools import report
@@ -243,6 +243,19 @@ def test_measures_are_sums_and_100_steps_without_signal_are_a_warning(caplog):
     assert logged["entropy"] == (6.0, 4)
     grpo._measure(run, same, drawn, counts=False)
     assert set(logged.values()) == {(0, 0)}
+
+
+def test_an_idle_ranks_samples_do_not_count(world):
+    """Bug: their tokens were in tokens_per_second."""
+    config, lengths = Config(method="grpo", group_size=2, max_new_tokens=1), []
+    model, dataset = make_grpo("gpt2"), make_dataset(config, [2])[0]
+    throughput = SimpleNamespace(add=lambda rows, _: lengths.extend(rows), count=lambda *_: None)
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: str(ids))
+    run = SimpleNamespace(config=config, world=world, pretrained=(model, tokenizer, MARKERS), throughput=throughput)
+    run.model, run.progress, run.measure = model, SimpleNamespace(step=0), lambda *_: None
+    for weight in (1.0, 0.0):
+        grpo.on_device(run, dataset.micro_batch(MicroBatch([0], weight), 1))
+        assert lengths == [len(dataset[0, 1][0]) + 1] * 2
 
 
 # --- Runs ---

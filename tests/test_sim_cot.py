@@ -117,14 +117,17 @@ def test_a_batch_without_thoughts_still_gives_the_decoder_a_gradient(family):
     assert all(p.grad is not None and not p.grad.any() for p in model.step_decoder.parameters() if p.requires_grad)
 
 
-def test_groups_of_an_idle_ranks_example_do_not_count(world):
+def test_an_idle_ranks_example_does_not_count(world):
+    """Neither do its tokens in tokens_per_second (bug)."""
     dataset, _ = make_dataset(Config(method="sim_cot", step_decoder="copy", c_thought=1), [2, 3])
     planned = PlannedStep([MicroBatch([0], 1.0), MicroBatch([1], 0.0)], 1)
     parts = SimpleNamespace(dataset=type(dataset), on_device=lambda _, batch: batch)
-    throughput = SimpleNamespace(waiting=0, add=lambda *_: None)
+    lengths = []
+    throughput = SimpleNamespace(waiting=0, add=lambda rows, _: lengths.extend(rows))
     one = SimpleNamespace(world=world, parts=parts, throughput=throughput)
     batches = (dataset.micro_batch(micro, 2) for micro in planned.micro_batches)
     assert [auxiliary for _, (_, auxiliary) in run.weighted_batches(one, planned, batches)] == [1 / 2, 0]
+    assert lengths == [len(dataset[0, 2][0])]
 
 
 def test_the_decoder_has_no_dropout_and_evaluation_has_no_decoder():

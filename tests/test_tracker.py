@@ -36,8 +36,11 @@ class Wandb(types.ModuleType):
         self._do("init", keys["mode"])
         return self
 
-    def log(self, values, step=None):
-        self._do("log", step)
+    def define_metric(self, name, step_metric):
+        self._do("define_metric", name, step_metric)
+
+    def log(self, values):
+        self._do("log", values)
 
     def mark_preempting(self):
         self._do("mark_preempting")
@@ -132,7 +135,7 @@ def test_wandb_gets_the_exit_code_and_has_seconds_to_finish(place, use, monkeypa
     error = {"1": RuntimeError, "130": KeyboardInterrupt}.get(end)
     with pytest.raises(error) if error else contextlib.nullcontext():
         main(place, *SHORT, f"name=exit-{end}", code=2 if end == "2" else 0)
-    assert [call for call in module.calls if call[0] not in ("init", "log")] == wanted
+    assert [call for call in module.calls if call[0] not in ("init", "define_metric", "log")] == wanted
     assert "wandb failed" not in capsys.readouterr().err
 
 
@@ -148,8 +151,13 @@ def test_an_exception_before_the_first_step_leaves_no_log_open(place, use, monke
 def test_what_is_logged(place, use):
     module = use(Wandb())
     folder = main(place, *SHORT, "name=tracker-log")
-    logged = [step for name, *step in module.calls if name == "log"]
-    assert logged == [[1], [2], [3], [4], [4]]  # the steps, then the epoch
+    logged = [call[1] for call in module.calls if call[0] == "log"]
+    assert [values["step"] for values in logged] == [1, 2, 3, 4, 4]  # the steps, then the epoch
+    assert [call[1:] for call in module.calls if call[0] == "define_metric"] == [
+        ("step/*", "step"),
+        ("epoch/*", "step"),
+    ]
+    assert [{key.partition("/")[0] for key in values} for values in logged] == [{"step"}] * 4 + [{"step", "epoch"}]
     assert len(lines_of(folder / "metrics.jsonl")) == 5
     assert read_json(folder / "checkpoint_1" / "trainer" / "state.json")["wandb_id"] == "abc"
 

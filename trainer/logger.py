@@ -61,9 +61,9 @@ class RunLogger:
         with writing(self.file.name):
             self.file.write(json.dumps(record) + "\n")
         if (run := self.tracked) is not None:
-            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
-            shown = {f"{event}/{k}": v for k, v in numbers.items()}
-            self._call("log", lambda: run.log(shown, step=values.get("step")))
+            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+            shown = {k if k == "step" else f"{event}/{k}": v for k, v in numbers.items()}
+            self._call("log", lambda: run.log(shown))
 
     def __enter__(self) -> RunLogger:
         return self
@@ -127,12 +127,16 @@ def _start_wandb(mode: str, config: dict, folder: Path, run_id: str | None):
     options = {"project": config["project"], "name": config["name"], "config": config, "dir": str(folder)}
     options |= {"id": run_id, "resume": "allow" if run_id else None}
     try:
-        return wandb.init(mode=mode, settings=wandb.Settings(**settings), **options)
+        run = wandb.init(mode=mode, settings=wandb.Settings(**settings), **options)
     except Exception as error:
         if mode == "offline":
             raise
         log.warning(f"wandb logs offline: {_one_line(error)}")
-        return wandb.init(mode="offline", settings=wandb.Settings(**settings), **options)
+        run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **options)
+    # "step" is a value: wandb's own step never goes back, and it would drop what a restarted run repeats
+    for event in ("step", "epoch"):
+        run.define_metric(f"{event}/*", step_metric="step")
+    return run
 
 
 def _ignore_its_exit_handlers() -> None:
