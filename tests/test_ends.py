@@ -28,7 +28,13 @@ from datetime import timedelta
 import torch.distributed as dist
 
 original = dist.init_process_group
-dist.init_process_group = lambda *a, **k: original(*a, timeout=timedelta(seconds=4), **k)
+
+def init(*arguments, **options):
+    original(*arguments, **options)
+    dist.barrier()  # the ranks may start at different times
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=4))
+
+dist.init_process_group = init
 """
 FAILING = """
 import runpy, sys

@@ -581,6 +581,28 @@ with files.replaced(Path(sys.argv[1]), ("whole",)) as aside:
 """
 
 
+WRITER = """
+import sys
+from pathlib import Path
+from trainer import files
+
+with files.replaced(Path(sys.argv[1]), ()) as aside:
+    (aside / "other").write_text("")
+"""
+
+
+def test_two_writers_of_one_folder_publish_what_each_has_written(tmp_path):
+    """Bug: each removed what the other one was writing, and half a model was published."""
+    out = tmp_path / "out"
+    with files.replaced(out, ("other",)) as aside:
+        (aside / "first").write_text("")
+        python("-c", WRITER, out)
+        assert [path.name for path in out.iterdir()] == ["other"]
+        (aside / "second").write_text("")
+    assert sorted(path.name for path in out.iterdir()) == ["first", "second"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
 @pytest.mark.parametrize("when", ["within", "between"])
 def test_a_kill_loses_no_folder(tmp_path, when):
     out = tmp_path / "out"

@@ -119,7 +119,7 @@ def test_a_signal_saves_and_the_next_job_continues_inside_the_epoch(place, tmp_p
     saved, n_steps = checkpoints(run)[-1], len(steps(run))
     assert 12 <= n_steps < 27
     # within an epoch, unless validation had begun
-    assert saved.name in (f"checkpoint_{n_steps // 9}_step_{n_steps}", f"checkpoint_{n_steps // 9}")
+    assert saved.name in (f"checkpoint_{(n_steps - 1) // 9}_step_{n_steps}", f"checkpoint_{n_steps // 9}")
     assert f"continuing from {saved}" in together(place / "run.yaml", *arguments).stderr
     assert conftest.equal(weights(run / "checkpoint_3"), weights(place / "runs" / "undisturbed" / "checkpoint_3"))
     assert not list(run.glob("checkpoint_*_step_*"))  # removed at the end of the run

@@ -140,7 +140,8 @@ def replaced(path: Path, overwrites: tuple[str, ...] | None = None) -> Iterator[
                 aside = target  # a device; a folder is an error
             target.parent.mkdir(parents=True, exist_ok=True)
         else:
-            aside, old = (target.with_name(f".{what}-{target.name}") for what in ("writing", "replaced"))
+            aside = target.with_name(f".writing-{target.name}.{os.getpid()}")  # two processes may make the same folder
+            old = target.with_name(f".replaced-{target.name}")
             if old.exists() and not target.exists():
                 old.rename(target)  # a kill between the two renames below
             if target.exists() and not target.is_dir():
@@ -148,7 +149,7 @@ def replaced(path: Path, overwrites: tuple[str, ...] | None = None) -> Iterator[
             there = sorted(part.name for part in target.iterdir()) if target.exists() else []
             if others := [name for name in there if not any(fnmatch(name, pattern) for pattern in overwrites)]:
                 raise UserError(f"{path} exists and is not overwritten, because it contains {others[0]}")
-            for leftover in (aside, old):
+            for leftover in (old, aside, *_abandoned(target)):
                 shutil.rmtree(leftover, ignore_errors=True)
             aside.mkdir(parents=True)
         try:
@@ -166,6 +167,19 @@ def replaced(path: Path, overwrites: tuple[str, ...] | None = None) -> Iterator[
                     shutil.rmtree(old, ignore_errors=True)
             elif aside != target:
                 aside.unlink(missing_ok=True)
+
+
+def _abandoned(target: Path) -> Iterator[Path]:
+    """Yields the folders that ended processes were writing, to become `target`."""
+    for path in target.parent.glob(".writing-*.*"):
+        pid = path.suffix[1:]
+        if path.stem == f".writing-{target.name}" and pid.isdecimal():
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                yield path
+            except PermissionError:
+                continue  # another user's
 
 
 def write_whole(path: Path, text: str) -> None:
