@@ -54,7 +54,7 @@ data/tiny_prosqa/config.json: data/prosqa_mini_train.json preprocessing/tiny_mod
 	$(BIN)/python preprocessing/tiny_model.py data/prosqa_mini_train.json --out data/tiny_prosqa
 
 prosqa-mini: data/tiny_prosqa/config.json
-	$(BIN)/torchrun --nproc_per_node 2 run.py args/prosqa_mini.yaml
+	CUDA_VISIBLE_DEVICES= $(BIN)/torchrun --nproc_per_node 2 run.py args/prosqa_mini.yaml # two ranks, on CPUs
 
 thoughts: .venv/installed-dev
 	$(BIN)/python experiments/grid.py experiments/thoughts.yaml

@@ -211,7 +211,7 @@ def weighted_batches(run: Run, planned: PlannedStep, batches: Iterator[dict]) ->
     # a rank without a share of the step runs an example that does not count
     counted = [count for count, micro in zip(counts, micro_batches, strict=True) if micro.weight]
     totals = [sum(count.get(name, 0) for count in counted) for name in ("loss", "auxiliary")]
-    totals = torch.tensor(totals, dtype=torch.float32, device=world.device)
+    totals = torch.tensor(totals, dtype=torch.float32)  # on the CPU: a copy to a GPU would wait for it
     ranks.all_reduce(totals)  # all ranks
     for batch, count, micro in zip(drawn, counts, micro_batches, strict=True):
         main, auxiliary = world.size * (micro.weight > 0) / totals.clamp(min=1)

@@ -98,6 +98,7 @@ def run(piece: Piece, out: Path, seconds: float) -> str:
     """Runs a piece for at most the given seconds; returns how it ended."""
     end, part = time.monotonic() + seconds, out / f"{piece.name}.part"
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+    environment["TEST_ON_GPU"] = "1"  # tests/conftest.py
     with part.open("w", encoding="utf-8") as log:
         for command in piece.commands:
             arguments = [sys.executable, *map(str, command)]

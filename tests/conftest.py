@@ -32,6 +32,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not os.environ.get("TEST_ON_GPU"):  # tests start two ranks, and each would need a GPU of its own
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # an example may wait for a core: hypothesis fails one that takes over 0.2 s
 settings.register_profile("shared cores", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -18,6 +18,7 @@ from conftest import ROOT, read_json, refuses
 from transformers import AutoModelForCausalLM
 
 from config import Config, configure
+from trainer import memory
 from trainer.memory import SHARE_OF_GPU, largest_that_fits
 from trainer.parallel import bytes_under_ddp, strategy_of
 from trainer.plan import Cost, Machine, cost_of, estimate, explains_out_of_memory, plan, read_source, what_would_fit
@@ -118,6 +119,16 @@ def test_gpu_attention_needs_as_much_memory_as_the_cpus_without_dropout(data, tm
     source = read_source(config)
     cpu, gpu = (estimate(config, Machine(1, name), "ddp", source).training.total for name in (None, "H100"))
     assert abs(gpu / cpu - 1) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_layer_norms_are_float32_on_gpus(data, tmp_path, monkeypatch):
+    """Bug: under FSDP and bf16 the plan counted bfloat16, as on a CPU."""
+    config = write_config(data, tmp_path, "gpt2", bf16=True)
+    source = read_source(config)
+    gpu = estimate(config, Machine(2, "H100"), "fsdp", source).training.rest
+    monkeypatch.setattr(memory, "_gpu_layer_norm", memory.layer_norm)
+    assert gpu > 1.05 * estimate(config, Machine(2, "H100"), "fsdp", source).training.rest
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 from unittest import mock
@@ -40,6 +40,7 @@ from trainer import evaluate, parallel
 from trainer.distributed import World
 
 SHARE_OF_GPU = 0.92  # share of a GPU's memory for tensors
+layer_norm = F.layer_norm
 
 
 class Need(NamedTuple):
@@ -116,6 +117,13 @@ def _gpu_attention(query, key, value, attn_mask=None, *_, **__) -> torch.Tensor:
     return _FusedAttention.apply(query, key, value, attn_mask)
 
 
+def _gpu_layer_norm(*arguments) -> torch.Tensor:
+    """layer_norm on a GPU: autocast makes it float32, unlike on a CPU."""
+    if torch.is_autocast_enabled("cpu"):
+        arguments = tree_map_only(torch.Tensor, torch.Tensor.float, arguments)
+    return layer_norm(*arguments)
+
+
 class _FusedAttention(torch.autograd.Function):
     """Allocates what flash attention does (Dao 2023, arXiv 2307.08691): output and log-sum-exp are saved for the
     backward pass, which accumulates the query's gradient in float32."""
@@ -169,8 +177,8 @@ class FakeRank:
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
-        attention = _gpu_attention if self.on_gpu else F.scaled_dot_product_attention
-        patched = mock.patch.object(F, "scaled_dot_product_attention", attention)
+        kernels = {"scaled_dot_product_attention": _gpu_attention, "layer_norm": _gpu_layer_norm} if self.on_gpu else {}
+        patched = mock.patch.multiple(F, **kernels) if kernels else nullcontext()
         with self.fake, self.live, self.live.resizes(), patched:
             yield
 

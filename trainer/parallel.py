@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -56,7 +56,7 @@ def load(config: Config, world: World, source: Path | None) -> Pretrained:
     model.base_causallm.generation_config = generation_config
     model.backbone.recomputes = recomputes
     wrap_blocks(model, config)
-    shard(model, config)
+    shard(model, config, init_device_mesh(world.device.type, (world.size,)))
     _fill(model, whole[0][0] if world.is_main else None, world)
     return Pretrained(model, tokenizer, markers)
 
@@ -178,8 +178,8 @@ def _shape(model: Coconut, tokenizer, markers) -> tuple:
     return base_config, others, generation_config, tokenizer, markers, model.backbone.recomputes
 
 
-def shard(model: Coconut, config: Config, mesh: DeviceMesh | None = None) -> None:
-    """Shards a model on the meta device over a mesh, by default all ranks."""
+def shard(model: Coconut, config: Config, mesh: DeviceMesh) -> None:
+    """Shards a model on the meta device over a mesh of ranks."""
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = bf16 if config.bf16 else MixedPrecisionPolicy()
     options = {"mesh": mesh, "reshard_after_forward": False, "mp_policy": policy}
