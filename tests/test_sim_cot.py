@@ -1,5 +1,6 @@
 """SIM-CoT: the step decoder's loss and all gradients equal the plain definition, on any number of ranks."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -124,6 +125,7 @@ def test_an_idle_ranks_example_does_not_count(world):
     parts = SimpleNamespace(dataset=type(dataset), on_device=lambda _, batch: batch)
     lengths = []
     throughput = SimpleNamespace(waiting=0, add=lambda rows, _: lengths.extend(rows))
+    world = replace(world, device=torch.device("meta"))  # where nothing can be read: the weights stay on the CPU
     one = SimpleNamespace(world=world, parts=parts, throughput=throughput)
     batches = (dataset.micro_batch(micro, 2) for micro in planned.micro_batches)
     assert [auxiliary for _, (_, auxiliary) in run.weighted_batches(one, planned, batches)] == [1 / 2, 0]
