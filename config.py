@@ -469,6 +469,12 @@ class Config:
         return "\n".join(lines)
 
 
+# key of a method that changes what its trained model generates, such as stop_threshold -> default
+GENERATION_KEYS = {
+    key.name: key.default for key in dataclasses.fields(Config) if key.metadata["free"] and key.metadata["shapes"]
+}
+
+
 def _holds(folder: Path, *patterns: str) -> bool:
     return not why_unreadable(folder) and any(any(folder.glob(pattern)) for pattern in patterns)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from grid_file import Grid, RunSpec
 
-from config import Config
+from config import GENERATION_KEYS, Config
 from preprocessing.examples import load_examples
 from trainer.files import file_digest, write_whole
 from trainer.logger import latest, read_log
@@ -22,8 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 INPUTS = "grid.json"  # in a run's folder: the digest of the files that it is trained on
 EVALUATION_KEYS = ("max_new_tokens", "answer_match", "max_eval_examples", "mode", "eval_latents")
 EVALUATION_KEYS += ("eval_latents_from_steps",)
-# a method's keys that change what its trained model generates, such as stop_threshold
-GENERATION_KEYS = {key.name: key.default for key in fields(Config) if key.metadata["free"] and key.metadata["shapes"]}
 
 
 @dataclass(frozen=True, eq=False)

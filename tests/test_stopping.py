@@ -25,6 +25,7 @@ from dataset import MicroBatch, collate_prompts
 from methods.stopping import Stopping
 from tools import export, thoughts_needed
 from trainer import inference, samples
+from trainer.checkpoint import DESCRIBED, check_method
 from trainer.evaluate import before_eos
 from trainer.pretrained import make_model
 from utils import UserError
@@ -275,6 +276,23 @@ def test_a_saved_model_and_an_exported_one_stop_by_themselves(checkpoint, tmp_pa
     every = whole.generate(**questions, max_new_tokens=NEW)[:, questions["input_ids"].shape[1] :]
     assert every.tolist() == model.generate(**batch, max_new_tokens=NEW).tolist() != found.tolist()
     assert "then at most 6 latent positions" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_threshold_set_in_python_is_saved_and_shows_the_thoughts_that_are_made(checkpoint, tmp_path):
+    """Bug: the run's own threshold was saved, and all thoughts were shown."""
+    model = Coconut.from_pretrained(checkpoint)
+    shown = [len(one["thoughts"]) for one in model.answers(QUESTIONS, show_thoughts=True, max_new_tokens=1)]
+    assert shown == thoughts_made(model, QUESTIONS)
+    model.stop_threshold = 0.25
+    model.save_pretrained(tmp_path / "saved")
+    assert Coconut.from_pretrained(tmp_path / "saved").stop_threshold == 0.25
+
+
+def test_an_evaluation_at_another_threshold_warns(checkpoint):
+    """Bug: a configuration without the key stopped at the method's default, in silence."""
+    keys = {name: value for name, value in read_json(checkpoint / "coconut.json").items() if name in DESCRIBED}
+    assert check_method(Config(**keys), checkpoint) == []
+    assert "stop_threshold 0.5, not 0.6" in check_method(Config(**keys | {"stop_threshold": 0.6}), checkpoint)[0]
 
 
 def test_the_sweep_equals_generation_at_each_threshold(checkpoint, tmp_path, capsys):

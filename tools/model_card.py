@@ -6,14 +6,13 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from config import Config
+from config import GENERATION_KEYS, Config
 from curriculum import stage_name
 from methods import implementation
 from trainer.files import file_digest, parsing
@@ -201,10 +200,10 @@ def ways(how: dict, found: dict, described: dict) -> Iterator[str]:
         yield "with as many thoughts as its steps need"
     if (stage := found.get("stage", described["stage"])) != described["stage"]:
         yield f"at stage {stage_name(stage)}"
-    for key in fields(Config):  # such as stop_threshold
-        default = described.get(key.name, key.default)
-        if key.metadata["free"] and key.metadata["shapes"] and how.get(key.name, default) != default:
-            yield f"with {key.name} {how[key.name]}"
+    for name, default in GENERATION_KEYS.items():
+        own = described.get(name, default)
+        if how.get(name, own) != own:
+            yield f"with {name} {how[name]}"
 
 
 def _eval_result(found: dict, file: str, split: str, rule: str, asked: str) -> EvalResult:

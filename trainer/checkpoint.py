@@ -46,7 +46,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from coconut import Coconut
-from config import Config
+from config import GENERATION_KEYS, Config
 from methods import modern, rules_of
 from model import lora
 from trainer import parallel, run_folder
@@ -553,6 +553,7 @@ def check_method(config: Config, source: Path) -> list[str]:
     others = differences(config, source)
     if {"method", "thought"} & others.keys():
         raise UserError(f"{source} was trained with another configuration ({'; '.join(others.values())})")
+    others |= _differing(config, read_description(source) or {}, GENERATION_KEYS)
     return [f"{source} was trained with another configuration: {text}" for text in others.values()]
 
 

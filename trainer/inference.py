@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from coconut import Coconut, Edit
-from config import Config
+from config import GENERATION_KEYS, Config
 from curriculum import prompt, thoughts_and_dropped
 from dataset import collate_prompts, latent_columns, to_device
 from preprocessing.tokens import batched, question_ids
@@ -84,7 +84,8 @@ def save(
     if not push_to_hub and (hub_options or repo_id):
         raise TypeError(f"{', '.join(['repo_id', *hub_options])} are options of push_to_hub=True")
     with replaced(Path(folder), ()) as aside:
-        write_model(aside, model.config, _pretrained(model), model.stage, model.state_dict())
+        own = {name: getattr(model, name) for name in GENERATION_KEYS if hasattr(model, name)}  # set in Python
+        write_model(aside, replace(model.config, **own), _pretrained(model), model.stage, model.state_dict())
     if push_to_hub:
         push(model, repo_id or Path(folder).name, **hub_options)
 
@@ -139,8 +140,8 @@ def answers(
         results.append({"output": text, "answer": extract_answer(text)})
     if show_thoughts:
         batch = to_device(collate_prompts(rows, model.markers.eos), device)
-        for result, thoughts in zip(results, decoded_thoughts(model, batch), strict=True):
-            result["thoughts"] = thoughts
+        for result, thoughts, run in zip(results, decoded_thoughts(model, batch), model.shortened(rows), strict=True):
+            result["thoughts"] = thoughts[: run.count(model.markers.latent)]
     return results
 
 

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 import curriculum
 import dataset
-from config import Config
+from config import GENERATION_KEYS, Config
 from preprocessing.examples import content_digest
 from trainer import data as data_files
 from trainer import distributed as ranks
@@ -146,8 +146,7 @@ def setup_run(config: Config, world: World, source: Path | None, progress: Progr
 
 def _forget_other_scores(progress: Progress, config: Config, val_digest: str | None) -> None:
     """Clears the accuracies in `progress` if they were measured otherwise than from now on, with a warning."""
-    names = ["answer_match", "max_eval_examples", "eval_latents_from_steps"]
-    names += [key.name for key in dataclasses.fields(Config) if key.metadata["free"] and key.metadata["shapes"]]
+    names = ["answer_match", "max_eval_examples", "eval_latents_from_steps", *GENERATION_KEYS]
     now = {"val_path": val_digest, **{name: getattr(config, name) for name in names}}
     now["max_new_tokens"] = config.n_new_tokens
     before, progress.scored_by = progress.scored_by or now, now
