@@ -53,8 +53,9 @@ data/prosqa_mini_train.json: preprocessing/prosqa.py | .venv/installed
 data/tiny_prosqa/config.json: data/prosqa_mini_train.json preprocessing/tiny_model.py
 	$(BIN)/python preprocessing/tiny_model.py data/prosqa_mini_train.json --out data/tiny_prosqa
 
+# Two ranks, on CPUs: on GPUs each rank would need one of its own.
 prosqa-mini: data/tiny_prosqa/config.json
-	CUDA_VISIBLE_DEVICES= $(BIN)/torchrun --nproc_per_node 2 run.py args/prosqa_mini.yaml # two ranks, on CPUs
+	CUDA_VISIBLE_DEVICES= $(BIN)/torchrun --nproc_per_node 2 run.py args/prosqa_mini.yaml
 
 thoughts: .venv/installed-dev
 	$(BIN)/python experiments/grid.py experiments/thoughts.yaml

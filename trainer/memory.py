@@ -117,11 +117,11 @@ def _gpu_attention(query, key, value, attn_mask=None, *_, **__) -> torch.Tensor:
     return _FusedAttention.apply(query, key, value, attn_mask)
 
 
-def _gpu_layer_norm(*arguments) -> torch.Tensor:
+def _gpu_layer_norm(*arguments, **options) -> torch.Tensor:
     """layer_norm on a GPU: autocast makes it float32, unlike on a CPU."""
     if torch.is_autocast_enabled("cpu"):
-        arguments = tree_map_only(torch.Tensor, torch.Tensor.float, arguments)
-    return layer_norm(*arguments)
+        arguments, options = tree_map_only(torch.Tensor, torch.Tensor.float, (arguments, options))
+    return layer_norm(*arguments, **options)
 
 
 class _FusedAttention(torch.autograd.Function):
