@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 	lint clean
 
 help:
-	@echo "make quickstart      train and evaluate Coconut, CoT and a control without feedback (2 CPU cores, 8 minutes)"
+	@echo "make quickstart      train and evaluate Coconut, CoT and a control without feedback (2 CPU cores, 8 to 11 minutes)"
 	@echo "make prosqa-mini     train a tiny model on ProsQA for a few minutes, with two ranks"
 	@echo "make thoughts        train every kind of thought on state tracking, 3 seeds (1 core, 2 to 3 hours, resumable)"
 	@echo "make table1          train all rows of Table 1 in miniature, 3 to 5 seeds (1 core, 2 hours, resumable)"
