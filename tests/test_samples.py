@@ -16,6 +16,8 @@ from test_coconut import END, EOS, LATENT, START, make_model, make_rows
 from test_evaluate import scripted
 from test_generate import folders as folders  # a fixture
 from test_methods import MARKERS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from coconut import Coconut
 from config import Config
@@ -81,6 +83,35 @@ def test_tokens_are_drawn_from_the_softmax():
     found = sampled_from(logits, 1.0, 2).softmax(-1)
     assert found[2] == 0
     assert (found[0] / found[4]).item() == pytest.approx(np.exp(0.3))
+
+
+def test_a_uniform_number_rounded_to_one_draws_a_token_that_is_possible():
+    logits = torch.randn(2000, 1, 50, generator=torch.Generator().manual_seed(0))
+    logits[..., -1] = -torch.inf
+    tokens, _ = choose(logits, torch.ones(2000, 1))
+    assert tokens.max() < 49
+
+
+class Float64Refused(TorchDispatchMode):
+    """Refuses float64 results, as MPS does, except of torch.from_numpy."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        dtypes = [leaf.dtype for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        assert function is torch.ops.aten.lift_fresh.default or torch.float64 not in dtypes
+        return result
+
+
+@pytest.mark.parametrize("policy", [Policy(1.5), Policy(1.0, 0.5), Policy(1.0, dropout=0.2)], ids=str)
+def test_samples_need_no_float64_on_mps(monkeypatch, policy):
+    model, rows = make_model("gpt2").float(), prompts([3, 2])
+    wanted = generate(model, rows, [(7, 1), (7, 2)], 3, policy, 6)
+    assert samples._widest(torch.device("mps")) == torch.float32
+    monkeypatch.setattr(samples, "_widest", lambda device: torch.float32)
+    with Float64Refused():
+        found = generate(model, rows, [(7, 1), (7, 2)], 3, policy, 6)
+    assert found.tokens == wanted.tokens
+    assert found.norms == pytest.approx(wanted.norms)
 
 
 def random(key: tuple, stream: int) -> np.random.Generator:

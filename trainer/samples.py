@@ -113,11 +113,20 @@ class Noise:
 
 
 def draw_noise(keys: list[tuple[int, ...]], n_latents: list[int], width: int, device: torch.device) -> torch.Tensor:
-    """Draws (R, K, D) float64 standard normal numbers: the first of each row's stream NOISE."""
+    """Draws (R, K, D) standard normal numbers: the first of each row's stream NOISE."""
     eps = np.zeros((len(keys), max(n_latents), width))
     for row, (key, n) in enumerate(zip(keys, n_latents, strict=True)):
         eps[row, :n] = _random(key, NOISE).standard_normal((n, width))
-    return torch.from_numpy(eps).to(device)
+    return _on_device(eps, device)
+
+
+def _on_device(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Returns float64 numbers as a tensor on the device; as float32 on MPS, which has no float64."""
+    return torch.from_numpy(numbers).to(device, _widest(device))
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @contextmanager
@@ -236,11 +245,9 @@ def generate(
         dropout = thought_dropout(model, policy.dropout, keys, rows) if policy.dropout else nullcontext()
         with how, dropout:
             hidden, embeds, cache = model._run(rows, max_new_tokens, edit)
-    norms = embeds[:, rows.columns].norm(dim=-1)[is_latent].double()
+    norms = embeds[:, rows.columns].norm(dim=-1)[is_latent].to(_widest(device))
     uniform = np.stack([_random(key, TOKENS).random(max_new_tokens) for key in keys])
-    tokens, lengths, entropy = _decode(
-        model, hidden, rows, cache, torch.from_numpy(uniform).to(device), policy.temperature
-    )
+    tokens, lengths, entropy = _decode(model, hidden, rows, cache, _on_device(uniform, device), policy.temperature)
     new = [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
     return Samples(new, eps, (entropy, sum(lengths)), (norms.sum().item(), len(norms)))
 
@@ -290,8 +297,9 @@ def sampled_from(logits: torch.Tensor, temperature: float, latent_token_id: int 
 
 def choose(logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws tokens (R, 1) from softmax(logits), logits (R, 1, V), by its inverse cumulative distribution at the uniform
-    numbers (R, 1). Returns them with the entropies (R, 1) in nats."""
-    probabilities = logits.double().softmax(-1)
+    numbers (R, 1), in their dtype. Returns them with the entropies (R, 1) in nats."""
+    probabilities = logits.to(uniform.dtype).softmax(-1)
     cumulative = probabilities.cumsum(-1)
-    token = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1)
+    below_one = uniform.clamp(max=1 - 2 * torch.finfo(uniform.dtype).eps)  # rounding must not reach the total
+    token = (cumulative <= below_one[..., None] * cumulative[..., -1:]).sum(-1)
     return token, torch.special.entr(probabilities).sum(-1)
