@@ -17,6 +17,8 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # torchrun sets all, a scheduler or a shell only some
+
 
 class UserError(ValueError):
     """An error that the user can fix. `run.py` prints its message once, without a traceback, and exits with code 2."""
@@ -32,9 +34,8 @@ class UserError(ValueError):
 
 
 def launched_ranks() -> tuple[int, int]:
-    """Returns (rank, world size) as set by torchrun, (0, 1) without it. Some schedulers set RANK alone: ignored."""
-    is_launched = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
-    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if is_launched else (0, 1)
+    """Returns (rank, world size) as set by torchrun, or a launcher like it; (0, 1) without one."""
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if LAUNCHED.issubset(os.environ) else (0, 1)
 
 
 class _AboveProgressBars(logging.Handler):
@@ -103,9 +104,8 @@ def seed_everything(*entropy: int) -> None:
 def under_debugger() -> bool:
     """Returns whether a debugger watches this process or started it (python -m pdb, IPython's %run -d)."""
     monitoring = getattr(sys, "monitoring", None)  # what debuggers use from Python 3.12 on
-    if sys.gettrace() is not None or (monitoring and monitoring.get_tool(monitoring.DEBUGGER_ID)):
-        return True
-    return any(frame.f_globals.get("__name__") == "bdb" for frame, _ in traceback.walk_stack(None))
+    traced = sys.gettrace() or (monitoring and monitoring.get_tool(monitoring.DEBUGGER_ID))
+    return bool(traced) or any(frame.f_globals.get("__name__") == "bdb" for frame, _ in traceback.walk_stack(None))
 
 
 def parse_json(text: str, **options):

@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> int:
     prompts = make_prompts(options.examples, options.stage)
     sides = make_sides(*make_models(options, world), prompts, options.new_tokens)
     results = []
-    for size in options.batches:
+    for size in sorted({min(size, options.examples) for size in options.batches}):
         runs = {name: partial(side, size) for name, side in sides.items()}
         for name, medians in alternate(runs, options.repeats, world.device).items():
             speed = options.examples / medians["seconds"]

@@ -153,6 +153,10 @@ def main(arguments: list[str]) -> int:
     if options.hours:
         print(hours(options.hours))
         return 0
+    import torch
+
+    if not options.tiny and not torch.cuda.is_available():
+        parser.error("torch finds no GPU; --tiny rehearses without one")
     begin, out = time.monotonic(), options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     pieces = make_pieces(out, options.tiny)

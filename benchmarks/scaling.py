@@ -83,25 +83,36 @@ class Sent:
 
 def make_step(wrapped: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict, world: World, bf16: bool):
     """Returns step(n_micro_batches, syncs=True): it trains on the batch n_micro_batches times in one step and returns
-    the seconds. Without `syncs` the ranks neither exchange gradients nor change the weights."""
+    (seconds, those of the update of the weights). Without `syncs` the ranks neither exchange gradients nor change the
+    weights."""
 
-    def step(n_micro_batches: int, syncs: bool = True) -> float:
+    def now() -> float:
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def step(n_micro_batches: int, syncs: bool = True) -> tuple[float, float]:
         dist.barrier()  # all ranks start together
-        begin = time.perf_counter()
+        begin = now()
         for number in range(n_micro_batches):
             with parallel.sync_gradients(wrapped, now=syncs and number + 1 == n_micro_batches):
                 with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
                     loss = wrapped(**batch).loss
                 loss.backward()
+        computed = now()
         if syncs:
             optimizer.step()
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - begin
+        end = now()
         optimizer.zero_grad()
-        return seconds
+        return end - begin, end - computed
 
     return step
+
+
+def exposed(seconds: float, update: float, quiet: float) -> float:
+    """Returns the share of a step's seconds that is neither the update of the weights nor in a step without it and
+    without communication, of `quiet` seconds."""
+    return max(0.0, 1 - (quiet + update) / seconds)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -126,13 +137,11 @@ def measure(options: argparse.Namespace) -> None:
         step(n_micro_batches)
         results[f"sent_{n_micro_batches}"] = sent.per_rank(world.size)
     results["least"] = 2 * n_bytes * (world.size - 1) / world.size
-    seconds = median(step(1) for _ in range(options.repeats))
+    seconds, update = map(median, zip(*(step(1) for _ in range(options.repeats)), strict=True))
     results |= {"seconds": seconds, "tokens_per_second": n_tokens / seconds}
     if world.size > 1:
-        quiet = median(step(1, syncs=False) for _ in range(options.repeats))
-        begin = time.perf_counter()
-        optimizer.step()  # without gradients: its overhead
-        results["exposed"] = max(0.0, 1 - (quiet + time.perf_counter() - begin) / seconds)
+        quiet = median(step(1, syncs=False)[0] for _ in range(options.repeats))
+        results["exposed"] = exposed(seconds, update, quiet)
     if world.is_main:
         options.worker.write_text(json.dumps(results))
     cleanup_distributed()

@@ -6,16 +6,20 @@ import codecs
 import hashlib
 import json
 import math
+import shlex
 from pathlib import Path
 
 from utils import UserError, parse_json
 
-PANDAS = """python -c 'import pandas; pandas.read_{}("{{}}").to_json("NEW.json", orient="records")'"""
+PANDAS = """python -c 'import pandas, sys; pandas.read_{}(sys.argv[1]).to_json("NEW.json", orient="records")' {{}}"""
 ARROW = (
-    """python -c 'import pyarrow; pyarrow.ipc.open_stream("{}").read_pandas().to_json("NEW.json", orient="records")'"""
+    "python -c 'import pyarrow, sys; "
+    """pyarrow.ipc.open_stream(sys.argv[1]).read_pandas().to_json("NEW.json", orient="records")' {}"""
 )
 ICONV = "iconv -f {} -t UTF-8 {{}} > NEW"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 FORMATS = {  # the first bytes of a file -> its format, a command that converts it
+    LFS_POINTER: ("a Git LFS pointer", "git lfs pull"),
     b"PAR1": ("a Parquet file", PANDAS.format("parquet")),
     b"ARROW1": ("an Arrow file", PANDAS.format("feather")),
     b"\xff\xff\xff\xff": ("an Arrow stream", ARROW),
@@ -89,7 +93,7 @@ def read_text(path: str | Path) -> str:
 
 
 def _other_format(path: str | Path, name: str, command: str) -> UserError:
-    return UserError(f"{path} is {name}; this converts it: {command.format(path)}")
+    return UserError(f"{path} is {name}; this converts it: {command.format(shlex.quote(str(path)))}")
 
 
 def read_json(path: str | Path, text: str | None = None):

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 
@@ -85,7 +85,9 @@ class Tokens:
 
     def save(self, folder: Path) -> None:
         for name in self.NAMES:
-            np.save(folder / f"{name}.npy", getattr(self, name))
+            with (folder / f"{name}.npy").open("wb") as file:
+                # numpy writes to a file itself through C's stdio and ignores that its last bytes do not fit on a disk
+                np.save(SimpleNamespace(write=file.write), getattr(self, name))
 
 
 def tokenize(

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import family_table
 import machine
@@ -191,6 +192,30 @@ def test_probes_decode_the_states(tracking):
         assert row["elsewhere"] == pytest.approx(0, abs=1e-5)
 
 
+def test_a_probe_is_tested_on_other_questions_than_it_is_fitted_to():
+    random = np.random.default_rng(0)
+    states, classes = random.standard_normal((80, 100)), random.integers(4, size=80)
+    assert probe.probe_accuracy(states, classes, 4) < 0.5
+    states[np.arange(80), classes] += 20
+    assert probe.probe_accuracy(states, classes, 4) > 0.9
+
+
+def test_values_of_the_next_step():
+    task = SimpleNamespace(names=lambda: [["a", "b"]], next_name=lambda index, k: "a")
+    (row,) = probe.next_step(task, np.array([[[0.3, 0.1]]]))
+    assert row == pytest.approx(
+        {"thoughts": 0, "questions": 1, "value": 0.3, "renormalised": 0.75, "first": 1, "elsewhere": 0.6}
+    )
+
+
+def test_norms_and_cosines_of_thoughts():
+    thoughts = torch.tensor([[[3.0, 4], [6, 8], [0, 2]]])
+    first, second, third = probe.shape(SimpleNamespace(thoughts=lambda: thoughts))
+    assert [row["norm"] for row in (first, second, third)] == [5, 10, 2]
+    assert first["cosine with the one before"] is None
+    assert (second["cosine with the one before"], third["cosine with the one before"]) == pytest.approx((1, 0.8))
+
+
 def test_answers_follow_a_transplanted_state(tracking):
     subject, task = tracking
     for row in interventions.transplants(subject, task):
@@ -225,6 +250,37 @@ def test_interventions_have_known_results(tracking):
     reordered = interventions.with_another_question(subject, task)
     assert reordered["of the new question"] == 1
     assert reordered["accuracy"] < 1
+
+
+def test_one_thought_is_transplanted(tracking, monkeypatch):
+    subject, task = tracking
+    changes, gold = [], [example["answer"] for example in task.examples]
+    monkeypatch.setattr(subject, "answers", lambda change: changes.append(change) or gold)
+    for seed in (0, 1):
+        interventions.transplants(subject, task, seed)
+    assert [change.numbers for change in changes] == [{0}, {1}, {2}, {3}] * 2
+    assert not changes[0].content.equal(changes[4].content)  # the seed draws the donors
+
+
+def test_the_vectors_of_interventions(tracking):
+    subject, task = tracking
+    thoughts, lengths = subject.thoughts(), [len(example["steps"]) for example in task.examples]
+    tried = {one.name: one.content for one in interventions.interventions(subject, task)}
+    for k in range(4):
+        assert tried["in another order"][:, k].equal(thoughts[:, (k + 1) % 4])
+        assert (tried["mean"][7, k] - sum(thoughts[:, k]) / 40).abs().max() < 1e-5
+    for index, content in enumerate(tried["as many steps"]):
+        donors = [other for other in range(40) if thoughts[other].equal(content)]
+        assert any(lengths[other] == lengths[index] for other in donors)
+
+
+def test_probabilities_are_means_over_the_scored_questions(tracking, monkeypatch):
+    subject, task = tracking
+    itself = interventions.interventions(subject, task)[0]
+    shares = torch.tensor([[float(len(example["steps"]) == 4)] for example in task.examples])
+    monkeypatch.setattr(subject, "values", lambda names, *_, **__: shares.expand(-1, len(names[0])))
+    monkeypatch.setattr(subject, "answers", lambda **_: [""] * 40)
+    assert interventions.measure(subject, task, itself, frozenset({3}))["gold"] == 1
 
 
 def test_the_model_does_not_attend_to_masked_thoughts(tracking):

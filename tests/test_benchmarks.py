@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ from dataset import collate_for_device
 from methods.parallel_latents import ParallelLatents
 from trainer.parallel import whole_weights
 
-NAMES = ("data", "generate", "launches", "thoughts")
-data, generate, launches, thoughts = (load_script(ROOT / "benchmarks" / f"{name}.py") for name in NAMES)
+NAMES = ("data", "generate", "launches", "scaling", "thoughts")
+data, generate, launches, scaling, thoughts = (load_script(ROOT / "benchmarks" / f"{name}.py") for name in NAMES)
 
 OPTIONS = {"shape": "gpt2", "size": "tiny", "batch": 2, "c_thought": 1, "bf16": False, "compile": False}
 OPTIONS |= {"latent_passes": 2}
@@ -66,15 +67,37 @@ def test_as_loaded_keeps_the_weights(small, world, strategy):
     assert all(torch.equal(value, weights[name]) for name, value in found.items())
 
 
+def test_an_update_of_the_weights_is_not_communication(monkeypatch, world):
+    """Regression: on one rank, which sends nothing, a quarter of a step counted as communication."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(scaling.time, "perf_counter", lambda: clock.now)
+
+    class Model(torch.nn.Linear):
+        def forward(self, input):
+            clock.now += 5
+            return SimpleNamespace(loss=super().forward(input).sum())
+
+    class Optimizer(torch.optim.SGD):
+        def step(self):
+            clock.now += 3
+
+    model = Model(2, 2)
+    step = scaling.make_step(model, Optimizer(model.parameters()), {"input": torch.ones(2)}, world, bf16=False)
+    (seconds, update), (quiet, _) = step(1), step(1, syncs=False)
+    assert (seconds, update, quiet) == (8, 3, 5)
+    assert scaling.exposed(seconds, update, quiet) == 0
+    assert scaling.exposed(10, update, quiet) == pytest.approx(0.2)
+
+
 def test_step_and_generate_write_json(small, tmp_path, capsys):
     options = f"--batch 2 --stages 0 2 --repeats 1 --no-memory --json {tmp_path / 'a.json'}"
     assert step.main(options.split()) == 0
     results = json.loads((tmp_path / "a.json").read_text())["results"]
     assert [result["side"] for result in results] == ["baseline", "coconut", "all logits"] * 2
     assert results[0]["seconds_ratio"] == 1.0
-    options = f"--examples 3 --batches 2 --new-tokens 3 --repeats 1 --json {tmp_path / 'b.json'}"
+    options = f"--examples 3 --batches 8 2 --new-tokens 3 --repeats 1 --json {tmp_path / 'b.json'}"
     assert generate.main(options.split()) == 0
-    assert {result["batch"] for result in json.loads((tmp_path / "b.json").read_text())["results"]} == {2}
+    assert {result["batch"] for result in json.loads((tmp_path / "b.json").read_text())["results"]} == {2, 3}
     assert "ratio" in capsys.readouterr().out
 
 

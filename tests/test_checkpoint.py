@@ -9,12 +9,13 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from conftest import equal, raising, read_json, refuses
 from safetensors.torch import load_file, save_file
 from test_pretrained import coconut_config
@@ -366,6 +367,39 @@ def test_the_newest_two_epochs_keep_the_optimizer(saving, world):
     sentence = "checkpoint_2 cannot be continued: only the newest two epochs keep .* load_model_path=.* and resume=2"
     refuses(sentence, checkpoint.find_newest, config, world)
     assert not list(config.run_dir.glob(".removing-*"))
+
+
+def test_keys_that_decide_the_weights_are_compared(tmp_path):
+    def changed(now: dict, **before) -> set[str]:
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(Config(**before))))
+        return {*checkpoint.changed_keys(Config(**before | now), tmp_path)}
+
+    sizes = {"batch_size_training": 3, "gradient_accumulation_steps": 7}
+    assert changed(sizes) == sizes.keys()
+    assert changed(sizes, global_batch_size=42) == set()
+    assert changed({"num_epochs": 7, "resume": 2}) == set()
+    assert changed({"num_epochs": 7, "resume": 2}, warmup_steps=3) == {"resume"}
+    assert changed({"num_epochs": 7, "resume": 2}, lr_scheduler="linear") == {"num_epochs", "resume"}
+
+
+def test_continue_changed_is_not_for_keys_that_shape_the_sequences(saving, world):
+    config, _, save = saving()
+    save(1)
+    other = replace(config, c_thought=config.c_thought + 1, continue_changed=True)
+    refuses(
+        r"another configuration \(c_thought \d, not \d\): choose another name$", checkpoint.find_newest, other, world
+    )
+
+
+def test_damaged_weights_are_not_trained_on(saving, world):
+    config, _, save = saving()
+    folder = save(1)
+    checkpoint.add_digests(folder)
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    other = replace(config, name="other", load_model_path=str(folder))
+    refuses("is damaged: model.safetensors differs", checkpoint.find_weights, other, world)
 
 
 def test_step_checkpoints_are_removed_when_their_epoch_is_saved(saving, world):

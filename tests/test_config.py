@@ -409,10 +409,14 @@ def test_accumulation_without_effect_is_reported(write, tmp_path):
     assert Config.from_file(both).micro_batches(1) == (2, 32)
 
 
-def test_rank_without_world_size_is_ignored(monkeypatch):
-    """Some schedulers set RANK alone, which was a KeyError."""
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+@pytest.mark.parametrize(("rank", "world_size"), [("3", None), ("3", "4"), ("", "")])
+def test_ranks_without_a_launcher_are_ignored(monkeypatch, rank, world_size):
+    """Some schedulers set RANK alone, which was a KeyError; a shell may keep both without an address to meet at."""
+    for name in utils.LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", rank)
+    if world_size is not None:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
     assert utils.launched_ranks() == (0, 1)
 
 
@@ -502,8 +506,8 @@ def test_micro_batches_depend_on_the_world_size(monkeypatch, write):
     assert Config(batch_size_training=32, gradient_accumulation_steps=3).micro_batches(5) == (3, 32)
     for world_size in (3, 256):
         refuses("no multiple", config.micro_batches, world_size)
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", "0")
+    for name, value in zip(sorted(utils.LAUNCHED), ("127.0.0.1", "29500", "0", "3"), strict=True):
+        monkeypatch.setenv(name, value)
     path = write("global_batch_size: 128")
     assert "3 ranks" in problem(path)
     assert Config.from_file(path, ["only_eval=true", f"load_model_path={path}"]).only_eval

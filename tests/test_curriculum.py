@@ -39,6 +39,7 @@ LITERAL = [
     ("coconut", {"max_latent_stage": 4}, 5, [1, 2, 3, B, T, T, T, T, E], REST),
     ("coconut", {"max_latent_stage": 4, "pad_latent_to_max": False}, 4, [1, 2, 3, B, T, T, T, T, E], REST),
     ("coconut", {"max_latent_stage": 4, "pad_latent_to_max": False}, 5, [1, 2, 3, B, T, T, T, E], REST),
+    ("coconut", {"max_latent_stage": 2, "pad_latent_to_max": False}, 3, [1, 2, 3, B, T, T, E], REST),
     ("no_thoughts", {}, 0, [1, 2, 3], ALL),
     ("no_thoughts", {"c_thought": 2}, 1, [1, 2, 3], AFTER_1),
     ("no_thoughts", {}, 2, [1, 2, 3], AFTER_2),
@@ -79,6 +80,7 @@ def test_eval_latents_from_steps():
     keys = {"max_latent_stage": 6, "pad_latent_to_max": False}
     assert prompt(Q, S, 5, Config(**keys), M).count(T) == 5
     assert prompt(Q, S, 5, Config(**keys, eval_latents_from_steps=True), M).count(T) == 3
+    assert prompt(Q, S, 5, Config(**keys, eval_latents_from_steps=True, c_thought=2), M).count(T) == 6
     assert sequence(5, **keys, eval_latents_from_steps=True)[0].count(T) == 5
 
 
@@ -143,6 +145,24 @@ def test_icot_smoothing_removes_a_few_more_tokens():
     assert {curriculum.stage_of_example(config, 5, 2, index, 3) for index in range(99)} == {5}
 
 
+def test_icot_resets_the_optimizer_while_reasoning_is_left():
+    """Of four steps an epoch, every second one removes a token more."""
+    asked, examples = [], [(0, [[1], [2, 3]]), (1, [])]
+
+    def trained_on(*moment: int) -> list:
+        asked.append(moment)
+        return examples
+
+    def resets(**keys) -> list[tuple[int, int]]:
+        config = Config(method="icot", icot_tokens_per_epoch=2, reset_optimizer="stage", **keys)
+        moments = [(epoch, step) for epoch in range(3) for step in range(4)]
+        return [one for one in moments if curriculum.should_reset_optimizer(config, *one, 4, trained_on)]
+
+    assert resets(icot_smoothing=None) == [(0, 2), (1, 0), (1, 2)]
+    assert asked == [(0, 1), (0, 3), (1, 1), (1, 3), (2, 1)]  # the steps before
+    assert resets(icot_smoothing=1e-4) == []  # thousands of tokens more are removed
+
+
 def test_the_schedule_of_gsm8k():
     lines = schedule(Config.from_file(ROOT / "args" / "gsm_coconut.yaml", needs_files=False), 4).splitlines()
     assert len(lines) == 1 + 22  # epochs 0 to 2, those of the CoT model, are skipped
@@ -153,6 +173,12 @@ def test_the_schedule_of_gsm8k():
 def test_the_learning_rate_decays_over_the_epochs_from_resume_on():
     config = Config(resume=1, num_epochs=3, lr_scheduler="linear")
     assert [curriculum.lr_factor(config, 1, *moment, 4) for moment in ((1, 0), (1, 2), (2, 3))] == [1, 0.75, 0.125]
+
+
+def test_the_learning_rate_decays_after_the_warm_up():
+    config = Config(num_epochs=3, warmup_steps=4, lr_scheduler="linear")
+    moments = ((0, 0), (0, 3), (1, 0), (2, 0))  # of 4 steps an epoch
+    assert [curriculum.lr_factor(config, 0, *moment, 4) for moment in moments] == [0.25, 1, 1, 0.5]
 
 
 def test_mixing_depends_on_seed_epoch_and_example_only():

@@ -224,7 +224,7 @@ def test_grouping_by_length_keeps_similar_lengths_together():
 
     assert padding(order) < 0.05 < 0.4 < padding(example_order(1003, config, 0))
     means = [step.mean() for step in steps_of(order)]
-    assert means != sorted(means)  # the batches are shuffled
+    assert means[:50] != sorted(means[:50])  # the batches of a window are shuffled
 
 
 @pytest.mark.parametrize("method", ["coconut", "cot", "no_cot", "no_thoughts", "icot"])
@@ -441,6 +441,7 @@ def test_special_tokens_of_the_tokenizer_come_before_the_question_only(template)
         (b'{"question": "a"}', "record 0.*lacks 'answer'"),
         (b'{"question": "a", "answer": "b", "steps": []}\n\n{"question"', "bad.json, line 3 is not valid JSON"),
         (b"PAR1\x15\x04", "is a Parquet file; this converts it: .*pandas.read_parquet"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer; this converts it: git lfs pull"),
         (b"ARROW1\0\0", "is an Arrow file; this converts it: .*pandas.read_feather"),
         ("[]".encode("utf-16"), "is UTF-16; this converts it: iconv -f UTF-16 -t UTF-8"),
         ("[]".encode("utf-16-le"), "is UTF-16; this converts it: iconv -f UTF-16LE -t UTF-8"),
@@ -476,12 +477,13 @@ def test_special_tokens_of_the_tokenizer_come_before_the_question_only(template)
     ],
 )
 def test_bad_files_are_named(tmp_path, content, complaint):
-    path = tmp_path / "bad.json"
+    path = tmp_path / "a bad.json"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=complaint) as error:
         load_examples(path)
     assert "bad.json" in str(error.value)
+    assert "converts it" not in str(error.value) or "git lfs" in complaint or f"'{path}'" in str(error.value)
     refuses("cannot read", load_examples, tmp_path)
 
 

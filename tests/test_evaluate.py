@@ -170,6 +170,28 @@ def test_with_other_answers_than_numbers_there_is_only_accuracy(world):
         warn_unscorable_answers(loaded.tokenizer, data, Config(answer_match="number", val_path="some.json"))
 
 
+def test_dropout_is_off_in_an_evaluation(world):
+    loaded = scripted(SCRIPT)
+    loaded.model.train()
+    evaluate(loaded, Data(EXAMPLES, tokenize(EXAMPLES, loaded.tokenizer)), 1, Config(), world)
+    assert not any(module.training for module in loaded.model.modules())
+
+
+def test_answers_are_generated_in_bf16(world, monkeypatch):
+    loaded, seen, original = scripted(SCRIPT), [], Scripted.generate
+    data = Data(EXAMPLES, tokenize(EXAMPLES, loaded.tokenizer))
+
+    def generate(*arguments, **options):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(Scripted, "generate", generate)
+    for bf16 in (False, True):
+        seen.clear()
+        evaluate(loaded, data, 1, Config(bf16=bf16), world)
+        assert set(seen) == {bf16}
+
+
 def test_wilson_intervals():
     """The values of R's prop.test(x, n, correct = FALSE)."""
     assert wilson(8 / 10, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 import run as run_module
 from preprocessing.tokens import Tokens
 from trainer import checkpoint, distributed
-from trainer.checkpoint import checkpoints
+from trainer.checkpoint import checkpoints, save_random_state
 from trainer.distributed import StopSignal, World
 from trainer.logger import read_log
 from trainer.setup import Step
@@ -451,6 +451,27 @@ def test_a_full_disk_under_the_token_cache(place, capsys, monkeypatch, tmp_path)
     main(place, f"save_path={tmp_path}", "name=full", code=2)
     assert re.search(r"error: .*/.tokens/\w+ cannot be written: No space left", capsys.readouterr().err)
     assert not list((tmp_path / ".tokens").iterdir())
+
+
+@pytest.mark.parametrize("missing", [1, 600, 5000])
+def test_a_disk_that_is_full_for_the_last_bytes(tmp_path, missing):
+    """numpy published a cut token cache without a word; torch raised a RuntimeError of C++, a traceback."""
+    tokens = Tokens(*(np.arange(9000, dtype=np.int32) for _ in Tokens.NAMES))
+    (tmp_path / "trainer").mkdir()
+    actions = {
+        tmp_path / "examples.npy": lambda: tokens.save(tmp_path),
+        tmp_path / "trainer" / "random_0.pt": lambda: save_random_state(tmp_path, World(0, 0, 1, torch.device("cpu"))),
+    }
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for path, action in actions.items():
+        action()
+        size = path.stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - missing, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                action()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_run_logs_the_size_of_its_checkpoints_and_warns_of_a_smaller_disk(place, here, monkeypatch):

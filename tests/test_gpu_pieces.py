@@ -21,6 +21,7 @@ def endings(tmp_path, monkeypatch, capsys):
     def run(pieces: list[tuple[str, int]], *options: str) -> list[str]:
         made = [gpu.Piece(name, limit, [["-c", code]]) for name, (code, limit) in zip("abcd", pieces, strict=False)]
         monkeypatch.setattr(gpu, "make_pieces", lambda *_: made)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
         assert gpu.main(["--out", str(tmp_path), *options]) == 0
         return [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()]
 
@@ -44,6 +45,16 @@ def test_pieces_have_limits_and_finished_ones_are_skipped(tmp_path, endings, cap
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--only", "e"])
     assert "no piece e: a, b" in capsys.readouterr().err
+
+
+def test_without_a_gpu_nothing_is_measured(tmp_path, capsys, monkeypatch):
+    """Regression: "tests: done", with every test skipped; --skip-done would then pass over it on a GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(gpu, "make_pieces", lambda *_: [])
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path / "out")])
+    assert "torch finds no GPU; --tiny rehearses without one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_hours_of_fifty_epochs(tmp_path):

@@ -181,6 +181,12 @@ def test_the_policy_has_no_dropout():
     assert not any(module.training for module in model.train().modules())
 
 
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_each_epoch_samples_anew(epoch):
+    dataset, _ = make_dataset(Config(method="grpo", seed=4), [2], epoch)
+    assert dataset.collate([dataset[0, 1]])["keys"] == [(4, epoch, 0)]
+
+
 # --- Rewards ---
 
 

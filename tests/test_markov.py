@@ -49,7 +49,7 @@ def plain_loss(base, rows, token: bool) -> torch.Tensor:
     return sum(total for total, _ in sums) / sum(count for _, count in sums)
 
 
-@pytest.mark.parametrize("n_latents", [[3, 3, 3], [2, 0, 5], [1, 4, 2], [0, 0, 0]])
+@pytest.mark.parametrize("n_latents", [[3, 3, 3], [2, 0, 5], [1, 4, 2], [0, 0, 0], [5]])
 @pytest.mark.parametrize("thought", ["last", "token"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradients_equal_the_plain_definition(family, tied, thought, n_latents):

@@ -7,6 +7,7 @@ import forked
 import pytest
 import tiny_model
 import torch
+import torch.distributed as dist
 from conftest import ROOT, main, steps, tiny_base, together
 from test_coconut import END, EOS, LATENT, START, largest_difference, make_model, make_rows
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
@@ -106,6 +107,17 @@ def test_whole_weights_equal_the_models(sharded, family):
     for name, value in base.named_parameters():
         assert torch.equal(weights[f"base_causallm.{name}"], value)
     assert "base_causallm.lm_head.weight" not in weights  # tied: saved under one name
+
+
+def test_the_weights_of_all_ranks_must_be_finite(monkeypatch):
+    def with_another_rank(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> None:  # whose weights are finite
+        tensor.copy_(tensor + 1 if op == dist.ReduceOp.SUM else tensor.clamp(max=1))
+
+    monkeypatch.setattr(parallel, "all_reduce", with_another_rank)
+    model = torch.nn.Linear(2, 1)
+    assert parallel.weights_are_finite(model)
+    model.weight.data[0, 0] = torch.inf
+    assert not parallel.weights_are_finite(model)
 
 
 def test_large_models_are_sharded_on_gpus(monkeypatch, tmp_path):

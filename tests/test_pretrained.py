@@ -200,6 +200,10 @@ def test_a_checkpoint_keeps_its_markers_and_weights(tiny, saved, from_scratch):
             lambda s: s.update({"transformer.ln_f.weight": torch.ones(7)}),
             r"another shape: transformer.ln_f.weight \[7\]",
         ),
+        (
+            lambda s: s.update({"lm_head.weight": s["lm_head.weight"] + 1}),
+            "which ties lm_head.weight and transformer.wte.weight: they differ",
+        ),
         (lambda s: s.update(epoch=3), "must map names to dense tensors"),
         (lambda s: s.update({1: torch.ones(1)}), "must map names to dense tensors"),
         (lambda s: s.update({"transformer.ln_f.weight": torch.ones(32).to_sparse()}), "names to dense tensors"),
@@ -270,6 +274,23 @@ def test_the_trained_eos_is_among_the_stop_tokens(tiny, known, stops):
     file.write_text(json.dumps({"eos_token_id": known}))
     loaded = load_model(coconut_config(tiny), None)
     assert (loaded.markers.eos, loaded.model.base_causallm.generation_config.eos_token_id) == (0, stops)
+
+
+def test_files_that_cannot_be_read_are_named(tiny, monkeypatch):
+    """Regression: both were errors of safetensors, "header too large" and "No such file or directory"."""
+    weights = Path(tiny) / "model.safetensors"
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    refuses("model.safetensors is a Git LFS pointer, which `git lfs pull`", load_model, coconut_config(tiny), None)
+    monkeypatch.setattr("pathlib.Path.open", raising(PermissionError(13, "Permission denied")))
+    refuses("cannot be loaded: .* cannot be read: Permission denied", load_model, coconut_config(tiny), None)
+
+
+def test_an_offline_hub_is_named(monkeypatch):
+    """Regression: "we couldn't connect to the hub", although HF_HUB_OFFLINE forbids to ask it."""
+    monkeypatch.setattr(pretrained.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(pretrained, "hub_problem", pretrained.hub_problem.__wrapped__)  # without its cache
+    sentence = "it has not been downloaded, and HF_HUB_OFFLINE is set: download it where"
+    refuses(sentence, load_model, coconut_config("some/model"), None)
 
 
 def test_the_hubs_http_status_is_named(monkeypatch):

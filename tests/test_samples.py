@@ -147,6 +147,15 @@ def prompts(n_latents: list[int]) -> list[list[int]]:
 POLICIES = [Policy(1.5), Policy(0, 2.0), Policy(0, "absolute:1.5"), Policy(1.0, 0.5), Policy()]
 
 
+def test_the_entropy_is_that_of_the_new_tokens():
+    """A row that has ended goes on with tokens that do not count."""
+    model, rows, keys = make_model("gpt2"), [[5] * 58 + [START, LATENT, END], prompts([1])[0]], [(0, 0), (0, 1)]
+    together = generate(model, rows, keys, 1, Policy(1.0), 9)
+    alone = [generate(model, [row], [key], 1, Policy(1.0), 9) for row, key in zip(rows, keys, strict=True)]
+    assert len({len(row) for row in together.tokens}) == 2
+    assert together.entropy[0] == pytest.approx(sum(one.entropy[0] for one in alone))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("n_latents", [[3, 3, 3], [2, 0, 4], [0, 0]])
@@ -310,6 +319,15 @@ def test_a_sample_does_not_depend_on_batch_or_rank(world):
         shares.append(found)
     assert len(shares[0]) == 8
     assert all(share == shares[0] for share in shares)
+
+
+def test_another_seed_draws_other_samples(world):
+    drawn = []
+    for seed in (0, 1):
+        loaded, data, config = sampled(world, val_samples=3, temperature=2.0, seed=seed)
+        rows = [prompt(*data.val[index][:2], 2, config, loaded.markers) for index in range(8)]
+        drawn.append(evaluate_module.draw_samples(loaded, config, [*range(8)], rows))
+    assert drawn[0] != drawn[1]
 
 
 def test_the_vote_counts_numbers_if_answers_are_numbers(world, monkeypatch):

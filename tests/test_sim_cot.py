@@ -118,6 +118,15 @@ def test_a_batch_without_thoughts_still_gives_the_decoder_a_gradient(family):
     assert all(p.grad is not None and not p.grad.any() for p in model.step_decoder.parameters() if p.requires_grad)
 
 
+def test_mixed_stages_have_the_targets_of_their_own_stage():
+    """Of more steps than there are targets."""
+    config = Config(method="sim_cot", step_decoder="copy", c_thought=1, max_latent_stage=2, uniform_prob=1.0)
+    dataset, examples = make_dataset(config, [9] * 20)
+    for index, stage in enumerate(stages_of(config, examples, 2)):
+        input_ids, _, targets = dataset[index, 2]
+        assert targets == plain.step_texts(examples[index], stage, 2, input_ids.count(LATENT))
+
+
 def test_an_idle_ranks_example_does_not_count(world):
     """Neither do its tokens in tokens_per_second (bug)."""
     dataset, _ = make_dataset(Config(method="sim_cot", step_decoder="copy", c_thought=1), [2, 3])

@@ -41,7 +41,8 @@ def test_a_closed_pipe_is_ignored_and_a_full_disk_reported():
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_messages_are_printed_once(rank):
-    done = program('import utils; utils.log.warning("w"); utils.log.info("i")', RANK=rank, WORLD_SIZE="2")
+    launched = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    done = program('import utils; utils.log.warning("w"); utils.log.info("i")', **launched)
     assert done.stderr == ("warning: w\ni\n" if rank == "0" else "")
 
 

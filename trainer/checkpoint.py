@@ -17,6 +17,7 @@ that a restart would load. trainer/manifest.json holds each file's size, and lat
 
 from __future__ import annotations
 
+import io
 import pickle
 import random
 import shutil
@@ -212,8 +213,8 @@ def _writing(target: Path) -> Iterator[None]:
 def is_io_error(error: BaseException) -> bool:
     if isinstance(error, dcp.CheckpointException):  # holds the error of each rank that failed to write its shard
         return all(is_io_error(failure) for failure, _ in error.failures.values())
-    of_torch_save = ("inline_container.cc", "Parent directory", "cannot be opened")  # in the text of its RuntimeErrors
-    return isinstance(error, (OSError, SafetensorError)) or any(words in str(error) for words in of_torch_save)
+    of_torch_save = "inline_container.cc" in str(error)  # torch's RuntimeError
+    return isinstance(error, (OSError, SafetensorError)) or of_torch_save
 
 
 def _publish(aside: Path, target: Path, world_size: int) -> None:
@@ -388,7 +389,8 @@ def save_random_state(folder: Path, world: World) -> None:
     state = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
     if world.device.type != "cpu":
         state[world.device.type] = torch.get_device_module(world.device).get_rng_state()
-    torch.save(state, folder / "trainer" / f"random_{world.rank}.pt")
+    torch.save(state, saved := io.BytesIO())  # its errors of a full disk are RuntimeErrors in C++'s words
+    (folder / "trainer" / f"random_{world.rank}.pt").write_bytes(saved.getvalue())
 
 
 def load_random_state(folder: Path, world: World) -> bool:

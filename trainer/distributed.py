@@ -27,7 +27,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from trainer.files import retried, writing
-from utils import UserError, launched_ranks, log, under_debugger
+from utils import LAUNCHED, UserError, launched_ranks, log, under_debugger
 
 LAUNCHER = os.getppid()  # torchrun, if it started this process
 EXIT_HANDLERS_SECONDS = 15
@@ -60,7 +60,7 @@ def setup_distributed() -> World:
     """
     import torch.distributed as dist
 
-    is_launched = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    is_launched = LAUNCHED.issubset(os.environ)
     if is_launched:
         _die_with_launcher()
     rank, size = launched_ranks()

@@ -39,6 +39,7 @@ from dataset import StageDataset
 from methods import modern, rules_of
 from model import lora
 from model.thought import Thought
+from preprocessing.examples import LFS_POINTER
 from trainer.check_family import check_family
 from trainer.files import check_names, check_weights, read_weights, reading, reason_of
 from utils import UserError, read_object
@@ -254,14 +255,14 @@ def hub_options(config: Config, source: str | Path, cached: bool = False) -> dic
 
 @cache
 def hub_problem() -> str | None:
-    """Returns why the hub does not answer, or None. It is asked only once: transformers would retry for minutes, file
-    by file."""
+    """Returns why the hub gives no files, or None. It is asked only once: transformers would retry for minutes, file by
+    file."""
     if constants.HF_HUB_OFFLINE:
-        return None
+        return "HF_HUB_OFFLINE is set"
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
     except Exception as error:  # from the HTTP library, a proxy or a certificate
-        return f"{constants.ENDPOINT}: {error or type(error).__name__}"
+        return f"the hub does not answer ({constants.ENDPOINT}: {error or type(error).__name__})"
     return None
 
 
@@ -279,6 +280,8 @@ def loading(key: str, source) -> Iterator[None]:
 
 def _why_not_loadable(source, error: Exception) -> str:
     reason = reason_of(error)
+    if Path(source).is_dir() and (problem := _unreadable_file(Path(source))):
+        return problem
     if "trust_remote_code" in str(error):
         how = "set trust_remote_code: true, or --trust-remote-code, to run it"
         return f"it has Python code of its own: read that code, and {how}"
@@ -291,9 +294,22 @@ def _why_not_loadable(source, error: Exception) -> str:
     if Path(source).is_dir():
         return f"{reason} (the folder must be a whole Hugging Face model)"
     if problem := hub_problem():
-        what = f"it has not been downloaded, and the hub does not answer ({problem})"
-        return f"{what}; without a network, download it elsewhere and set HF_HUB_OFFLINE=1, or name a local folder"
+        how = "download it where there is a network (HF_HUB_OFFLINE=1 then asks no hub), or name a local folder"
+        return f"it has not been downloaded, and {problem}: {how}"
     return f"{reason} (it is no local folder; on the hub it must be a whole Hugging Face model)"
+
+
+def _unreadable_file(folder: Path) -> str | None:
+    """Returns what is wrong with a file of a folder, in clearer words than those of the library that failed to read it;
+    None if nothing is found."""
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        try:
+            with path.open("rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    return f"{path.name} is a Git LFS pointer, which `git lfs pull` replaces by the file"
+        except OSError as error:
+            return f"{path.name} cannot be read: {error.strerror}"
+    return None
 
 
 def _http_status(error: BaseException | None) -> int | None:
@@ -367,6 +383,8 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
     try:
         # only a zip archive, the format since torch 1.6, can be memory-mapped
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} is no file of weights, or it holds other objects than tensors, which could run code"
@@ -397,10 +415,15 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
     resized = row_name in saved and len(saved[row_name]) == rows_with_markers != embedding.weight.shape[0]
     if resized:
         base.resize_token_embeddings(rows_with_markers, mean_resizing=False)
-    own = base.state_dict()
-    given = {own[name].data_ptr() for name in own.keys() & saved.keys()}
-    untied = {name: value for name, value in own.items() if name in saved or value.data_ptr() not in given}
+    own, tied = base.state_dict(), {}  # tied: address -> names of the file
+    for name in own.keys() & saved.keys():
+        tied.setdefault(own[name].data_ptr(), []).append(name)
+    untied = {name: value for name, value in own.items() if name in saved or value.data_ptr() not in tied}
     check_weights(path, untied, saved)
+    for first, *others in tied.values():
+        if any(not torch.equal(saved[first], saved[other]) for other in others):
+            names = " and ".join(sorted([first, *others]))
+            raise UserError(f"{path} does not fit the model, which ties {names}: they differ")
     n_rows = len(saved.get(row_name, ()))
     if wrapped and n_rows < rows_with_markers:
         raise UserError(
