@@ -16,7 +16,7 @@ With --fan-out F a button has F permutations that differ at every state, so it l
 is their F letters. The question ends with two candidates, exactly one of which is reachable; --candidates asks the same
 with --fan-out 1. The answer is drawn uniformly from the reachable states, the other candidate from the rest.
 
-    {"question": "AcfaKD", "steps": ["N", "S", "K"], "answer": "D"}
+    {"question": "HgdaJO", "steps": ["D", "K", "L"], "answer": "O"}
 
 --steps chooses what is written for the same questions: `path` (the default) takes one of the F states of each button at
 random, whatever the answer is; `answer` is a path that leads to the answer; `frontier` lists the reachable states after

@@ -1,10 +1,10 @@
 """Generates a trained model's answers.
 
-    python -m tools.generate checkpoints/breadth/last-0 AcfaKD                    # prints the output
-    python -m tools.generate checkpoints/breadth/last-0 AcfaKD --show-thoughts    # prints the thoughts too
-    python -m tools.generate checkpoints/breadth/last-0 AcfaKD --samples 8        # prints 8 answers with their counts
+    python -m tools.generate checkpoints/breadth/last-0 HgdaJO                    # prints the output
+    python -m tools.generate checkpoints/breadth/last-0 HgdaJO --show-thoughts    # prints the thoughts too
+    python -m tools.generate checkpoints/breadth/last-0 HgdaJO --samples 8        # prints 8 answers with their counts
     python -m tools.generate checkpoints/breadth/last-0 --file questions.json --json > answers.jsonl
-    echo '{"question": "AcfaKD"}' | python -m tools.generate checkpoints/breadth/last-0 --json
+    echo '{"question": "HgdaJO"}' | python -m tools.generate checkpoints/breadth/last-0 --json
 
 Without a question and --file, the command reads questions from standard input and answers each line at once; on a
 terminal it shows a prompt. A line is a question, or a JSON object with a "question".
