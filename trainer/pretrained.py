@@ -421,7 +421,7 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
     untied = {name: value for name, value in own.items() if name in saved or value.data_ptr() not in tied}
     check_weights(path, untied, saved)
     for first, *others in tied.values():
-        if any(not torch.equal(saved[first], saved[other]) for other in others):
+        if not all(_equal(saved[first], saved[other]) for other in others):
             names = " and ".join(sorted([first, *others]))
             raise UserError(f"{path} does not fit the model, which ties {names}: they differ")
     n_rows = len(saved.get(row_name, ()))
@@ -432,3 +432,8 @@ def _load_reference_file(base: PreTrainedModel, path: Path, rows_with_markers: i
         )
     base.load_state_dict(saved, strict=False)
     return wrapped or resized
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether weights of any dtype are equal; NaN equals NaN."""
+    return torch.allclose(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
