@@ -265,6 +265,13 @@ class Command:
         return os.system, ("true",)
 
 
+def test_a_random_state_runs_no_code(trained, world):
+    """It ran none, but the traceback advised weights_only=False."""
+    *_, folder = trained
+    torch.save(Command(), folder / "trainer" / "random_0.pt")
+    refuses("random_0.pt is not read: it holds other objects", checkpoint.load_random_state, folder, world)
+
+
 def test_an_optimizers_metadata_runs_no_code(trained):
     """torch unpickles the file, and the objects that its entries of bytes point to."""
     model, optimizer, folder = trained

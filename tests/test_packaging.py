@@ -88,6 +88,16 @@ def test_the_documented_method_trains_and_continues(place, tmp_path):
     assert (tmp_path / "checkpoints" / "own" / "checkpoint_3").is_dir()
 
 
+@pytest.mark.parametrize(("options", "wanted"), [("-m cProfile", "function calls"), ("-i", "prompt")])
+def test_a_profiler_and_a_prompt_come_after_the_program(tmp_path, options, wanted):
+    """The program ended itself before them."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n")
+    script.write_text(script.read_text() + "from trainer.distributed import run_main\nrun_main(lambda: 0)\n")
+    done = python(*options.split(), script, input="print('prompt')\n")
+    assert wanted in done.stdout
+
+
 @pytest.mark.slow
 def test_breakpoints_in_the_dataset_stop(place, tmp_path):
     """In a thread they would not."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from config import Config
-from trainer import pretrained
+from trainer import pretrained, setup
 from trainer.pretrained import END, LATENT, START, Pretrained, load_model
 from trainer.run_folder import resolve
 from utils import UserError
@@ -283,6 +283,14 @@ def test_files_that_cannot_be_read_are_named(tiny, monkeypatch):
     refuses("model.safetensors is a Git LFS pointer, which `git lfs pull`", load_model, coconut_config(tiny), None)
     monkeypatch.setattr("pathlib.Path.open", raising(PermissionError(13, "Permission denied")))
     refuses("cannot be loaded: .* cannot be read: Permission denied", load_model, coconut_config(tiny), None)
+
+
+def test_ranks_compare_the_ids_of_markers_and_eos(tiny):
+    """Regression: a rank whose tokenizer_config.json named another EOS trained and validated with it."""
+    loaded = load_model(coconut_config(tiny), None)
+    others = loaded._replace(markers=loaded.markers._replace(eos=5))
+    first, second = (setup.read_by_rank(Config(only_eval=True), each, {}) for each in (loaded, others))
+    assert {name for name in first if first[name] != second[name]} == {"the ids of markers and EOS"}
 
 
 def test_an_offline_hub_is_named(monkeypatch):

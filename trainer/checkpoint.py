@@ -394,10 +394,17 @@ def save_random_state(folder: Path, world: World) -> None:
 
 
 def load_random_state(folder: Path, world: World) -> bool:
-    """Restores this rank's random state; returns False if the checkpoint was saved with another world size."""
+    """Restores this rank's random state; returns False if the checkpoint was saved with another world size. Raises
+    UserError if the file holds other objects, which torch would advise to trust."""
     if read_object(folder / STATE)["world_size"] != world.size:
         return False
-    saved = torch.load(folder / "trainer" / f"random_{world.rank}.pt", weights_only=True)
+    path = folder / "trainer" / f"random_{world.rank}.pt"
+    try:
+        saved = torch.load(path, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} is not read: it holds other objects than random states, which could run code"
+        ) from None
     random.setstate(saved["python"])
     kind, keys, *rest = saved["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))

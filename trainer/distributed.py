@@ -172,9 +172,11 @@ def cleanup_distributed(orderly: bool = True) -> None:
 
 
 def run_main(main: typing.Callable[..., int], *arguments) -> typing.NoReturn:
-    """Runs a program's main and exits with its code, or with 1 after a traceback (`exit_process`). Under a debugger,
-    exceptions propagate to it instead."""
-    if under_debugger():
+    """Runs a program's main and exits with its code, or with 1 after a traceback (`exit_process`). Under a debugger, a
+    profiler or `python -i`, it returns to these instead, exceptions too."""
+    monitoring = getattr(sys, "monitoring", None)  # what profilers use from Python 3.12 on
+    profiled = sys.getprofile() or (monitoring and monitoring.get_tool(monitoring.PROFILER_ID))
+    if under_debugger() or profiled or sys.flags.inspect:
         sys.exit(main(*arguments))
     if sys.stderr is not None:
         sys.stderr = ErrorTolerantStream(sys.stderr)

@@ -184,6 +184,7 @@ def read_by_rank(config: Config, loaded: Pretrained, sets: dict[str, Data]) -> d
     for name, value in (("vocabulary", loaded.tokenizer.get_vocab()), ("model's config.json", shape)):
         found[f"the SHA-256 of the {name}"] = hashlib.sha256(repr(sorted(value.items())).encode()).hexdigest()
     found = {name: digest[:16] for name, digest in found.items()}
+    found["the ids of markers and EOS"] = str(tuple(loaded.markers))
     if not parallel.is_sharded(loaded.model):
         norm, sums = 0.0, 0.0  # the sums depend on signs and order
         for weight in loaded.model.parameters():
