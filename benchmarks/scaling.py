@@ -110,8 +110,8 @@ def make_step(wrapped: torch.nn.Module, optimizer: torch.optim.Optimizer, batch:
 
 
 def exposed(seconds: float, update: float, quiet: float) -> float:
-    """Returns the share of a step's seconds that is neither the update of the weights nor in a step without it and
-    without communication, of `quiet` seconds."""
+    """Returns the share of a step's seconds that communication adds. `quiet`: the seconds of a step without
+    communication and without the update of the weights, which takes `update` seconds."""
     return max(0.0, 1 - (quiet + update) / seconds)
 
 

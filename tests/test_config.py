@@ -411,7 +411,7 @@ def test_accumulation_without_effect_is_reported(write, tmp_path):
 
 @pytest.mark.parametrize(("rank", "world_size"), [("3", None), ("3", "4"), ("", "")])
 def test_ranks_without_a_launcher_are_ignored(monkeypatch, rank, world_size):
-    """Some schedulers set RANK alone, which was a KeyError; a shell may keep both without an address to meet at."""
+    """Some schedulers set RANK alone, which was a KeyError; a shell may keep both without a rendezvous address."""
     for name in utils.LAUNCHED:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", rank)
