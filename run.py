@@ -56,8 +56,7 @@ def main(config: Config, stop: StopSignal | None = None) -> int:
             else:
                 stop = stop or StopSignal()
                 stop.world = world
-                with stop:
-                    train(config, world, stop)
+                train(config, world, stop)
         code = 0
     except UserError as error:
         code = print_error(error)
@@ -72,7 +71,7 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
     progress = checkpoint.read_progress(newest) if newest is not None else Progress()
     run = setup_run(config, world, newest or checkpoint.find_weights(config, world), progress)
     run.stop, run.saved, run.logger.signalled = stop, newest, lambda: stop.received
-    with run.logger:
+    with stop, run.logger:  # a signal before this ends the program at once: there is nothing to save
         run.throughput = Throughput(FlopCounter.of(run.model), peak_flops(ranks.hardware(world), config.arithmetic))
         ranks.barrier(world)  # all ranks
         run.wrapped = parallel.wrap(run.model, world)
@@ -80,6 +79,9 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
         announce(run, newest)
         ranks.barrier(world)  # all ranks: reading may take some longer
         while (epoch := run.progress.epoch) < config.num_epochs:
+            if stop.requested(wait=True):  # all ranks
+                announce_stop(run)
+                return
             stage = train_epoch(run, epoch)
             save_checkpoint(run, stage)  # before the validation: a kill during it must not cost the epoch
             if stop.requested(wait=True):  # all ranks
@@ -87,9 +89,6 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
                 return
             metrics, predictions = validate(run, epoch, stage)
             save_epoch(run, epoch, stage, metrics, predictions)
-            if run.progress.epoch < config.num_epochs and stop.requested(wait=True):  # all ranks
-                announce_stop(run)
-                return
         finish(run)
 
 
@@ -298,8 +297,9 @@ def announce_stop(run: Run) -> None:
     """Logs how to continue a run that a signal has stopped, and creates the file that slurm/common.sh checks."""
     run.logger.interrupted = True
     run.wait_for_digests()
-    if run.saved is not None:
-        log.info(f"stopped by a signal; start the same command again to continue from {run.saved}")
+    if not run.config.debug:
+        then = f"continue from {run.saved}" if run.saved is not None else "begin"
+        log.info(f"stopped by a signal; start the same command again to {then}")
         if run.world.is_main and (file := os.environ.get("INTERRUPTED_FILE")):
             with suppress(OSError):
                 Path(file).touch()

@@ -102,7 +102,8 @@ def read_json(path: str | Path, text: str | None = None):
     try:
         return parse_json(text, object_pairs_hook=_object)
     except ValueError as error:  # also for a number of thousands of digits and for a repeated key
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+        problem = str(error) if "\n" in text else str(error).replace("line 1 column", "column")
+        raise UserError(f"{path} is not valid JSON: {problem}") from None
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:

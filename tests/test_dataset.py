@@ -435,11 +435,11 @@ def test_special_tokens_of_the_tokenizer_come_before_the_question_only(template)
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"[", "is not valid JSON: .* line 1"),
+        (b"[", "is not valid JSON: .* column 2"),
         (b"[]", "at least one example"),
         (b"7", "must hold a JSON list"),
         (b'{"question": "a"}', "record 0.*lacks 'answer'"),
-        (b'{"question": "a", "answer": "b", "steps": []}\n\n{"question"', "bad.json, line 3 is not valid JSON"),
+        (b'{"question": "a", "answer": "b", "steps": []}\n\n{"question"', "bad.json, line 3 is not .*: column 12"),
         (b"PAR1\x15\x04", "is a Parquet file; this converts it: .*pandas.read_parquet"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer; this converts it: git lfs pull"),
         (b"ARROW1\0\0", "is an Arrow file; this converts it: .*pandas.read_feather"),

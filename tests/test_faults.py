@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import run as run_module
+from config import Config
 from preprocessing.tokens import Tokens
 from trainer import checkpoint, distributed
 from trainer.checkpoint import checkpoints, save_random_state
@@ -151,6 +152,33 @@ def test_a_signal_during_validation_ends_the_run_after_it(place, monkeypatch):
     assert (len(steps(run)), len(epochs(run))) == (27, 3)
 
 
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_before_the_first_step_trains_nothing(place, tmp_path, monkeypatch, capsys):
+    """The first Ctrl-C while data were tokenized did nothing for minutes, then trained and saved a step. SLURM's signal
+    waits for the end of the set-up (StopSignal.early) and requeues the job."""
+    original = run_module.setup_run
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setenv("INTERRUPTED_FILE", str(tmp_path / "interrupted"))
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "setup_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main(place, *BRIEF, "name=tokenizing")
+        config = Config.from_file(place / "run.yaml", [*BRIEF, "name=early-signal"])
+        with StopSignal() as stop:
+            assert run_module.main(config, stop) == 0
+    assert "stopped by a signal; start the same command again to begin" in capsys.readouterr().err
+    assert (tmp_path / "interrupted").exists()
+    for name in ("tokenizing", "early-signal"):
+        assert not steps(place / "runs" / name)
+        assert not checkpoints(place / "runs" / name)
+        assert len(epochs(main(place, *BRIEF, f"name={name}"))) == 1
+
+
 def test_a_run_that_dies_in_validation_validates_again(place, here, monkeypatch):
     """Without save_every_steps the whole epoch was lost."""
     arguments = (*LONG, "name=again", "num_epochs=1")
@@ -235,7 +263,7 @@ sys.path.insert(0, os.path.dirname(sys.argv[0]))
 from trainer.distributed import StopSignal
 
 calls = []
-StopSignal.requested = lambda *_, **__: calls.append(1) or len(calls) >= 5
+StopSignal.requested = lambda *_, **__: calls.append(1) or len(calls) > 5  # the first call is before the first step
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

@@ -702,7 +702,7 @@ def test_prontoqa_is_split_in_order(tmp_path, capsys):
     [
         (None, "does not exist .*how to make it"),
         (b"", "is empty"),
-        (b"{", "is not valid JSON: .* line 1"),
+        (b"{", "is not valid JSON: .* column 2"),
         (b"\xff{}", "line 1 is not UTF-8"),
         ([], "is not from the official generator: it must hold a JSON object"),
         ({"example1": []}, "'example1' is malformed: it has no 'test_example' object"),
