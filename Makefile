@@ -35,7 +35,7 @@ quickstart: .venv/installed-dev
 	$(BIN)/python experiments/grid.py experiments/quickstart.yaml --jobs 3 --out checkpoints/breadth
 
 table1: .venv/installed-dev
-	$(BIN)/python experiments/grid.py experiments/table1_mini.yaml
+	$(BIN)/python experiments/grid.py experiments/table1_mini.yaml --anew
 
 # Analyses checkpoints of table1_mini and mirrored2. The grids train the missing ones.
 ANALYSE = $(BIN)/python -m analysis $(1)/coconut-0 --control $(1)/pause_as_thought-0 --data $(2) --out $(3)
@@ -58,7 +58,7 @@ prosqa-mini: data/tiny_prosqa/config.json
 	CUDA_VISIBLE_DEVICES= $(BIN)/torchrun --nproc_per_node 2 run.py args/prosqa_mini.yaml
 
 thoughts: .venv/installed-dev
-	$(BIN)/python experiments/grid.py experiments/thoughts.yaml
+	$(BIN)/python experiments/grid.py experiments/thoughts.yaml --anew
 
 # Two processes, because some tests start two ranks. worksteal gives each process half of the files, so that it builds the
 # fixtures of most files once; the process that finishes first takes tests from the other.

@@ -91,7 +91,7 @@ def _with_keys_of_methods(cls):
 class Config:
     """The configuration of a run. Every field is a key of the YAML files in args/ and of `run.py FILE key=value ...`.
 
-    Keys of the reference keep its names and meanings; the defaults of the others reproduce it. A method's own keys are
+    Keys of the reference keep its names; docs/from_reference.md lists what differs from it. A method's own keys are
     in its file of methods/ and are checked for every method.
     """
 

@@ -71,7 +71,7 @@ def train(config: Config, world: World, stop: StopSignal) -> None:
     progress = checkpoint.read_progress(newest) if newest is not None else Progress()
     run = setup_run(config, world, newest or checkpoint.find_weights(config, world), progress)
     run.stop, run.saved, run.logger.signalled = stop, newest, lambda: stop.received
-    with stop, run.logger:  # a signal before this ends the program at once: there is nothing to save
+    with stop, run.logger:  # an earlier signal ends the program (but see StopSignal.early)
         run.throughput = Throughput(FlopCounter.of(run.model), peak_flops(ranks.hardware(world), config.arithmetic))
         ranks.barrier(world)  # all ranks
         run.wrapped = parallel.wrap(run.model, world)

@@ -35,7 +35,7 @@ from curriculum import stage_name
 from trainer import commands
 from trainer.distributed import StopSignal, allowed_cores
 from trainer.files import writing
-from utils import UserError, print_result
+from utils import UserError, log, print_result
 
 
 def make_data(grid: Grid) -> None:
@@ -199,12 +199,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, default=1, help="GPUs of one run, on a machine with GPUs (default: 1)")
     add("--peak", type=float, help="--dry-run: a GPU's peak FLOP/s (default: an H100's for the keys bf16 and tf32)")
     add("--utilisation", type=float, default=0.3, help="--dry-run: share of the peak that is reached (default: 0.3)")
-    add("--anew", action="store_true", help="run again the runs whose checkpoint is gone")
+    add("--anew", action="store_true", help="train also the recorded runs whose checkpoint is not here")
     add("--out", type=Path, default=ROOT / "results", help="folder of the report (default: results/)")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--dry-run", action="store_true", help="print the commands and their cost, run nothing")
+    add("--dry-run", action="store_true", help="print the commands and their cost, run nothing but data scripts")
     add("--report", action="store_true", help="write the report of the finished runs, run nothing but data scripts")
-    add("--slurm", type=Path, metavar="FILE", help="write a SLURM array script of the unfinished runs, run nothing")
+    add("--slurm", type=Path, metavar="FILE", help="write a SLURM array script of the unfinished runs")
     return parser
 
 
@@ -225,6 +225,8 @@ def main(arguments: list[str] | None = None) -> None:
         make_data(grid)
         results = read_results(grid, options.out)
         left = unfinished(jobs, {} if options.anew else by_digest(results))
+        if n_recorded := len(unfinished(jobs, {})) - len(left):
+            log.info(f"{options.out / grid.name}.json has {n_recorded} of these runs: --anew trains them here")
         if problems := dict.fromkeys(text for job in jobs for text in job.problems()):  # before the first run
             raise UserError(f"grid {grid.name}: {'; '.join(problems)}")
         check_folders(jobs)

@@ -1,4 +1,4 @@
-"""Random positions in training, with any method: longer sequences at test time then have no unseen positions.
+"""Random positions in training, with any method but grpo and stopping: longer test sequences have no unseen positions.
 
 A training sequence of T tokens gets, with R = position_range,
 

@@ -342,7 +342,7 @@ def test_a_recorded_result_is_not_run_again(inputs, small, tmp_path, capsys):
         assert sentence in one_error(grid.main, [*small(), "--report"], capsys)
 
 
-def test_a_report_keeps_the_results_of_other_runs(small, tmp_path):
+def test_a_report_keeps_the_results_of_other_runs(small, tmp_path, capsys):
     """With --set, --anew or another key, the rows of other runs in NAME.json were overwritten."""
     small(beginnings={}, runs={"pause": {}, "coconut": {}})
     small.run()
@@ -357,7 +357,9 @@ def test_a_report_keeps_the_results_of_other_runs(small, tmp_path):
     assert small.results["coconut"] == first["coconut"]
     assert "| coconut |" not in small.report  # it has no result with lr=0.5
     (tmp_path / "runs").rename(tmp_path / "gone as well")
+    capsys.readouterr()
     assert small.run() == []
+    assert "small.json has 2 of these runs: --anew trains them here" in capsys.readouterr().err
 
 
 def test_a_folder_with_other_keys_is_no_result(small):

@@ -1,6 +1,6 @@
 """Prints the table of a run, or evaluates all of its checkpoints.
 
-python -m tools.evaluate checkpoints/NAME                              # prints its epochs and its best checkpoint
+python -m tools.evaluate checkpoints/NAME                              # prints its stages and its best checkpoint
 python -m tools.evaluate checkpoints/NAME --all data/gsm_test.json     # evaluates every checkpoint on a file
 """
 

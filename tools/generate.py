@@ -7,7 +7,7 @@
     echo '{"question": "HgdaJO"}' | python -m tools.generate checkpoints/breadth/last-0 --json
 
 Without a question and --file, the command reads questions from standard input and answers each line at once; on a
-terminal it shows a prompt. A line is a question, or a JSON object with a "question".
+terminal it shows a prompt. A line is a question or, in a file or a pipe, a JSON object with a "question".
 """
 
 from __future__ import annotations

@@ -436,8 +436,8 @@ class StopSignal:
     @classmethod
     def early(cls) -> StopSignal:
         """Returns a StopSignal for a program's first lines. slurm/launch.sh starts ranks with SIGUSR1 ignored; there it
-        is entered, so that a signal during imports and loading takes effect at the first step. Elsewhere such an early
-        signal just ends the program, which has nothing to save yet."""
+        is entered, so that a signal during imports and loading takes effect before the first step. Elsewhere such an
+        early signal just ends the program, which has nothing to save yet."""
         stop = cls()
         if signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN:
             stop.__enter__()
