@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -89,7 +88,7 @@ class Subject:
         return Subject(self.model, examples, self.n_thoughts, self.batch)
 
     def _prompt(self, question: list[int], n_thoughts: int | None) -> list[int]:
-        config = replace(config_for(self.model), eval_latents=n_thoughts)
+        config = config_for(self.model, n_thoughts)
         return prompt(question, [], self.model.stage, config, self.markers)
 
     def batches(

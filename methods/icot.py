@@ -27,7 +27,12 @@ class Method(methods.Method):
     icot_tokens_per_epoch: int = key(
         8, "icot: how many more reasoning tokens each epoch removes; at most one per step", low=1
     )
-    icot_remove_all_after: int | None = key(None, "icot: remove everything once this many tokens are removed", low=1)
+    icot_remove_all_after: int | None = key(
+        None,
+        "icot: remove everything once this many tokens are removed; until then each number is a stage of its own, and "
+        "save_only_improve and RUN@best compare epochs within a stage",
+        low=1,
+    )
     icot_smoothing: float | None = key(
         4.0, "icot: o more tokens are removed with probability ~ exp(-this * o)", low=0, check=_check_smoothing
     )

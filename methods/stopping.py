@@ -73,6 +73,8 @@ from dataset import MicroBatch, StageDataset, collate_prompts, latent_columns, t
 from model.layout import Rows, take
 from model.thought import Seen
 from preprocessing.tokens import batched
+from trainer import parallel
+from trainer.checkpoint import differences
 from trainer.evaluate import autocast, before_eos, evaluate
 from trainer.files import read_weights
 from trainer.pretrained import read_description
@@ -131,7 +133,7 @@ class Stopping(Coconut):
 
     def load_companion(self, config, folder: Path | None, _) -> None:
         """Loads the head of a checkpoint; a checkpoint of another method gets a new one. Raises UserError if a head is
-        missing."""
+        missing, or if that checkpoint's sequences or thoughts are others."""
         path = None if folder is None else folder / "stop_head.safetensors"
         if path is not None and path.is_file():
             self.stop_head.load_state_dict(read_weights(path, self.stop_head.state_dict(), "stop head"))
@@ -139,6 +141,8 @@ class Stopping(Coconut):
             raise UserError(
                 f"{folder or config.load_model_path} has no stop_head.safetensors: method stopping trains it"
             )
+        elif folder is not None and (others := _differences(config, folder)):
+            raise UserError(f"method stopping freezes {folder}, which was trained otherwise: {'; '.join(others)}")
         elif config.load_model_path is None:
             log.warning("method stopping trains a head for a Coconut that is not trained: set load_model_path to one")
 
@@ -273,6 +277,12 @@ class Stopping(Coconut):
         return self._decode(hidden, rows, cache, max_new_tokens)
 
 
+def _differences(config, folder: Path) -> list[str]:
+    """Returns the keys that make other thoughts or sequences than a checkpoint's, but for the number of thoughts."""
+    names = ("method", "thought", "latent_markers", "step_separator", "latent_passes")
+    return [text for name, text in differences(config, folder).items() if name in names]
+
+
 MODEL, DATASET = Stopping, ForcedDataset
 
 
@@ -281,6 +291,8 @@ def validate(pretrained, data, stage: int, config, world, title: str = "validati
     mean. Collective: every rank must call it."""
     metrics, predictions = evaluate(pretrained, data, stage, config, world, title)
     model, _, markers = pretrained
+    if parallel.is_sharded(model):  # a rank without questions has not run the model yet, which FSDP needs
+        model.generate(torch.zeros((1, 1), dtype=torch.int64, device=world.device), max_new_tokens=0)  # all ranks
     for part in batched(predictions, config.eval_batch_size):
         prompts = [prompt(*data.val[prediction["index"]][:2], stage, config, markers) for prediction in part]
         batch = to_device(collate_prompts(prompts, markers.eos), world.device)

@@ -412,10 +412,12 @@ def test_values_need_no_cache_that_forks(tmp_path, family):
         assert found[index, number] == pytest.approx(wanted, rel=1e-3, abs=0)
 
 
-@pytest.mark.parametrize(("markers", "method"), [("both", "coconut"), ("none", "coconut"), ("both", "markov")])
+@pytest.mark.parametrize(
+    ("markers", "method"), [("both", "coconut"), ("none", "coconut"), ("both", "markov"), ("both", "latents_by_steps")]
+)
 def test_a_value_is_the_product_of_its_tokens_probabilities(tmp_path, markers, method):
-    """Compared with whole sequences without a cache, for questions of different lengths and with edited thoughts. Bug:
-    the last tokens of a name attended to all thoughts of a markov model."""
+    """Compared with whole sequences without a cache, for questions of different lengths and with edited thoughts. Bugs:
+    the last tokens of a name attended to all thoughts of a markov model; latents_by_steps was refused."""
     subject = random_subject(tmp_path, sentences_of(5), markers, method=method)
     names = [["lempus", "rorpus", "tumpus"][: 2 + index % 2] for index in range(5)]
     content = torch.randn(5, 2, 16)

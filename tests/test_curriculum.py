@@ -135,6 +135,14 @@ def test_icot_removes_a_token_every_eighth_of_an_epoch():
     assert {stage_of_step(Config(method="coconut"), 7, step, 80) for step in range(80)} == {stage_of(Config(), 7)}
 
 
+@pytest.mark.parametrize("name", ["gsm", "prontoqa", "prosqa"])
+def test_most_epochs_of_icot_are_in_one_stage(name):
+    """Bug: in each of 200 epochs a stage of its own, so save_only_improve kept the last checkpoint, which was @best."""
+    config = Config.from_file(ROOT / "args" / f"{name}.yaml", ["row=icot"], needs_files=False)
+    stages = [stage_of(config, epoch) for epoch in range(config.num_epochs)]
+    assert stages.count(NO_REASONING) > 0.8 * len(stages)
+
+
 def test_icot_smoothing_removes_a_few_more_tokens():
     config = Config(method="icot", icot_smoothing=1.0)
     draws = [curriculum.stage_of_example(config, 5, 2, index, 3) - 5 for index in range(4000)]

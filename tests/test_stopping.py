@@ -9,7 +9,20 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import distance, epochs, equal, keys, lines_of, main, read_json, refusal, tiny_base, together, weights
+from conftest import (
+    distance,
+    epochs,
+    equal,
+    keys,
+    last_of_each,
+    lines_of,
+    main,
+    read_json,
+    refusal,
+    tiny_base,
+    together,
+    weights,
+)
 from safetensors.torch import load_file, save_file
 from test_coconut import END, EOS, LATENT, START, assert_generated_as_alone
 from test_export import NEW, QUESTIONS, load_exported, make_checkpoint, tokenizer_arguments
@@ -433,6 +446,16 @@ def test_a_run_trains_the_head_and_nothing_else(place, coconut_run, capsys):
     assert "has no stop_head.safetensors: method stopping trains it" in capsys.readouterr().err
 
 
+def test_a_head_is_for_the_thoughts_and_sequences_of_its_model(place, coconut_run, capsys):
+    """In silence, the frozen model ran with other thoughts and markers than it was trained with."""
+    arguments = (*KEYS, f"load_model_path={coconut_run}", "name=stopping-other")
+    main(place, *arguments, "thought=normalised", "latent_markers=none", code=2)
+    printed = capsys.readouterr().err
+    for difference in ("thought 'last', not 'normalised'", "latent_markers 'both', not 'none'"):
+        assert difference in printed
+    assert len(epochs(main(place, *arguments, "max_latent_stage=3", "num_epochs=1"))) == 1  # the number may differ
+
+
 def test_a_head_for_an_untrained_model_is_a_warning(capsys):
     model = make_stopping("gpt2")
     for source, count in ((None, 1), ("a Coconut", 0)):
@@ -441,7 +464,7 @@ def test_a_head_for_an_untrained_model_is_a_warning(capsys):
 
 
 @pytest.mark.slow
-def test_ranks_train_the_same_head(place, coconut_run):
+def test_ranks_train_the_same_head(place, coconut_run, tmp_path):
     # in the last step one rank has no example
     arguments = (*KEYS, f"load_model_path={coconut_run}", "max_train_examples=36")
     wanted = heads(main(place, *arguments, "name=stopping-alone") / "checkpoint_2")
@@ -449,3 +472,10 @@ def test_ranks_train_the_same_head(place, coconut_run):
         done = together(place / "run.yaml", *arguments, f"name=stopping-{strategy}", f"strategy={strategy}")
         assert "did not find any unused parameters" not in done.stderr
         assert distance(heads(place / "runs" / f"stopping-{strategy}" / "checkpoint_2"), wanted) < 1e-5
+    # bug: after a set with fewer questions than ranks, FSDP's traceback
+    (tmp_path / "one.json").write_text(json.dumps(read_json(place / "valid.json")[:1]))
+    trained, sets = place / "runs" / "stopping-fsdp", f"{{one: {tmp_path / 'one.json'}, all: {place / 'valid.json'}}}"
+    evaluation = (*KEYS, f"load_model_path={trained}", "only_eval=true", f"val_path={sets}", "strategy=fsdp")
+    together(place / "run.yaml", *last_of_each(*evaluation, "name=stopping-sets"))
+    found = read_json(place / "runs" / "stopping-sets" / "eval" / "metrics.json")["sets"]
+    assert found["all"]["accuracy"] == epochs(trained)[-1]["accuracy"]
