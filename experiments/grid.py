@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
         make_data(grid)
         results = read_results(grid, options.out)
         left = unfinished(jobs, {} if options.anew else by_digest(results))
-        if n_recorded := len(unfinished(jobs, {})) - len(left):
+        if (n_recorded := len(unfinished(jobs, {})) - len(left)) and not options.report:
             log.info(f"{options.out / grid.name}.json has {n_recorded} of these runs: --anew trains them here")
         if problems := dict.fromkeys(text for job in jobs for text in job.problems()):  # before the first run
             raise UserError(f"grid {grid.name}: {'; '.join(problems)}")
