@@ -73,7 +73,6 @@ from dataset import MicroBatch, StageDataset, collate_prompts, latent_columns, t
 from model.layout import Rows, take
 from model.thought import Seen
 from preprocessing.tokens import batched
-from trainer import parallel
 from trainer.checkpoint import differences
 from trainer.evaluate import autocast, before_eos, evaluate
 from trainer.files import read_weights
@@ -291,8 +290,6 @@ def validate(pretrained, data, stage: int, config, world, title: str = "validati
     mean. Collective: every rank must call it."""
     metrics, predictions = evaluate(pretrained, data, stage, config, world, title)
     model, _, markers = pretrained
-    if parallel.is_sharded(model):  # a rank without questions has not run the model yet, which FSDP needs
-        model.generate(torch.zeros((1, 1), dtype=torch.int64, device=world.device), max_new_tokens=0)  # all ranks
     for part in batched(predictions, config.eval_batch_size):
         prompts = [prompt(*data.val[prediction["index"]][:2], stage, config, markers) for prediction in part]
         batch = to_device(collate_prompts(prompts, markers.eos), world.device)

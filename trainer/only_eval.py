@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 import curriculum
 from config import Config
 from trainer import checkpoint, evaluate, parallel
@@ -26,6 +28,8 @@ def evaluate_only(config: Config, world: World) -> None:
         for text in warnings:
             log.warning(text)
         parallel.gather_weights(run.model)  # all ranks
+        if parallel.is_sharded(run.model):  # FSDP's first pass must be a whole one, also of a rank without questions
+            run.model.generate(torch.zeros((1, 1), dtype=torch.int64, device=world.device), max_new_tokens=0)
         for name, set_config in sets.items():  # all ranks evaluate their share of each set
             data = run.sets[name]
             where = f"at stage {curriculum.stage_name(stage)} on {set_config.val_path} ({len(data.val)} examples)"
