@@ -136,7 +136,7 @@ class Stopping(Coconut):
         path = None if folder is None else folder / "stop_head.safetensors"
         if path is not None and path.is_file():
             self.stop_head.load_state_dict(read_weights(path, self.stop_head.state_dict(), "stop head"))
-        elif config.only_eval or (folder and (read_description(folder) or {}).get("method") == "stopping"):
+        elif config.only_eval or (folder and read_description(folder).get("method") == "stopping"):
             raise UserError(
                 f"{folder or config.load_model_path} has no stop_head.safetensors: method stopping trains it"
             )

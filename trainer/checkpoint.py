@@ -541,7 +541,7 @@ def damage(folder: Path, weights_only: bool = False) -> str | None:
 
 def differences(config: Config, folder: Path) -> dict[str, str]:
     """Returns the keys in which a configuration differs from a checkpoint's coconut.json: key -> "key 1, not 2"."""
-    description = read_description(folder) or {}
+    description = read_description(folder)
     free = {key.name for key in fields(Config) if key.metadata["free"]}
     others = _differing(config, description, [name for name in DESCRIBED if name not in free])
     if "method" in others:  # variants of a method train differently, on the same sequences
@@ -562,14 +562,14 @@ def check_method(config: Config, source: Path) -> list[str]:
     others = differences(config, source)
     if {"method", "thought"} & others.keys():
         raise UserError(f"{source} was trained with another configuration ({'; '.join(others.values())})")
-    others |= _differing(config, read_description(source) or {}, GENERATION_KEYS)
+    others |= _differing(config, read_description(source), GENERATION_KEYS)
     return [f"{source} was trained with another configuration: {text}" for text in others.values()]
 
 
 def warn_if_seen(source: Path, digests: dict[str, str]) -> list[str]:
     """Returns a warning for each file to evaluate on (path -> SHA-256) that is, under any name, the validation file
     that chose the checkpoint."""
-    chosen_by = (read_description(source) or {}).get("validated_on") or {}
+    chosen_by = read_description(source).get("validated_on") or {}
     return [
         f"{path} is the validation file of {source} ({chosen_by['file']}): it has chosen the checkpoint, so accuracy "
         f"on it is too high"

@@ -56,7 +56,7 @@ def load(source: str | Path, trust_remote_code: bool = False, **hub_options) -> 
     if (folder / "trainer").is_dir() and (problem := damage(folder, weights_only=True)):
         raise UserError(f"{folder} is damaged: {problem}")
     description = read_description(folder)
-    if description is None:
+    if not (folder / "coconut.json").is_file():
         raise UserError(f"{folder} lacks coconut.json, which describes the training: it is no checkpoint of run.py")
     if lacking := [name for name in ("stage", "method") if name not in description]:
         raise UserError(f"{folder / 'coconut.json'} is damaged: it lacks {' and '.join(lacking)}")

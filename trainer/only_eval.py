@@ -18,7 +18,7 @@ def evaluate_only(config: Config, world: World) -> None:
     """Evaluates load_model_path on each file of val_path; writes the results to save_path/name/eval."""
     source = checkpoint.find_weights(config, world)
     warnings = checkpoint.check_method(config, source)
-    stage, more = stage_to_evaluate(config, read_description(source) or {})
+    stage, more = stage_to_evaluate(config, read_description(source))
     run = setup_run(config, world, source, checkpoint.Progress(), stage)
     if not parallel.weights_are_finite(run.model):  # all ranks
         raise UserError.of_all(f"the weights of {source} are not finite")

@@ -140,7 +140,7 @@ def load_model(config: Config, source: Path | None, cached: bool = False) -> Pre
     model = make_model(config, base, markers)
     if folder is not None:
         _load_thought(model.thought, config.thought, folder)
-        if (read_description(folder) or {}).get("lora_rank") and not (folder / lora.FOLDER).is_dir():
+        if read_description(folder).get("lora_rank") and not (folder / lora.FOLDER).is_dir():
             raise UserError(f"{folder} was trained with lora_rank, but lacks {lora.FOLDER}/")
     check_family(model, config.gradient_checkpointing and not config.only_eval)
     if hasattr(model, "load_companion"):
@@ -168,7 +168,7 @@ def _load_thought(thought: Thought, spelling: str, folder: Path) -> None:
     path, own = folder / THOUGHT_FILE, thought.state_dict()
     if path.is_file():
         thought.load_state_dict(read_weights(path, own, f"thought {spelling}"))
-    elif own and (read_description(folder) or {}).get("thought") == spelling:
+    elif own and read_description(folder).get("thought") == spelling:
         raise UserError(f"{folder} was trained with the thought {spelling}, but lacks {THOUGHT_FILE}")
 
 
@@ -196,11 +196,11 @@ def _check_same_shape(config: Config, folder: Path) -> None:
         raise UserError(f"{folder} is a checkpoint of another model: {'; '.join(differ)} as in model_id {model_id!r}")
 
 
-def read_description(folder: Path) -> dict | None:
-    """Reads a checkpoint's coconut.json; None for other Hugging Face folders. Raises UserError if it is damaged."""
+def read_description(folder: Path) -> dict:
+    """Reads a checkpoint's coconut.json; {} for other Hugging Face folders. Raises UserError if it is damaged."""
     path = folder / "coconut.json"
     if not path.is_file():
-        return None
+        return {}
     description = read_object(path)
     problems = Config.problems_of(description)
     stage = description.get("stage", 0)
