@@ -101,8 +101,8 @@ def evaluate(
     begin = time.perf_counter()
     share = _share_of_rank(generate, prompts, config.eval_batch_size, config, world, title)
     seconds = time.perf_counter() - begin
-    outputs = _gathered(share, world)  # all ranks; notices a rank that has failed, so it comes first
-    generating = _of_slowest(seconds)  # all ranks
+    outputs = _gathered(share, world)  # all ranks
+    generating = max(on_every_rank(world, lambda: seconds))  # all ranks
     predictions = _predictions(outputs, tokenizer, data, stage, config)
     means = {"accuracy": "correct", "cot_match": "cot_correct", "generated_tokens": "generated_tokens"}
     if all(number_of(prediction["gold"]) is not None for prediction in predictions):
@@ -118,17 +118,8 @@ def evaluate(
     }
     if config.val_samples:
         metrics |= _add_samples(predictions, prompts, pretrained, config, world, title)  # all ranks
-    return metrics | {"seconds": _of_slowest(time.perf_counter() - start)}, predictions  # all ranks
-
-
-def _of_slowest(seconds: float) -> float:
-    """Returns the largest of the ranks' seconds. Collective: every rank must call it."""
-    import torch
-    import torch.distributed as dist
-
-    largest = torch.tensor(seconds)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)  # all ranks
-    return largest.item()
+    metrics["seconds"] = max(on_every_rank(world, lambda: time.perf_counter() - start))  # all ranks
+    return metrics, predictions
 
 
 def _predictions(outputs: dict[int, tuple[str, int]], tokenizer, data: Data, stage: int, config: Config) -> list[dict]:
