@@ -72,7 +72,7 @@ def measure(
         rows = prompts(model, questions, n_thoughts=k)
         for begin in range(0, len(rows), batch):
             part = slice(begin, begin + batch)
-            outputs = generate_tokens(pretrained, model.config.method, rows[part], max_new_tokens, device)
+            outputs = generate_tokens(pretrained, model.config.method, rows[part], max_new_tokens)
             for index, ids in enumerate(outputs, start=begin):
                 text = model.tokenizer.decode(ids, skip_special_tokens=True)
                 right[index, k] = is_right(text, gold_answer(examples[index]), answer_match)

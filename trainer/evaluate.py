@@ -92,7 +92,7 @@ def evaluate(
     loss = validation_loss(pretrained, data.val, stage, config, world)  # all ranks
 
     def generate(_, prompts: list[list[int]]) -> list[tuple[str, int]]:
-        rows = generate_tokens(pretrained, config.method, prompts, config.n_new_tokens, world.device)
+        rows = generate_tokens(pretrained, config.method, prompts, config.n_new_tokens)
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
         n_latents = [ids.count(markers.latent) if model.thinks else 0 for ids in prompts]
         return [(text, len(row) + n) for text, row, n in zip(texts, rows, n_latents, strict=True)]
@@ -273,7 +273,7 @@ def texts_of(rows: list[list[int]], method: str, pretrained: Pretrained) -> list
 
 
 def generate_tokens(
-    pretrained: Pretrained, method: str, prompts: list[list[int]], max_new_tokens: int, device: torch.device, **sampling
+    pretrained: Pretrained, method: str, prompts: list[list[int]], max_new_tokens: int, **sampling
 ) -> list[list[int]]:
     """Generates up to max_new_tokens tokens, without EOS, after each prompt. One batch holds all prompts; those that
     leave fewer of the model's positions are in further batches, since their generations end earlier."""
@@ -283,7 +283,8 @@ def generate_tokens(
         batches.setdefault(min(max_new_tokens, (model.max_positions or math.inf) - len(ids)), []).append(index)
     found: dict[int, list[int]] = {}
     for n_new, indices in batches.items():
-        batch = to_device(collate_prompts([prompts[index] for index in indices], markers.eos), device)
+        batch = collate_prompts([prompts[index] for index in indices], markers.eos)
+        batch = to_device(batch, model.base_causallm.device)
         rows = model.generate(**batch, max_new_tokens=n_new, **sampling).tolist()
         for index, row in zip(indices, rows, strict=True):
             found[index] = rules_of(method).output(before_eos(markers.eos, row), markers)

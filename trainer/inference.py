@@ -133,13 +133,12 @@ def answers(
     if not questions:
         return []
     rows = _answerable(model, questions, n_thoughts, mode)
-    device, tokenizer = model.base_causallm.device, model.tokenizer
     results = []
-    for new in generate_tokens(_pretrained(model), model.config.method, rows, max_new_tokens, device, **sampling):
-        text = tokenizer.decode(new, skip_special_tokens=True)
+    for new in generate_tokens(_pretrained(model), model.config.method, rows, max_new_tokens, **sampling):
+        text = model.tokenizer.decode(new, skip_special_tokens=True)
         results.append({"output": text, "answer": extract_answer(text)})
     if show_thoughts:
-        batch = to_device(collate_prompts(rows, model.markers.eos), device)
+        batch = to_device(collate_prompts(rows, model.markers.eos), model.base_causallm.device)
         for result, thoughts, run in zip(results, decoded_thoughts(model, batch), model.shortened(rows), strict=True):
             result["thoughts"] = thoughts[: run.count(model.markers.latent)]
     return results
