@@ -542,8 +542,7 @@ def damage(folder: Path, weights_only: bool = False) -> str | None:
 def differences(config: Config, folder: Path) -> dict[str, str]:
     """Returns the keys in which a configuration differs from a checkpoint's coconut.json: key -> "key 1, not 2"."""
     description = read_description(folder)
-    free = {key.name for key in fields(Config) if key.metadata["free"]}
-    others = _differing(config, description, [name for name in DESCRIBED if name not in free])
+    others = _differing(config, description, [name for name in DESCRIBED if name not in GENERATION_KEYS])
     if "method" in others:  # variants of a method train differently, on the same sequences
         theirs = rules_of(description["method"]).variant_of or description["method"]
         if theirs == (config.rules.variant_of or config.method):
