@@ -181,9 +181,7 @@ def prompts(
     return [prompt(row, [], model.stage, config, model.markers) for row in ids]
 
 
-def _answerable(
-    model: Coconut, questions: list[str], n_thoughts: int | None = None, mode: str | None = None
-) -> list[list[int]]:
+def _answerable(model: Coconut, questions: list[str], n_thoughts: int | None, mode: str | None) -> list[list[int]]:
     """Returns `prompts` after checking that each holds a question and leaves a position for the answer. Raises
     UserError."""
     rows, limit = prompts(model, questions, n_thoughts, mode), model.max_positions or math.inf
