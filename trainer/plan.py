@@ -46,17 +46,12 @@ class Cost(NamedTuple):
     disk: int  # bytes of checkpoints
 
 
-class _Model(NamedTuple):
-    model_id: str
-    trust_remote_code: bool
-
-
 @cache
-def _data(path: str, model: _Model, separator: str) -> tuple[int, object, object]:
+def _data(path: str, model_id: str, trusts: bool, separator: str) -> tuple[int, object, object]:
     from trainer.pretrained import load_tokenizer
 
     examples = load_examples(path)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(Config(model_id=model_id, trust_remote_code=trusts))
     return len(examples), tokenizer, tokenize(examples[:SAMPLE], tokenizer, step_separator=separator)
 
 
@@ -75,16 +70,16 @@ def cost_of(config: Config, epochs: Sequence[int] | None = None, test_path: str 
     from trainer.throughput import FlopCounter
 
     epochs = range(config.resume, config.num_epochs) if epochs is None else epochs
-    model = _Model(config.model_id, config.trust_remote_code)
+    tokenized_by = config.model_id, config.trust_remote_code, config.step_separator
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(shape_of(config, None), trust_remote_code=model.trust_remote_code)
-    markers = add_marker_tokens(_data(config.train_path, model, config.step_separator)[1], config.method)
+        base = AutoModelForCausalLM.from_config(shape_of(config, None), trust_remote_code=config.trust_remote_code)
+    markers = add_marker_tokens(_data(config.train_path, *tokenized_by)[1], config.method)
     counter = FlopCounter.of(Coconut(base, markers.latent, markers.start, markers.end, markers.eos, config.thought))
 
     def count(path: str, limit: int | None, config: Config, epoch: int, trains: bool = False) -> tuple[float, float]:
         """Returns (tokens, FLOPs) of training on a file once, at this epoch's stage or, if it `trains`, at the stages
         of its steps."""
-        n_examples, _, tokens = _data(path, model, config.step_separator)
+        n_examples, _, tokens = _data(path, *tokenized_by)
         n_examples = min(n_examples, limit or n_examples)
         n_tried = min(len(tokens), n_examples)
         tried = np.flatnonzero(tokens.written_lengths()[:n_tried] <= (config.max_train_tokens or np.inf))
