@@ -173,7 +173,6 @@ class Source(NamedTuple):
     """A run's inputs without weights."""
 
     shape: object  # transformers' configuration
-    markers: Markers
     batches: Batches
 
 
@@ -191,7 +190,7 @@ def read_source(config: Config) -> Source:
     text.vocab_size = max(text.vocab_size, len(tokenizer))  # rows for the markers
     shape.dtype = torch.bfloat16 if config.bf16_weights else torch.float32
     data = load_data(config, World(0, 0, 1, torch.device("cpu")), tokenizer)
-    return Source(shape, markers, Batches(config, data, markers))
+    return Source(shape, Batches(config, data, markers))
 
 
 def estimate(config: Config, machine: Machine, strategy: str, source: Source) -> Estimate:
@@ -201,7 +200,7 @@ def estimate(config: Config, machine: Machine, strategy: str, source: Source) ->
     shapes = [source.shape] * (1 + config.rules.n_companions)
     is_on_gpu, batches, n_ranks = machine.gpu is not None, source.batches, machine.ranks
     _, size = config.micro_batches(n_ranks)
-    with fake_rank(config, n_ranks, strategy, is_on_gpu, shapes, source.markers) as rank:
+    with fake_rank(config, n_ranks, strategy, is_on_gpu, shapes, batches.markers) as rank:
         check_lengths(config, rank.model.max_positions, batches.data)
 
         @cache
