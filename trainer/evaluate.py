@@ -165,7 +165,8 @@ def draw_samples(
     """Samples config.val_samples texts for each prompt. The random numbers are a function of (seed, index, sample)."""
     from trainer import samples
 
-    keys, policy = [(config.seed, index) for index in indices], samples.Policy.of(config)
+    keys = [(config.seed, index) for index in indices]
+    policy = samples.Policy(config.temperature, config.thought_noise, config.thought_dropout)
     drawn = samples.generate(pretrained.model, prompts, keys, config.val_samples, policy, config.n_new_tokens)
     return list(batched(texts_of(drawn.tokens, config.method, pretrained), config.val_samples))
 

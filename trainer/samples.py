@@ -21,7 +21,7 @@ import torch
 from transformers import Cache
 
 from coconut import Coconut
-from config import Config, split_noise
+from config import split_noise
 from dataset import collate_prompts, to_device
 from model.backbone import Backbone
 from model.kv_cache import can_fork
@@ -38,10 +38,6 @@ class Policy(NamedTuple):
     temperature: float = 0.0
     noise: float | str = 0.0
     dropout: float = 0.0
-
-    @classmethod
-    def of(cls, config: Config) -> Policy:
-        return cls(config.temperature, config.thought_noise, config.thought_dropout)
 
 
 class Samples(NamedTuple):
