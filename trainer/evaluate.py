@@ -24,7 +24,7 @@ from dataset import StageDataset, collate_for_device, collate_prompts, to_device
 from methods import rules_of
 from preprocessing.tokens import Tokens, batched
 from trainer.data import Data
-from trainer.distributed import World, barrier, on_every_rank
+from trainer.distributed import World, all_reduce, barrier, on_every_rank
 from trainer.files import parsing, replaced
 from trainer.logger import latest, read_log
 from trainer.run_folder import best_with_warnings, rating
@@ -295,7 +295,6 @@ def generate_tokens(
 def validation_loss(pretrained: Pretrained, tokens: Tokens, stage: int, config: Config, world: World) -> float:
     """Returns the mean cross-entropy of all supervised tokens of the set. Collective: every rank must call it."""
     import torch
-    import torch.distributed as dist
 
     model, _, markers = pretrained
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of tokens
@@ -308,7 +307,7 @@ def validation_loss(pretrained: Pretrained, tokens: Tokens, stage: int, config: 
         with torch.no_grad(), autocast(config, world):
             total += torch.tensor([model(**batch).loss.item() * count, count], dtype=torch.float64)
     barrier(world)  # all ranks: some may take longer than a collective's timeout
-    dist.all_reduce(total)  # all ranks
+    all_reduce(total)  # all ranks
     return (total[0] / total[1]).item()
 
 
