@@ -252,8 +252,7 @@ def validate(run: Run, epoch: int, stage: int) -> tuple[dict, list[dict]]:
         metrics, predictions = validate_epoch(run.pretrained, run.data, stage, run.config, run.world)  # all ranks
     metrics = {"epoch": epoch, "stage": stage, **trained, **metrics}
     with ranks.agree(run.world):  # all ranks
-        if run.world.is_main:
-            run.logger.log("epoch", step=progress.step, **metrics)
+        run.logger.log("epoch", step=progress.step, **metrics)  # writes on rank 0 only
     parts = ", ".join(f"{key[9:]} {value:.1%}" for key, value in metrics.items() if key.startswith("accuracy_"))
     log.info(
         f"epoch {epoch:3} stage {curriculum.stage_name(stage)}: train loss {metrics['train_loss']:.4f}, "

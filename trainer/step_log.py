@@ -28,7 +28,7 @@ def log_steps(run: Run, epoch: int) -> float:
     first = run.progress.step - len(losses) + 1
     numbered = list(enumerate(zip(losses, run.unlogged, strict=True), start=first))
     with ranks.agree(run.world):  # all ranks
-        for number, ((loss, *auxiliary), step) in numbered if run.world.is_main else ():
+        for number, ((loss, *auxiliary), step) in numbered:  # writes on rank 0 only
             added = {"auxiliary_loss": auxiliary[0]} if auxiliary else {}
             added |= {"grad_norm": norms[number - first]} if norms else {}
             run.logger.log("step", step=number, epoch=epoch, stage=step.stage, loss=loss, **added, lr=step.lr, **speed)
