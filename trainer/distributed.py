@@ -236,7 +236,7 @@ def exit_process(code: int) -> typing.NoReturn:
 
 
 @contextmanager
-def agree(world: World) -> typing.Iterator[None]:
+def agree(world: World) -> Iterator[None]:
     """A context at whose end all ranks wait for each other, without a timeout. If any rank raises UserError in it, all
     ranks raise it, so that none waits for ever. Collective: every rank must enter it."""
     if world.size == 1:  # not necessarily the process group's: a benchmark makes worlds of one on several ranks
@@ -324,7 +324,7 @@ def _exit_after_another(world: World) -> typing.NoReturn:
 
 
 @contextmanager
-def exits_with_others(world: World) -> typing.Iterator[None]:
+def exits_with_others(world: World) -> Iterator[None]:
     """Exits without a traceback when a collective fails because another rank has ended."""
     try:
         yield
@@ -338,7 +338,7 @@ def exits_with_others(world: World) -> typing.Iterator[None]:
 
 
 @contextmanager
-def lock_run_dir(world: World, folder: Path) -> typing.Iterator[None]:
+def lock_run_dir(world: World, folder: Path) -> Iterator[None]:
     """A context that locks a run's folder against other jobs; the lock ends with the context or the process.
     Collective.
 
