@@ -96,7 +96,6 @@ def save_progress(folder: Path, progress: Progress, world_size: int) -> None:
 
 
 def read_progress(folder: Path) -> Progress:
-    """Reads the Progress of a checkpoint."""
     state = read_object(folder / STATE)
     known = {field.name for field in fields(Progress)}
     progress = Progress(**{name: value for name, value in state.items() if name in known})
@@ -191,7 +190,6 @@ def _with_prefix(prefix: str, weights: Weights) -> Weights:
 
 
 def step_checkpoint_name(progress: Progress) -> str:
-    """Returns the name of a step checkpoint."""
     return f"checkpoint_{progress.epoch}_step_{progress.step}"
 
 
@@ -384,7 +382,6 @@ def load_companions(folder: Path, model: Coconut) -> list[str]:
 
 
 def save_random_state(folder: Path, world: World) -> None:
-    """Writes this rank's random state."""
     kind, keys, *rest = np.random.get_state()
     state = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
     if world.device.type != "cpu":

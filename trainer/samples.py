@@ -249,7 +249,6 @@ def generate(
 
 
 def _repeated(rows: Rows, n: int) -> Rows:
-    """Repeats each row n times."""
     found = {name: value for name, value in rows._asdict().items() if isinstance(value, torch.Tensor)}
     return rows._replace(**{name: value.repeat_interleave(n, dim=0) for name, value in found.items()})
 
