@@ -73,8 +73,8 @@ def rating(path: Path) -> tuple[int, float] | None:
 def best(run_dir: Path) -> Path | None:
     """Returns the checkpoint with the best validation accuracy in the latest stage, the latest of equals; None if no
     checkpoint has an accuracy. Earlier stages are easier, because they keep written steps."""
-    rated = [(path, rating(path)) for path in reversed(checkpoints(run_dir)) if is_epoch_checkpoint(path)]
-    return max((pair for pair in rated if pair[1] is not None), key=lambda pair: pair[1], default=(None, None))[0]
+    rated = {path: rating(path) for path in reversed(checkpoints(run_dir)) if is_epoch_checkpoint(path)}
+    return max((path for path in rated if rated[path] is not None), key=rated.get, default=None)
 
 
 def best_with_warnings(run_dir: Path) -> Path | None:
