@@ -114,7 +114,7 @@ def longest_sequence(tokens: Tokens, config: Config, stage: int | None = None) -
     elif config.uniform_prob:
         stages = {*range(config.last_stage + 1)}
     else:
-        stages = {stage_of(config, epoch) for epoch in range(config.resume, max(config.num_epochs, config.resume + 1))}
+        stages = {stage_of(config, epoch) for epoch in range(config.resume, config.num_epochs)}
     variants = [config] if config.only_eval else config.rules.variants(config)
     pairs = [(variant, stage) for variant in variants for stage in stages]
     if config.eval_latents is not None:
