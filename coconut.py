@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from transformers import Cache, PreTrainedModel
 from curriculum import IGNORE
 from model.backbone import Backbone, freeze_unused
 from model.layout import Rows, column_of, joined, lay_out, lay_out_prompts, restored
-from model.thought import Seen, Thought, make_thought
+from model.thought import Seen, make_thought
 
 Edit = Callable[[int, torch.Tensor, Seen], torch.Tensor]  # (index of the latent, thought (B, 1, D), its inputs)
 
@@ -233,7 +233,7 @@ class Coconut(nn.Module):
         columns = rows.columns if self.thought.sequential or edit is not None else []
         bounds = list(pairwise([0, *columns, width]))
         cache = self.backbone.make_cache(width + new_columns, keeps=bool(columns) or new_columns > 0)
-        precomputed = self._precompute() if columns else None
+        precomputed = self.thought.precomputed(self.backbone) if columns else None
         hidden, filled, last_token, stream = [], [], None, None
         is_latent = rows.input_ids == self.latent_token_id if columns else None  # (B, T)
         # one split instead of slices: the backward of each slice would fill a tensor of the whole size
@@ -260,14 +260,6 @@ class Coconut(nn.Module):
             thought = edit(index, thought, seen)
         first = torch.where(is_latent[:, None, None], thought.to(span.dtype), span[:, :1])
         return torch.cat([first, span[:, 1:]], dim=1) if span.shape[1] > 1 else first
-
-    @torch.no_grad()
-    def _precompute(self) -> Any:
-        if type(self.thought).precompute is Thought.precompute:
-            return None
-        return self.thought.precompute(
-            self.backbone.input_embeddings(), self.base_causallm.get_output_embeddings().weight
-        )
 
     def _loss(self, hidden: torch.Tensor, labels: torch.Tensor, supervised: torch.Tensor | None) -> torch.Tensor:
         """Returns the mean cross-entropy of the supervised tokens; the LM head runs only where they are predicted."""

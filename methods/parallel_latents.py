@@ -130,7 +130,7 @@ class ParallelLatents(Coconut):
         if edit is not None:
             raise ValueError("parallel latents cannot be edited one by one")
         is_latent = rows.input_ids[:, begin:end] == self.latent_token_id  # (B, K)
-        precomputed, n_updates = self._precompute(), self.latent_updates(end - begin)
+        precomputed, n_updates = self.thought.precomputed(self.backbone), self.latent_updates(end - begin)
         row_updates: int | torch.Tensor = n_updates
         if self.latent_passes == "stage":  # each row has one update per group of its own latents
             row_updates = is_latent.sum(dim=1, keepdim=True) // self.c_thought  # (B, 1)

@@ -53,6 +53,13 @@ class Thought(nn.Module):
         """
         return None
 
+    @torch.no_grad()
+    def precomputed(self, vocabulary) -> Any:
+        """Returns the result of `precompute` for the current weights of a model.backbone.Vocabulary."""
+        if type(self).precompute is Thought.precompute:  # some models compute all input embeddings anew
+            return None
+        return self.precompute(vocabulary.input_embeddings(), vocabulary.base.get_output_embeddings().weight)
+
 
 REGISTRY: dict[str, type[Thought]] = {}
 

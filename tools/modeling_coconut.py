@@ -36,7 +36,7 @@ from transformers import (
 from transformers.utils import logging
 
 from model.backbone import Recorder, Vocabulary, decoder_of
-from model.thought import REGISTRY, Seen, Thought
+from model.thought import REGISTRY, Seen
 
 logger = logging.get_logger(__name__)
 
@@ -240,7 +240,8 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
         decoder, positions = self.get_decoder(), _positions(attention_mask)
         if self.config.latent_passes is not None:
             return self._embed_in_parallel(embeds, is_latent, columns, attention_mask, positions)
-        accepted, vocabulary, prepared = _accepted(decoder), Vocabulary(self.base_causallm), self._precompute()
+        accepted, vocabulary = _accepted(decoder), Vocabulary(self.base_causallm)
+        prepared = self.thought.precomputed(vocabulary)
         cache = DynamicCache(config=self.config.text_config)
         options = {"cache" if "cache" in accepted else "past_key_values": cache, "use_cache": True}
         begin = 0
@@ -268,7 +269,8 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
     def _embed_in_parallel(self, embeds, is_latent, columns, attention_mask, positions):
         """`embed` for thoughts in parallel: each pass makes all thoughts from the hidden states of the pass before."""
         decoder, end = self.get_decoder(), columns[-1] + 1
-        vocabulary, prepared = Vocabulary(self.base_causallm), self._precompute()
+        vocabulary = Vocabulary(self.base_causallm)
+        prepared = self.thought.precomputed(vocabulary)
         learned, before = embeds[:, columns], [column - 1 for column in columns]  # (B, K, D)
         options = {"position_ids": positions[:, :end]} if "position_ids" in _accepted(decoder) else {}
         for _ in range(self.config.latent_passes):
@@ -279,12 +281,6 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
             thoughts = self.thought(Seen(hidden, learned, None, prepared, vocabulary)).to(embeds.dtype)  # (B, K, D)
             embeds[:, columns] = torch.where(is_latent[:, columns, None], thoughts, learned)
         return embeds
-
-    def _precompute(self):
-        if type(self.thought).precompute is Thought.precompute:
-            return None
-        inputs = Vocabulary(self.base_causallm).input_embeddings()  # (V, D)
-        return self.thought.precompute(inputs, self.get_output_embeddings().weight)
 
     @cached_property
     def _recorder(self):
