@@ -111,21 +111,19 @@ def joined(spans: list[torch.Tensor]) -> torch.Tensor:
 
 def _moved(rows: Rows, order: torch.Tensor) -> Rows:
     """Returns the rows with their first columns in the order (B, t)."""
-    first = order.shape[1]
-
-    def move(values: torch.Tensor) -> torch.Tensor:
-        return torch.cat([take(values[:, :first], order), values[:, first:]], dim=1)
-
-    tensors = map(move, (rows.input_ids, rows.attention_mask, rows.position_ids))
+    tensors = [_reordered(values, order) for values in (rows.input_ids, rows.attention_mask, rows.position_ids)]
     return Rows(*tensors, rows.columns, rows.before, rows.masks, restore=order.argsort(dim=1))
+
+
+def _reordered(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Returns (B, T, ...) values with their first columns in the order (B, t)."""
+    first = order.shape[1]
+    return torch.cat([take(values[:, :first], order), values[:, first:]], dim=1)
 
 
 def restored(values: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Returns (B, T, ...) values in the caller's order of columns."""
-    if rows.restore is None:
-        return values
-    first = rows.restore.shape[1]
-    return torch.cat([take(values[:, :first], rows.restore), values[:, first:]], dim=1)
+    return values if rows.restore is None else _reordered(values, rows.restore)
 
 
 def causal_mask(attention_mask: torch.Tensor, length: int, masked: bool) -> torch.Tensor | None:
