@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of donors and noise (default: 0)")
     add("--steps", type=int, metavar="N", help="use only questions with N steps (default: all)")
     add("--show", type=int, nargs="+", default=range(8), metavar="N", help="graphs to draw (default: 0 to 7)")
-    add("--trust-remote-code", action="store_true", help="run Python code that the model brings: read it first")
+    add("--trust-remote-code", action="store_true", help=commands.TRUST_REMOTE_CODE)
     add("--page", action="store_true", help="only make the page from the numbers in FOLDER")
     return parser
 

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from tools.portable import MODELLING, THOUGHT, write_code
-from trainer.commands import command, make_parser
+from trainer.commands import CHECKPOINT, command, make_parser
 from trainer.files import parsing, replaced
 from trainer.run_folder import check_checkpoint
 from utils import UserError, parse_json, print_result
@@ -209,9 +209,7 @@ def differing_prompts(model: Coconut, exported: PreTrainedModel, folder: Path) -
 @command
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "checkpoint", help="a checkpoint folder, a run's folder (its newest epoch checkpoint), or a hub id"
-    )
+    parser.add_argument("checkpoint", help=CHECKPOINT)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace an exported model")
     parser.add_argument("--license", help="license of the weights in the model card (default: the base model's)")

@@ -45,9 +45,7 @@ NEEDS = {  # option -> the options without which it would have no effect
 
 def make_parser() -> argparse.ArgumentParser:
     parser = commands.make_parser(__doc__)
-    parser.add_argument(
-        "checkpoint", help="a checkpoint folder, a run's folder (its newest epoch checkpoint), or a hub id"
-    )
+    parser.add_argument("checkpoint", help=commands.CHECKPOINT)
     parser.add_argument("question", nargs="?")
     parser.add_argument("--file", type=Path, help="questions: a JSON list as in data/, or one on each line")
     parser.add_argument("--thoughts", type=int, metavar="K", help="latent thoughts (default: as in training)")
@@ -65,9 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="with --file (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each question")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that the model brings: read it first"
-    )
+    parser.add_argument("--trust-remote-code", action="store_true", help=commands.TRUST_REMOTE_CODE)
     return parser
 
 

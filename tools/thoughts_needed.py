@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from preprocessing.examples import load_examples
-from trainer.commands import command, make_parser
+from trainer.commands import CHECKPOINT, TRUST_REMOTE_CODE, command, make_parser
 from trainer.files import write_whole
 from trainer.run_folder import check_checkpoint
 from utils import UserError, as_json, print_result, progress_bar
@@ -128,9 +128,7 @@ def table(found: dict) -> str:
 @command
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "checkpoint", help="a checkpoint folder, a run's folder (its newest epoch checkpoint), or a hub id"
-    )
+    parser.add_argument("checkpoint", help=CHECKPOINT)
     parser.add_argument("file", help="JSON list of {question, answer, steps}")
     parser.add_argument("--out", type=Path, default=Path("thoughts_needed.json"), help="(default: %(default)s)")
     parser.add_argument("--thoughts", type=int, metavar="K", help="at most K thoughts (default: as in training)")
@@ -138,9 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--answer-match", choices=("text", "number"), default="text", help="(default: %(default)s)")
     parser.add_argument("--questions", type=int, metavar="N", help="use the first N questions (default: all)")
     parser.add_argument("--batch", type=int, default=250, metavar="N", help="questions at once (default: %(default)s)")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that the model brings: read it first"
-    )
+    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_REMOTE_CODE)
     options = parser.parse_args(arguments)
     questions = 1 if options.questions is None else options.questions
     if min(options.batch, options.max_new_tokens, questions) < 1 or (options.thoughts or 0) < 0:

@@ -8,6 +8,10 @@ from functools import wraps
 
 from utils import UserError, print_error
 
+# help texts of arguments that several commands have
+CHECKPOINT = "a checkpoint folder, a run's folder (its newest epoch checkpoint), or a hub id"
+TRUST_REMOTE_CODE = "run Python code that the model brings: read it first"
+
 
 def make_parser(description: str, **options) -> argparse.ArgumentParser:
     """Returns a parser whose --help prints the description with its line breaks. options: of ArgumentParser."""
