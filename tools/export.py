@@ -81,7 +81,9 @@ def export(checkpoint: str, out: Path, force: bool = False, license: str | None 
         if model.config.has_latents and not model.config.rules.output([model.markers.end], model.markers):
             tokenizer.add_special_tokens({"additional_special_tokens": [END]})
         tokenizer.save_pretrained(aside)
-        make_card(folder, out.resolve().name, aside, exported, license).save(aside / "README.md")
+        with parsing(f"no model card: a file in {folder.parent}", OSError):
+            card = make_card(folder, out.resolve().name, aside, exported, license)
+        card.save(aside / "README.md")
         if (folder.parent / "config.yaml").is_file():
             shutil.copy(folder.parent / "config.yaml", aside)
     return warnings

@@ -15,7 +15,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from config import GENERATION_KEYS, Config
 from curriculum import stage_name
 from methods import implementation
-from trainer.files import file_digest, parsing
+from trainer.files import file_digest
 from trainer.logger import latest, read_log
 from trainer.run_folder import evaluations_in, read_config
 from utils import read_object
@@ -52,22 +52,15 @@ METHODS = {  # of the paper
 RULES = ("text", "number")  # accuracy_RULE scores the same outputs by another rule; accuracy_MODE scores other outputs
 
 
-def make_card(
-    checkpoint: Path, name: str, folder: Path, exported: PreTrainedModel, license: str | None = None
-) -> ModelCard:
-    """Returns the model card of a checkpoint. Raises UserError for a damaged file.
+def make_card(checkpoint: Path, name: str, folder: Path, exported: PreTrainedModel, license: str | None) -> ModelCard:
+    """Returns the model card of a checkpoint.
 
     Args:
         checkpoint: folder, inside its run's folder or alone.
         name: of the exported folder.
         folder: with the weights of the model `exported`.
-        license: of the weights; default: the one in the base model's card.
+        license: of the weights; None: the one in the base model's card.
     """
-    with parsing(f"no model card: a file in {checkpoint.parent}", OSError):
-        return _card(checkpoint, name, folder, exported, license)
-
-
-def _card(checkpoint: Path, name: str, folder: Path, exported: PreTrainedModel, license: str | None) -> ModelCard:
     description = read_object(checkpoint / "coconut.json")
     method, settings = description["method"], exported.config
     appended, n_latents = "a newline", settings.appended.count(settings.latent_token_id)
