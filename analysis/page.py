@@ -1,7 +1,7 @@
 """Pages of figures and tables: one self-contained HTML file each. The same input gives the same bytes.
 
 section = Section("Accuracy", "Both start at stage 0.", [Figure(svg, "accuracy by epoch", ["epoch", "%"], rows)])
-Path("page.html").write_text(page("A run", "What it came to.", [section]), encoding="utf-8")
+Path("page.html").write_text(page("A run", [section]), encoding="utf-8")
 """
 
 from __future__ import annotations
@@ -53,14 +53,12 @@ class Section:
     examples: list[Example] = field(default_factory=list)
 
 
-def page(title: str, intro: str, sections: list[Section], facts: Sequence[tuple[str, str]] = ()) -> str:
+def page(title: str, sections: list[Section], facts: Sequence[tuple[str, str]] = ()) -> str:
     """Returns a page as HTML. It escapes everything except `Figure.svg` and `Example.body`, which must be well-formed.
 
-    Args:
-        intro: as `Section.text`.
-        facts: (name, value) rows above the sections, such as the checkpoint, the data, the seeds.
+    facts: (name, value) rows above the sections, such as the checkpoint, the data, the seeds.
     """
-    parts = [f"<h1>{escape(title)}</h1>", paragraphs(intro)]
+    parts = [f"<h1>{escape(title)}</h1>"]
     parts += [table_html([], [list(fact) for fact in facts])] if facts else []
     for section in sections:
         parts += [f"<h2>{escape(section.title)}</h2>", paragraphs(section.text), *map(figure_html, section.figures)]

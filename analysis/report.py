@@ -30,7 +30,7 @@ def write_page(folder: Path) -> Path:
         *summary(parts, about),
     ]
     title = "Thoughts: state tracking" if about["kind"] == "machine" else "Thoughts: search in graphs"
-    write_whole(folder / "index.html", page(title, "", sections, facts))
+    write_whole(folder / "index.html", page(title, sections, facts))
     if about["kind"] == "machine":
         with replaced(folder / "transplants.png") as picture:
             figures.picture(transplant_lines(parts["interventions"]), picture)

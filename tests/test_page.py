@@ -34,7 +34,7 @@ def all_kinds() -> dict[str, str]:
 def whole_page() -> str:
     drawn = [Figure(svg, f"the {kind}", ["x", "y"], [["1", "2.5"]]) for kind, svg in all_kinds().items()]
     first = Section("First", "Words.\n\nMore `code`.", drawn, [Example("look", "<pre>closely</pre>")])
-    return page("A page", "The intro.", [first, Section("Second")], [("seed", "0")])
+    return page("A page", [first, Section("Second")], [("seed", "0")])
 
 
 class Reader(HTMLParser):
@@ -70,13 +70,13 @@ class Reader(HTMLParser):
 def test_everything_except_svg_and_body_is_escaped():
     figure = Figure("<svg><g/></svg>", NASTY, [NASTY, "b"], [[NASTY, "1"]])
     section = Section(NASTY, NASTY, [figure], [Example(NASTY, "<em>body</em>")])
-    reader = Reader(page(NASTY, NASTY, [section, section], [(NASTY, NASTY)]))
+    reader = Reader(page(NASTY, [section, section], [(NASTY, NASTY)]))
     assert not reader.open
     assert "script" not in dict(reader.tags)
     assert {"em", "svg"} <= set(dict(reader.tags))
     labels = [attributes["aria-label"] for _, attributes in reader.tags if attributes.get("role") == "img"]
     assert labels == [NASTY, NASTY]
-    assert reader.text.count(NASTY) == 2 + 1 + 2 + 2 * 6  # title and h1, intro, facts; a section
+    assert reader.text.count(NASTY) == 2 + 2 + 2 * 6  # title and h1, facts; a section
 
 
 def test_the_page_is_self_contained_and_deterministic():
@@ -97,13 +97,13 @@ def test_the_page_is_self_contained_and_deterministic():
 
 
 def test_markup_is_paragraphs_and_code():
-    html = page("t", "one\ntwo\n\n \nthree `a < b` **four**\n", [])
+    html = page("t", [Section("s", "one\ntwo\n\n \nthree `a < b` **four**\n")])
     assert "<p>one two</p>\n<p>three <code>a &lt; b</code> **four**</p>" in html
 
 
 def test_the_table_follows_the_figure():
     def of(svg: str, head: list[str], rows: list[list[str]]) -> str:
-        return page("t", "", [Section("s", figures=[Figure(svg, "c", head, rows)])])
+        return page("t", [Section("s", figures=[Figure(svg, "c", head, rows)])])
 
     head, rows = ["name", "n"], [[f"r{n}", str(n)] for n in range(13)]
     short = of("<svg></svg>", head, rows[:12])

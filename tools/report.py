@@ -135,7 +135,7 @@ def report_page(runs: list[Run]) -> str:
         raise UserError("the figures need matplotlib: pip install -r requirements-dev.txt")
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     sections = [training(runs), validation(runs), *evaluations(runs), configurations(runs)]
-    return page(title, "", sections, [(run.name, run_summary(run)) for run in runs])
+    return page(title, sections, [(run.name, run_summary(run)) for run in runs])
 
 
 def run_summary(run: Run) -> str:
