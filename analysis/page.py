@@ -38,23 +38,15 @@ class Figure:
 
 
 @dataclass
-class Example:
-    """A collapsed part of a section."""
-
-    title: str
-    body: str  # HTML, copied into the page unescaped
-
-
-@dataclass
 class Section:
     title: str
     text: str = ""  # paragraphs, separated by blank lines; the only markup is `code`
     figures: list[Figure] = field(default_factory=list)
-    examples: list[Example] = field(default_factory=list)
+    examples: list[tuple[str, str]] = field(default_factory=list)  # collapsed: (title, HTML copied unescaped)
 
 
 def page(title: str, sections: list[Section], facts: Sequence[tuple[str, str]] = ()) -> str:
-    """Returns a page as HTML. It escapes everything except `Figure.svg` and `Example.body`, which must be well-formed.
+    """Returns a page as HTML. It escapes all but `Figure.svg` and the HTML of examples, which must be well-formed.
 
     facts: (name, value) rows above the sections, such as the checkpoint, the data, the seeds.
     """
@@ -62,7 +54,7 @@ def page(title: str, sections: list[Section], facts: Sequence[tuple[str, str]] =
     parts += [table_html([], [list(fact) for fact in facts])] if facts else []
     for section in sections:
         parts += [f"<h2>{escape(section.title)}</h2>", paragraphs(section.text), *map(figure_html, section.figures)]
-        parts += [collapsed(example.title, example.body) for example in section.examples]
+        parts += [collapsed(*example) for example in section.examples]
     body = "\n".join(filter(None, parts))
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'

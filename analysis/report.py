@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from analysis import figures
-from analysis.page import Example, Figure, Section, page
+from analysis.page import Figure, Section, page
 from preprocessing.examples import read_json
 from trainer.files import replaced, write_whole
 
@@ -259,7 +259,7 @@ def search_section(found: Found, about: dict) -> Section:
         ),
     ]
     trees = [
-        Example(f"question {number + 1}: its graph after each thought", trees_of(found, number))
+        (f"question {number + 1}: its graph after each thought", trees_of(found, number))
         for number in range(len(next(iter(found.values()))["trees"]))
     ]
     return Section(

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from analysis import figures, report
-from analysis.page import Example, Figure, Section, page
+from analysis.page import Figure, Section, page
 
 NASTY = "<script>alert('&')</script> \"quoted\" & done"
 
@@ -33,7 +33,7 @@ def all_kinds() -> dict[str, str]:
 
 def whole_page() -> str:
     drawn = [Figure(svg, f"the {kind}", ["x", "y"], [["1", "2.5"]]) for kind, svg in all_kinds().items()]
-    first = Section("First", "Words.\n\nMore `code`.", drawn, [Example("look", "<pre>closely</pre>")])
+    first = Section("First", "Words.\n\nMore `code`.", drawn, [("look", "<pre>closely</pre>")])
     return page("A page", [first, Section("Second")], [("seed", "0")])
 
 
@@ -69,7 +69,7 @@ class Reader(HTMLParser):
 
 def test_everything_except_svg_and_body_is_escaped():
     figure = Figure("<svg><g/></svg>", NASTY, [NASTY, "b"], [[NASTY, "1"]])
-    section = Section(NASTY, NASTY, [figure], [Example(NASTY, "<em>body</em>")])
+    section = Section(NASTY, NASTY, [figure], [(NASTY, "<em>body</em>")])
     reader = Reader(page(NASTY, [section, section], [(NASTY, NASTY)]))
     assert not reader.open
     assert "script" not in dict(reader.tags)
