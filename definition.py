@@ -28,9 +28,9 @@ def filled_embeddings(
 
 def loss(base: PreTrainedModel, rows: list[tuple[list[int], list[int]]], latent_token_id: int | None) -> torch.Tensor:
     """Returns the mean cross-entropy, in nats, of the supervised tokens (label != -100) of (input_ids, labels) rows."""
-    losses = []
+    logits, targets = [], []
     for input_ids, labels in rows:
         embeds = filled_embeddings(base, input_ids, latent_token_id)
-        logits = base(inputs_embeds=embeds, use_cache=False).logits[0, :-1]  # (T - 1, V)
-        losses.append(F.cross_entropy(logits, torch.tensor(labels[1:], device=logits.device), reduction="none"))
-    return torch.cat(losses).sum() / sum(label != -100 for _, labels in rows for label in labels[1:])
+        logits.append(base(inputs_embeds=embeds, use_cache=False).logits[0, :-1])  # (T - 1, V)
+        targets += labels[1:]
+    return F.cross_entropy(torch.cat(logits), torch.tensor(targets, device=base.device))
