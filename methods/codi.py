@@ -100,7 +100,7 @@ class TeacherDataset(StageDataset):
         """Returns `StageDataset.collate` with the further arguments of `Codi.forward`."""
         batch = super().collate([row[:2] for row in rows])
         column = next(iter(batch["latent_columns"]), 0)  # of each row's first latent
-        gaps = [max(column - row[0].index(self.markers.latent), 0) if column else 0 for row in rows]
+        gaps = [column - row[0].index(self.markers.latent) if column else 0 for row in rows]
         batch["columns"] = torch.tensor([row[2] + gap for row, gap in zip(rows, gaps, strict=True)])
         batch["teacher"] = collate_for_device([row[3:5] for row in rows], self.markers.eos, None)
         batch["teacher"]["columns"] = torch.tensor([row[5] for row in rows])
