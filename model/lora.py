@@ -117,17 +117,17 @@ def load(base: PreTrainedModel, folder: Path) -> None:
 def apply_lora(base: PreTrainedModel, rank: int | None, alpha: int, folder: Path | None, dropout: float = 0.0) -> None:
     """Adds the updates that a configuration asks for; loads those of a checkpoint's folder, if it has any."""
     trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
-    has_some = folder is not None and (folder / FOLDER).is_dir()
-    if has_some:
+    if folder is not None and (folder / FOLDER).is_dir():
         path = folder / FOLDER / "adapter_config.json"
         theirs = read_object(path)
         if not all(type(theirs.get(name)) is int for name in ("r", "lora_alpha")):
             raise UserError(f"{path} lacks r and lora_alpha: run.py did not write it")
         add(base, theirs["r"], theirs["lora_alpha"], dropout)
         load(base, folder)
-        if rank != theirs["r"] or alpha != theirs["lora_alpha"]:
-            merge(base)
-            for parameter in trained:
-                parameter.requires_grad_(True)
-    if rank is not None and not (has_some and layers_of(base)):
+        if (rank, alpha) == (theirs["r"], theirs["lora_alpha"]):
+            return
+        merge(base)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    if rank is not None:
         add(base, rank, alpha, dropout)
