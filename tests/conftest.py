@@ -2,7 +2,6 @@
 
 import gc
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -24,7 +23,7 @@ from trainer.logger import read_log
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "preprocessing"))
+sys.path[:0] = [str(ROOT / folder) for folder in ("preprocessing", "experiments", "benchmarks")]
 
 # other tests start two ranks on the same two cores
 torch.set_num_threads(1)
@@ -86,15 +85,6 @@ def last_of_each(*arguments) -> list[str]:
 def keys(text: str) -> tuple[str, ...]:
     """The key=value arguments in a text, which blanks and newlines separate."""
     return tuple(text.split())
-
-
-def load_script(path: Path):
-    """Imports a script under a unique name: generate.py and thoughts.py are in benchmarks/ too."""
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float64, layers: int = 2):

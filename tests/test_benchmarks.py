@@ -3,27 +3,25 @@
 import argparse
 import json
 import re
-import sys
 from types import SimpleNamespace
 
+import common
+import generate
+import launches
 import pytest
+import scaling
+import step
+import thoughts
 import torch
 import yaml
-from conftest import ROOT, load_script
+from conftest import ROOT
 
+import data
 import definition
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import common
-import step
-
 from config import THOUGHTS, Config
 from dataset import collate_for_device
 from methods.parallel_latents import ParallelLatents
 from trainer.parallel import whole_weights
-
-NAMES = ("data", "generate", "launches", "scaling", "thoughts")
-data, generate, launches, scaling, thoughts = (load_script(ROOT / "benchmarks" / f"{name}.py") for name in NAMES)
 
 OPTIONS = {"shape": "gpt2", "size": "tiny", "batch": 2, "c_thought": 1, "bf16": False, "compile": False}
 OPTIONS |= {"latent_passes": 2}

@@ -1,20 +1,17 @@
 """experiments/breadth_thoughts.py, on a model that has hardly been trained."""
 
 import json
-import sys
 
+import breadth_thoughts as script
 import machine
 import pytest
 import tiny_model
 import torch
 import yaml
-from conftest import ROOT, load_script
+from conftest import ROOT
 
 import run
 from config import Config
-
-sys.path.insert(0, str(ROOT / "experiments"))
-script = load_script(ROOT / "experiments" / "breadth_thoughts.py")
 
 
 @pytest.fixture(scope="module")

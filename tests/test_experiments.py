@@ -15,12 +15,17 @@ from pathlib import Path
 
 import arithmetic
 import conftest
+import grid
+import jobs
 import prosqa
 import pytest
+import tables
 import tiny_model
 import torch
 import yaml
-from conftest import ROOT, load_script, one_error, read_json, refuses
+from conftest import ROOT, one_error, read_json, refuses
+from grid_file import read_grid
+from jobs import jobs_of
 from test_results import NAMES as RECORDED
 from test_table1 import ROWS
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -28,14 +33,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import run
 from config import Config
 from trainer.run_folder import notes_of
-
-sys.path.insert(0, str(ROOT / "experiments"))
-import jobs
-from grid_file import read_grid
-from jobs import jobs_of
-
-grid = load_script(ROOT / "experiments" / "grid.py")
-tables = load_script(ROOT / "experiments" / "tables.py")
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import forked
-import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu
 import launches
+import pytest
 
 
 @pytest.fixture

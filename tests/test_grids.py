@@ -2,27 +2,23 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
 
+import flops
+import ladder
 import machine
 import pytest
 import tiny_model
 import yaml
-from conftest import ROOT, load_script
+from conftest import ROOT
+from grid_file import read_grid
+from jobs import Job, jobs_of, read_results
+from recipes import best_recipe, last_learnt_stage, of_recipes
 
 from trainer.pretrained import load_model
 from trainer.throughput import FlopCounter
 from utils import UserError
 
-sys.path.insert(0, str(ROOT / "experiments"))
-from grid_file import read_grid
-from jobs import Job, jobs_of, read_results
-from recipes import best_recipe, last_learnt_stage, of_recipes
-
-tables = load_script(ROOT / "experiments" / "tables.py")
-ladder = load_script(ROOT / "experiments" / "ladder.py")
-flops = load_script(ROOT / "experiments" / "flops.py")
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
 OF_PAPER = [name for name in NAMES if name.startswith("paper_")]
 

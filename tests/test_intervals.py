@@ -1,13 +1,8 @@
 """Intervals, compared with quantiles of the beta and t distributions that mpmath computed."""
 
-import sys
-
+import intervals
 import numpy as np
 import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "experiments"))
-import intervals
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Strategies, compiled and checkpointed blocks, and steps without a device sync."""
 
-import sys
 from pathlib import Path
 
 import forked
 import pytest
+import scaling
 import tiny_model
 import torch
 import torch.distributed as dist
@@ -14,9 +14,6 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import scaling
 
 from coconut import Coconut
 from config import Config

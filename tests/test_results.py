@@ -1,15 +1,13 @@
 """The committed tables follow from the committed numbers."""
 
 import json
-import sys
 
+import breadth_thoughts
 import pytest
-from conftest import ROOT, load_script
-
-sys.path.insert(0, str(ROOT / "experiments"))
+import tables
+from conftest import ROOT
 from grid_file import read_grid
 
-tables = load_script(ROOT / "experiments" / "tables.py")
 NAMES = sorted(
     path.stem for path in (ROOT / "results").glob("*.json") if (ROOT / f"experiments/{path.stem}.yaml").exists()
 )
@@ -30,9 +28,9 @@ def test_a_table_follows_from_its_numbers(name, monkeypatch):
 
 @pytest.mark.parametrize("folder", ["", "breadth_recipes_thoughts", "breadth_markov_thoughts"])
 def test_breadth_thoughts_follows_from_its_numbers(folder):
-    script, written = load_script(ROOT / "experiments" / "breadth_thoughts.py"), ROOT / "results" / folder
+    written = ROOT / "results" / folder
     numbers = json.loads((written / "breadth_thoughts.json").read_text())
-    assert script.as_text(numbers) == (written / "breadth_thoughts.md").read_text()
+    assert breadth_thoughts.as_text(numbers) == (written / "breadth_thoughts.md").read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)
