@@ -599,8 +599,7 @@ def test_what_only_eval_evaluates(write, tmp_path):
     assert evaluated(path, "debug=true") == (best, train, 0, False)  # bug: the checkpoint of a debug run
     assert evaluated(path, f"test_path={{a: {other}}}") == (best, {"a": other}, 0, False)
     assert evaluated(write(""), "load_model_path=x") == ("x", valid, 0, False)  # no test_path
-    with pytest.raises(UserError, match=r"only_eval evaluates .*/run@best on test_path: set test_path"):
-        evaluated(write(""))
+    refuses(r"only_eval evaluates .*/run@best on test_path: set test_path", evaluated, write(""))
     reference = write(REFERENCE.format(folder=tmp_path).replace("only_eval: False", "only_eval: True"))
     config = Config.from_file(reference)
     assert (config.load_model_path, config.val_path, config.resume) == (f"{tmp_path}/weights", valid, 3)

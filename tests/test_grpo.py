@@ -8,7 +8,7 @@ import numpy as np
 import plain
 import pytest
 import torch
-from conftest import ROOT, VOCABULARY, distance, equal, keys, main, steps, tiny_base, together, weights
+from conftest import ROOT, VOCABULARY, distance, equal, keys, main, refuses, steps, tiny_base, together, weights
 from test_coconut import END, EOS, LATENT, START, gradients
 from test_methods import MARKERS, make_dataset
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -20,7 +20,6 @@ from methods.grpo import Grpo, Replay, advantages, checked
 from tools import report
 from trainer.pretrained import make_model, parts_of
 from trainer.samples import Noise, Samples
-from utils import UserError
 
 PROMPT = [5, 9, 7, START, LATENT, LATENT, END]
 
@@ -192,11 +191,9 @@ def test_each_epoch_samples_anew(epoch):
 
 def test_a_reward_must_be_a_number_for_each_answer():
     assert checked("match", [True, False], 2) == [1.0, 0.0]
-    with pytest.raises(UserError, match=r"reward 'own\.py' returned 1 numbers for 2 answers"):
-        checked("own.py", [1.0], 2)
+    refuses(r"reward 'own\.py' returned 1 numbers for 2 answers", checked, "own.py", [1.0], 2)
     for value in (float("nan"), float("inf")):
-        with pytest.raises(UserError, match=r"reward 'own\.py' returned (nan|inf)"):
-            checked("own.py", [0.0, value], 2)
+        refuses(r"reward 'own\.py' returned (nan|inf)", checked, "own.py", [0.0, value], 2)
 
 
 def test_a_reward_of_ones_own(tmp_path):
@@ -205,8 +202,7 @@ def test_a_reward_of_ones_own(tmp_path):
     assert grpo.reward_function("match", "text")("1+2", "3", ["### 3", "### 3.0"]) == [True, False]
     assert grpo.reward_function("match", "number")("1+2", "3", ["### 3.0"]) == [True]
     (tmp_path / "none.py").write_text("score = 1\n")
-    with pytest.raises(UserError, match="has no function reward"):
-        grpo.reward_function(str(tmp_path / "none.py"), "text")
+    refuses("has no function reward", grpo.reward_function, str(tmp_path / "none.py"), "text")
 
 
 @pytest.mark.parametrize(

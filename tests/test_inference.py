@@ -13,7 +13,6 @@ from coconut import Coconut
 from config import Config
 from trainer import checkpoint, inference
 from trainer.pretrained import load_model
-from utils import UserError
 
 KEYS = {"method": "coconut", "thought": "projected", "c_thought": 2, "max_latent_stage": 3, "latent_markers": "none"}
 
@@ -135,8 +134,7 @@ def test_other_sources_raise_an_error(run, tmp_path, monkeypatch, source, senten
     monkeypatch.setattr("trainer.pretrained.hub_problem", lambda: None)
     for name in ("config.json", "modeling_coconut.py"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match=sentence):
-        Coconut.from_pretrained(source.format(tiny=run.parent / "tiny", exported=tmp_path))
+    refuses(sentence, Coconut.from_pretrained, source.format(tiny=run.parent / "tiny", exported=tmp_path))
 
 
 def test_a_model_without_latents_takes_no_number_of_thoughts(run, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import plain
 import pytest
 import torch
-from conftest import keys, main, read_json, refusal, tiny_base, together
+from conftest import keys, main, read_json, refusal, refuses, tiny_base, together
 from family_table import tiny_model
 from test_coconut import END, EOS, LATENT, START, make_model, make_rows
 from test_evaluate import scripted
@@ -32,7 +32,6 @@ from trainer.distributed import World
 from trainer.evaluate import evaluate, summary, wilson
 from trainer.pretrained import make_model as configured
 from trainer.samples import Policy, choose, generate, pass_at_k, sampled_from, vote
-from utils import UserError
 
 # --- Measures ---
 
@@ -372,8 +371,7 @@ def test_noise_needs_thoughts_that_are_fed_back(keys, problem):
     if "compile" not in keys and keys.get("method") != "cot":
         model = make_model("gpt2", thought=keys.get("thought", "last"))
         model.one_by_one = "latent_passes" not in keys
-        with pytest.raises(UserError, match="one after the other"):
-            generate(model, prompts([2]), [(0,)], 2, Policy(0, 0.1), 2)
+        refuses("one after the other", generate, model, prompts([2]), [(0,)], 2, Policy(0, 0.1), 2)
 
 
 @pytest.mark.parametrize(
@@ -388,8 +386,7 @@ def test_noise_needs_thoughts_that_are_fed_back(keys, problem):
     ],
 )
 def test_invalid_values_are_rejected(place, key, problem):
-    with pytest.raises(UserError, match=problem):
-        Config.from_file(place / "run.yaml", [key])
+    refuses(problem, Config.from_file, place / "run.yaml", [key])
     good = Config.from_file(place / "run.yaml", ["thought_noise=absolute:0.6", "temperature=0.7"])
     assert good.thought_noise == "absolute:0.6"
 
@@ -397,8 +394,7 @@ def test_invalid_values_are_rejected(place, key, problem):
 def test_a_family_without_a_cache_is_rejected():
     model = make_model("gpt2")
     model.backbone.recomputes = True
-    with pytest.raises(UserError, match="model family gpt2 decodes without one"):
-        generate(model, prompts([2]), [(0,)], 2, Policy(), 2)
+    refuses("model family gpt2 decodes without one", generate, model, prompts([2]), [(0,)], 2, Policy(), 2)
 
 
 def test_the_command_prints_answers_with_their_counts(folders, capsys):

@@ -19,6 +19,7 @@ from conftest import (
     main,
     read_json,
     refusal,
+    refuses,
     tiny_base,
     together,
     weights,
@@ -378,12 +379,10 @@ def test_a_threshold_outside_0_to_1_is_rejected(place, value):
 def test_a_checkpoint_without_its_head_is_rejected(checkpoint, tmp_path, capsys):
     copy = shutil.copytree(checkpoint.parent.parent, tmp_path / "copy") / "run" / "checkpoint_4"
     (copy / "stop_head.safetensors").unlink()
-    with pytest.raises(UserError, match=r"has no stop_head\.safetensors: method stopping trains it"):
-        Coconut.from_pretrained(copy)
+    refuses(r"has no stop_head\.safetensors: method stopping trains it", Coconut.from_pretrained, copy)
     assert "has no stop_head.safetensors" in refusal(export.main, [copy, tmp_path / "out"], capsys)
     save_file({"weight": torch.zeros(1, 8), "bias": torch.zeros(1)}, copy / "stop_head.safetensors")
-    with pytest.raises(UserError, match="does not fit the stop head: weights of another shape: weight"):
-        Coconut.from_pretrained(copy)
+    refuses("does not fit the stop head: weights of another shape: weight", Coconut.from_pretrained, copy)
     questions = tmp_path / "questions.json"
     questions.write_text(json.dumps([{"question": "3+4", "answer": "7", "steps": []}]))
     assert "no checkpoint" in refusal(thoughts_needed.main, ["none", questions], capsys)
