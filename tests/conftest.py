@@ -124,7 +124,8 @@ def family(request) -> str:
 
 @pytest.fixture
 def no_collection():
-    """For tests that fill the stack: a collection there would fail in finalizers of what other tests left."""
+    """For tests that fill the stack: a collection there would fail in finalizers of what other tests left. Also for
+    tests of what is freed without it: it frees cycles too late, because it does not know a tensor's size."""
     gc.disable()
     yield
     gc.enable()

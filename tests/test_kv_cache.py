@@ -1,6 +1,5 @@
 """The growing cache equals concatenation: values and gradients."""
 
-import gc
 import weakref
 
 import pytest
@@ -159,6 +158,7 @@ def test_attention_in_factors_under_autocast(family, monkeypatch):
     assert (ours - exact).norm() < 1.2 * (theirs - exact).norm()
 
 
+@pytest.mark.usefixtures("no_collection")
 def test_the_memory_is_freed_with_the_graph(monkeypatch):
     """A reference cycle through autograd's graph kept the states of every step."""
     made = []
@@ -168,18 +168,14 @@ def test_the_memory_is_freed_with_the_graph(monkeypatch):
     )
     model = Coconut(tiny_base("gpt2"), 2, 1, 3, 0)
     input_ids = torch.tensor([[5, 6, 1, 2, 2, 3, 7, 0]])
-    gc.disable()  # the collector frees cycles too late: it does not know a tensor's size
-    try:
-        for backward in (True, False):
-            loss = model(input_ids, labels=input_ids).loss
-            if backward:
-                loss.backward()
-            del loss
-            assert len(made) == 2
-            assert [memory() for memory in made] == [None] * 2
-            made.clear()
-    finally:
-        gc.enable()
+    for backward in (True, False):
+        loss = model(input_ids, labels=input_ids).loss
+        if backward:
+            loss.backward()
+        del loss
+        assert len(made) == 2
+        assert [memory() for memory in made] == [None] * 2
+        made.clear()
 
 
 def test_each_kind_of_layer_gets_its_cache():
