@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import keys, main, read_json, refusal, refuses, tiny_base, together
 from family_table import tiny_model
-from test_coconut import END, EOS, LATENT, START, make_model, make_rows
+from test_coconut import END, EOS, LATENT, START, make_model, prompts
 from test_evaluate import scripted
 from test_generate import folders as folders  # a fixture
 from test_methods import MARKERS
@@ -137,10 +137,6 @@ def plainly(model, prompt: list[int], key: tuple, policy: Policy, n_new: int) ->
         else:
             new.append(int(logits.argmax()))
     return new
-
-
-def prompts(n_latents: list[int]) -> list[list[int]]:
-    return [ids[: next(i for i, label in enumerate(labels) if label >= 0)] for ids, labels in make_rows(n_latents)]
 
 
 POLICIES = [Policy(1.5), Policy(0, 2.0), Policy(0, "absolute:1.5"), Policy(1.0, 0.5), Policy()]

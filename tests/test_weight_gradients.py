@@ -7,10 +7,10 @@ import torch
 from conftest import tiny_base
 from test_coconut import EOS, LATENT, gradients, largest_difference, make_model, make_rows
 from test_families import tiny_model
+from test_parallel import batch_of
 
 from coconut import Coconut
 from config import Config
-from dataset import collate_for_device
 from model import lora, weight_gradients
 from trainer.parallel import wrap_blocks
 
@@ -18,10 +18,6 @@ from trainer.parallel import wrap_blocks
 def deferred(model: Coconut, compiled: bool = False) -> Coconut:
     wrap_blocks(model, Config(compile=compiled))
     return model
-
-
-def batch_of(n_latents: list[int], seed: int = 0) -> dict:
-    return collate_for_device(make_rows(n_latents, seed), pad_token_id=EOS, latent_token_id=LATENT)
 
 
 @pytest.fixture
@@ -107,7 +103,6 @@ def make_model_of(name: str) -> Coconut:
 
 def test_lora(family, products):
     """The weights are frozen, their low-rank updates are not."""
-    pytest.importorskip("peft")
     models = []
     for _ in range(2):
         model = make_model(family)
