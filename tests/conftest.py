@@ -68,6 +68,19 @@ def refuses(sentence: str, function, *arguments, **keys) -> None:
         function(*arguments, **keys)
 
 
+def check_closed_and_full_output(main, arguments: list[str], capfd, monkeypatch) -> str:
+    """Asserts that a command ignores a closed pipe and that a full disk is one sentence. Returns its standard error."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    for target, code in ((writing, 0), ("/dev/full", 2)):
+        with open(target, "w") as output:
+            monkeypatch.setattr(sys, "stdout", output)
+            assert main(arguments) == code
+    error = capfd.readouterr().err
+    assert error.splitlines()[-1] == "error: standard output cannot be written: No space left on device"
+    return error
+
+
 def raising(error: BaseException):
     """Returns a function that raises an error, whatever its arguments."""
 

@@ -3,9 +3,7 @@
 import hashlib
 import http.client
 import json
-import os
 import re
-import sys
 import urllib.error
 from collections import Counter
 from itertools import pairwise
@@ -24,7 +22,7 @@ import prosqa
 import pytest
 import shortcuts
 import tiny_model
-from conftest import DATA, SMALL, needs_data, refusal
+from conftest import DATA, SMALL, check_closed_and_full_output, needs_data, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -69,14 +67,8 @@ def test_a_closed_pipe_is_no_error_and_a_full_disk_one_sentence(script, argument
     (tmp_path / "in.txt").write_text("q||<<1+1=2>> #### 2\n")
     example = {"question": "q", "steps": [], "answer": "a", "idx_to_symbol": "abc", "edges": [[0, 1]]}
     (tmp_path / "data.json").write_text(json.dumps([example | {"root": 0, "target": 1, "neg_target": 2}]))
-    reading, writing = os.pipe()
-    os.close(reading)
-    for target, code in ((writing, 0), ("/dev/full", 2)):
-        with open(target, "w") as output:
-            monkeypatch.setattr(sys, "stdout", output)
-            assert script.main([argument.format(place=tmp_path) for argument in arguments]) == code
-    error = capfd.readouterr().err.splitlines()[-1]
-    assert error == "error: standard output cannot be written: No space left on device"
+    arguments = [argument.format(place=tmp_path) for argument in arguments]
+    check_closed_and_full_output(script.main, arguments, capfd, monkeypatch)
 
 
 # --- Arithmetic ---
