@@ -6,7 +6,7 @@ import re
 import prosqa
 import pytest
 import shortcuts
-from conftest import DATA, needs_data, refusal
+from conftest import DATA, needs_data, one_error, refusal
 from files import load_examples
 
 LOOKS_TWO_BACK = "no other source within two back"
@@ -105,7 +105,6 @@ def test_a_record_without_a_valid_graph_is_named(tmp_path, change, complaint, ca
     good = example_of([(0, 2), (1, 3), (3, 4)], target=2, wrong=4)
     bad = {key: value for key, value in (good | change).items() if value is not None}
     (tmp_path / "in.json").write_text(json.dumps([good, bad]))
-    error = refusal(shortcuts.main, [tmp_path / "in.json"], capsys)
+    error = one_error(shortcuts.main, [tmp_path / "in.json"], capsys)
     assert re.search(f"^error: .*in.json: {complaint}", error)
-    assert error.count("\n") == 1
     refusal(shortcuts.main, [tmp_path / "absent.json"], capsys)
