@@ -6,7 +6,7 @@ import re
 
 import machine
 import pytest
-from conftest import one_error, refusal, refuses
+from conftest import one_error, refuses
 from files import UserError, load_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -235,11 +235,6 @@ def test_frontiers_grow_and_words_of_every_length_are_held_out():
     assert max(widths[4]) <= 15
     for name in ("valid", "test"):  # one word in twenty of 64, 512 and 4,096
         assert {share.length: len(share.held[name]) for share in shares} == {2: 3, 3: 25, 4: 204}
-
-
-def test_steps_to_the_answer_need_candidates(tmp_path, capsys):
-    error = refusal(machine.main, ["--out", tmp_path, "--steps", "answer"], capsys)
-    assert "--steps answer needs --fan-out 2 or more, or --candidates" in error
 
 
 def test_a_machine_without_candidates_is_unchanged():

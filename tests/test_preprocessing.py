@@ -379,6 +379,7 @@ def test_impossible_mirrors_are_one_error(tmp_path, arguments, complaint, capsys
         (prosqa, "--test-hops 3 2", "--test-hops takes the fewest and then the most"),
         (arithmetic, "--max-steps 101", "<= max-steps <= 100"),  # was an OverflowError, or took minutes
         (machine, "--max-steps 101", "<= max-steps <= 100"),
+        (machine, "--steps answer", "--steps answer needs --fan-out 2 or more, or --candidates"),
         (
             machine,
             "--prefix ../x",
