@@ -376,7 +376,7 @@ def test_all_mistakes_are_reported_together(write, tmp_path):
     assert problem(tmp_path / "gone.yaml") == f"cannot read {tmp_path}/gone.yaml: No such file or directory"
 
 
-@pytest.mark.parametrize("key", ["train_path", "val_path", "load_model_path", "save_path", "model_id"])
+@pytest.mark.parametrize("key", PATHS)
 def test_a_folder_without_permission_is_reported(write, monkeypatch, key):
     """A PermissionError, which root never gets, was a traceback."""
 

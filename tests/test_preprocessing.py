@@ -1,6 +1,5 @@
 """The scripts of preprocessing/: their data, their errors, and the authors' files as a reference."""
 
-import hashlib
 import http.client
 import json
 import re
@@ -25,6 +24,7 @@ import tiny_model
 from conftest import DATA, SMALL, check_closed_and_full_output, needs_data, one_error, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_downloads import blob_id
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preprocessing.examples import load_examples
@@ -561,8 +561,7 @@ def originals(tmp_path, monkeypatch):
         content = text.encode()
         path = tmp_path / "served" / f"{name}.txt"
         path.write_bytes(content)
-        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        monkeypatch.setitem(ood.SOURCES, name, ood.SOURCES[name]._replace(url=path.as_uri(), blob=blob))
+        monkeypatch.setitem(ood.SOURCES, name, ood.SOURCES[name]._replace(url=path.as_uri(), blob=blob_id(content)))
     return tmp_path / "served"
 
 

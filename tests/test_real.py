@@ -8,7 +8,7 @@ from pathlib import Path
 import gsm_icot
 import pytest
 import torch
-from conftest import ROOT, epochs, last_of_each, lines_of, read_json
+from conftest import DATA, ROOT, epochs, last_of_each, lines_of, read_json
 from test_export import written_elsewhere
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,7 +20,7 @@ from tools import export
 from trainer import inference
 
 # a file in iCoT's format, such as its valid.txt
-ROWS = Path(os.environ.get("COCONUT_GSM_ROWS", ROOT.parent / "shared" / "data" / "gsm_valid.txt"))
+ROWS = Path(os.environ.get("COCONUT_GSM_ROWS", DATA / "gsm_valid.txt"))
 pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(not ROWS.exists(), reason=f"no GSM8K rows in {ROWS}: set COCONUT_GSM_ROWS"),

@@ -23,7 +23,7 @@ from config import Config
 from tools import evaluate as evaluate_tool
 from trainer import run_folder as load_path
 
-PROSQA = ROOT.parent / "shared" / "data" / "prosqa_valid.json"
+PROSQA = conftest.DATA / "prosqa_valid.json"
 
 
 @pytest.fixture(scope="session")
@@ -575,7 +575,7 @@ def test_bad_input_is_reported_in_one_sentence_and_changes_nothing(place, traine
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PROSQA.exists(), reason="the authors' ProsQA validation file is not here")
+@conftest.needs_data
 def test_the_authors_prosqa_rows(tmp_path):
     tiny_model.write_model([PROSQA], tmp_path / "model", "word", "gpt2", 64, 2, 4, 1024)
     keys = [f"model_id={tmp_path / 'model'}", f"train_path={PROSQA}", f"val_path={PROSQA}", f"save_path={tmp_path}"]
