@@ -188,6 +188,12 @@ def start(*arguments, **options) -> subprocess.CompletedProcess:
     return python(ROOT / "run.py", *last_of_each(*arguments), **options)
 
 
+def complaint_of(done: subprocess.CompletedProcess) -> str:
+    """Returns the error of a program, which must print exactly one."""
+    (found,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return found
+
+
 def together(*arguments) -> subprocess.CompletedProcess:
     """Runs run.py on two ranks, without torchrun."""
     done = forked.run(2, ROOT / "run.py", *last_of_each(*arguments))

@@ -10,7 +10,7 @@ import forked
 import pytest
 import tiny_model
 import yaml
-from conftest import ROOT, command, last_of_each, python, refuses
+from conftest import ROOT, command, complaint_of, last_of_each, python, refuses
 from test_faults import processes_of
 
 from trainer import distributed as ranks
@@ -206,7 +206,7 @@ def test_ranks_that_read_different_files_are_an_error_that_names_them(place, tmp
     with contextlib.chdir(tmp_path / "one"):
         done = forked.run(2, script, tmp_path / "run.yaml", tmp_path / "two", *overrides)
     assert done.returncode == 2, done.stderr[-3000:]
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    line = complaint_of(done)
     assert line.startswith("error: the ranks must all read the same files: ")
     assert all(text in line for text in DIFFERING[differing]), line
 

@@ -410,12 +410,6 @@ def test_a_run_with_only_damaged_checkpoints_does_not_train_from_scratch(place, 
     assert digest(run) == before
 
 
-def complaint_of(done: subprocess.CompletedProcess) -> str:
-    """Returns the error of a job, which must print exactly one."""
-    (found,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint(place, two_epochs, ranks):
@@ -426,7 +420,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_earlier_checkpoint(place, two_e
     limit = (resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes of a file
     done = start(*arguments, ranks=ranks, code=None, preexec_fn=lambda: resource.setrlimit(*limit))
     sentence = r"checkpoint_2_step_\d cannot be written: .*earlier checkpoints are untouched"
-    assert re.search(sentence, complaint_of(done))
+    assert re.search(sentence, conftest.complaint_of(done))
     assert "OSError" not in done.stderr
     assert digest(run / "checkpoint_2") == before
     assert not list(run.glob(".writing-*"))
@@ -470,7 +464,7 @@ def test_a_full_disk_is_an_error_without_traceback(place, trained_once, here, fi
     target.symlink_to("/dev/full")
     overrides = (*BRIEF, f"name={name}", *FULL_DISKS[file], f"load_model_path={trained_once}")
     done = here(place / "run.yaml", *overrides, code=2)
-    assert f"{target.name} cannot be written: No space left on device" in complaint_of(done)
+    assert f"{target.name} cannot be written: No space left on device" in conftest.complaint_of(done)
     assert ("accuracy" in done.stdout) == ("only_eval=true" in overrides)  # the table is printed nevertheless
 
 
@@ -708,7 +702,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(place, here, rank
     assert 5 in record["examples"]
     assert len(record["examples"]) == 8  # all examples of its step
     sentence = f"the loss of step {record['step']}, in epoch 0, is nan.*the last good checkpoint is none"
-    assert re.search(sentence, complaint_of(done))
+    assert re.search(sentence, conftest.complaint_of(done))
     shutil.rmtree(run)
     assert "skipped, its examples are in" in (together if ranks else here)(*arguments, "skip_nonfinite=true").stderr
     record = epochs(run)[-1]

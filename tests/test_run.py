@@ -568,7 +568,7 @@ def test_bad_input_is_reported_in_one_sentence_and_changes_nothing(place, traine
     arguments, sentence = BAD[case]
     arguments = (place / "run.yaml", *(argument.format(place=place) for argument in arguments))
     done = start(*arguments, ranks=ranks, code=None) if ranks else here(*arguments, code=2)
-    (complaint,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    complaint = conftest.complaint_of(done)
     assert re.search(sentence, complaint), complaint
     assert ("Traceback" in done.stderr) == bool(ranks)  # torchrun's own, where it started the ranks
     assert digest(run) == before
