@@ -29,6 +29,18 @@ def task(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def subject(task) -> script.Subject:
+    return script.Subject.load(str(task / "last-0"), script.read_data(task)[0])
+
+
+@pytest.fixture
+def replacements(task, subject) -> dict[str, script.Replacement]:
+    _, machine_of = script.read_data(task)
+    words = map(script.word_of, subject.examples)
+    return script.replacements(subject, [script.frontiers_of(machine_of["permutations"], *word) for word in words])
+
+
 def test_auc():
     values, inside = torch.tensor([0.4, 0.1, 0.3, 0.1]), torch.tensor([True, True, False, False])
     assert script.auc(values[inside], values[~inside]) == (1 + 1 + 0 + 0.5) / 4
@@ -61,29 +73,20 @@ def test_the_report_has_all_measurements(task, tmp_path, capsys):
     assert text in capsys.readouterr().out
 
 
-def test_the_likeliest_token_is_what_the_thought_token_feeds_back(task):
+def test_the_likeliest_token_is_what_the_thought_token_feeds_back(subject, replacements):
     """Replacing each thought before the next one is made gives the model with `thought: token`."""
-    examples = json.loads((task / "path_test.json").read_text())
-    subject = script.Subject.load(str(task / "last-0"), examples)
-    machine_of = json.loads((task / "path_machine.json").read_text())
-    frontiers = [script.frontiers_of(machine_of["permutations"], *script.word_of(one)) for one in examples]
-    rounded = script.replacements(subject, frontiers)["likeliest token"]
-    outputs = subject.outputs(change=rounded)
+    outputs = subject.outputs(change=replacements["likeliest token"])
     from methods.thoughts import Token
 
     subject.model.thought = Token(subject.model.base_causallm)
     assert subject.outputs() == outputs
 
 
-def test_replacements_have_the_norms_that_their_names_say(task):
-    examples = json.loads((task / "path_test.json").read_text())
-    subject = script.Subject.load(str(task / "last-0"), examples)
-    machine_of = json.loads((task / "path_machine.json").read_text())
-    frontiers = [script.frontiers_of(machine_of["permutations"], *script.word_of(one)) for one in examples]
-    edits, checked = script.replacements(subject, frontiers), []
+def test_replacements_have_the_norms_that_their_names_say(subject, replacements):
+    checked = []
 
     def check(number, thought, seen):
-        made = {name: edit.make(slice(0, len(thought)), number, thought, seen) for name, edit in edits.items()}
+        made = {name: edit.make(slice(0, len(thought)), number, thought, seen) for name, edit in replacements.items()}
         token = made["likeliest token"]
         for name, content in made.items():
             if name.endswith("as long as the thought"):
@@ -102,15 +105,13 @@ def test_replacements_have_the_norms_that_their_names_say(task):
     assert checked == [0, 1, 2]
 
 
-def test_a_donor_is_another_question_of_the_same_length(task):
+def test_a_donor_is_another_question_of_the_same_length(subject):
     lengths = [2, 3, 3, 2, 3, 4]
     donors = script.donors_of(lengths)
     assert sorted(donors) == [0, 1, 2, 3, 4, 5]
     assert [lengths[donor] for donor in donors] == lengths
     assert [index for index, donor in enumerate(donors) if index == donor] == [5]  # the only one with four buttons
-    examples = json.loads((task / "path_test.json").read_text())
-    subject = script.Subject.load(str(task / "last-0"), examples)
-    frontiers = [[""] * len(one["steps"]) for one in examples]
+    frontiers = [[""] * len(one["steps"]) for one in subject.examples]
     edit, seen = script.replacements(subject, frontiers)["the thoughts of another question"].of(slice(3, 5)), []
     _, inputs = next(subject.batches(size=5))
     inputs = {name: value[3:5] for name, value in inputs.items()}
