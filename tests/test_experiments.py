@@ -89,13 +89,19 @@ class SmallGrid:
 
     def __init__(self, inputs: Path, folder: Path, started: list[list[str]]):
         self.content = yaml.safe_load((inputs / "small.yaml").read_text()) | {"save_path": str(folder / "runs")}
-        self.folder, self.started = folder, started
+        self.inputs, self.folder, self.started = inputs, folder, started
 
     def __call__(self, **changed) -> list[str]:
         """Sets keys of the grid; returns grid.py's arguments."""
         self.content |= changed
         (self.folder / "small.yaml").write_text(yaml.safe_dump(self.content, sort_keys=False))
         return [str(self.folder / "small.yaml"), "--jobs", "1", "--out", str(self.folder)]
+
+    def with_base(self, **changed) -> list[str]:
+        """Sets keys of the base file, in a copy of it; returns grid.py's arguments."""
+        base = yaml.safe_load((self.inputs / "base.yaml").read_text()) | changed
+        (self.folder / "base.yaml").write_text(yaml.safe_dump(base))
+        return self(base=str(self.folder / "base.yaml"))
 
     def run(self, *options: str) -> list[str]:
         """Starts the grid; returns the names of the runs that it starts."""
@@ -413,14 +419,12 @@ def test_a_run_on_other_data_or_weights_is_another_run(inputs, small, tmp_path, 
     """After the data at a path had changed, the old weights counted as trained on the new data."""
     shutil.copytree(inputs / "model", tmp_path / "model")
     (tmp_path / "train.json").write_text((inputs / "train.json").read_text())
-    base = yaml.safe_load((inputs / "base.yaml").read_text())
-    base |= {"train_path": str(tmp_path / "train.json"), "model_id": str(tmp_path / "model")}
+    keys = {"train_path": str(tmp_path / "train.json"), "model_id": str(tmp_path / "model")}
     if what == "weights":
         shape = AutoConfig.from_pretrained(inputs / "model")
         AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path / "model")
-        base["from_scratch"] = False
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    arguments = [*small(base=str(tmp_path / "base.yaml")), "--only", "pause"]
+        keys["from_scratch"] = False
+    arguments = [*small.with_base(**keys), "--only", "pause"]
     small.run("--only", "pause")
     if what == "weights":
         torch.manual_seed(1)
@@ -456,10 +460,8 @@ def test_a_run_with_another_reward_is_another_run(inputs, small, tmp_path):
 
 def test_the_number_of_generated_tokens_depends_on_the_evaluated_file(inputs, small, tmp_path):
     """Bug: after a validation on gsm, the test on another file counted as one with other keys, again and again."""
-    base = yaml.safe_load((inputs / "base.yaml").read_text()) | {"max_new_tokens": None}
-    base["val_path"] = shutil.copy(inputs / "valid.json", tmp_path / "gsm_valid.json")
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base | {"val_path": str(base["val_path"])}))
-    small(base=str(tmp_path / "base.yaml"), beginnings={}, runs={"pause": {}})
+    small.with_base(max_new_tokens=None, val_path=str(shutil.copy(inputs / "valid.json", tmp_path / "gsm_valid.json")))
+    small(beginnings={}, runs={"pause": {}})
     assert small.run() == ["pause-3", "pause-3 test"]
     assert small.run() == []
     assert len(small.results["pause"]) == 1
@@ -518,9 +520,7 @@ def test_results_are_never_half_written(small, tmp_path, monkeypatch, capsys):
 
 def test_set_applies_to_every_run(inputs, small, tmp_path):
     """With --set save_path the grid looked for its runs in the old folder; --set could not replace a missing path."""
-    base = yaml.safe_load((inputs / "base.yaml").read_text()) | {"val_path": "YOUR_PATH_TO_VALID"}
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    assert grid.main([*small(base=str(tmp_path / "base.yaml")), "--only", "pause"]) == 2
+    assert grid.main([*small.with_base(val_path="YOUR_PATH_TO_VALID"), "--only", "pause"]) == 2
     small.run("--only", "pause", "--set", f"save_path={tmp_path / 'there'}", f"val_path={inputs / 'valid.json'}")
     assert (tmp_path / "there/pause-3/eval/metrics.json").is_file()
     assert "| pause |" in small.report
