@@ -119,14 +119,16 @@ def tiny_base(family: str, tied: bool = True, seed: int = 0, dtype: torch.dtype 
         for parameter in base.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(5.0)
+    return with_exact_norms(base) if dtype == torch.float64 else base
+
+
+def with_exact_norms(base: torch.nn.Module) -> torch.nn.Module:
+    """Replaces transformers' RMSNorm, which computes in float32 whatever the dtype, by a new one in float64."""
     for name, module in list(base.named_modules()):
-        if dtype == torch.float64 and type(module).__name__.endswith("RMSNorm"):
-            # transformers' RMSNorm computes in float32 whatever the dtype
-            parent, _, attribute = name.rpartition(".")
-            norm = torch.nn.RMSNorm(
-                module.weight.shape, eps=getattr(module, "variance_epsilon", None) or module.eps, dtype=dtype
-            )
-            setattr(base.get_submodule(parent), attribute, norm)
+        if type(module).__name__.endswith("RMSNorm"):
+            eps = getattr(module, "variance_epsilon", None) or module.eps
+            norm = torch.nn.RMSNorm(module.weight.shape, eps=eps, dtype=torch.float64)
+            base.set_submodule(name, norm)
     return base
 
 

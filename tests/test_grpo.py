@@ -4,6 +4,7 @@ weights for any micro-batches, ranks and restarts."""
 from itertools import product
 from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import plain
 import pytest
@@ -124,19 +125,13 @@ def test_noise_is_an_action_with_its_own_log_density(family, spelling):
 
 def tiny_llama() -> torch.nn.Module:
     """A Llama of two dimensions and six tokens."""
-    config = LlamaConfig(
-        vocab_size=6, hidden_size=2, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1, eos_token_id=0
-    )
+    sizes = {"vocab_size": 6, "hidden_size": 2, "intermediate_size": 4, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=1, rms_norm_eps=0.1, eos_token_id=0)
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     for parameter in base.parameters():
         parameter.data += 0.6 * torch.randn_like(parameter)
-    for name, _ in list(base.named_modules()):  # transformers' own rounds to float32
-        if name.endswith("norm"):
-            parent, _, attribute = name.rpartition(".")
-            norm = torch.nn.RMSNorm(2, eps=0.1, dtype=torch.float64)
-            setattr(base.get_submodule(parent), attribute, norm)
-    return base
+    return conftest.with_exact_norms(base)
 
 
 @pytest.mark.parametrize("spelling", [0.3, "absolute:0.3"])
