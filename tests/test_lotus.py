@@ -2,7 +2,7 @@
 
 import plain
 import pytest
-from conftest import distance, equal, keys, main, steps, tiny_base, together, weights
+from conftest import check_ranks_and_restart, distance, keys, main, steps, tiny_base, weights
 from test_latent_block import largest
 from test_methods import MARKERS, make_dataset, stages_of
 
@@ -96,14 +96,9 @@ def test_a_step_is_one_mean_whatever_the_passes_and_ranks_and_a_restart_is_bitwi
     losses = [(record["loss"], record["auxiliary_loss"]) for record in steps(whole)]
     assert all(all(loss) for loss in losses[-3:])
     cut = (*RUN, "batch_size_training=4")
-    folders = [main(place, *cut, "name=lotus-cut"), main(place, *cut, "name=lotus-alone-fsdp", "strategy=fsdp")]
-    for strategy in ("ddp", "fsdp"):
-        together(place / "run.yaml", *cut, f"name=lotus-{strategy}", f"strategy={strategy}")
-        folders.append(place / "runs" / f"lotus-{strategy}")
-    for folder in folders:
+    alone = check_ranks_and_restart(place, "lotus-cut", cut)
+    sharded = main(place, *cut, "name=lotus-alone-fsdp", "strategy=fsdp")
+    for folder in (alone, sharded, *(place / "runs" / f"lotus-cut-{strategy}" for strategy in ("ddp", "fsdp"))):
         assert distance(weights(folder / "checkpoint_3"), wanted) < 5e-6
         for record, loss in zip(steps(folder), losses, strict=True):
             assert (record["loss"], record["auxiliary_loss"]) == pytest.approx(loss, rel=1e-4)
-    main(place, *cut, "name=lotus-parts", "num_epochs=2")
-    parts = main(place, *cut, "name=lotus-parts")
-    assert equal(weights(parts / "checkpoint_3"), weights(folders[0] / "checkpoint_3"))
