@@ -126,10 +126,12 @@ def test_files_of_the_reference_load(tiny, tmp_path, wrapped, resized, dtype, le
         assert torch.equal(table[old], table[like])
 
 
-def test_a_coconut_without_rows_for_the_markers_is_refused(tiny, tmp_path):
-    """Bug: such a fork's file was evaluated with untrained rows."""
+def test_a_coconut_needs_rows_for_the_markers_and_a_method_with_latents(tiny, tmp_path):
+    """Bugs: such a fork's file was evaluated with untrained rows; without latents an evaluation gave a wrong number,
+    where the reference refuses the file."""
     torch.save(reference_state(AutoModelForCausalLM.from_pretrained(tiny), wrapped=True), tmp_path / "file")
     refuses("file holds a Coconut without rows for the markers", load_model, coconut_config(tiny), tmp_path / "file")
+    refuses("weights of a Coconut, which method cot", load_model, coconut_config(tiny, method="cot"), tmp_path / "file")
 
 
 def test_markers_that_only_the_tokenizer_has_get_rows_like_new_ones(tiny):
@@ -153,12 +155,6 @@ def test_prefixes_of_wrappers_do_not_matter(tiny, tmp_path):
     model = load_model(coconut_config(tiny), tmp_path / "file").model
     wanted = {name: value for name, value in state.items() if name != "embedding.weight"}
     assert all(torch.equal(model.state_dict()[name][: len(value)], value) for name, value in wanted.items())
-
-
-def test_weights_of_a_coconut_do_not_load_without_latents(tiny, tmp_path):
-    """The evaluation gave a wrong number; the reference refuses it."""
-    torch.save(reference_state(AutoModelForCausalLM.from_pretrained(tiny), wrapped=True), tmp_path / "file")
-    refuses("weights of a Coconut, which method cot", load_model, coconut_config(tiny, method="cot"), tmp_path / "file")
 
 
 @pytest.fixture
