@@ -50,35 +50,32 @@ from trainer.distributed import World, cleanup_distributed, exit_process, setup_
 
 
 class Sent:
-    """Counts the bytes that collectives transfer."""
+    """Counts the bytes of the tensors that collectives gather or reduce, twice for an all-reduce, which does both."""
 
     def __init__(self):
-        self.bytes = {"all-reduce": 0, "all-gather": 0, "reduce-scatter": 0}
-        for name, function in (("all-gather", "all_gather_single"), ("reduce-scatter", "reduce_scatter_single")):
-            original = getattr(dist, function)
+        self.bytes = 0
+        for name in ("all_gather_single", "reduce_scatter_single"):
+            original = getattr(dist, name)
 
-            def counting(*tensors, name=name, original=original, **keys):
+            def counting(*tensors, original=original, **keys):
                 given = [value for value in (*tensors, *keys.values()) if isinstance(value, torch.Tensor)]
-                self.bytes[name] += max(
-                    tensor.numel() * tensor.element_size() for tensor in given
-                )  # the unsharded tensor
+                self.bytes += max(tensor.nbytes for tensor in given)  # the unsharded tensor
                 return original(*tensors, **keys)
 
-            setattr(dist, function, counting)
+            setattr(dist, name, counting)
 
     def watch(self, wrapped: torch.nn.Module) -> None:
         if isinstance(wrapped, DistributedDataParallel):
 
             def hook(group, bucket):
-                self.bytes["all-reduce"] += bucket.buffer().numel() * bucket.buffer().element_size()
+                self.bytes += 2 * bucket.buffer().nbytes
                 return allreduce_hook(group, bucket)
 
             wrapped.register_comm_hook(None, hook)
 
     def per_rank(self, n_ranks: int) -> float:
         """Returns the bytes that each rank sends in ring collectives."""
-        share = (n_ranks - 1) / n_ranks
-        return share * (2 * self.bytes["all-reduce"] + self.bytes["all-gather"] + self.bytes["reduce-scatter"])
+        return (n_ranks - 1) / n_ranks * self.bytes
 
 
 def make_step(wrapped: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict, world: World, bf16: bool):
@@ -133,7 +130,7 @@ def measure(options: argparse.Namespace) -> None:
     step(1), step(1)
     results = {"ranks": world.size, "strategy": options.strategy, "parameters_bytes": n_bytes}
     for n_micro_batches in (1, options.accumulation):
-        sent.bytes = dict.fromkeys(sent.bytes, 0)
+        sent.bytes = 0
         step(n_micro_batches)
         results[f"sent_{n_micro_batches}"] = sent.per_rank(world.size)
     results["least"] = 2 * n_bytes * (world.size - 1) / world.size
