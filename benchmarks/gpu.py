@@ -68,6 +68,7 @@ def make_pieces(out: Path, tiny: bool) -> list[Piece]:
     train += [f"train_path={work / 'prosqa_train.json'}", f"val_path={work / 'prosqa_valid.json'}", "bf16=true"]
     train += [f"save_path={work}", "name=train", "wandb=disabled", "keep_checkpoints=1", "log_every_steps=20"]
     train += ["max_new_tokens=2", "batch_size_training=8"] if tiny else []
+    training = [train, ["benchmarks/gpu.py", "--hours", work / "train" / "metrics.jsonl"]]
     launches = ["benchmarks/launches.py", "--measured", out / "step_32.json", "--json", out / "launches.json"]
     generate = ["benchmarks/generate.py", *size[:2], "--repeats", 1, "--json", out / "generate.json"]
     grid = ["experiments/grid.py", "experiments/table1_mini.yaml", "--out", out / "table1_mini", "--anew"]
@@ -82,11 +83,11 @@ def make_pieces(out: Path, tiny: bool) -> list[Piece]:
         step("step_32", 32, "--bf16"),
         Piece("launches", 120, [launches]),
         Piece("data", 60, [data, model]),
-        Piece("train", 120, [train, ["benchmarks/gpu.py", "--hours", work / "train" / "metrics.jsonl"]]),
+        Piece("train", 120, training),
         step("step_32_compiled", 32, "--bf16", "--compile"),
         step("step_32_float32", 32),
         step("step_128", 128, "--bf16"),
-        Piece("train_on", 120, [train, ["benchmarks/gpu.py", "--hours", work / "train" / "metrics.jsonl"]]),
+        Piece("train_on", 120, training),
         Piece("table1_mini", 120, [grid]),
         Piece("generate", 120, [generate]),
         step("step_128_compiled", 128, "--bf16", "--compile"),
