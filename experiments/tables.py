@@ -28,7 +28,7 @@ MADE_BY = ("python", "torch", "transformers", "hardware")
 
 
 def write_report(
-    grid: Grid, jobs: list[Job], before: dict[str, list[dict]], shown: set[str], out: Path, arguments: str = ""
+    grid: Grid, jobs: list[Job], before: dict[str, list[dict]], shown: set[str], out: Path, arguments: str
 ) -> str:
     """Writes the report of the finished jobs; returns its table and the paths. Raises UserError.
 

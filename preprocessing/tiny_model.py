@@ -83,7 +83,7 @@ def make_tokenizer(texts: list[str], kind: str):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, clean_up_tokenization_spaces=False)
 
 
-def write_model(data: list[Path], out: Path, kind: str = "word", *model, **named) -> tuple[int, int]:
+def write_model(data: list[Path], out: Path, kind: str, *model, **named) -> tuple[int, int]:
     """Writes the folder and returns (vocabulary size, number of parameters). `model` and `named` are the arguments of
     RandomModel. The same arguments give the same folder."""
     random = RandomModel(*model, **named)

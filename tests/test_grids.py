@@ -225,7 +225,7 @@ def test_flops_of_cot_are_those_of_its_tokens(inputs):
     job = job_of(inputs, "cot")
     model, *_ = load_model(job.config, None)
     expected = 4 * 64 * FlopCounter.of(model).training([12], 7)
-    assert flops.training_flops(job, sample=64) == pytest.approx(expected, rel=0.03)
+    assert flops.training_flops(job) == pytest.approx(expected, rel=0.03)
     odd = replace(job, more=(*job.more, "batch_size_training=24", "global_batch_size=24"))
     assert flops.training_flops(odd, sample=100) == pytest.approx(expected, rel=0.03)  # bug: an IndexError
 
@@ -249,9 +249,7 @@ def test_flops_of_stages_within_an_epoch_and_of_examples_that_are_left_out(input
 
 
 def test_flops_include_what_a_method_adds(inputs):
-    found = {
-        run: flops.training_flops(job_of(inputs, run), sample=64) for run in ("cot", "coconut", "parallel", "sim_cot")
-    }
+    found = {run: flops.training_flops(job_of(inputs, run)) for run in ("cot", "coconut", "parallel", "sim_cot")}
     assert found["coconut"] == pytest.approx(found["cot"], rel=0.05)  # a thought replaces each token
     assert found["parallel"] > 1.1 * found["coconut"]
     assert found["sim_cot"] > 1.1 * found["coconut"]
