@@ -287,6 +287,13 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(repr(contents).encode()).hexdigest()
 
 
+def flip(file: Path) -> None:
+    """Changes a bit."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def check_ranks_and_restart(place: Path, name: str, keys, last: int = 3, tolerance: float = 1e-5, read=weights) -> Path:
     """Asserts that two ranks, with DDP and FSDP, get the weights of one rank up to the order of additions, and that a
     restart before the last epoch gets them bitwise. Returns the folder of the run on one rank."""

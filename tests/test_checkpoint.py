@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from conftest import equal, raising, read_json, refuses
+from conftest import equal, flip, raising, read_json, refuses
 from safetensors.torch import load_file, save_file
 from test_pretrained import coconut_config
 from test_pretrained import tiny as tiny  # a fixture
@@ -358,7 +358,7 @@ def test_sizes_are_compared_until_there_are_digests(saving):
     file.write_bytes(content)
     checkpoint.add_digests(folder)
     assert checkpoint.damage(folder) is None
-    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    flip(file)
     assert checkpoint.damage(folder) == "model.safetensors differs from what was written"
 
 
@@ -402,9 +402,7 @@ def test_damaged_weights_are_not_trained_on(saving, world):
     config, _, save = saving()
     folder = save(1)
     checkpoint.add_digests(folder)
-    content = bytearray((folder / "model.safetensors").read_bytes())
-    content[-1] ^= 1
-    (folder / "model.safetensors").write_bytes(content)
+    flip(folder / "model.safetensors")
     other = replace(config, name="other", load_model_path=str(folder))
     refuses("is damaged: model.safetensors differs", checkpoint.find_weights, other, world)
 

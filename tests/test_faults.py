@@ -338,21 +338,15 @@ def two_epochs(two_epochs_of_all, tmp_path) -> tuple[Path, tuple]:
     return tmp_path / "run", (f"save_path={tmp_path}", *FEW)
 
 
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 DAMAGES = {
-    "a bit flipped": lambda folder: flip(folder / "model.safetensors"),
+    "a bit flipped": lambda folder: conftest.flip(folder / "model.safetensors"),
     "half a file": lambda folder: os.truncate(folder / "model.safetensors", 1000),
     "a file missing": lambda folder: (folder / "trainer" / "random_0.pt").unlink(),
     "its description missing": lambda folder: (folder / "coconut.json").unlink(),
     "the digests broken": lambda folder: os.truncate(folder / "trainer" / "manifest.json", 10),
     "the state missing": lambda folder: (folder / "trainer" / "state.json").unlink(),
     "an empty state": lambda folder: os.truncate(folder / "trainer" / "state.json", 0),
-    "the optimizer broken": lambda folder: flip(next((folder / "trainer" / "optimizer").glob("*.distcp"))),
+    "the optimizer broken": lambda folder: conftest.flip(next((folder / "trainer" / "optimizer").glob("*.distcp"))),
 }
 
 
@@ -376,7 +370,7 @@ def test_checkpoints_after_a_damaged_one_are_kept(place, two_epochs, here, monke
     """Bug: the damaged checkpoint counted as the newest. Each step checkpoint was removed as soon as it was saved, and
     with keep_checkpoints=1 the last whole checkpoint too."""
     run, arguments = two_epochs
-    flip(run / "checkpoint_2" / "model.safetensors")
+    conftest.flip(run / "checkpoint_2" / "model.safetensors")
     train_step, count = run_module.train_step, []
     monkeypatch.setattr(run_module, "train_step", lambda *a: count.append(1) or train_step(*a))
     monkeypatch.setattr(StopSignal, "requested", lambda *_, **__: len(count) == 2)
@@ -401,7 +395,7 @@ def test_a_damaged_old_checkpoint_does_not_prevent_pruning(place, two_epochs, he
 def test_a_run_with_only_damaged_checkpoints_does_not_train_from_scratch(place, two_epochs, here):
     run, arguments = two_epochs
     shutil.rmtree(run / "checkpoint_1")
-    flip(run / "checkpoint_2" / "model.safetensors")
+    conftest.flip(run / "checkpoint_2" / "model.safetensors")
     before = digest(run)
     assert f"all checkpoints in {run} are damaged" in here(place / "run.yaml", *arguments, code=2).stderr
     evaluation = (*arguments, "name=eval", "only_eval=true", f"load_model_path={run}")
