@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import arithmetic
 import forked
 import pytest
 import tiny_model
@@ -29,26 +28,18 @@ TOLERANCE = 0.1
 DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout")
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("plan")
-    for name, examples in arithmetic.make_splits({"train": 150, "valid": 30}, base=5).items():
-        (folder / f"{name}.json").write_text(json.dumps(examples))
-    return folder
-
-
 def write_config(
-    data: Path, folder: Path, family: str, width: int = 64, layers: int = 1, dropout: float = 0.0, **keys
+    place: Path, folder: Path, family: str, width: int = 64, layers: int = 1, dropout: float = 0.0, **keys
 ) -> Config:
     """Writes a model and a configuration. Llama and Qwen2 share a key-value head between two query heads."""
-    model = data / f"{family}-{width}-{layers}-{dropout}"
+    model = place / f"{family}-{width}-{layers}-{dropout}"
     if not model.is_dir():
         kv_heads = None if family == "gpt2" else 2
-        tiny_model.write_model([data / "train.json"], model, "char", family, width, layers, 4, 128, kv_heads=kv_heads)
+        tiny_model.write_model([place / "train.json"], model, "char", family, width, layers, 4, 128, kv_heads=kv_heads)
         shape = json.loads((model / "config.json").read_text())
         (model / "config.json").write_text(json.dumps(shape | dict.fromkeys(DROPOUTS, dropout)))
-    config = {"save_path": str(data / "runs"), "model_id": str(model), "max_latent_stage": 1, "epochs_per_stage": 1}
-    config |= {"train_path": str(data / "train.json"), "val_path": str(data / "valid.json"), "num_epochs": 4}
+    config = {"save_path": str(place / "runs"), "model_id": str(model), "max_latent_stage": 1, "epochs_per_stage": 1}
+    config |= {"train_path": str(place / "train.json"), "val_path": str(place / "valid.json"), "num_epochs": 4}
     config |= {"batch_size_training": 16, "max_new_tokens": 20, **keys}
     name = "-".join([model.name, *(f"{key}={value}" for key, value in keys.items())])
     path = folder / f"{name}.yaml"
@@ -90,13 +81,13 @@ def check_peaks(folder: Path, configs: list[Config]) -> None:
     assert not list(filter(differs, counted))
 
 
-def measurable(data: Path, folder: Path, family: str, strategy: str, **keys) -> Config:
-    return write_config(data, folder, family, 128, 2, curriculum="none", strategy=strategy, max_latent_stage=2, **keys)
+def measurable(place: Path, folder: Path, family: str, strategy: str, **keys) -> Config:
+    return write_config(place, folder, family, 128, 2, curriculum="none", strategy=strategy, max_latent_stage=2, **keys)
 
 
-def test_the_counted_peak_is_the_measured_one(data, tmp_path):
-    ddp = measurable(data, tmp_path, "gpt2", "ddp", gradient_accumulation_steps=2)
-    check_peaks(tmp_path, [ddp, measurable(data, tmp_path, "llama", "fsdp", gradient_checkpointing=True)])
+def test_the_counted_peak_is_the_measured_one(place, tmp_path):
+    ddp = measurable(place, tmp_path, "gpt2", "ddp", gradient_accumulation_steps=2)
+    check_peaks(tmp_path, [ddp, measurable(place, tmp_path, "llama", "fsdp", gradient_checkpointing=True)])
 
 
 SPECIAL = {"gpt2": {"dropout": 0.1}, "llama": {"bf16": True}}
@@ -105,26 +96,26 @@ SPECIAL["qwen2"] = {"method": "sim_cot", "step_decoder": "copy", "c_thought": 1}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SPECIAL)
-def test_the_counted_peak_is_the_measured_one_in_all_families(data, tmp_path, family):
-    make = partial(measurable, data, tmp_path, family)
+def test_the_counted_peak_is_the_measured_one_in_all_families(place, tmp_path, family):
+    make = partial(measurable, place, tmp_path, family)
     plain = [make(strategy, gradient_checkpointing=c) for strategy in ("ddp", "fsdp") for c in (False, True)]
     check_peaks(tmp_path, [*plain, make("ddp", **SPECIAL[family])])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_gpu_attention_needs_as_much_memory_as_the_cpus_without_dropout(data, tmp_path, family):
+def test_gpu_attention_needs_as_much_memory_as_the_cpus_without_dropout(place, tmp_path, family):
     """Without dropout the CPU's kernel is flash attention too."""
-    config = write_config(data, tmp_path, family, curriculum="none")
+    config = write_config(place, tmp_path, family, curriculum="none")
     source = read_source(config)
     cpu, gpu = (estimate(config, Machine(1, name), "ddp", source).training.total for name in (None, "H100"))
     assert abs(gpu / cpu - 1) < TOLERANCE
 
 
 @pytest.mark.slow
-def test_layer_norms_are_float32_on_gpus(data, tmp_path, monkeypatch):
+def test_layer_norms_are_float32_on_gpus(place, tmp_path, monkeypatch):
     """Bug: under FSDP and bf16 the plan counted bfloat16, as on a CPU."""
-    config = write_config(data, tmp_path, "gpt2", bf16=True)
+    config = write_config(place, tmp_path, "gpt2", bf16=True)
     source = read_source(config)
     gpu = estimate(config, Machine(2, "H100"), "fsdp", source).training.rest
     monkeypatch.setattr(memory, "_gpu_layer_norm", memory.layer_norm)
@@ -147,15 +138,15 @@ def test_layer_norms_are_float32_on_gpus(data, tmp_path, monkeypatch):
     ],
     ids=lambda keys: "-".join(map(str, keys.values())),
 )
-def test_every_method_can_be_planned(data, tmp_path, keys):
-    config = write_config(data, tmp_path, "llama", layers=2, **{"uniform_prob": 0.0, "num_epochs": 2, **keys})
+def test_every_method_can_be_planned(place, tmp_path, keys):
+    config = write_config(place, tmp_path, "llama", layers=2, **{"uniform_prob": 0.0, "num_epochs": 2, **keys})
     assert "a rank at the peak" in plan(config, gpus=2)
 
 
 @pytest.mark.parametrize("method", ["grpo", "stopping"])
-def test_a_plan_of_steps_that_generate_is_one_sentence(data, tmp_path, method):
+def test_a_plan_of_steps_that_generate_is_one_sentence(place, tmp_path, method):
     """Bug: tracebacks."""
-    refuses("--plan cannot count the steps of method", plan, write_config(data, tmp_path, "llama", method=method))
+    refuses("--plan cannot count the steps of method", plan, write_config(place, tmp_path, "llama", method=method))
 
 
 @pytest.mark.parametrize("limit", [0, 102, 103, 200, 249, 255, 258, 10_000])
@@ -177,10 +168,10 @@ def test_largest_that_fits_finds_the_largest_size(limit):
     assert largest_that_fits(needed, limit, [4, 16]) in (0, 4, 16)
 
 
-def test_the_text_of_a_plan(data, tmp_path):
+def test_the_text_of_a_plan(place, tmp_path):
     """load_model_path need not exist yet. A GPU with the needed memory fits the batch, a smaller one half of it."""
     keys = {"global_batch_size": 32, "keep_checkpoints": 2, "bf16": True, "curriculum": "none"}
-    config = write_config(data, tmp_path, "llama", **keys)
+    config = write_config(place, tmp_path, "llama", **keys)
     config = replace(config, load_model_path="runs/to_come")
     lines = dict(line.split(maxsplit=1) for line in plan(config, gpus=2, gpu_memory=80).splitlines())
     assert list(lines) == ["model", "strategy", "batch", "training", "validation", "fits", "disk", "work", "time"]
@@ -199,11 +190,11 @@ def test_the_text_of_a_plan(data, tmp_path):
         assert estimate(config, Machine(2, "H100", memory), "ddp", source).largest == largest
 
 
-def test_a_cost_counts_the_examples_and_models_that_a_run_trains(data, tmp_path):
+def test_a_cost_counts_the_examples_and_models_that_a_run_trains(place, tmp_path):
     """Bugs: no example was left out, the first ones were taken to be as long as all, and a decoder took no disk."""
 
     def cost(**keys) -> Cost:
-        return cost_of(replace(write_config(data, tmp_path, "gpt2"), **keys))
+        return cost_of(replace(write_config(place, tmp_path, "gpt2"), **keys))
 
     def length(example: dict) -> int:
         steps = sum(len(step) + 1 for step in example["steps"])
@@ -213,7 +204,7 @@ def test_a_cost_counts_the_examples_and_models_that_a_run_trains(data, tmp_path)
         (tmp_path / name).write_text(json.dumps(chosen))
         return cost(train_path=str(tmp_path / name)).tokens
 
-    examples, whole = read_json(data / "train.json"), cost()
+    examples, whole = read_json(place / "train.json"), cost()
     limit = sorted(map(length, examples))[60]
     assert cost(max_train_tokens=limit).tokens == of("short.json", [e for e in examples if length(e) <= limit])
     assert cost(max_train_examples=20).tokens == of("first.json", examples[:20]) < whole.tokens
@@ -222,19 +213,19 @@ def test_a_cost_counts_the_examples_and_models_that_a_run_trains(data, tmp_path)
     assert with_decoder.disk == low_rank.disk + whole.disk  # bug: without AdamW's averages of the decoder
 
 
-def test_the_cost_of_icot_counts_the_stages_within_an_epoch(data, tmp_path):
+def test_the_cost_of_icot_counts_the_stages_within_an_epoch(place, tmp_path):
     """Bug: each epoch was counted at the stage of its end."""
-    (example, *_) = read_json(data / "train.json")
+    (example, *_) = read_json(place / "train.json")
     (tmp_path / "one.json").write_text(json.dumps([example] * 40))
-    config = replace(write_config(data, tmp_path, "gpt2"), method="icot", icot_tokens_per_epoch=4, num_epochs=1)
+    config = replace(write_config(place, tmp_path, "gpt2"), method="icot", icot_tokens_per_epoch=4, num_epochs=1)
     config = replace(config, train_path=str(tmp_path / "one.json"), icot_smoothing=None)
     whole = cost_of(replace(config, method="cot"), epochs=[0]).tokens
     # for ten examples each
     assert cost_of(config, epochs=[0]).tokens == whole - 10 * (0 + 1 + 2 + 3)
 
 
-def test_auto_shards_where_the_model_is_too_large(data, tmp_path):
-    config = write_config(data, tmp_path, "llama")
+def test_auto_shards_where_the_model_is_too_large(place, tmp_path):
+    config = write_config(place, tmp_path, "llama")
     shape = read_source(config).shape
     n_parameters = bytes_under_ddp(config, shape) // 16
     for per_parameter, strategy in ((16 / 0.6 - 0.1, "fsdp"), (16 / 0.6 + 0.1, "ddp")):
@@ -247,8 +238,8 @@ def test_auto_shards_where_the_model_is_too_large(data, tmp_path):
         assert bytes_under_ddp(replace(config, **keys), shape) == per_parameter * n_parameters
 
 
-def test_shards_take_less(data, tmp_path):
-    config = write_config(data, tmp_path, "llama", strategy="fsdp", curriculum="none")
+def test_shards_take_less(place, tmp_path):
+    config = write_config(place, tmp_path, "llama", strategy="fsdp", curriculum="none")
     source = read_source(config)
     one, four = (estimate(config, Machine(n, "H100"), "fsdp", source).training for n in (1, 4))
     assert four.weights < 0.3 * one.weights
@@ -258,8 +249,8 @@ def test_shards_take_less(data, tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["train_path", "val_path", "model_id"])
-def test_a_missing_file_is_named(data, tmp_path, capsys, monkeypatch, missing):
-    config = write_config(data, tmp_path, "llama")
+def test_a_missing_file_is_named(place, tmp_path, capsys, monkeypatch, missing):
+    config = write_config(place, tmp_path, "llama")
     monkeypatch.setattr(
         sys, "argv", ["run.py", str(tmp_path / f"{config.name}.yaml"), f"{missing}=absent/x.json", "--plan"]
     )
@@ -276,8 +267,8 @@ def test_a_missing_file_is_named(data, tmp_path, capsys, monkeypatch, missing):
 OF_TORCH = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB\nmore"
 
 
-def test_what_would_fit_names_settings(data, tmp_path):
-    config = write_config(data, tmp_path, "gpt2", layers=2, global_batch_size=16, curriculum="none")
+def test_what_would_fit_names_settings(place, tmp_path):
+    config = write_config(place, tmp_path, "gpt2", layers=2, global_batch_size=16, curriculum="none")
     needed = estimate(config, Machine(1, "H100"), "ddp", read_source(config)).training.total
     text = what_would_fit(config, Machine(1, "H100", int(0.9 * needed / SHARE_OF_GPU)))
     options = "batch_size_training=8 or gradient_checkpointing=true with batch_size_training=16 would fit"
@@ -307,14 +298,14 @@ def out_of_memory(config: Config, world) -> str:
 
 
 @pytest.mark.slow
-def test_out_of_memory_is_one_sentence(data, tmp_path, world, small_gpu):
+def test_out_of_memory_is_one_sentence(place, tmp_path, world, small_gpu):
     """Regression: it was torch's traceback. The advice comes from a process without a process group."""
-    config = write_config(data, tmp_path, "gpt2")
+    config = write_config(place, tmp_path, "gpt2")
     assert out_of_memory(config, world).startswith("batch_size_training 16 should have fitted, with 0.0")
 
 
-def test_out_of_memory_is_one_sentence_without_a_count(data, tmp_path, world, small_gpu, monkeypatch):
-    config = write_config(data, tmp_path, "gpt2")
+def test_out_of_memory_is_one_sentence_without_a_count(place, tmp_path, world, small_gpu, monkeypatch):
+    config = write_config(place, tmp_path, "gpt2")
     monkeypatch.setattr("trainer.plan.ProcessPoolExecutor", lambda *_: (_ for _ in ()).throw(RuntimeError))
     assert out_of_memory(config, world).startswith("try a smaller batch_size_training")
     with pytest.raises(ZeroDivisionError), explains_out_of_memory(config, world):
@@ -323,9 +314,9 @@ def test_out_of_memory_is_one_sentence_without_a_count(data, tmp_path, world, sm
         raise RuntimeError("a shape")
 
 
-def test_out_of_memory_without_cuda_is_one_sentence(data, tmp_path, world):
+def test_out_of_memory_without_cuda_is_one_sentence(place, tmp_path, world):
     """Regression: on a CPU it was a traceback, on another accelerator a second one that hid it."""
-    config = write_config(data, tmp_path, "gpt2")
+    config = write_config(place, tmp_path, "gpt2")
     begin = "CPU is out of memory: try a smaller batch_size_training"
     with pytest.raises(UserError, match=begin), explains_out_of_memory(config, world):
         torch.empty(2**50, dtype=torch.float64)
