@@ -11,7 +11,7 @@ from all prompts, and Hugging Face's side has a full model on each.
 import argparse
 import sys
 
-from options import Parser
+from options import Parser, not_negative
 
 
 def make_parser() -> Parser:
@@ -20,7 +20,7 @@ def make_parser() -> Parser:
     parser.add_count("--examples", 128, "prompts per side")
     parser.add_count("--batches", [1, 8, 32, 128], "prompts per batch")
     parser.add_count("--new-tokens", 64, "tokens to generate")
-    parser.add_count("--stage", 6, "latents per prompt", at_least=0)
+    parser.add_count("--stage", 6, "latents per prompt", kind=not_negative)
     return parser
 
 

@@ -20,7 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from options import SIZES, Parser
+from options import SIZES, Parser, not_negative
 from tiny_model import SHAPES
 
 BANDWIDTH = {"B200": 8.0e12, "H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12, "L40S": 0.86e12}  # bytes/s, data sheets
@@ -35,7 +35,7 @@ def make_parser() -> Parser:
     kinds = ("bf16", "tf32", "float32")
     parser.add_argument("--arithmetic", choices=kinds, default="bf16", help="(default: %(default)s)")
     parser.add_count("--batch", 32, "rows of a step")
-    parser.add_count("--stages", [0, 3, 6], "latents of a step", at_least=0)
+    parser.add_count("--stages", [0, 3, 6], "latents of a step", kind=not_negative)
     parser.add_argument("--launch", type=float, default=6.0, help="microseconds per launch (default: %(default)s)")
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak FLOPs (default: %(default)s)")
     parser.add_argument("--measured", type=Path, help="compare with this file of benchmarks/step.py --json")

@@ -11,11 +11,20 @@ from tiny_model import SHAPES
 SIZES = {"tiny": (2, 256, 4), "small": (12, 768, 12)}  # layers, width, heads; small is GPT-2's
 
 
+def not_negative(text: str) -> int:
+    """Returns an option's text as an integer of at least 0."""
+    return _at_least(0, text)
+
+
 def positive(text: str) -> int:
     """Returns an option's text as an integer of at least 1."""
+    return _at_least(1, text)
+
+
+def _at_least(least: int, text: str) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
     return number
 
 
@@ -36,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         if "json" in shared:
             self.add_argument("--json", type=Path, help="write the numbers to this file")
 
-    def add_count(self, name: str, default: int | list[int], text: str, at_least: int = 1) -> None:
+    def add_count(self, name: str, default: int | list[int], text: str, kind=positive) -> None:
         several = {"nargs": "+"} if isinstance(default, list) else {}
         text += f" (default: {' '.join(map(str, default)) if several else default})"
-        self.add_argument(name, type=positive if at_least else int, default=default, help=text, **several)
+        self.add_argument(name, type=kind, default=default, help=text, **several)

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from options import ROOT, Parser
+from options import ROOT, Parser, not_negative
 
 STRATEGIES = ("ddp", "fsdp")
 
@@ -19,7 +19,7 @@ STRATEGIES = ("ddp", "fsdp")
 def make_parser() -> Parser:
     parser = Parser(__doc__, "model", "bf16", "json", repeats=5)
     parser.add_count("--batch", 8, "rows per rank")
-    parser.add_count("--stage", 3, "latents", at_least=0)
+    parser.add_count("--stage", 3, "latents", kind=not_negative)
     parser.add_count("--ranks", [1, 2], "ranks of the runs")
     parser.add_count("--accumulation", 4, "micro-batches of the step whose bytes are counted second")
     parser.add_argument("--strategy", choices=STRATEGIES, default=None, help=argparse.SUPPRESS)

@@ -14,7 +14,7 @@ Sides, each forward + backward + AdamW:
 import argparse
 import sys
 
-from options import Parser
+from options import Parser, not_negative
 
 SIDES = ("baseline", "coconut", "in parallel", "all logits", "no cache")
 DEFAULT_SIDES = ("baseline", "coconut", "all logits")
@@ -23,7 +23,7 @@ DEFAULT_SIDES = ("baseline", "coconut", "all logits")
 def make_parser() -> Parser:
     parser = Parser(__doc__, "model", "threads", "bf16", "json", repeats=7)
     parser.add_count("--batch", 16, "rows")
-    parser.add_count("--stages", [0, 3, 6], "stages", at_least=0)
+    parser.add_count("--stages", [0, 3, 6], "stages", kind=not_negative)
     parser.add_count("--c-thought", 1, "latents per stage")
     parser.add_count("--latent-passes", 3, "of the side 'in parallel'")
     parser.add_argument("--compile", action="store_true", help="compile the decoder blocks of all sides")

@@ -127,3 +127,11 @@ def test_wrong_files_are_one_sentence(tmp_path, capsys):
         assert re.search(rf"{file} {why}.*\n$", capsys.readouterr().err)
     assert data.main(["--model", str(tmp_path)])
     assert re.search("has no tokenizer\n$", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("script", "option"), [(step, "--stages"), (generate, "--stage"), (step, "--batch")])
+def test_counts_below_their_least_are_refused(script, option, capsys):
+    least = 1 if option == "--batch" else 0
+    with pytest.raises(SystemExit):
+        script.main([option, str(least - 1)])
+    assert f"argument {option}: {least - 1} is not at least {least}" in capsys.readouterr().err
