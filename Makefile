@@ -37,15 +37,17 @@ quickstart: .venv/installed-dev
 table1: .venv/installed-dev
 	$(BIN)/python experiments/grid.py experiments/table1_mini.yaml --anew
 
-# Analyses checkpoints of table1_mini and mirrored2. The grids train the missing ones.
-ANALYSE = $(BIN)/python -m analysis $(1)/coconut-0 --control $(1)/pause_as_thought-0 --data $(2) --out $(3)
+# Analyses checkpoints of table1_mini and mirrored2. The grids train the missing ones. make analysis SEED=1: other seeds
+SEED = 0
+ANALYSE = $(BIN)/python -m analysis checkpoints/$(1)/coconut-$(SEED) --control checkpoints/$(1)/pause_as_thought-$(SEED) \
+	--out results/analysis_$(2)$(if $(filter-out 0,$(SEED)),/seed_$(SEED)) --data
 analysis: .venv/installed-dev
 	$(BIN)/python experiments/grid.py experiments/table1_mini.yaml --anew --jobs 2 --out checkpoints/state_tracking \
-		--only coconut pause_as_thought --seeds 0
-	$(call ANALYSE,checkpoints/state_tracking,data/machine/machine_test.json,results/analysis_machine)
+		--only coconut pause_as_thought --seeds $(SEED)
+	$(call ANALYSE,state_tracking,machine) data/machine/machine_test.json
 	$(BIN)/python experiments/grid.py experiments/mirrored2.yaml --anew --jobs 2 --out checkpoints/mirrored2 \
-		--only coconut pause_as_thought --seeds 0
-	$(call ANALYSE,checkpoints/mirrored2,data/mirrored2/mirror_test.json,results/analysis_mirrored --steps 2 --show 0 1 2 3)
+		--only coconut pause_as_thought --seeds $(SEED)
+	$(call ANALYSE,mirrored2,mirrored) data/mirrored2/mirror_test.json --steps 2 --show 0 1 2 3
 
 data/prosqa_mini_train.json: preprocessing/prosqa.py | .venv/installed
 	$(BIN)/python preprocessing/prosqa.py --prefix prosqa_mini --train 2000 --valid 100 --test 100
