@@ -40,10 +40,10 @@ def commands(text: str) -> list[list[str]]:
 
 
 def problems_of(words: list[str]) -> list[str]:
-    """Returns the files, modules, make targets and keys of a command that do not exist."""
+    """Returns the files, modules, make targets, variables of make and keys of a command that do not exist."""
     if words[0] == "make":
-        targets = re.findall(r"^([\w-]+):", read(ROOT / "Makefile"), re.MULTILINE)
-        return [f"make {word}" for word in words[1:] if word not in targets]
+        known = re.findall(r"^([\w-]+)(?::| =)", read(ROOT / "Makefile"), re.MULTILINE)
+        return [f"make {word}" for word in words[1:] if word.partition("=")[0] not in known]
     files = r"[\w/]+\.(py|bash|sh)|slurm/\w+\.sbatch|(args|experiments)/[a-z]\w*\.yaml"  # NAME.yaml is any of them
     missing = [word for word in words if re.fullmatch(files, word) and not (ROOT / word).exists()]
     if "-m" in words[:3]:
